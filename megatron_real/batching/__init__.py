@@ -1,0 +1,6 @@
+"""Rollouts -> minibatches -> micro-batches. The global denominators are fixed here, before packing."""
+
+from megatron_real.batching.minibatch import Minibatch, minibatches
+from megatron_real.batching.placement import Layout, Plan, plan
+
+__all__ = ["Layout", "Minibatch", "Plan", "minibatches", "plan"]

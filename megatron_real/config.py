@@ -1,0 +1,498 @@
+"""The whole configuration of a run: typed dataclasses, checked at construction, loadable without torch.
+
+    config = load("examples/configs/quickstart.yaml", ["optimizer.lr=1e-4", "parallel.tp=2"])
+
+A YAML file gives the values, `key.sub=value` words override them (OmegaConf: interpolation works), and every error is
+one sentence that names the key, the value and the remedy. What needs the model's own config.json (heads, layers) is
+checked here too, from the JSON file alone, so that a wrong layout never waits for a GPU node.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy's weights and numerics."""
+
+    path: str = ""
+    """Directory with HF weights (config.json, *.safetensors, tokenizer)."""
+    dtype: Literal["bf16", "fp32", "fp64"] = "bf16"
+    """Parameters and activations. fp64 is for tests of exactness."""
+    layers: Literal["auto", "te", "local"] = "auto"
+    """`te`: TransformerEngine's layers; `local`: torch's own; `auto`: TransformerEngine where it imports on a GPU."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: `selective` the core attention, `full` every layer."""
+    logprobs: Literal["linear", "logits"] = "linear"
+    """`linear` never holds more than a chunk of logits; `logits` keeps them all (a little faster, far more memory)."""
+    trust_remote_code: bool = False
+    """Lets the tokenizer run code from the model's directory."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where prompts come from and how they are rendered."""
+
+    train: str = ""
+    """JSONL or parquet file, or a saved HF dataset, of training prompts."""
+    heldout: str = ""
+    """The same, for evaluation; empty: no evaluation."""
+    suffix: str = ""
+    """Appended to the user's message."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted."""
+    shuffle: bool = True
+    """Draw prompts in a seeded order, anew each epoch."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How the policy answers."""
+
+    engine: Literal["auto", "transformers"] = "auto"
+    """The engine that samples; `auto` takes the best one that is installed."""
+    num_prompts: int = 128
+    """Prompts per step."""
+    group_size: int = 8
+    """Completions per prompt (G)."""
+    temperature: float = 0.6
+    """Sampling temperature; the trainer's log-probs are of the same distribution."""
+    top_p: float = 1.0
+    """Nucleus mass; below 1 it biases the log-probs and needs `allow_truncated_sampling`."""
+    top_k: int = 0
+    """Most likely tokens kept; 0 keeps all; other values need `allow_truncated_sampling`."""
+    allow_truncated_sampling: bool = False
+    """Accept top_p < 1 or top_k > 0 in training although log pi is then of another distribution."""
+    max_response_tokens: int = 8192
+    """A response that reaches this is cut and counts as truncated."""
+    batch_size: int = 64
+    """Sequences that the transformers engine decodes together."""
+    replay: str = ""
+    """Run directory whose saved rollouts are trained on instead of generating: no engine is started."""
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """How completions are verified."""
+
+    verifier: str = "math_verify"
+    """`math_verify`, `exact`, `reasoning_gym`, or your own `path.py:function`."""
+    workers: int = 2
+    """Verifier processes per rank."""
+    timeout_seconds: float = 10.0
+    """Wall clock of one check; then its worker is killed."""
+    memory_mib: int = 1024
+    """Memory limit of one worker."""
+    overlong: Literal["negative", "excluded"] = "negative"
+    """What a truncated response counts as."""
+    threshold: float | None = None
+    """Rewards at or above it are positive; required when a verifier returns anything but 0 or 1."""
+    max_failed_share: float = 0.2
+    """The run stops when more than this share of a step's checks failed (timeout or crash)."""
+    permute: bool = False
+    """Control experiment: labels are shuffled over the step's rollouts, so that nothing can be learned."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The loss: DESIGN of REAL, arXiv:2602.05630."""
+
+    variant: Literal["anchored", "vanilla", "bce"] = "anchored"
+    """`anchored` is REAL (Eq. 8), `vanilla` Eq. 2, `bce` Eq. 11."""
+    tau: float = 0.5
+    """Temperature of the classification loss: |d loss / d score| <= 1 / tau."""
+    one_class_groups: Literal["skip", "keep"] = "skip"
+    """What groups of a single label do: `skip` gives no loss but counts in the denominator, `keep` is Eq. 8 as printed."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How a minibatch becomes micro-batches."""
+
+    minibatch_prompts: int = 32
+    """Prompts (groups) per optimizer step; must divide rollout.num_prompts."""
+    max_tokens: int = 16384
+    """Token budget of a micro-batch on one rank, over its context-parallel ranks together."""
+    layout: Literal["packed", "padded"] = "packed"
+    """`packed`: sequences end to end; `padded`: each padded to the micro-batch's longest."""
+    placement: Literal["auto", "intact", "dp", "split"] = "auto"
+    """Where a group may lie: within a micro-batch, across DP ranks at one index, anywhere; `auto` estimates the cheapest."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The layout; data parallelism is what the world size leaves."""
+
+    tp: int = 1
+    """Tensor parallel size."""
+    pp: int = 1
+    """Pipeline parallel size."""
+    vpp: int = 1
+    """Model chunks per pipeline stage (interleaved schedule when > 1)."""
+    cp: int = 1
+    """Context parallel size."""
+    sp: bool = False
+    """Sequence parallelism; needs tp > 1."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as in the paper's recipe."""
+
+    lr: float = 2e-6
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of a decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up."""
+    warmup_updates: int = 0
+    """Optimizer updates of linear warm-up."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    beta1: float = 0.9
+    """Adam's first moment."""
+    beta2: float = 0.999
+    """Adam's second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 1.0
+    """Global gradient norm; 0 switches clipping off."""
+    distributed: bool = True
+    """Megatron's DistributedOptimizer: states sharded over data-parallel ranks."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on data.heldout."""
+
+    every: int = 0
+    """Steps between evaluations; 0: before and after training only, and only where data.heldout is given."""
+    samples: int = 1
+    """Completions per problem."""
+    temperature: float = 0.6
+    """Sampling temperature; pass@1 is the mean over samples."""
+    top_p: float = 0.95
+    """Nucleus mass."""
+    max_problems: int = 0
+    """Evaluate only the first so many; 0: all."""
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The run."""
+
+    run_dir: str = ""
+    """Everything the run writes: metrics, rollouts, logs, curves, exported weights."""
+    steps: int = 1400
+    """Rollout steps; each has rollout.num_prompts / batch.minibatch_prompts optimizer updates."""
+    seed: int = 1234
+    """Seeds prompt order and sampling."""
+    max_skipped_updates: int = 3
+    """Stop after so many updates in a row were skipped for a non-finite loss or gradient."""
+    profile: tuple[int, ...] = ()
+    """Steps of which a torch profiler trace is written."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    wandb: bool = False
+    """Log to Weights & Biases (must be installed)."""
+    export: bool = True
+    """Write the trained weights as an HF directory at the end."""
+    timeout_minutes: float = 30.0
+    """Collectives that wait longer fail."""
+    peak_tflops: float = 0.0
+    """Peak TFLOP/s of one device for MFU; 0: from a table of known GPUs, else MFU is left out."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. See each section's dataclass."""
+
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    labels: LabelConfig = field(default_factory=LabelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    megatron: Mapping[str, Any] = field(default_factory=dict)
+    """Any field of megatron-core's TransformerConfig, OptimizerConfig or DistributedDataParallelConfig, by name."""
+
+    def __post_init__(self) -> None:
+        _check_values(self)
+        _check_combinations(self)
+        _check_megatron_names(self.megatron)
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Reads a YAML file, applies `key.sub=value` overrides and checks everything that needs no process group.
+
+    Raises:
+        ValueError: an unknown key, a wrong type or an impossible combination, in one sentence with the remedy.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    words = list(overrides)
+    for word in words:
+        if "=" not in word:
+            raise ValueError(f"override {word!r} has no '='; write key.sub=value, for example trainer.steps=10")
+    if not Path(path).is_file():
+        raise ValueError(f"there is no config file {str(path)!r}; give the path of a YAML file")
+    try:
+        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(words))
+        values = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a list, not sections; begin with a line like 'model:'")
+    config = _build(Config, values, "")
+    check_model(config)
+    return config
+
+
+def check_world(config: Config, world_size: int) -> int:
+    """Returns the data-parallel size of `world_size` processes.
+
+    Raises:
+        ValueError: the layout does not divide the world.
+    """
+    parallel = config.parallel
+    model_parallel = parallel.tp * parallel.pp * parallel.cp
+    if world_size % model_parallel:
+        raise ValueError(
+            f"tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} = {model_parallel} does not divide the "
+            f"{world_size} processes; start a multiple of {model_parallel} or change parallel.*"
+        )
+    return world_size // model_parallel
+
+
+def check_model(config: Config) -> None:
+    """Checks the layout against the model's own config.json.
+
+    Raises:
+        ValueError: the file is missing or the layout cannot hold the model.
+    """
+    file = Path(config.model.path) / "config.json"
+    if not config.model.path or not file.is_file():
+        raise ValueError(f"model.path is {config.model.path!r}, which has no config.json; give a directory of HF weights")
+    hf = json.loads(file.read_text())
+    heads, layers = hf.get("num_attention_heads"), hf.get("num_hidden_layers")
+    parallel = config.parallel
+    if heads and heads % parallel.tp:
+        raise ValueError(
+            f"parallel.tp = {parallel.tp} does not divide the model's {heads} attention heads; "
+            f"take one of {_divisors(heads)}"
+        )
+    if hf.get("intermediate_size", 0) % parallel.tp:
+        raise ValueError(
+            f"parallel.tp = {parallel.tp} does not divide the model's intermediate_size {hf['intermediate_size']}"
+        )
+    stages = parallel.pp * parallel.vpp
+    if layers and layers % stages:
+        raise ValueError(
+            f"parallel.pp {parallel.pp} x vpp {parallel.vpp} = {stages} does not divide the model's {layers} layers; "
+            f"take a product out of {_divisors(layers)}"
+        )
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    limit = hf.get("max_position_embeddings", math.inf)
+    if longest > limit:
+        raise ValueError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the model's "
+            f"max_position_embeddings {limit}; shorten one of them"
+        )
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain values, as written to the run directory."""
+    return dataclasses.asdict(config)
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    """Makes the dataclass `cls` of plain values, refusing unknown names and wrong types."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    arguments = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"unknown key {prefix}{name}{_nearest(str(name), known)}")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{prefix}{name} is {value!r}; it is a section and takes keys below it")
+            arguments[name] = _build(typing.cast(type, hint), value, f"{prefix}{name}.")
+        else:
+            arguments[name] = _typed(value, hint, f"{prefix}{name}")
+    return cls(**arguments)
+
+
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    """`value` as the annotation `hint` wants it."""
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}; it takes one of {', '.join(map(str, choices))}")
+        return value
+    if type(None) in choices:
+        return None if value is None else _typed(value, choices[0], name)
+    if origin is tuple:
+        items = value if isinstance(value, list) else [value]
+        return tuple(_typed(item, choices[0], name) for item in items)
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-6 as a string
+        except ValueError:
+            pass
+    elif hint is str and value is None:
+        return ""
+    elif hint in (int, str, bool) and type(value) is hint:
+        return value
+    elif origin is not None and isinstance(value, Mapping):
+        return dict(value)
+    raise ValueError(f"{name} is {value!r}; it takes {_kind(hint)}")
+
+
+def _kind(hint: Any) -> str:
+    kinds = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return kinds.get(hint, "keys and values")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(sorted(known))}"
+
+
+def _check_values(config: Config) -> None:
+    positive = {
+        "trainer.steps": config.trainer.steps,
+        "trainer.max_skipped_updates": config.trainer.max_skipped_updates,
+        "trainer.timeout_minutes": config.trainer.timeout_minutes,
+        "data.max_prompt_tokens": config.data.max_prompt_tokens,
+        "rollout.num_prompts": config.rollout.num_prompts,
+        "rollout.group_size": config.rollout.group_size,
+        "rollout.temperature": config.rollout.temperature,
+        "rollout.max_response_tokens": config.rollout.max_response_tokens,
+        "rollout.batch_size": config.rollout.batch_size,
+        "labels.workers": config.labels.workers,
+        "labels.timeout_seconds": config.labels.timeout_seconds,
+        "labels.memory_mib": config.labels.memory_mib,
+        "objective.tau": config.objective.tau,
+        "batch.minibatch_prompts": config.batch.minibatch_prompts,
+        "batch.max_tokens": config.batch.max_tokens,
+        "parallel.tp": config.parallel.tp,
+        "parallel.pp": config.parallel.pp,
+        "parallel.vpp": config.parallel.vpp,
+        "parallel.cp": config.parallel.cp,
+        "optimizer.lr": config.optimizer.lr,
+        "evaluation.samples": config.evaluation.samples,
+        "evaluation.temperature": config.evaluation.temperature,
+    }
+    for name, value in positive.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} is {value}; it must be above 0")
+    shares = {
+        "rollout.top_p": config.rollout.top_p,
+        "evaluation.top_p": config.evaluation.top_p,
+        "labels.max_failed_share": config.labels.max_failed_share,
+    }
+    for name, value in shares.items():
+        if not 0 < value <= 1:
+            raise ValueError(f"{name} is {value}; it must lie in (0, 1]")
+
+
+def _check_combinations(config: Config) -> None:
+    rollout, batch, parallel = config.rollout, config.batch, config.parallel
+    truncated = rollout.top_p < 1 or rollout.top_k > 0
+    if truncated and not rollout.allow_truncated_sampling:
+        raise ValueError(
+            f"rollout.top_p = {rollout.top_p} and rollout.top_k = {rollout.top_k} cut the sampling distribution, so the "
+            "log-probs would be biased; use top_p 1 and top_k 0, or set rollout.allow_truncated_sampling=true"
+        )
+    if rollout.num_prompts % batch.minibatch_prompts:
+        raise ValueError(
+            f"batch.minibatch_prompts = {batch.minibatch_prompts} does not divide rollout.num_prompts = "
+            f"{rollout.num_prompts}; take one of {_divisors(rollout.num_prompts)}"
+        )
+    if rollout.group_size < 2 and config.objective.one_class_groups == "skip":
+        raise ValueError(
+            "rollout.group_size = 1 makes every group one-class, and objective.one_class_groups=skip leaves no loss; "
+            "take a group size of at least 2"
+        )
+    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    if longest > batch.max_tokens:
+        raise ValueError(
+            f"batch.max_tokens = {batch.max_tokens} cannot hold one sequence of data.max_prompt_tokens + "
+            f"rollout.max_response_tokens = {longest}; raise it to at least {longest}"
+        )
+    if parallel.sp and parallel.tp == 1:
+        raise ValueError("parallel.sp=true needs parallel.tp > 1; set parallel.sp=false")
+    if parallel.vpp > 1 and parallel.pp == 1:
+        raise ValueError(f"parallel.vpp = {parallel.vpp} needs parallel.pp > 1; set parallel.vpp=1")
+
+
+# Settings that would silently change the objective, each with the reason it is refused.
+_REFUSED: Mapping[str, tuple[Any, str]] = {
+    "hidden_dropout": (0.0, "dropout makes pi_theta differ from pi_old at equal weights"),
+    "attention_dropout": (0.0, "dropout makes pi_theta differ from pi_old at equal weights"),
+    "num_moe_experts": (None, "mixture-of-experts models are not supported"),
+    "fp16": (False, "fp16 loss scaling is not supported; use model.dtype=bf16"),
+    "average_in_collective": (False, "the loss is already divided by the minibatch's groups"),
+    "calculate_per_token_loss": (True, "Megatron's own averaging is switched off by it"),
+}
+
+
+def _check_megatron_names(values: Mapping[str, Any]) -> None:
+    if not values:
+        return
+    known = megatron_fields()
+    for name, value in values.items():
+        if "lora" in name.lower():
+            raise ValueError(f"megatron.{name}: LoRA is not supported; train all weights")
+        if name not in known:
+            raise ValueError(f"unknown key megatron.{name}{_nearest(name, known)}")
+        if name in _REFUSED and value != _REFUSED[name][0]:
+            wanted, reason = _REFUSED[name]
+            raise ValueError(f"megatron.{name} = {value!r} is refused: {reason}; leave it at {wanted}")
+
+
+_MEGATRON_CLASSES = {
+    "TransformerConfig": "transformer/transformer_config.py",
+    "ModelParallelConfig": "model_parallel_config.py",
+    "OptimizerConfig": "optimizer/optimizer_config.py",
+    "DistributedDataParallelConfig": "distributed/distributed_data_parallel_config.py",
+}
+
+
+def megatron_fields() -> dict[str, str]:
+    """Every pass-through field name -> the megatron-core class that has it (a ModelParallelConfig field belongs to
+    TransformerConfig). Read from the installed sources, so that a wrong name costs no import of torch."""
+    import ast
+    import importlib.util
+
+    spec = importlib.util.find_spec("megatron")
+    locations = list(spec.submodule_search_locations or ()) if spec else []
+    root = next((Path(p) / "core" for p in locations if (Path(p) / "core").is_dir()), None)
+    if root is None:
+        raise ValueError("megatron-core is not installed; pip install 'megatron-core>=0.16.1,<0.20'")
+    owner: dict[str, str] = {}
+    for cls, file in _MEGATRON_CLASSES.items():
+        for node in ast.parse((root / file).read_text()).body:
+            if isinstance(node, ast.ClassDef) and node.name == cls:
+                names = [n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+                owner |= {name: cls.replace("ModelParallel", "Transformer") for name in names if name not in owner}
+    return owner

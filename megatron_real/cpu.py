@@ -1,0 +1,93 @@
+"""The one room that lets megatron-core run on a machine without a GPU.
+
+megatron-core names the device "cuda" in many places, whatever backend the process groups use. `enable()` answers those
+few questions with the CPU's own means (gloo, the CPU generator); everything else, from the schedules to the distributed
+optimizer, is megatron-core untouched. It does nothing where CUDA is available, so a GPU run never sees a patch.
+Works with megatron-core 0.16.1 to 0.19.x.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+# Constructors that megatron-core calls with device="cuda" (optimizer scalars, the schedules' token count, checkpoints).
+_CONSTRUCTORS = ("tensor", "zeros", "ones", "empty", "full", "empty_like", "zeros_like")
+
+_enabled = False
+
+
+def enable() -> bool:
+    """Makes megatron-core usable without CUDA. Call it before megatron is imported; calling it again changes nothing.
+
+    Returns:
+        True if the process now runs on the CPU, False if CUDA is available and nothing was changed.
+    """
+    global _enabled
+    if torch.cuda.is_available():
+        return False
+    if not _enabled:
+        _enabled = True
+        _answer_device_queries()
+        _map_cuda_constructors()
+        _map_tensor_methods()
+        _use_cpu_generator()
+    return True
+
+
+def device() -> torch.device:
+    """The device of this process: its current CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
+
+
+def _answer_device_queries() -> None:
+    torch.cuda.current_device = lambda: CPU  # only ever used as a `device=` argument
+    torch.cuda.set_device = lambda _device: None
+    torch.cuda.synchronize = lambda _device=None: None  # CPU work is synchronous
+    torch.cuda.empty_cache = lambda: None
+
+
+def _map_cuda_constructors() -> None:
+    for name in _CONSTRUCTORS:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _on_cpu(constructor: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(constructor)
+    def construct(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)  # pinning needs CUDA; rotary embeddings under CP ask for it
+        return constructor(*args, **kwargs)
+
+    return construct
+
+
+def _map_tensor_methods() -> None:
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    tensor_type = torch.Tensor.type
+
+    def type_as_if_on_cuda(self: torch.Tensor, dtype: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
+        """megatron-core's optimizers accept a parameter by the name of its type, "torch.cuda.FloatTensor"."""
+        if dtype is None:
+            return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+        return tensor_type(self, dtype, non_blocking, **kwargs)
+
+    torch.Tensor.type = type_as_if_on_cuda
+
+
+def _use_cpu_generator() -> None:
+    """Lets megatron-core's RNG tracker fork the CPU generator: its own accessors index torch.cuda's generators."""
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

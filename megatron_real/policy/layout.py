@@ -1,0 +1,85 @@
+"""Process groups of the parallel layout: the one place that sets up torch.distributed and megatron's parallel state."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_real import cpu
+from megatron_real.config import ParallelConfig
+
+
+def join_world(timeout_minutes: float) -> None:
+    """Joins the processes that torchrun or srun started (a single process by itself too): NCCL on GPUs, else gloo."""
+    on_cpu = cpu.enable()
+    if dist.is_initialized():
+        return
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(name, value)
+    if not on_cpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = timedelta(minutes=timeout_minutes)
+    if "MASTER_PORT" in os.environ:
+        dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timeout)
+    else:
+        dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's place in the layout. megatron-core's collection, and what the train step asks of it by name."""
+
+    megatron: object
+    """megatron-core's ProcessGroupCollection."""
+    tp: dist.ProcessGroup
+    """Tensor-parallel ranks."""
+    pp: dist.ProcessGroup
+    """Pipeline stages."""
+    cp: dist.ProcessGroup
+    """Context-parallel ranks."""
+    dp: dist.ProcessGroup
+    """Data-parallel ranks with the same part of the model and of the context."""
+    dp_cp: dist.ProcessGroup
+    """Data- and context-parallel ranks: those that sum gradients."""
+
+    @property
+    def is_last_stage(self) -> bool:
+        """This rank's pipeline stage ends with the log-probs."""
+        return self.pp.rank() == self.pp.size() - 1
+
+    @property
+    def writes_logprobs(self) -> bool:
+        """One rank of each data-parallel shard: last stage, first TP and CP rank."""
+        return self.is_last_stage and self.tp.rank() == 0 and self.cp.rank() == 0
+
+
+def set_up(parallel: ParallelConfig, *, seed: int = 1234) -> Groups:
+    """Builds the process groups for a layout, replacing those of an earlier one, and seeds megatron's RNG tracker.
+
+    Raises:
+        ValueError: the layout does not divide the world.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    return Groups(
+        megatron=ProcessGroupCollection.use_mpu_process_groups(),
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )

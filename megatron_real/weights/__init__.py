@@ -1,0 +1,1 @@
+"""HF <-> Megatron weights: one mapping for loading, weight sync and export."""

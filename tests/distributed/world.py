@@ -1,0 +1,84 @@
+"""A persistent set of processes that run test functions in process groups of any size.
+
+Starting a process costs seconds (torch, megatron-core), forming a gloo group milliseconds: so one set of workers serves
+the whole test session, and each call forms the group that it needs.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+SECONDS = 300
+
+
+class World:
+    """`run(function, size, **arguments)` calls function(**arguments) on `size` ranks and returns their results."""
+
+    def __init__(self, size: int) -> None:
+        context = mp.get_context("spawn")
+        self.size = size
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for _ in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], size: int, **arguments: Any) -> list[Any]:
+        assert size <= self.size, f"{size} ranks asked of {self.size}"
+        port = _free_port()
+        for rank, pipe in enumerate(self._pipes[:size]):
+            pipe.send((function, rank, size, port, arguments))
+        results, errors = [], []
+        for rank, pipe in enumerate(self._pipes[:size]):
+            if not pipe.poll(SECONDS):
+                self.close()
+                raise TimeoutError(f"rank {rank} of {function.__name__} gave no answer in {SECONDS} s")
+            ok, value = pipe.recv()
+            results.append(value)
+            if not ok:
+                errors.append(f"rank {rank}:\n{value}")
+        if errors:
+            raise AssertionError("\n".join(errors))
+        return results
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def _serve(pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from megatron_real import cpu
+
+    torch.set_num_threads(1)
+    cpu.enable()
+    while True:
+        function, rank, size, port, arguments = pipe.recv()
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        try:
+            dist.init_process_group("gloo", rank=rank, world_size=size)
+            pipe.send((True, function(**arguments)))
+        except Exception:  # whatever went wrong is the test's to report
+            pipe.send((False, traceback.format_exc()))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
