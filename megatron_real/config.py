@@ -9,8 +9,10 @@ checked here too, from the JSON file alone, so that a wrong layout never waits f
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import importlib.util
 import json
 import math
 import typing
@@ -453,6 +455,28 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
     "fp16": (False, "fp16 loss scaling is not supported; use model.dtype=bf16"),
     "average_in_collective": (False, "the loss is already divided by the minibatch's groups"),
     "calculate_per_token_loss": (True, "Megatron's own averaging is switched off by it"),
+    "defer_embedding_wgrad_compute": (False, "the log-prob head computes its weight gradient at once"),
+}
+
+
+# megatron-core's names for what has a place of its own in this configuration.
+_OURS: Mapping[str, str] = {
+    "tensor_model_parallel_size": "parallel.tp",
+    "pipeline_model_parallel_size": "parallel.pp",
+    "virtual_pipeline_model_parallel_size": "parallel.vpp",
+    "context_parallel_size": "parallel.cp",
+    "sequence_parallel": "parallel.sp",
+    "params_dtype": "model.dtype",
+    "bf16": "model.dtype",
+    "lr": "optimizer.lr",
+    "min_lr": "optimizer.min_lr",
+    "weight_decay": "optimizer.weight_decay",
+    "adam_beta1": "optimizer.beta1",
+    "adam_beta2": "optimizer.beta2",
+    "adam_eps": "optimizer.eps",
+    "clip_grad": "optimizer.clip_grad",
+    "use_distributed_optimizer": "optimizer.distributed",
+    "recompute_granularity": "model.recompute",
 }
 
 
@@ -465,6 +489,8 @@ def _check_megatron_names(values: Mapping[str, Any]) -> None:
             raise ValueError(f"megatron.{name}: LoRA is not supported; train all weights")
         if name not in known:
             raise ValueError(f"unknown key megatron.{name}{_nearest(name, known)}")
+        if name in _OURS:
+            raise ValueError(f"megatron.{name} is set by {_OURS[name]}; set that instead")
         if name in _REFUSED and value != _REFUSED[name][0]:
             wanted, reason = _REFUSED[name]
             raise ValueError(f"megatron.{name} = {value!r} is refused: {reason}; leave it at {wanted}")
@@ -478,21 +504,18 @@ _MEGATRON_CLASSES = {
 }
 
 
-def megatron_fields() -> dict[str, str]:
-    """Every pass-through field name -> the megatron-core class that has it (a ModelParallelConfig field belongs to
-    TransformerConfig). Read from the installed sources, so that a wrong name costs no import of torch."""
-    import ast
-    import importlib.util
-
+def megatron_fields() -> frozenset[str]:
+    """Every field that `megatron.*` can set. Read from megatron-core's sources, so a wrong name costs no import of it."""
     spec = importlib.util.find_spec("megatron")
-    locations = list(spec.submodule_search_locations or ()) if spec else []
-    root = next((Path(p) / "core" for p in locations if (Path(p) / "core").is_dir()), None)
+    roots = [Path(p) / "core" for p in (spec.submodule_search_locations or ())] if spec else []
+    root = next((r for r in roots if r.is_dir()), None)
     if root is None:
         raise ValueError("megatron-core is not installed; pip install 'megatron-core>=0.16.1,<0.20'")
-    owner: dict[str, str] = {}
-    for cls, file in _MEGATRON_CLASSES.items():
-        for node in ast.parse((root / file).read_text()).body:
-            if isinstance(node, ast.ClassDef) and node.name == cls:
-                names = [n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
-                owner |= {name: cls.replace("ModelParallel", "Transformer") for name in names if name not in owner}
-    return owner
+    return frozenset(
+        field.target.id
+        for cls, file in _MEGATRON_CLASSES.items()
+        for node in ast.parse((root / file).read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name == cls
+        for field in node.body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+    )

@@ -9,6 +9,7 @@ Works with megatron-core 0.16.1 to 0.19.x.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -89,5 +90,7 @@ def _use_cpu_generator() -> None:
 
     from megatron.core.tensor_parallel import random
 
+    # Its forks compare the CPU generator before and after and warn: here that one is the one that is forked.
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

@@ -20,9 +20,8 @@ from megatron_real.config import Config
 from megatron_real.policy.layout import Groups
 from megatron_real.policy.microbatch import Alignment, micro_batch
 from megatron_real.policy.model import build_model
-from megatron_real.policy.train_step import Batch, Gradient, TrainStep
-from megatron_real.records import EXCLUDED
-from megatron_real.records import Rollout
+from megatron_real.policy.train_step import Batch, Gradient, TokenStats, TrainStep
+from megatron_real.records import EXCLUDED, Rollout
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.hf import HfWeights, torch_dtype
 from megatron_real.weights.stream import load_hf, stream_hf
@@ -149,6 +148,19 @@ class Policy:
         self.optimizer.step()
         self.scheduler.step(increment=1)
         return Update(gradient, grad_norm, lr, skipped=False)
+
+    def token_stats(self, batches: Sequence[Batch]) -> TokenStats:
+        """Token-level figures of the step over all ranks. Collective over the world."""
+        sums, largest = torch.zeros(4, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        if self.groups.is_last_stage and self.groups.tp.rank() == 0:  # tensor-parallel ranks have the same log-probs
+            for batch in batches:
+                sums += batch.tokens.sums
+                largest[0] = max(float(largest), batch.tokens.largest)
+        device = torch.cuda.current_device()
+        sums, largest = sums.to(device), largest.to(device)
+        dist.all_reduce(sums)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return TokenStats(sums.cpu(), float(largest))
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Every HF (name, tensor) on every rank, one at a time. Collective: all ranks consume all of it."""
