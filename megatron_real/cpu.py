@@ -23,6 +23,16 @@ _CONSTRUCTORS = ("tensor", "zeros", "ones", "empty", "full", "empty_like", "zero
 _enabled = False
 
 
+class _Stream:
+    """The CPU's only stream: whoever waits for it has nothing to wait for."""
+
+    def wait_stream(self, _other: Any) -> None:
+        pass
+
+
+_STREAM = _Stream()
+
+
 def enable() -> bool:
     """Makes megatron-core usable without CUDA. Call it before megatron is imported; calling it again changes nothing.
 
@@ -51,6 +61,7 @@ def _answer_device_queries() -> None:
     torch.cuda.set_device = lambda _device: None
     torch.cuda.synchronize = lambda _device=None: None  # CPU work is synchronous
     torch.cuda.empty_cache = lambda: None
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda _device=None: _STREAM
 
 
 def _map_cuda_constructors() -> None:

@@ -7,6 +7,9 @@ Two functions, one result: `vocab_parallel_logprobs` starts from logits, `linear
 output weight, so that logits never exist beyond one chunk. Both compute in fp32 (fp64 for fp64 inputs), communicate
 once per call whatever the chunking, skip tokens without a target, and return log-probs that are complete on every
 tensor-parallel rank: sums over tokens need no reduction over TP.
+
+Speed is memory traffic: each chunk works in two buffers that are allocated once, the logits in their own dtype and one
+in the accumulation dtype, and every operation on them fuses what it can (widening, temperature and shift are one).
 """
 
 from __future__ import annotations
@@ -21,6 +24,11 @@ from torch import Tensor
 NO_TARGET = -1
 """Target of a token whose log-prob is not wanted: its log-prob is 0 and it gets no gradient and costs no work."""
 
+# Default size of a chunk in the accumulation dtype. On a CPU it stays in the cache, and below the 32 MiB from which on
+# glibc maps fresh pages for every allocation (their faults cost more than the arithmetic). On a GPU it is what keeps
+# the matrix products and launches at full speed: 8192 tokens x 8192 vocabulary columns.
+_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+
 
 def vocab_parallel_logprobs(
     logits_TV: Tensor,
@@ -29,7 +37,7 @@ def vocab_parallel_logprobs(
     tp_group: dist.ProcessGroup | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(logits / temperature)[target], differentiable with respect to the logits.
@@ -41,7 +49,7 @@ def vocab_parallel_logprobs(
         tp_group: ranks that share the vocabulary; None when it is not sharded.
         temperature: sampling temperature, > 0.
         vocab_size: tokens of the real vocabulary; columns from there on are padding and have probability 0. None: all.
-        chunk_size: tokens that are held in fp32 at a time.
+        chunk_size: tokens that are held in fp32 at a time; None: 16 MiB of them on a CPU, 256 MiB on a GPU.
         return_entropy: also return the entropy of the distribution (nats, no gradient).
 
     Returns:
@@ -52,8 +60,9 @@ def vocab_parallel_logprobs(
         ValueError: shapes, temperature, chunk size or targets are out of range.
     """
     _check(logits_TV, target_T, logits_TV.shape[1], tp_group, temperature, vocab_size, chunk_size)
+    shard = _Shard.of(logits_TV.shape[1], tp_group, vocab_size)
     logprob_T, entropy_T = _LogprobsFromLogits.apply(
-        logits_TV, target_T, _Shard.of(logits_TV.shape[1], tp_group, vocab_size), temperature, chunk_size, return_entropy
+        logits_TV, target_T, shard, temperature, chunk_size, return_entropy
     )
     return (logprob_T, entropy_T) if return_entropy else logprob_T
 
@@ -66,7 +75,7 @@ def linear_logprobs(
     tp_group: dist.ProcessGroup | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
-    chunk_size: int = 8192,
+    chunk_size: int | None = None,
     sequence_parallel: bool = False,
 ) -> Tensor:
     """log softmax(hidden @ weight.T / temperature)[target] without ever holding the logits.
@@ -85,7 +94,8 @@ def linear_logprobs(
         weight_VH: [V, H] float, this rank's rows of the output weight.
         target_T: [T] int64 token ids of the whole vocabulary, or NO_TARGET. Always of all T tokens.
         tp_group, temperature, vocab_size: as in `vocab_parallel_logprobs`.
-        chunk_size: vocabulary columns that are held at a time: T * chunk_size logits.
+        chunk_size: vocabulary columns that are held at a time, T * chunk_size logits; None: as many as make 16 MiB in
+            fp32 on a CPU, 256 MiB on a GPU.
         sequence_parallel: the hidden states are sharded over `tp_group` along tokens.
 
     Returns:
@@ -97,7 +107,7 @@ def linear_logprobs(
     world = dist.get_world_size(tp_group) if sequence_parallel and tp_group is not None else 1
     if hidden_TH.shape[0] * world != target_T.shape[0]:
         raise ValueError(
-            f"hidden has {hidden_TH.shape[0]} tokens on each of {world} ranks, but there are {target_T.shape[0]} targets"
+            f"hidden has {len(hidden_TH)} tokens on each of {world} ranks, but there are {len(target_T)} targets"
         )
     _check(weight_VH, target_T, weight_VH.shape[0], tp_group, temperature, vocab_size, chunk_size, tokens=False)
     shard = _Shard.of(weight_VH.shape[0], tp_group, vocab_size)
@@ -134,34 +144,46 @@ class _Shard:
 
     def pick(self, logits_KC: Tensor, target_K: Tensor, start: int) -> Tensor:
         """[K] the target's logit where it lies in the columns [start, start + C) of this shard, else 0."""
-        column_K = target_K - (self.first + start)
-        inside_K = (column_K >= 0) & (column_K < logits_KC.shape[1])
-        picked_K = logits_KC.gather(1, column_K.clamp(0, logits_KC.shape[1] - 1).unsqueeze(1)).squeeze(1)
-        return torch.where(inside_K, picked_K, 0.0)
+        column_K, inside_K = self._locate(target_K, start, logits_KC.shape[1])
+        return torch.where(inside_K, logits_KC.gather(1, column_K.unsqueeze(1)).squeeze(1), 0.0)
 
-    def subtract_softmax_(self, logits_KC: Tensor, lse_K: Tensor, target_K: Tensor, start: int, scale_K: Tensor) -> Tensor:
-        """Overwrites logits by d(sum_k g_k logprob_k) / d(unscaled logits) = g_k / temperature * (onehot - softmax)."""
-        grad_KC = logits_KC.sub_(lse_K.unsqueeze(1)).exp_().mul_(-scale_K.unsqueeze(1))
+    def softmax_minus_onehot(
+        self, logits_KC: Tensor, lse_K: Tensor, target_K: Tensor, start: int, temperature: float, out_KC: Tensor
+    ) -> Tensor:
+        """Writes the gradient of -logprob with respect to logits / temperature to `out_KC`, which may be the logits."""
+        column_K, inside_K = self._locate(target_K, start, logits_KC.shape[1])
+        torch.add(-lse_K.unsqueeze(1), logits_KC, alpha=1 / temperature, out=out_KC).exp_()
+        return out_KC.scatter_add_(1, column_K.unsqueeze(1), -inside_K.to(out_KC.dtype).unsqueeze(1))
+
+    def _locate(self, target_K: Tensor, start: int, num_columns: int) -> tuple[Tensor, Tensor]:
+        """[K] the target's column, counted from `start` and clamped into the chunk, and [K] bool: it lies in there."""
         column_K = target_K - (self.first + start)
-        inside_K = (column_K >= 0) & (column_K < grad_KC.shape[1])
-        column_K = column_K.clamp(0, grad_KC.shape[1] - 1).unsqueeze(1)
-        return grad_KC.scatter_add_(1, column_K, torch.where(inside_K, scale_K, 0.0).unsqueeze(1))
+        return column_K.clamp(0, num_columns - 1), (column_K >= 0) & (column_K < num_columns)
 
 
 class _LogprobsFromLogits(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_TV: Tensor, target_T: Tensor, shard: _Shard, temperature: float, chunk: int, entropy: bool
+        ctx: Any,
+        logits_TV: Tensor,
+        target_T: Tensor,
+        shard: _Shard,
+        temperature: float,
+        chunk: int | None,
+        entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         kept_K = (target_T >= 0).nonzero().squeeze(1)
         parts_SK = logits_TV.new_zeros(3 if entropy else 2, kept_K.numel(), dtype=_accumulator(logits_TV))
-        for rows in _chunks(kept_K.numel(), chunk):
-            logits_CV = _scaled(logits_TV[kept_K[rows], : shard.valid], temperature)
-            parts_SK[0, rows] = lse_C = _logsumexp(logits_CV)
-            if shard.valid:
-                parts_SK[1, rows] = shard.pick(logits_CV, target_T[kept_K[rows]], 0)
-                if entropy:
-                    parts_SK[2, rows] = (torch.exp(logits_CV - lse_C.unsqueeze(1)) * logits_CV).sum(1)
+        parts_SK[0] = -torch.inf  # where this rank's shard is all padding
+        chunk = chunk or _chunk_size(shard.valid, parts_SK)
+        wide_CV = parts_SK.new_empty(min(chunk, kept_K.numel()), shard.valid)
+        for part, rows in _row_chunks(kept_K, target_T.numel(), chunk if shard.valid else 0):
+            logits_CV = logits_TV[rows, : shard.valid]
+            parts_SK[0, part] = lse_C = _logsumexp(logits_CV, temperature, wide_CV[: len(logits_CV)])
+            parts_SK[1, part] = shard.pick(logits_CV, target_T[rows], 0) / temperature
+            if entropy:
+                logprob_CV = torch.add(-lse_C.unsqueeze(1), logits_CV, alpha=1 / temperature)
+                parts_SK[2, part] = lse_C + (logprob_CV.exp() * logprob_CV).sum(1)
         lse_K, logit_K, *mean_K = shard.combine(parts_SK)
         ctx.save_for_backward(logits_TV, target_T, kept_K, lse_K)
         ctx.shard, ctx.temperature, ctx.chunk = shard, temperature, chunk
@@ -173,14 +195,19 @@ class _LogprobsFromLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_T: Tensor, _entropy: Tensor) -> tuple[Tensor | None, ...]:
         logits_TV, target_T, kept_K, lse_K = ctx.saved_tensors
-        grad_TV = torch.zeros_like(logits_TV)
-        for rows in _chunks(kept_K.numel(), ctx.chunk):
-            kept_C = kept_K[rows]
-            logits_CV = _scaled(logits_TV[kept_C, : ctx.shard.valid], ctx.temperature)
-            if ctx.shard.valid:
-                scale_C = grad_T[kept_C].to(lse_K.dtype) / ctx.temperature
-                grad_CV = ctx.shard.subtract_softmax_(logits_CV, lse_K[rows], target_T[kept_C], 0, scale_C)
-                grad_TV[kept_C, : ctx.shard.valid] = grad_CV.to(grad_TV.dtype)
+        shard: _Shard = ctx.shard
+        dense = kept_K.numel() == target_T.numel() and shard.valid == logits_TV.shape[1]
+        grad_TV = torch.empty_like(logits_TV) if dense else torch.zeros_like(logits_TV)
+        wide_CV = lse_K.new_empty(min(ctx.chunk, kept_K.numel()), shard.valid)
+        for part, rows in _row_chunks(kept_K, target_T.numel(), ctx.chunk if shard.valid else 0):
+            logits_CV, scale_C = logits_TV[rows, : shard.valid], grad_T[rows].to(lse_K.dtype) / ctx.temperature
+            grad_CV = shard.softmax_minus_onehot(
+                logits_CV, lse_K[part], target_T[rows], 0, ctx.temperature, wide_CV[: len(logits_CV)]
+            )
+            if isinstance(rows, slice):
+                torch.mul(grad_CV, -scale_C.unsqueeze(1), out=grad_TV[rows, : shard.valid])
+            else:
+                grad_TV[rows, : shard.valid] = grad_CV.mul_(-scale_C.unsqueeze(1)).to(grad_TV.dtype)
         return grad_TV, None, None, None, None, None
 
 
@@ -193,18 +220,18 @@ class _LogprobsFromHidden(torch.autograd.Function):
         target_T: Tensor,
         shard: _Shard,
         temperature: float,
-        chunk: int,
+        chunk: int | None,
         sequence_parallel: bool,
     ) -> Tensor:
         kept_K = (target_T >= 0).nonzero().squeeze(1)
         target_K = target_T[kept_K]
-        hidden_KH = _gathered(hidden_TH, shard.group, sequence_parallel)[kept_K]
+        hidden_KH = _rows(_gathered(hidden_TH, shard.group, sequence_parallel), kept_K)
         parts_SK = hidden_TH.new_zeros(2, kept_K.numel(), dtype=_accumulator(hidden_TH))
         parts_SK[0] = -torch.inf
-        for columns in _chunks(shard.valid, chunk):
-            logits_KC = _scaled(hidden_KH @ weight_VH[columns].t(), temperature)
-            parts_SK[1] += shard.pick(logits_KC, target_K, columns.start)
-            parts_SK[0] = torch.logaddexp(parts_SK[0], _logsumexp(logits_KC))
+        chunk = chunk or _chunk_size(kept_K.numel(), parts_SK)
+        for columns, logits_KC, wide_KC in _logit_chunks(hidden_KH, weight_VH, shard.valid, chunk):
+            parts_SK[1] += shard.pick(logits_KC, target_K, columns.start) / temperature
+            parts_SK[0] = torch.logaddexp(parts_SK[0], _logsumexp(logits_KC, temperature, wide_KC))
         lse_K, logit_K = shard.combine(parts_SK)
         ctx.save_for_backward(hidden_TH, weight_VH, target_K, kept_K, lse_K)
         ctx.shard, ctx.temperature, ctx.chunk, ctx.sequence_parallel = shard, temperature, chunk, sequence_parallel
@@ -215,18 +242,37 @@ class _LogprobsFromHidden(torch.autograd.Function):
         hidden_TH, weight_VH, target_K, kept_K, lse_K = ctx.saved_tensors
         shard: _Shard = ctx.shard
         hidden_all_TH = _gathered(hidden_TH, shard.group, ctx.sequence_parallel)
-        hidden_KH = hidden_all_TH[kept_K]
-        scale_K = grad_T[kept_K].to(lse_K.dtype) / ctx.temperature
+        hidden_KH = _rows(hidden_all_TH, kept_K)
+        # A token's factor multiplies its row of the logits' gradient. H is far narrower than V: it goes there instead.
+        factor_K1 = (grad_T[kept_K].to(lse_K.dtype) / -ctx.temperature).unsqueeze(1)
+        scaled_hidden_KH = (hidden_KH * factor_K1).to(hidden_KH.dtype)
         grad_weight_VH = torch.zeros_like(weight_VH) if shard.valid < len(weight_VH) else torch.empty_like(weight_VH)
         grad_hidden_KH = torch.zeros_like(hidden_KH, dtype=lse_K.dtype)
-        for columns in _chunks(shard.valid, ctx.chunk):
-            logits_KC = _scaled(hidden_KH @ weight_VH[columns].t(), ctx.temperature)
-            grad_KC = shard.subtract_softmax_(logits_KC, lse_K, target_K, columns.start, scale_K).to(weight_VH.dtype)
+        for columns, logits_KC, wide_KC in _logit_chunks(hidden_KH, weight_VH, shard.valid, ctx.chunk):
+            shard.softmax_minus_onehot(logits_KC, lse_K, target_K, columns.start, ctx.temperature, wide_KC)
+            grad_KC = logits_KC.copy_(wide_KC)
             grad_hidden_KH += grad_KC @ weight_VH[columns]
-            torch.mm(grad_KC.t(), hidden_KH, out=grad_weight_VH[columns])
-        grad_hidden_TH = grad_hidden_KH.new_zeros(hidden_all_TH.shape).index_copy_(0, kept_K, grad_hidden_KH)
+            torch.mm(grad_KC.t(), scaled_hidden_KH, out=grad_weight_VH[columns])
+        grad_hidden_TH = _spread(grad_hidden_KH.mul_(factor_K1), kept_K, len(hidden_all_TH))
         grad_hidden_TH = _reduced(grad_hidden_TH, shard.group, ctx.sequence_parallel).to(hidden_TH.dtype)
         return grad_hidden_TH, grad_weight_VH, None, None, None, None, None
+
+
+def _logit_chunks(
+    hidden_KH: Tensor, weight_VH: Tensor, num_columns: int, chunk: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Columns of the vocabulary, their logits [K, C], and a buffer of the same shape in the accumulation dtype. The
+    next chunk overwrites both; where the logits have that dtype, they are one."""
+    logits_buffer = hidden_KH.new_empty(len(hidden_KH) * min(chunk, num_columns))
+    wide_buffer = torch.empty_like(logits_buffer, dtype=_accumulator(hidden_KH))
+    if hidden_KH.dtype == wide_buffer.dtype:
+        wide_buffer = logits_buffer
+    for columns in _chunks(num_columns, chunk):
+        weight_CH = weight_VH[columns]
+        shape = len(hidden_KH), len(weight_CH)
+        logits_KC = logits_buffer[: shape[0] * shape[1]].view(shape)
+        torch.mm(hidden_KH, weight_CH.t(), out=logits_KC)
+        yield columns, logits_KC, wide_buffer[: logits_KC.numel()].view(shape)
 
 
 def _gathered(hidden_TH: Tensor, group: dist.ProcessGroup | None, sequence_parallel: bool) -> Tensor:
@@ -254,24 +300,39 @@ def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """Logits in the accumulation dtype, divided by the temperature; may reuse the (temporary) input's memory."""
-    logits = logits.to(_accumulator(logits))
-    return logits if temperature == 1.0 else logits.div_(temperature)
+def _logsumexp(logits_KC: Tensor, temperature: float, buffer_KC: Tensor) -> Tensor:
+    """[K] log-sum-exp of logits / temperature over at least one column. Overwrites the buffer, which may be they."""
+    top_K = logits_KC.amax(1).to(buffer_KC.dtype) / temperature
+    torch.add(-top_K.unsqueeze(1), logits_KC, alpha=1 / temperature, out=buffer_KC)
+    return buffer_KC.exp_().sum(1).log_().add_(top_K)
 
 
-def _logsumexp(logits_KC: Tensor) -> Tensor:
-    """[K] log-sum-exp over columns; -inf where this rank has none (its shard is all padding)."""
-    return logits_KC.logsumexp(1) if logits_KC.shape[1] else logits_KC.new_full((logits_KC.shape[0],), -torch.inf)
+def _rows(x_TH: Tensor, kept_K: Tensor) -> Tensor:
+    """x_TH[kept_K], without a copy where all are kept."""
+    return x_TH if kept_K.numel() == len(x_TH) else x_TH[kept_K]
 
 
 def _spread(values_K: Tensor, kept_K: Tensor, num_tokens: int) -> Tensor:
-    """[T] the values at their tokens, 0 elsewhere."""
-    return values_K.new_zeros(num_tokens).index_copy_(0, kept_K, values_K)
+    """[T, ...] the values at their tokens, 0 elsewhere; the values themselves where all are kept."""
+    if kept_K.numel() == num_tokens:
+        return values_K
+    return values_K.new_zeros(num_tokens, *values_K.shape[1:]).index_copy_(0, kept_K, values_K)
+
+
+def _chunk_size(other_size: int, like: Tensor) -> int:
+    """Rows (or columns) of a default chunk, each of `other_size` elements in the dtype and on the device of `like`."""
+    return max(1, _CHUNK_BYTES["cuda" if like.is_cuda else "cpu"] // (max(other_size, 1) * like.element_size()))
 
 
 def _chunks(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def _row_chunks(kept_K: Tensor, num_tokens: int, size: int) -> Iterator[tuple[slice, slice | Tensor]]:
+    """Chunks of the kept tokens: where they lie among the K, and among the T (a slice, and so no copy, where all are
+    kept). None for size 0."""
+    all_kept = kept_K.numel() == num_tokens
+    return ((part, part if all_kept else kept_K[part]) for part in _chunks(kept_K.numel() if size else 0, size or 1))
 
 
 def _check(
@@ -281,14 +342,14 @@ def _check(
     tp_group: dist.ProcessGroup | None,
     temperature: float,
     vocab_size: int | None,
-    chunk_size: int,
+    chunk_size: int | None,
     tokens: bool = True,
 ) -> None:
     if matrix.dim() != 2 or target_T.dim() != 1 or (tokens and matrix.shape[0] != target_T.shape[0]):
         raise ValueError(f"expected [T, V] and [T], got {tuple(matrix.shape)} and {tuple(target_T.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
     total = columns * (dist.get_world_size(tp_group) if tp_group is not None else 1)
     if vocab_size is not None and not 0 < vocab_size <= total:

@@ -1,0 +1,57 @@
+"""The command line: `megatron-real train CONFIG.yaml [key.sub=value ...]`, by itself or under torchrun or srun.
+
+A wrong configuration is refused before anything heavy is imported, in one sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_real import config as configuration
+from megatron_real.weights.architecture import Architecture
+
+logger = logging.getLogger("megatron_real")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0 done, 1 the run failed, 2 the input was refused, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="megatron-real", description="REAL (Rewards as Labels) on Megatron-LM.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train a policy", description="Trains a policy by REAL.")
+    train.add_argument("config", help="YAML file; see examples/configs/")
+    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
+    chosen = parser.parse_args(arguments)
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        config = configuration.load(chosen.config, chosen.overrides)
+        configuration.check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
+        if not config.trainer.run_dir:
+            raise ValueError("trainer.run_dir is empty; say where the run may write, for example trainer.run_dir=runs/first")
+        Architecture.read(config.model.path)
+    except ValueError as error:
+        if first:
+            print(f"megatron-real: {error}", file=sys.stderr)
+        return 2
+    return _train(config, first)
+
+
+def _train(config: configuration.Config, first: bool) -> int:
+    from megatron_real.loop import train
+
+    try:
+        train(config)
+    except KeyboardInterrupt:
+        if first:
+            print(f"megatron-real: interrupted; metrics and rollouts so far are in {config.trainer.run_dir}", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError) as error:
+        if logger.isEnabledFor(logging.DEBUG):
+            raise
+        print(f"megatron-real: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0

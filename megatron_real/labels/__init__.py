@@ -1,0 +1,5 @@
+"""Completion + gold answers -> positive, negative or excluded. A check that fails is excluded and counted, never a 0."""
+
+from megatron_real.labels.labeller import Labeller, TooManyFailedChecks
+
+__all__ = ["Labeller", "TooManyFailedChecks"]
