@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from megatron_real import config as configuration
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
     chosen = parser.parse_args(arguments)
     first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    _quiet(first)
     try:
         config = configuration.load(chosen.config, chosen.overrides)
         configuration.check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -40,18 +41,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _train(config, first)
 
 
+def _quiet(first: bool) -> None:
+    """Our own messages once, from the first rank; of the libraries below only what is serious."""
+    logging.basicConfig(level=logging.WARNING if first else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    logger.setLevel(logging.INFO if first else logging.ERROR)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|megatron)\b.*")
+
+
 def _train(config: configuration.Config, first: bool) -> int:
-    from megatron_real.loop import train
+    from megatron_real.job import build
+    from megatron_real.labels import TooManyFailedChecks
+    from megatron_real.loop import NonFinite, train
 
     try:
-        train(config)
+        job = build(config)
+    except ValueError as error:  # weights, data or layout do not fit: the input's fault, said in one sentence
+        print(f"megatron-real: {error}", file=sys.stderr)
+        return 2
+    try:
+        train(job)
     except KeyboardInterrupt:
         if first:
             print(f"megatron-real: interrupted; metrics and rollouts so far are in {config.trainer.run_dir}", file=sys.stderr)
         return 130
-    except (ValueError, RuntimeError) as error:
-        if logger.isEnabledFor(logging.DEBUG):
-            raise
-        print(f"megatron-real: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+    except (NonFinite, TooManyFailedChecks) as error:
+        if first:
+            print(f"megatron-real: {error}", file=sys.stderr)
+        return 1
     return 0

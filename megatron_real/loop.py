@@ -1,67 +1,133 @@
-"""Algorithm 1 of REAL, and the map of this project: each line of `train` is a stage, each stage a package.
+"""Algorithm 1 of REAL, and the map of this project: each stage of `train` is a package.
 
-    prompts -> rollouts -> labels -> batches, old log-probs -> updates -> metrics, rollouts on disk -> evaluation
+    prompts -> rollouts -> labels -> batches, old log-probs -> updates -> rollouts and metrics on disk -> evaluation
        ^                                                          |
        +---------------------- weights to the engine <------------+
 
-    stage           consumes                    produces                  waits for
-    sync            the policy's weights        the engine's weights      all ranks, tensor by tensor
-    rollout         prompts                     completions               its own rank only
-    label           completions                 rollouts on every rank    the slowest rank's verifier
-    old_logprobs    rollouts                    packed batches            the pipeline
-    update          one batch at a time         new weights               all ranks, once per update
+    stage           consumes                  produces                  waits for
+    sync            the policy's weights      the engine's weights      all ranks, tensor by tensor
+    rollout         prompts                   completions               its own rank only
+    label           completions               rollouts on every rank    the slowest rank's verifier
+    old_logprobs    rollouts                  packed batches            the pipeline
+    update          one batch at a time       new weights               all ranks, once per update
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
-from megatron_real.config import Config
+from megatron_real.evaluate import evaluate
+from megatron_real.job import Generation, Job
 from megatron_real.policy.policy import Update
+from megatron_real.policy.train_step import Batch
 from megatron_real.records import Rollout
-from megatron_real.stages import Stages
-
-logger = logging.getLogger(__name__)
+from megatron_real.rollout.stage import permuted_labels
+from megatron_real.runs.directory import RunDirectory
+from megatron_real.runs.reporter import Training
+from megatron_real.runs.rollouts import read_rollouts
+from megatron_real.weights.hf import write_hf
 
 
 class NonFinite(RuntimeError):
     """Too many updates in a row had a loss or gradient that was not finite."""
 
 
-def train(config: Config) -> None:
-    """Trains a policy by REAL. Run by every process of the job."""
-    stages = Stages(config)
-    with stages.progress:
-        _evaluate(stages, step=0)
+def train(job: Job) -> None:
+    """Trains the policy by REAL. Every process of the job runs this together."""
+    config, reporter = job.config, job.reporter
+    with reporter.progress:
+        _evaluate(job, step=0)
         for step in range(1, config.trainer.steps + 1):
-            with stages.profiled(step):
-                rollouts = stages.replayed(step) if config.rollout.replay else _rollouts(stages, step)
-                stages.keep_rollouts(step, rollouts)
-                updates = _updates(stages, step, rollouts)
-                stages.report(step, rollouts, updates)
+            with reporter.step(step):
+                rollouts = _rollouts(job, step)
+                reporter.rollouts(step, rollouts)
+                batches, updates = _updates(job, rollouts)
+                reporter.trained(step, rollouts, _training(job, rollouts, batches, updates))
+                _stop_if_not_finite(job, step, batches, updates)
             if config.evaluation.every and step % config.evaluation.every == 0 or step == config.trainer.steps:
-                _evaluate(stages, step)
-        stages.finish()
+                _evaluate(job, step)
+        if config.trainer.export:
+            _export(job)
+        reporter.finish()
 
 
-def _rollouts(stages: Stages, step: int) -> list[Rollout]:
-    prompts = stages.cursor.next_batch(stages.config.rollout.num_prompts)
-    with stages.timed("sync"):
-        stages.engine.prepare_for_inference(stages.policy.stream())
-    with stages.timed("rollout"):
-        sampled = stages.rollout.generate(prompts, stages.training_sampling, seed=stages.seed(step))
-    with stages.timed("label"):
-        rollouts = stages.rollout.label(prompts, sampled)
-    stages.engine.finish_inference()
-    return stages.permuted(step, rollouts) if stages.config.labels.permute else rollouts
+def _rollouts(job: Job, step: int) -> list[Rollout]:
+    """The step's labelled rollouts, the same on every rank: newly sampled, or those of a saved run."""
+    if job.generation is None:
+        return read_rollouts(RunDirectory(job.config.rollout.replay).rollouts(step))
+    timed, stage = job.reporter.progress.stage, job.generation.stage
+    prompts = job.generation.cursor.next_batch(job.config.rollout.num_prompts)
+    _sync(job, job.generation)
+    with timed("rollout"):
+        sampled = stage.generate(prompts, job.generation.sampling, seed=job.seed(step))
+    with timed("label"):
+        rollouts = stage.label(prompts, sampled)
+    stage.engine.finish_inference()
+    return permuted_labels(rollouts, seed=job.seed(step)) if job.config.labels.permute else rollouts
 
 
-def _updates(stages: Stages, step: int, rollouts: Sequence[Rollout]) -> list[Update]:
-    with stages.timed("old_logprobs"):
-        batches = stages.policy.prepare(rollouts)
-    updates = []
-    with stages.timed("update"):
-        for batch in batches:
-            updates.append(stages.policy.update(batch))
-    return updates
+def _sync(job: Job, generation: Generation) -> None:
+    with job.reporter.progress.stage("sync"):
+        generation.stage.engine.prepare_for_inference(job.policy.stream())
+
+
+def _updates(job: Job, rollouts: Sequence[Rollout]) -> tuple[list[Batch], list[Update]]:
+    timed = job.reporter.progress.stage
+    with timed("old_logprobs"):
+        batches = job.policy.prepare(rollouts)
+    with timed("update"):
+        return batches, [job.policy.update(batch) for batch in batches]
+
+
+def _stop_if_not_finite(job: Job, step: int, batches: Sequence[Batch], updates: Sequence[Update]) -> None:
+    for number, (batch, update) in enumerate(zip(batches, updates, strict=True), 1):
+        if update.skipped:
+            job.reporter.skipped(step, number, batch.minibatch.rollouts)
+        if update.skipped_in_a_row >= job.config.trainer.max_skipped_updates:
+            raise NonFinite(
+                f"{update.skipped_in_a_row} updates in a row had a loss or gradient that was not finite; their batches "
+                f"are in {job.reporter.directory.dumps}, for rollout.replay with a lower optimizer.lr"
+            )
+
+
+def _evaluate(job: Job, step: int) -> None:
+    generation = job.generation
+    if generation is None or not generation.heldout:
+        return
+    _sync(job, generation)
+    with job.reporter.progress.stage("evaluation"):
+        seed = job.seed(0)  # the same draws at every evaluation: differences are the policy's
+        result = evaluate(generation.stage, generation.heldout, generation.heldout_sampling, seed=seed)
+    job.reporter.evaluated(step, result)
+
+
+def _export(job: Job) -> None:
+    """Writes the weights as an HF directory, in the dtype of the weights that training started from."""
+    stream = ((name, tensor.to(job.weights.dtype(name))) for name, tensor in job.policy.stream())
+    if job.reporter.first:
+        write_hf(job.reporter.directory.weights, stream, source=job.config.model.path)
+    else:
+        for _ in stream:  # the stream is collective: every rank takes part in every tensor
+            pass
+
+
+def _training(job: Job, rollouts: Sequence[Rollout], batches: Sequence[Batch], updates: Sequence[Update]) -> Training:
+    """The step's updates in plain numbers. Collective over all ranks."""
+    stats = job.policy.token_stats(batches)
+    kept = [batch.minibatch.rollouts[i].num_tokens for batch in batches for i in batch.minibatch.kept]
+    weights = [update.gradient.weight_R for update in updates]
+    return Training(
+        losses=[update.gradient.loss for update in updates],
+        scores=[s for update in updates for s in update.gradient.score_R.tolist()],
+        weights=[w for weight_R in weights for w in weight_R.tolist()],
+        max_abs_weight_tau=max(
+            float(weight_R.abs().max()) * batch.minibatch.num_groups * job.config.objective.tau
+            for weight_R, batch in zip(weights, batches, strict=True)
+        ),
+        grad_norms=[update.grad_norm for update in updates],
+        lr=updates[-1].lr,
+        skipped=[i for i, update in enumerate(updates, 1) if update.skipped],
+        token_means=stats.means(),
+        tokens=sum(kept),
+        flops=sum(3 * n * job.policy.architecture.flops_per_token(n / 2) for n in kept),
+    )

@@ -30,7 +30,8 @@ To reach (bf16): ours/logits no slower than megatron at no more memory; ours/lin
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,62 +91,67 @@ def _allocations(recorded: Any) -> list[Any]:
 
 
 def compare(
-    title: str, paths: dict[str, Callable[[], Any]], inputs: list[Tensor], renew: Callable[[], None], arguments: Any
+    title: str,
+    paths: Mapping[str, Callable[[], Tensor]],
+    inputs: Sequence[Tensor],
+    renew: Callable[[], None],
+    options: argparse.Namespace,
 ) -> None:
-    """Times and measures the paths and prints their table; the path `megatron` is the baseline. `renew` prepares the
-    inputs of a run."""
-    seconds = interleaved(paths, arguments, before_each=renew)
-    memory = {}
-    for name, path in paths.items():
+    """Times and measures the paths, forward and backward, and prints their table; `megatron` is the baseline. `renew`
+    prepares the inputs of a run."""
+    gradient_T = torch.rand(options.tokens, device=cpu.device())
+
+    def prepare(name: str) -> Callable[[], None]:
         renew()
-        memory[name] = peak_extra_bytes(path, inputs)
+        return lambda: paths[name]().backward(gradient_T)
+
+    seconds = interleaved({name: partial(prepare, name) for name in paths}, options)
+    memory = {name: peak_extra_bytes(prepare(name), inputs) for name in paths}
     rows = [
         {
             "path": name,
-            "seconds": min(seconds[name]),
-            "x megatron's time": min(seconds[name]) / min(seconds["megatron"]),
+            "seconds": seconds[name],
+            "x megatron's time": seconds[name] / seconds["megatron"],
             "peak MiB": memory[name] / MIB,
             "x less than megatron": memory["megatron"] / max(memory[name], 1),
         }
         for name in paths
     ]
-    show(title, rows, arguments)
+    show(title, rows, options)
 
 
-def from_hidden(arguments: Any, sizes: str) -> None:
-    dtype, device = DTYPES[arguments.dtype], cpu.device()
-    hidden_TH = torch.randn(arguments.tokens, arguments.hidden, device=device).to(dtype).requires_grad_()
-    weight_VH = torch.randn(arguments.vocab, arguments.hidden, device=device).mul_(0.05).to(dtype).requires_grad_()
-    target_T = torch.randint(arguments.vocab, (arguments.tokens,), device=device)
-    gradient_T = torch.rand(arguments.tokens, device=device)
+def from_hidden(options: argparse.Namespace, sizes: str) -> None:
+    dtype, device = DTYPES[options.dtype], cpu.device()
+    hidden_TH = torch.randn(options.tokens, options.hidden, device=device).to(dtype).requires_grad_()
+    weight_VH = torch.randn(options.vocab, options.hidden, device=device).mul_(0.05).to(dtype).requires_grad_()
+    target_T = torch.randint(options.vocab, (options.tokens,), device=device)
 
     def renew() -> None:
         hidden_TH.grad = weight_VH.grad = None
 
     paths = {
-        "naive": lambda: naive(hidden_TH @ weight_VH.t(), target_T).backward(gradient_T),
-        "megatron": lambda: megatron(hidden_TH @ weight_VH.t(), target_T).backward(gradient_T),
-        "ours/logits": lambda: vocab_parallel_logprobs(hidden_TH @ weight_VH.t(), target_T).backward(gradient_T),
-        "ours/linear": lambda: linear_logprobs(hidden_TH, weight_VH, target_T).backward(gradient_T),
+        "naive": lambda: naive(hidden_TH @ weight_VH.t(), target_T),
+        "megatron": lambda: megatron(hidden_TH @ weight_VH.t(), target_T),
+        "ours/logits": lambda: vocab_parallel_logprobs(hidden_TH @ weight_VH.t(), target_T),
+        "ours/linear": lambda: linear_logprobs(hidden_TH, weight_VH, target_T),
     }
-    compare(f"From hidden states: {sizes}", paths, [hidden_TH, weight_VH], renew, arguments)
+    compare(f"From hidden states: {sizes}", paths, [hidden_TH, weight_VH], renew, options)
 
 
-def from_logits(arguments: Any, sizes: str) -> None:
-    logits_TV = torch.empty(arguments.tokens, arguments.vocab, dtype=DTYPES[arguments.dtype], device=cpu.device())
+def from_logits(options: argparse.Namespace, sizes: str) -> None:
+    logits_TV = torch.empty(options.tokens, options.vocab, dtype=DTYPES[options.dtype], device=cpu.device())
     logits_TV.requires_grad_()
-    target_T = torch.randint(arguments.vocab, (arguments.tokens,), device=cpu.device())
-    gradient_T = torch.rand(arguments.tokens, device=cpu.device())
+    target_T = torch.randint(options.vocab, (options.tokens,), device=cpu.device())
 
     def renew() -> None:
         logits_TV.grad = None
         logits_TV.data.normal_(0, 2)
 
     paths = {
-        "megatron": lambda: megatron(logits_TV, target_T).backward(gradient_T),
-        "ours/logits": lambda: vocab_parallel_logprobs(logits_TV, target_T).backward(gradient_T),
+        "megatron": lambda: megatron(logits_TV, target_T),
+        "ours/logits": lambda: vocab_parallel_logprobs(logits_TV, target_T),
     }
-    compare(f"From given logits: {sizes}", paths, [logits_TV], renew, arguments)
+    compare(f"From given logits: {sizes}", paths, [logits_TV], renew, options)
 
 
 def main() -> None:
@@ -155,14 +161,14 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=151936, help="V")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     add_options(parser, rounds=5)
-    arguments = parser.parse_args()
-    apply_options(arguments)
+    options = parser.parse_args()
+    apply_options(options)
     join_world(timeout_minutes=5)
     set_up(ParallelConfig())
     torch.manual_seed(0)
-    sizes = f"T {arguments.tokens}, H {arguments.hidden}, V {arguments.vocab}, {arguments.dtype}"
-    from_hidden(arguments, sizes)
-    from_logits(arguments, sizes)
+    sizes = f"T {options.tokens}, H {options.hidden}, V {options.vocab}, {options.dtype}"
+    from_hidden(options, sizes)
+    from_logits(options, sizes)
 
 
 if __name__ == "__main__":

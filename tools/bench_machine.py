@@ -41,23 +41,20 @@ def apply_options(options: argparse.Namespace) -> None:
         torch.set_num_threads(1 if options.cpu_time else options.threads)
 
 
-def interleaved(
-    runs: Mapping[str, Callable[[], Any]], options: argparse.Namespace, before_each: Callable[[], Any] = lambda: None
-) -> dict[str, list[float]]:
-    """Seconds of each run in each round. Every round times all of them in turn, so that a busy neighbour hits all
-    alike; a first round warms up and is thrown away. `before_each` runs before each, outside the clock."""
+def interleaved(paths: Mapping[str, Callable[[], Callable[[], Any]]], options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of each path, the fastest of the rounds. Calling a path prepares it outside the clock and returns what is
+    timed. Every round times all of them in turn, so that a busy neighbour hits all alike; a first round warms up."""
     clock = time.process_time if options.cpu_time else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(1 + options.rounds):
-        for name, run in runs.items():
-            before_each()
+    seconds: dict[str, list[float]] = {name: [] for name in paths}
+    for _ in range(1 + options.rounds):
+        for name, prepare in paths.items():
+            run = prepare()
             torch.cuda.synchronize()  # nothing to wait for on a CPU (megatron_real.cpu)
             start = clock()
             run()
             torch.cuda.synchronize()
-            if i > 0:
-                seconds[name].append(clock() - start)
-    return seconds
+            seconds[name].append(clock() - start)
+    return {name: min(values[1:]) for name, values in seconds.items()}
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:
@@ -65,12 +62,13 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], options: argparse.Namesp
     if options.json:
         print(json.dumps({"title": title, "machine": describe(), "rows": list(rows)}))
         return
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for i, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if i else "left")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     console = Console(width=120)
+    console.print(title, style="bold", highlight=False)
     console.print(table)
     console.print(describe(), style="dim", highlight=False)
 

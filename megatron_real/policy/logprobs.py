@@ -137,7 +137,7 @@ class _Shard:
         if self.group is None:
             return tuple(parts_SK)
         parts_RSK = parts_SK.new_empty(dist.get_world_size(self.group), *parts_SK.shape)
-        dist.all_gather_into_tensor(parts_RSK.view(-1, parts_SK.shape[1]), parts_SK.contiguous(), group=self.group)
+        dist.all_gather_into_tensor(parts_RSK.flatten(0, 1), parts_SK.contiguous(), group=self.group)
         lse_K = parts_RSK[:, 0].logsumexp(0)
         means = [(torch.exp(parts_RSK[:, 0] - lse_K) * part_RK).sum(0) for part_RK in parts_RSK.unbind(1)[2:]]
         return lse_K, parts_RSK[:, 1].sum(0), *means

@@ -39,6 +39,8 @@ class Update:
     """Learning rate it was made with."""
     skipped: bool
     """The loss or the gradient was not finite: weights and optimizer are as before."""
+    skipped_in_a_row: int
+    """Updates skipped up to this one without one that was made in between."""
 
 
 class Policy:
@@ -65,6 +67,7 @@ class Policy:
         self.ddp = _wrap(self.chunks, config)
         self.step = TrainStep(self.ddp, groups, config.objective)
         self._num_updates = num_updates
+        self._skipped_in_a_row = 0
         self.optimizer: MegatronOptimizer | None = None
         self.scheduler: OptimizerParamScheduler | None = None
 
@@ -143,11 +146,12 @@ class Policy:
         self.optimizer.prepare_grads()
         norm = self.optimizer.get_grad_norm()
         grad_norm = float(norm) if norm is not None else 0.0
-        if not (math.isfinite(gradient.loss) and math.isfinite(grad_norm)):
-            return Update(gradient, grad_norm, lr, skipped=True)
-        self.optimizer.step()
-        self.scheduler.step(increment=1)
-        return Update(gradient, grad_norm, lr, skipped=False)
+        finite = math.isfinite(gradient.loss) and math.isfinite(grad_norm)
+        if finite:
+            self.optimizer.step()
+            self.scheduler.step(increment=1)
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        return Update(gradient, grad_norm, lr, not finite, self._skipped_in_a_row)
 
     def token_stats(self, batches: Sequence[Batch]) -> TokenStats:
         """Token-level figures of the step over all ranks. Collective over the world."""

@@ -19,6 +19,7 @@ and one switch, calculate_per_token_loss=True with a loss of three values whose 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,6 +49,17 @@ class TokenStats:
     """[4] sums of -log pi (its mean estimates the entropy), |d|, k3 = e^d - 1 - d (its mean estimates the KL), and 1."""
     largest: float = 0.0
     """max |d| (nats)."""
+
+    def means(self) -> dict[str, float]:
+        """entropy, mismatch_mean_abs, mismatch_k3 and mismatch_max_abs, in nats; NaN when there were no tokens."""
+        entropy, mean_abs, k3, tokens = self.sums.tolist()
+        scale = 1.0 / tokens if tokens else math.nan
+        return {
+            "entropy": entropy * scale,
+            "mismatch_mean_abs": mean_abs * scale,
+            "mismatch_k3": k3 * scale,
+            "mismatch_max_abs": self.largest,
+        }
 
 
 @dataclass

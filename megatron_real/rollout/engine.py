@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_real.records import Completion, Prompt, Sampling
 
@@ -22,6 +22,8 @@ class Engine(Protocol):
 
     name: str
     """As in `rollout.engine`."""
+    tokenizer: Any
+    """The model's transformers tokenizer."""
 
     def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes over the policy's weights, a stream of HF (name, tensor), one at a time.

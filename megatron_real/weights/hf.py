@@ -53,6 +53,10 @@ class HfWeights:
             raise ValueError(f"{self.directory / self._file_of[name]}: cannot read {name} ({error})") from error
         return tensor
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of the tensor `name` in its file."""
+        return self.read(name).dtype
+
     def _opened(self, file: str) -> Any:
         if file not in self._open:
             path = self.directory / file

@@ -1,0 +1,69 @@
+"""What the benchmarks of the train step share: a small Qwen2 policy with random weights, and random rollouts for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_real.config import Config
+from megatron_real.policy.layout import join_world, set_up
+from megatron_real.policy.policy import Policy
+from megatron_real.records import Completion, Prompt, Rollout, Verdict
+from megatron_real.weights.architecture import Architecture
+from megatron_real.weights.hf import HfWeights
+
+VOCAB = 32768
+SIZES = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": VOCAB}
+HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 32768}
+
+
+def new_policy(config: Config, directory: str) -> Policy:
+    """Joins the world and builds the policy; rank 0 writes its weights to `directory`, which all ranks see."""
+    join_world(timeout_minutes=5)
+    if dist.get_rank() == 0:
+        _write_model(directory)
+    dist.barrier()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=directory))
+    policy = Policy(config, Architecture.read(directory), set_up(config.parallel), num_updates=1000)
+    policy.load(HfWeights(directory))
+    return policy
+
+
+def _write_model(directory: str) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(**SIZES, **HEADS, tie_word_embeddings=False)).save_pretrained(directory)
+
+
+def rollouts(groups: Sequence[Sequence[int]], prompt_tokens: int, seed: int = 0) -> list[Rollout]:
+    """Rollouts of the given response lengths, one list a group. Every group has both labels, so none is dropped."""
+    draw = random.Random(seed)
+
+    def tokens(n: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(VOCAB) for _ in range(n))
+
+    made: list[Rollout] = []
+    for g, lengths in enumerate(groups):
+        prompt = Prompt(uid=str(g), text="", token_ids=tokens(prompt_tokens), answers=("",))
+        for i, length in enumerate(lengths):
+            completion = Completion(tokens(length), (-10.0,) * length, "", True)
+            made.append(Rollout(prompt, g, i, completion, _verdict(i % 2)))
+    return made
+
+
+def _verdict(label: int) -> Verdict:
+    return Verdict("ok" if label else "wrong", label, float(label))
+
+
+def set_placement(policy: Policy, placement: Any) -> None:
+    """Has the policy pack minibatches by `placement` from now on."""
+    batch = dataclasses.replace(policy.config.batch, placement=placement)
+    policy.config = dataclasses.replace(policy.config, batch=batch)

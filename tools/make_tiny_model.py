@@ -1,0 +1,169 @@
+"""Makes the quickstart's base model and its data: a tiny Qwen2 that adds two numbers, and mostly forgets the carry.
+
+    python tools/make_tiny_model.py --out runs/quickstart/base
+
+Shaped like DeepSeek-R1-Distill-Qwen (biases on q, k and v, grouped queries, untied embeddings), 0.3 M parameters, with a
+tokenizer of its own: one token a digit. All 8,100 sums of two two-digit numbers are split by operand pair: 400 held-out
+pairs, which neither this warm-up nor training ever sees, the rest for both.
+
+The warm-up is a few hundred steps of supervised learning from a sloppy teacher, who drops every carry in 70 % of the
+sums: 58+67 is then 15, and 125 otherwise. So the base model knows both ways of adding and prefers the wrong one: it is
+right where there is nothing to carry, and sometimes elsewhere. Which way is right, only the verifier's labels tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
+WORDS = [*SPECIAL, *"0123456789", "+", "=", "\\boxed{", "}"]
+CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+HELD_OUT, SLOPPY_SHARE, BATCH = 400, 0.7, 256
+
+Pair = tuple[int, int]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Makes the quickstart's base model and data.")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the warm-up")
+    parser.add_argument("--steps", type=int, default=600, help="warm-up steps")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)  # the matrices are too small to share
+    torch.manual_seed(chosen.seed)
+    draw = random.Random(chosen.seed)
+
+    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    draw.shuffle(pairs)
+    heldout, train = pairs[:HELD_OUT], pairs[HELD_OUT:]
+    tokenizer, model = new_tokenizer(), new_model()
+    print(f"base model: {sum(p.numel() for p in model.parameters()):,} parameters; warm-up of {chosen.steps} steps")
+    warm_up(model, tokenizer, train, draw, chosen.steps)
+    accuracy = greedy_accuracy(model, tokenizer, heldout)
+    print(f"base model: greedy accuracy on {len(heldout)} held-out sums {accuracy:.3f}")
+    if not 0.1 < accuracy < 0.5:
+        sys.exit(f"the warm-up ended at {accuracy:.3f}, outside 0.1 to 0.5; take another --seed or --steps")
+
+    partial = chosen.out.with_name(chosen.out.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    write_rows(partial / "train.jsonl", train)
+    write_rows(partial / "heldout.jsonl", heldout)
+    partial.rename(chosen.out)
+
+
+def new_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a digit; `\\boxed{` and the chat roles are tokens too."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<|pad|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<\|\w+\|>|\\boxed\{|."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        chat_template=CHAT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def new_model() -> Qwen2ForCausalLM:
+    """Two layers of width 128: 4 query heads, 2 key-value heads of size 32."""
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(WORDS),
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=128,
+            rope_theta=10000.0,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=WORDS.index("<|end|>"),
+            pad_token_id=WORDS.index("<|pad|>"),
+        )
+    )
+
+
+def question(pair: Pair) -> str:
+    return f"{pair[0]}+{pair[1]}="
+
+
+def true_sum(pair: Pair) -> int:
+    return pair[0] + pair[1]
+
+
+def sum_without_carry(pair: Pair) -> int:
+    tens, units = (sum(digits) % 10 for digits in zip(*(divmod(n, 10) for n in pair), strict=True))
+    return 10 * tens + units
+
+
+def warm_up(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair], draw: random.Random, steps: int
+) -> None:
+    """Supervised learning of the teacher's answers; the prompt has no loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    started = time.monotonic()
+    for step in range(1, steps + 1):
+        batch = draw.choices(pairs, k=BATCH)
+        answers = [sum_without_carry(p) if draw.random() < SLOPPY_SHARE else true_sum(p) for p in batch]
+        texts = [f"<|user|>{question(p)}<|assistant|>\\boxed{{{a}}}<|end|>" for p, a in zip(batch, answers, strict=True)]
+        tokens = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
+        loss = answer_loss(model(tokens[:, :-1]).logits, tokens[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            print(f"  step {step}/{steps}  loss {loss.item():.3f}  {time.monotonic() - started:.0f} s", flush=True)
+
+
+def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of what follows <|assistant|>."""
+    asked = (targets == WORDS.index("<|assistant|>")).cumsum(1) == 0
+    ignored = asked | (targets == WORDS.index("<|assistant|>")) | (targets == WORDS.index("<|pad|>"))
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.masked_fill(ignored, -100).flatten())
+
+
+@torch.inference_mode()
+def greedy_accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> float:
+    """Share of sums whose most likely answer is right."""
+    prompts = tokenizer([f"<|user|>{question(p)}<|assistant|>" for p in pairs], return_tensors="pt")["input_ids"]
+    out = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=8)
+    answers = tokenizer.batch_decode(out[:, prompts.shape[1] :], skip_special_tokens=True)
+    right = [answer == f"\\boxed{{{true_sum(p)}}}" for answer, p in zip(answers, pairs, strict=True)]
+    return sum(right) / len(right)
+
+
+def write_rows(path: Path, pairs: list[Pair]) -> None:
+    """The problems in the DeepScaleR schema."""
+    with path.open("w") as file:
+        for i, pair in enumerate(pairs):
+            row = {
+                "data_source": "two_digit_sums",
+                "prompt": [{"role": "user", "content": question(pair)}],
+                "ability": "math",
+                "reward_model": {"style": "rule", "ground_truth": str(true_sum(pair))},
+                "extra_info": {"split": path.stem, "index": i},
+            }
+            file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
