@@ -14,35 +14,32 @@ To reach: `auto` within 5 % of the best. The estimates behind the choice are giv
 estimate.
 
 Where neighbours share the cores, add --cpu-time. Each rank's processor time (of one thread) is taken between the points
-where ranks wait for each other: the scores' reductions and the end. The sum of the slowest rank's time over these
-intervals is what an undisturbed machine would take, communication aside.
+where ranks wait for each other, the all-reduces; the slowest rank's time, summed over these intervals, is what an
+undisturbed machine would take, communication aside.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from bench_machine import add_options, apply_options, show
 from bench_policy import new_policy, rollouts, set_placement
 
-from megatron_real.batching import minibatches
+from megatron_real.batching import Minibatch, minibatches
 from megatron_real.config import BatchConfig, Config, DataConfig, ModelConfig, RolloutConfig
 from megatron_real.policy.policy import Policy
 from megatron_real.policy.train_step import Batch
 
 PLACEMENTS = ("split", "dp", "intact")
-MAX_TOKENS = 1536
-PROMPT_TOKENS = 32
 
 
-def batches() -> dict[str, list[list[int]]]:
+def lengths_of_batches() -> dict[str, list[list[int]]]:
     """Response lengths by group, by the name of the batch."""
     draw = random.Random(0)
     return {
@@ -52,23 +49,91 @@ def batches() -> dict[str, list[list[int]]]:
     }
 
 
-@contextmanager
-def waits(marks: list[float]) -> Iterator[None]:
-    """Notes this process's processor time at every all-reduce over data-parallel scores."""
-    real = dist.all_reduce
+def wall_time(run: Callable[[], Any]) -> float:
+    dist.barrier()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()  # nothing to wait for on a CPU (megatron_real.cpu)
+    dist.barrier()
+    return time.perf_counter() - start
 
-    def noting(*args: object, **kwargs: object) -> object:
+
+def processor_time(run: Callable[[], Any]) -> float:
+    """The slowest rank's processor time between all-reduces, summed over these intervals."""
+    all_reduce, marks = dist.all_reduce, [time.process_time()]
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
         marks.append(time.process_time())
-        result = real(*args, **kwargs)
-        marks[-1] = time.process_time() - (time.process_time() - marks[-1])
-        return result
+        return all_reduce(*args, **kwargs)
 
-    dist.all_reduce = noting
+    dist.all_reduce = noted
+    run()
+    dist.all_reduce = all_reduce
+    intervals = torch.tensor([*marks, time.process_time()], dtype=torch.float64).diff()
+    dist.all_reduce(intervals, op=dist.ReduceOp.MAX)
+    return float(intervals.sum())
+
+
+def planned(policy: Policy, minibatch: Minibatch, placement: str) -> Batch | None:
+    """The batch as a later minibatch, its old log-probs not yet computed; None where a group does not fit."""
+    set_placement(policy, placement)
     try:
-        yield
-    finally:
-        dist.all_reduce = real
+        return policy.pack(minibatch, needs_scores=True)
+    except ValueError:
+        return None
+
+
+def measure(policy: Policy, minibatch: Minibatch, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of the gradient by placement, the fastest of the rounds after one that warms up."""
+    clock = processor_time if options.cpu_time else wall_time
+    seconds: dict[str, list[float]] = {}
+    for _ in range(1 + options.rounds):
+        for placement in PLACEMENTS:
+            batch = planned(policy, minibatch, placement)
+            if batch is not None:
+                policy.step.old_logprobs(batch)
+                seconds.setdefault(placement, []).append(clock(lambda batch=batch: policy.gradient(batch)))
+    return {placement: min(values[1:]) for placement, values in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--max-tokens", type=int, default=1536, help="token budget of a micro-batch")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    add_options(parser, rounds=4)
+    options = parser.parse_args()
+    apply_options(options)
+    config = Config(
+        model=ModelConfig(dtype=options.dtype),
+        data=DataConfig(max_prompt_tokens=32),
+        rollout=RolloutConfig(max_response_tokens=options.max_tokens - 32),
+        batch=BatchConfig(max_tokens=options.max_tokens),
+    )
+    policy = new_policy(config)
+    rows = []
+    for name, lengths in lengths_of_batches().items():
+        made = rollouts(lengths, prompt_tokens=config.data.max_prompt_tokens)
+        (minibatch,) = minibatches(made, groups_per_minibatch=len(lengths), one_class_groups="skip")
+        seconds = measure(policy, minibatch, options)
+        rows.append({"batch": name, **_row(policy, minibatch, seconds)})
+    if dist.get_rank() == 0:
+        size = f"{options.dtype}, DP {dist.get_world_size()}"
+        show(f"Placement: seconds of a later minibatch's gradient, {size}", rows, options)
+
+
+def _row(policy: Policy, minibatch: Minibatch, seconds: dict[str, float]) -> dict[str, float | str]:
+    plans = {placement: planned(policy, minibatch, placement).plan for placement in ("auto", *seconds)}
+    choice, best, estimate = plans["auto"].placement, min(seconds.values()), plans["auto"].seconds
+    return {
+        **{placement: seconds.get(placement, "no plan") for placement in PLACEMENTS},
+        "auto": seconds[choice],
+        "choice": choice,
+        "x best": seconds[choice] / best,
+        "measured x best": "\n".join(f"{p} {seconds[p] / best:.2f}" for p in seconds),
+        "estimated x best": "\n".join(f"{p} {plans[p].seconds / estimate:.2f}" for p in seconds),
+        "micro-batches": "\n".join(f"{p} {len(plans[p].micro_batches[0])}" for p in seconds),
+    }
 
 
 if __name__ == "__main__":
-    pass
+    main()

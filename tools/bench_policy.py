@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,15 +23,20 @@ SIZES = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, 
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 32768}
 
 
-def new_policy(config: Config, directory: str) -> Policy:
-    """Joins the world and builds the policy; rank 0 writes its weights to `directory`, which all ranks see."""
+def new_policy(config: Config) -> Policy:
+    """Joins the world and builds the policy, through an HF directory that rank 0 writes."""
     join_world(timeout_minutes=5)
-    if dist.get_rank() == 0:
-        _write_model(directory)
-    dist.barrier()
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=directory))
-    policy = Policy(config, Architecture.read(directory), set_up(config.parallel), num_updates=1000)
-    policy.load(HfWeights(directory))
+    with tempfile.TemporaryDirectory() as own:
+        shared = [own]
+        dist.broadcast_object_list(shared, src=0)
+        (path,) = shared
+        if dist.get_rank() == 0:
+            _write_model(path)
+        dist.barrier()
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
+        policy = Policy(config, Architecture.read(path), set_up(config.parallel), num_updates=1000)
+        policy.load(HfWeights(path))
+        dist.barrier()
     return policy
 
 

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -119,10 +118,7 @@ def main() -> None:
         [draw.randint(options.max_response // 8, options.max_response) for _ in range(options.group_size)]
         for _ in range(options.groups * NUM_MINIBATCHES)
     ]
-    with tempfile.TemporaryDirectory() as directory:
-        policy = new_policy(config, directory)
-        timed = paths(policy, rollouts(lengths, prompt_tokens=32))
-        seconds = interleaved(timed, options)
+    seconds = interleaved(paths(new_policy(config), rollouts(lengths, prompt_tokens=32)), options)
     four = f"SFT x {NUM_MINIBATCHES}"
     rows = [
         {

@@ -39,29 +39,78 @@ def new_policy(config: Config, path: str, num_updates: int = 100) -> Any:
 
 def gradient(config: Config, old_path: str | None, samples: list[Sample]) -> dict[str, Any]:
     """Loss, gradient of every parameter under its HF name, and counted model forwards, of one minibatch."""
+    policy = new_policy(config, config.model.path)
+    batch = prepared(policy, old_path, samples)
+    forwards = [0]
+    for chunk in policy.chunks:
+        chunk.register_forward_pre_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
+    result = policy.gradient(batch)
+    return {
+        "loss": result.loss,
+        "gradients": gradients_of(policy),
+        "forwards": forwards[0] / len(policy.chunks) / len(batch.micro_batches),
+        "placement": batch.plan.placement,
+    }
+
+
+def prepared(policy: Any, old_path: str | None, samples: list[Sample]) -> Any:
+    """The minibatch as one batch; with `old_path`, its old log-probs are those of the weights there."""
     from megatron_real.weights.hf import HfWeights
     from megatron_real.weights.stream import load_hf
 
-    policy = new_policy(config, config.model.path)
     (cut,) = minibatches(rollouts_of(samples), groups_per_minibatch=1000, one_class_groups="skip")
     batch = policy.pack(cut, needs_scores=old_path is not None)
     if old_path is not None:
         ranks = {"tp_rank": policy.groups.tp.rank(), "tp": policy.groups.tp.size()}
         load_hf(policy.chunks, HfWeights(old_path), policy.architecture, **ranks)
         policy.step.old_logprobs(batch)
-        load_hf(policy.chunks, HfWeights(config.model.path), policy.architecture, **ranks)
-    forwards = [0]
-    for chunk in policy.chunks:
-        chunk.register_forward_pre_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
-    result = policy.gradient(batch)
+        load_hf(policy.chunks, HfWeights(policy.config.model.path), policy.architecture, **ranks)
+    return batch
+
+
+def gradients_of(policy: Any) -> dict[str, Any] | None:
+    """The gradient buffers under HF names, on the first rank: the sync's mapping is linear, so it maps gradients too."""
     for chunk in policy.chunks:
         for parameter in chunk.parameters():
-            parameter.data.copy_(parameter.main_grad)
+            parameter.data = parameter.main_grad
     gradients = {name: tensor.double().numpy() for name, tensor in policy.stream()}
-    return {
-        "loss": result.loss,
-        "gradients": gradients if dist.get_rank() == 0 else None,
-        "forwards": forwards[0] / len(policy.chunks) / len(batch.micro_batches),
-        "placement": batch.plan.placement,
-        "micro_batches": len(batch.micro_batches),
-    }
+    return gradients if dist.get_rank() == 0 else None
+
+
+def naive_gradient(config: Config, old_path: str, samples: list[Sample]) -> dict[str, Any]:
+    """Each micro-batch's loss over its own rollouts alone, averaged over micro-batches."""
+    from megatron_real.objective import real_loss
+
+    policy = new_policy(config, config.model.path)
+    batch = prepared(policy, old_path, samples)
+    step, count = policy.step, len(batch.micro_batches)
+    assert count > 1, "the control needs groups that are cut"
+
+    def naive(micro: Any, logprob_T: torch.Tensor) -> torch.Tensor:
+        own = list(micro.positions)
+        score_R = step._partial_scores(micro, logprob_T)
+        return real_loss(score_R, batch.label_R[own], batch.group_R[own], one_class_groups="keep") / count
+
+    step._run(batch.micro_batches, naive, forward_only=False)
+    return {"gradients": gradients_of(policy)}
+
+
+def averaged_gradient(config: Config, samples: list[Sample]) -> dict[str, Any]:
+    """The gradient with Megatron's data-parallel averaging left on."""
+    from megatron_real.policy import model
+
+    ours = model.transformer_config
+
+    def averaging(*args: Any, **kwargs: Any) -> Any:
+        made = ours(*args, **kwargs)
+        made.calculate_per_token_loss = False
+        return made
+
+    model.transformer_config = averaging
+    try:
+        policy = new_policy(config, config.model.path)
+    finally:
+        model.transformer_config = ours
+    policy.chunks[0].config.calculate_per_token_loss = True  # the schedule sums; only DDP averages
+    policy.gradient(prepared(policy, None, samples))
+    return {"gradients": gradients_of(policy)}

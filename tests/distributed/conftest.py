@@ -1,0 +1,16 @@
+"""The workers, started once for all distributed tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.distributed.world import World
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    workers = World(8)
+    yield workers
+    workers.close()
