@@ -114,3 +114,62 @@ def averaged_gradient(config: Config, samples: list[Sample]) -> dict[str, Any]:
     policy.chunks[0].config.calculate_per_token_loss = True  # the schedule sums; only DDP averages
     policy.gradient(prepared(policy, None, samples))
     return {"gradients": gradients_of(policy)}
+
+
+def updates(config: Config, samples: list[Sample]) -> dict[str, Any]:
+    """Three updates on one step's rollouts: the first on-policy, the others with a scoring pass."""
+    policy = new_policy(config, config.model.path)
+    start = {name: tensor.clone() for name, tensor in policy.stream()}
+    done = [policy.update(batch) for batch in policy.prepare(rollouts_of(samples))]
+    assert len(done) == 3, "five groups, two a minibatch"
+    return {
+        "losses": [u.gradient.loss for u in done],
+        "grad_norms": [u.grad_norm for u in done],
+        "start": start,
+        "weights": {name: tensor.clone() for name, tensor in policy.stream()},
+    }
+
+
+def poisoned_update(config: Config, samples: list[Sample]) -> dict[str, Any]:
+    """Two updates with a NaN among the old log-probs, then a sound one."""
+    policy = new_policy(config, config.model.path)
+    batches = policy.prepare(rollouts_of(samples))
+    poisoned, sound = batches[1], batches[2]
+    for micro in poisoned.micro_batches:
+        micro.old_logprob_T[micro.target_T >= 0] = torch.nan
+    start = {name: tensor.clone() for name, tensor in policy.stream()}
+    done = [policy.update(poisoned) for _ in range(2)]
+    unchanged = all(torch.equal(tensor, start[name]) for name, tensor in policy.stream())
+    done.append(policy.update(sound))
+    return {
+        "skipped": [u.skipped for u in done],
+        "in_a_row": [u.skipped_in_a_row for u in done],
+        "unchanged": unchanged,
+    }
+
+
+def logprobs(config: Config, samples: list[Sample]) -> torch.Tensor | None:
+    """Log-probs of all response tokens in sample order, on the ranks that have them."""
+    policy = new_policy(config, config.model.path)
+    (cut,) = minibatches(rollouts_of(samples), groups_per_minibatch=1000, one_class_groups="keep")
+    batch = policy.pack(cut, needs_scores=True)
+    policy.step.old_logprobs(batch)
+    if not policy.groups.is_last_stage:
+        return None
+    found: dict[int, torch.Tensor] = {}
+    for micro in batch.micro_batches:
+        for k, position in enumerate(micro.positions):
+            own = slice(int(micro.cu_seqlens[k]), int(micro.cu_seqlens[k + 1]))
+            found[position] = micro.old_logprob_T[own][micro.target_T[own] >= 0]
+    return torch.cat([found[i] for i in sorted(found)])
+
+
+def export(config: Config, out: str) -> None:
+    from megatron_real.weights.hf import write_hf
+
+    policy = new_policy(config, config.model.path)
+    if dist.get_rank() == 0:
+        write_hf(out, policy.stream(), source=config.model.path)
+    else:
+        for _ in policy.stream():
+            pass

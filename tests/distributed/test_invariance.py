@@ -22,8 +22,9 @@ from tests.distributed.layouts import Layout, pairwise_cover, possible_pairs, ra
 from tests.distributed.world import World
 
 ROWS = pairwise_cover()
-TOLERANCE = {"fp64": 1e-10, "fp32": 2e-5, "bf16": 5e-2}
-"""Relative error of each parameter's gradient, in the 2-norm. Measured worst: fp64 7e-15, fp32 3e-6, bf16 3e-2."""
+TOLERANCE = {"fp64": 1e-10, "fp32": 2e-5, "bf16": 1e-1}
+"""Relative error of each parameter's gradient, in the 2-norm. bf16's worst are the k biases, 6e-2: softmax hardly feels
+them, so their gradient is small; the others stay below 3e-2."""
 
 ModelMaker = Callable[..., Path]
 
@@ -138,14 +139,21 @@ def test_control_averaging_pieces_of_groups_is_wrong(world: World, tiny_model: M
 
 
 def test_control_batched_p2p_breaks_the_interleaved_schedule(
-    world: World, tiny_model: ModelMaker, expected: Any
+    world: World, tiny_model: ModelMaker
 ) -> None:
     """megatron-core's default p2p under VPP: the loss is exact, the gradients are not (DESIGN.md, section 4)."""
-    layout = replace(PLAIN, pp=2, vpp=2)
-    loss, gradients = expected(layout.model, layout.order, False)
-    found = run(world, tiny_model, layout, "fp64", overlap_p2p_comm=False, batch_p2p_comm=True)
-    assert found["loss"] == pytest.approx(loss, rel=1e-10)
-    assert worst_error(found["gradients"], gradients)[0] > 0.1
+    layout = replace(PLAIN, pp=2, vpp=2, first=True, placement="dp", max_tokens=256)
+    path, _ = model_paths(tiny_model, layout.model)
+    samples = [reference.Sample((5, 6, 7), (i, 9, i + 2, 4), i % 2, i // 4) for i in range(16)]
+    loss, gradients = reference.gradient(path, None, samples)
+    config = replace(config_of(layout, path, "fp64"), batch=BatchConfig(max_tokens=32, placement="dp"))
+    sound, broken = (
+        world.run(jobs.gradient, 2, config=replace(config, megatron=megatron), old_path=None, samples=samples)[0]
+        for megatron in ({}, {"overlap_p2p_comm": False, "batch_p2p_comm": True, "variable_seq_lengths": False})
+    )
+    assert sound["loss"] == broken["loss"] == pytest.approx(loss, rel=1e-10)
+    assert worst_error(sound["gradients"], gradients)[0] <= TOLERANCE["fp64"]
+    assert worst_error(broken["gradients"], gradients)[0] > 0.1
 
 
 def test_control_megatrons_averaging_is_seen(world: World, tiny_model: ModelMaker, expected: Any) -> None:

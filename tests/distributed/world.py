@@ -9,50 +9,60 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import socket
+import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-SECONDS = 300
+SECONDS = 90
+"""Longest that one call may take; a layout needs about one second."""
 
 
 class World:
     """`run(function, size, **arguments)` calls function(**arguments) on `size` ranks and returns their results."""
 
     def __init__(self, size: int) -> None:
-        context = mp.get_context("spawn")
         self.size = size
+        self._start()
+
+    def run(self, function: Callable[..., Any], size: int, **arguments: Any) -> list[Any]:
+        """Raises AssertionError with the ranks' tracebacks, TimeoutError where a rank does not answer."""
+        assert size <= self.size, f"{size} ranks asked of {self.size}"
+        port = _free_port()
+        for rank, pipe in enumerate(self._pipes[:size]):
+            pipe.send((function, rank, size, port, arguments))
+        deadline = time.monotonic() + SECONDS
+        answers: dict[int, tuple[bool, Any]] = {}
+        while len(answers) < size and time.monotonic() < deadline and all(ok for ok, _ in answers.values()):
+            for rank, pipe in enumerate(self._pipes[:size]):
+                if rank not in answers and pipe.poll(0.01):
+                    answers[rank] = pipe.recv()
+        failures = [f"rank {rank}:\n{value}" for rank, (ok, value) in answers.items() if not ok]
+        if failures or len(answers) < size:
+            # The other ranks may wait for the failed one for ever.
+            self.close()
+            self._start()
+            if failures:
+                raise AssertionError("\n".join(failures))
+            raise TimeoutError(f"{function.__name__}: only ranks {sorted(answers)} of {size} answered in {SECONDS} s")
+        return [answers[rank][1] for rank in range(size)]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
-        for _ in range(size):
+        for _ in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
-
-    def run(self, function: Callable[..., Any], size: int, **arguments: Any) -> list[Any]:
-        assert size <= self.size, f"{size} ranks asked of {self.size}"
-        port = _free_port()
-        for rank, pipe in enumerate(self._pipes[:size]):
-            pipe.send((function, rank, size, port, arguments))
-        results, errors = [], []
-        for rank, pipe in enumerate(self._pipes[:size]):
-            if not pipe.poll(SECONDS):
-                self.close()
-                raise TimeoutError(f"rank {rank} of {function.__name__} gave no answer in {SECONDS} s")
-            ok, value = pipe.recv()
-            results.append(value)
-            if not ok:
-                errors.append(f"rank {rank}:\n{value}")
-        if errors:
-            raise AssertionError("\n".join(errors))
-        return results
-
-    def close(self) -> None:
-        for process in self._processes:
-            process.kill()
 
 
 def _free_port() -> int:
@@ -68,6 +78,7 @@ def _serve(pipe: Connection) -> None:
 
     from megatron_real import cpu
 
+    warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     cpu.enable()
     while True:

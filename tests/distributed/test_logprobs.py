@@ -1,0 +1,116 @@
+"""Vocabulary-parallel log-probs and their gradients against a single-process log_softmax in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_real.policy.logprobs import NO_TARGET, linear_logprobs, vocab_parallel_logprobs
+from tests.distributed.world import World
+
+TOKENS, HIDDEN, VOCAB, PER_RANK, TEMPERATURE = 24, 16, 101, 48, 0.6
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
+
+
+def inputs(dtype: torch.dtype, tp: int) -> dict[str, torch.Tensor]:
+    """The same on every rank. At TP 4 the last rank's columns are all padding: 4 x 48 > 101 + 48."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=draw, dtype=torch.float64)
+    weight = torch.randn(max(tp * PER_RANK, 128), HIDDEN, generator=draw, dtype=torch.float64)[: max(tp * PER_RANK, 104)]
+    target = torch.randint(0, VOCAB, (TOKENS,), generator=draw)
+    target[::5] = NO_TARGET
+    upstream = torch.randn(TOKENS, generator=draw, dtype=torch.float64)
+    return {"hidden": hidden.to(dtype), "weight": weight.to(dtype), "target": target, "upstream": upstream}
+
+
+def expected(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    hidden, weight = (x[k].double().requires_grad_() for k in ("hidden", "weight"))
+    logits = hidden @ weight.t()
+    logits.retain_grad()
+    logp = (logits[:, :VOCAB] / TEMPERATURE).log_softmax(-1)
+    chosen = x["target"] >= 0
+    logprob = logp.gather(1, x["target"].clamp(min=0)[:, None])[:, 0] * chosen
+    (logprob * x["upstream"]).sum().backward()
+    entropy = -(logp.exp() * logp).sum(1) * chosen
+    return {
+        "logprob": logprob.detach(), "entropy": entropy.detach(), "logits": logits.grad, "hidden": hidden.grad,
+        "weight": weight.grad,
+    }  # fmt: skip
+
+
+def sharded(function: str, dtype: torch.dtype, chunk: int, sp: bool) -> dict[str, torch.Tensor]:
+    """One rank's call; gradients are returned whole."""
+    tp, rank, group = dist.get_world_size(), dist.get_rank(), dist.group.WORLD
+    x = inputs(dtype, tp)
+    columns = len(x["weight"]) // tp
+    weight = x["weight"][rank * columns : (rank + 1) * columns].clone().requires_grad_()
+    options: dict[str, Any] = {"tp_group": group, "temperature": TEMPERATURE, "vocab_size": VOCAB, "chunk_size": chunk}
+    if function == "linear":
+        hidden = (x["hidden"].chunk(tp)[rank] if sp else x["hidden"]).clone().requires_grad_()
+        logprob = linear_logprobs(hidden, weight, x["target"], sequence_parallel=sp, **options)
+        (logprob * x["upstream"]).sum().backward()
+        return {"logprob": logprob.detach(), "hidden": whole(hidden.grad) if sp else hidden.grad, "weight": whole(weight.grad)}
+    logits = (x["hidden"] @ weight.t()).detach().requires_grad_()
+    kept = logits.detach().clone()
+    logprob, entropy = vocab_parallel_logprobs(logits, x["target"], return_entropy=True, **options)
+    (logprob * x["upstream"]).sum().backward()
+    assert torch.equal(logits.detach(), kept), "the logits were written to"
+    return {"logprob": logprob.detach(), "entropy": entropy, "logits": whole(logits.grad.t().contiguous()).t()}
+
+
+def whole(shard: torch.Tensor) -> torch.Tensor:
+    parts = [torch.empty_like(shard) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, shard)
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("chunk", [7, 1000], ids=["chunks", "one-chunk"])
+@pytest.mark.parametrize("tp", [1, 2, 4], ids="tp{}".format)
+@pytest.mark.parametrize("case", ["linear", "linear-sp", "logits"])
+def test_equal_to_log_softmax(world: World, case: str, tp: int, chunk: int, dtype: torch.dtype) -> None:
+    function, sp = case.removesuffix("-sp"), case.endswith("-sp")
+    reference = expected(inputs(dtype, tp))
+    for found in world.run(sharded, tp, function=function, dtype=dtype, chunk=chunk, sp=sp):
+        for name, value in found.items():
+            error = (value.double() - reference[name]).norm() / reference[name].norm()
+            assert error <= TOLERANCE[dtype], name
+        assert not found["logprob"][inputs(dtype, tp)["target"] == NO_TARGET].any()
+
+
+def plain_all_reduce_gradient(_: None = None) -> float:
+    """A linear log-prob whose gradient is not reduced over TP: what a forward test cannot see."""
+    x = inputs(torch.float64, dist.get_world_size())
+    columns = len(x["weight"]) // dist.get_world_size()
+    weight = x["weight"][dist.get_rank() * columns :][:columns]
+    hidden = x["hidden"].clone().requires_grad_()
+    logits = hidden @ weight.t()
+    options: dict[str, Any] = {"tp_group": dist.group.WORLD, "temperature": TEMPERATURE, "vocab_size": VOCAB}
+    logprob = vocab_parallel_logprobs(logits, x["target"], **options)
+    assert isinstance(logprob, torch.Tensor)
+    (logprob * x["upstream"]).sum().backward()
+    reference = expected(x)["hidden"]
+    return float((hidden.grad - reference).norm() / reference.norm())
+
+
+def test_control_unreduced_hidden_gradient_is_seen(world: World) -> None:
+    assert min(world.run(plain_all_reduce_gradient, 2)) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"vocab_size": 9}, "vocab_size is 9"),
+        ({"target_T": torch.tensor([1, 8])}, "target 8 is outside"),
+        ({"target_T": torch.tensor([1])}, "expected"),
+    ],
+)
+def test_refuses(change: dict[str, Any], message: str) -> None:
+    arguments = {"logits_TV": torch.zeros(2, 8), "target_T": torch.tensor([1, 2])} | change
+    with pytest.raises(ValueError, match=message):
+        vocab_parallel_logprobs(arguments.pop("logits_TV"), arguments.pop("target_T"), **arguments)
