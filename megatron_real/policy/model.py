@@ -178,7 +178,9 @@ def transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "attention_backend": AttnBackend.auto,
-        "perform_initialization": False,
+        # The values are overwritten, but only initialisation marks a parameter as tensor-parallel, and the gradient
+        # norm leaves out every shard but the first rank's of those that are not marked.
+        "perform_initialization": True,
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
         "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,

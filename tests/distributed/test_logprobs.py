@@ -41,14 +41,14 @@ def expected(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-def sharded(function: str, dtype: torch.dtype, chunk: int, sp: bool) -> dict[str, torch.Tensor]:
+def sharded(case: str, dtype: torch.dtype, chunk: int, sp: bool) -> dict[str, torch.Tensor]:
     """One rank's call; gradients are returned whole."""
     tp, rank, group = dist.get_world_size(), dist.get_rank(), dist.group.WORLD
     x = inputs(dtype, tp)
     columns = len(x["weight"]) // tp
     weight = x["weight"][rank * columns : (rank + 1) * columns].clone().requires_grad_()
     options: dict[str, Any] = {"tp_group": group, "temperature": TEMPERATURE, "vocab_size": VOCAB, "chunk_size": chunk}
-    if function == "linear":
+    if case == "linear":
         hidden = (x["hidden"].chunk(tp)[rank] if sp else x["hidden"]).clone().requires_grad_()
         logprob = linear_logprobs(hidden, weight, x["target"], sequence_parallel=sp, **options)
         (logprob * x["upstream"]).sum().backward()
@@ -74,7 +74,7 @@ def whole(shard: torch.Tensor) -> torch.Tensor:
 def test_equal_to_log_softmax(world: World, case: str, tp: int, chunk: int, dtype: torch.dtype) -> None:
     function, sp = case.removesuffix("-sp"), case.endswith("-sp")
     reference = expected(inputs(dtype, tp))
-    for found in world.run(sharded, tp, function=function, dtype=dtype, chunk=chunk, sp=sp):
+    for found in world.run(sharded, tp, case=function, dtype=dtype, chunk=chunk, sp=sp):
         for name, value in found.items():
             error = (value.double() - reference[name]).norm() / reference[name].norm()
             assert error <= TOLERANCE[dtype], name
