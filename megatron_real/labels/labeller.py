@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_real.labels.pool import Check, VerifierPool
-from megatron_real.labels.verifiers import Result
+from megatron_real.labels.verifiers import Result, check_name
 from megatron_real.records import EXCLUDED, NEGATIVE, POSITIVE, Completion, Prompt, Verdict
 
 FAILED = ("timeout", "crashed")
@@ -35,6 +35,8 @@ class Labeller:
         threshold: float | None = None,
         max_failed_share: float = 0.2,
     ) -> None:
+        """Starts the workers. Raises ValueError for a verifier that does not exist."""
+        check_name(verifier)
         self._pool = VerifierPool(verifier, workers=workers, timeout_seconds=timeout_seconds, memory_mib=memory_mib)
         self._overlong = NEGATIVE if overlong == "negative" else EXCLUDED
         self._threshold, self._max_failed_share = threshold, max_failed_share

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Result = tuple[str, float | None]
@@ -22,21 +23,24 @@ _MAX_ANSWER_CHARS = 1000
 _MAX_UNCLOSED = 8
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError unless `name` is a verifier's or names a Python file. Runs none of the file's code."""
+    path, colon, _ = name.rpartition(":")
+    if name not in NAMES and not colon:
+        raise ValueError(f"labels.verifier is {name!r}; it takes one of {', '.join(NAMES)} or your own path.py:function")
+    if colon and not Path(path).is_file():
+        raise ValueError(f"labels.verifier names {path!r}, which is no file; write path.py:function")
+
+
 def load(name: str) -> Verifier:
     """The verifier called `name`, or a user's own `path.py:function`.
 
     Raises:
         ValueError: there is no such verifier.
     """
-    if name == "math_verify":
-        return math_verify
-    if name == "exact":
-        return exact
-    if name == "reasoning_gym":
-        return reasoning_gym
-    if ":" in name:
-        return _own(*name.rsplit(":", 1))
-    raise ValueError(f"labels.verifier is {name!r}; it takes one of {', '.join(NAMES)} or your own path.py:function")
+    check_name(name)
+    named = {"math_verify": math_verify, "exact": exact, "reasoning_gym": reasoning_gym}
+    return named[name] if name in named else _own(*name.rsplit(":", 1))
 
 
 def final_answer(text: str) -> str | None:

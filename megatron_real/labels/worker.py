@@ -30,7 +30,8 @@ def main() -> None:
     os.dup2(2, 1)  # what a verifier prints must not end up in the protocol
     logging.disable(logging.WARNING)  # math-verify warns at each call that its own timeouts are off
     verify = verifiers.load(name)
-    verify("\\boxed{1}", ["1"], {"source_dataset": "chain_sum"})  # imports what it needs before the clock runs
+    if name in verifiers.NAMES:
+        verify("\\boxed{1}", ["1"], {"source_dataset": "chain_sum"})  # imports what it needs before the clock runs
     resource.setrlimit(resource.RLIMIT_AS, (memory_mib << 20, memory_mib << 20))
     print("ready", file=answers, flush=True)
     for line in sys.stdin:

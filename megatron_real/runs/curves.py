@@ -3,62 +3,173 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_BLUE, _ORANGE, _GREEN, _GREY = "#2f6db3", "#d9772b", "#3a8f5c", "#8a8a8a"
+_BLUE, _ORANGE, _GREEN, _GREY, _INK = "#2f6db3", "#d9772b", "#3a8f5c", "#8a8a8a", "#333333"
 
 
 def plot_curves(metrics: Path, evaluations: Path, out: Path, *, title: str = "") -> None:
-    """Draws reward, loss, groups, scores, gradient and lengths over the steps."""
-    import matplotlib
+    """Draws accuracy, loss, groups, scores, gradient and responses over the steps; nothing where no step is done yet.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    Faint lines are the steps themselves, strong ones their moving average (over a 30th of the run).
 
-    rows = _read(metrics)
-    steps = [row["step"] for row in rows]
+    Raises:
+        ValueError: a row of the two files is broken; names file and line.
+    """
+    rows, held = _read(metrics), _read(evaluations)
+    if not rows:
+        return
+    from matplotlib import rc_context
 
-    def curve(name: str) -> list[float]:
-        return [row[name] if row.get(name) is not None else float("nan") for row in rows]
+    style = {"font.size": 9, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left"}
+    colours = {"text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _GREY, "xtick.color": _INK}
+    with rc_context(style | colours | {"ytick.color": _INK}):
+        _Figure(rows, held).draw(out, title)
 
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    reward, loss, groups, scores, gradient, length = axes.flat
-    reward.plot(steps, curve("reward_mean"), color=_BLUE, lw=1, label="training reward")
-    held = _read(evaluations) if evaluations.exists() else []
-    if held:
-        points, errors = [r["heldout/pass_at_1"] for r in held], [r["heldout/standard_error"] for r in held]
-        at = [r["step"] for r in held]
-        reward.errorbar(at, points, yerr=errors, color=_ORANGE, marker="o", ms=4, lw=2, label="held-out pass@1")
-    reward.set(title="accuracy", ylim=(0, 1))
-    loss.plot(steps, curve("loss"), color=_BLUE, lw=1)
-    loss.set(title="loss")
-    groups.plot(steps, curve("one_class_share"), color=_BLUE, lw=1, label="one class")
-    groups.plot(steps, curve("solved_share"), color=_GREEN, lw=1, label="solved")
-    groups.plot(steps, curve("excluded_share"), color=_GREY, lw=1, label="excluded rollouts")
-    groups.set(title="share of groups", ylim=(0, 1))
-    for name, color in (("positive", _GREEN), ("negative", _ORANGE)):
-        scores.plot(steps, curve(f"score_{name}_mean"), color=color, lw=1, label=f"{name}s, 5-95 %")
-        low, high = curve(f"score_{name}_p5"), curve(f"score_{name}_p95")
-        scores.fill_between(steps, low, high, color=color, alpha=0.15, lw=0)
-    scores.set(title="score: mean log-ratio (nats)")
-    gradient.plot(steps, curve("grad_norm"), color=_BLUE, lw=1, label="gradient norm")
-    gradient.plot(steps, curve("max_abs_weight_tau"), color=_GREY, lw=1, label="max |w| tau")
-    gradient.set(title="gradient", yscale="log")
-    length.plot(steps, curve("response_tokens_mean"), color=_BLUE, lw=1, label="response tokens")
-    length.plot(steps, curve("entropy"), color=_ORANGE, lw=1, label="entropy (nats)")
-    length.set(title="responses")
-    for axis in axes.flat:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=8)
-    for axis in axes[1]:
-        axis.set_xlabel("step")
-    figure.suptitle(title)
-    figure.savefig(out, dpi=110)
-    pyplot.close(figure)
+
+class _Figure:
+    """The six panels of one run."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]]) -> None:
+        self.rows, self.held = rows, held
+        self.steps = [row["step"] for row in rows]
+
+    def draw(self, out: Path, title: str) -> None:
+        from matplotlib.figure import Figure  # a Figure of its own leaves pyplot's global state and backend alone
+
+        figure = Figure(figsize=(13, 6.8), layout="constrained")
+        axes = figure.subplots(2, 3, sharex=True)
+        panels = (self._accuracy, self._loss, self._groups, self._scores, self._gradient, self._responses)
+        for axis, panel in zip(axes.flat, panels, strict=True):
+            axis.grid(color="#e6e6e6", lw=0.8)
+            axis.set_axisbelow(True)
+            axis.spines[["top", "right"]].set_visible(False)
+            panel(axis)
+        for axis in axes[1]:
+            axis.set_xlabel("step")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=130, facecolor="white")
+
+    def _accuracy(self, axis: Any) -> None:
+        self._line(axis, "reward_mean", _BLUE, "training reward")
+        rewards = [v for v in self._values("reward_mean") if math.isfinite(v)]
+        if self.held:
+            at = [row["step"] for row in self.held]
+            found, error = _column(self.held, "heldout/pass_at_1"), _column(self.held, "heldout/standard_error")
+            label = "held-out accuracy (+- standard error)"
+            axis.errorbar(at, found, yerr=error, color=_ORANGE, marker="o", ms=4, lw=1.8, capsize=3, label=label)
+            for i in sorted({0, len(at) - 1}):
+                axis.annotate(
+                    f"{found[i]:.2f}", (at[i], found[i]), (0, -14), textcoords="offset points", color=_ORANGE, ha="center"
+                )
+        if all(0 <= v <= 1 for v in rewards):
+            axis.set_ylim(-0.02, 1.02)
+        axis.set_title("accuracy")
+        _legend(axis, "lower right")
+
+    def _loss(self, axis: Any) -> None:
+        self._line(axis, "loss", _BLUE, "")
+        skipped = [s for s, v in zip(self.steps, self._values("skipped_updates"), strict=True) if v > 0]
+        for i, step in enumerate(skipped):
+            axis.axvline(step, color=_ORANGE, lw=1, ls=":", label="skipped update" if i == 0 else None)
+        axis.set_title("loss")
+        _legend(axis)
+
+    def _groups(self, axis: Any) -> None:
+        self._line(axis, "one_class_share", _BLUE, "groups of one class")
+        self._line(axis, "solved_share", _GREEN, "solved groups")
+        self._line(axis, "excluded_share", _GREY, "excluded rollouts")
+        self._line(axis, "truncated_share", _ORANGE, "truncated rollouts")
+        axis.set(title="shares", ylim=(-0.02, 1.02))
+        _legend(axis)
+
+    def _scores(self, axis: Any) -> None:
+        for name, color in (("positive", _GREEN), ("negative", _ORANGE)):
+            low, high = self._values(f"score_{name}_p5"), self._values(f"score_{name}_p95")
+            axis.fill_between(self.steps, _smooth(low), _smooth(high), color=color, alpha=0.15, lw=0)
+            self._line(axis, f"score_{name}_mean", color, f"{name}s, with 5-95 %")
+        axis.axhline(0, color=_GREY, lw=0.8)
+        axis.set_title("scores: mean log-ratio (nats)")
+        _legend(axis)
+
+    def _gradient(self, axis: Any) -> None:
+        self._line(axis, "grad_norm", _BLUE, "gradient norm")
+        axis.set_title("gradient norm, and largest weight (right)")
+        right = self._right_axis(axis)
+        self._line(right, "max_abs_weight_tau", _ORANGE, "max |w| tau")
+        right.set_ylim(0, 1.05)
+        axis.set_ylim(bottom=0)
+        _legend(axis, other=right)
+
+    def _responses(self, axis: Any) -> None:
+        self._line(axis, "response_tokens_mean", _BLUE, "mean length (tokens)")
+        axis.set_title("response length, and entropy (right)")
+        right = self._right_axis(axis)
+        self._line(right, "entropy", _ORANGE, "entropy (nats per token)")
+        axis.set_ylim(bottom=0)
+        right.set_ylim(bottom=0)
+        _legend(axis, other=right)
+
+    def _right_axis(self, axis: Any) -> Any:
+        right = axis.twinx()
+        right.spines[["top", "left"]].set_visible(False)
+        right.tick_params(colors=_ORANGE)
+        axis.tick_params(axis="y", colors=_BLUE)
+        return right
+
+    def _line(self, axis: Any, name: str, color: str, label: str) -> None:
+        raw = self._values(name)
+        smooth = _smooth(raw)
+        if smooth != raw:
+            axis.plot(self.steps, raw, color=color, lw=0.8, alpha=0.3)
+        axis.plot(self.steps, smooth, color=color, lw=1.8, marker="o" if len(raw) < 3 else None, ms=4, label=label)
+
+    def _values(self, name: str) -> list[float]:
+        return _column(self.rows, name)
+
+
+def _column(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
+    values = [row.get(name) for row in rows]
+    return [math.nan if v is None else v for v in values]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Centred moving average over a 30th of the run; NaN stays NaN and is left out of its neighbours' averages."""
+    half = len(values) // 60
+    return [
+        _finite_mean(values[max(0, i - half) : i + half + 1]) if math.isfinite(value) else math.nan
+        for i, value in enumerate(values)
+    ] if half else list(values)
+
+
+def _finite_mean(values: Sequence[float]) -> float:
+    finite = [v for v in values if math.isfinite(v)]
+    return sum(finite) / len(finite)
+
+
+def _legend(axis: Any, where: str = "best", *, other: Any = None) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    if other is not None:
+        more, names = other.get_legend_handles_labels()
+        handles, labels = handles + more, labels + names
+    if labels:
+        top = axis if other is None else other  # the right axis is drawn last
+        top.legend(handles, labels, loc=where, frameon=True, framealpha=0.85, edgecolor="none", fontsize=8)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is not a JSON row ({error}); the file may be cut") from error
+    return rows

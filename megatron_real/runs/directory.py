@@ -6,12 +6,13 @@ from pathlib import Path
 
 
 class RunDirectory:
-    """Paths below a run's directory.
+    """Paths below a run's directory. The first rank writes all of them; every rank may read.
 
     config.yaml      the whole configuration          rollouts/step-00012.jsonl   every rollout of step 12
     metrics.jsonl    one row per step                 evaluations.jsonl           one row per evaluation
     curves.png       the run at a glance              hf/                         trained weights
-    tensorboard/     event files                      profile/, dumps/            traces; batches of skipped updates
+    tensorboard/     event files                      logs/run.log                what the terminal showed, with times
+    profile/         a trace per profiled step        dumps/step-00012-update-1/  batch of a skipped update
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -22,16 +23,20 @@ class RunDirectory:
         self.curves = self.path / "curves.png"
         self.weights = self.path / "hf"
         self.tensorboard = self.path / "tensorboard"
+        self.log = self.path / "logs" / "run.log"
         self.profile = self.path / "profile"
         self.dumps = self.path / "dumps"
 
-    def claim(self) -> None:
-        """Makes the directory for a new run.
+    def claim(self, *, exist_ok: bool = False) -> None:
+        """Makes the directory for a new run; `exist_ok` goes on in the directory of an earlier one.
 
         Raises:
-            ValueError: it holds a run already.
+            ValueError: it holds the metrics of a run already, or is a file.
         """
-        if self.metrics.exists():
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file; give another trainer.run_dir")
+        # A run that was stopped in its first step may have evaluated but has no metrics yet.
+        if not exist_ok and (self.metrics.exists() or self.evaluations.exists()):
             raise ValueError(f"{self.path} holds a run already; give another trainer.run_dir or delete it")
         self.path.mkdir(parents=True, exist_ok=True)
 
@@ -39,6 +44,6 @@ class RunDirectory:
         """Where the rollouts of a step are."""
         return self.path / "rollouts" / f"step-{step:05d}.jsonl"
 
-    def dump(self, step: int, update: int) -> Path:
-        """Where the rollouts of a skipped update are, readable like those of a step."""
-        return self.dumps / f"step-{step:05d}-update-{update}.jsonl"
+    def dump(self, step: int, update: int) -> RunDirectory:
+        """A run directory of one step, whose rollouts are the batch of a skipped update: rollout.replay takes it."""
+        return RunDirectory(self.dumps / f"step-{step:05d}-update-{update}")

@@ -1,7 +1,7 @@
 """The metrics of a step, each computed in one place from the whole step, and where they are written.
 
 Nothing here is an average of averages: every rank knows all rollouts, scores and weights, so each figure is computed
-once from all of them.
+once from all of them. The reduction of each is stated where it is computed. A figure of nothing is NaN (null on disk).
 """
 
 from __future__ import annotations
@@ -10,104 +10,206 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_real.records import EXCLUDED, NEGATIVE, POSITIVE, Rollout
+from megatron_real.runs.directory import RunDirectory
 
-# Dense bf16 peak (TFLOP/s) by a part of the device's name, from the vendor's data sheets.
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
+
+@dataclass(frozen=True)
+class Training:
+    """What the updates of one step were, in plain numbers."""
+
+    losses: Sequence[float]
+    """[updates] loss of each minibatch."""
+    scores: Sequence[float]
+    """[rollouts] score of each rollout, 0 where it was not computed."""
+    weights: Sequence[float]
+    """[rollouts] dL / dscore."""
+    max_abs_weight_tau: float
+    """max |w| * tau * groups of the minibatch; at most 1 by Eq. 9 and 10."""
+    grad_norms: Sequence[float]
+    """[updates] gradient norm before clipping."""
+    lr: float
+    """Learning rate of the last update."""
+    skipped: Sequence[int]
+    """Updates that were skipped for a loss or gradient that was not finite."""
+    token_means: Mapping[str, float]
+    """Means over the response tokens that were trained on: entropy, mismatch_mean_abs and mismatch_k3 (nats); and
+    mismatch_max_abs, the maximum. `entropy` is the mean of -log pi of the sampled tokens: a Monte Carlo estimate."""
+    tokens: int
+    """Prompt and response tokens that were trained on."""
+    flops: float
+    """Model FLOPs of forward and backward over them, recomputation and scoring aside."""
+
+
+def step_metrics(
+    rollouts: Sequence[Rollout],
+    training: Training,
+    seconds: Mapping[str, float],
+    *,
+    num_ranks: int,
+    peak_tflops: float | None,
+) -> dict[str, float]:
+    """All metrics of a step.
+
+    loss, grad_norm: mean over the updates that were made. lr: of the last update. skipped_updates: count.
+    max_abs_weight_tau: maximum over the step. seconds/STAGE: wall clock of the first rank, summed over the step.
+    The others are described at the functions that compute them, and at `Training`.
+
+    Args:
+        seconds: of each stage; "old_logprobs" and "update" are the training ones.
+        num_ranks: processes that share the training.
+        peak_tflops: of one device; None leaves `mfu` out.
+    """
+    in_training = seconds.get("old_logprobs", 0.0) + seconds.get("update", 0.0)
+    return {
+        "loss": _mean([v for v in training.losses if math.isfinite(v)]),
+        **rollout_metrics(rollouts),
+        **score_metrics(rollouts, training.scores, training.weights),
+        **training.token_means,
+        "max_abs_weight_tau": training.max_abs_weight_tau,
+        "grad_norm": _mean([v for v in training.grad_norms if math.isfinite(v)]),
+        "lr": training.lr,
+        "skipped_updates": float(len(training.skipped)),
+        **{f"seconds/{name}": value for name, value in seconds.items()},
+        **speed_metrics(training.tokens, training.flops, in_training * num_ranks, peak_tflops),
+    }
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Shares and lengths of a step's rollouts.
+    """Shares and lengths of a step's rollouts. Excluded rollouts, empty responses among them, are not labelled.
 
-    reward_mean: correct share of the labelled rollouts. solved_share, one_class_share: of the groups that have a
-    labelled rollout, those all correct, and those of a single label. excluded_share, truncated_share: of rollouts.
-    status/NAME: how many checks ended so. response_tokens_*: mean and maximum length.
+    reward_mean: mean over labelled rollouts of the verifier's reward; a rollout that no verifier saw (truncated, and
+    counted as negative) has its label instead. With rewards of 0 and 1 it is the correct share.
+    solved_share, one_class_share: of the groups that have a labelled rollout, those all correct, and those of a single
+    label (the solved ones among them). excluded_share, truncated_share: of all rollouts.
+    status/NAME: how many checks ended so. response_tokens_mean, response_tokens_max: over all rollouts.
     """
     labels: dict[int, set[int]] = defaultdict(set)
+    rewards: list[float] = []
     for r in rollouts:
-        if r.label != EXCLUDED:
+        if r.label != EXCLUDED and r.completion.token_ids:
             labels[r.group].add(r.label)
-    labelled = [r.label for r in rollouts if r.label != EXCLUDED]
+            rewards.append(float(r.label) if r.verdict.reward is None else r.verdict.reward)
     lengths = [len(r.completion.token_ids) for r in rollouts]
     statuses = Counter(r.verdict.status for r in rollouts)
     return {
-        "reward_mean": _mean(labelled),
+        "reward_mean": _mean(rewards),
         "solved_share": _mean([found == {POSITIVE} for found in labels.values()]),
         "one_class_share": _mean([len(found) == 1 for found in labels.values()]),
-        "excluded_share": _mean([r.label == EXCLUDED for r in rollouts]),
+        "excluded_share": 1.0 - len(rewards) / len(rollouts) if rollouts else math.nan,
         "truncated_share": _mean([not r.completion.finished for r in rollouts]),
         "response_tokens_mean": _mean(lengths),
-        "response_tokens_max": float(max(lengths)),
+        "response_tokens_max": float(max(lengths, default=0)),
         **{f"status/{name}": float(count) for name, count in sorted(statuses.items())},
     }
 
 
 def score_metrics(rollouts: Sequence[Rollout], scores: Sequence[float], weights: Sequence[float]) -> dict[str, float]:
-    """Mean, 5th and 95th percentile of the scores of rollouts that had a weight, by label."""
+    """score_positive_*, score_negative_*: mean, 5th and 95th percentile over the rollouts that had a weight.
+
+    The others (excluded, skipped one-class groups) were never scored. A score that is not finite is left out: its
+    update was skipped, and skipped_updates says so.
+    """
     metrics = {}
     for name, label in (("positive", POSITIVE), ("negative", NEGATIVE)):
-        chosen = sorted(s for r, s, w in zip(rollouts, scores, weights, strict=True) if r.label == label and w != 0)
+        chosen = [
+            s
+            for r, s, w in zip(rollouts, scores, weights, strict=True)
+            if r.label == label and w != 0 and math.isfinite(s)
+        ]
         metrics[f"score_{name}_mean"] = _mean(chosen)
-        metrics[f"score_{name}_p5"] = _quantile(chosen, 0.05)
-        metrics[f"score_{name}_p95"] = _quantile(chosen, 0.95)
+        metrics[f"score_{name}_p5"] = percentile(chosen, 5)
+        metrics[f"score_{name}_p95"] = percentile(chosen, 95)
     return metrics
 
 
-def peak_tflops(device_name: str, configured: float) -> float | None:
-    """Peak bf16 TFLOP/s of a device, None where it is not known."""
-    return configured or next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
+def speed_metrics(tokens: int, flops: float, rank_seconds: float, peak_tflops: float | None) -> dict[str, float]:
+    """Speed of training, rollouts aside: sums over the step, divided by the seconds of all ranks together.
+
+    tokens_per_second_per_rank: prompt and response tokens trained on. tflops_per_rank: model FLOPs, so that
+    recomputation and scoring passes lower it. mfu: tflops_per_rank / peak, only where the peak is known.
+    """
+    per_second = 1.0 / rank_seconds if rank_seconds > 0 else math.nan
+    speed = {"tokens_per_second_per_rank": tokens * per_second, "tflops_per_rank": flops * per_second / 1e12}
+    return speed | ({"mfu": speed["tflops_per_rank"] / peak_tflops} if peak_tflops else {})
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Linear interpolation between the two nearest values, as numpy does by default; NaN of nothing."""
+    if not values:
+        return math.nan
+    ordered = sorted(values)
+    below, fraction = divmod(percent / 100 * (len(ordered) - 1), 1)
+    low, high = ordered[int(below)], ordered[min(int(below) + 1, len(ordered) - 1)]
+    return low + fraction * (high - low)
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    return ordered[round(share * (len(ordered) - 1))] if ordered else math.nan
+    return math.fsum(values) / len(values) if values else math.nan
 
 
 class MetricsWriter:
-    """Appends metrics to a JSONL file, and to TensorBoard and W&B where asked."""
+    """Appends rows to metrics.jsonl and evaluations.jsonl, and the same figures to TensorBoard and W&B where asked."""
 
-    def __init__(self, jsonl: Path, *, tensorboard: Path | None, wandb: Mapping[str, Any] | None) -> None:
+    def __init__(self, directory: RunDirectory, *, tensorboard: bool, wandb: Mapping[str, Any] | None) -> None:
         """`wandb`: the run's configuration, or None to leave W&B out.
 
         Raises:
             ValueError: W&B is asked for but not installed.
         """
-        self._jsonl = jsonl
-        self._sinks: list[Callable[[str, float, int], None]] = []
+        self._directory = directory
+        self._sinks: list[Callable[[int, Mapping[str, float]], None]] = []
         self._closers: list[Callable[[], None]] = []
-        if tensorboard is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            events = SummaryWriter(str(tensorboard))
-            self._sinks.append(events.add_scalar)
-            self._closers.append(events.close)
         if wandb is not None:
-            try:
-                import wandb as client
-            except ImportError as error:
-                raise ValueError("trainer.wandb=true, but wandb is not installed; pip install wandb") from error
-            run = client.init(config=dict(wandb), dir=str(jsonl.parent))
-            self._sinks.append(lambda name, value, step: run.log({name: value}, step=step))
-            self._closers.append(run.finish)
+            self._open_wandb(wandb)
+        if tensorboard:
+            self._open_tensorboard()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One row. A value that is not a number becomes null."""
-        row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        with self._jsonl.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in metrics.items():
-            if math.isfinite(value):
-                for sink in self._sinks:
-                    sink(name, value, step)
+        """The row of a finished step. What is not finite becomes null."""
+        self._append(self._directory.metrics, step, metrics)
+
+    def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """The row of an evaluation after `step` steps."""
+        self._append(self._directory.evaluations, step, values)
 
     def close(self) -> None:
         """Flushes and ends TensorBoard and W&B."""
         for close in self._closers:
             close()
 
+    def _append(self, path: Path, step: int, values: Mapping[str, float]) -> None:
+        finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        row = {"step": step} | {name: finite.get(name) for name in values}
+        with path.open("a", encoding="utf-8") as file:  # closed, and so flushed, after each row
+            file.write(json.dumps(row) + "\n")
+        for sink in self._sinks:
+            sink(step, finite)
+
+    def _open_tensorboard(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        events = SummaryWriter(str(self._directory.tensorboard))  # type: ignore[no-untyped-call]
+
+        def write(step: int, values: Mapping[str, float]) -> None:
+            for name, value in values.items():
+                events.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            events.flush()  # type: ignore[no-untyped-call]  # an interrupted run keeps every row
+
+        self._sinks.append(write)
+        self._closers.append(events.close)
+
+    def _open_wandb(self, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb as client
+        except ImportError as error:
+            raise ValueError(
+                "trainer.wandb=true, but wandb is not installed; pip install wandb, or set trainer.wandb=false"
+            ) from error
+        run = client.init(config=dict(config), dir=str(self._directory.path), name=self._directory.path.name)
+        self._sinks.append(lambda step, values: run.log(dict(values), step=step))
+        self._closers.append(run.finish)

@@ -1,0 +1,84 @@
+"""Minibatches keep the denominators, plans keep every promise of their placement."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_real.batching import Layout, minibatches, plan
+from megatron_real.records import Completion, Prompt, Rollout, Verdict
+
+
+def rollout(group: int, label: int, tokens: int = 3) -> Rollout:
+    prompt = Prompt(str(group), "", (1, 2), ("1",))
+    return Rollout(prompt, group, 0, Completion((5,) * tokens, (0.0,) * tokens, "", True), Verdict("ok", label, 1.0))
+
+
+def test_denominator_counts_groups_with_a_labelled_rollout() -> None:
+    labels = {0: [1, 0], 1: [1, 1], 2: [-1, -1], 3: [0, -1, 1]}
+    rollouts = [rollout(g, y) for g, ys in labels.items() for y in ys]
+    (skip,) = minibatches(rollouts, groups_per_minibatch=4, one_class_groups="skip")
+    assert (skip.num_groups, skip.kept) == (3, (0, 1, 6, 8))
+    (keep,) = minibatches(rollouts, groups_per_minibatch=4, one_class_groups="keep")
+    assert (keep.num_groups, keep.kept) == (3, (0, 1, 2, 3, 6, 8))
+
+
+def test_an_empty_response_is_excluded() -> None:
+    (only,) = minibatches([rollout(0, 1), rollout(0, 0, tokens=0)], groups_per_minibatch=1, one_class_groups="skip")
+    assert (only.num_groups, only.kept) == (1, ())
+
+
+def test_minibatches_hold_whole_groups_in_order() -> None:
+    rollouts = [rollout(g, y) for y in (1, 0) for g in (7, 3, 5)]
+    cut = minibatches(rollouts, groups_per_minibatch=2, one_class_groups="skip")
+    assert [[r.group for r in m.rollouts] for m in cut] == [[7, 7, 3, 3], [5, 5]]
+
+
+@given(
+    sizes=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=6), min_size=0, max_size=12),
+    dp=st.integers(1, 4),
+    budget=st.integers(40, 240),
+    padded=st.booleans(),
+    multiple=st.sampled_from([1, 2, 4]),
+    placement=st.sampled_from(["auto", "intact", "dp", "split"]),
+)
+@settings(max_examples=300, deadline=None)
+def test_plans_keep_their_promises(
+    sizes: list[list[int]], dp: int, budget: int, padded: bool, multiple: int, placement: str
+) -> None:
+    lengths = [n for group in sizes for n in group]
+    groups = [g for g, group in enumerate(sizes) for _ in group]
+    layout = Layout(dp=dp, max_tokens=budget, padded=padded, count_multiple=multiple)
+    try:
+        made = plan(lengths, groups, layout=layout, placement=placement, needs_scores=True)  # type: ignore[arg-type]
+    except ValueError:
+        assert placement in ("intact", "dp")  # only these can be impossible
+        return
+    ranks = made.micro_batches
+    assert sorted(i for rank in ranks for micro in rank for i in micro) == list(range(len(lengths)))
+    assert len(ranks) == dp and len({len(rank) for rank in ranks}) == 1
+    assert len(ranks[0]) > 0 and len(ranks[0]) % multiple == 0
+    for rank in ranks:
+        for micro in filter(None, rank):
+            tokens = [lengths[i] for i in micro]
+            assert (max(tokens) * len(tokens) if padded else sum(tokens)) <= budget
+    for g in set(groups):
+        where = {(r, m) for r, rank in enumerate(ranks) for m, micro in enumerate(rank) for i in micro if groups[i] == g}
+        if made.placement == "intact":
+            assert len(where) == 1
+        if made.placement == "dp":
+            assert len({m for _, m in where}) == 1
+
+
+def test_auto_takes_one_pass_when_groups_fit_and_two_when_they_do_not() -> None:
+    layout = Layout(dp=2, max_tokens=100)
+    fits = plan([10] * 16, [i // 4 for i in range(16)], layout=layout, placement="auto", needs_scores=True)
+    assert fits.placement in ("intact", "dp")
+    too_big = plan([60] * 8, [0] * 8, layout=layout, placement="auto", needs_scores=True)
+    assert too_big.placement == "split"
+
+
+def test_a_sequence_beyond_the_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"120 tokens exceeds batch.max_tokens = 100"):
+        plan([120], [0], layout=Layout(dp=1, max_tokens=100), placement="auto", needs_scores=False)
