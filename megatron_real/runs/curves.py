@@ -24,7 +24,7 @@ def plot_curves(metrics: Path, evaluations: Path, out: Path, *, title: str = "")
         return
     from matplotlib import rc_context
 
-    style = {"font.size": 9, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left"}
+    style: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left"}
     colours = {"text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _GREY, "xtick.color": _INK}
     with rc_context(style | colours | {"ytick.color": _INK}):
         _Figure(rows, held).draw(out, title)
@@ -64,10 +64,9 @@ class _Figure:
             found, error = _column(self.held, "heldout/pass_at_1"), _column(self.held, "heldout/standard_error")
             label = "held-out accuracy (+- standard error)"
             axis.errorbar(at, found, yerr=error, color=_ORANGE, marker="o", ms=4, lw=1.8, capsize=3, label=label)
+            beside = {"textcoords": "offset points", "color": _ORANGE, "ha": "center"}
             for i in sorted({0, len(at) - 1}):
-                axis.annotate(
-                    f"{found[i]:.2f}", (at[i], found[i]), (0, -14), textcoords="offset points", color=_ORANGE, ha="center"
-                )
+                axis.annotate(f"{found[i]:.2f}", (at[i], found[i]), (0, -16), **beside)
         if all(0 <= v <= 1 for v in rewards):
             axis.set_ylim(-0.02, 1.02)
         axis.set_title("accuracy")
@@ -142,10 +141,10 @@ def _column(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
 def _smooth(values: Sequence[float]) -> list[float]:
     """Centred moving average over a 30th of the run; NaN stays NaN and is left out of its neighbours' averages."""
     half = len(values) // 60
-    return [
-        _finite_mean(values[max(0, i - half) : i + half + 1]) if math.isfinite(value) else math.nan
-        for i, value in enumerate(values)
-    ] if half else list(values)
+    if not half:
+        return list(values)
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [_finite_mean(w) if math.isfinite(v) else math.nan for v, w in zip(values, windows, strict=True)]
 
 
 def _finite_mean(values: Sequence[float]) -> float:

@@ -193,12 +193,12 @@ class MetricsWriter:
     def _open_tensorboard(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        events = SummaryWriter(str(self._directory.tensorboard))  # type: ignore[no-untyped-call]
+        events = SummaryWriter(str(self._directory.tensorboard))
 
         def write(step: int, values: Mapping[str, float]) -> None:
             for name, value in values.items():
-                events.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
-            events.flush()  # type: ignore[no-untyped-call]  # an interrupted run keeps every row
+                events.add_scalar(name, value, step)
+            events.flush()  # an interrupted run keeps every row
 
         self._sinks.append(write)
         self._closers.append(events.close)

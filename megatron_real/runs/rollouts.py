@@ -39,7 +39,7 @@ def write_rollouts(
             raise ValueError(f"{len(values)} values of {name} for {len(rollouts)} rollouts; give one for each")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with partial.open("w", encoding="utf-8", errors="surrogatepass") as file:  # a model may emit half a surrogate pair
         for i, rollout in enumerate(rollouts):
             found = {name: None if values is None else _finite(values[i]) for name, values in columns.items()}
             row = {"step": step, **found, **_row(rollout)}
@@ -63,7 +63,7 @@ def read_rollouts(path: Path) -> list[Rollout]:
             rollouts.append(_rollout(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:  # ValueError covers broken JSON and broken UTF-8
             raise ValueError(
-                f"{path}:{number} is not a saved rollout ({type(error).__name__}: {error}); the file may be cut or edited"
+                f"{path}:{number} is not a saved rollout ({type(error).__name__}: {error}); the file may be cut"
             ) from error
     if not rollouts:
         raise ValueError(f"{path} is empty; it holds no rollout to train on")

@@ -1,0 +1,159 @@
+"""Whole runs by the command line, in processes of their own: the quickstart in short."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "examples/configs/quickstart.yaml"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's base model."""
+    out = tmp_path_factory.mktemp("quickstart") / "base"
+    subprocess.run([sys.executable, "tools/make_tiny_model.py", "--out", str(out)], cwd=ROOT, check=True, timeout=400)
+    return out
+
+
+def command(base: Path, run_dir: Path, *words: str, processes: int = 2) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    paths = [f"model.path={base}", f"data.train={base}/train.jsonl", f"data.heldout={base}/heldout.jsonl"]
+    return [
+        sys.executable, *launcher, "-m", "megatron_real", "train", str(CONFIG), f"trainer.run_dir={run_dir}",
+        "trainer.tensorboard=false", *paths, *words,
+    ]  # fmt: skip
+
+
+def train(base: Path, run_dir: Path, *words: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    run = command(base, run_dir, *words, processes=processes)
+    return subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=400)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+@pytest.fixture(scope="session")
+def learned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 20 steps on two data-parallel processes."""
+    run_dir = tmp_path_factory.mktemp("runs") / "learned"
+    done = train(base, run_dir, "trainer.steps=20", "trainer.profile=[2]")
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def heldout(run_dir: Path) -> list[float]:
+    return [row["heldout/pass_at_1"] for row in rows(run_dir / "evaluations.jsonl")]
+
+
+def test_held_out_accuracy_rises(learned: Path) -> None:
+    first, *_, last = heldout(learned)
+    assert first < 0.5 and last > 0.9
+
+
+def test_permuted_labels_teach_nothing(base: Path, tmp_path: Path) -> None:
+    done = train(base, tmp_path / "run", "trainer.steps=20", "labels.permute=true")
+    assert done.returncode == 0, done.stderr
+    first, *_, last = heldout(tmp_path / "run")
+    assert last < first + 0.1
+
+
+def test_metrics_are_whole(learned: Path) -> None:
+    metrics = rows(learned / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(1, 21))
+    for row in metrics:
+        assert 0 < row["max_abs_weight_tau"] <= 1
+        assert row["mismatch_max_abs"] < 1e-4, "trainer and engine have the same fp32 weights"
+        assert {"loss", "entropy", "grad_norm", "lr", "seconds/rollout", "tokens_per_second_per_rank"} <= row.keys()
+    trace = json.loads((learned / "profile/step-00002.json").read_text())
+    assert {"rollout", "label", "update"} <= {event.get("name") for event in trace["traceEvents"]}
+
+
+def test_rollouts_are_kept(learned: Path) -> None:
+    saved = rows(learned / "rollouts/step-00003.jsonl")
+    assert len(saved) == 64 * 8
+    for row in saved:
+        right = row["completion"] == f"\\boxed{{{row['answers'][0]}}}"
+        assert row["label"] == int(right)
+        assert (row["weight"] == 0) or (row["weight"] < 0) == right
+
+
+def test_exported_weights_have_learned(learned: Path, base: Path) -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    import make_tiny_model
+    from transformers import AutoTokenizer, Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM.from_pretrained(learned / "hf")
+    pairs = [tuple(map(int, row["prompt"][0]["content"][:-1].split("+"))) for row in rows(base / "heldout.jsonl")]
+    assert make_tiny_model.greedy_accuracy(model, AutoTokenizer.from_pretrained(learned / "hf"), pairs) > 0.9
+
+
+LAYOUTS = {
+    "tp2-sp": (2, ["parallel.tp=2", "parallel.sp=true"]),
+    "pp2-two-passes": (2, ["parallel.pp=2", "batch.placement=split"]),
+    "one-process": (1, ["batch.max_tokens=512"]),
+    "cp2": (2, ["parallel.cp=2"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_replay_on_another_layout_gives_the_same_losses(learned: Path, base: Path, tmp_path: Path, layout: str) -> None:
+    processes, words = LAYOUTS[layout]
+    replay = [f"rollout.replay={learned}", "trainer.steps=4", "data.heldout=", "trainer.export=false"]
+    done = train(base, tmp_path / "run", *replay, *words, processes=processes)
+    assert done.returncode == 0, done.stderr
+    found, expected = rows(tmp_path / "run/metrics.jsonl"), rows(learned / "metrics.jsonl")
+    for row, original in zip(found, expected, strict=False):
+        for name in ("loss", "grad_norm", "score_positive_mean", "entropy"):
+            assert row[name] == pytest.approx(original[name], rel=2e-3, abs=1e-5), f"{name} of step {row['step']}"
+
+
+def test_updates_that_are_not_finite_stop_the_run(base: Path, tmp_path: Path) -> None:
+    done = train(base, tmp_path / "run", "trainer.steps=20", "optimizer.lr=1e30", "optimizer.clip_grad=0", processes=1)
+    assert done.returncode == 1
+    assert "3 updates in a row had a loss or gradient that was not finite" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(list((tmp_path / "run/dumps").iterdir())) >= 3
+
+
+def test_a_run_directory_is_not_overwritten(learned: Path, base: Path) -> None:
+    before = (learned / "metrics.jsonl").read_bytes()
+    done = train(base, learned, processes=1)
+    assert done.returncode == 2
+    assert f"{learned} holds a run already" in done.stderr and "Traceback" not in done.stderr
+    assert (learned / "metrics.jsonl").read_bytes() == before
+
+
+def test_ctrl_c_ends_cleanly(base: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run = command(base, run_dir, "trainer.steps=1000", processes=1)
+    process = subprocess.Popen(run, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"interrupted; metrics and rollouts so far are in {run_dir}" in errors and "Traceback" not in errors
+    steps = len(rows(run_dir / "metrics.jsonl"))
+    assert len(list((run_dir / "rollouts").glob("step-*.jsonl"))) >= steps >= 1
+
+
+def test_a_truncated_weights_file_is_one_sentence(base: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in base.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None])
+    done = train(broken, tmp_path / "run", processes=1)
+    assert done.returncode == 2
+    assert "truncated or corrupt" in done.stderr and "Traceback" not in done.stderr
