@@ -32,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = configuration.load(chosen.config, chosen.overrides)
         configuration.check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
         if not config.trainer.run_dir:
-            raise ValueError("trainer.run_dir is empty; say where the run may write, for example trainer.run_dir=runs/first")
+            raise ValueError(
+                "trainer.run_dir is empty; say where the run may write, for example trainer.run_dir=runs/first"
+            )
         Architecture.read(config.model.path)
     except ValueError as error:
         if first:
@@ -64,7 +66,10 @@ def _train(config: configuration.Config, first: bool) -> int:
         train(job)
     except KeyboardInterrupt:
         if first:
-            print(f"megatron-real: interrupted; metrics and rollouts so far are in {config.trainer.run_dir}", file=sys.stderr)
+            print(
+                f"megatron-real: interrupted; metrics and rollouts so far are in {config.trainer.run_dir}",
+                file=sys.stderr,
+            )
         return 130
     except (NonFinite, TooManyFailedChecks) as error:
         if first:

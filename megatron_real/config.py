@@ -113,7 +113,7 @@ class ObjectiveConfig:
     tau: float = 0.5
     """Temperature of the classification loss: |d loss / d score| <= 1 / tau."""
     one_class_groups: Literal["skip", "keep"] = "skip"
-    """What groups of a single label do: `skip` gives no loss but counts in the denominator, `keep` is Eq. 8 as printed."""
+    """Groups of a single label: `skip` gives no loss but counts in the denominator, `keep` is Eq. 8 as printed."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class BatchConfig:
     layout: Literal["packed", "padded"] = "packed"
     """`packed`: sequences end to end; `padded`: each padded to the micro-batch's longest."""
     placement: Literal["auto", "intact", "dp", "split"] = "auto"
-    """Where a group may lie: within a micro-batch, across DP ranks at one index, anywhere; `auto` estimates the cheapest."""
+    """Where a group may lie: in a micro-batch, across DP ranks at one index, anywhere; `auto` takes the cheapest."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ValueError(f"there is no config file {str(path)!r}; give the path of a YAML file")
     try:
         tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(words))
-        values = OmegaConf.to_container(tree, resolve=True)
+        values: Any = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
@@ -288,7 +288,9 @@ def check_model(config: Config) -> None:
     """
     file = Path(config.model.path) / "config.json"
     if not config.model.path or not file.is_file():
-        raise ValueError(f"model.path is {config.model.path!r}, which has no config.json; give a directory of HF weights")
+        raise ValueError(
+            f"model.path is {config.model.path!r}, which has no config.json; give a directory of HF weights"
+        )
     hf = json.loads(file.read_text())
     heads, layers = hf.get("num_attention_heads"), hf.get("num_hidden_layers")
     parallel = config.parallel
@@ -422,8 +424,8 @@ def _check_combinations(config: Config) -> None:
     truncated = rollout.top_p < 1 or rollout.top_k > 0
     if truncated and not rollout.allow_truncated_sampling:
         raise ValueError(
-            f"rollout.top_p = {rollout.top_p} and rollout.top_k = {rollout.top_k} cut the sampling distribution, so the "
-            "log-probs would be biased; use top_p 1 and top_k 0, or set rollout.allow_truncated_sampling=true"
+            f"rollout.top_p = {rollout.top_p} and rollout.top_k = {rollout.top_k} cut the sampling distribution, so "
+            "the log-probs would be biased; use top_p 1 and top_k 0, or set rollout.allow_truncated_sampling=true"
         )
     if rollout.num_prompts % batch.minibatch_prompts:
         raise ValueError(
@@ -505,7 +507,7 @@ _MEGATRON_CLASSES = {
 
 
 def megatron_fields() -> frozenset[str]:
-    """Every field that `megatron.*` can set. Read from megatron-core's sources, so a wrong name costs no import of it."""
+    """Every field that `megatron.*` can set, read from megatron-core's sources: a wrong name costs no import of it."""
     spec = importlib.util.find_spec("megatron")
     roots = [Path(p) / "core" for p in (spec.submodule_search_locations or ())] if spec else []
     root = next((r for r in roots if r.is_dir()), None)

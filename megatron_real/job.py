@@ -1,4 +1,4 @@
-"""Everything that the loop drives, built once from the configuration. What is wrong fails here, before the first step."""
+"""What the loop drives, built once from the configuration. Whatever is wrong fails here, before the first step."""
 
 from __future__ import annotations
 

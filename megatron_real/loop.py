@@ -1,15 +1,15 @@
 """Algorithm 1 of REAL, and the map of this project: each stage of `train` is a package.
 
-    prompts -> rollouts -> labels -> batches, old log-probs -> updates -> rollouts and metrics on disk -> evaluation
-       ^                                                          |
-       +---------------------- weights to the engine <------------+
+prompts -> rollouts -> labels -> batches, old log-probs -> updates -> rollouts and metrics on disk -> evaluation
+   ^                                                          |
+   +---------------------- weights to the engine <------------+
 
-    stage           consumes                  produces                  waits for
-    sync            the policy's weights      the engine's weights      all ranks, tensor by tensor
-    rollout         prompts                   completions               its own rank only
-    label           completions               rollouts on every rank    the slowest rank's verifier
-    old_logprobs    rollouts                  packed batches            the pipeline
-    update          one batch at a time       new weights               all ranks, once per update
+stage           consumes                  produces                  waits for
+sync            the policy's weights      the engine's weights      all ranks, tensor by tensor
+rollout         prompts                   completions               its own rank only
+label           completions               rollouts on every rank    the slowest rank's verifier
+old_logprobs    rollouts                  packed batches            the pipeline
+update          one batch at a time       new weights               all ranks, once per update
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def train(job: Job) -> None:
                 batches, updates = _updates(job, rollouts)
                 reporter.trained(step, rollouts, _training(job, rollouts, batches, updates))
                 _stop_if_not_finite(job, step, batches, updates)
-            if config.evaluation.every and step % config.evaluation.every == 0 or step == config.trainer.steps:
+            if step == config.trainer.steps or (config.evaluation.every and step % config.evaluation.every == 0):
                 _evaluate(job, step)
         if config.trainer.export:
             _export(job)

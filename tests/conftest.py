@@ -28,7 +28,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     made: dict[tuple[object, ...], Path] = {}
 
-    def make(family: str = "qwen2", *, seed: int = 0, moved: float = 0.0, dtype: str = "float64", **sizes: object) -> Path:
+    def make(
+        family: str = "qwen2", *, seed: int = 0, moved: float = 0.0, dtype: str = "float64", **sizes: object
+    ) -> Path:
         """`moved`: standard deviation of noise on top of the same weights, for a policy that has been updated."""
         key = (family, seed, moved, dtype, str(sorted(sizes.items())))
         if key not in made:

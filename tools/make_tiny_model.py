@@ -2,9 +2,9 @@
 
     python tools/make_tiny_model.py --out runs/quickstart/base
 
-Shaped like DeepSeek-R1-Distill-Qwen (biases on q, k and v, grouped queries, untied embeddings), 0.3 M parameters, with a
-tokenizer of its own: one token a digit. All 8,100 sums of two two-digit numbers are split by operand pair: 400 held-out
-pairs, which neither this warm-up nor training ever sees, the rest for both.
+Shaped like DeepSeek-R1-Distill-Qwen (biases on q, k and v, grouped queries, untied embeddings), 0.3 M parameters, with
+a tokenizer of its own: one token a digit. All 8,100 sums of two two-digit numbers are split by operand pair: 400
+held-out pairs, which neither this warm-up nor training ever sees, the rest for both.
 
 The warm-up is a few hundred steps of supervised learning from a sloppy teacher, who drops every carry in 70 % of the
 sums: 58+67 is then 15, and 125 otherwise. So the base model knows both ways of adding and prefers the wrong one: it is
@@ -27,7 +27,10 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
 WORDS = [*SPECIAL, *"0123456789", "+", "=", "\\boxed{", "}"]
-CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 HELD_OUT, SLOPPY_SHARE, BATCH = 400, 0.7, 256
 
 Pair = tuple[int, int]
@@ -122,7 +125,9 @@ def warm_up(
     for step in range(1, steps + 1):
         batch = draw.choices(pairs, k=BATCH)
         answers = [sum_without_carry(p) if draw.random() < SLOPPY_SHARE else true_sum(p) for p in batch]
-        texts = [f"<|user|>{question(p)}<|assistant|>\\boxed{{{a}}}<|end|>" for p, a in zip(batch, answers, strict=True)]
+        texts = [
+            f"<|user|>{question(p)}<|assistant|>\\boxed{{{a}}}<|end|>" for p, a in zip(batch, answers, strict=True)
+        ]
         tokens = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
         loss = answer_loss(model(tokens[:, :-1]).logits, tokens[:, 1:])
         optimizer.zero_grad()

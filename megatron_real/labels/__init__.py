@@ -1,4 +1,4 @@
-"""Completion + gold answers -> positive, negative or excluded. A check that fails is excluded and counted, never a 0."""
+"""Completion + gold answers -> positive, negative or excluded. A failed check is excluded and counted, never a 0."""
 
 from megatron_real.labels.labeller import Labeller, TooManyFailedChecks
 

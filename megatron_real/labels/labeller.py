@@ -71,7 +71,9 @@ class Labeller:
         if reward is None:
             return Verdict("unparsable", NEGATIVE, 0.0, seconds)
         if self._threshold is None and reward not in (0.0, 1.0):
-            raise ValueError(f"the verifier gave the reward {reward}; set labels.threshold to say what counts as correct")
+            raise ValueError(
+                f"the verifier gave the reward {reward}; set labels.threshold to say what counts as correct"
+            )
         positive = reward >= (1.0 if self._threshold is None else self._threshold)
         return Verdict(status, POSITIVE if positive else NEGATIVE, reward, seconds)  # type: ignore[arg-type]
 

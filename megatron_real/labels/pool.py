@@ -90,9 +90,7 @@ class _Worker:
             RuntimeError: it ended or did not answer.
         """
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-        )
+        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         if self._answer(_STARTUP_SECONDS) != b"ready\n":
             self.kill()
             raise RuntimeError(f"a verifier process did not start: {' '.join(self._command)}")

@@ -27,7 +27,9 @@ def check_name(name: str) -> None:
     """Raises ValueError unless `name` is a verifier's or names a Python file. Runs none of the file's code."""
     path, colon, _ = name.rpartition(":")
     if name not in NAMES and not colon:
-        raise ValueError(f"labels.verifier is {name!r}; it takes one of {', '.join(NAMES)} or your own path.py:function")
+        raise ValueError(
+            f"labels.verifier is {name!r}; it takes one of {', '.join(NAMES)} or your own path.py:function"
+        )
     if colon and not Path(path).is_file():
         raise ValueError(f"labels.verifier names {path!r}, which is no file; write path.py:function")
 
@@ -123,6 +125,8 @@ def _own(path: str, function: str) -> Verifier:
 
     def verify(text: str, answers: Sequence[str], metadata: Mapping[str, Any]) -> Result:
         verdict = judge(text, answers, metadata)
-        return ("ok" if verdict else "wrong", float(verdict)) if isinstance(verdict, bool) else ("score", float(verdict))
+        return (
+            ("ok" if verdict else "wrong", float(verdict)) if isinstance(verdict, bool) else ("score", float(verdict))
+        )
 
     return verify

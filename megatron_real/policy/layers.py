@@ -32,7 +32,9 @@ class RMSNorm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+        self.weight = nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
         # Tells finalize_model_grads to sum this gradient over TP: each rank saw only its share of the tokens.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -104,7 +106,7 @@ class SdpaCoreAttention(nn.Module):
         return torch.cat(outputs)
 
     def _attend(self, query_BLAD: Tensor, key_BLKD: Tensor, value_BLKD: Tensor) -> Tensor:
-        """Causal attention of the last queries of a prefix: query i of L sees the keys up to (prefix length) - L + i."""
+        """Causal attention of a prefix's last L queries: query i sees the keys up to (prefix length) - L + i."""
         query, key, value = (x.transpose(1, 2) for x in (query_BLAD, key_BLKD, value_BLKD))
         square = query.shape[2] == key.shape[2]
         mask = None if square else causal_lower_right(query.shape[2], key.shape[2])

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from megatron_real import cpu
 from megatron_real.config import ParallelConfig
@@ -26,7 +27,7 @@ def join_world(timeout_minutes: float) -> None:
     if "MASTER_PORT" in os.environ:
         dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timeout)
     else:
-        dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timeout, store=HashStore(), rank=0, world_size=1)
 
 
 @dataclass(frozen=True)

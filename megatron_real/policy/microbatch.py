@@ -1,8 +1,8 @@
 """Micro-batches as the model wants them: packed, shifted, padded and cut for this context-parallel rank.
 
-Shapes: R sequences of the micro-batch, T tokens of this context-parallel rank. Each sequence is padded to a multiple of
-2 * CP, of which rank r holds chunks r and 2 * CP - 1 - r; a last dummy sequence pads T for sequence parallelism. Padding
-has no target, so it has no log-prob, no gradient, and is attended to by nothing before it.
+Shapes: R sequences of the micro-batch, T tokens of this context-parallel rank. Each sequence is padded to a multiple
+of 2 * CP, of which rank r holds chunks r and 2 * CP - 1 - r; a last dummy sequence pads T for sequence parallelism.
+Padding has no target, so it has no log-prob and no gradient, and nothing before it attends to it.
 """
 
 from __future__ import annotations

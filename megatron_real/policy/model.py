@@ -67,6 +67,7 @@ class LogprobHead(ColumnParallelLinear):
             "temperature": self.temperature,
             "vocab_size": self.vocab_size,
         }
+        logprob_T: Any
         if self.from_logits:
             logits, _ = super().forward(input_, weight)
             logprob_T = vocab_parallel_logprobs(logits.squeeze(1), self.target_T, **options)
@@ -88,8 +89,7 @@ class PolicyModel(GPTModel):
             # Exactness tests run in fp64, where fp32 angles would be the largest error.
             self.rotary_pos_emb.inv_freq = self.rotary_pos_emb.inv_freq.double()
         if self.post_process:
-            weight = self.output_layer.weight
-            self.output_layer = LogprobHead(
+            head = LogprobHead(
                 self.config,
                 vocab_size=vocab_size,
                 padded_vocab_size=padded_vocab_size,
@@ -97,9 +97,10 @@ class PolicyModel(GPTModel):
                 from_logits=from_logits,
                 tp_group=self.pg_collection.tp,
             )
-            self.output_layer.weight = weight
+            head.weight = self.output_layer.weight
+            self.output_layer = head
 
-    def forward(self, tokens_T: Tensor, target_T: Tensor, packed: PackedSeqParams) -> Tensor:  # type: ignore[override]
+    def forward(self, tokens_T: Tensor, target_T: Tensor, packed: PackedSeqParams) -> Tensor:
         """Returns the log-probs [T] on the last stage, hidden states for the next stage elsewhere."""
         if self.post_process:
             self.output_layer.target_T = target_T

@@ -73,9 +73,7 @@ class Policy:
 
     def load(self, weights: HfWeights) -> None:
         """Fills the model from HF weights, then builds the optimizer, whose master weights are copies of them."""
-        load_hf(
-            self.chunks, weights, self.architecture, tp_rank=self.groups.tp.rank(), tp=self.groups.tp.size()
-        )
+        load_hf(self.chunks, weights, self.architecture, tp_rank=self.groups.tp.rank(), tp=self.groups.tp.size())
         if self.config.model.dtype != "fp64":  # megatron-core's optimizers know no fp64; exactness tests need none
             self.optimizer = _optimizer(self.config, self.ddp)
             self.scheduler = _scheduler(self.config, self.optimizer, self._num_updates)
@@ -181,11 +179,14 @@ def _wrap(chunks: Sequence[nn.Module], config: Config) -> list[DistributedDataPa
     ddp_config = DistributedDataParallelConfig(**values | _fields_of(DistributedDataParallelConfig, config.megatron))
     wrapped = [
         DistributedDataParallel(
-            chunk.config, ddp_config, chunk, disable_bucketing=i > 0  # later chunks' gradients arrive together
+            chunk.config,
+            ddp_config,
+            chunk,
+            disable_bucketing=i > 0,  # later chunks' gradients arrive together
         )
         for i, chunk in enumerate(chunks)
     ]
-    shared = chunks[0].config
+    shared: Any = chunks[0].config
     shared.finalize_model_grads_func = finalize_model_grads
     if ddp_config.overlap_grad_reduce:
         shared.no_sync_func = _one_or_all([chunk.no_sync for chunk in wrapped])
@@ -222,9 +223,7 @@ def _optimizer(config: Config, ddp: Sequence[DistributedDataParallel]) -> Megatr
         "params_dtype": torch_dtype(config.model.dtype),
         "use_distributed_optimizer": _distributed(config),
     }
-    return get_megatron_optimizer(
-        OptimizerConfig(**values | _fields_of(OptimizerConfig, config.megatron)), list(ddp)
-    )
+    return get_megatron_optimizer(OptimizerConfig(**values | _fields_of(OptimizerConfig, config.megatron)), list(ddp))
 
 
 def _scheduler(config: Config, optimizer: MegatronOptimizer, num_updates: int) -> OptimizerParamScheduler:

@@ -46,7 +46,7 @@ class TokenStats:
     """Sums over response tokens, of d = the trainer's minus the engine's log-prob at the weights that generated."""
 
     sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
-    """[4] sums of -log pi (its mean estimates the entropy), |d|, k3 = e^d - 1 - d (its mean estimates the KL), and 1."""
+    """[4] sums of -log pi (its mean estimates the entropy), |d|, k3 = e^d - 1 - d (its mean: the KL), and 1."""
     largest: float = 0.0
     """max |d| (nats)."""
 
@@ -147,7 +147,7 @@ class TrainStep:
         micro.weight_R = self._weights(batch, score_R, present_R)[list(micro.positions)]
 
     def _partial_scores(self, micro: MicroBatch, logprob_T: Tensor) -> Tensor:
-        """[R] this context-parallel rank's share of each score. Log-probs are complete on every tensor-parallel rank."""
+        """[R] this context-parallel rank's share of each score; log-probs are complete on each tensor-parallel rank."""
         assert micro.old_logprob_T is not None, "scores need the old log-probs"
         used = slice(0, micro.num_used)
         return sequence_scores(
@@ -176,7 +176,9 @@ class TrainStep:
 
     def _weights(self, batch: Batch, score_R: Tensor, present_R: Tensor) -> Tensor:
         """[R] dL / dscore of the present rollouts, whose groups are present as a whole; 0 for the others."""
-        return real_weights(score_R, torch.where(present_R, batch.label_R, EXCLUDED), batch.group_R, **self._terms(batch))
+        return real_weights(
+            score_R, torch.where(present_R, batch.label_R, EXCLUDED), batch.group_R, **self._terms(batch)
+        )
 
     def _terms(self, batch: Batch) -> dict[str, Any]:
         terms = {"tau": self.objective.tau, "variant": self.objective.variant}
@@ -209,7 +211,7 @@ class TrainStep:
         if self.groups.pp.size() > 1:
             last = dist.get_global_rank(self.groups.pp, self.groups.pp.size() - 1)
             dist.broadcast(told, src=last, group=self.groups.pp)
-        loss, score_R, weight_R = told.cpu().split([1, num_rollouts, num_rollouts])
+        loss, score_R, weight_R = torch.split(told.cpu(), [1, num_rollouts, num_rollouts])
         return Gradient(float(loss), score_R, weight_R)
 
     def _run(self, micros: Sequence[MicroBatch], loss: LossFunction, *, forward_only: bool) -> None:

@@ -47,7 +47,9 @@ class PromptCursor:
         """
         for name, mine in (("seed", self._seed), ("fingerprint", self.fingerprint)):
             if state[name] != mine:
-                raise ValueError(f"the saved prompt order has {name} {state[name]}, this run has {mine}; use the same data")
+                raise ValueError(
+                    f"the saved prompt order has {name} {state[name]}, this run has {mine}; use the same data"
+                )
         self.epoch, self.position = state["epoch"], state["position"]
         self._order = self._permutation()
 

@@ -50,4 +50,3 @@ def _render(messages: Sequence[Mapping[str, str]], tokenizer: Any, suffix: str) 
         text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         return text
     return "\n".join(message["content"] for message in chat)
-

@@ -54,7 +54,9 @@ def read_rows(path: str | Path) -> list[Row]:
     if not rows:
         raise ValueError(f"none of the {skipped} rows of {str(path)!r} has a question and an answer; check its columns")
     if skipped:
-        logger.warning("%s: skipped %d of %d rows that have no question or no answer", path, skipped, skipped + len(rows))
+        logger.warning(
+            "%s: skipped %d of %d rows that have no question or no answer", path, skipped, skipped + len(rows)
+        )
     return rows
 
 

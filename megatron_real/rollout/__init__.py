@@ -1,4 +1,4 @@
-"""The rollout stage and its engines. Lifecycle names are NeMo-Aligner's: prepare_for_inference, generate, finish_inference."""
+"""The rollout stage and its engines; the lifecycle's names are NeMo-Aligner's."""
 
 from __future__ import annotations
 

@@ -26,7 +26,9 @@ class RolloutStage:
     def __init__(self, engine: Engine, labeller: Labeller, *, rank: int, world: int) -> None:
         self.engine, self.labeller, self.rank, self.world = engine, labeller, rank, world
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[tuple[int, list[Completion]]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int
+    ) -> list[tuple[int, list[Completion]]]:
         """This rank's share: (index of the prompt, its completions)."""
         mine = range(self.rank, len(prompts), self.world)
         completions = self.engine.generate([prompts[i] for i in mine], sampling, seed=seed * self.world + self.rank)

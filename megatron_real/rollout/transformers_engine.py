@@ -81,7 +81,7 @@ class TransformersEngine:
         for tokens, logprob in zip(out_BL[:, width:].tolist(), logprobs, strict=True):
             length = next((t + 1 for t, token in enumerate(tokens) if token in self.eos), len(tokens))
             finished = bool(tokens) and tokens[length - 1] in self.eos
-            text = self.tokenizer.decode(tokens[:length], skip_special_tokens=True)
+            text = str(self.tokenizer.decode(tokens[:length], skip_special_tokens=True))
             yield Completion(tuple(tokens[:length]), tuple(logprob[:length]), text, finished)
 
 

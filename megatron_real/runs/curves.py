@@ -24,9 +24,10 @@ def plot_curves(metrics: Path, evaluations: Path, out: Path, *, title: str = "")
         return
     from matplotlib import rc_context
 
-    style: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left"}
-    colours = {"text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _GREY, "xtick.color": _INK}
-    with rc_context(style | colours | {"ytick.color": _INK}):
+    style: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10.5, "axes.titleweight": "bold"}
+    style |= {"axes.titlelocation": "left", "axes.edgecolor": _GREY}
+    style |= dict.fromkeys(["text.color", "axes.labelcolor", "xtick.color", "ytick.color"], _INK)
+    with rc_context(style):
         _Figure(rows, held).draw(out, title)
 
 
@@ -98,29 +99,24 @@ class _Figure:
         _legend(axis)
 
     def _gradient(self, axis: Any) -> None:
-        self._line(axis, "grad_norm", _BLUE, "gradient norm")
-        axis.set_title("gradient norm, and largest weight (right)")
-        right = self._right_axis(axis)
-        self._line(right, "max_abs_weight_tau", _ORANGE, "max |w| tau")
+        axis.set_title("gradient, and largest weight")
+        right = self._pair(axis, ("grad_norm", "gradient norm"), ("max_abs_weight_tau", "max |w| tau"))
         right.set_ylim(0, 1.05)
-        axis.set_ylim(bottom=0)
-        _legend(axis, other=right)
 
     def _responses(self, axis: Any) -> None:
-        self._line(axis, "response_tokens_mean", _BLUE, "mean length (tokens)")
-        axis.set_title("response length, and entropy (right)")
-        right = self._right_axis(axis)
-        self._line(right, "entropy", _ORANGE, "entropy (nats per token)")
-        axis.set_ylim(bottom=0)
-        right.set_ylim(bottom=0)
-        _legend(axis, other=right)
+        axis.set_title("response length, and entropy")
+        self._pair(axis, ("response_tokens_mean", "mean length (tokens)"), ("entropy", "entropy (nats per token)"))
 
-    def _right_axis(self, axis: Any) -> Any:
-        right = axis.twinx()
-        right.spines[["top", "left"]].set_visible(False)
-        right.tick_params(colors=_ORANGE)
-        axis.tick_params(axis="y", colors=_BLUE)
-        return right
+    def _pair(self, axis: Any, left: tuple[str, str], right: tuple[str, str]) -> Any:
+        """Two metrics of unlike units, each with a scale from 0 in its line's colour. Returns the right axis."""
+        twin = axis.twinx()
+        twin.spines[["top", "left"]].set_visible(False)
+        for side, (name, label), color in ((axis, left, _BLUE), (twin, right, _ORANGE)):
+            self._line(side, name, color, "")
+            side.set_ylabel(label, color=color)
+            side.tick_params(axis="y", colors=color)
+            side.set_ylim(bottom=0)
+        return twin
 
     def _line(self, axis: Any, name: str, color: str, label: str) -> None:
         raw = self._values(name)
@@ -152,14 +148,9 @@ def _finite_mean(values: Sequence[float]) -> float:
     return sum(finite) / len(finite)
 
 
-def _legend(axis: Any, where: str = "best", *, other: Any = None) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    if other is not None:
-        more, names = other.get_legend_handles_labels()
-        handles, labels = handles + more, labels + names
-    if labels:
-        top = axis if other is None else other  # the right axis is drawn last
-        top.legend(handles, labels, loc=where, frameon=True, framealpha=0.85, edgecolor="none", fontsize=8)
+def _legend(axis: Any, where: str = "best") -> None:
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(loc=where, framealpha=0.85, edgecolor="none", fontsize=8)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -71,7 +71,10 @@ class Architecture:
             raise ValueError(f"architecture {name} is not supported; supported are {', '.join(sorted(SUPPORTED))}")
         family = SUPPORTED[name]
         _refuse_variants(name, hf)
-        rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or {})}
+        rope = hf.get("rope_parameters") or {
+            "rope_theta": hf.get("rope_theta", 10000.0),
+            **(hf.get("rope_scaling") or {}),
+        }
         heads = hf["num_attention_heads"]
         return cls(
             family=family,
@@ -99,7 +102,9 @@ class Architecture:
     def num_parameters(self) -> int:
         """Weights of the model, padding aside."""
         qkv = self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
-        attention = self.hidden_size * qkv + (qkv if self.qkv_bias else 0) + self.head_dim * self.num_heads * self.hidden_size
+        attention = (
+            self.hidden_size * qkv + (qkv if self.qkv_bias else 0) + self.head_dim * self.num_heads * self.hidden_size
+        )
         layer = attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
@@ -134,6 +139,7 @@ def _rope_factor(name: str, rope: Mapping[str, Any]) -> float | None:
     if kind != "llama3" or wrong:
         detail = f" with {wrong}" if wrong and kind == "llama3" else ""
         raise ValueError(
-            f"{name} with rope type {kind}{detail} is not supported; supported are default and llama3 with {LLAMA3_ROPE}"
+            f"{name} with rope type {kind}{detail} is not supported; "
+            f"supported are default and llama3 with {LLAMA3_ROPE}"
         )
     return float(rope["factor"])

@@ -61,7 +61,9 @@ class HfWeights:
         if file not in self._open:
             path = self.directory / file
             if path.resolve().parent != path.parent.resolve() and ".." in Path(file).parts:
-                raise ValueError(f"the index of {str(self.directory)!r} names {file!r}, which lies outside the directory")
+                raise ValueError(
+                    f"the index of {str(self.directory)!r} names {file!r}, which lies outside the directory"
+                )
             if not path.is_file():
                 raise ValueError(f"{path} is missing; the download may be incomplete")
             try:
@@ -110,7 +112,7 @@ def _name_shards(directory: Path, shards: list[list[str]], total: int) -> None:
     if len(shards) == 1:
         (directory / "shard-0").rename(directory / SINGLE)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         (directory / f"shard-{i}").rename(directory / file)

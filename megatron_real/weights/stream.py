@@ -6,6 +6,7 @@ Process groups are arguments; every function that takes them is collective over 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,8 @@ def global_parameters(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
     """This rank's parameters by their global name: a layer's number in the whole model, not in its stage."""
     named: dict[str, nn.Parameter] = {}
     for chunk in chunks:
-        numbers = {i: layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
+        decoder: Any = chunk.decoder
+        numbers = {i: layer.layer_number - 1 for i, layer in enumerate(decoder.layers)}
         for name, parameter in chunk.named_parameters():
             if name.startswith("decoder.layers."):
                 _, _, local, rest = name.split(".", 3)
@@ -81,7 +83,9 @@ def stream_hf(
         yield from zip(entry.hf, entry.join(shards, architecture), strict=True)
 
 
-def _owners(parameters: dict[str, nn.Parameter], pp_group: dist.ProcessGroup) -> dict[str, tuple[int, torch.Size, torch.dtype]]:
+def _owners(
+    parameters: dict[str, nn.Parameter], pp_group: dist.ProcessGroup
+) -> dict[str, tuple[int, torch.Size, torch.dtype]]:
     """Parameter name -> (pipeline stage, shape, dtype) over all stages; the first stage that has it."""
     mine = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
     stages: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{} for _ in range(dist.get_world_size(pp_group))]

@@ -69,7 +69,7 @@ def prepared(policy: Any, old_path: str | None, samples: list[Sample]) -> Any:
 
 
 def gradients_of(policy: Any) -> dict[str, Any] | None:
-    """The gradient buffers under HF names, on the first rank: the sync's mapping is linear, so it maps gradients too."""
+    """The gradient buffers under HF names, on the first rank: the sync's mapping is linear, so it fits gradients."""
     for chunk in policy.chunks:
         for parameter in chunk.parameters():
             parameter.data = parameter.main_grad

@@ -1,4 +1,4 @@
-"""The rows of the invariance matrix: a pairwise cover of everything that may change where and when a token is computed."""
+"""The rows of the invariance matrix: a pairwise cover of all that may change where and when a token is computed."""
 
 from __future__ import annotations
 

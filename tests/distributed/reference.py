@@ -1,4 +1,4 @@
-"""The reference of the invariance matrix: transformers' model and Eq. 8 as printed. Imports nothing from megatron_real."""
+"""The invariance matrix's reference: transformers' model and Eq. 8 as printed. Imports nothing from megatron_real."""
 
 from __future__ import annotations
 

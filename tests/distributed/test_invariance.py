@@ -1,7 +1,7 @@
 """The proof of the project: loss and gradients of a minibatch are those of Eq. 8 under any layout.
 
-The reference (reference.py) is transformers' model and the printed equation in float64. Rows are a pairwise cover of all
-factors (layouts.py); each runs the real model, schedules and train step of megatron-core.
+The reference (reference.py) is transformers' model and the printed equation in float64. Rows are a pairwise cover of
+all factors (layouts.py); each runs the real model, schedules and train step of megatron-core.
 """
 
 from __future__ import annotations
@@ -138,9 +138,7 @@ def test_control_averaging_pieces_of_groups_is_wrong(world: World, tiny_model: M
     assert worst_error(found["gradients"], gradients)[0] > 0.1
 
 
-def test_control_batched_p2p_breaks_the_interleaved_schedule(
-    world: World, tiny_model: ModelMaker
-) -> None:
+def test_control_batched_p2p_breaks_the_interleaved_schedule(world: World, tiny_model: ModelMaker) -> None:
     """megatron-core's default p2p under VPP: the loss is exact, the gradients are not (DESIGN.md, section 4)."""
     layout = replace(PLAIN, pp=2, vpp=2, first=True, placement="dp", max_tokens=256)
     path, _ = model_paths(tiny_model, layout.model)

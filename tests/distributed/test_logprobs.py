@@ -19,7 +19,9 @@ def inputs(dtype: torch.dtype, tp: int) -> dict[str, torch.Tensor]:
     """The same on every rank. At TP 4 the last rank's columns are all padding: 4 x 48 > 101 + 48."""
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, generator=draw, dtype=torch.float64)
-    weight = torch.randn(max(tp * PER_RANK, 128), HIDDEN, generator=draw, dtype=torch.float64)[: max(tp * PER_RANK, 104)]
+    weight = torch.randn(max(tp * PER_RANK, 128), HIDDEN, generator=draw, dtype=torch.float64)[
+        : max(tp * PER_RANK, 104)
+    ]
     target = torch.randint(0, VOCAB, (TOKENS,), generator=draw)
     target[::5] = NO_TARGET
     upstream = torch.randn(TOKENS, generator=draw, dtype=torch.float64)
@@ -52,7 +54,11 @@ def sharded(case: str, dtype: torch.dtype, chunk: int, sp: bool) -> dict[str, to
         hidden = (x["hidden"].chunk(tp)[rank] if sp else x["hidden"]).clone().requires_grad_()
         logprob = linear_logprobs(hidden, weight, x["target"], sequence_parallel=sp, **options)
         (logprob * x["upstream"]).sum().backward()
-        return {"logprob": logprob.detach(), "hidden": whole(hidden.grad) if sp else hidden.grad, "weight": whole(weight.grad)}
+        return {
+            "logprob": logprob.detach(),
+            "hidden": whole(hidden.grad) if sp else hidden.grad,
+            "weight": whole(weight.grad),
+        }
     logits = (x["hidden"] @ weight.t()).detach().requires_grad_()
     kept = logits.detach().clone()
     logprob, entropy = vocab_parallel_logprobs(logits, x["target"], return_entropy=True, **options)

@@ -18,7 +18,9 @@ from tests.distributed.world import World
 ModelMaker = Callable[..., Path]
 
 
-def config_of(path: Path, *, megatron: dict[str, Any] | None = None, distributed: bool = True, **parallel: Any) -> Config:
+def config_of(
+    path: Path, *, megatron: dict[str, Any] | None = None, distributed: bool = True, **parallel: Any
+) -> Config:
     return Config(
         model=ModelConfig(path=str(path), dtype="fp32"),
         data=DataConfig(max_prompt_tokens=16),
@@ -99,7 +101,9 @@ def test_logprobs_equal_transformers(world: World, tiny_model: ModelMaker, shape
         expected = torch.cat([reference.logprobs(model, s) for s in samples])
     size, parallel = layout
     config = replace(
-        config_of(path, **parallel), batch=BatchConfig(max_tokens=512, minibatch_prompts=2), model=ModelConfig(str(path), "fp32")
+        config_of(path, **parallel),
+        batch=BatchConfig(max_tokens=512, minibatch_prompts=2),
+        model=ModelConfig(str(path), "fp32"),
     )
     found = next(r for r in world.run(jobs.logprobs, size, config=config, samples=samples) if r is not None)
     assert (found - expected).abs().max() <= 2e-4
@@ -107,7 +111,9 @@ def test_logprobs_equal_transformers(world: World, tiny_model: ModelMaker, shape
 
 @pytest.mark.parametrize("layout", [(1, {}), (8, {"tp": 4, "pp": 2})], ids=["plain", "tp4-pp2"])
 @pytest.mark.parametrize("family", ["qwen2", "llama", "qwen2-tied"])
-def test_export_gives_back_the_file(world: World, tiny_model: ModelMaker, tmp_path: Path, family: str, layout: Any) -> None:
+def test_export_gives_back_the_file(
+    world: World, tiny_model: ModelMaker, tmp_path: Path, family: str, layout: Any
+) -> None:
     path = tiny_model(family.split("-")[0], dtype="bfloat16", tie_word_embeddings=family.endswith("tied"))
     size, parallel = layout
     config = replace(config_of(path, **parallel), model=ModelConfig(str(path), "bf16"))

@@ -64,7 +64,9 @@ def test_plans_keep_their_promises(
             tokens = [lengths[i] for i in micro]
             assert (max(tokens) * len(tokens) if padded else sum(tokens)) <= budget
     for g in set(groups):
-        where = {(r, m) for r, rank in enumerate(ranks) for m, micro in enumerate(rank) for i in micro if groups[i] == g}
+        where = {
+            (r, m) for r, rank in enumerate(ranks) for m, micro in enumerate(rank) for i in micro if groups[i] == g
+        }
         if made.placement == "intact":
             assert len(where) == 1
         if made.placement == "dp":

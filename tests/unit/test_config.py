@@ -17,7 +17,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    sizes = {"num_attention_heads": 12, "num_hidden_layers": 28, "intermediate_size": 8960, "max_position_embeddings": 16384}
+    sizes = {
+        "num_attention_heads": 12,
+        "num_hidden_layers": 28,
+        "intermediate_size": 8960,
+        "max_position_embeddings": 16384,
+    }
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(sizes))
     return tmp_path / "model"
@@ -101,6 +106,6 @@ def test_every_field_is_documented() -> None:
 
     for node in ast.walk(ast.parse((ROOT / "megatron_real/config.py").read_text())):
         if isinstance(node, ast.ClassDef) and node.name != "Config":
-            for field, after in zip(node.body, node.body[1:] + [None], strict=True):
+            for field, after in zip(node.body, [*node.body[1:], None], strict=True):
                 if isinstance(field, ast.AnnAssign):
                     assert isinstance(after, ast.Expr), f"{node.name}.{field.target.id} has no docstring"

@@ -73,7 +73,9 @@ def test_a_killed_worker_costs_its_own_check_only(pool: VerifierPool) -> None:
 
 def test_memory_is_limited(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
-    own.write_text("def judge(text, answers, metadata):\n    return len('x' * (2 << 30 if 'big' in text else 1)) == 1\n")
+    own.write_text(
+        "def judge(text, answers, metadata):\n    return len('x' * (2 << 30 if 'big' in text else 1)) == 1\n"
+    )
     with VerifierPool(f"{own}:judge", workers=1, timeout_seconds=20, memory_mib=512) as pool:
         assert [s for (s, _), _ in pool.run([Check("big", []), Check("small", [])])] == ["crashed", "ok"]
 

@@ -51,7 +51,7 @@ def test_shards_and_index_are_written_and_read(tiny_model: Callable[..., Path], 
 
 
 def test_missing_and_truncated_files_are_named(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="neither model.safetensors nor"):
+    with pytest.raises(ValueError, match=r"neither model.safetensors nor"):
         HfWeights(tmp_path)
     whole = (tiny_model("qwen2") / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])

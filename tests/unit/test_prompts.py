@@ -62,7 +62,10 @@ def test_parquet_and_saved_datasets_read_like_jsonl(tmp_path: Path) -> None:
     table = pa.Table.from_pylist([DEEPSCALER] * 3)
     pq.write_table(table, tmp_path / "d.parquet")
     (tmp_path / "saved").mkdir()
-    with pa.OSFile(str(tmp_path / "saved/data-00000-of-00001.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as out:
+    with (
+        pa.OSFile(str(tmp_path / "saved/data-00000-of-00001.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as out,
+    ):
         out.write_table(table)
     expected = [(r.answers, r.messages, r.metadata) for r in read_rows(write(tmp_path / "d.jsonl", [DEEPSCALER] * 3))]
     for path in (tmp_path / "d.parquet", tmp_path / "saved"):

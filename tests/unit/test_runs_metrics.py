@@ -1,0 +1,218 @@
+"""The metrics of a step against values worked out by hand, and the files they end in."""
+
+import builtins
+import json
+import math
+
+import numpy as np
+import pytest
+
+from megatron_real.records import EXCLUDED, NEGATIVE, POSITIVE, Completion, Prompt, Rollout, Verdict
+from megatron_real.runs.directory import RunDirectory
+from megatron_real.runs.metrics import (
+    MetricsWriter,
+    Training,
+    percentile,
+    rollout_metrics,
+    score_metrics,
+    speed_metrics,
+    step_metrics,
+)
+from megatron_real.runs.peak import PEAK_TFLOPS, peak_tflops
+
+
+def rollout(group, label, length, status="ok", reward=None, finished=True):
+    prompt = Prompt(f"train/{group}", "1+1=", (1, 2), ("2",))
+    completion = Completion((7,) * length, (-0.5,) * length, "2", finished)
+    return Rollout(prompt, group, 0, completion, Verdict(status, label, reward))
+
+
+# group 0 solved; group 1 mixed, its wrong one truncated and never checked; group 2 one-class after exclusion;
+# group 3 wholly excluded: an exploded check and an empty response.
+STEP = [
+    rollout(0, POSITIVE, 2, reward=1.0),
+    rollout(0, POSITIVE, 4, reward=1.0),
+    rollout(1, POSITIVE, 6, reward=1.0),
+    rollout(1, NEGATIVE, 8, "overlong", finished=False),
+    rollout(2, NEGATIVE, 1, "wrong", reward=0.0),
+    rollout(2, EXCLUDED, 3, "timeout"),
+    rollout(3, EXCLUDED, 5, "crashed"),
+    rollout(3, EXCLUDED, 0, "empty"),
+]
+
+
+def training(**changes):
+    values = {
+        "losses": [2.0, 1.0],
+        "scores": [0.0, 0.0, 0.25, -0.5, 0.0, 0.0, 0.0, 0.0],
+        "weights": [0.0, 0.0, -0.5, 0.5, 0.0, 0.0, 0.0, 0.0],
+        "max_abs_weight_tau": 0.75,
+        "grad_norms": [1.0, 4.0],
+        "lr": 1e-6,
+        "skipped": [],
+        "token_means": {"entropy": 0.3},
+        "tokens": 18,
+        "flops": 6e12,
+    }
+    return Training(**(values | changes))
+
+
+def test_rollout_metrics_golden():
+    assert rollout_metrics(STEP) == pytest.approx(
+        {
+            "reward_mean": 3 / 5,  # 3 right of the 5 labelled
+            "solved_share": 1 / 3,  # group 0 of groups 0, 1, 2
+            "one_class_share": 2 / 3,  # groups 0 and 2
+            "excluded_share": 3 / 8,
+            "truncated_share": 1 / 8,
+            "response_tokens_mean": 29 / 8,  # 2+4+6+8+1+3+5+0
+            "response_tokens_max": 8,
+            "status/ok": 3,
+            "status/overlong": 1,
+            "status/wrong": 1,
+            "status/timeout": 1,
+            "status/crashed": 1,
+            "status/empty": 1,
+        }
+    )
+
+
+def test_an_empty_response_is_not_labelled_whatever_its_label():
+    found = rollout_metrics([rollout(0, POSITIVE, 3, reward=1.0), rollout(0, NEGATIVE, 0, "empty")])
+    assert (found["reward_mean"], found["solved_share"], found["excluded_share"]) == (1.0, 1.0, 0.5)
+
+
+def test_reward_mean_is_of_rewards_where_a_threshold_makes_the_labels():
+    found = rollout_metrics([rollout(0, POSITIVE, 1, reward=0.75), rollout(0, NEGATIVE, 1, reward=0.25)])
+    assert found["reward_mean"] == 0.5
+
+
+def test_nothing_labelled_and_nothing_at_all_are_nan_and_no_error():
+    assert math.isnan(rollout_metrics([rollout(0, EXCLUDED, 1, "timeout")])["reward_mean"])
+    assert math.isnan(rollout_metrics([])["excluded_share"])
+
+
+def test_score_metrics_leave_out_what_was_not_scored_and_what_is_not_finite():
+    rollouts = [rollout(0, POSITIVE, 1), rollout(0, POSITIVE, 1), rollout(0, POSITIVE, 1), rollout(0, NEGATIVE, 1)]
+    found = score_metrics(rollouts, [1.0, 99.0, math.nan, math.inf], [-0.5, 0.0, math.nan, 0.5])
+    assert (found["score_positive_mean"], found["score_positive_p5"], found["score_positive_p95"]) == (1.0, 1.0, 1.0)
+    assert math.isnan(found["score_negative_mean"]) and math.isnan(found["score_negative_p5"])
+
+
+def test_score_metrics_golden():
+    rollouts = [rollout(0, NEGATIVE, 1)] * 21
+    found = score_metrics(rollouts, [float(i) for i in range(20, -1, -1)], [0.5] * 21)
+    named = (found["score_negative_mean"], found["score_negative_p5"], found["score_negative_p95"])
+    assert named == pytest.approx((10.0, 1.0, 19.0))  # of 0..20
+
+
+@pytest.mark.parametrize("percent", [0, 5, 37.5, 95, 100])
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_percentile_is_numpys(percent, size):
+    values = np.random.default_rng(size).normal(size=size).tolist()
+    assert percentile(values, percent) == pytest.approx(np.percentile(values, percent))
+
+
+def test_speed_metrics_golden():
+    # 1200 tokens and 60 TFLOP in 3 s on 2 ranks: 200 tokens/s and 10 TFLOP/s a rank, a tenth of the peak of 100
+    found = speed_metrics(1200, 60e12, 6.0, 100.0)
+    assert found == pytest.approx({"tokens_per_second_per_rank": 200, "tflops_per_rank": 10, "mfu": 0.1})
+    assert "mfu" not in speed_metrics(1200, 60e12, 6.0, None)
+
+
+def test_step_metrics_golden():
+    seconds = {"rollout": 100.0, "old_logprobs": 1.0, "update": 2.0}
+    found = step_metrics(STEP, training(), seconds, num_ranks=2, peak_tflops=10.0)
+    expected = {
+        "loss": 1.5,
+        "grad_norm": 2.5,
+        "lr": 1e-6,
+        "skipped_updates": 0,
+        "max_abs_weight_tau": 0.75,
+        "entropy": 0.3,
+        "score_positive_mean": 0.25,
+        "score_negative_mean": -0.5,
+        "seconds/rollout": 100.0,
+        "tokens_per_second_per_rank": 3.0,  # 18 / (2 ranks x 3 s): the rollout stage is not training
+        "tflops_per_rank": 1.0,
+        "mfu": 0.1,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+def test_a_skipped_update_is_counted_and_spoils_no_mean():
+    step = training(losses=[math.nan, 1.0], grad_norms=[math.inf, 4.0], skipped=[1])
+    found = step_metrics(STEP, step, {"update": 1.0}, num_ranks=1, peak_tflops=None)
+    assert (found["loss"], found["grad_norm"], found["skipped_updates"]) == (1.0, 4.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        pytest.param("NVIDIA H100 80GB HBM3", 989.0, id="SXM"),
+        pytest.param("NVIDIA H100 PCIe", 756.0, id="PCIe is slower"),
+        pytest.param("NVIDIA A100-SXM4-80GB", 312.0, id="dashes"),
+        pytest.param("NVIDIA H200", 989.0, id="H200 is no H20"),
+        pytest.param("NVIDIA H20", 148.0, id="H20"),
+        pytest.param("NVIDIA GB200", PEAK_TFLOPS["GB200"], id="GB200 is no B200"),
+        pytest.param("cpu", None, id="unknown"),
+    ],
+)
+def test_peak_tflops(name, expected):
+    assert peak_tflops(name) == expected
+
+
+def test_the_configured_peak_wins():
+    assert peak_tflops("NVIDIA H100 80GB HBM3", 500.0) == 500.0
+
+
+def test_rows_are_on_disk_at_once_and_what_is_not_finite_is_null(tmp_path):
+    writer = MetricsWriter(RunDirectory(tmp_path), tensorboard=False, wandb=None)
+    writer.write(1, {"loss": 0.1 + 0.2, "score_positive_mean": math.nan, "grad_norm": math.inf})
+    writer.write(2, {"loss": 1.0})
+    writer.write_evaluation(2, {"heldout/pass_at_1": 0.5})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0] == {"step": 1, "loss": 0.1 + 0.2, "score_positive_mean": None, "grad_norm": None}
+    assert [row["step"] for row in rows] == [1, 2]
+    assert json.loads((tmp_path / "evaluations.jsonl").read_text()) == {"step": 2, "heldout/pass_at_1": 0.5}
+
+
+def test_tensorboard_gets_the_finite_values_before_the_run_ends(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    directory = RunDirectory(tmp_path)
+    writer = MetricsWriter(directory, tensorboard=True, wandb=None)
+    writer.write(3, {"loss": 0.25, "grad_norm": math.nan})
+    writer.write_evaluation(3, {"heldout/pass_at_1": 0.5})
+    events = EventAccumulator(str(directory.tensorboard)).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["heldout/pass_at_1", "loss"]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(3, 0.25)]
+    writer.close()
+
+
+def test_wandb_that_is_not_installed_is_one_clear_sentence(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without_wandb(name, *rest, **named):
+        if name == "wandb":
+            raise ImportError("No module named 'wandb'")
+        return real(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", without_wandb)
+    with pytest.raises(ValueError, match=r"trainer\.wandb=true, but wandb is not installed; pip install wandb"):
+        MetricsWriter(RunDirectory(tmp_path), tensorboard=True, wandb={})
+    assert list(tmp_path.iterdir()) == [], "it is refused before anything is written"
+
+
+def test_wandb_gets_one_log_call_per_row(tmp_path, monkeypatch):
+    import sys
+    from types import SimpleNamespace
+
+    logged, ended = [], []
+    run = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: ended.append(True))
+    client = SimpleNamespace(init=lambda **named: logged.append(named["config"]) or run)
+    monkeypatch.setitem(sys.modules, "wandb", client)
+    writer = MetricsWriter(RunDirectory(tmp_path), tensorboard=False, wandb={"trainer": {"steps": 5}})
+    writer.write(1, {"loss": 0.5, "grad_norm": math.nan})
+    writer.close()
+    assert logged == [{"trainer": {"steps": 5}}, (1, {"loss": 0.5})] and ended == [True]

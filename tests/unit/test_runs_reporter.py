@@ -1,0 +1,128 @@
+"""One run's files as the loop makes them."""
+
+import json
+import math
+from dataclasses import dataclass
+
+import pytest
+
+from megatron_real.config import BatchConfig, Config, RolloutConfig, TrainerConfig, load
+from megatron_real.records import NEGATIVE, POSITIVE, Completion, Prompt, Rollout, Verdict
+from megatron_real.runs.reporter import Reporter, Training
+from megatron_real.runs.rollouts import read_rollouts
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    pass_at_1: float = 0.5
+    standard_error: float = 0.1
+    problems: int = 30
+
+
+def rollout(group, sample, label):
+    prompt = Prompt(f"train/{group}", "1+1=", (1, 2), ("2",))
+    verdict = Verdict("ok" if label else "wrong", label, float(label))
+    return Rollout(prompt, group, sample, Completion((7, 8), (-0.5, -0.25), "2", True), verdict)
+
+
+ROLLOUTS = [rollout(group, sample, label) for group in (0, 1) for sample, label in ((0, POSITIVE), (1, NEGATIVE))]
+TRAINING = Training(
+    losses=[1.0, math.nan],
+    scores=[0.1, -0.1, math.nan, math.nan],
+    weights=[-0.5, 0.5, math.nan, math.nan],
+    max_abs_weight_tau=0.5,
+    grad_norms=[2.0, math.nan],
+    lr=1e-3,
+    skipped=[2],
+    token_means={"entropy": 0.375, "mismatch_mean_abs": math.nan},
+    tokens=16,
+    flops=1e9,
+)
+
+
+def config_of(path, **trainer):
+    return Config(
+        trainer=TrainerConfig(run_dir=str(path), steps=1, **trainer),
+        rollout=RolloutConfig(num_prompts=2, group_size=2, max_response_tokens=8),
+        batch=BatchConfig(minibatch_prompts=1),
+    )
+
+
+def one_step(reporter):
+    with reporter.progress:
+        reporter.evaluated(0, Accuracy())
+        with reporter.step(1):
+            reporter.rollouts(1, ROLLOUTS)
+            for stage in ("old_logprobs", "update"):
+                with reporter.progress.stage(stage):
+                    pass
+            reporter.trained(1, ROLLOUTS, TRAINING)
+            reporter.skipped(1, 2, ROLLOUTS[2:])
+        reporter.finish()
+
+
+def test_a_run_leaves_its_files_and_says_where(tmp_path, capsys):
+    path = tmp_path / "run"
+    one_step(Reporter(config_of(path, profile=(1,)), rank=0, world=2))
+    names = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and "tensorboard" not in p.parts}
+    assert names == {
+        "config.yaml",
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "curves.png",
+        "logs/run.log",
+        "profile/step-00001.json",
+        "rollouts/step-00001.jsonl",
+        "dumps/step-00001-update-2/rollouts/step-00001.jsonl",
+    }
+    assert list((path / "tensorboard").iterdir())
+    row = json.loads((path / "metrics.jsonl").read_text())
+    assert (row["step"], row["reward_mean"], row["skipped_updates"], row["mismatch_mean_abs"]) == (1, 0.5, 1.0, None)
+    assert row["loss"] == 1.0 and "mfu" not in row
+    out = capsys.readouterr().out
+    assert f"run directory  {path}" in out and f"curves         {path / 'curves.png'}" in out
+
+
+def test_saved_rollouts_carry_scores_weights_and_the_update_that_used_them(tmp_path):
+    one_step(Reporter(config_of(tmp_path), rank=0, world=1))
+    rows = [json.loads(line) for line in (tmp_path / "rollouts" / "step-00001.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["minibatch"], r["score"], r["weight"]) for r in rows] == [
+        (1, 1, 0.1, -0.5),
+        (1, 1, -0.1, 0.5),
+        (1, 2, None, None),
+        (1, 2, None, None),
+    ]
+
+
+def test_the_batch_of_a_skipped_update_can_be_replayed(tmp_path, capsys):
+    reporter = Reporter(config_of(tmp_path), rank=0, world=1)
+    one_step(reporter)
+    dump = reporter.directory.dump(1, 2)
+    assert f"rollout.replay={dump.path} trainer.steps=1" in capsys.readouterr().out
+    assert read_rollouts(dump.rollouts(1)) == ROLLOUTS[2:]
+
+
+def test_the_saved_configuration_is_that_of_the_run(tmp_path):
+    config = config_of(tmp_path, tensorboard=False, profile=(3, 5))
+    Reporter(config, rank=0, world=1)
+    assert load(tmp_path / "config.yaml") == config
+
+
+def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
+    one_step(Reporter(config_of(tmp_path / "run", profile=(1,)), rank=1, world=2))
+    assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
+
+
+def test_evaluation_seconds_do_not_leak_into_the_next_step_on_any_rank(tmp_path):
+    for rank in (0, 1):
+        reporter = Reporter(config_of(tmp_path / str(rank), tensorboard=False), rank=rank, world=2)
+        with reporter.progress.stage("evaluation"):
+            pass
+        reporter.evaluated(0, Accuracy())
+        assert reporter.progress.take_seconds() == {}
+
+
+def test_a_second_run_in_the_same_directory_is_refused(tmp_path):
+    one_step(Reporter(config_of(tmp_path), rank=0, world=1))
+    with pytest.raises(ValueError, match="holds a run already"):
+        Reporter(config_of(tmp_path), rank=0, world=1)
