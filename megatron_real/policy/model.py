@@ -81,6 +81,8 @@ class LogprobHead(ColumnParallelLinear):
 class PolicyModel(GPTModel):
     """GPTModel with a LogprobHead. One pipeline stage (or one of its virtual chunks) of the policy."""
 
+    output_layer: Any
+
     def __init__(
         self, *, vocab_size: int, padded_vocab_size: int, temperature: float, from_logits: bool, **gpt: Any
     ) -> None:

@@ -100,7 +100,7 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "reward_mean": _mean(rewards),
         "solved_share": _mean([found == {POSITIVE} for found in labels.values()]),
         "one_class_share": _mean([len(found) == 1 for found in labels.values()]),
-        "excluded_share": 1.0 - len(rewards) / len(rollouts) if rollouts else math.nan,
+        "excluded_share": (len(rollouts) - len(rewards)) / len(rollouts) if rollouts else math.nan,
         "truncated_share": _mean([not r.completion.finished for r in rollouts]),
         "response_tokens_mean": _mean(lengths),
         "response_tokens_max": float(max(lengths, default=0)),

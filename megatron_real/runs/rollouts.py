@@ -60,7 +60,7 @@ def read_rollouts(path: Path) -> list[Rollout]:
     rollouts = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            rollouts.append(_rollout(json.loads(line)))
+            rollouts.append(_rollout(json.loads(line.decode("utf-8", "surrogatepass"))))
         except (ValueError, KeyError, TypeError) as error:  # ValueError covers broken JSON and broken UTF-8
             raise ValueError(
                 f"{path}:{number} is not a saved rollout ({type(error).__name__}: {error}); the file may be cut"

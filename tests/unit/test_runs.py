@@ -11,7 +11,8 @@ import pytest
 from megatron_real.records import Completion, Prompt, Rollout, Verdict
 from megatron_real.runs.curves import plot_curves
 from megatron_real.runs.directory import RunDirectory
-from megatron_real.runs.metrics import MetricsWriter, peak_tflops, rollout_metrics, score_metrics
+from megatron_real.runs.metrics import MetricsWriter, rollout_metrics, score_metrics
+from megatron_real.runs.peak import peak_tflops
 from megatron_real.runs.rollouts import read_rollouts, write_rollouts
 
 
@@ -19,7 +20,7 @@ def rollout(group: int, label: int, tokens: int, *, status: str = "ok", finished
     logprobs = tuple(-0.1 * (i + 1) for i in range(tokens))
     prompt = Prompt(f"d/{group}", "2+3=\n\N{GREEK SMALL LETTER PI}", (1, 2), ("5", "five"), source="aime")
     completion = Completion((7,) * tokens, logprobs, "so\u2028\\boxed{5}", finished)
-    return Rollout(prompt, group, 0, completion, Verdict(status, label, 1.0))  # type: ignore[arg-type]
+    return Rollout(prompt, group, 0, completion, Verdict(status, label, float(label == 1)))  # type: ignore[arg-type]
 
 
 # Group 0 solved, group 1 mixed, group 2 all wrong, group 3 wholly excluded.
@@ -31,7 +32,7 @@ STEP = [
 
 def test_rollouts_read_back_exactly(tmp_path: Path) -> None:
     path = tmp_path / "rollouts" / "step-00001.jsonl"
-    write_rollouts(path, STEP, scores=[0.5, math.nan, 0, 0, 0, 0], weights=[-0.1] * 6)
+    write_rollouts(path, STEP, step=1, scores=[0.5, math.nan, 0, 0, 0, 0], weights=[-0.1] * 6)
     assert read_rollouts(path) == STEP
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     assert (rows[0]["score"], rows[1]["score"], rows[0]["weight"]) == (0.5, None, -0.1)
@@ -40,7 +41,7 @@ def test_rollouts_read_back_exactly(tmp_path: Path) -> None:
 
 def test_a_cut_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    write_rollouts(path, STEP)
+    write_rollouts(path, STEP, step=1)
     path.write_text(path.read_text(encoding="utf-8")[:-40], encoding="utf-8")
     with pytest.raises(ValueError, match=r"r.jsonl:6 is not a saved rollout"):
         read_rollouts(path)
@@ -71,7 +72,7 @@ def test_peak_of_known_devices() -> None:
 def test_metrics_rows_and_curves(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.claim()
-    writer = MetricsWriter(run.metrics, tensorboard=run.tensorboard, wandb=None)
+    writer = MetricsWriter(run, tensorboard=True, wandb=None)
     for step in (1, 2):
         writer.write(step, {"reward_mean": 0.5, "loss": math.nan, "grad_norm": 1.0})
     writer.close()

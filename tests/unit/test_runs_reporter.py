@@ -1,5 +1,7 @@
 """One run's files as the loop makes them."""
 
+import contextlib
+import io
 import json
 import math
 from dataclasses import dataclass
@@ -8,6 +10,7 @@ import pytest
 
 from megatron_real.config import BatchConfig, Config, RolloutConfig, TrainerConfig, load
 from megatron_real.records import NEGATIVE, POSITIVE, Completion, Prompt, Rollout, Verdict
+from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.reporter import Reporter, Training
 from megatron_real.runs.rollouts import read_rollouts
 
@@ -61,9 +64,17 @@ def one_step(reporter):
         reporter.finish()
 
 
-def test_a_run_leaves_its_files_and_says_where(tmp_path, capsys):
-    path = tmp_path / "run"
-    one_step(Reporter(config_of(path, profile=(1,)), rank=0, world=2))
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A whole run's directory and what it said."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        one_step(Reporter(config_of(path, profile=(1,)), rank=0, world=2))
+    return path, out.getvalue()
+
+
+def test_a_run_leaves_its_files_and_says_where(done):
+    path, out = done
     names = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and "tensorboard" not in p.parts}
     assert names == {
         "config.yaml",
@@ -79,13 +90,12 @@ def test_a_run_leaves_its_files_and_says_where(tmp_path, capsys):
     row = json.loads((path / "metrics.jsonl").read_text())
     assert (row["step"], row["reward_mean"], row["skipped_updates"], row["mismatch_mean_abs"]) == (1, 0.5, 1.0, None)
     assert row["loss"] == 1.0 and "mfu" not in row
-    out = capsys.readouterr().out
     assert f"run directory  {path}" in out and f"curves         {path / 'curves.png'}" in out
 
 
-def test_saved_rollouts_carry_scores_weights_and_the_update_that_used_them(tmp_path):
-    one_step(Reporter(config_of(tmp_path), rank=0, world=1))
-    rows = [json.loads(line) for line in (tmp_path / "rollouts" / "step-00001.jsonl").read_text().splitlines()]
+def test_saved_rollouts_carry_scores_weights_and_the_update_that_used_them(done):
+    path, _ = done
+    rows = [json.loads(line) for line in (path / "rollouts" / "step-00001.jsonl").read_text().splitlines()]
     assert [(r["step"], r["minibatch"], r["score"], r["weight"]) for r in rows] == [
         (1, 1, 0.1, -0.5),
         (1, 1, -0.1, 0.5),
@@ -94,15 +104,23 @@ def test_saved_rollouts_carry_scores_weights_and_the_update_that_used_them(tmp_p
     ]
 
 
-def test_the_batch_of_a_skipped_update_can_be_replayed(tmp_path, capsys):
-    reporter = Reporter(config_of(tmp_path), rank=0, world=1)
-    one_step(reporter)
-    dump = reporter.directory.dump(1, 2)
-    assert f"rollout.replay={dump.path} trainer.steps=1" in capsys.readouterr().out
+def test_the_batch_of_a_skipped_update_can_be_replayed(done):
+    path, out = done
+    dump = RunDirectory(path).dump(1, 2)
+    assert f"rollout.replay={dump.path} trainer.steps=1" in out
     assert read_rollouts(dump.rollouts(1)) == ROLLOUTS[2:]
 
 
-def test_the_saved_configuration_is_that_of_the_run(tmp_path):
+def test_a_second_run_in_the_same_directory_is_refused(done):
+    path, _ = done
+    before = (path / "config.yaml").read_bytes()
+    with pytest.raises(ValueError, match="holds a run already"):
+        Reporter(config_of(path, seed=99), rank=0, world=1)
+    assert (path / "config.yaml").read_bytes() == before
+
+
+def test_the_saved_configuration_is_that_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_real.config.check_model", lambda config: None)  # there is no model here
     config = config_of(tmp_path, tensorboard=False, profile=(3, 5))
     Reporter(config, rank=0, world=1)
     assert load(tmp_path / "config.yaml") == config
@@ -120,9 +138,3 @@ def test_evaluation_seconds_do_not_leak_into_the_next_step_on_any_rank(tmp_path)
             pass
         reporter.evaluated(0, Accuracy())
         assert reporter.progress.take_seconds() == {}
-
-
-def test_a_second_run_in_the_same_directory_is_refused(tmp_path):
-    one_step(Reporter(config_of(tmp_path), rank=0, world=1))
-    with pytest.raises(ValueError, match="holds a run already"):
-        Reporter(config_of(tmp_path), rank=0, world=1)

@@ -16,7 +16,7 @@ ROLLOUTS = [
         PROMPT,
         4,
         0,
-        Completion((8, 2), (-0.1 - 0.2, -1e-300), "caf\u00e9 \u2028 5", True),
+        Completion((8, 2), (-0.1 - 0.2, -1e-300), "\u00e9 \u2028 5", True),
         Verdict("ok", POSITIVE, 1.0),
     ),
     Rollout(PROMPT, 4, 1, Completion((8, 8, 8), (-1 / 3, -2.5, -0.0), "6", False), Verdict("overlong", NEGATIVE, None)),
@@ -55,7 +55,7 @@ def test_the_row_names_everything_that_the_paper_trail_needs(tmp_path):
         "sample": 0,
         "source": "sums",
         "prompt": "<|user|>2+3=\n",
-        "completion": "caf\u00e9 \u2028 5",
+        "completion": "\u00e9 \u2028 5",
         "answers": ["5", "five"],
         "status": "ok",
         "label": 1,
@@ -91,7 +91,7 @@ def test_writing_again_replaces_the_file_as_a_whole(tmp_path):
 
 @pytest.mark.parametrize("column", ["scores", "weights", "minibatches"])
 def test_a_column_of_another_length_is_refused(tmp_path, column):
-    with pytest.raises(ValueError, match="2 values of .* for 3 rollouts"):
+    with pytest.raises(ValueError, match=r"2 values of .* for 3 rollouts"):
         write_rollouts(tmp_path / "a.jsonl", ROLLOUTS, step=1, **{column: [0, 0]})
 
 
@@ -107,9 +107,9 @@ def changed(**values):
     [
         pytest.param(lambda line: line[:40], "JSONDecodeError", id="cut"),
         pytest.param(lambda line: b"7", "TypeError", id="not an object"),
-        pytest.param(lambda line: b'{"uid": "x"}', "'prompt'", id="a key is missing"),
-        pytest.param(lambda line: b"\xff\xfe" + line, "Error", id="not UTF-8"),
-        pytest.param(changed(logprobs=[-1.0]), "2 token_ids but 1 logprobs|3 token_ids but 1 logprobs", id="lengths"),
+        pytest.param(lambda line: b'{"uid": "x"}', "KeyError: 'token_ids'", id="a key is missing"),
+        pytest.param(lambda line: b"\xff\xfe" + line, "UnicodeDecodeError", id="not UTF-8"),
+        pytest.param(changed(logprobs=[-1.0]), "3 token_ids but 1 logprobs", id="lengths"),
         pytest.param(changed(label=2), "label 2 is not 1, 0 or -1", id="label"),
         pytest.param(changed(status="good"), "status 'good' is not one of ok, wrong", id="status"),
         pytest.param(changed(prompt_token_ids=[1.5]), "token id 1.5 is not a whole number", id="token id"),
