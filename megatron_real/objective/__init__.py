@@ -6,7 +6,7 @@
 """
 
 from megatron_real.objective.baselines import grpo_weights
-from megatron_real.objective.real import OneClassGroups, Variant, real_loss, real_weights, training_rollouts
+from megatron_real.objective.real import OneClassGroups, Variant, real_loss, real_weights
 from megatron_real.objective.scores import sequence_scores
 
 __all__ = [
@@ -16,5 +16,4 @@ __all__ = [
     "real_loss",
     "real_weights",
     "sequence_scores",
-    "training_rollouts",
 ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_real.batching import Layout, minibatches, plan
+from megatron_real.objective import real_weights
 from megatron_real.records import Completion, Prompt, Rollout, Verdict
 
 
@@ -22,6 +24,20 @@ def test_denominator_counts_groups_with_a_labelled_rollout() -> None:
     assert (skip.num_groups, skip.kept) == (3, (0, 1, 6, 8))
     (keep,) = minibatches(rollouts, groups_per_minibatch=4, one_class_groups="keep")
     assert (keep.num_groups, keep.kept) == (3, (0, 1, 2, 3, 6, 8))
+
+
+@given(
+    labels=st.lists(st.lists(st.sampled_from([1, 0, -1]), min_size=1, max_size=5), min_size=1, max_size=6),
+    one_class=st.sampled_from(["skip", "keep"]),
+)
+@settings(deadline=None)
+def test_kept_are_those_with_a_weight(labels: list[list[int]], one_class: str) -> None:
+    """Batching drops rollouts before there are scores; the objective must agree on which have no weight."""
+    rollouts = [rollout(g, y) for g, ys in enumerate(labels) for y in ys]
+    (only,) = minibatches(rollouts, groups_per_minibatch=9, one_class_groups=one_class)  # type: ignore[arg-type]
+    label_R, group_R = (torch.tensor([getattr(r, name) for r in rollouts]) for name in ("label", "group"))
+    weight_R = real_weights(torch.zeros(len(rollouts)), label_R, group_R, one_class_groups=one_class)  # type: ignore[arg-type]
+    assert weight_R.nonzero().flatten().tolist() == list(only.kept)
 
 
 def test_an_empty_response_is_excluded() -> None:

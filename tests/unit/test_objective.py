@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_real.objective import grpo_weights, real_loss, real_weights, training_rollouts
+from megatron_real.objective import grpo_weights, real_loss, real_weights
+from megatron_real.objective.real import training_rollouts
 
 VARIANTS = ["anchored", "vanilla", "bce"]
 RULES = ["skip", "keep"]
