@@ -100,7 +100,7 @@ class RunProgress(StageTimer):
         )
         self._task = self._bar.add_task("", total=steps)
         self._heldout = math.nan
-        self._headed = False
+        self._stages: list[str] = []
 
     def __enter__(self) -> RunProgress:
         self._bar.start()
@@ -123,19 +123,24 @@ class RunProgress(StageTimer):
         """The line of a finished step."""
         self._bar.update(self._task, completed=step)
         values = {**metrics, "heldout": self._heldout}
-        cells = [(name, _number(values.get(key, math.nan), text)) for name, key, text in _COLUMNS]
-        width = len(str(self._steps))
-        stages = "  ".join(f"{name} {s:.1f}" for name, s in seconds.items())
-        if not self._live:
-            self.say("  ".join([f"step {step:{width}d}", *(f"{n} {v}" for n, v in cells)]) + f"  |  {stages} s")
+        cells = {name: _number(values.get(key, math.nan), text) for name, key, text in _COLUMNS}
+        if self._live:
+            self._table_row(step, cells, seconds)
             return
-        if not self._headed:
-            heading = "  ".join(f"{name:>{_cell(name)}}" for name, _ in cells)
-            self.say(f"{'step':>{max(width, 4)}}  {heading}  |  seconds")
-            self._headed = True
-        line = f"{step:>{max(width, 4)}}  " + "  ".join(f"{value:>{_cell(name)}}" for name, value in cells) + "  |  "
-        whole = f"{sum(seconds.values()):.1f}"
-        self.say(line + (f"{whole} = {stages}" if len(line + whole + stages) + 3 <= self._console.width else whole))
+        stages = "  ".join(f"{name} {s:.1f}" for name, s in seconds.items())
+        figures = "  ".join(f"{name} {value}" for name, value in cells.items())
+        self.say(f"step {step:{len(str(self._steps))}d}  {figures}  |  {stages} s")
+
+    def _table_row(self, step: int, cells: Mapping[str, str], seconds: Mapping[str, float]) -> None:
+        """A row of the terminal's table, with a column per stage where the terminal is wide enough for them."""
+        if not self._stages:  # the first row
+            names = [*seconds, "seconds"]
+            heading = _row({name: name for name in ["step", *cells, *names]})
+            self._stages = names if len(heading) <= self._console.width else ["seconds"]
+            self.say(_row({name: name for name in ["step", *cells, *self._stages]}))
+        spent = {**seconds, "seconds": sum(seconds.values())}
+        times = {name: _number(spent.get(name, math.nan), "{:.1f}") for name in self._stages}
+        self.say(_row({"step": str(step), **cells, **times}))
 
     def evaluation_done(self, step: int, accuracy: float, standard_error: float, problems: int, seconds: float) -> None:
         """The line of an evaluation; the next steps' lines repeat its accuracy."""
@@ -158,8 +163,9 @@ class _StageColumn(ProgressColumn):
         return Text(f"{name} {time.perf_counter() - self._timer.started:.0f} s" if name else "", style="cyan")
 
 
-def _cell(name: str) -> int:
-    return max(len(name), 6)
+def _row(cells: Mapping[str, str]) -> str:
+    """The cells, each as wide as the name of its column."""
+    return "  ".join(f"{value:>{max(len(name), 6)}}" for name, value in cells.items())
 
 
 def _number(value: float, text: str) -> str:

@@ -87,6 +87,26 @@ def test_equal_to_log_softmax(world: World, case: str, tp: int, chunk: int, dtyp
         assert not found["logprob"][inputs(dtype, tp)["target"] == NO_TARGET].any()
 
 
+def without_targets(sp: bool) -> tuple[float, ...]:
+    """A micro-batch of padding alone, or a context-parallel shard that is all prompt."""
+    tp = dist.get_world_size()
+    hidden = torch.randn(8 // (tp if sp else 1), HIDDEN, requires_grad=True)
+    weight = torch.randn(VOCAB // tp, HIDDEN, requires_grad=True)
+    target = torch.full((8,), NO_TARGET)
+    logprob = linear_logprobs(hidden, weight, target, tp_group=dist.group.WORLD, sequence_parallel=sp)
+    logits = (weight @ weight.t())[:8].detach().requires_grad_()
+    from_logits = vocab_parallel_logprobs(logits, target, tp_group=dist.group.WORLD)
+    assert isinstance(from_logits, torch.Tensor)
+    (logprob + from_logits).sum().backward()
+    results = (logprob + from_logits, hidden.grad, weight.grad)
+    return tuple(float(x.abs().sum()) for x in results)
+
+
+@pytest.mark.parametrize("sp", [False, True], ids=["", "sp"])
+def test_no_target_at_all_gives_zeros(world: World, sp: bool) -> None:
+    assert world.run(without_targets, 2, sp=sp) == [(0.0, 0.0, 0.0)] * 2
+
+
 def plain_all_reduce_gradient(_: None = None) -> float:
     """A linear log-prob whose gradient is not reduced over TP: what a forward test cannot see."""
     x = inputs(torch.float64, dist.get_world_size())

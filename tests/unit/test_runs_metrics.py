@@ -155,6 +155,7 @@ def test_a_skipped_update_is_counted_and_spoils_no_mean():
         pytest.param("NVIDIA H200", 989.0, id="H200 is no H20"),
         pytest.param("NVIDIA H20", 148.0, id="H20"),
         pytest.param("NVIDIA GB200", PEAK_TFLOPS["GB200"], id="GB200 is no B200"),
+        pytest.param("NVIDIA L40", None, id="L40 is no L4"),
         pytest.param("cpu", None, id="unknown"),
     ],
 )

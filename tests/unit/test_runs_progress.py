@@ -83,9 +83,11 @@ def test_a_terminal_gets_columns_under_one_heading_and_the_present_stage(clock, 
     assert text.count("one-class") == 1
     lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", line).rstrip() for line in text.splitlines()]
     heading = next(line for line in lines if "one-class" in line)
-    first = next(line for line in lines if line.startswith("   1  "))
-    assert heading.index("one-class") + len("one-class") == first.index("0.38") + len("0.38"), "columns line up"
-    assert ("7.5 = rollout 7.0  update 0.5" in first) == stages and first.split("|")[1].strip().startswith("7.5")
+    first = next(line for line in lines if line.startswith("     1  "))
+    for name, value in (("one-class", "0.38"), ("grad", "-"), ("seconds", "7.5")):
+        assert heading.index(name) + len(name) == first.rindex(value) + len(value), f"column {name} lines up"
+    assert heading.split()[8:] == (["rollout", "update", "seconds"] if stages else ["seconds"])
+    assert first.split()[8:] == (["7.0", "0.5", "7.5"] if stages else ["7.5"])
 
 
 def test_a_rank_that_shows_nothing_still_measures(clock, capsys, tmp_path):
@@ -98,10 +100,18 @@ def test_a_rank_that_shows_nothing_still_measures(clock, capsys, tmp_path):
     assert progress.take_seconds() == {"rollout": 2.0}
 
 
+def test_by_itself_a_log_is_plain_and_its_lines_are_not_wrapped(capsys):
+    with RunProgress(20, shown=True) as progress, progress.stage("rollout"):
+        progress.step_done(1, METRICS, {f"stage_{i}": 1.0 for i in range(20)})
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and len(out) > 300 and "\x1b" not in out
+
+
 def test_every_line_is_kept_in_the_log_with_its_time(tmp_path):
-    log = tmp_path / "logs" / "run.log"
-    progress = RunProgress(2, shown=True, log=log, console=Console(file=io.StringIO()))
+    log, file = tmp_path / "logs" / "run.log", io.StringIO()
+    progress = RunProgress(2, shown=True, log=log, console=Console(file=file))
     progress.say("[bold] is text :smile:")
+    assert file.getvalue() == "[bold] is text :smile:\n"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  \[bold\] is text :smile:\n", log.read_text())
 
 
