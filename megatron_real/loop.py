@@ -14,6 +14,7 @@ update          one batch at a time       new weights               all ranks, o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from megatron_real.evaluate import evaluate
@@ -54,7 +55,8 @@ def train(job: Job) -> None:
 def _rollouts(job: Job, step: int) -> list[Rollout]:
     """The step's labelled rollouts, the same on every rank: newly sampled, or those of a saved run."""
     if job.generation is None:
-        return read_rollouts(RunDirectory(job.config.rollout.replay).rollouts(step))
+        saved = read_rollouts(RunDirectory(job.config.rollout.replay).rollouts(step))
+        return sorted(saved, key=lambda r: (r.group, r.sample))
     timed, stage = job.reporter.progress.stage, job.generation.stage
     prompts = job.generation.cursor.next_batch(job.config.rollout.num_prompts)
     _sync(job, job.generation)
@@ -86,7 +88,7 @@ def _stop_if_not_finite(job: Job, step: int, batches: Sequence[Batch], updates: 
         if update.skipped_in_a_row >= job.config.trainer.max_skipped_updates:
             raise NonFinite(
                 f"{update.skipped_in_a_row} updates in a row had a loss or gradient that was not finite; their batches "
-                f"are in {job.reporter.directory.dumps}, for rollout.replay with a lower optimizer.lr"
+                f"are in {job.reporter.directory.dumps}, each a directory for rollout.replay; try a lower optimizer.lr"
             )
 
 
@@ -118,7 +120,7 @@ def _training(job: Job, rollouts: Sequence[Rollout], batches: Sequence[Batch], u
     weights = [update.gradient.weight_R for update in updates]
     return Training(
         losses=[update.gradient.loss for update in updates],
-        scores=[s for update in updates for s in update.gradient.score_R.tolist()],
+        scores=[s for batch, update in zip(batches, updates, strict=True) for s in _scores(batch, update)],
         weights=[w for weight_R in weights for w in weight_R.tolist()],
         max_abs_weight_tau=max(
             float(weight_R.abs().max()) * batch.minibatch.num_groups * job.config.objective.tau
@@ -131,3 +133,11 @@ def _training(job: Job, rollouts: Sequence[Rollout], batches: Sequence[Batch], u
         tokens=sum(kept),
         flops=sum(3 * n * job.policy.architecture.flops_per_token(n / 2) for n in kept),
     )
+
+
+def _scores(batch: Batch, update: Update) -> list[float]:
+    """[R] scores of the minibatch's rollouts in order, NaN for those that were not computed."""
+    scores = [math.nan] * len(batch.minibatch.rollouts)
+    for i in batch.minibatch.kept:
+        scores[i] = float(update.gradient.score_R[i])
+    return scores

@@ -1,6 +1,6 @@
 """Draws the held-out accuracy of several runs over their steps: the quickstart's seeds and its control.
 
-    python tools/plot_seeds.py --out docs/quickstart_seeds.png --runs runs/seed-1 runs/seed-2 --controls runs/permuted-1
+python tools/plot_seeds.py --out docs/quickstart_seeds.png --runs runs/seed-1 runs/seed-2 --controls runs/permuted-1
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 
 def main() -> None:

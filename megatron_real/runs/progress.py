@@ -26,11 +26,11 @@ from torch.profiler import profile, record_function
 _COLUMNS = (
     ("reward", "reward_mean", "{:.3f}"),
     ("held-out", "heldout", "{:.3f}"),
-    ("loss", "loss", "{:.4f}"),
+    ("loss", "loss", "{:.3f}"),
     ("solved", "solved_share", "{:.2f}"),
     ("one-class", "one_class_share", "{:.2f}"),
     ("tokens", "response_tokens_mean", "{:.0f}"),
-    ("grad", "grad_norm", "{:.3f}"),
+    ("grad", "grad_norm", "{:.2f}"),
 )
 
 
@@ -165,7 +165,7 @@ class _StageColumn(ProgressColumn):
 
 def _row(cells: Mapping[str, str]) -> str:
     """The cells, each as wide as the name of its column."""
-    return "  ".join(f"{value:>{max(len(name), 6)}}" for name, value in cells.items())
+    return "  ".join(f"{value:>{max(len(name), 5)}}" for name, value in cells.items())
 
 
 def _number(value: float, text: str) -> str:

@@ -60,10 +60,10 @@ def test_a_plain_log_is_one_line_a_step_without_control_characters():
     text = file.getvalue()
     assert re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text) is None
     assert text.splitlines() == [
-        "step  1  reward 0.500  held-out -  loss 1.2500  solved 0.25  one-class 0.38  tokens 32  grad -"
+        "step  1  reward 0.500  held-out -  loss 1.250  solved 0.25  one-class 0.38  tokens 32  grad -"
         "  |  rollout 1.3  update 0.5 s",
         "held-out accuracy after 1 steps: 0.625 +- 0.030 on 300 problems (2.0 s)",
-        "step  2  reward 0.500  held-out 0.625  loss 1.2500  solved 0.25  one-class 0.38  tokens 32  grad -"
+        "step  2  reward 0.500  held-out 0.625  loss 1.250  solved 0.25  one-class 0.38  tokens 32  grad -"
         "  |  rollout 1.0 s",
     ]
 
@@ -83,7 +83,7 @@ def test_a_terminal_gets_columns_under_one_heading_and_the_present_stage(clock, 
     assert text.count("one-class") == 1
     lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", line).rstrip() for line in text.splitlines()]
     heading = next(line for line in lines if "one-class" in line)
-    first = next(line for line in lines if line.startswith("     1  "))
+    first = next(line for line in lines if line.startswith("    1  "))
     for name, value in (("one-class", "0.38"), ("grad", "-"), ("seconds", "7.5")):
         assert heading.index(name) + len(name) == first.rindex(value) + len(value), f"column {name} lines up"
     assert heading.split()[8:] == (["rollout", "update", "seconds"] if stages else ["seconds"])
