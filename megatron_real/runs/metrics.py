@@ -25,7 +25,7 @@ class Training:
     losses: Sequence[float]
     """[updates] loss of each minibatch."""
     scores: Sequence[float]
-    """[rollouts] score of each rollout, 0 where it was not computed."""
+    """[rollouts] score of each rollout, NaN where it was not computed."""
     weights: Sequence[float]
     """[rollouts] dL / dscore."""
     max_abs_weight_tau: float

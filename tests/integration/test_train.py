@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +140,18 @@ def test_a_run_directory_is_not_overwritten(learned: Path, base: Path) -> None:
 def test_ctrl_c_ends_cleanly(base: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run = command(base, run_dir, "trainer.steps=1000", processes=1)
-    process = subprocess.Popen(run, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    deadline = time.monotonic() + 120
-    while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    # A shell that runs the tests in the background has its children ignore SIGINT.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen(run, cwd=ROOT, text=True, preexec_fn=heeding, **streams)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        os.kill(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert f"interrupted; metrics and rollouts so far are in {run_dir}" in errors and "Traceback" not in errors
     steps = len(rows(run_dir / "metrics.jsonl"))
