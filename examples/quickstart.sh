@@ -13,12 +13,12 @@ source tools/environment.sh
 
 base=runs/quickstart/base
 if [ ! -d "$base" ]; then
-    echo "quickstart: making the base model, a tiny Qwen2 that forgets the carry (once; about a minute)"
+    echo "quickstart: making the base model, a tiny Qwen2 that forgets the carry (once; about two minutes)"
     python tools/make_tiny_model.py --out "$base"
 fi
 
 number=1
 while [ -e "runs/quickstart/run-$number" ]; do number=$((number + 1)); done
-echo "quickstart: training by REAL on 2 processes (about a minute)"
+echo "quickstart: training by REAL on 2 processes (half a minute)"
 python -W ignore -m torch.distributed.run --nproc-per-node 2 \
     -m megatron_real train examples/configs/quickstart.yaml "trainer.run_dir=runs/quickstart/run-$number" "$@"

@@ -3,8 +3,8 @@
     python tools/make_tiny_model.py --out runs/quickstart/base
 
 Shaped like DeepSeek-R1-Distill-Qwen (biases on q, k and v, grouped queries, untied embeddings), 0.3 M parameters, with
-a tokenizer of its own: one token a digit. All 8,100 sums of two two-digit numbers are split by operand pair: 400
-held-out pairs, which neither this warm-up nor training ever sees, the rest for both.
+a tokenizer of its own: one token a digit. The task is the sum of two two-digit numbers; 400 pairs of them, with their
+mirrors, are held out: neither this warm-up nor training ever sees them.
 
 The warm-up is a few hundred steps of supervised learning from a sloppy teacher, who drops every carry in 70 % of the
 sums: 58+67 is then 15, and 125 otherwise. So the base model knows both ways of adding and prefers the wrong one: it is
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -40,15 +40,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the quickstart's base model and data.")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the warm-up")
-    parser.add_argument("--steps", type=int, default=600, help="warm-up steps")
+    parser.add_argument("--steps", type=int, default=1000, help="warm-up steps")
     chosen = parser.parse_args()
     torch.set_num_threads(1)  # the matrices are too small to share
     torch.manual_seed(chosen.seed)
     draw = random.Random(chosen.seed)
 
-    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
-    draw.shuffle(pairs)
-    heldout, train = pairs[:HELD_OUT], pairs[HELD_OUT:]
+    heldout, train = split_pairs(draw)
     tokenizer, model = new_tokenizer(), new_model()
     print(f"base model: {sum(p.numel() for p in model.parameters()):,} parameters; warm-up of {chosen.steps} steps")
     warm_up(model, tokenizer, train, draw, chosen.steps)
@@ -66,16 +64,32 @@ def main() -> None:
     partial.rename(chosen.out)
 
 
+def split_pairs(draw: random.Random) -> tuple[list[Pair], list[Pair]]:
+    """Held-out and training pairs. A pair and its mirror, 58+67 and 67+58, are never on both sides."""
+    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    draw.shuffle(pairs)
+    heldout = pairs[:HELD_OUT]
+    seen = {frozenset(pair) for pair in heldout}
+    return heldout, [pair for pair in pairs if frozenset(pair) not in seen]
+
+
 def new_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a digit; `\\boxed{` and the chat roles are tokens too."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<|pad|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<\|\w+\|>|\\boxed\{|."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
+    """One token a digit; `\\boxed{` and the chat roles are tokens too.
+
+    transformers 5 loads every qwen2 directory as byte-level BPE with Qwen2's own pre-tokenizer, whatever the saved
+    tokenizer says. So this is a byte-level BPE without merges, and what is longer than a character is an added token:
+    those are found before any pre-tokenizer runs.
+    """
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(WORDS)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
+    tokenizer.add_tokens([AddedToken("\\boxed{", normalized=False)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
         eos_token="<|end|>",
-        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        unk_token="<|pad|>",  # unset, Qwen2's default would be appended to the vocabulary
         chat_template=CHAT,
         clean_up_tokenization_spaces=False,
     )

@@ -44,17 +44,43 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
+def pairs(path: Path) -> list[tuple[int, ...]]:
+    """The operands of each problem."""
+    return [tuple(map(int, row["prompt"][0]["content"][:-1].split("+"))) for row in rows(path)]
+
+
 @pytest.fixture(scope="session")
 def learned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 20 steps on two data-parallel processes."""
+    """A run of 30 steps on two data-parallel processes."""
     run_dir = tmp_path_factory.mktemp("runs") / "learned"
-    done = train(base, run_dir, "trainer.steps=20", "trainer.profile=[2]")
+    done = train(base, run_dir, "trainer.steps=30", "trainer.profile=[2]")
     assert done.returncode == 0, done.stderr
     return run_dir
 
 
 def heldout(run_dir: Path) -> list[float]:
     return [row["heldout/pass_at_1"] for row in rows(run_dir / "evaluations.jsonl")]
+
+
+def test_held_out_pairs_are_seen_by_nothing_else(base: Path) -> None:
+    train_pairs, heldout_pairs = (
+        {frozenset(p) for p in pairs(base / f"{name}.jsonl")} for name in ("train", "heldout")
+    )
+    assert len(rows(base / "heldout.jsonl")) == 400
+    assert not train_pairs & heldout_pairs
+
+
+def test_the_tokenizer_reads_back_as_it_was_made(base: Path) -> None:
+    """transformers has a tokenizer class of its own for every qwen2 directory."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "58+67="}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(text + "\\boxed{125}<|end|>", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 1 + 6 + 1 + 1 + 3 + 1 + 1
+    assert tokenizer.decode(ids) == text + "\\boxed{125}<|end|>"
 
 
 def test_held_out_accuracy_rises(learned: Path) -> None:
@@ -71,7 +97,7 @@ def test_permuted_labels_teach_nothing(base: Path, tmp_path: Path) -> None:
 
 def test_metrics_are_whole(learned: Path) -> None:
     metrics = rows(learned / "metrics.jsonl")
-    assert [row["step"] for row in metrics] == list(range(1, 21))
+    assert [row["step"] for row in metrics] == list(range(1, 31))
     for row in metrics:
         assert 0 < row["max_abs_weight_tau"] <= 1
         assert row["mismatch_max_abs"] < 1e-4, "trainer and engine have the same fp32 weights"
@@ -95,8 +121,8 @@ def test_exported_weights_have_learned(learned: Path, base: Path) -> None:
     from transformers import AutoTokenizer, Qwen2ForCausalLM
 
     model = Qwen2ForCausalLM.from_pretrained(learned / "hf")
-    pairs = [tuple(map(int, row["prompt"][0]["content"][:-1].split("+"))) for row in rows(base / "heldout.jsonl")]
-    assert make_tiny_model.greedy_accuracy(model, AutoTokenizer.from_pretrained(learned / "hf"), pairs) > 0.9
+    tokenizer = AutoTokenizer.from_pretrained(learned / "hf")
+    assert make_tiny_model.greedy_accuracy(model, tokenizer, pairs(base / "heldout.jsonl")) > 0.9
 
 
 LAYOUTS = {
