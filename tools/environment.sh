@@ -29,7 +29,7 @@ environment() {
         else
             # From 0.17 its metadata asks for Python 3.12; it runs on 3.11 as well.
             "${pip[@]}" --no-deps --ignore-requires-python "megatron-core==$megatron"
-            "${pip[@]}" triton einops packaging
+            "${pip[@]}" triton einops packaging numpy
         fi
         echo "environment: installing megatron_real"
         (cd "$root" && "${pip[@]}" --no-build-isolation setuptools wheel && "${pip[@]}" --no-build-isolation -e '.[test,examples]')
