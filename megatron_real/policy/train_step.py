@@ -89,9 +89,9 @@ class Gradient:
     loss: float
     """L of the minibatch (0 for a minibatch without groups)."""
     score_R: Tensor
-    """[R] fp32 on the CPU, scores of the minibatch's rollouts; 0 for those not kept."""
+    """[R] fp64 on the CPU, scores of the minibatch's rollouts; 0 for those not kept."""
     weight_R: Tensor
-    """[R] fp32 on the CPU, dL / dscore; 0 for those not kept."""
+    """[R] fp64 on the CPU, dL / dscore; 0 for those not kept."""
 
 
 class TrainStep:
@@ -121,6 +121,9 @@ class TrainStep:
             if self.groups.is_last_stage:
                 score_R, present_R = self._scores_of(batch, batch.micro_batches, over_dp=True)
                 self._set_weights(batch, self._weights(batch, score_R, present_R))
+        else:
+            for micro in batch.micro_batches:
+                micro.weight_R = None  # the pass below gathers the scores itself, also when it runs on a batch again
         self._run(batch.micro_batches, partial(self._surrogate, batch), forward_only=False)
         return self._summary(batch)
 
