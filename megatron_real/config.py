@@ -78,6 +78,9 @@ class RolloutConfig:
     """A response that reaches this is cut and counts as truncated."""
     batch_size: int = 64
     """Sequences that the transformers engine decodes together."""
+    chunk_prompts: int = 0
+    """Prompts whose rollouts are kept on disk together; 0: a whole step's. Smaller chunks lose less to a preemption in
+    the middle of a long step, but every chunk waits for its longest answer."""
     replay: str = ""
     """Run directory whose saved rollouts are trained on instead of generating: no engine is started."""
 
@@ -189,6 +192,24 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved, and which checkpoints are kept. docs/checkpoints.md."""
+
+    every: int = 20
+    """Steps between checkpoints; there is one after the last step too. 0: none but when the run is stopped."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Also keep those after every so many steps; 0: none for that reason."""
+    keep_best: bool = True
+    """Also keep the one with the best held-out accuracy, among those of steps with an evaluation."""
+    asynchronous: bool = True
+    """Training goes on while a checkpoint is written; costs host memory of the size of a rank's share."""
+    on_failure: Literal["go_on", "stop"] = "go_on"
+    """When a checkpoint cannot be written (disk full): warn and try again at the next, or stop the run."""
+
+
+@dataclass(frozen=True)
 class TrainerConfig:
     """The run."""
 
@@ -208,8 +229,12 @@ class TrainerConfig:
     """Log to Weights & Biases (must be installed)."""
     export: bool = True
     """Write the trained weights as an HF directory at the end."""
+    max_hours: float = 0.0
+    """The run saves, stops and exits with code 75 after so many hours; 0: no limit."""
     timeout_minutes: float = 30.0
     """Collectives that wait longer fail."""
+    hang_minutes: float = 60.0
+    """A rank that stays in one stage for so long hangs: the run ends and names it. More for very long evaluations."""
     peak_tflops: float = 0.0
     """Peak TFLOP/s of one device for MFU; 0: from a table of known GPUs, else MFU is left out."""
 
@@ -228,6 +253,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     megatron: Mapping[str, Any] = field(default_factory=dict)
     """Any field of megatron-core's TransformerConfig, OptimizerConfig or DistributedDataParallelConfig, by name."""
 
@@ -323,6 +349,11 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def to_plain(config: Config) -> dict[str, Any]:
+    """The same as a file gives it back: lists for tuples."""
+    return dict(json.loads(json.dumps(to_dict(config))))
+
+
 def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
@@ -386,6 +417,8 @@ def _check_values(config: Config) -> None:
         "trainer.steps": config.trainer.steps,
         "trainer.max_skipped_updates": config.trainer.max_skipped_updates,
         "trainer.timeout_minutes": config.trainer.timeout_minutes,
+        "trainer.hang_minutes": config.trainer.hang_minutes,
+        "checkpoint.keep": config.checkpoint.keep,
         "data.max_prompt_tokens": config.data.max_prompt_tokens,
         "rollout.num_prompts": config.rollout.num_prompts,
         "rollout.group_size": config.rollout.group_size,
@@ -409,6 +442,15 @@ def _check_values(config: Config) -> None:
     for name, value in positive.items():
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} is {value}; it must be above 0")
+    counts = {
+        "trainer.max_hours": config.trainer.max_hours,
+        "rollout.chunk_prompts": config.rollout.chunk_prompts,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
+    }
+    for name, value in counts.items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} is {value}; it must be 0 or above")
     shares = {
         "rollout.top_p": config.rollout.top_p,
         "evaluation.top_p": config.evaluation.top_p,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
 
 import torch.distributed as dist
 
@@ -13,9 +16,16 @@ from megatron_real.policy.policy import Policy
 from megatron_real.prompts import PromptCursor, load_prompts
 from megatron_real.records import Prompt, Sampling
 from megatron_real.rollout import RolloutStage, build_engine
+from megatron_real.runs import checkpoint
+from megatron_real.runs.directory import RunDirectory
+from megatron_real.runs.lifeline import Lifeline
+from megatron_real.runs.lock import RunLock
+from megatron_real.runs.ranks import EveryRankError, Ranks
 from megatron_real.runs.reporter import Reporter
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.hf import HfWeights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,28 @@ class Job:
     """Everything that is written and shown."""
     generation: Generation | None
     """None when saved rollouts are replayed."""
+    checkpoints: checkpoint.Checkpoints
+    """Saves the run, and knows where it begins."""
+    ranks: Ranks
+    """All processes of the job."""
+    lifeline: Lifeline
+    """Ends this rank when another one has ended, and the others when this one has."""
+    lock: RunLock
+    """Keeps other runs out of the run directory; taken by the first rank."""
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Gives the run directory back; an error that nobody expected takes the other ranks down by its name."""
+        if error is not None and kind is not None:
+            self.lifeline.say_end(f"{kind.__name__}: {error}")
+            self.reporter.say_status("failed", f"{kind.__name__}: {error}")
+        self.lifeline.close()
+        if self.ranks.first:
+            self.lock.release()
 
     def seed(self, step: int) -> int:
         """Seed of a step's sampling: it depends on the run's seed and the step alone."""
@@ -58,19 +90,42 @@ def build(config: Config) -> Job:
     """Joins the other processes and builds this rank's part.
 
     Raises:
-        ValueError: weights, data or layout do not fit; one sentence.
+        ValueError: weights, data or layout do not fit, or the run directory is in use; one sentence.
     """
     join_world(config.trainer.timeout_minutes)
     rank, world = dist.get_rank(), dist.get_world_size()
     check_world(config, world)
-    reporter = Reporter(config, rank=rank, world=world)
+    ranks = Ranks.of_all(timedelta(minutes=config.trainer.timeout_minutes))
+    directory = RunDirectory(config.trainer.run_dir)
+    lock = RunLock(directory.lock)
+    ranks.on_first(lambda: lock.take(logger.warning), EveryRankError)
+    found = checkpoint.find(directory, ranks, logger.warning)
+    reporter = ranks.together(
+        lambda: Reporter(
+            config,
+            rank=rank,
+            world=world,
+            resumed_after=found.position.step if found else None,
+            gathered=ranks.gathered,
+        )
+    )
+    lifeline = Lifeline(
+        rank,
+        world,
+        share=ranks.shared,
+        stage=reporter.progress.at,
+        hang_seconds=config.trainer.hang_minutes * 60,
+    )
     reporter.progress.say(f"model {config.model.path} on {world} processes")
     architecture, weights = Architecture.read(config.model.path), HfWeights(config.model.path)
     updates = config.trainer.steps * (config.rollout.num_prompts // config.batch.minibatch_prompts)
     policy = Policy(config, architecture, set_up(config.parallel, seed=config.trainer.seed), num_updates=updates)
     policy.load(weights)
     generation = None if config.rollout.replay else _generation(config, rank=rank, world=world)
-    return Job(config, weights, policy, reporter, generation)
+    cursor = generation.cursor if generation else None
+    checkpoints = checkpoint.Checkpoints(config, policy, reporter, cursor, ranks)
+    checkpoints.resume(found)
+    return Job(config, weights, policy, reporter, generation, checkpoints, ranks, lifeline, lock)
 
 
 def _generation(config: Config, *, rank: int, world: int) -> Generation:

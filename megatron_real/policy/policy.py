@@ -67,7 +67,8 @@ class Policy:
         self.ddp = _wrap(self.chunks, config)
         self.step = TrainStep(self.ddp, groups, config.objective)
         self._num_updates = num_updates
-        self._skipped_in_a_row = 0
+        self.skipped_in_a_row = 0
+        """Updates skipped since the last one that was made."""
         self.optimizer: MegatronOptimizer | None = None
         self.scheduler: OptimizerParamScheduler | None = None
 
@@ -83,15 +84,19 @@ class Policy:
 
         The first batch needs none: it is trained on by the very weights that generated the rollouts.
         """
+        batches = self.cut(rollouts)
+        for batch in batches[1:]:
+            self.step.old_logprobs(batch)
+        return batches
+
+    def cut(self, rollouts: Sequence[Rollout]) -> list[Batch]:
+        """The batches of a step's updates, without old log-probs."""
         cut = minibatches(
             rollouts,
             groups_per_minibatch=self.config.batch.minibatch_prompts,
             one_class_groups=self.config.objective.one_class_groups,
         )
-        batches = [self.pack(minibatch, needs_scores=i > 0) for i, minibatch in enumerate(cut)]
-        for batch in batches[1:]:
-            self.step.old_logprobs(batch)
-        return batches
+        return [self.pack(minibatch, needs_scores=i > 0) for i, minibatch in enumerate(cut)]
 
     def pack(self, minibatch: Minibatch, *, needs_scores: bool) -> Batch:
         """Plans the minibatch over all ranks and builds this rank's micro-batches."""
@@ -148,8 +153,8 @@ class Policy:
         if finite:
             self.optimizer.step()
             self.scheduler.step(increment=1)
-        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        return Update(gradient, grad_norm, lr, not finite, self._skipped_in_a_row)
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        return Update(gradient, grad_norm, lr, not finite, self.skipped_in_a_row)
 
     def token_stats(self, batches: Sequence[Batch]) -> TokenStats:
         """Token-level figures of the step over all ranks. Collective over the world."""
