@@ -169,11 +169,15 @@ class Policy:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return TokenStats(sums.cpu(), float(largest))
 
+    def gather_parameters(self) -> None:
+        """Brings every parameter up to the last update: under overlap_param_gather the next forward pass would."""
+        for chunk in self.ddp:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Every HF (name, tensor) on every rank, one at a time. Collective: all ranks consume all of it."""
-        for chunk in self.ddp:
-            if chunk.ddp_config.overlap_param_gather:  # the last update's parameters may not have been gathered yet
-                chunk.start_param_sync(force_sync=True)
+        self.gather_parameters()
         return stream_hf(self.chunks, self.architecture, tp_group=self.groups.tp, pp_group=self.groups.pp)
 
 

@@ -1,8 +1,7 @@
 """The policy's state as megatron-core's dist_checkpointing sees it, and the state of a step that is not finished.
 
 Sharded tensors carry megatron-core's own names and global shapes, so a checkpoint does not depend on the layout, and
-Megatron-LM's tools read it. The optimizer's are those of `fully_reshardable`: one tensor of the parameter's shape for
-each of param, exp_avg and exp_avg_sq.
+Megatron-LM's tools read the model of it.
 """
 
 from __future__ import annotations
@@ -18,50 +17,44 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
+from megatron_real.policy.optimizer_state import adam_step, set_adam_step, sharded_optimizer_state
 from megatron_real.policy.policy import Policy, Update
 from megatron_real.policy.train_step import Batch, Gradient, TokenStats
 from megatron_real.records import Rollout
 
-CONTENT = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""Which of megatron-core's formats of the optimizer's state this is."""
 
-
-def sharded_state(policy: Policy, *, loading: bool = False) -> dict[str, Any]:
-    """Model and optimizer as a sharded state dict. Collective; `loading` gives one to be filled."""
+def sharded_state(policy: Policy) -> dict[str, Any]:
+    """Model and optimizer as a sharded state dict. Collective."""
     assert policy.optimizer is not None, "load() builds the optimizer"
-    single = len(policy.chunks) == 1
+    policy.gather_parameters()
     state = {
-        "model" if single else f"model{i}": chunk.sharded_state_dict(metadata=CONTENT)
+        "model" if len(policy.chunks) == 1 else f"model{i}": chunk.sharded_state_dict()
         for i, chunk in enumerate(policy.chunks)
     }
-    models = dict(state) if not single else state["model"]
-    return {**state, "optimizer": policy.optimizer.sharded_state_dict(models, is_loading=loading, metadata=CONTENT)}
+    leaves = [leaf for model in state.values() for leaf in model.values()]
+    return {**state, "optimizer": sharded_optimizer_state(policy.optimizer, leaves)}
 
 
 def load_sharded_state(policy: Policy, state: Mapping[str, Any]) -> None:
-    """Takes over what dist_checkpointing has read into `sharded_state(policy, loading=True)`."""
-    assert policy.optimizer is not None, "load() builds the optimizer"
+    """Takes over what dist_checkpointing has read into `sharded_state`; the optimizer's has been read in place."""
     for i, chunk in enumerate(policy.chunks):
         chunk.load_state_dict(state["model" if len(policy.chunks) == 1 else f"model{i}"])
-    hyperparameters = [_hyperparameters(group) for group in policy.optimizer.param_groups]
-    policy.optimizer.load_state_dict(state["optimizer"])
-    for group, values in zip(policy.optimizer.param_groups, hyperparameters, strict=True):
-        group.update(values)  # those of this run's configuration, which may have changed
-
-
-def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in group.items() if k not in ("params", "step")}
 
 
 def schedule_state(policy: Policy) -> dict[str, int]:
     """Where the learning-rate schedule is, and how many updates in a row were skipped."""
-    assert policy.scheduler is not None, "load() builds the scheduler"
-    return {"num_updates": policy.scheduler.num_steps, "skipped_in_a_row": policy.skipped_in_a_row}
+    assert policy.scheduler is not None and policy.optimizer is not None, "load() builds both"
+    return {
+        "num_updates": policy.scheduler.num_steps,
+        "adam_step": adam_step(policy.optimizer),
+        "skipped_in_a_row": policy.skipped_in_a_row,
+    }
 
 
 def load_schedule_state(policy: Policy, state: Mapping[str, int]) -> None:
     """Sets the schedule of this run's configuration to the saved update."""
-    assert policy.scheduler is not None, "load() builds the scheduler"
+    assert policy.scheduler is not None and policy.optimizer is not None, "load() builds both"
+    set_adam_step(policy.optimizer, state["adam_step"])
     policy.scheduler.num_steps = 0
     policy.scheduler.step(increment=state["num_updates"])
     policy.skipped_in_a_row = state["skipped_in_a_row"]

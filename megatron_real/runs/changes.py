@@ -10,7 +10,6 @@ REFUSED: Mapping[str, str] = {
     "data.shuffle": "the order of the prompts depends on it",
     "model.dtype": "the optimizer's state has another form",
     "objective.variant": "one run would optimise two objectives",
-    "optimizer.distributed": "the optimizer's state has another form",
     "optimizer.beta1": "the saved moments were gathered with it",
     "optimizer.beta2": "the saved moments were gathered with it",
     "rollout.replay": "the rollouts come from elsewhere",

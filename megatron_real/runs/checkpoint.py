@@ -108,7 +108,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[str] | None = None
         self._saved: Position | None = None
-        self._at_step = self._snapshot()
+        self._at_step: dict[str, Any] = {}
 
     def resume(self, found: Saved | None) -> None:
         """Takes the run up where `found` left it; without one, from the start.
@@ -116,21 +116,19 @@ class Checkpoints:
         Raises:
             ValueError: the configuration has changed in a way that a resumed run does not allow, or the data has.
         """
-        if found is not None:
-            self._at_step = self._load(found)
+        at_step = self._load(found) if found is not None else None
         if self.ranks.first:
-            self.reporter.rewind(self.position.step, self._at_step["offsets"])
+            self.reporter.rewind(self.position.step, at_step["offsets"] if at_step else {})
             if found is not None and self._begun is not None:
                 _put(found.path / _ROLLOUTS, self.reporter.directory.rollouts(self.position.step + 1))
         self.ranks.wait()
+        self._at_step = at_step or self._snapshot()
 
     def _load(self, found: Saved) -> dict[str, Any]:
         state = torch.load(found.path / _STATE, map_location="cpu", weights_only=True)
         say = self.reporter.progress.say
         changed = self.ranks.together(lambda: self._check(state))
-        load_sharded_state(
-            self.policy, dist_checkpointing.load(sharded_state(self.policy, loading=True), str(found.path))
-        )
+        load_sharded_state(self.policy, dist_checkpointing.load(sharded_state(self.policy), str(found.path)))
         load_schedule_state(self.policy, state["schedule"])
         say(f"resuming after {_words(found.position)}, from {found.path}")
         if changed:

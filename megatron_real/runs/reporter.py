@@ -102,10 +102,10 @@ class Reporter:
         checkpoint holds have generated them.
         """
         for file in (self.directory.metrics, self.directory.evaluations):
-            size = offsets[file.name]
+            size = offsets.get(file.name, 0)
             if file.exists() and file.stat().st_size > size:
                 rows = file.read_bytes()[size:].count(b"\n")
-                self.progress.say(f"{file.name}: the last {rows} rows are after the checkpoint and will be made again")
+                self.progress.say(f"{file.name}: the last {rows} rows are of steps that will be made again")
                 os.truncate(file, size)
                 if size == 0:
                     file.unlink()

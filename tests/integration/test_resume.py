@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -41,10 +40,10 @@ def start(base: Path, run_dir: Path, *words: str, processes: int) -> subprocess.
     return subprocess.Popen(run, cwd=ROOT, text=True, start_new_session=True, **streams)  # type: ignore[call-overload]
 
 
-def wait_for_row(run_dir: Path, number: int) -> None:
-    """Until the run has written its `number`-th row of metrics."""
+def wait_for_row(process: subprocess.Popen[str], run_dir: Path, number: int) -> None:
+    """Until the run has written its `number`-th row of metrics, or has ended."""
     ends, metrics = time.monotonic() + DEADLINE, run_dir / "metrics.jsonl"
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < number:
+    while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < number):
         assert time.monotonic() < ends, f"no row {number} of metrics in {DEADLINE} s"
         time.sleep(0.01)
 
@@ -84,7 +83,7 @@ def test_killed_at_any_moment_the_run_is_the_same(
     for row in (1, 5, 8, 11):
         process = start(base, run_dir, processes=processes)
         try:
-            wait_for_row(run_dir, row)
+            wait_for_row(process, run_dir, row)
             time.sleep(draw.uniform(0.0, 0.6))
         finally:
             kill(process)
@@ -101,7 +100,7 @@ def test_usr1_saves_within_a_step_and_exits_with_75(base: Path, undisturbed: dic
     while code == 75 and len(stopped_at) < 12:
         process = start(base, run_dir, processes=1)
         try:
-            wait_for_row(run_dir, 2 + len(stopped_at))
+            wait_for_row(process, run_dir, 2 + len(stopped_at))
             time.sleep(draw.uniform(0.0, 0.4))
             process.send_signal(signal.SIGUSR1)
             output, _ = process.communicate(timeout=DEADLINE)
