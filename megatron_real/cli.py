@@ -59,19 +59,21 @@ def _quiet(first: bool) -> None:
 
 
 def _train(config: configuration.Config, first: bool) -> int:
+    from megatron_real.runs.stop import EXIT_AGAIN, Stopped, StopRequest
+
+    stop = StopRequest(max_hours=config.trainer.max_hours)  # first: a signal may come while the rest is imported
     from megatron_real.job import build
     from megatron_real.labels import TooManyFailedChecks
     from megatron_real.loop import NonFinite, train
     from megatron_real.runs.checkpoint import CheckpointFailed
     from megatron_real.runs.ranks import EveryRankError
-    from megatron_real.runs.stop import EXIT_AGAIN, Stopped
 
     def say(sentence: object) -> None:
         if first:
             print(f"megatron-real: {sentence}", file=sys.stderr)
 
     try:
-        job = build(config)
+        job = build(config, stop)
     except EveryRankError as error:
         say(error)
         return 2

@@ -22,6 +22,7 @@ from megatron_real.runs.lifeline import Lifeline
 from megatron_real.runs.lock import RunLock
 from megatron_real.runs.ranks import EveryRankError, Ranks
 from megatron_real.runs.reporter import Reporter
+from megatron_real.runs.stop import StopRequest
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.hf import HfWeights
 
@@ -86,8 +87,8 @@ class Job:
         return self.config.trainer.seed * 1_000_003 + step
 
 
-def build(config: Config) -> Job:
-    """Joins the other processes and builds this rank's part.
+def build(config: Config, stop: StopRequest) -> Job:
+    """Joins the other processes and builds this rank's part; `stop` may ask it to stop early.
 
     Raises:
         ValueError: weights, data or layout do not fit, or the run directory is in use; one sentence.
@@ -123,7 +124,7 @@ def build(config: Config) -> Job:
     policy.load(weights)
     generation = None if config.rollout.replay else _generation(config, rank=rank, world=world)
     cursor = generation.cursor if generation else None
-    checkpoints = checkpoint.Checkpoints(config, policy, reporter, cursor, ranks)
+    checkpoints = checkpoint.Checkpoints(config, policy, reporter, cursor, ranks, stop)
     checkpoints.resume(found)
     return Job(config, weights, policy, reporter, generation, checkpoints, ranks, lifeline, lock)
 

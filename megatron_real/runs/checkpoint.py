@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import CheckpointingException
 
 from megatron_real.config import Config, to_plain
 from megatron_real.policy.policy import Policy, Update
@@ -44,7 +45,7 @@ from megatron_real.policy.train_step import Batch
 from megatron_real.prompts import PromptCursor
 from megatron_real.runs.changes import check_changes
 from megatron_real.runs.directory import RunDirectory
-from megatron_real.runs.ranks import Ranks
+from megatron_real.runs.ranks import EveryRankError, Ranks
 from megatron_real.runs.reporter import Reporter
 from megatron_real.runs.saved import (
     Position,
@@ -57,10 +58,10 @@ from megatron_real.runs.saved import (
     sync_files,
     temporary,
 )
-from megatron_real.runs.staging import Staging, write
+from megatron_real.runs.staging import Staging, write, write_common
 from megatron_real.runs.stop import SAVE_FAILED, Stopped, StopRequest, described
 
-_STATE, _COMMON, _CONFIG, _ROLLOUTS = "state.pt", "common.pt", "config.yaml", "rollouts.jsonl"
+_STATE, _CONFIG, _ROLLOUTS = "state.pt", "config.yaml", "rollouts.jsonl"
 
 
 class CheckpointFailed(RuntimeError):
@@ -94,14 +95,20 @@ class Checkpoints:
     """
 
     def __init__(
-        self, config: Config, policy: Policy, reporter: Reporter, cursor: PromptCursor | None, ranks: Ranks
+        self,
+        config: Config,
+        policy: Policy,
+        reporter: Reporter,
+        cursor: PromptCursor | None,
+        ranks: Ranks,
+        stop: StopRequest,
     ) -> None:
         self.config, self.policy, self.reporter, self.cursor, self.ranks = config, policy, reporter, cursor, ranks
         self.position = Position(0)
         """How far the run has come, as far as this class was told."""
         self._begun: Unfinished | None = None
         self._chosen, self._folder = config.checkpoint, reporter.directory.checkpoints
-        self._stop = StopRequest(max_hours=config.trainer.max_hours, ranks=ranks)
+        self._stop = stop
         # The writer's collectives run beside the training's: they need a group of their own.
         self._writers = Ranks.of_all(timedelta(minutes=config.trainer.timeout_minutes))
         self._staging = Staging(policy.groups.dp_cp)
@@ -128,7 +135,11 @@ class Checkpoints:
         state = torch.load(found.path / _STATE, map_location="cpu", weights_only=True)
         say = self.reporter.progress.say
         changed = self.ranks.together(lambda: self._check(state))
-        load_sharded_state(self.policy, dist_checkpointing.load(sharded_state(self.policy), str(found.path)))
+        try:
+            loaded = dist_checkpointing.load(sharded_state(self.policy), str(found.path))
+        except CheckpointingException as error:  # shapes: as every rank sees them
+            raise EveryRankError(f"{found.path} does not fit this model or layout: {error}") from error
+        load_sharded_state(self.policy, loaded)
         load_schedule_state(self.policy, state["schedule"])
         say(f"resuming after {_words(found.position)}, from {found.path}")
         if changed:
@@ -160,7 +171,7 @@ class Checkpoints:
         Raises:
             Stopped: it was asked to; everything is saved.
         """
-        reason = self._stop.agreed()
+        reason = self._stop.agreed(self.ranks)
         if not reason:
             return
         begun = unfinished(self.policy, batches, updates) if updates else None
@@ -177,7 +188,7 @@ class Checkpoints:
         """
         self.position, self._at_step = Position(step), self._snapshot()
         self._report()
-        reason, chosen = self._stop.agreed(), self._chosen
+        reason, chosen = self._stop.agreed(self.ranks), self._chosen
         if reason:
             self._stop_at(reason, self.position, self._at_step, accuracy)
         if chosen.every and (step % chosen.every == 0 or step == self.config.trainer.steps):
@@ -259,10 +270,8 @@ class Checkpoints:
 
     def _write_small(self, partial: Path, common: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         """The first rank's files."""
-        torch.save(dict(common), partial / _COMMON)
+        write_common(partial, common)
         torch.save(dict(values), partial / _STATE)
-        backend = {"sharded_backend": "torch_dist", "common_backend": "torch"}
-        (partial / "metadata.json").write_text(json.dumps(backend | {f"{k}_version": 1 for k in backend}))
         shutil.copy(self.reporter.directory.config, partial / _CONFIG)
         if values["unfinished"]:
             _put(self.reporter.directory.rollouts(self.position.step + 1), partial / _ROLLOUTS)

@@ -10,6 +10,7 @@ collectives at the end.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,13 @@ def write(folder: Path, by_key: Mapping[str, Any], group: dist.ProcessGroup | No
         process_group=group,
         no_dist=group is None,
     )
+
+
+def write_common(folder: Path, common: Mapping[str, Any]) -> None:
+    """Writes what dist_checkpointing.load reads beside the shards. By the first rank."""
+    torch.save(dict(common), folder / "common.pt")
+    backend = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+    (folder / "metadata.json").write_text(json.dumps(backend | {f"{name}_version": 1 for name in backend}))
 
 
 def _leaves(state: Any) -> Iterator[ShardedTensor | ShardedObject]:

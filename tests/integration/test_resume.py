@@ -98,10 +98,11 @@ def test_usr1_saves_within_a_step_and_exits_with_75(base: Path, undisturbed: dic
     run_dir, stopped_at, draw = tmp_path / "run", [], random.Random(7)
     code = 75
     while code == 75 and len(stopped_at) < 12:
+        written = len(rows(run_dir / "metrics.jsonl")) if stopped_at else 0
         process = start(base, run_dir, processes=1)
         try:
-            wait_for_row(process, run_dir, 2 + len(stopped_at))
-            time.sleep(draw.uniform(0.0, 0.4))
+            wait_for_row(process, run_dir, written + 1)
+            time.sleep(draw.uniform(0.0, 0.3))
             process.send_signal(signal.SIGUSR1)
             output, _ = process.communicate(timeout=DEADLINE)
         finally:
