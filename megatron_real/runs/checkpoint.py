@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_real.config import Config, to_plain
 from megatron_real.policy.policy import Policy, Update
@@ -202,6 +203,7 @@ class Checkpoints:
     def _stop_at(
         self, reason: int, position: Position, state: Mapping[str, Any], accuracy: float | None = None
     ) -> None:
+        self._report(wait=True)
         last = f"the last good checkpoint is {self._saved}" if self._saved else "there is no checkpoint"
         if reason != SAVE_FAILED and position != self._saved:
             self._save(position, state, accuracy)
@@ -262,7 +264,7 @@ class Checkpoints:
             digests = ranks.gathered(_digests(partial, ranks.rank))
             header = {"position": str(position), "accuracy": accuracy, "versions": _versions(), "config": _hash(values)}
             ranks.on_first(lambda: self._complete(position, {k: v for d in digests for k, v in d.items()}, header))
-        except Exception as error:  # of whatever kind, the run may go on without this checkpoint
+        except (Exception, CheckpointException) as error:  # of whatever kind, the run may go on without this checkpoint
             if ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
             return _sentence(error)
@@ -318,11 +320,13 @@ def _versions() -> dict[str, str]:
 
 
 def _sentence(error: BaseException) -> str:
-    """The innermost cause: torch wraps the failures of all ranks into one exception."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        rank, (cause, _) = next(iter(failures.items()))
+    """The cause: torch wraps the failures of all ranks into one, and a full disk into an error of its own."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {_sentence(cause)}"
+    below = error.__cause__ or error.__context__
+    if below is not None and not isinstance(error, OSError):
+        return _sentence(below)
     return f"{type(error).__name__}: {error}"
 
 
