@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 from dataclasses import dataclass
 from datetime import timedelta
@@ -65,8 +66,6 @@ class Job:
     """All processes of the job."""
     lifeline: Lifeline
     """Ends this rank when another one has ended, and the others when this one has."""
-    lock: RunLock
-    """Keeps other runs out of the run directory; taken by the first rank."""
 
     def __enter__(self) -> Job:
         return self
@@ -74,13 +73,11 @@ class Job:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Gives the run directory back; an error that nobody expected takes the other ranks down by its name."""
+        """An error that nobody expected takes the other ranks down by its name; a good end takes nobody down."""
         if error is not None and kind is not None:
             self.lifeline.say_end(f"{kind.__name__}: {error}")
             self.reporter.say_status("failed", f"{kind.__name__}: {error}")
         self.lifeline.close()
-        if self.ranks.first:
-            self.lock.release()
 
     def seed(self, step: int) -> int:
         """Seed of a step's sampling: it depends on the run's seed and the step alone."""
@@ -100,6 +97,8 @@ def build(config: Config, stop: StopRequest) -> Job:
     directory = RunDirectory(config.trainer.run_dir)
     lock = RunLock(directory.lock)
     ranks.on_first(lambda: lock.take(logger.warning), EveryRankError)
+    if ranks.first:
+        atexit.register(lock.release)  # however this rank ends, if it ends by itself
     found = checkpoint.find(directory, ranks, logger.warning)
     reporter = ranks.together(
         lambda: Reporter(
@@ -126,7 +125,7 @@ def build(config: Config, stop: StopRequest) -> Job:
     cursor = generation.cursor if generation else None
     checkpoints = checkpoint.Checkpoints(config, policy, reporter, cursor, ranks, stop)
     checkpoints.resume(found)
-    return Job(config, weights, policy, reporter, generation, checkpoints, ranks, lifeline, lock)
+    return Job(config, weights, policy, reporter, generation, checkpoints, ranks, lifeline)
 
 
 def _generation(config: Config, *, rank: int, world: int) -> Generation:

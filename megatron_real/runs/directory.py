@@ -53,6 +53,10 @@ class RunDirectory:
         """Where a chunk of a step's rollouts is until the step has all of them."""
         return self.path / "rollouts" / f"chunk-{step:05d}-{first_prompt:05d}.jsonl"
 
+    def chunks(self, step: int) -> list[Path]:
+        """The chunks of a step that are there."""
+        return sorted(self.path.glob(f"rollouts/chunk-{step:05d}-*.jsonl"))
+
     def kept_rollouts(self) -> list[tuple[int, Path]]:
         """(step, file) of every file of rollouts, whole steps and chunks."""
         files = [*self.path.glob("rollouts/step-*.jsonl"), *self.path.glob("rollouts/chunk-*.jsonl")]

@@ -118,9 +118,11 @@ class Reporter:
         return profile_step(step, self.config.trainer.profile if self.first else (), self.directory.profile)
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """Keeps the step's rollouts on disk before anything is trained on them."""
+        """Keeps the step's rollouts on disk before anything is trained on them; they take the place of its chunks."""
         if self.first:
             write_rollouts(self.directory.rollouts(step), rollouts, step=step)
+            for chunk in self.directory.chunks(step):
+                chunk.unlink()
 
     def trained(self, step: int, rollouts: Sequence[Rollout], training: Training) -> None:
         """Writes the finished step's metrics, and its rollouts again, now with scores and weights."""

@@ -68,8 +68,9 @@ def assert_same_run(found: Path, expected: Path) -> None:
         pairs = zip(rows(found / name), rows(expected / name), strict=True)
         for mine, theirs in pairs:
             assert without_times(mine) == without_times(theirs), name
-    files = sorted(p.name for p in (expected / "rollouts").iterdir() if p.name.startswith("step"))
-    assert files == sorted(p.name for p in (found / "rollouts").iterdir() if p.name.startswith("step"))
+    files = sorted(p.name for p in (expected / "rollouts").iterdir())
+    assert files == sorted(p.name for p in (found / "rollouts").iterdir())
+    assert files == [f"step-{step:05d}.jsonl" for step in range(1, 13)], "whole steps, and no chunk of one"
     for file in files:
         assert rows(found / "rollouts" / file) == rows(expected / "rollouts" / file), file
     weights = load_file(expected / "hf/model.safetensors")

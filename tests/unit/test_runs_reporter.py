@@ -81,6 +81,7 @@ def test_a_run_leaves_its_files_and_says_where(done):
         "metrics.jsonl",
         "evaluations.jsonl",
         "curves.png",
+        "status.json",
         "logs/run.log",
         "profile/step-00001.json",
         "rollouts/step-00001.jsonl",
