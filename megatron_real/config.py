@@ -499,6 +499,7 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
     "fp16": (False, "fp16 loss scaling is not supported; use model.dtype=bf16"),
     "average_in_collective": (False, "the loss is already divided by the minibatch's groups"),
     "calculate_per_token_loss": (True, "Megatron's own averaging is switched off by it"),
+    "use_precision_aware_optimizer": (False, "checkpoints do not know its form of the optimizer's state"),
     "defer_embedding_wgrad_compute": (False, "the log-prob head computes its weight gradient at once"),
 }
 
