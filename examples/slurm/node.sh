@@ -1,0 +1,24 @@
+# Runs a command of megatron_real on this node: `train` by torchrun, with the node's part of all ranks. srun starts it.
+set -uo pipefail
+[ -z "${VENV:-}" ] || source "$VENV/bin/activate"
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+[ "$1" = train ] || exec python -m megatron_real "$@"
+
+# Every rank's output is a file; the first rank's is shown as well.
+shown=()
+[ "$SLURM_NODEID" != 0 ] || shown=(--tee 0:3)
+
+# torchrun would end the ranks 30 seconds after a signal, or at once: it ignores signals, and this script passes them on.
+(
+    trap '' USR1 TERM
+    TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT exec torchrun --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \
+        --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --nproc-per-node "$PROCESSES" \
+        --log-dir "$RANK_LOGS/$SLURMD_NODENAME" --redirects 3 "${shown[@]}" -m megatron_real "$@"
+) &
+torchrun=$! stopping=''
+trap 'stopping=yes' USR1 TERM
+while kill -0 "$torchrun" 2>/dev/null; do
+    [ -z "$stopping" ] || pkill -USR1 -P "$torchrun" # each second: a rank that is still starting does not hear it
+    sleep 1
+done
+wait "$torchrun"
