@@ -4,8 +4,9 @@ set -uo pipefail
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 [ "$1" = train ] || exec python -m megatron_real "$@"
 
-# Every rank's output is a file; the first rank's is shown as well.
-shown=()
+# Every rank's output is a file, torchrun's own too; of all these, the first rank's lines are shown as well.
+logs=$RANK_LOGS/$SLURMD_NODENAME shown=()
+mkdir -p "$logs"
 [ "$SLURM_NODEID" != 0 ] || shown=(--tee 0:3)
 
 # torchrun would end the ranks 30 seconds after a signal, or at once: it ignores signals, and this script passes them on.
@@ -13,7 +14,8 @@ shown=()
     trap '' USR1 TERM
     TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT exec torchrun --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \
         --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --nproc-per-node "$PROCESSES" \
-        --log-dir "$RANK_LOGS/$SLURMD_NODENAME" --redirects 3 "${shown[@]}" -m megatron_real "$@"
+        --log-dir "$logs" --redirects 3 "${shown[@]}" -m megatron_real "$@" \
+        > >(tee "$logs/torchrun.log" | sed -un 's/^\[default0\]://p') 2>&1
 ) &
 torchrun=$! stopping=''
 trap 'stopping=yes' USR1 TERM
