@@ -21,9 +21,8 @@ TRAIN=${TRAIN:-data/dapo.jsonl}
 HELDOUT=${HELDOUT:-data/aime24.jsonl}
 RUN_DIR=${RUN_DIR:-runs/real_7b}  # on a file system that all nodes share
 CONFIG=${CONFIG:-examples/configs/real_7b.yaml}
-LAYOUT=${LAYOUT:-}                # parallel.* and the like; empty: what examples/slurm/layouts.sh has for so many GPUs
 OVERRIDES=${OVERRIDES:-}          # further settings: key.sub=value ...
 CONTAINER=${CONTAINER:-}          # image for pyxis, such as /images/megatron_real.sqsh; empty: the virtual environment
 VENV=${VENV:-.venv}
 
-source "${PROJECT:-$SLURM_SUBMIT_DIR}/examples/slurm/job.sh" 7b
+source "${PROJECT:-$SLURM_SUBMIT_DIR}/examples/slurm/job.sh"

@@ -6,7 +6,6 @@
 # trainer.max_hours) and after a fault; not when it finished or failed by itself, nor when the user cancelled the job.
 set -uo pipefail
 cd "${PROJECT:-$SLURM_SUBMIT_DIR}"
-source examples/slurm/layouts.sh
 
 max_faults=3 # so many in a row without a new checkpoint end the chain
 life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
@@ -14,8 +13,6 @@ processes=${SLURM_GPUS_PER_NODE##*:}
 for name in MODEL MEGATRON TRAIN HELDOUT RUN_DIR CONFIG VENV; do
     [ -z "${!name}" ] || printf -v "$name" %s "$(realpath -m "${!name}")" # a container has the same paths
 done
-: "${LAYOUT:=$(layout "$1" $((SLURM_NNODES * processes)))}"
-[ -n "$LAYOUT" ] || exit 2
 mkdir -p "$RUN_DIR/logs"
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -34,12 +31,12 @@ fi
 
 say() { echo "[$(date '+%F %T') job $life] $*"; }
 
-# "finished", "stopped" and so on, if this life of the job has said so.
+# "running", "stopped" and so on, if this life of the job has said so.
 state() { sed -n "s/.*\"state\": \"\([a-z]*\)\".*\"life\": \"$life\".*/\1/p" "$RUN_DIR/status.json" 2>/dev/null; }
 
 again() {
-    if [ -n "$cancelled" ]; then
-        say "$1; the job was cancelled, so it is not requeued: the same sbatch goes on from there"
+    if [ -n "$ended" ]; then
+        say "$1; Slurm ends this job: if it was cancelled, the same sbatch goes on from there"
     elif ! scontrol show job "$SLURM_JOB_ID" | tr ' ' '\n' | grep -cxE "JobState=RUNNING|Restarts=${SLURM_RESTART_COUNT:-0}" | grep -qx 2; then
         say "$1; Slurm has taken the job away and decides itself whether to start it again"
     elif say "$1; requeueing" && scontrol requeue "$SLURM_JOB_ID"; then
@@ -55,14 +52,14 @@ if [ ! -e "$MEGATRON" ]; then
     srun --nodes=1 "${on_nodes[@]}" bash examples/slurm/node.sh convert to-megatron "$MODEL" "$MEGATRON" || exit 1
 fi
 
-say "$SLURM_NNODES nodes ($SLURM_JOB_NODELIST) x $processes processes, $LAYOUT; logs of all ranks: $RANK_LOGS"
-requested='' cancelled=''
+say "$SLURM_NNODES nodes ($SLURM_JOB_NODELIST) x $processes processes; logs of all ranks: $RANK_LOGS"
+requested='' ended=''
 trap 'requested=yes' USR1
-trap 'requested=yes cancelled=yes' TERM
+trap 'requested=yes ended=yes' TERM
 # A rank that ends takes the others down itself; --wait ends what is left all the same.
-# shellcheck disable=SC2086 # LAYOUT and OVERRIDES are words
+# shellcheck disable=SC2086 # OVERRIDES are words
 srun --wait=600 "${on_nodes[@]}" bash examples/slurm/node.sh train "$CONFIG" "trainer.run_dir=$RUN_DIR" \
-    "model.path=$MODEL" "model.weights=$MEGATRON" "data.train=$TRAIN" "data.heldout=$HELDOUT" $LAYOUT $OVERRIDES &
+    "model.path=$MODEL" "data.train=$TRAIN" "data.heldout=$HELDOUT" $OVERRIDES &
 step=$!
 while kill -0 "$step" 2>/dev/null; do
     if [ -n "$requested" ]; then
@@ -72,10 +69,12 @@ while kill -0 "$step" 2>/dev/null; do
     fi
     sleep 1
 done
-wait "$step"
+if wait "$step"; then
+    say "the run has finished"
+    exit
+fi
 
 case $(state) in
-    finished) say "the run has finished" ;;
     stopped) again "the run has stopped early, everything is saved" ;;
     running | crashed)
         grep -rhoE --include='stderr.log' '(rank [0-9]+ (on|ended)|.* now belongs to ).*' "$RANK_LOGS" | sort | uniq -c | sort -rn | head -n 3

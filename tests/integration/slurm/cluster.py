@@ -60,7 +60,9 @@ PartitionName=night Nodes=n[1-2] PriorityTier=10 MaxTime=INFINITE
 def missing() -> str:
     """Why there can be no cluster on this machine; "" if there can."""
     absent = [name for name in _NEEDED if shutil.which(name, path=_PATH) is None]
-    return f"no {', '.join(absent)} here: apt-get install slurm-wlm munge (tests/run.sh does it as root)" if absent else ""
+    return (
+        f"no {', '.join(absent)} here: apt-get install slurm-wlm munge (tests/run.sh does it as root)" if absent else ""
+    )
 
 
 class Cluster:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ OVERRIDES = (
     "data.max_prompt_tokens=16", "rollout.num_prompts=16", "rollout.chunk_prompts=8", "rollout.temperature=1.0",
     "rollout.max_response_tokens=8", "labels.workers=1", "batch.minibatch_prompts=4", "batch.max_tokens=2048",
     "optimizer.lr=5e-5", "evaluation.every=5", "evaluation.max_problems=20", "evaluation.samples=1",
-    "checkpoint.every=3",
+    "checkpoint.every=3", "parallel.tp=1", "parallel.sp=false",
 )  # fmt: skip
 START_SECONDS, RUN_SECONDS = 150.0, 240.0
 
@@ -59,7 +59,6 @@ class Run:
             "HELDOUT": f"{base}/heldout.jsonl",
             "RUN_DIR": str(directory),
             "VENV": sys.prefix,
-            "LAYOUT": "parallel.tp=1",
             "OVERRIDES": " ".join([*OVERRIDES, *words]),
             "OMP_NUM_THREADS": "1",
         }
@@ -74,18 +73,24 @@ class Run:
         metrics = self.directory / "metrics.jsonl"
         self.wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= number, f"row {number}")
 
-    def wait_for(self, happened: object, what: str) -> None:
+    def wait_for(self, happened: Callable[[], object], what: str) -> None:
         """As Cluster.wait_for; shows the job's log where nothing happens."""
         try:
-            self.cluster.wait_for(happened, what, seconds=START_SECONDS)  # type: ignore[arg-type]
+            self.cluster.wait_for(happened, what, seconds=START_SECONDS)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.said()}") from None
 
     def wait_for_end(self, job: str, state: str = "COMPLETED") -> None:
         """Until Slurm has no more to do for the job."""
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-        self.cluster.wait_for(lambda: self.cluster.fields(job)["JobState"] in ends, f"end of {job}", seconds=RUN_SECONDS)
+        self.cluster.wait_for(
+            lambda: self.cluster.fields(job)["JobState"] in ends, f"end of {job}", seconds=RUN_SECONDS
+        )
         assert self.cluster.fields(job)["JobState"] == state, self.said()
+
+    def wait_for_restart(self, job: str, number: int) -> None:
+        """Until Slurm has started the job again so often, or is about to."""
+        self.wait_for(lambda: self.restarts(job) == number, f"restart {number} of job {job}")
 
     def restarts(self, job: str) -> int:
         """How often Slurm has started the job again."""
@@ -97,24 +102,30 @@ class Run:
 
     def status(self) -> str:
         """What status.json says."""
-        return str(json.loads((self.directory / "status.json").read_text())["state"])
+        file = self.directory / "status.json"
+        return file.read_text() if file.exists() else ""
 
     def ranks(self) -> dict[int, int]:
-        """The pid of each rank that trains in this directory."""
-        found = {}
-        for process in Path("/proc").iterdir():
-            try:
-                words = (process / "cmdline").read_bytes().split(b"\0")
-                if b"-m" in words and f"trainer.run_dir={self.directory}".encode() in words and b"--nnodes" not in words:
-                    values = dict(v.split(b"=", 1) for v in (process / "environ").read_bytes().split(b"\0") if b"=" in v)
-                    found[int(values[b"RANK"])] = int(process.name)
-            except (OSError, KeyError):
-                continue  # no process, one that has just ended, or bash, which has no rank
-        return found
+        """The pid of each rank."""
+        found = self._processes("RANK")
+        return {int(values["RANK"]): pid for pid, values in found.items() if "TORCHELASTIC_RUN_ID" in values}
 
-    def kill_rank(self, rank: int) -> None:
-        """SIGKILL."""
-        os.kill(self.ranks()[rank], signal.SIGKILL)
+    def kill(self, *, script: bool) -> None:
+        """SIGKILL to all ranks and launchers, and to the job's script too."""
+        for pid in self._processes("SLURM_JOB_ID" if script else "SLURM_STEP_ID"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _processes(self, variable: str) -> dict[int, dict[str, str]]:
+        """{pid: environment} of the processes that work in this directory and have a variable."""
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it may have ended
+                words = (process / "environ").read_text(errors="replace").split("\0")
+                values = dict(word.split("=", 1) for word in words if "=" in word)
+                if values.get("RUN_DIR") == str(self.directory) and variable in values:
+                    found[int(process.name)] = values
+        return found
 
 
 @pytest.fixture
