@@ -17,7 +17,7 @@
 
 MODEL=${MODEL:-models/DeepSeek-R1-Distill-Qwen-7B} # HF weights
 MEGATRON=${MEGATRON:-$MODEL-megatron}              # the same as a Megatron checkpoint, made from them if it is missing
-TRAIN=${TRAIN:-data/dapo.jsonl}
+TRAIN=${TRAIN:-data/deepscaler.jsonl}
 HELDOUT=${HELDOUT:-data/aime24.jsonl}
 RUN_DIR=${RUN_DIR:-runs/real_7b}  # on a file system that all nodes share
 CONFIG=${CONFIG:-examples/configs/real_7b.yaml}

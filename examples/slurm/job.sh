@@ -9,7 +9,6 @@ cd "${PROJECT:-$SLURM_SUBMIT_DIR}"
 
 max_faults=3 # so many in a row without a new checkpoint end the chain
 life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
-processes=${SLURM_GPUS_PER_NODE##*:}
 for name in MODEL MEGATRON TRAIN HELDOUT RUN_DIR CONFIG VENV; do
     [ -z "${!name}" ] || printf -v "$name" %s "$(realpath -m "${!name}")" # a container has the same paths
 done
@@ -19,7 +18,7 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 RANK_LOGS=$RUN_DIR/logs/ranks/$life
-export MASTER_ADDR MASTER_PORT RANK_LOGS RUN_DIR PROCESSES=$processes
+export MASTER_ADDR MASTER_PORT RANK_LOGS RUN_DIR
 
 on_nodes=(--ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE")
 if [ -n "$CONTAINER" ]; then
@@ -34,11 +33,14 @@ say() { echo "[$(date '+%F %T') job $life] $*"; }
 # "running", "stopped" and so on, if this life of the job has said so.
 state() { sed -n "s/.*\"state\": \"\([a-z]*\)\".*\"life\": \"$life\".*/\1/p" "$RUN_DIR/status.json" 2>/dev/null; }
 
+# Slurm has not taken the job away meanwhile, and perhaps started it anew.
+ours() { [[ $(scontrol show job "$SLURM_JOB_ID") == *"JobState=RUNNING "*"Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; }
+
 again() {
     if [ -n "$ended" ]; then
         say "$1; Slurm ends this job: if it was cancelled, the same sbatch goes on from there"
-    elif ! scontrol show job "$SLURM_JOB_ID" | tr ' ' '\n' | grep -cxE "JobState=RUNNING|Restarts=${SLURM_RESTART_COUNT:-0}" | grep -qx 2; then
-        say "$1; Slurm has taken the job away and decides itself whether to start it again"
+    elif ! ours; then
+        say "$1; Slurm has taken the job away, and starts it again if it will"
     elif say "$1; requeueing" && scontrol requeue "$SLURM_JOB_ID"; then
         sleep 60 # Slurm ends this script
     else
@@ -47,19 +49,20 @@ again() {
     exit 75
 }
 
+requested='' ended=''
+trap 'requested=yes' USR1
+trap 'requested=yes ended=yes' TERM
+
 if [ ! -e "$MEGATRON" ]; then
     say "converting $MODEL to $MEGATRON (once)"
     srun --nodes=1 "${on_nodes[@]}" bash examples/slurm/node.sh convert to-megatron "$MODEL" "$MEGATRON" || exit 1
 fi
 
-say "$SLURM_NNODES nodes ($SLURM_JOB_NODELIST) x $processes processes; logs of all ranks: $RANK_LOGS"
-requested='' ended=''
-trap 'requested=yes' USR1
-trap 'requested=yes ended=yes' TERM
+say "$SLURM_NNODES nodes ($SLURM_JOB_NODELIST) x $SLURM_GPUS_ON_NODE processes; logs of all ranks: $RANK_LOGS"
 # A rank that ends takes the others down itself; --wait ends what is left all the same.
 # shellcheck disable=SC2086 # OVERRIDES are words
 srun --wait=600 "${on_nodes[@]}" bash examples/slurm/node.sh train "$CONFIG" "trainer.run_dir=$RUN_DIR" \
-    "model.path=$MODEL" "data.train=$TRAIN" "data.heldout=$HELDOUT" $OVERRIDES &
+    "model.path=$MODEL" "model.weights=$MEGATRON" "data.train=$TRAIN" "data.heldout=$HELDOUT" $OVERRIDES &
 step=$!
 while kill -0 "$step" 2>/dev/null; do
     if [ -n "$requested" ]; then

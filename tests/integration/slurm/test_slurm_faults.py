@@ -24,6 +24,18 @@ def test_requeued_by_hand(run: Run, undisturbed: Path) -> None:
     assert_same_run(run.directory, undisturbed)
 
 
+def test_the_warning_before_the_time_limit(run: Run, undisturbed: Path) -> None:
+    """Slurm sends it to the job's script alone."""
+    job = run.submit()
+    run.wait_for_row(5)
+    run.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    run.wait_for_end(job)
+    assert run.restarts(job) == 1
+    assert "Slurm asks for the end: the ranks save and stop" in run.said()
+    assert "the run has stopped early, everything is saved; requeueing" in run.said()
+    assert_same_run(run.directory, undisturbed)
+
+
 def test_preempted_by_a_higher_partition(run: Run, undisturbed: Path) -> None:
     """The night's job takes both nodes; within the grace time the run saves, and it goes on when the nodes are free."""
     job = run.submit()
