@@ -5,7 +5,7 @@
 # The job is requeued when the run stopped early (USR1 before the time limit, scancel --signal=USR1, preemption,
 # trainer.max_hours) and after a fault; not when it finished or failed by itself, nor when the user cancelled the job.
 set -uo pipefail
-cd "${PROJECT:-$SLURM_SUBMIT_DIR}"
+cd "${PROJECT:-$SLURM_SUBMIT_DIR}" || exit 2
 
 max_faults=3 # so many in a row without a new checkpoint end the chain
 life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
@@ -18,7 +18,9 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 RANK_LOGS=$RUN_DIR/logs/ranks/$life
-export MASTER_ADDR MASTER_PORT RANK_LOGS RUN_DIR
+PROCESSES=${SLURM_GPUS_PER_NODE:-$SLURM_GPUS_ON_NODE} # "8", or "h100:8"
+PROCESSES=${PROCESSES##*:}
+export MASTER_ADDR MASTER_PORT RANK_LOGS RUN_DIR PROCESSES
 
 on_nodes=(--ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE")
 if [ -n "$CONTAINER" ]; then
@@ -58,10 +60,10 @@ if [ ! -e "$MEGATRON" ]; then
     srun --nodes=1 "${on_nodes[@]}" bash examples/slurm/node.sh convert to-megatron "$MODEL" "$MEGATRON" || exit 1
 fi
 
-say "$SLURM_NNODES nodes ($SLURM_JOB_NODELIST) x $SLURM_GPUS_ON_NODE processes; logs of all ranks: $RANK_LOGS"
+say "$SLURM_NNODES nodes ($SLURM_JOB_NODELIST) x $PROCESSES processes; logs of all ranks: $RANK_LOGS"
 # A rank that ends takes the others down itself; --wait ends what is left all the same.
 # shellcheck disable=SC2086 # OVERRIDES are words
-srun --wait=600 "${on_nodes[@]}" bash examples/slurm/node.sh train "$CONFIG" "trainer.run_dir=$RUN_DIR" \
+srun --wait=120 "${on_nodes[@]}" bash examples/slurm/node.sh train "$CONFIG" "trainer.run_dir=$RUN_DIR" \
     "model.path=$MODEL" "model.weights=$MEGATRON" "data.train=$TRAIN" "data.heldout=$HELDOUT" $OVERRIDES &
 step=$!
 while kill -0 "$step" 2>/dev/null; do

@@ -15,7 +15,7 @@ main() { # a function is read as a whole: the file may change while it runs
     (
         trap '' USR1 TERM
         TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT exec torchrun --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \
-            --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
+            --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --nproc-per-node "$PROCESSES" \
             --log-dir "$logs" --redirects 3 "${shown[@]}" -m megatron_real "$@" \
             > >(tee "$logs/torchrun.log" | sed -un 's/^\[default0\]://p') 2>&1
     ) &

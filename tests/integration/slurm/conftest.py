@@ -73,10 +73,10 @@ class Run:
         metrics = self.directory / "metrics.jsonl"
         self.wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= number, f"row {number}")
 
-    def wait_for(self, happened: Callable[[], object], what: str) -> None:
+    def wait_for(self, happened: Callable[[], object], what: str, seconds: float = START_SECONDS) -> None:
         """As Cluster.wait_for; shows the job's log where nothing happens."""
         try:
-            self.cluster.wait_for(happened, what, seconds=START_SECONDS)
+            self.cluster.wait_for(happened, what, seconds=seconds)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.said()}") from None
 
@@ -88,9 +88,9 @@ class Run:
         )
         assert self.cluster.fields(job)["JobState"] == state, self.said()
 
-    def wait_for_restart(self, job: str, number: int) -> None:
+    def wait_for_restart(self, job: str, number: int, *, seconds: float = START_SECONDS) -> None:
         """Until Slurm has started the job again so often, or is about to."""
-        self.wait_for(lambda: self.restarts(job) == number, f"restart {number} of job {job}")
+        self.wait_for(lambda: self.restarts(job) == number, f"restart {number} of job {job}", seconds)
 
     def restarts(self, job: str) -> int:
         """How often Slurm has started the job again."""

@@ -62,6 +62,17 @@ def test_a_killed_rank(run: Run, undisturbed: Path, rank: int) -> None:
     assert_same_run(run.directory, undisturbed)
 
 
+def test_a_rank_that_gives_no_sign_of_life(run: Run, undisturbed: Path) -> None:
+    """Stopped, not dead, as on a machine that hangs: found by its silence, and ended by srun."""
+    job = run.submit()
+    run.wait_for_row(5)
+    os.kill(run.ranks()[1], signal.SIGSTOP)
+    run.wait_for_restart(job, 1, seconds=300)
+    run.wait_for_end(job)
+    assert "has given no sign of life for" in run.said() and "a fault ended the run; requeueing" in run.said()
+    assert_same_run(run.directory, undisturbed)
+
+
 def test_all_ranks_and_launchers_killed(run: Run, undisturbed: Path) -> None:
     """Only the job's script is left, and has the job requeued."""
     job = run.submit()
