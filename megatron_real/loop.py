@@ -26,7 +26,7 @@ from megatron_real.rollout.stage import permuted_labels
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.reporter import Training
 from megatron_real.runs.rollouts import read_rollouts
-from megatron_real.weights.hf import write_hf
+from megatron_real.weights.stream import write_hf
 
 
 class NonFinite(RuntimeError):
@@ -105,9 +105,10 @@ def _evaluate(job: Job, step: int) -> None:
 
 def _export(job: Job) -> None:
     """Writes the weights as an HF directory, in the dtype of the weights that training started from."""
-    stream = ((name, tensor.to(job.weights.dtype(name))) for name, tensor in job.policy.stream())
+    stream = job.policy.stream()
     if job.reporter.first:
-        write_hf(job.reporter.directory.weights, stream, source=job.config.model.path)
+        path = job.config.model.path
+        write_hf(job.reporter.directory.weights, stream, source=path, dtype=job.weights.dtype)
     else:
         for _ in stream:  # the stream is collective: every rank takes part in every tensor
             pass

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from megatron_real.cpu import device
 from megatron_real.records import Completion, Prompt, Sampling
-from megatron_real.weights.hf import torch_dtype
+from megatron_real.weights.stored import torch_dtype
 
 
 class TransformersEngine:
