@@ -1,4 +1,7 @@
-"""The command line: `megatron-real train CONFIG.yaml [key.sub=value ...]`, by itself or under torchrun or srun.
+"""The command line.
+
+    megatron-real train CONFIG.yaml [key.sub=value ...]      by itself, or under torchrun or srun
+    megatron-real convert to-megatron | to-hf | verify | inspect ...
 
 A wrong configuration is refused before anything heavy is imported, in one sentence.
 """
@@ -13,6 +16,7 @@ import warnings
 from collections.abc import Sequence
 
 from megatron_real import config as configuration
+from megatron_real import convert
 from megatron_real.weights.architecture import Architecture
 
 logger = logging.getLogger("megatron_real")
@@ -25,9 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train = commands.add_parser("train", help="train a policy", description="Trains a policy by REAL.")
     train.add_argument("config", help="YAML file; see examples/configs/")
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
+    convert.add_commands(commands)
     chosen = parser.parse_args(arguments)
     first = os.environ.get("RANK", "0") == "0"
     _quiet(first)
+    if chosen.command == "convert":
+        return convert.run(chosen)
     try:
         config = configuration.load(chosen.config, chosen.overrides)
         configuration.check_world(config, int(os.environ.get("WORLD_SIZE", "1")))

@@ -28,6 +28,9 @@ class ModelConfig:
 
     path: str = ""
     """Directory with HF weights (config.json, *.safetensors, tokenizer)."""
+    weights: str = ""
+    """Megatron checkpoint of any layout to start from; empty: the weights in `path`, which gives config and tokenizer
+    either way."""
     dtype: Literal["bf16", "fp32", "fp64"] = "bf16"
     """Parameters and activations. fp64 is for tests of exactness."""
     layers: Literal["auto", "te", "local"] = "auto"

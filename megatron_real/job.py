@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -15,7 +16,9 @@ from megatron_real.records import Prompt, Sampling
 from megatron_real.rollout import RolloutStage, build_engine
 from megatron_real.runs.reporter import Reporter
 from megatron_real.weights.architecture import Architecture
+from megatron_real.weights.conversion import open_megatron
 from megatron_real.weights.hf import HfWeights
+from megatron_real.weights.stream import Weights
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Job:
 
     config: Config
     """The whole configuration."""
-    weights: HfWeights
+    weights: Weights
     """The weights that training starts from."""
     policy: Policy
     """Model and optimizer."""
@@ -65,7 +68,9 @@ def build(config: Config) -> Job:
     check_world(config, world)
     reporter = Reporter(config, rank=rank, world=world)
     reporter.progress.say(f"model {config.model.path} on {world} processes")
-    architecture, weights = Architecture.read(config.model.path), HfWeights(config.model.path)
+    architecture = Architecture.read(config.model.path)
+    start = config.model.weights
+    weights = open_megatron(Path(start), architecture) if start else HfWeights(config.model.path)
     updates = config.trainer.steps * (config.rollout.num_prompts // config.batch.minibatch_prompts)
     policy = Policy(config, architecture, set_up(config.parallel, seed=config.trainer.seed), num_updates=updates)
     policy.load(weights)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
@@ -28,6 +29,7 @@ from megatron_real.weights.hf import (
 from megatron_real.weights.mapping import HF_EMBEDDING, HF_OUTPUT, entries, hf_shapes
 from megatron_real.weights.stored import OpenFiles, Piece, whole
 from megatron_real.weights.torch_dist import METADATA, TorchDistWeights, plan_torch_dist
+from megatron_real.weights.torch_legacy import TorchLegacyWeights, plan_torch_legacy
 from megatron_real.weights.transfer import Limits, Output, Target, check_target, write_directory
 
 TRACKER, RELEASE, HF = "latest_checkpointed_iteration.txt", "release", "hf"
@@ -35,6 +37,22 @@ _HEADER = ".header"
 
 Progress = Callable[[int, int], None]
 """Called with (bytes of a piece that is done, bytes in all)."""
+
+
+MegatronWeights = TorchDistWeights | TorchLegacyWeights
+"""The weights of a Megatron checkpoint."""
+
+
+@dataclass(frozen=True)
+class LegacyLayout:
+    """What the older `torch` format fixes."""
+
+    tp: int = 1
+    """Tensor-parallel size."""
+    pp: int = 1
+    """Pipeline stages."""
+    layers: Literal["te", "local"] = "te"
+    """Whose parameter names: TransformerEngine's layer spec, Megatron-LM's default, or the local one."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +77,19 @@ def hf_to_megatron(
     *,
     dtype: str | None = None,
     tp_chunks: int = 1,
+    layout: LegacyLayout | None = None,
     limits: Limits | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Converted:
-    """Writes HF weights as a torch_dist checkpoint, which loads into any TP, PP and VPP.
+    """Writes HF weights as a torch_dist checkpoint, which loads into any TP, PP and VPP, or in the older format.
 
     Args:
         source: HF directory.
         out: directory to make.
         dtype: key of stored.DTYPE_BYTES; None keeps each tensor's.
         tp_chunks: see torch_dist.plan_torch_dist.
+        layout: write the older `torch` format, which fixes a layout.
         limits: threads and memory.
         overwrite: replace `out`.
         progress: called for each tensor that is done.
@@ -80,7 +100,12 @@ def hf_to_megatron(
     check_target(out, overwrite=overwrite)
     architecture, weights = Architecture.read(source), HfWeights(source)
     check_names(weights, architecture)
-    plan = plan_torch_dist(weights, architecture, dtype=dtype, tp_chunks=tp_chunks, prefix=f"{RELEASE}/")
+    prefix = f"{RELEASE}/"
+    if layout is None:
+        plan = plan_torch_dist(weights, architecture, dtype=dtype, tp_chunks=tp_chunks, prefix=prefix)
+    else:
+        sizes = {"tp": layout.tp, "pp": layout.pp}
+        plan = plan_torch_legacy(weights, architecture, dtype=dtype, layers=layout.layers, prefix=prefix, **sizes)
     plan.add_file(TRACKER, RELEASE.encode())
     for name, data in _record_of(source, weights, dtype).items():
         plan.add_file(f"{HF}/{name}", data)
@@ -144,9 +169,12 @@ def megatron_to_hf(
     return _write(plan, out, chosen, limits, overwrite, progress)
 
 
-def open_megatron(source: Path, architecture: Architecture) -> TorchDistWeights:
-    """The weights of a Megatron checkpoint."""
-    return TorchDistWeights(checkpoint_of(source), architecture)
+def open_megatron(source: Path, architecture: Architecture) -> MegatronWeights:
+    """The weights of a Megatron checkpoint, of either format."""
+    checkpoint = checkpoint_of(source)
+    if (checkpoint / METADATA).is_file():
+        return TorchDistWeights(checkpoint, architecture)
+    return TorchLegacyWeights(checkpoint, architecture)
 
 
 def checkpoint_of(directory: Path) -> Path:
@@ -155,7 +183,7 @@ def checkpoint_of(directory: Path) -> Path:
     Raises:
         WeightsError: there is none.
     """
-    if (directory / METADATA).is_file():
+    if (directory / METADATA).is_file() or any(directory.glob("mp_rank_*")):
         return directory
     tracker = directory / TRACKER
     if not tracker.is_file():
@@ -178,7 +206,7 @@ def recorded_hf(source: Path) -> Path:
     raise WeightsError(f"{source} has no {HF}/config.json; give the directory of the model's config by --hf-config")
 
 
-def hf_pieces(weights: TorchDistWeights, dtypes: dict[str, str] | None = None) -> dict[str, Piece]:
+def hf_pieces(weights: MegatronWeights, dtypes: dict[str, str] | None = None) -> dict[str, Piece]:
     """HF name -> that tensor, made of the checkpoint, in the checkpoint's dtypes or in `dtypes`; in forward order."""
     pieces = {}
     for entry in entries(weights.architecture):

@@ -125,8 +125,11 @@ class HfWeights:
         import torch
 
         stored = self.tensor(name)
-        data = whole(stored).read(self._open)
-        return torch.frombuffer(data, dtype=torch_dtype(stored.dtype)).reshape(stored.shape)
+        tensor = torch.empty(stored.shape, dtype=torch_dtype(stored.dtype))
+        if tensor.numel():
+            data = whole(stored).read(self._open)
+            tensor.copy_(torch.frombuffer(data, dtype=tensor.dtype).reshape(stored.shape))
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -218,9 +221,11 @@ def parse_header(header: bytes, file: Path) -> dict[str, dict[str, Any]]:
         entries = json.loads(header[8:], object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{file} has a header that is not JSON ({error}); download it again") from error
-    if not isinstance(entries, dict):
+    if not isinstance(entries, dict) or header[8:9] != b"{":
         raise WeightsError(f"{file} has a header that is not a table of tensors; download it again")
-    entries.pop("__metadata__", None)
+    words = entries.pop("__metadata__", {})
+    if not isinstance(words, dict) or not all(isinstance(word, str) for word in words.values()):
+        raise WeightsError(f"{file} has a header whose metadata are not words; download it again")
     at = 0
     for name, entry in sorted(entries.items(), key=lambda item: _span(item[1], item[0], file)):
         begin, end = _span(entry, name, file)
@@ -261,12 +266,14 @@ def _span(entry: Any, name: str, file: Path) -> tuple[int, int]:
     bytes_each = {**DTYPE_BYTES, **_OTHER_BYTES}.get(dtype) if isinstance(dtype, str) else None
     if bytes_each is None:
         raise WeightsError(f"{file}: {name} has the dtype {dtype!r}, which does not exist")
-    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else []
-    if (
-        len(numbers) - len(shape) != 2
-        or len(shape) > 8
-        or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers)
-    ):
+    whole = (
+        isinstance(shape, list)
+        and isinstance(offsets, list)
+        and len(shape) <= 8
+        and len(offsets) == 2
+        and all(type(number) is int and 0 <= number < 2**63 for number in (*shape, *offsets))
+    )
+    if not whole:
         raise WeightsError(f"{file}: {name} has the shape {shape!r} and offsets {offsets!r}; the header is corrupt")
     begin, end = offsets
     if end - begin != prod(shape) * bytes_each:

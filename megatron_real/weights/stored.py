@@ -11,6 +11,7 @@ holds more than a block.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -109,6 +110,10 @@ class Piece:
     def num_bytes(self) -> int:
         """Size in its own dtype."""
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    def cast(self, dtype: str) -> Piece:
+        """The same in another dtype."""
+        return dataclasses.replace(self, dtype=dtype)
 
     def blocks(self, files: OpenFiles, block_bytes: int) -> Iterator[memoryview]:
         """Its bytes in order. A block is valid until the next one is asked for.

@@ -32,7 +32,7 @@ _CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _CONFIG |= {"common_backend": "torch", "common_backend_version": 1}
 # What megatron-core asks for beside the weights of a layer: TransformerEngine's state of a module, empty without fp8.
 # TransformerEngine's layers have all five, the local ones the linears; a superset is ignored.
-_EXTRA_STATE = (
+EXTRA_STATE = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
     "self_attention.core_attention",
@@ -77,7 +77,7 @@ class TorchDistWeights:
         stacked = "layers." in key and f".{entry.layer}." not in key
         expected = ((self.architecture.num_layers,) if stacked else ()) + entry.shape
         same = shape[1:] == expected[1:] and shape[0] >= expected[0] if entry.kind == "vocab" else shape == expected
-        if not same or dtype not in DTYPE_BYTES:
+        if not same:
             raise WeightsError(
                 f"{self.directory}: {key} is {list(shape)} {dtype} where the model's config.json asks for "
                 f"{list(expected)}; they do not belong together"
@@ -98,7 +98,10 @@ class TorchDistWeights:
     def _key(self, key: str) -> tuple[tuple[int, ...], str]:
         if key not in self.shapes:
             raise WeightsError(f"{self.directory} has no tensor {key}; it is not a checkpoint of a GPT model")
-        return self.shapes[key]
+        shape, dtype = self.shapes[key]
+        if dtype not in DTYPE_BYTES:
+            raise WeightsError(f"{self.directory}: {key} has dtype {dtype}; supported are {', '.join(DTYPE_BYTES)}")
+        return shape, dtype
 
     def _chunk(self, key: str, dtype: str, chunk: Any, layer: int | None) -> Chunk:
         """The part of a chunk that belongs to `layer`, as a rectangle of that layer's matrix."""
@@ -184,9 +187,9 @@ def plan_torch_dist(
         pieces = [weights.megatron_piece(entry, ranges, columns) for entry, ranges, columns in parts]
         chosen = dtype or widest([piece.dtype for piece in pieces])
         for (entry, ranges, columns), piece in zip(parts, pieces, strict=True):
-            writer.add(entry, len(layers), ranges[0][0], columns[0], _with_dtype(piece, chosen))
+            writer.add(entry, len(layers), ranges[0][0], columns[0], piece.cast(chosen))
     for i in range(architecture.num_layers):
-        for module in _EXTRA_STATE:
+        for module in EXTRA_STATE:
             name = f"decoder.layers.{module}._extra_state"
             writer.add_object(f"{name}/shard_{i}_{architecture.num_layers}", [None])
     writer.finish(_common_state(architecture))
@@ -309,10 +312,6 @@ def _check_chunks(architecture: Architecture, parts: int) -> None:
     for name, size in sizes.items():
         if parts < 1 or size % parts:
             raise WeightsError(f"--tp-chunks {parts} does not divide the model's {name} {size}")
-
-
-def _with_dtype(piece: Piece, dtype: str) -> Piece:
-    return Piece(piece.name, dtype, piece.shape, piece.runs, piece.first_column, piece.columns)
 
 
 def _spellings(entry: Entry) -> Iterator[str]:

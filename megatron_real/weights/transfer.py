@@ -134,7 +134,7 @@ def write_directory(
             _write_literals(output, partial)
             for index in done:
                 report(output.targets[index].piece.num_bytes)
-            checksums = done | _copy(output, partial, set(done), journal, limits, report)
+            checksums = done | _copy(output, partial, done, journal, limits, report)
             _finish(output, partial, checksums)
             _publish(partial, out)
     except OSError as error:
@@ -234,11 +234,15 @@ def _write_literals(output: Output, partial: Path) -> None:
 
 
 def _copy(
-    output: Output, partial: Path, done: set[int], journal: int, limits: Limits, report: Callable[[int], None]
+    output: Output, partial: Path, done: dict[int, int], journal: int, limits: Limits, report: Callable[[int], None]
 ) -> dict[int, int]:
     """Writes the pieces that are not `done`; piece -> checksum."""
     descriptors = {path: os.open(partial / path, os.O_WRONLY) for path in {t.file for t in output.targets}}
     stop = threading.Event()
+
+    def note_crc(target: Target, crc: int) -> None:
+        for offset in target.crc_offsets:
+            _write(descriptors[target.file], memoryview(struct.pack("<I", crc)), offset)
 
     def copy(index: int, files: OpenFiles) -> tuple[int, int]:
         target = output.targets[index]
@@ -249,13 +253,14 @@ def _copy(
             _write(descriptor, block, at)
             crc = zlib.crc32(block, crc)
             at += len(block)
-        for offset in target.crc_offsets:
-            _write(descriptor, memoryview(struct.pack("<I", crc)), offset)
+        note_crc(target, crc)
         os.write(journal, f"{index} {crc:08x} .\n".encode())
         report(target.piece.num_bytes)
         return index, crc
 
     try:
+        for index, crc in done.items():  # the literals, written anew, hold none
+            note_crc(output.targets[index], crc)
         with OpenFiles() as files, ThreadPoolExecutor(limits.workers) as pool:
             waiting = [pool.submit(copy, i, files) for i in range(len(output.targets)) if i not in done]
             try:

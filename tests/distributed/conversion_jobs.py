@@ -20,7 +20,7 @@ def _policy(config: Config) -> Any:
 
 
 def _sharded(policy: Any) -> dict[str, Any]:
-    """The model's sharded state dict as Megatron-LM makes it: `model`, or `model0`, `model1`, ... with virtual stages."""
+    """The model's sharded state dict as Megatron-LM makes it: `model`, or `model0`, ... with virtual stages."""
     if len(policy.chunks) == 1:
         return {"model": policy.chunks[0].sharded_state_dict()}
     return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
