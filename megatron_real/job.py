@@ -18,7 +18,7 @@ from megatron_real.runs.reporter import Reporter
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.conversion import open_megatron
 from megatron_real.weights.hf import HfWeights
-from megatron_real.weights.stream import Weights
+from megatron_real.weights.mapping import Weights
 
 
 @dataclass(frozen=True)

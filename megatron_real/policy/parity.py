@@ -21,7 +21,8 @@ from megatron_real.policy.layout import join_world, set_up
 from megatron_real.policy.logprobs import NO_TARGET
 from megatron_real.policy.model import LogprobHead, build_model
 from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.stream import Weights, load_weights
+from megatron_real.weights.mapping import Weights
+from megatron_real.weights.stream import load_weights
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from megatron_real.policy.model import build_model
 from megatron_real.policy.train_step import Batch, Gradient, TokenStats, TrainStep
 from megatron_real.records import EXCLUDED, Rollout
 from megatron_real.weights.architecture import Architecture
+from megatron_real.weights.mapping import Weights
 from megatron_real.weights.stored import torch_dtype
-from megatron_real.weights.stream import Weights, load_weights, stream_hf
+from megatron_real.weights.stream import load_weights, stream_hf
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_real.weights import WeightsError
-from megatron_real.weights.stored import DTYPE_BYTES, Chunk, StoredTensor
+from megatron_real.weights.stored import DTYPE_BYTES, TORCH_NAMES, Chunk, StoredTensor
 
 # The pickle of a checkpoint's structure; that of a 70B model in 8 parts is 20 MB.
 LARGEST_PICKLE = 2**28
 
 _STORAGES = {"BFloat16Storage": "BF16", "HalfStorage": "F16", "FloatStorage": "F32", "DoubleStorage": "F64"}
-_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+_DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
 
 class Record:

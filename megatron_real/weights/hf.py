@@ -22,6 +22,7 @@ from megatron_real.weights.containers import PickledTensor, TorchFile
 from megatron_real.weights.mapping import HF_EMBEDDING, Entry
 from megatron_real.weights.stored import (
     DTYPE_BYTES,
+    TORCH_NAMES,
     Chunk,
     OpenFiles,
     Piece,
@@ -251,7 +252,7 @@ def hf_side_files(directory: Path, *, dtype: str, index: bytes | None = None) ->
 def _config_with_dtype(config: bytes, dtype: str) -> bytes:
     """config.json naming `dtype`, in whichever spelling it has; verbatim where it already does."""
     values = json.loads(config)
-    name = str(torch_dtype(dtype)).removeprefix("torch.")
+    name = TORCH_NAMES[dtype]
     keys = [key for key in ("dtype", "torch_dtype") if key in values]
     if all(values[key] == name for key in keys):
         return config

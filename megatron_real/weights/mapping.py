@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.stored import Piece, Run, StoredTensor, row_ranges
@@ -190,6 +190,17 @@ class Entry:
             parts[part].append(everything[top : top + rows])
             top += rows
         return [torch.cat(rows) for rows in parts]
+
+
+class Weights(Protocol):
+    """Where weights come from: an HF directory or a Megatron checkpoint."""
+
+    @property
+    def dtype(self) -> str:
+        """Key of DTYPE_BYTES: the embedding's dtype, which stands for all matrices."""
+
+    def megatron_piece(self, entry: Entry, ranges: Sequence[tuple[int, int]], columns: tuple[int, int]) -> Piece:
+        """The rectangle of a Megatron parameter, in the files' own dtype."""
 
 
 def entries(architecture: Architecture) -> Iterator[Entry]:

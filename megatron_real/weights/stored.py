@@ -24,6 +24,8 @@ from megatron_real.weights import WeightsError
 
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 """Dtypes that weights may have, by safetensors' name, with their size in bytes."""
+TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+"""What torch and config.json call them."""
 
 
 @dataclass(frozen=True)
@@ -276,9 +278,7 @@ def torch_dtype(name: str) -> Any:
     """torch's dtype of a key of DTYPE_BYTES, or of its spelling in configurations (bf16, fp16, fp32, fp64)."""
     import torch
 
-    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}[
-        stored_dtype(name)
-    ]
+    return getattr(torch, TORCH_NAMES[stored_dtype(name)])
 
 
 def stored_dtype(name: str) -> str:

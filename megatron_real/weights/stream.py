@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,22 +18,11 @@ from torch import Tensor, nn
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.hf import hf_files, hf_side_files
-from megatron_real.weights.mapping import EMBEDDING, OUTPUT, Entry, entries, hf_shapes
+from megatron_real.weights.mapping import EMBEDDING, OUTPUT, Weights, entries, hf_shapes
 from megatron_real.weights.stored import OpenFiles, Piece, stored_dtype, torch_dtype
 from megatron_real.weights.transfer import fsync
 
 _BLOCK_BYTES = 2**24
-
-
-class Weights(Protocol):
-    """Where weights come from: an HF directory or a Megatron checkpoint."""
-
-    @property
-    def dtype(self) -> str:
-        """Key of DTYPE_BYTES: the embedding's dtype, which stands for all matrices."""
-
-    def megatron_piece(self, entry: Entry, ranges: Sequence[tuple[int, int]], columns: tuple[int, int]) -> Piece:
-        """The rectangle of a Megatron parameter, in the files' own dtype."""
 
 
 def global_parameters(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:

@@ -22,9 +22,8 @@ from typing import Any
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.containers import LARGEST_PICKLE, Layout, PickledTensor, TorchFile, layout, load_pickle
-from megatron_real.weights.mapping import EMBEDDING, LOCAL_NAMES, OUTPUT, Entry, entries
+from megatron_real.weights.mapping import EMBEDDING, LOCAL_NAMES, OUTPUT, Entry, Weights, entries
 from megatron_real.weights.stored import DTYPE_BYTES, Chunk, Piece, StoredTensor, torch_dtype, widest
-from megatron_real.weights.stream import Weights
 from megatron_real.weights.transfer import Output, Target
 
 METADATA, CONFIG, COMMON = ".metadata", "metadata.json", "common.pt"

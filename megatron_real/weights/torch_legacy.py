@@ -18,9 +18,8 @@ from typing import Any, Literal
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.containers import PickledTensor, TorchFile, layout
-from megatron_real.weights.mapping import EMBEDDING, OUTPUT, Entry, entries
-from megatron_real.weights.stored import Chunk, Piece, StoredTensor, torch_dtype
-from megatron_real.weights.stream import Weights
+from megatron_real.weights.mapping import EMBEDDING, OUTPUT, Entry, Weights, entries
+from megatron_real.weights.stored import DTYPE_BYTES, Chunk, Piece, StoredTensor, torch_dtype
 from megatron_real.weights.torch_dist import EXTRA_STATE, megatron_args
 from megatron_real.weights.transfer import Output, Target
 
@@ -113,7 +112,7 @@ class TorchLegacyWeights:
                 f"{local.file}: {stored.name} has the shape {list(stored.shape)}, which is not a {self.tp}th part of "
                 f"{list(entry.shape)}; the config.json is of another model"
             )
-        row_bytes = (right - left) * torch_dtype(stored.dtype).itemsize
+        row_bytes = (right - left) * DTYPE_BYTES[stored.dtype]
         offset = local.offset
         for first, last in ranges:
             yield Chunk(local.file, offset, first, left, last - first, right - left)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_real.batching import minibatches
 from megatron_real.config import Config
+from megatron_real.records import Completion, Prompt, Rollout, Verdict
 
 
 def _policy(config: Config) -> Any:
@@ -27,61 +29,56 @@ def _sharded(policy: Any) -> dict[str, Any]:
 
 
 def _load_by_megatron(policy: Any, checkpoint: str) -> None:
+    """dist_checkpointing, or Megatron-LM's way with the older format: torch.load and a strict load_state_dict."""
     from megatron.core import dist_checkpointing
 
-    loaded = dist_checkpointing.load(_sharded(policy), checkpoint)
+    if (Path(checkpoint) / ".metadata").exists():
+        loaded = dist_checkpointing.load(_sharded(policy), checkpoint)
+    else:
+        groups = policy.groups
+        suffix = f"_{groups.pp.rank():03d}" if groups.pp.size() > 1 else ""
+        file = Path(checkpoint) / f"mp_rank_{groups.tp.rank():02d}{suffix}/model_optim_rng.pt"
+        loaded = torch.load(file, weights_only=False)
     for i, chunk in enumerate(policy.chunks):
-        chunk.load_state_dict(loaded["model" if len(policy.chunks) == 1 else f"model{i}"])
+        chunk.load_state_dict(loaded["model" if len(policy.chunks) == 1 else f"model{i}"], strict=True)
 
 
-def logprobs_by_megatron(config: Config, checkpoint: str, tokens: list[int]) -> list[float] | None:
-    """megatron-core's dist_checkpointing loads `checkpoint`; log-probs of tokens[1:] (nats), on the last stage."""
-    policy = _policy(config)
-    _load_by_megatron(policy, checkpoint)
-    by_megatron = {name: p.detach().clone() for name, p in _parameters(policy)}
-    _load_by_us(policy, checkpoint)
-    for name, parameter in _parameters(policy):
-        assert torch.equal(parameter, by_megatron[name]), f"our loader fills {name} otherwise"
-    return policy_logprobs(policy, tokens)
-
-
-def _load_by_us(policy: Any, checkpoint: str) -> None:
+def logits_of_checkpoint(config: Config, checkpoint: str, tokens: list[int]) -> Any:
+    """Logits [T, V] of tokens[:-1] (one rank of the last stage), after megatron-core and we loaded alike."""
     from megatron_real.weights.conversion import open_megatron
-    from megatron_real.weights.stream import load_weights
+    from megatron_real.weights.stream import global_parameters, load_weights
 
+    policy = _policy(config)
+    parameters = list(global_parameters(policy.chunks).items())
+    _load_by_megatron(policy, checkpoint)
+    by_megatron = {name: parameter.detach().clone() for name, parameter in parameters}
     with torch.no_grad():
-        for _, parameter in _parameters(policy):
+        for _, parameter in parameters:
             parameter.fill_(float("nan"))
     weights = open_megatron(Path(checkpoint), policy.architecture)
     ranks = {"tp_rank": policy.groups.tp.rank(), "tp": policy.groups.tp.size()}
     load_weights(policy.chunks, weights, policy.architecture, **ranks)
+    for name, parameter in parameters:
+        assert torch.equal(parameter, by_megatron[name]), f"our loader fills {name} otherwise"
+    return _logits(policy, tokens)
 
 
-def _parameters(policy: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    from megatron_real.weights.stream import global_parameters
-
-    return list(global_parameters(policy.chunks).items())
-
-
-def policy_logprobs(policy: Any, tokens: list[int]) -> list[float] | None:
-    """Log-probs (nats) of tokens[1:] under the policy, through the pipeline schedule."""
-    from megatron_real.batching import minibatches
-    from megatron_real.records import Completion, Prompt, Rollout, Verdict
+def _logits(policy: Any, tokens: list[int]) -> Any:
+    """Through the pipeline schedule, as in training."""
+    from megatron_real.policy.parity import captured_logits
 
     completion = Completion(tuple(tokens[1:]), (0.0,) * (len(tokens) - 1), "", True)
-    rollouts = [
-        Rollout(Prompt("0", "", tuple(tokens[:1]), ("",)), 0, i, completion, Verdict("ok", label, float(label)))
-        for i, label in enumerate((1, 0))
-    ]
+    prompt = Prompt("0", "", tuple(tokens[:1]), ("",))
+    rollouts = [Rollout(prompt, 0, i, completion, Verdict("ok", i, float(i))) for i in range(2)]
     (cut,) = minibatches(rollouts, groups_per_minibatch=1, one_class_groups="skip")
     batch = policy.pack(cut, needs_scores=True)
-    policy.step.old_logprobs(batch)
-    for micro in batch.micro_batches:
-        for k, position in enumerate(micro.positions):
-            if position == 0 and policy.groups.is_last_stage:
-                own = slice(int(micro.cu_seqlens[k]), int(micro.cu_seqlens[k + 1]))
-                return list(micro.old_logprob_T[own][micro.target_T[own] >= 0].tolist())
-    return None
+    if not policy.groups.is_last_stage:
+        policy.step.old_logprobs(batch)
+        return None
+    with captured_logits(policy.chunks[-1].output_layer) as found:
+        policy.step.old_logprobs(batch)
+    logits = found[0][: len(tokens) - 1]
+    return logits.numpy() if policy.groups.tp.rank() == 0 else None
 
 
 def save_by_megatron(config: Config, out: str, *, steps: int) -> dict[str, Any] | None:
