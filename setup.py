@@ -30,8 +30,8 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "examples": ["reasoning-gym>=0.1.20"],
-        "test": ["pytest>=8", "hypothesis>=6", "reasoning-gym>=0.1.20"],
+        "examples": ["reasoning-gym>=0.1.20", "gguf", "accelerate"],
+        "test": ["pytest>=8", "hypothesis>=6", "reasoning-gym>=0.1.20", "gguf", "accelerate"],
         "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["megatron-real = megatron_real.cli:main"]},
