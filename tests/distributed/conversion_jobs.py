@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_real.batching import minibatches
-from megatron_real.config import Config
+from megatron_real.config import Config, ModelConfig
 from megatron_real.records import Completion, Prompt, Rollout, Verdict
 
 
@@ -108,3 +108,42 @@ def save_by_megatron(config: Config, out: str, *, steps: int) -> dict[str, Any] 
     dist_checkpointing.save(state, out)
     gathered = {name: tensor.clone() for name, tensor in policy.stream()}
     return gathered if dist.get_rank() == 0 else None
+
+
+def load_by_megatron_lm(path: str, checkpoint: str, ckpt_format: str) -> dict[str, Any]:
+    """Megatron-LM's own load_checkpoint, as its pretrain scripts call it; the HF tensors that the model then holds.
+
+    Of its arguments only those of the model's sizes are given, the rest comes by --use-checkpoint-args.
+    """
+    import sys
+    import typing
+
+    if not hasattr(typing, "override"):  # its files ask for Python 3.12, for this decorator alone
+        typing.override = lambda function: function  # type: ignore[attr-defined]
+    from megatron.training import checkpointing, global_vars
+    from megatron.training.arguments import parse_args
+
+    config = Config(model=ModelConfig(path=path, dtype="fp32", layers="local"))
+    policy = _policy(config)
+    sizes = policy.architecture
+    given = {"--num-layers": sizes.num_layers, "--hidden-size": sizes.hidden_size, "--seq-length": 64}
+    given |= {"--num-attention-heads": sizes.num_heads, "--max-position-embeddings": sizes.max_positions}
+    given |= {"--micro-batch-size": 1, "--load": checkpoint, "--ckpt-format": ckpt_format}
+    flags = ["--finetune", "--no-load-optim", "--no-load-rng", "--use-checkpoint-args"]
+    before, sys.argv = sys.argv, ["pretrain_gpt.py", *(str(word) for pair in given.items() for word in pair), *flags]
+    try:
+        args = parse_args()
+    finally:
+        sys.argv = before
+    args.rank, args.world_size, args.padded_vocab_size = 0, 1, sizes.padded_vocab(1)
+    args.tensor_model_parallel_size = args.pipeline_model_parallel_size = 1
+    args.virtual_pipeline_model_parallel_size = None
+    global_vars.set_args(args)
+    try:
+        checkpointing.load_args_from_checkpoint(args)
+        assert (args.num_query_groups, args.ffn_hidden_size) == (sizes.num_kv_heads, sizes.ffn_size)
+        assert args.add_qkv_bias and args.swiglu and args.untie_embeddings_and_output_weights
+        checkpointing.load_checkpoint(policy.chunks, None, None, strict=True)
+    finally:
+        global_vars.unset_global_variables()
+    return {name: tensor.clone() for name, tensor in policy.stream()}

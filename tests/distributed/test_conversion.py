@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 # (TP, PP, VPP)
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (4, 1, 1), (4, 2, 1), (1, 2, 2), (2, 2, 2), (4, 2, 2)]
 NUM_TOKENS, BOUND = 512, 2e-5
+HAS_MEGATRON_LM = importlib.util.find_spec("megatron.training") is not None
 TOKENS = torch.randint(0, 101, (NUM_TOKENS + 1,), generator=torch.Generator().manual_seed(7)).tolist()
 
 
@@ -133,3 +135,21 @@ def test_trained_checkpoints_export(
     for tensor_name, tensor in gathered.items():
         assert torch.equal(exported.read(tensor_name), tensor), tensor_name
         assert not torch.equal(tensor.float(), before.read(tensor_name)), f"{tensor_name} was not trained"
+
+
+@pytest.mark.skipif(not HAS_MEGATRON_LM, reason="this megatron-core comes without Megatron-LM's training package")
+@pytest.mark.parametrize(
+    ("ckpt_format", "layout"), [("torch_dist", None), ("torch", LegacyLayout(layers="local"))], ids=["dist", "torch"]
+)
+def test_megatron_lm_loads_it(
+    world: World, tiny_model: Callable[..., Path], tmp_path: Path, ckpt_format: str, layout: LegacyLayout | None
+) -> None:
+    """Its load_checkpoint, strict, finds the release, the model's arguments and every weight."""
+    path = model_of(tiny_model, "qwen2")
+    out = hf_to_megatron(path, tmp_path / "megatron", layout=layout).out
+    (held,) = world.run(
+        conversion_jobs.load_by_megatron_lm, 1, path=str(path), checkpoint=str(out), ckpt_format=ckpt_format
+    )
+    weights = HfWeights(path)
+    assert held.keys() == weights.tensors.keys()
+    assert all(torch.equal(tensor, weights.read(name)) for name, tensor in held.items())
