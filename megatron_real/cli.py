@@ -1,6 +1,7 @@
 """The command line.
 
     megatron-real train CONFIG.yaml [key.sub=value ...]      by itself, or under torchrun or srun
+    megatron-real eval CONFIG.yaml|HF_DIR --bench NAME=FILE ... [key.sub=value ...]      likewise
     megatron-real convert to-megatron | to-hf | verify | inspect ...
 
 A wrong configuration is refused before anything heavy is imported, in one sentence.
@@ -15,8 +16,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from megatron_real import benchmark_command, convert
 from megatron_real import config as configuration
-from megatron_real import convert
 from megatron_real.weights.architecture import Architecture
 
 logger = logging.getLogger("megatron_real")
@@ -30,11 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("config", help="YAML file; see examples/configs/")
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
     convert.add_commands(commands)
-    chosen = parser.parse_args(arguments)
+    benchmark_command.add_command(commands)
+    chosen, later = parser.parse_known_args(arguments)
+    if later and (not hasattr(chosen, "overrides") or any(word.startswith("-") for word in later)):
+        parser.error(f"unrecognized arguments: {' '.join(later)}")
+    if later:
+        chosen.overrides += later  # argparse itself takes them only before the options
     first = os.environ.get("RANK", "0") == "0"
     _quiet(first)
     if chosen.command == "convert":
         return convert.run(chosen)
+    if chosen.command == "eval":
+        return benchmark_command.run(chosen, first)
     try:
         config = configuration.load(chosen.config, chosen.overrides)
         configuration.check_world(config, int(os.environ.get("WORLD_SIZE", "1")))

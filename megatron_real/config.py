@@ -189,6 +189,8 @@ class EvalConfig:
     """Nucleus mass."""
     max_problems: int = 0
     """Evaluate only the first so many; 0: all."""
+    chunk_problems: int = 64
+    """Problems that `megatron-real eval` answers and keeps at a time; an interruption costs at most so many."""
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,8 @@ class Config:
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Reads a YAML file, applies `key.sub=value` overrides and checks everything that needs no process group.
 
+    A directory of HF weights stands for a file that says nothing but its path.
+
     Raises:
         ValueError: an unknown key, a wrong type or an impossible combination, in one sentence with the remedy.
     """
@@ -253,10 +257,11 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     for word in words:
         if "=" not in word:
             raise ValueError(f"override {word!r} has no '='; write key.sub=value, for example trainer.steps=10")
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise ValueError(f"there is no config file {str(path)!r}; give the path of a YAML file")
     try:
-        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(words))
+        said = OmegaConf.create({"model": {"path": str(path)}}) if Path(path).is_dir() else OmegaConf.load(path)
+        tree = OmegaConf.merge(said, OmegaConf.from_dotlist(words))
         values: Any = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
@@ -408,6 +413,7 @@ def _check_values(config: Config) -> None:
         "optimizer.lr": config.optimizer.lr,
         "evaluation.samples": config.evaluation.samples,
         "evaluation.temperature": config.evaluation.temperature,
+        "evaluation.chunk_problems": config.evaluation.chunk_problems,
     }
     for name, value in positive.items():
         if not (value > 0 and math.isfinite(value)):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_real.config import Config, check_world
+from megatron_real.config import Config, LabelConfig, check_world
 from megatron_real.labels import Labeller
 from megatron_real.policy.layout import join_world, set_up
 from megatron_real.policy.policy import Policy
@@ -79,25 +79,16 @@ def build(config: Config) -> Job:
 
 
 def _generation(config: Config, *, rank: int, world: int) -> Generation:
-    engine, data, labels = build_engine(config), config.data, config.labels
+    engine, data = build_engine(config), config.data
     train = load_prompts(data.train, engine.tokenizer, suffix=data.suffix, max_tokens=data.max_prompt_tokens)
     heldout = (
         load_prompts(data.heldout, engine.tokenizer, suffix=data.suffix, max_tokens=data.max_prompt_tokens)
         if data.heldout
         else []
     )
-    labeller = Labeller(
-        labels.verifier,
-        workers=labels.workers,
-        timeout_seconds=labels.timeout_seconds,
-        memory_mib=labels.memory_mib,
-        overlong=labels.overlong,
-        threshold=labels.threshold,
-        max_failed_share=labels.max_failed_share,
-    )
     chosen, evaluation = config.rollout, config.evaluation
     return Generation(
-        stage=RolloutStage(engine, labeller, rank=rank, world=world),
+        stage=RolloutStage(engine, build_labeller(config.labels), rank=rank, world=world),
         cursor=PromptCursor(train, seed=config.trainer.seed, shuffle=data.shuffle),
         sampling=Sampling(
             chosen.group_size, chosen.temperature, chosen.max_response_tokens, chosen.top_p, chosen.top_k
@@ -106,4 +97,17 @@ def _generation(config: Config, *, rank: int, world: int) -> Generation:
         heldout_sampling=Sampling(
             evaluation.samples, evaluation.temperature, chosen.max_response_tokens, evaluation.top_p
         ),
+    )
+
+
+def build_labeller(labels: LabelConfig) -> Labeller:
+    """The verifier processes that the configuration asks for."""
+    return Labeller(
+        labels.verifier,
+        workers=labels.workers,
+        timeout_seconds=labels.timeout_seconds,
+        memory_mib=labels.memory_mib,
+        overlong=labels.overlong,
+        threshold=labels.threshold,
+        max_failed_share=labels.max_failed_share,
     )

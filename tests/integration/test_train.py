@@ -18,14 +18,6 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "examples/configs/quickstart.yaml"
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart's base model."""
-    out = tmp_path_factory.mktemp("quickstart") / "base"
-    subprocess.run([sys.executable, "tools/make_tiny_model.py", "--out", str(out)], cwd=ROOT, check=True, timeout=400)
-    return out
-
-
 def command(base: Path, run_dir: Path, *words: str, processes: int = 2) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     paths = [f"model.path={base}", f"data.train={base}/train.jsonl", f"data.heldout={base}/heldout.jsonl"]
