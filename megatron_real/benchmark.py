@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -79,10 +80,10 @@ def run_benchmarks(config: Config, files: Mapping[str, str], out: str | Path) ->
         return {}
     found = {name: summarise(directory.read([c for c in chunks if c.benchmark == name]), vote=True) for name in files}
     directory.publish(config.model.path, settings, found)
-    console = Console()
-    console.print(table(found), soft_wrap=not console.is_terminal)  # a file takes the table at its full width
-    console.print(f"results      {directory.json}\n             {directory.csv}", highlight=False)
-    console.print(f"completions  {directory.samples}", highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a file takes the whole table
+    console.print(table(found))
+    for what, path in (("results", directory.json), ("", directory.csv), ("completions", directory.samples)):
+        console.print(f"{what:11s}  {path}", highlight=False, soft_wrap=True)
     _check_trust(found, config.labels.max_failed_share)
     return found
 

@@ -12,6 +12,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 # LaTeX that only changes the looks of a formula.
 _LOOKS = re.compile(
@@ -22,6 +23,7 @@ _SYNONYMS = (("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\cdot", "*"), ("\\
 _TOKEN = re.compile(r"[a-z]+|\d+|[^\W\d_a-z]|[-+*/=<>^!%]")
 
 
+@lru_cache(maxsize=1 << 16)  # DAPO's file asks each question a hundred times
 def tokens(question: str) -> tuple[str, ...]:
     """What of a question counts.
 

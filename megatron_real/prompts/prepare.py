@@ -20,6 +20,7 @@ from megatron_real.prompts.rows import raw_rows
 from megatron_real.prompts.sources import BY_NAME, SOURCES, Source, Unusable, prepared
 
 _PATTERNS = ("*.parquet", "*.jsonl", "*.json")
+_ROWS_A_LINE = 250_000
 
 
 @dataclass
@@ -93,7 +94,7 @@ def prepare(
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, where in sources.items():
         say(f"{name}: reading {where or BY_NAME[name].hub}")
-        rows[name] = _read(BY_NAME[name], where, counts[name])
+        rows[name] = _read(BY_NAME[name], where, counts[name], say)
     benchmarks = {_uid(row): _asked(row) for name in sources if BY_NAME[name].split == "test" for row in rows[name]}
     index = Index(benchmarks, size=gram_size, share=gram_share)
     leaks: list[Leak] = []
@@ -113,7 +114,7 @@ def prepare(
     return done
 
 
-def _read(source: Source, where: str, counts: Counts) -> list[dict[str, Any]]:
+def _read(source: Source, where: str, counts: Counts, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """The usable rows; of equal training questions one, or none where their answers disagree."""
     first: dict[tuple[str, ...], dict[str, Any]] = {}
     copies: Counter[tuple[str, ...]] = Counter()
@@ -121,6 +122,8 @@ def _read(source: Source, where: str, counts: Counts) -> list[dict[str, Any]]:
     every: list[dict[str, Any]] = []
     for raw in _published_rows(source, where):
         counts.read += 1
+        if counts.read % _ROWS_A_LINE == 0:
+            say(f"{source.name}: {counts.read:,} rows, {len(first):,} questions")
         try:
             row = prepared(source, raw, counts.read - 1)
         except Unusable as reason:

@@ -206,3 +206,24 @@ def test_bad_input_is_one_sentence(
     assert (done.returncode, "Traceback" in done.stderr, done.stderr.count("\n")) == (2, False, 1)
     assert message in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_the_example_of_the_six_benchmarks(base: Path, tmp_path: Path) -> None:
+    """examples/eval.sh as it is, on prepared files of sums, with the paper's sampling but shorter."""
+    names = ["aime24", "aime25", "math500", "amc23", "minerva", "olympiadbench"]
+    lines = (base / "heldout.jsonl").read_text().splitlines(keepends=True)
+    for i, name in enumerate(names):
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines[3 * i : 3 * i + 3]))
+    environment = os.environ | {"DATA": str(tmp_path), "PROCESSES": "2"}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    words = ["--max-tokens", "8", "--suffix", "", "--out", str(tmp_path / "out"), "data.max_prompt_tokens=16"]
+    done = subprocess.run(
+        ["bash", "examples/eval.sh", str(base), *words], cwd=ROOT, env=environment, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    published = json.loads((tmp_path / "out/results.json").read_text())
+    assert list(published["benchmarks"]) == names
+    settings = published["settings"]
+    assert (settings["evaluation.samples"], settings["evaluation.temperature"], settings["evaluation.top_p"]) == (
+        16, 0.6, 0.95,
+    )  # fmt: skip

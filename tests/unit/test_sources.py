@@ -248,3 +248,22 @@ def test_without_a_network_the_remedy_is_said(tmp_path: Path, monkeypatch: pytes
     done = command("--out", str(tmp_path / "out"), "aime24")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "cannot get the dataset HuggingFaceH4/aime_2024 from the hub" in done.stderr and "aime24=FILE" in done.stderr
+
+
+def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub's own cache, filled by hand: two files of one dataset, another that is not asked for."""
+    snapshot = tmp_path / "hub/datasets--opencompass--AIME2025/snapshots/1234"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("1234")
+    lines = (SAMPLES / "opencompass--AIME2025.jsonl").read_text().splitlines(keepends=True)
+    for i, line in enumerate(lines):
+        (snapshot / f"aime2025-{'I' * (i + 1)}.jsonl").write_text(line)
+    (snapshot / "README.md").write_text("# not data")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    for word in ("aime25", "aime25=opencompass/AIME2025"):
+        done = command("--out", str(tmp_path / "out"), word)
+        assert done.returncode == 0, done.stderr
+        found = rows(tmp_path / "out/aime25.jsonl")
+        assert [row["reward_model"]["ground_truth"] for row in found] == ["336", "135"]
