@@ -92,16 +92,15 @@ def _stop_if_not_finite(job: Job, step: int, batches: Sequence[Batch], updates: 
             )
 
 
-def _evaluate(job: Job, step: int) -> bool:
-    """Evaluates; returns on every rank alike whether these are the best weights of the run so far."""
+def _evaluate(job: Job, step: int) -> None:
     generation = job.generation
     if generation is None or not generation.heldout:
-        return False
+        return
     _sync(job, generation)
     with job.reporter.progress.stage("evaluation"):
         seed = job.seed(0)  # the same draws at every evaluation: differences are the policy's
         result = evaluate(generation.stage, generation.heldout, generation.heldout_sampling, seed=seed)
-    return job.reporter.evaluated(step, result)
+    job.reporter.evaluated(step, result)
 
 
 def _export(job: Job) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
@@ -28,8 +27,6 @@ class Reporter:
         """Claims the run directory. Raises ValueError if it holds a run already."""
         self.config, self.world, self.first = config, world, rank == 0
         self.directory = RunDirectory(config.trainer.run_dir)
-        self.best = -math.inf
-        """Highest held-out pass@1 so far, the untrained weights' included; a run that goes on sets it."""
         self._writer: MetricsWriter | None = None
         if self.first:
             from omegaconf import OmegaConf
@@ -81,20 +78,17 @@ class Reporter:
                 f"Its batch can be looked into by rollout.replay={dump.path} trainer.steps=1"
             )
 
-    def evaluated(self, step: int, evaluation: Evaluation) -> bool:
-        """Writes and shows an evaluation; returns on every rank alike whether it is the best of the run so far."""
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """Writes and shows an evaluation."""
         seconds = sum(self.progress.take_seconds().values())
-        best = evaluation.pass_at_1 > self.best
-        self.best = max(self.best, evaluation.pass_at_1)
         if self._writer is None:
-            return best
+            return
         row = {f"heldout/{name}": float(value) for name, value in evaluation.figures().items()}
-        self._writer.write_evaluation(step, row | {"heldout/best": float(self.best), "seconds/evaluation": seconds})
+        self._writer.write_evaluation(step, row | {"seconds/evaluation": seconds})
         self.progress.evaluation_done(
             step, evaluation.pass_at_1, evaluation.standard_error, evaluation.problems, seconds
         )
         self._draw()  # so that an interrupted run has curves too
-        return best
 
     def finish(self) -> None:
         """Draws the curves and says where everything is."""
