@@ -22,8 +22,6 @@ class Judged:
     """What became of its check."""
     correct: bool
     """Verified correct. A check that failed, a truncated and an empty completion are not."""
-    finished: bool
-    """False when it was cut at the length limit."""
     tokens: int
     """Response length."""
     answer_class: int | None = None
@@ -75,7 +73,6 @@ def judged(rollout: Rollout, answer_class: int | None = None) -> Judged:
         problem=rollout.prompt.uid,
         status=rollout.verdict.status,
         correct=rollout.label == POSITIVE,
-        finished=rollout.completion.finished,
         tokens=len(rollout.completion.token_ids),
         answer_class=answer_class,
     )
@@ -107,7 +104,7 @@ def summarise(completions: Sequence[Judged], *, vote: bool = False) -> Evaluatio
         samples=samples,
         failed_checks=sum(c.status in FAILED for c in completions),
         unanswered_share=_mean([c.status == "unparsable" for c in completions]),
-        truncated_share=_mean([not c.finished for c in completions]),
+        truncated_share=_mean([c.status == "overlong" for c in completions]),
         response_tokens_mean=_mean([c.tokens for c in completions]),
     )
 

@@ -19,10 +19,8 @@ from megatron_real.records import Completion, Prompt, Rollout, Verdict
 from megatron_real.runs.evaluated import BENCH, Chunk, EvaluationDirectory, average
 
 
-def judge(
-    problem: str, correct: bool, answer: int | None, *, status: str = "", tokens: int = 4, finished: bool = True
-) -> Judged:
-    return Judged(problem, status or ("ok" if correct else "wrong"), correct, finished, tokens, answer)
+def judge(problem: str, correct: bool, answer: int | None, *, status: str = "", tokens: int = 4) -> Judged:
+    return Judged(problem, status or ("ok" if correct else "wrong"), correct, tokens, answer)
 
 
 @pytest.mark.parametrize("samples", range(1, 8))
@@ -69,8 +67,9 @@ def test_figures_by_hand() -> None:
             *(judge("p", True, 0, tokens=2) for _ in range(3)),
             judge("p", False, None, status="unparsable", tokens=2),
             judge("q", True, 0, tokens=10),
-            *(judge("q", False, 1, tokens=10) for _ in range(2)),
-            judge("q", False, None, status="timeout", tokens=18, finished=False),
+            judge("q", False, 1, status="timeout", tokens=10),
+            judge("q", False, 1, tokens=10),
+            judge("q", False, None, status="overlong", tokens=18),
         ],
         vote=True,
     )
@@ -157,8 +156,8 @@ def test_a_chunk_reads_back(tmp_path: Path) -> None:
     directory.write(CHUNK, ROLLOUTS, [("5", 0), ("6", 1)])
     assert directory.has(CHUNK)
     assert directory.read([CHUNK]) == [
-        Judged("a/0", "ok", True, True, 2, 0),
-        Judged("a/0", "wrong", False, True, 2, 1),
+        Judged("a/0", "ok", True, 2, 0),
+        Judged("a/0", "wrong", False, 2, 1),
     ]
     (row, other) = [json.loads(line) for line in (tmp_path / "samples/a/chunk-0000.jsonl").read_text().splitlines()]
     assert (row["completion"], row["answer"], row["golds"]) == ("\\boxed{5}", "5", ["5"])
