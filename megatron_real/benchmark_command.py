@@ -48,6 +48,11 @@ def run(chosen: argparse.Namespace, first: bool) -> int:
         # Nothing is packed here, so that responses may be as long as the model can take.
         config = configuration.load(chosen.config, [*chosen.overrides, *words, f"batch.max_tokens={1 << 40}"])
         Architecture.read(config.model.path)
+        if config.model.weights:
+            raise ValueError(
+                f"model.weights is {config.model.weights!r}, but eval reads the HF weights of model.path; convert it "
+                "by `megatron-real convert to-hf`, or set model.weights="
+            )
         files = _benchmarks(chosen.bench)
     except ValueError as error:
         return _refused(error, first)

@@ -54,6 +54,7 @@ class EvaluationDirectory:
         if not self.settings.is_file():
             return
         before = json.loads(self.settings.read_text(encoding="utf-8"))
+        settings = json.loads(json.dumps(settings))  # lists for tuples, as in the file
         # Another benchmark may join, and one that was there may be left out.
         for name in [n for n in before if n in settings or not n.startswith(BENCH)]:
             if (was := before[name]) != (now := settings.get(name)):

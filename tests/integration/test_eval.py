@@ -195,9 +195,10 @@ def test_figures_are_not_trusted_where_the_checks_failed(base: Path, benches: di
         (["--samples", "0"], "evaluation.samples is 0; it must be above 0"),
         (["--top-p", "2"], "evaluation.top_p is 2.0; it must lie in (0, 1]"),
         (["--max-tokens", "9999"], "exceeds the model's max_position_embeddings"),
+        (["model.weights=checkpoints/7"], "by `megatron-real convert to-hf`, or set model.weights="),
         (["evaluation.sample=3"], "unknown key evaluation.sample; did you mean samples?"),
     ],
-    ids=["no file", "twice", "missing", "path", "samples", "top_p", "long", "key"],
+    ids=["no file", "twice", "missing", "path", "samples", "top_p", "long", "megatron", "key"],
 )
 def test_bad_input_is_one_sentence(
     base: Path, benches: dict[str, Path], tmp_path: Path, words: list[str], message: str

@@ -147,7 +147,7 @@ def rollout(uid: str, sample: int, label: int, text: str) -> Rollout:
 
 ROLLOUTS = [rollout("a/0", 0, 1, "\\boxed{5}"), rollout("a/0", 1, 0, "half a pair \ud83d and \u2028 \\boxed{6}")]
 CHUNK = Chunk("a", 0, [ROLLOUTS[0].prompt])
-SETTINGS = {"evaluation.temperature": 0.6, "labels.overlong": "negative", f"{BENCH}a": "12ab"}
+SETTINGS = {"evaluation.temperature": 0.6, "labels.overlong": "negative", "of two": (1, 2), f"{BENCH}a": "12ab"}
 
 
 def test_a_chunk_reads_back(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_another_benchmark_may_join(tmp_path: Path) -> None:
     other = {**{k: v for k, v in SETTINGS.items() if k != f"{BENCH}a"}, f"{BENCH}b": "34cd"}
     directory.check(other)
     directory.claim(other)
-    assert json.loads(directory.settings.read_text()) == {**SETTINGS, f"{BENCH}b": "34cd"}
+    assert json.loads(directory.settings.read_text()) == {**SETTINGS, "of two": [1, 2], f"{BENCH}b": "34cd"}
 
 
 def evaluation(pass_at_1: float, error: float, problems: int) -> Evaluation:
