@@ -20,6 +20,7 @@ setup(
         "megatron-core>=0.16.1,<0.20",
         "transformers>=4.48,<6",
         "safetensors>=0.4",
+        "huggingface_hub",
         "omegaconf>=2.3",
         "math-verify==0.9.0",
         "numpy",

@@ -70,10 +70,9 @@ def run_benchmarks(config: Config, files: Mapping[str, str], out: str | Path) ->
     chunks = [chunk for name, file in files.items() for chunk in _chunks(name, _problems(config, engine, file), config)]
     settings = _settings(config, engine, chunks)
     directory.check(settings)
-    todo = [chunk for chunk in chunks if not directory.has(chunk)]
-    dist.barrier()  # every rank has looked before the first one writes
     if rank == 0:
         directory.claim(settings)
+    todo = _missing(directory, chunks)
     if todo:
         _answer(config, engine, directory, chunks, todo)
     if rank > 0:
@@ -171,6 +170,13 @@ def _fingerprint(files: Sequence[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _missing(directory: EvaluationDirectory, chunks: Sequence[Chunk]) -> list[Chunk]:
+    """The chunks that are left, as the first rank sees them: file systems of other nodes lag behind."""
+    there = [[directory.has(chunk) for chunk in chunks]]
+    dist.broadcast_object_list(there, src=0)
+    return [chunk for chunk, done in zip(chunks, there[0], strict=True) if not done]
+
+
 def _answer(
     config: Config, engine: Engine, directory: EvaluationDirectory, chunks: Sequence[Chunk], todo: Sequence[Chunk]
 ) -> None:
@@ -198,7 +204,6 @@ def _answer(
                 done(len(chunk.problems))
                 _say(console, chunk, rollouts, time.monotonic() - started)
     engine.finish_inference()
-    dist.barrier()
 
 
 def _seed(seed: int, chunk: Chunk) -> int:

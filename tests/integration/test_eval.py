@@ -167,12 +167,17 @@ def test_two_processes(base: Path, benches: dict[str, Path], tmp_path: Path) -> 
 def test_a_configuration_gives_the_settings(base: Path, benches: dict[str, Path], tmp_path: Path) -> None:
     run = [
         sys.executable, "-m", "megatron_real", "eval", "examples/configs/quickstart.yaml", f"model.path={base}",
-        "--bench", f"sums={benches['sums']}", "--out", str(tmp_path / "out"), "evaluation.max_problems=5",
+        "--bench", f"sums={benches['sums']}", "--samples", "1", "--out", str(tmp_path), "evaluation.max_problems=5",
     ]  # fmt: skip
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    published = json.loads((tmp_path / "out/results.json").read_text())
-    assert published["settings"]["evaluation.samples"] == 2 and published["benchmarks"]["sums"]["problems"] == 5
+    assert done.stdout.count("pass@") == 1 and "maj@" not in done.stdout and "average" not in done.stdout
+    published = json.loads((tmp_path / "results.json").read_text())
+    settings = published["settings"]
+    assert (settings["evaluation.samples"], settings["trainer.seed"], settings["rollout.max_response_tokens"]) == (
+        1, 1, 8,
+    )  # fmt: skip
+    assert published["benchmarks"]["sums"]["problems"] == 5
 
 
 def test_figures_are_not_trusted_where_the_checks_failed(base: Path, benches: dict[str, Path], tmp_path: Path) -> None:
