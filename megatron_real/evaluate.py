@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_real.labels.labeller import FAILED
 from megatron_real.records import POSITIVE, Prompt, Rollout, Sampling
 from megatron_real.rollout.stage import RolloutStage
 
@@ -56,7 +57,7 @@ def summarise(rollouts: Sequence[Rollout], *, samples: int) -> Evaluation:
         standard_error=math.sqrt(variance / len(shares)),
         problems=len(shares),
         samples=samples,
-        failed_checks=sum(r.verdict.status in ("timeout", "crashed") for r in rollouts),
+        failed_checks=sum(r.verdict.status in FAILED for r in rollouts),
         truncated_share=sum(not r.completion.finished for r in rollouts) / len(rollouts),
         response_tokens_mean=sum(len(r.completion.token_ids) for r in rollouts) / len(rollouts),
     )
