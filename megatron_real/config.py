@@ -419,12 +419,9 @@ def _check_values(config: Config) -> None:
     for name, value in positive.items():
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} is {value}; it must be above 0")
-    for name, value in {
-        "rollout.retries": config.rollout.retries,
-        "rollout.refill_rounds": config.rollout.refill_rounds,
-    }.items():
-        if value < 0:
-            raise ValueError(f"{name} is {value}; it must be 0 (off) or above")
+    for name in ("retries", "refill_rounds"):
+        if getattr(config.rollout, name) < 0:
+            raise ValueError(f"rollout.{name} is {getattr(config.rollout, name)}; it must be 0 (off) or above")
     shares = {
         "rollout.top_p": config.rollout.top_p,
         "evaluation.top_p": config.evaluation.top_p,
