@@ -10,6 +10,7 @@ import json
 import os
 import queue
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -23,8 +24,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _STARTUP_SECONDS = 120.0
-# An honest check takes milliseconds. When many of the last checks ran out of time, the next get less of it, so that a
-# policy that has learned to write factorials cannot freeze a step; but never less than this.
+# An honest check takes milliseconds. When many of the last checks ran out of time, the next get less processor time, so
+# that a policy that has learned to write factorials cannot freeze a step; but never less than this. It is not the wall
+# clock that is cut: on a busy machine an honest check may have to wait.
 _RECENT_CHECKS = 100
 _LEAST_SECONDS = 1.0
 
@@ -131,16 +133,16 @@ class VerifierPool:
 
 
 class _Clock:
-    """How long the next check may take."""
+    """How long checks may take."""
 
     def __init__(self, seconds: float) -> None:
-        self._seconds, self._lock = seconds, threading.Lock()
+        self.seconds, self._lock = seconds, threading.Lock()
         self._recent: deque[bool] = deque(maxlen=_RECENT_CHECKS)
 
-    def limit(self) -> float:
-        """The configured seconds, divided by 1 + the timeouts among the last checks."""
+    def processor_seconds(self) -> float:
+        """Processor time of the next check: the wall clock's, divided by 1 + the timeouts among the last checks."""
         with self._lock:
-            return max(self._seconds / (1 + sum(self._recent)), min(self._seconds, _LEAST_SECONDS))
+            return max(self.seconds / (1 + sum(self._recent)), min(self.seconds, _LEAST_SECONDS))
 
     def count(self, *, timeout: bool) -> None:
         """Remembers how a check ended."""
@@ -175,21 +177,28 @@ class _Worker:
             raise ValueError(f"labels.verifier = {self._verifier} cannot be loaded ({error})")
 
     def check(self, check: Check, clock: _Clock) -> Outcome:
-        """The verifier's outcome, `timeout` after the wall clock, or `crashed` when the process ended."""
+        """The verifier's outcome, `timeout` when its time was over, or `crashed` when the process ended."""
         if self._process is None or self._process.poll() is not None:  # it may have died while it was idle
             self.kill()
             self.start()
             self.wait_until_ready()
-        request = {"text": check.text, "answers": list(check.answers), "metadata": dict(check.metadata)}
-        started, limit = time.monotonic(), clock.limit()
-        line = self._exchange(json.dumps(request).encode() + b"\n", limit)
+        started, processor_seconds = time.monotonic(), clock.processor_seconds()
+        request = {
+            "text": check.text,
+            "answers": list(check.answers),
+            "metadata": dict(check.metadata),
+            "processor_seconds": processor_seconds,
+        }
+        line = self._exchange(json.dumps(request).encode() + b"\n", clock.seconds)
         seconds = time.monotonic() - started
-        clock.count(timeout=line is None)
+        code = None if line else self.kill(patience=0 if line is None else 1)
+        clock.count(timeout=line is None or code == -signal.SIGPROF)
         if line is None:
-            self.kill()
-            return Outcome("timeout", None, seconds, f"no answer within {limit:.3g} s")
+            return Outcome("timeout", None, seconds, f"no answer within {clock.seconds:.3g} s")
+        if code == -signal.SIGPROF:
+            return Outcome("timeout", None, seconds, f"no answer within {processor_seconds:.3g} s of processor time")
         if not line:
-            return Outcome("crashed", None, seconds, f"the verifier process ended with code {self.kill(patience=1)}")
+            return Outcome("crashed", None, seconds, f"the verifier process ended with code {code}")
         reply = json.loads(line)
         if reply["last"]:
             self.kill()
@@ -215,6 +224,7 @@ class _Worker:
         self.closed, process = True, self._process
         if process is not None:
             process.kill()
+            process.wait()
 
     def _exchange(self, request: bytes, seconds: float) -> bytes | None:
         """The process's next line after `request`, b"" when it ended, None when the time is over."""

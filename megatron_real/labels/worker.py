@@ -3,7 +3,7 @@
     python -m megatron_real.labels.worker '{"verifier": "math_verify", "memory_mib": 1024, "require_think": false, ...}'
 
 Whatever a completion makes the verifier do stays in here: the memory limit is this process's, the wall clock is the
-parent's, and the protocol has no pickle. Imports neither torch nor megatron.
+parent's, the limit of processor time the kernel's, and the protocol has no pickle. Imports neither torch nor megatron.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ def main() -> None:
     full = (limit + _address_space()) / 2
     _send(replies, error=None)
     for line in sys.stdin:
-        reply = _reply(verify, json.loads(line))
+        request = json.loads(line)
+        # Its signal, left at the default, ends this process, also in the middle of a C function.
+        signal.setitimer(signal.ITIMER_PROF, request["processor_seconds"])
+        reply = _reply(verify, request)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         # Caches of parsers grow: a fresh process must take over before an honest check meets the limit.
         last = _address_space() > full
         _send(replies, **reply, last=last)

@@ -23,7 +23,7 @@ from megatron_real.labels.verifiers import final_answer, load
 from megatron_real.prompts import read_rows
 from megatron_real.records import EXCLUDED, NEGATIVE, POSITIVE, Completion, Prompt
 
-TIMEOUT = 2.0
+TIMEOUT = 3.0
 
 
 def box(text: str) -> str:
@@ -190,11 +190,13 @@ def test_a_batch_with_hostile_answers_ends_in_time_and_every_honest_one_is_right
     memory, timeout, trainer = 1024, 5.0, psutil.Process()
     with Labeller("math_verify", workers=2, timeout_seconds=timeout, memory_mib=memory) as label:
         label(items[:100])
-        before, started = trainer.memory_info().rss, time.monotonic()
+        before, started, processor = trainer.memory_info().rss, time.monotonic(), trainer.cpu_times().children_user
         verdicts = label(items)
         seconds = time.monotonic() - started
         workers = [psutil.Process(w._process.pid).memory_info() for w in label._pool._workers if w._process]
-    assert seconds < 6 * timeout
+    processor = trainer.cpu_times().children_user - processor
+    assert processor / 2 < 4 * timeout, "what it takes on a machine with a core for each worker"
+    assert seconds < 20 * timeout, "however busy the machine is"
     wrong = [i for i, label in enumerate(expected) if label is not None and verdicts[i].label != label]
     assert not wrong
     assert {v.status for v in verdicts} == {"ok", "wrong", "unparsable", "timeout"}
@@ -203,38 +205,23 @@ def test_a_batch_with_hostile_answers_ends_in_time_and_every_honest_one_is_right
 
 
 def test_a_policy_that_writes_nothing_but_factorials_cannot_freeze_a_step() -> None:
-    """They would take 8 x 4 s on one worker, were each given its whole time."""
+    """They would take 8 x 4 s on one worker, were each given its whole time. Measured in processor time."""
     checks = [Check(box("100000000!"), ["5"]), Check(box("5"), ["5"])] * 8
+    before = psutil.Process().cpu_times().children_user
     with VerifierPool("math_verify", workers=1, timeout_seconds=4, memory_mib=1024) as pool:
-        started = time.monotonic()
         outcomes = pool.run(checks)
     assert [o.status for o in outcomes] == ["timeout", "ok"] * 8
-    assert outcomes[0].seconds == pytest.approx(4, abs=0.5)
-    assert time.monotonic() - started < 24
+    assert outcomes[0].reason.startswith("no answer within 4 s")
+    assert outcomes[-2].reason == "no answer within 1 s of processor time"
+    assert psutil.Process().cpu_times().children_user - before < 20
 
 
-def test_a_worker_killed_from_outside_is_replaced(fresh_pool: VerifierPool) -> None:
-    """While idle it costs nothing; in the middle of a check, that check."""
+def test_a_worker_that_died_while_idle_costs_nothing(fresh_pool: VerifierPool) -> None:
     for worker in fresh_pool._workers:
         assert worker._process is not None
         os.kill(worker._process.pid, signal.SIGKILL)
         worker._process.wait()
     assert statuses(fresh_pool, *[box("5")] * 20) == ["ok"] * 20
-    futures = [fresh_pool.submit(Check(text, ["5"]), lambda o: o) for text in [box("100000000!"), *[box("5")] * 20]]
-    time.sleep(0.5)
-    victim = next(w._process for w, busy in zip(fresh_pool._workers, _busy(fresh_pool), strict=True) if busy)
-    assert victim is not None
-    os.kill(victim.pid, signal.SIGKILL)
-    first, *others = [future.result() for future in futures]
-    assert (first.status, first.reason) == ("crashed", "the verifier process ended with code -9")
-    assert [o.status for o in others] == ["ok"] * 20
-
-
-def _busy(pool: VerifierPool) -> list[bool]:
-    before = [psutil.Process(w._process.pid).cpu_times().user for w in pool._workers if w._process]
-    time.sleep(0.3)
-    after = [psutil.Process(w._process.pid).cpu_times().user for w in pool._workers if w._process]
-    return [b - a > 0.05 for a, b in zip(before, after, strict=True)]
 
 
 def test_the_clock_also_runs_while_a_worker_does_not_read(fresh_pool: VerifierPool) -> None:
@@ -285,6 +272,20 @@ def test_own_verifier(own: Callable[[str], str], body: str) -> None:
     with VerifierPool(own(body), **OPTIONS) as pool:
         for outcome in pool.run([Check("a", ["a"], {"level": 2})] * 2):
             assert (outcome.status, outcome.reward, outcome.reason) == OWN[body]
+
+
+def test_a_worker_killed_in_the_middle_of_a_check_costs_that_check(own: Callable[[str], str], tmp_path: Path) -> None:
+    body = "text == 'slow' and (open('PID', 'w').write(str(os.getpid())), time.sleep(60)); return True"
+    pid = tmp_path / "pid"
+    with VerifierPool(own(body.replace("PID", str(pid))), **(OPTIONS | {"workers": 2})) as pool:
+        futures = [pool.submit(Check(text, []), lambda o: o) for text in ["slow"] + ["fast"] * 20]
+        others = [future.result() for future in futures[1:]]
+        while not (pid.exists() and pid.read_text()):
+            time.sleep(0.05)
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+        killed = futures[0].result()
+    assert (killed.status, killed.reason) == ("crashed", "the verifier process ended with code -9")
+    assert [o.status for o in others] == ["ok"] * 20
 
 
 def test_a_worker_whose_memory_grows_is_replaced_before_it_meets_its_limit(own: Callable[[str], str]) -> None:
@@ -371,7 +372,7 @@ def test_statuses_to_labels(own: Callable[[str], str], options: dict[str, Any], 
         "from megatron_real.labels.verifiers import load; text == 'crash' and os.abort(); "
         "status = load('math_verify')(text, answers, metadata)[0]; return status == 'ok'"
     )
-    settings = OPTIONS | {"timeout_seconds": 1.5, "memory_mib": 1024, "max_failed_share": 1.0} | options
+    settings = OPTIONS | {"timeout_seconds": 3, "memory_mib": 1024, "max_failed_share": 1.0} | options
     with Labeller(own(body), **settings) as label:
         verdicts = label(list(EACH.values()))
     # A verifier of one's own gives a verdict or none: what it could not read is wrong.
