@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_real.config import Config, to_dict
+from megatron_real.config import Config, LabelConfig, to_dict
 from megatron_real.evaluate import Evaluation, summarise
 from megatron_real.job import build_labeller
 from megatron_real.labels import Labeller
@@ -35,7 +35,7 @@ from megatron_real.policy.layout import join_world
 from megatron_real.prompts import load_prompts
 from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Sampling
 from megatron_real.rollout import RolloutStage, build_engine
-from megatron_real.rollout.engine import Engine
+from megatron_real.rollout.engine import Engine, EngineFailed
 from megatron_real.runs.evaluated import BENCH, Chunk, EvaluationDirectory, average
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.hf import HfWeights
@@ -199,8 +199,13 @@ def _answer(
                 started = time.monotonic()
                 seed = _seed(config.trainer.seed, chunk)
                 rollouts = stage.label(chunk.problems, stage.generate(chunk.problems, sampling, seed=seed))
+                lost = [r.verdict.reason for r in rollouts if r.verdict.status == "lost"]
+                if lost:  # an engine's failure must not be kept as wrong answers
+                    raise EngineFailed(
+                        f"{len(lost)} completions of {chunk.benchmark} were lost ({lost[0]}); start again"
+                    )
                 if rank == 0:
-                    directory.write(chunk, rollouts, _answers(rollouts, labeller, config.labels.verifier))
+                    directory.write(chunk, rollouts, _answers(rollouts, labeller, config.labels))
                 done(len(chunk.problems))
                 _say(console, chunk, rollouts, time.monotonic() - started)
     engine.finish_inference()
@@ -211,16 +216,18 @@ def _seed(seed: int, chunk: Chunk) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _answers(rollouts: Sequence[Rollout], labeller: Labeller, verifier: str) -> list[tuple[str | None, int | None]]:
+def _answers(
+    rollouts: Sequence[Rollout], labeller: Labeller, labels: LabelConfig
+) -> list[tuple[str | None, int | None]]:
     """[rollouts] what each gave as its answer, and the class of equal answers to its problem.
 
     A truncated completion does not vote. Only math_verify compares mathematics; elsewhere equal means the same text.
     """
     given = [
         Given(
-            text=final_answer(r.completion.text) if r.completion.finished else None,
+            text=_text(r.completion, labels),
             correct=r.label == POSITIVE,
-            comparable=verifier == "math_verify" and r.verdict.status in ("ok", "wrong"),
+            comparable=labels.verifier == "math_verify" and r.verdict.status in ("ok", "wrong"),
         )
         for r in rollouts
     ]
@@ -236,6 +243,13 @@ def _answers(rollouts: Sequence[Rollout], labeller: Labeller, verifier: str) -> 
         one_gold = len(rollouts[members[0]].prompt.answers) == 1
         classes |= dict(zip(members, answer_classes([given[i] for i in members], same, one_gold=one_gold), strict=True))
     return [(one.text, classes[i]) for i, one in enumerate(given)]
+
+
+def _text(completion: Completion, labels: LabelConfig) -> str | None:
+    """The answer, as the verifier reads it; a truncated completion has none."""
+    required = {"require_think": labels.require_think, "require_boxed": labels.require_boxed}
+    found = final_answer(completion.text, **required) if completion.finished else None
+    return found.text if found else None
 
 
 @contextmanager

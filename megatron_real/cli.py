@@ -69,7 +69,7 @@ def _quiet(first: bool) -> None:
 
 def _train(config: configuration.Config, first: bool) -> int:
     from megatron_real.job import build
-    from megatron_real.labels import TooManyFailedChecks
+    from megatron_real.labels import RewardNeedsThreshold, TooManyFailedChecks
     from megatron_real.loop import NonFinite, train
 
     try:
@@ -86,8 +86,8 @@ def _train(config: configuration.Config, first: bool) -> int:
                 file=sys.stderr,
             )
         return 130
-    except (NonFinite, TooManyFailedChecks) as error:
+    except (NonFinite, TooManyFailedChecks, RewardNeedsThreshold) as error:
         if first:
             print(f"megatron-real: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ValueError) else 1
     return 0

@@ -81,6 +81,10 @@ class RolloutConfig:
     """A response that reaches this is cut and counts as truncated."""
     batch_size: int = 64
     """Sequences that the transformers engine decodes together."""
+    retries: int = 1
+    """How often a completion that an engine lost is drawn again, on another rank's engine; then it is excluded."""
+    refill_rounds: int = 0
+    """Dynamic sampling: rounds in which groups of one class are replaced by those of fresh prompts; 0: off."""
     replay: str = ""
     """Run directory whose saved rollouts are trained on instead of generating: no engine is started."""
 
@@ -97,12 +101,18 @@ class LabelConfig:
     """Wall clock of one check; then its worker is killed."""
     memory_mib: int = 1024
     """Memory limit of one worker."""
+    require_think: bool = False
+    """No answer counts without a </think> before it."""
+    require_boxed: bool = True
+    """No answer counts outside a \\boxed{}; else the end of the text stands in for a missing box."""
+    excluded: tuple[Literal["wrong", "unparsable", "timeout", "crashed"], ...] = ("timeout", "crashed")
+    """Statuses whose rollouts leave their group; those of the other statuses but ok are negative."""
     overlong: Literal["negative", "excluded"] = "negative"
     """What a truncated response counts as."""
     threshold: float | None = None
     """Rewards at or above it are positive; required when a verifier returns anything but 0 or 1."""
     max_failed_share: float = 0.2
-    """The run stops when more than this share of a step's checks failed (timeout or crash)."""
+    """The run stops when more than this share of a step's checks failed (timeout, crashed or lost)."""
     permute: bool = False
     """Control experiment: labels are shuffled over the step's rollouts, so that nothing can be learned."""
 
@@ -418,6 +428,9 @@ def _check_values(config: Config) -> None:
     for name, value in positive.items():
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} is {value}; it must be above 0")
+    for name in ("retries", "refill_rounds"):
+        if getattr(config.rollout, name) < 0:
+            raise ValueError(f"rollout.{name} is {getattr(config.rollout, name)}; it must be 0 (off) or above")
     shares = {
         "rollout.top_p": config.rollout.top_p,
         "evaluation.top_p": config.evaluation.top_p,
@@ -451,6 +464,12 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(
             f"batch.max_tokens = {batch.max_tokens} cannot hold one sequence of data.max_prompt_tokens + "
             f"rollout.max_response_tokens = {longest}; raise it to at least {longest}"
+        )
+    labels = config.labels
+    if ":" in labels.verifier and (labels.require_think or not labels.require_boxed):
+        raise ValueError(
+            f"labels.require_think and labels.require_boxed have no effect on labels.verifier = {labels.verifier!r}, "
+            "which is given the whole text; leave them at false and true"
         )
     if parallel.sp and parallel.tp == 1:
         raise ValueError("parallel.sp=true needs parallel.tp > 1; set parallel.sp=false")

@@ -52,9 +52,9 @@ class Job:
     generation: Generation | None
     """None when saved rollouts are replayed."""
 
-    def seed(self, step: int) -> int:
-        """Seed of a step's sampling: it depends on the run's seed and the step alone."""
-        return self.config.trainer.seed * 1_000_003 + step
+    def seed(self, step: int, draw: int = 0) -> int:
+        """Seed of a step's sampling: it depends on the run's seed, the step and which of its draws it is alone."""
+        return self.config.trainer.seed * 1_000_003 + step + (draw << 40)
 
 
 def build(config: Config) -> Job:
@@ -88,7 +88,7 @@ def _generation(config: Config, *, rank: int, world: int) -> Generation:
     )
     chosen, evaluation = config.rollout, config.evaluation
     return Generation(
-        stage=RolloutStage(engine, build_labeller(config.labels), rank=rank, world=world),
+        stage=RolloutStage(engine, build_labeller(config.labels), rank=rank, world=world, retries=chosen.retries),
         cursor=PromptCursor(train, seed=config.trainer.seed, shuffle=data.shuffle),
         sampling=Sampling(
             chosen.group_size, chosen.temperature, chosen.max_response_tokens, chosen.top_p, chosen.top_k
@@ -107,6 +107,9 @@ def build_labeller(labels: LabelConfig) -> Labeller:
         workers=labels.workers,
         timeout_seconds=labels.timeout_seconds,
         memory_mib=labels.memory_mib,
+        require_think=labels.require_think,
+        require_boxed=labels.require_boxed,
+        excluded=labels.excluded,
         overlong=labels.overlong,
         threshold=labels.threshold,
         max_failed_share=labels.max_failed_share,

@@ -6,7 +6,7 @@ prompts -> rollouts -> labels -> batches, old log-probs -> updates -> rollouts a
 
 stage           consumes                  produces                  waits for
 sync            the policy's weights      the engine's weights      all ranks, tensor by tensor
-rollout         prompts                   completions               its own rank only
+rollout         prompts                   completions, in verifying its own rank only
 label           completions               rollouts on every rank    the slowest rank's verifier
 old_logprobs    rollouts                  packed batches            the pipeline
 update          one batch at a time       new weights               all ranks, once per update
@@ -22,6 +22,7 @@ from megatron_real.job import Generation, Job
 from megatron_real.policy.policy import Update
 from megatron_real.policy.train_step import Batch
 from megatron_real.records import Rollout
+from megatron_real.rollout.refill import refill
 from megatron_real.rollout.stage import permuted_labels
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.reporter import Training
@@ -57,14 +58,19 @@ def _rollouts(job: Job, step: int) -> list[Rollout]:
     if job.generation is None:
         saved = read_rollouts(RunDirectory(job.config.rollout.replay).rollouts(step))
         return sorted(saved, key=lambda r: (r.group, r.sample))
-    timed, stage = job.reporter.progress.stage, job.generation.stage
-    prompts = job.generation.cursor.next_batch(job.config.rollout.num_prompts)
-    _sync(job, job.generation)
-    with timed("rollout"):
-        sampled = stage.generate(prompts, job.generation.sampling, seed=job.seed(step))
-    with timed("label"):
-        rollouts = stage.label(prompts, sampled)
-    stage.engine.finish_inference()
+    generation, timed = job.generation, job.reporter.progress.stage
+
+    def draw(num_prompts: int, number: int) -> list[Rollout]:
+        prompts = generation.cursor.next_batch(num_prompts)
+        with timed("rollout"):
+            sampled = generation.stage.generate(prompts, generation.sampling, seed=job.seed(step, number))
+        with timed("label"):
+            return generation.stage.label(prompts, sampled)
+
+    _sync(job, generation)
+    chosen = job.config.rollout
+    rollouts = refill(draw(chosen.num_prompts, 0), rounds=chosen.refill_rounds, draw=draw)
+    generation.stage.engine.finish_inference()
     return permuted_labels(rollouts, seed=job.seed(step)) if job.config.labels.permute else rollouts
 
 

@@ -117,6 +117,7 @@ def _row(uid: str, raw: Mapping[str, Any]) -> Row | None:
 
 
 def _answers(gold: Any) -> tuple[str, ...]:
-    """Gold answers come as text, numbers, or lists of them."""
-    listed = gold if isinstance(gold, list) else [gold]
-    return tuple(text for text in (str(g).strip() for g in listed if g is not None) if text)
+    """Gold answers come as text, numbers, or lists of them; a float that is a whole number is written as one."""
+    listed = gold if isinstance(gold, (list, tuple)) else [gold]
+    whole = [int(g) if isinstance(g, float) and g.is_integer() else g for g in listed if g is not None]
+    return tuple(text for text in (str(g).strip() for g in whole) if text)

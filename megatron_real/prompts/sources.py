@@ -181,7 +181,8 @@ def _golds(raw: Mapping[str, Any], layout: Layout) -> list[str]:
     """The accepted answers, without the markup that only says that they are mathematics."""
     found = _column(raw, layout.answer)
     if layout.answer_is == "boxed":
-        found = final_answer(str(found))
+        boxed = final_answer(str(found))
+        found = boxed.text if boxed else None
     listed = [_text(gold) for gold in (found if isinstance(found, list) else [found])]
     golds = [gold for gold in listed if gold]
     return [", ".join(golds)] if layout.answer_is == "parts" and golds else golds
