@@ -57,6 +57,7 @@ def run(chosen: argparse.Namespace, first: bool) -> int:
     except ValueError as error:
         return _refused(error, first)
     from megatron_real.benchmark import UntrustedFigures, run_benchmarks
+    from megatron_real.rollout.engine import EngineFailed
 
     out = chosen.out or str(Path("runs/eval") / Path(config.model.path).resolve().name)
     try:
@@ -67,7 +68,7 @@ def run(chosen: argparse.Namespace, first: bool) -> int:
         if first:
             print(f"megatron-real: interrupted; the same command goes on from what is in {out}", file=sys.stderr)
         return 130
-    except UntrustedFigures as error:
+    except (UntrustedFigures, EngineFailed) as error:
         print(f"megatron-real: {error}", file=sys.stderr)
         return 1
     return 0

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_train import base as base  # a fixture
 from tests.integration.test_train import train
 
 ROOT = Path(__file__).parents[2]
