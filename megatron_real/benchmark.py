@@ -31,7 +31,7 @@ from megatron_real.job import build_labeller
 from megatron_real.labels import Labeller
 from megatron_real.labels.equivalence import Given, answer_classes
 from megatron_real.labels.verifiers import final_answer
-from megatron_real.policy.layout import join_world
+from megatron_real.policy.layout import join_world, leave_world
 from megatron_real.prompts import load_prompts
 from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Sampling
 from megatron_real.rollout import RolloutStage, build_engine
@@ -75,6 +75,7 @@ def run_benchmarks(config: Config, files: Mapping[str, str], out: str | Path) ->
     todo = _missing(directory, chunks)
     if todo:
         _answer(config, engine, directory, chunks, todo)
+    leave_world()
     if rank > 0:
         return {}
     found = {name: summarise(directory.read([c for c in chunks if c.benchmark == name]), vote=True) for name in files}

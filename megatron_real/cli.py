@@ -71,6 +71,7 @@ def _train(config: configuration.Config, first: bool) -> int:
     from megatron_real.job import build
     from megatron_real.labels import RewardNeedsThreshold, TooManyFailedChecks
     from megatron_real.loop import NonFinite, train
+    from megatron_real.policy.layout import leave_world
 
     try:
         job = build(config)
@@ -90,4 +91,5 @@ def _train(config: configuration.Config, first: bool) -> int:
         if first:
             print(f"megatron-real: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    leave_world()
     return 0
