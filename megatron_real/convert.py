@@ -114,6 +114,10 @@ def _to_hf(chosen: argparse.Namespace) -> int:
 def _convert(chosen: argparse.Namespace, conversion: Any, **options: Any) -> int:
     if chosen.workers < 1:
         raise WeightsError(f"--workers is {chosen.workers}; it must be at least 1")
+    if chosen.dtype != "keep" or chosen.conversion == "to-megatron":
+        import torch
+
+        torch.set_num_threads(1)  # the copying threads are the parallelism
     started = time.perf_counter()
     with progress_bar(f"{chosen.source} -> {chosen.out}") as progress:
         done = conversion(

@@ -5,8 +5,9 @@
     python tools/bench_convert.py --peer "bridge=python their_script.py {hf} {out}"
 
 Makes a synthetic model of the shape, then repeats cp, both conversions, both with a cast, and any peers, each in a
-process of its own, and takes medians. `work` includes bringing the files to disk, so ratios are to a cp that does that
-too. Memory is the anonymous memory of the process and its children, the most seen at 20 ms intervals.
+process of its own, and takes medians. `work` begins when Python and torch are loaded and includes bringing the files to
+disk, so ratios are to a cp that does that too. Memory is the anonymous memory of the process and its children, the most
+seen at 20 ms intervals.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def measure(root: Path, rounds: int, peers: dict[str, str]) -> dict[str, list[tu
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, command in commands.items():
-            os.sync()  # what earlier commands left to be written
+            os.sync()  # what earlier commands left to be written, and blocks that they freed
+            time.sleep(2)
             found[name].append(run(command))
             if name == "Megatron to HF":
                 same = all(filecmp.cmp(hf / file.name, file, shallow=False) for file in out.glob("*.safetensors"))
