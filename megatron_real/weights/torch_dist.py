@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
@@ -82,8 +82,8 @@ class TorchDistWeights:
                 f"{list(expected)}; they do not belong together"
             )
         wanted = self._chunks.get(key, [])
-        if stacked:
-            wanted = [c for c in wanted if c[0][0] <= entry.layer < c[0][0] + c[1][0]]
+        if stacked and entry.layer is not None:
+            wanted = [c for c in wanted if c.offsets[0] <= entry.layer < c.offsets[0] + c.sizes[0]]
         chunks = tuple(self._chunk(key, dtype, c, entry.layer if stacked else None) for c in wanted)
         whole = StoredTensor(f"{key}[{entry.layer}]", dtype, shape[1:] if stacked else shape, chunks)
         whole.check_tiling()
@@ -102,28 +102,40 @@ class TorchDistWeights:
             raise WeightsError(f"{self.directory}: {key} has dtype {dtype}; supported are {', '.join(DTYPE_BYTES)}")
         return shape, dtype
 
-    def _chunk(self, key: str, dtype: str, chunk: Any, layer: int | None) -> Chunk:
+    def _chunk(self, key: str, dtype: str, chunk: DistChunk, layer: int | None) -> Chunk:
         """The part of a chunk that belongs to `layer`, as a rectangle of that layer's matrix."""
-        offsets, sizes, file, begin, length = chunk
-        archive = TorchFile(self.directory / file, begin, length)
+        file, offsets, sizes = self.directory / chunk.file, chunk.offsets, chunk.sizes
+        archive = TorchFile(file, chunk.begin, chunk.length)
         if not isinstance(archive.object, PickledTensor) or archive.object.dtype != dtype:
-            raise WeightsError(f"{self.directory / file}: the chunk of {key} at {offsets} is not a {dtype} tensor")
+            raise WeightsError(f"{file}: the chunk of {key} at {offsets} is not a {dtype} tensor")
         stored = archive.stored(key, archive.object)
         if prod(stored.shape) != prod(sizes):
-            raise WeightsError(
-                f"{self.directory / file}: the chunk of {key} at {offsets} has the shape {stored.shape}, not {sizes}"
-            )
-        offset = stored.chunks[0].offset
+            raise WeightsError(f"{file}: the chunk of {key} at {offsets} has the shape {stored.shape}, not {sizes}")
+        begin = stored.chunks[0].offset
         if layer is not None:
-            offset += (layer - offsets[0]) * prod(sizes[1:]) * DTYPE_BYTES[dtype]
+            begin += (layer - offsets[0]) * prod(sizes[1:]) * DTYPE_BYTES[dtype]
             offsets, sizes = offsets[1:], sizes[1:]
-        row, column = offsets[0], offsets[1] if len(offsets) > 1 else 0
-        columns = sizes[1] if len(sizes) > 1 else 1
-        return Chunk(self.directory / file, offset, row, column, sizes[0], columns)
+        column, columns = (offsets[1], sizes[1]) if len(sizes) > 1 else (0, 1)
+        return Chunk(file, begin, offsets[0], column, sizes[0], columns)
 
 
-def read_metadata(directory: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, list[Any]]]:
-    """Key -> (shape, dtype), and key -> its chunks: (offsets, sizes, file, first byte, bytes).
+class DistChunk(NamedTuple):
+    """A chunk as `.metadata` has it."""
+
+    offsets: tuple[int, ...]
+    """Its first element in the global tensor."""
+    sizes: tuple[int, ...]
+    """Its shape."""
+    file: str
+    """Name of its file."""
+    begin: int
+    """First byte of its archive there."""
+    length: int
+    """Bytes of the archive."""
+
+
+def read_metadata(directory: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, list[DistChunk]]]:
+    """Key -> (shape, dtype), and key -> its chunks. A chunk without data is left to the tiling's check.
 
     Raises:
         WeightsError: missing, corrupt or hostile.
@@ -136,28 +148,34 @@ def read_metadata(directory: Path) -> tuple[dict[str, tuple[tuple[int, ...], str
     except OSError as error:
         raise WeightsError(f"{file} cannot be read ({error.strerror}); it is not a torch_dist checkpoint") from error
     try:
-        shapes, ranges = {}, {}
-        for index, info in metadata.storage_data.items():
-            if not re.fullmatch(r"[\w.-]+", info.relative_path) or info.relative_path in (".", ".."):
-                raise WeightsError(f"{file} names the file {info.relative_path!r}, which is not one of the checkpoint")
-            offset = getattr(index, "offset", None)
-            at = _numbers(offset) if offset is not None else None
-            ranges[index.fqn, at] = (info.relative_path, *_numbers((info.offset, info.length)))
-        chunks: dict[str, list[Any]] = {}
-        for key, tensor in metadata.state_dict_metadata.items():
-            if hasattr(tensor, "chunks"):
-                shapes[str(key)] = (_numbers(tensor.size), str(tensor.properties.state[0]))
-                for chunk in tensor.chunks:
-                    offsets, sizes = _numbers(chunk.offsets), _numbers(chunk.sizes)
-                    if not len(offsets) == len(sizes) == len(tensor.size):
-                        raise ValueError(f"chunk {offsets} of {key}")
-                    if (key, offsets) in ranges:  # a chunk without data is found by the tiling's check
-                        chunks.setdefault(str(key), []).append((offsets, sizes, *ranges[key, offsets]))
+        ranges: dict[Any, tuple[str, int, int]] = {
+            (index.fqn, _numbers(index.offset)): (_file_name(info.relative_path), int(info.offset), int(info.length))
+            for index, info in metadata.storage_data.items()
+            if getattr(index, "offset", None) is not None
+        }
+        tensors = {str(key): t for key, t in metadata.state_dict_metadata.items() if hasattr(t, "chunks")}
+        shapes = {key: (_numbers(t.size), str(t.properties.state[0])) for key, t in tensors.items()}
+        chunks = {
+            key: [
+                DistChunk(_numbers(c.offsets), _numbers(c.sizes), *ranges[key, _numbers(c.offsets)])
+                for c in tensor.chunks
+                if (key, _numbers(c.offsets)) in ranges
+            ]
+            for key, tensor in tensors.items()
+        }
+        if any(not len(c.offsets) == len(c.sizes) == len(shapes[key][0]) for key in chunks for c in chunks[key]):
+            raise ValueError("a chunk has other dimensions than its tensor")
         return shapes, chunks
     except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
         if isinstance(error, WeightsError):
             raise
         raise WeightsError(f"{file} is not the metadata of a torch_dist checkpoint ({error!r})") from error
+
+
+def _file_name(name: Any) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise WeightsError(f"the metadata name the file {name!r}, which is not one of the checkpoint")
+    return name
 
 
 def plan_torch_dist(
