@@ -93,8 +93,8 @@ def measure(root: Path, rounds: int, peers: dict[str, str]) -> dict[str, list[tu
     hf, forth, out = root / "hf", root / "megatron", root / "out"
     convert = f"{sys.executable} -m megatron_real convert"
     commands = {
-        "cp": f"cp -r {hf} {out}",
-        REFERENCE: f"sh -c 'cp -r {hf} {out} && sync -f {out}'",
+        "cp": f"cp -r --sparse=never {hf} {out}",
+        REFERENCE: f"sh -c 'cp -r --sparse=never {hf} {out} && sync -f {out}'",
         "HF to Megatron": f"{convert} to-megatron {hf} {out} --json",
         "HF to Megatron, cast": f"{convert} to-megatron {hf} {out} --dtype fp16 --json",
         "Megatron to HF": f"{convert} to-hf {forth} {out} --json",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.containers import TorchFile
 from megatron_real.weights.conversion import checkpoint_of, open_megatron, recorded_hf
 from megatron_real.weights.hf import HfWeights
-from megatron_real.weights.torch_dist import COMMON, METADATA, TorchDistWeights, read_metadata
+from megatron_real.weights.torch_dist import COMMON, CONFIG, METADATA, TorchDistWeights, read_metadata
 from megatron_real.weights.verify import is_hf
 
 
@@ -61,6 +62,7 @@ def _describe_torch_dist(checkpoint: Path, architecture: Architecture | None) ->
     common = TorchFile(checkpoint / COMMON).object if (checkpoint / COMMON).is_file() else {}
     return {
         "format": "Megatron torch_dist",
+        "versions": _versions(checkpoint),
         "checkpoint": str(checkpoint),
         "written_by": "megatron-core with optimizer" if len(ours) < len(shapes) else "weights only",
         "iteration": common.get("iteration", "unknown") if isinstance(common, dict) else "unknown",
@@ -71,6 +73,15 @@ def _describe_torch_dist(checkpoint: Path, architecture: Architecture | None) ->
         "layout": "any TP, PP and VPP",
         **({} if architecture is None else {k: v for k, v in _model(architecture).items() if k != "parameters"}),
     }
+
+
+def _versions(checkpoint: Path) -> dict[str, Any]:
+    """Of the checkpoint's format, as megatron-core notes them."""
+    try:
+        noted = json.loads((checkpoint / CONFIG).read_bytes())
+        return {key: noted[key] for key in sorted(noted) if key.endswith("_version")}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
 
 
 def _model(architecture: Architecture) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def write_directory(
         partial.mkdir(parents=True, exist_ok=True)
         with _journal(out) as journal:
             done = _resume(output, partial, journal)
-            _check_space(output, partial)
+            _check_space(output, partial, _journal_file(out))
             _write_literals(output, partial)
             for index in done:
                 report(output.targets[index].piece.num_bytes)
@@ -172,7 +172,7 @@ def check_manifest(directory: Path) -> list[str]:
 @contextmanager
 def _journal(out: Path) -> Iterator[int]:
     """The journal's descriptor, locked against a second conversion to `out`; removed when all went well."""
-    file = out.with_name(f".{out.name}.journal")
+    file = _journal_file(out)
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -182,6 +182,10 @@ def _journal(out: Path) -> Iterator[int]:
         raise WeightsError(f"another process is writing {out}; wait for it") from error
     finally:
         os.close(descriptor)
+
+
+def _journal_file(out: Path) -> Path:
+    return out.with_name(f".{out.name}.journal")
 
 
 def _resume(output: Output, partial: Path, journal: int) -> dict[int, int]:
@@ -211,10 +215,13 @@ def _resume(output: Output, partial: Path, journal: int) -> dict[int, int]:
     return done
 
 
-def _check_space(output: Output, partial: Path) -> None:
+def _check_space(output: Output, partial: Path, journal: Path) -> None:
     there = sum(f.stat().st_blocks * 512 for f in partial.rglob("*") if f.is_file())
     missing = sum(output.sizes.values()) - there - shutil.disk_usage(partial).free
     if missing > 0:
+        if not there:  # nothing was begun, so nothing is left
+            partial.rmdir()
+            journal.unlink()
         raise WeightsError(
             f"{sum(output.sizes.values()):,} bytes are needed in {partial.parent}, which has {missing:,} too few; "
             f"free some space or take another directory"
