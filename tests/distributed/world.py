@@ -7,6 +7,7 @@ the whole test session, and each call forms the group that it needs.
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing as mp
 import os
 import socket
@@ -89,6 +90,8 @@ def _serve(pipe: Connection) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     cpu.enable()
+    from megatron.core import parallel_state
+
     while True:
         try:
             function, rank, size, port, arguments = pipe.recv()
@@ -102,5 +105,7 @@ def _serve(pipe: Connection) -> None:
         except Exception:  # whatever went wrong is the test's to report
             pipe.send((False, traceback.format_exc()))
         finally:
+            parallel_state.destroy_model_parallel()
             if dist.is_initialized():
                 dist.destroy_process_group()
+            gc.collect()  # each gloo group that something still refers to keeps threads that poll
