@@ -229,12 +229,14 @@ class TrainStep:
             return loss(micro, logprob_T), no_averaging, {}
 
         iterators = [iter(micros) for _ in self.chunks]
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(micros),
-            seq_length=micros[0].tokens_T.numel(),
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        # forward_only alone leaves autograd on: every micro-batch's activations would live as long as its score.
+        with torch.set_grad_enabled(not forward_only):
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
+                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                num_microbatches=len(micros),
+                seq_length=micros[0].tokens_T.numel(),
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
