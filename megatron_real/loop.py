@@ -22,7 +22,7 @@ from megatron_real.job import Generation, Job
 from megatron_real.policy.policy import Update
 from megatron_real.policy.train_step import Batch
 from megatron_real.records import Rollout
-from megatron_real.rollout.stage import permuted_labels
+from megatron_real.rollout.stage import permuted_labels, without_mismatch
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.reporter import Training
 from megatron_real.runs.rollouts import read_rollouts
@@ -65,12 +65,18 @@ def _rollouts(job: Job, step: int) -> list[Rollout]:
     with timed("label"):
         rollouts = stage.label(prompts, sampled)
     stage.engine.finish_inference()
-    return permuted_labels(rollouts, seed=job.seed(step)) if job.config.labels.permute else rollouts
+    rollouts = permuted_labels(rollouts, seed=job.seed(step)) if job.config.labels.permute else rollouts
+    if (bound := job.config.rollout.exclude_mismatch) is not None:
+        with timed("mismatch"):
+            rollouts = without_mismatch(rollouts, job.policy.mismatch(rollouts), bound=bound)
+    return rollouts
 
 
 def _sync(job: Job, generation: Generation) -> None:
     with job.reporter.progress.stage("sync"):
-        generation.stage.engine.prepare_for_inference(job.policy.stream())
+        generation.sync.run(job.policy.stream())
+    with job.reporter.progress.stage("probe"):
+        generation.sync.probe(job.policy.mismatch)
 
 
 def _updates(job: Job, rollouts: Sequence[Rollout]) -> tuple[list[Batch], list[Update]]:
@@ -100,6 +106,7 @@ def _evaluate(job: Job, step: int) -> None:
     with job.reporter.progress.stage("evaluation"):
         seed = job.seed(0)  # the same draws at every evaluation: differences are the policy's
         result = evaluate(generation.stage, generation.heldout, generation.heldout_sampling, seed=seed)
+        generation.stage.engine.finish_inference()
     job.reporter.evaluated(step, result)
 
 

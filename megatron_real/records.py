@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Status = Literal["ok", "wrong", "unparsable", "timeout", "crashed", "overlong", "empty", "score"]
+Status = Literal["ok", "wrong", "unparsable", "timeout", "crashed", "overlong", "empty", "score", "mismatch"]
 """What became of one check.
 
 `ok` and `wrong` are verdicts on the answer; `unparsable` means that no answer could be read from the completion;
 `timeout` and `crashed` mean that the check itself failed; `overlong` that the completion was cut at the length limit;
-`empty` that it has no token; `score` that a user's verifier gave a number for a threshold to judge.
+`empty` that it has no token; `score` that a user's verifier gave a number for a threshold to judge; `mismatch` that
+trainer and engine disagreed on its log-probs beyond rollout.exclude_mismatch, whatever the check said.
 """
 
 POSITIVE = 1
