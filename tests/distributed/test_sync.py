@@ -44,11 +44,19 @@ def test_every_single_bit_changes_the_checksum() -> None:
     assert len(found) == 1 + 64 * 32
 
 
+def test_signs_that_change_in_pairs_change_the_checksum() -> None:
+    """The sign of every second fp32 element is the uppermost bit of its 8 bytes, which a product alone would lose."""
+    tensor = torch.linspace(1, 2, 16)
+    tensor[[1, 7]] *= -1
+    assert checksum(tensor) != checksum(tensor.abs()) != checksum(-tensor)
+
+
 def test_a_long_tensor_is_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_real.rollout.sync._CHUNK", 8)
-    tensor = torch.arange(20.0)
+    monkeypatch.setattr("megatron_real.rollout.sync._BLOCK", 4)
+    tensor = torch.arange(21.0)
     moved = torch.cat([tensor[8:16], tensor[:8], tensor[16:]])
     assert checksum(tensor) != checksum(moved)
+    assert checksum(tensor[1:]) == checksum(tensor[1:].clone())
 
 
 LAYOUTS = {
