@@ -1,4 +1,8 @@
-"""The command line: `megatron-real train CONFIG.yaml [key.sub=value ...]`, by itself or under torchrun or srun.
+"""The command line.
+
+    megatron-real train CONFIG.yaml [key.sub=value ...]      by itself, or under torchrun or srun
+    megatron-real eval CONFIG.yaml|HF_DIR --bench NAME=FILE ... [key.sub=value ...]      likewise
+    megatron-real convert to-megatron | to-hf | verify | inspect ...
 
 A wrong configuration is refused before anything heavy is imported, in one sentence.
 """
@@ -12,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from megatron_real import benchmark_command, convert
 from megatron_real import config as configuration
 from megatron_real.weights.architecture import Architecture
 
@@ -25,9 +30,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train = commands.add_parser("train", help="train a policy", description="Trains a policy by REAL.")
     train.add_argument("config", help="YAML file; see examples/configs/")
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
-    chosen = parser.parse_args(arguments)
+    convert.add_commands(commands)
+    benchmark_command.add_command(commands)
+    chosen, later = parser.parse_known_args(arguments)
+    if later and (not hasattr(chosen, "overrides") or any(word.startswith("-") for word in later)):
+        parser.error(f"unrecognized arguments: {' '.join(later)}")
+    if later:
+        chosen.overrides += later  # argparse itself takes them only before the options
     first = os.environ.get("RANK", "0") == "0"
     _quiet(first)
+    if chosen.command == "convert":
+        return convert.run(chosen)
+    if chosen.command == "eval":
+        return benchmark_command.run(chosen, first)
     try:
         config = configuration.load(chosen.config, chosen.overrides)
         configuration.check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -55,8 +70,9 @@ def _quiet(first: bool) -> None:
 
 def _train(config: configuration.Config, first: bool) -> int:
     from megatron_real.job import build
-    from megatron_real.labels import TooManyFailedChecks
+    from megatron_real.labels import RewardNeedsThreshold, TooManyFailedChecks
     from megatron_real.loop import NonFinite, train
+    from megatron_real.policy.layout import leave_world
     from megatron_real.rollout.sync import SyncError
 
     try:
@@ -73,8 +89,9 @@ def _train(config: configuration.Config, first: bool) -> int:
                 file=sys.stderr,
             )
         return 130
-    except (NonFinite, SyncError, TooManyFailedChecks) as error:
+    except (NonFinite, SyncError, TooManyFailedChecks, RewardNeedsThreshold) as error:
         if first:
             print(f"megatron-real: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ValueError) else 1
+    leave_world()
     return 0

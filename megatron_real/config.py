@@ -28,6 +28,9 @@ class ModelConfig:
 
     path: str = ""
     """Directory with HF weights (config.json, *.safetensors, tokenizer)."""
+    weights: str = ""
+    """Megatron checkpoint of any layout to start from; empty: the weights in `path`, which gives config and tokenizer
+    either way."""
     dtype: Literal["bf16", "fp32", "fp64"] = "bf16"
     """Parameters and activations. fp64 is for tests of exactness."""
     layers: Literal["auto", "te", "local"] = "auto"
@@ -111,6 +114,10 @@ class RolloutConfig:
     """|log-prob in trainer - in engine| (nats) beyond which a token counts in the metric mismatch_share."""
     exclude_mismatch: float | None = None
     """Excludes a rollout whose mean |difference| (nats) is beyond this; costs one more forward pass a step."""
+    retries: int = 1
+    """How often a completion that an engine lost is drawn again, on another rank's engine; then it is excluded."""
+    refill_rounds: int = 0
+    """Dynamic sampling: rounds in which groups of one class are replaced by those of fresh prompts; 0: off."""
     replay: str = ""
     """Run directory whose saved rollouts are trained on instead of generating: no engine is started."""
 
@@ -127,12 +134,18 @@ class LabelConfig:
     """Wall clock of one check; then its worker is killed."""
     memory_mib: int = 1024
     """Memory limit of one worker."""
+    require_think: bool = False
+    """No answer counts without a </think> before it."""
+    require_boxed: bool = True
+    """No answer counts outside a \\boxed{}; else the end of the text stands in for a missing box."""
+    excluded: tuple[Literal["wrong", "unparsable", "timeout", "crashed"], ...] = ("timeout", "crashed")
+    """Statuses whose rollouts leave their group; those of the other statuses but ok are negative."""
     overlong: Literal["negative", "excluded"] = "negative"
     """What a truncated response counts as."""
     threshold: float | None = None
     """Rewards at or above it are positive; required when a verifier returns anything but 0 or 1."""
     max_failed_share: float = 0.2
-    """The run stops when more than this share of a step's checks failed (timeout or crash)."""
+    """The run stops when more than this share of a step's checks failed (timeout, crashed or lost)."""
     permute: bool = False
     """Control experiment: labels are shuffled over the step's rollouts, so that nothing can be learned."""
 
@@ -219,6 +232,8 @@ class EvalConfig:
     """Nucleus mass."""
     max_problems: int = 0
     """Evaluate only the first so many; 0: all."""
+    chunk_problems: int = 64
+    """Problems that `megatron-real eval` answers and keeps at a time; an interruption costs at most so many."""
 
 
 @dataclass(frozen=True)
@@ -273,6 +288,8 @@ class Config:
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Reads a YAML file, applies `key.sub=value` overrides and checks everything that needs no process group.
 
+    A directory of HF weights stands for a file that says nothing but its path.
+
     Raises:
         ValueError: an unknown key, a wrong type or an impossible combination, in one sentence with the remedy.
     """
@@ -283,10 +300,11 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     for word in words:
         if "=" not in word:
             raise ValueError(f"override {word!r} has no '='; write key.sub=value, for example trainer.steps=10")
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise ValueError(f"there is no config file {str(path)!r}; give the path of a YAML file")
     try:
-        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(words))
+        said = OmegaConf.create({"model": {"path": str(path)}}) if Path(path).is_dir() else OmegaConf.load(path)
+        tree = OmegaConf.merge(said, OmegaConf.from_dotlist(words))
         values: Any = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
@@ -481,6 +499,7 @@ def _check_values(config: Config) -> None:
         "optimizer.lr": config.optimizer.lr,
         "evaluation.samples": config.evaluation.samples,
         "evaluation.temperature": config.evaluation.temperature,
+        "evaluation.chunk_problems": config.evaluation.chunk_problems,
     }
     for name, value in positive.items():
         if not (value > 0 and math.isfinite(value)):
@@ -493,6 +512,9 @@ def _check_values(config: Config) -> None:
             raise ValueError(f"rollout.sync.{name} is {count}; it must be 0 (never) or above")
     if config.rollout.exclude_mismatch is not None and not config.rollout.exclude_mismatch > 0:
         raise ValueError(f"rollout.exclude_mismatch is {config.rollout.exclude_mismatch}; it must be above 0, or null")
+    for name in ("retries", "refill_rounds"):
+        if getattr(config.rollout, name) < 0:
+            raise ValueError(f"rollout.{name} is {getattr(config.rollout, name)}; it must be 0 (off) or above")
     shares = {
         "rollout.top_p": config.rollout.top_p,
         "evaluation.top_p": config.evaluation.top_p,
@@ -534,6 +556,12 @@ def _check_combinations(config: Config) -> None:
     for name in rollout.vllm:
         if name in _OURS_IN_VLLM:
             raise ValueError(f"rollout.vllm.{name} is set by {_OURS_IN_VLLM[name]}; set that instead")
+    labels = config.labels
+    if ":" in labels.verifier and (labels.require_think or not labels.require_boxed):
+        raise ValueError(
+            f"labels.require_think and labels.require_boxed have no effect on labels.verifier = {labels.verifier!r}, "
+            "which is given the whole text; leave them at false and true"
+        )
     if parallel.sp and parallel.tp == 1:
         raise ValueError("parallel.sp=true needs parallel.tp > 1; set parallel.sp=false")
     if parallel.vpp > 1 and parallel.pp == 1:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_real.config import Config, check_world
+from megatron_real.config import Config, LabelConfig, check_world
 from megatron_real.labels import Labeller
 from megatron_real.policy.layout import join_world, set_up
 from megatron_real.policy.policy import Policy
@@ -17,7 +18,9 @@ from megatron_real.rollout import RolloutStage, build_engine
 from megatron_real.rollout.sync import WeightSync
 from megatron_real.runs.reporter import Reporter
 from megatron_real.weights.architecture import Architecture
+from megatron_real.weights.conversion import open_megatron
 from megatron_real.weights.hf import HfWeights
+from megatron_real.weights.mapping import Weights
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Job:
 
     config: Config
     """The whole configuration."""
-    weights: HfWeights
+    weights: Weights
     """The weights that training starts from."""
     policy: Policy
     """Model and optimizer."""
@@ -53,9 +56,9 @@ class Job:
     generation: Generation | None
     """None when saved rollouts are replayed."""
 
-    def seed(self, step: int) -> int:
-        """Seed of a step's sampling: it depends on the run's seed and the step alone."""
-        return self.config.trainer.seed * 1_000_003 + step
+    def seed(self, step: int, draw: int = 0) -> int:
+        """Seed of a step's sampling: it depends on the run's seed, the step and which of its draws it is alone."""
+        return self.config.trainer.seed * 1_000_003 + step + (draw << 40)
 
 
 def build(config: Config) -> Job:
@@ -69,47 +72,31 @@ def build(config: Config) -> Job:
     check_world(config, world)
     reporter = Reporter(config, rank=rank, world=world)
     reporter.progress.say(f"model {config.model.path} on {world} processes")
-    architecture, weights = Architecture.read(config.model.path), HfWeights(config.model.path)
+    architecture = Architecture.read(config.model.path)
+    start = config.model.weights
+    weights = open_megatron(Path(start), architecture) if start else HfWeights(config.model.path)
     updates = config.trainer.steps * (config.rollout.num_prompts // config.batch.minibatch_prompts)
     policy = Policy(config, architecture, set_up(config.parallel, seed=config.trainer.seed), num_updates=updates)
     policy.load(weights)
-    generation = (
-        None
-        if config.rollout.replay
-        else _generation(config, architecture, say=reporter.progress.say, rank=rank, world=world)
-    )
+    replay, say = config.rollout.replay, reporter.progress.say
+    generation = None if replay else _generation(config, architecture, say=say, rank=rank, world=world)
     return Job(config, weights, policy, reporter, generation)
 
 
 def _generation(
     config: Config, architecture: Architecture, *, say: Callable[[str], None], rank: int, world: int
 ) -> Generation:
-    engine, data, labels = build_engine(config, say=say), config.data, config.labels
+    engine, data = build_engine(config, say=say), config.data
     train = load_prompts(data.train, engine.tokenizer, suffix=data.suffix, max_tokens=data.max_prompt_tokens)
     heldout = (
         load_prompts(data.heldout, engine.tokenizer, suffix=data.suffix, max_tokens=data.max_prompt_tokens)
         if data.heldout
         else []
     )
-    labeller = Labeller(
-        labels.verifier,
-        workers=labels.workers,
-        timeout_seconds=labels.timeout_seconds,
-        memory_mib=labels.memory_mib,
-        overlong=labels.overlong,
-        threshold=labels.threshold,
-        max_failed_share=labels.max_failed_share,
-    )
     chosen, evaluation = config.rollout, config.evaluation
     return Generation(
-        stage=RolloutStage(engine, labeller, rank=rank, world=world),
-        sync=WeightSync(
-            engine,
-            config.rollout.sync,
-            tied=architecture.tied,
-            probe=train[0],
-            temperature=config.rollout.temperature,
-        ),
+        stage=RolloutStage(engine, build_labeller(config.labels), rank=rank, world=world, retries=chosen.retries),
+        sync=WeightSync(engine, chosen.sync, tied=architecture.tied, probe=train[0], temperature=chosen.temperature),
         cursor=PromptCursor(train, seed=config.trainer.seed, shuffle=data.shuffle),
         sampling=Sampling(
             chosen.group_size, chosen.temperature, chosen.max_response_tokens, chosen.top_p, chosen.top_k
@@ -118,4 +105,20 @@ def _generation(
         heldout_sampling=Sampling(
             evaluation.samples, evaluation.temperature, chosen.max_response_tokens, evaluation.top_p
         ),
+    )
+
+
+def build_labeller(labels: LabelConfig) -> Labeller:
+    """The verifier processes that the configuration asks for."""
+    return Labeller(
+        labels.verifier,
+        workers=labels.workers,
+        timeout_seconds=labels.timeout_seconds,
+        memory_mib=labels.memory_mib,
+        require_think=labels.require_think,
+        require_boxed=labels.require_boxed,
+        excluded=labels.excluded,
+        overlong=labels.overlong,
+        threshold=labels.threshold,
+        max_failed_share=labels.max_failed_share,
     )

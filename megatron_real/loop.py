@@ -6,7 +6,7 @@ prompts -> rollouts -> labels -> batches, old log-probs -> updates -> rollouts a
 
 stage           consumes                  produces                  waits for
 sync            the policy's weights      the engine's weights      all ranks, tensor by tensor
-rollout         prompts                   completions               its own rank only
+rollout         prompts                   completions, in verifying its own rank only
 label           completions               rollouts on every rank    the slowest rank's verifier
 old_logprobs    rollouts                  packed batches            the pipeline
 update          one batch at a time       new weights               all ranks, once per update
@@ -18,15 +18,16 @@ import math
 from collections.abc import Sequence
 
 from megatron_real.evaluate import evaluate
-from megatron_real.job import Generation, Job
+from megatron_real.job import Job
 from megatron_real.policy.policy import Update
 from megatron_real.policy.train_step import Batch
 from megatron_real.records import Rollout
+from megatron_real.rollout.refill import refill
 from megatron_real.rollout.stage import permuted_labels, without_mismatch
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.reporter import Training
 from megatron_real.runs.rollouts import read_rollouts
-from megatron_real.weights.hf import write_hf
+from megatron_real.weights.stream import write_hf
 
 
 class NonFinite(RuntimeError):
@@ -57,26 +58,23 @@ def _rollouts(job: Job, step: int) -> list[Rollout]:
     if job.generation is None:
         saved = read_rollouts(RunDirectory(job.config.rollout.replay).rollouts(step))
         return sorted(saved, key=lambda r: (r.group, r.sample))
-    timed, stage = job.reporter.progress.stage, job.generation.stage
-    prompts = job.generation.cursor.next_batch(job.config.rollout.num_prompts)
-    _sync(job, job.generation)
-    with timed("rollout"):
-        sampled = stage.generate(prompts, job.generation.sampling, seed=job.seed(step))
-    with timed("label"):
-        rollouts = stage.label(prompts, sampled)
-    stage.engine.finish_inference()
+    generation, timed = job.generation, job.reporter.progress.stage
+
+    def draw(num_prompts: int, number: int) -> list[Rollout]:
+        prompts = generation.cursor.next_batch(num_prompts)
+        with timed("rollout"):
+            sampled = generation.stage.generate(prompts, generation.sampling, seed=job.seed(step, number))
+        with timed("label"):
+            return generation.stage.label(prompts, sampled)
+
+    with timed("sync"):
+        generation.sync.run(job.policy.stream(), job.policy.mismatch)
+    chosen = job.config.rollout
+    rollouts = refill(draw(chosen.num_prompts, 0), rounds=chosen.refill_rounds, draw=draw)
+    generation.stage.engine.finish_inference()
     rollouts = permuted_labels(rollouts, seed=job.seed(step)) if job.config.labels.permute else rollouts
-    if (bound := job.config.rollout.exclude_mismatch) is not None:
-        with timed("mismatch"):
-            rollouts = without_mismatch(rollouts, job.policy.mismatch(rollouts), bound=bound)
-    return rollouts
-
-
-def _sync(job: Job, generation: Generation) -> None:
-    with job.reporter.progress.stage("sync"):
-        generation.sync.run(job.policy.stream())
-    with job.reporter.progress.stage("probe"):
-        generation.sync.probe(job.policy.mismatch)
+    with timed("mismatch"):
+        return without_mismatch(rollouts, job.policy.mismatch, bound=chosen.exclude_mismatch)
 
 
 def _updates(job: Job, rollouts: Sequence[Rollout]) -> tuple[list[Batch], list[Update]]:
@@ -102,7 +100,8 @@ def _evaluate(job: Job, step: int) -> None:
     generation = job.generation
     if generation is None or not generation.heldout:
         return
-    _sync(job, generation)
+    with job.reporter.progress.stage("sync"):
+        generation.sync.run(job.policy.stream(), job.policy.mismatch)
     with job.reporter.progress.stage("evaluation"):
         seed = job.seed(0)  # the same draws at every evaluation: differences are the policy's
         result = evaluate(generation.stage, generation.heldout, generation.heldout_sampling, seed=seed)
@@ -112,9 +111,10 @@ def _evaluate(job: Job, step: int) -> None:
 
 def _export(job: Job) -> None:
     """Writes the weights as an HF directory, in the dtype of the weights that training started from."""
-    stream = ((name, tensor.to(job.weights.dtype(name))) for name, tensor in job.policy.stream())
+    stream = job.policy.stream()
     if job.reporter.first:
-        write_hf(job.reporter.directory.weights, stream, source=job.config.model.path)
+        path = job.config.model.path
+        write_hf(job.reporter.directory.weights, stream, source=path, dtype=job.weights.dtype)
     else:
         for _ in stream:  # the stream is collective: every rank takes part in every tensor
             pass

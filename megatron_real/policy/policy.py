@@ -23,8 +23,9 @@ from megatron_real.policy.model import build_model
 from megatron_real.policy.train_step import Batch, Gradient, TokenStats, TrainStep
 from megatron_real.records import EXCLUDED, Rollout
 from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.hf import HfWeights, torch_dtype
-from megatron_real.weights.stream import load_hf, stream_hf
+from megatron_real.weights.mapping import Weights
+from megatron_real.weights.stored import torch_dtype
+from megatron_real.weights.stream import load_weights, stream_hf
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ class Policy:
         self.optimizer: MegatronOptimizer | None = None
         self.scheduler: OptimizerParamScheduler | None = None
 
-    def load(self, weights: HfWeights) -> None:
+    def load(self, weights: Weights) -> None:
         """Fills the model from HF weights, then builds the optimizer, whose master weights are copies of them."""
-        load_hf(self.chunks, weights, self.architecture, tp_rank=self.groups.tp.rank(), tp=self.groups.tp.size())
+        load_weights(self.chunks, weights, self.architecture, tp_rank=self.groups.tp.rank(), tp=self.groups.tp.size())
         if self.config.model.dtype != "fp64":  # megatron-core's optimizers know no fp64; exactness tests need none
             self.optimizer = _optimizer(self.config, self.ddp)
             self.scheduler = _scheduler(self.config, self.optimizer, self._num_updates)

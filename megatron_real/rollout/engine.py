@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from megatron_real.records import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class EngineFailed(RuntimeError):
+    """An engine cannot go on. What it has not returned is lost, and drawn again on another rank's engine."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,44 @@ class Engine(Protocol):
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
-    ) -> list[list[Completion]]:
-        """[prompt][sample] completions; a seed for each prompt. Equal weights and arguments give equal completions."""
+    ) -> Sequence[Sequence[Completion | None]]:
+        """[prompt][sample] completions; a seed for each prompt. Equal weights and arguments give equal completions.
+
+        None stands for a completion that was lost (a timeout, a server that died).
+
+        Raises:
+            EngineFailed: everything is lost.
+        """
 
     def finish_inference(self) -> None:
         """Gives back the memory that only generation needs."""
+
+
+@runtime_checkable
+class StreamingEngine(Engine, Protocol):
+    """An engine that hands out completions as they finish, so that they are verified while others are generated.
+
+    To opt in, an engine has this method next to `generate`; nothing else changes.
+    """
+
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, int, Completion]]:
+        """(index of the prompt, sample, completion) in any order: those of `generate`; what is lost never comes.
+
+        Raises:
+            EngineFailed: everything that has not come is lost.
+        """
+
+
+def finished(
+    engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
+) -> Iterator[tuple[int, int, Completion]]:
+    """(index of the prompt, sample, completion) of any engine, as soon as it hands them out."""
+    if isinstance(engine, StreamingEngine):
+        yield from engine.stream(prompts, sampling, seeds=seeds)
+        return
+    for i, samples in enumerate(engine.generate(prompts, sampling, seeds=seeds)):
+        for k, completion in enumerate(samples):
+            if completion is not None:
+                yield i, k, completion

@@ -44,7 +44,14 @@ class ExpectedLengths:
         self.of |= {uid: sum(found) / len(found) for uid, found in lengths.items()}
 
 
-def prompt_seed(seed: int, position: int, prompt: Prompt) -> int:
-    """Seed of a prompt's answers in 63 bits: of the step's seed, the prompt and its place in the step alone."""
-    digest = hashlib.blake2b(f"{seed} {position} {prompt.uid}".encode(), digest_size=8).digest()
+def prompt_seed(seed: int, attempt: int, place: tuple[int, int], prompt: Prompt) -> int:
+    """Seed of a prompt's answers in 63 bits, whichever engine gives them.
+
+    Args:
+        seed: of the draw.
+        attempt: 0, or how often an engine has lost the answer.
+        place: (group, sample) of the first answer.
+        prompt: its uid counts.
+    """
+    digest = hashlib.blake2b(f"{seed} {attempt} {place} {prompt.uid}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -26,6 +26,9 @@ from megatron_real.rollout.watch import Watch
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
+Mismatch = Callable[[Sequence[Rollout]], Sequence[float]]
+"""Of the trainer: mean |log-prob there - in the engine| (nats) of each rollout. Collective over all ranks."""
+
 Checksums = dict[str, tuple[torch.dtype, int]]
 """By name: the dtype in which a tensor left the trainer, and the checksum of the part that this rank's engine holds."""
 
@@ -39,8 +42,7 @@ class WeightSync:
 
     Example:
         sync = WeightSync(engine, config.rollout.sync, tied=False, probe=prompts[0], temperature=1.0)
-        sync.run(policy.stream())
-        sync.probe(policy.mismatch)
+        sync.run(policy.stream(), policy.mismatch)
     """
 
     def __init__(self, engine: Engine, config: SyncConfig, *, tied: bool, probe: Prompt, temperature: float) -> None:
@@ -56,12 +58,15 @@ class WeightSync:
         """Syncs so far."""
         self._order: list[str] = []
 
-    def run(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def run(self, weights: Iterable[tuple[str, Tensor]], mismatch: Mismatch | None = None) -> None:
         """One sync of the whole stream.
+
+        Args:
+            mismatch: the trainer's, for the probe; there is none without.
 
         Raises:
             SyncError: a tensor is unknown, has another shape, comes twice or not at all, or is not in the engine as it
-                left the trainer; names it.
+                left the trainer, and is named; or the probe's answer differs, and the engine's ranks are named.
         """
         self.version += 1
         every = self.config.checksum_every
@@ -71,18 +76,12 @@ class WeightSync:
             watch.at = "the other ranks' checksums"
             if sums is not None:
                 self._compare(sums)
+        every = self.config.probe_every
+        if mismatch is not None and every and (self.version - 1) % every == 0:
+            self._probe(mismatch)
 
-    def probe(self, mismatch: Callable[[Sequence[Rollout]], Sequence[float]]) -> None:
-        """Compares the log-probs of an answer that every engine samples with the trainer's.
-
-        Args:
-            mismatch: the trainer's mean |log-prob difference| of each rollout (nats); collective over all ranks.
-
-        Raises:
-            SyncError: an engine's answer differs beyond `probe_bound`; names its ranks.
-        """
-        if not self.config.probe_every or (self.version - 1) % self.config.probe_every:
-            return
+    def _probe(self, mismatch: Mismatch) -> None:
+        """Compares the log-probs of an answer that every engine samples with the trainer's."""
         sampling = Sampling(1, self._temperature, self.config.probe_tokens)
         ((mine,),) = self.engine.generate([self._prompt], sampling, seeds=[self.version])
         answers: list[Any] = [None] * dist.get_world_size()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from megatron_real.cpu import device
 from megatron_real.records import Completion, Prompt, Sampling
 from megatron_real.rollout.engine import Held
 from megatron_real.rollout.tokenizer import eos_ids, load_tokenizer
-from megatron_real.weights.hf import torch_dtype
+from megatron_real.weights.stored import torch_dtype
 
 
 class TransformersEngine:
@@ -46,23 +47,25 @@ class TransformersEngine:
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> list[list[Completion]]:
+        found = {(i, k): completion for i, k, completion in self.stream(prompts, sampling, seeds=seeds)}
+        return [[found[i, k] for k in range(sampling.num_samples)] for i in range(len(prompts))]
+
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, int, Completion]]:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
-        requests = [i for i in order for _ in range(sampling.num_samples)]
-        completions: list[list[Completion]] = [[] for _ in prompts]
-        generator_devices = [device()] if device().type == "cuda" else []
-        with torch.random.fork_rng(devices=generator_devices), torch.inference_mode():
-            torch.manual_seed(sum(seeds) % 2**63)  # one generator draws for a whole batch
-            for start in range(0, len(requests), self.batch_size):
-                batch = requests[start : start + self.batch_size]
-                for i, completion in zip(batch, self._decode([prompts[i] for i in batch], sampling), strict=True):
-                    completions[i].append(completion)
-        return completions
+        requests = [(i, k) for i in order for k in range(sampling.num_samples)]
+        for start in range(0, len(requests), self.batch_size):
+            batch = requests[start : start + self.batch_size]
+            completions = self._decode([prompts[i] for i, _ in batch], sampling, seed=f"{seeds}-{start}")
+            for (i, k), completion in zip(batch, completions, strict=True):
+                yield i, k, completion
 
     def finish_inference(self) -> None:
         if device().type == "cuda":
             torch.cuda.empty_cache()
 
-    def _decode(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Completion]:
+    def _decode(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: str) -> list[Completion]:
         width = max(len(p.token_ids) for p in prompts)
         ids_BL = torch.full((len(prompts), width), self.eos[0])
         mask_BL = torch.zeros_like(ids_BL)
@@ -70,22 +73,27 @@ class TransformersEngine:
             ids_BL[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             mask_BL[row, width - len(prompt.token_ids) :] = 1
         recorder = _SampledLogprobs(sampling.temperature)
-        out_BL = self.model.generate(
-            ids_BL.to(device()),
-            attention_mask=mask_BL.to(device()),
-            do_sample=True,
-            temperature=1.0,  # the recorder divides by it
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_new_tokens=sampling.max_tokens,
-            logits_processor=[recorder],
-        )
-        logprobs = recorder.finish(out_BL).tolist()
+        generator_devices = [device()] if device().type == "cuda" else []
+        with torch.random.fork_rng(devices=generator_devices), torch.inference_mode():
+            torch.manual_seed(random.Random(seed).getrandbits(48))
+            out_BL = self.model.generate(
+                ids_BL.to(device()),
+                attention_mask=mask_BL.to(device()),
+                do_sample=True,
+                temperature=1.0,  # the recorder divides by it
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_new_tokens=sampling.max_tokens,
+                logits_processor=[recorder],
+            )
+            logprobs = recorder.finish(out_BL).tolist()
+        completions = []
         for tokens, logprob in zip(out_BL[:, width:].tolist(), logprobs, strict=True):
             length = next((t + 1 for t, token in enumerate(tokens) if token in self.eos), len(tokens))
             finished = bool(tokens) and tokens[length - 1] in self.eos
             text = str(self.tokenizer.decode(tokens[:length], skip_special_tokens=True))
-            yield Completion(tuple(tokens[:length]), tuple(logprob[:length]), text, finished)
+            completions.append(Completion(tuple(tokens[:length]), tuple(logprob[:length]), text, finished))
+        return completions
 
 
 class _SampledLogprobs(LogitsProcessor):

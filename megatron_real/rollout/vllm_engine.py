@@ -104,17 +104,23 @@ class VllmEngine:
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> list[list[Completion]]:
-        requests = [
-            ({"prompt_token_ids": list(prompt.token_ids)}, self._parameters(sampling, seed + k))
-            for prompt, seed in zip(prompts, seeds, strict=True)
-            for k in range(sampling.num_samples)
-        ]
-        if not requests:
-            return []
-        inputs, parameters = zip(*requests, strict=True)
-        outputs = self.llm.generate(list(inputs), list(parameters), use_tqdm=False)
-        completions = [self._completion(output.outputs[0]) for output in outputs]
-        return [completions[i : i + sampling.num_samples] for i in range(0, len(completions), sampling.num_samples)]
+        found = {(i, k): completion for i, k, completion in self.stream(prompts, sampling, seeds=seeds)}
+        return [[found[i, k] for k in range(sampling.num_samples)] for i in range(len(prompts))]
+
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, int, Completion]]:
+        """Completions as they finish. A seed for each, so that no answer depends on what is decoded beside it."""
+        engine, places = self.llm.llm_engine, {}
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            for k in range(sampling.num_samples):
+                places[f"{i}-{k}"] = i, k
+                inputs: Any = {"prompt_token_ids": list(prompt.token_ids)}
+                engine.add_request(f"{i}-{k}", inputs, self._parameters(sampling, seed + k))
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                yield (*places.pop(output.request_id), self._completion(output.outputs[0]))
+        assert not places, "vLLM finishes every request"
 
     def finish_inference(self) -> None:
         if self.sleep_level:
@@ -122,6 +128,7 @@ class VllmEngine:
 
     def _parameters(self, sampling: Sampling, seed: int) -> Any:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
             temperature=sampling.temperature,
@@ -133,6 +140,7 @@ class VllmEngine:
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             detokenize=False,  # the whole text at once, below
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
     def _completion(self, output: Any) -> Completion:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 
 from megatron_real.config import Config, to_dict
+from megatron_real.evaluate import Evaluation
 from megatron_real.records import Rollout
 from megatron_real.runs.curves import plot_curves
 from megatron_real.runs.directory import RunDirectory
@@ -79,12 +78,12 @@ class Reporter:
                 f"Its batch can be looked into by rollout.replay={dump.path} trainer.steps=1"
             )
 
-    def evaluated(self, step: int, evaluation: Any) -> None:
-        """Writes and shows an evaluation (a dataclass with pass_at_1, standard_error and problems)."""
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """Writes and shows an evaluation."""
         seconds = sum(self.progress.take_seconds().values())
         if self._writer is None:
             return
-        row = {f"heldout/{name}": float(value) for name, value in dataclasses.asdict(evaluation).items()}
+        row = {f"heldout/{name}": float(value) for name, value in evaluation.figures().items()}
         self._writer.write_evaluation(step, row | {"seconds/evaluation": seconds})
         self.progress.evaluation_done(
             step, evaluation.pass_at_1, evaluation.standard_error, evaluation.problems, seconds

@@ -96,8 +96,7 @@ class Pair:
         from megatron_real.rollout.sync import SyncError
 
         try:
-            self.sync.run(self.policy.stream() if stream is None else stream)
-            self.sync.probe(self.policy.mismatch)
+            self.sync.run(self.policy.stream() if stream is None else stream, self.policy.mismatch)
         except SyncError as error:
             return str(error)
         return ""
@@ -205,6 +204,7 @@ def hang(config: Config, name: str) -> None:
     """A sync in which the last rank stops before it takes part in the tensor after `name`."""
     pair = Pair(config)
     assert not pair.synced()
+    pair.sync.config = dataclasses.replace(pair.sync.config, timeout_seconds=8.0)
 
     def stopping(stream: Stream) -> Stream:
         for found, tensor in stream:

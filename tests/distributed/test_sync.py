@@ -118,14 +118,14 @@ def test_a_hanging_sync_says_where_each_rank_stands(tiny_model: ModelMaker, tmp_
         "from megatron_real.policy.layout import join_world\n"
         "from tests.distributed import sync_jobs\n"
         "join_world(timeout_minutes=5)\n"
-        f"config = sync_jobs.config_of(Path({str(path)!r}), sync={{'timeout_seconds': 4.0}}, tp=2)\n"
+        f"config = sync_jobs.config_of(Path({str(path)!r}), tp=2)\n"
         f"sync_jobs.hang(config, {NAME!r})\n"
     )
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode != 0
-    assert "weight sync 2 did not finish in 4 s (rollout.sync.timeout_seconds)" in done.stderr
+    assert "weight sync 2 did not finish in 8 s (rollout.sync.timeout_seconds)" in done.stderr
     # The norm has no shards, so rank 0 goes past it; the next tensor's all-gather needs rank 1.
     assert "rank 0 waits for model.layers.4.self_attn.q_proj.weight" in done.stderr, done.stderr[-3000:]
     assert "rank 1 waits for model.layers.4.input_layernorm.weight" in done.stderr

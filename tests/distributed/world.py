@@ -6,6 +6,7 @@ the whole test session, and each call forms the group that it needs.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing as mp
 import os
 import socket
@@ -26,6 +27,7 @@ class World:
     def __init__(self, size: int) -> None:
         self.size = size
         self._start()
+        atexit.register(self.close)
 
     def run(self, function: Callable[..., Any], size: int, **arguments: Any) -> list[Any]:
         """Raises AssertionError with the ranks' tracebacks, TimeoutError where a rank does not answer."""
@@ -59,7 +61,8 @@ class World:
         self._processes = []
         for _ in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            # Not a daemon: megatron-core's checkpoint writer starts processes of its own.
+            process = context.Process(target=_serve, args=(theirs,))
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)

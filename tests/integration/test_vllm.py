@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import sync_jobs
-from tests.integration.test_train import ROOT, base, heldout, rows, train  # noqa: F401
+from tests.integration.test_train import ROOT, heldout, rows, train
 from tests.integration.vllm_job import NAMES
 
 VERSION = "0.32.0"
@@ -87,21 +87,24 @@ def test_a_tied_head_is_held_and_sent(found: Found) -> None:
 
 
 def test_answers_do_not_depend_on_the_engine_that_gives_them(found: Found) -> None:
+    """Two engines have different prompts, one engine's two ranks verify different answers to the same prompts."""
     tp, _, answers = found
     spreads = [answer["spread"] for answer in answers]
     assert all(s["equal"] and s["different_samples"] for s in spreads)
-    assert spreads[0]["answers"] == spreads[1]["answers"]
-    shares = [s["indices"] for s in spreads]
-    assert shares == [list(range(7))] * 2 if tp == 2 else sorted(shares[0] + shares[1]) == list(range(7))
+    assert spreads[0]["answers"] == spreads[1]["answers"] and len(spreads[0]["answers"]) == 7 * 3
+    places = [{tuple(place) for place in s["places"]} for s in spreads]
+    assert places[0] | places[1] == {(i, k) for i in range(7) for k in range(3)} and not places[0] & places[1]
+    asked = [{i for i, _ in found} for found in places]
+    assert asked[0] == asked[1] == set(range(7)) if tp == 2 else not asked[0] & asked[1]
 
 
-def run(base: Path, run_dir: Path, *words: str) -> subprocess.CompletedProcess[str]:  # noqa: F811
+def run(base: Path, run_dir: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return train(
         base, run_dir, "rollout.engine=vllm", "rollout.kv_cache_mib=64", "rollout.sync.probe_bound=1e-3", *words
     )
 
 
-def test_held_out_accuracy_rises(base: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_held_out_accuracy_rises(base: Path, tmp_path: Path) -> None:
     done = run(base, tmp_path / "run", "trainer.steps=30", "rollout.sync.checksum_every=1")
     assert done.returncode == 0, done.stderr
     assert "rollouts by vllm" in done.stdout
@@ -111,7 +114,7 @@ def test_held_out_accuracy_rises(base: Path, tmp_path: Path) -> None:  # noqa: F
         assert row["mismatch_max_abs"] < 1e-4 and row["mismatch_share"] == 0
 
 
-def test_rollouts_beyond_the_mismatch_bound_are_excluded(base: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_rollouts_beyond_the_mismatch_bound_are_excluded(base: Path, tmp_path: Path) -> None:
     """fp32 differences of about 1e-6: a bound below them excludes nearly all, one above excludes none."""
     shares = []
     for bound in ("1e-12", "1e-3"):
@@ -123,14 +126,14 @@ def test_rollouts_beyond_the_mismatch_bound_are_excluded(base: Path, tmp_path: P
     assert shares[0] > 0.9 and shares[1] == 0
 
 
-def test_auto_takes_vllm_and_says_so(base: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_auto_takes_vllm_and_says_so(base: Path, tmp_path: Path) -> None:
     words = ["rollout.engine=auto", "trainer.steps=1", "data.heldout=", "rollout.tp=2"]
     done = run(base, tmp_path / "run", *words)
     assert done.returncode == 0, done.stderr
     assert "rollouts by vllm (rollout.engine=auto: vllm is installed)" in done.stdout
 
 
-def test_an_unknown_argument_of_vllm_is_one_sentence(base: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_an_unknown_argument_of_vllm_is_one_sentence(base: Path, tmp_path: Path) -> None:
     words = ["rollout.engine=vllm", "rollout.vllm.enforce_eagre=true"]
     done = train(base, tmp_path / "run", *words, processes=1)
     assert done.returncode == 2

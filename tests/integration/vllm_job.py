@@ -85,19 +85,23 @@ def damages(pair: Pair) -> dict[str, str]:
 
 
 def spread(pair: Pair) -> dict[str, Any]:
-    """Whether the share of a stage's engine has the answers that one engine gives for all prompts."""
+    """Whether the answers of all engines of a stage are those that one engine gives for all prompts."""
+    from megatron_real.labels import Labeller
+    from megatron_real.rollout.spread import prompt_seed
     from megatron_real.rollout.stage import RolloutStage
 
     asked, sampling = prompts(7), Sampling(3, sync_jobs.TEMPERATURE, 16, top_p=0.95)
-    stage = RolloutStage(pair.engine, lambda _: [], rank=dist.get_rank(), world=dist.get_world_size())
-    share = stage.generate(asked, sampling, seed=3)
-    alone = RolloutStage(pair.engine, lambda _: [], rank=0, world=pair.engine.tp).generate(asked, sampling, seed=3)
-    answers = {i: [c.token_ids for c in row] for i, row in alone}
+    with Labeller("exact", workers=1, timeout_seconds=10, memory_mib=512) as labeller:
+        stage = RolloutStage(pair.engine, labeller, rank=dist.get_rank(), world=dist.get_world_size())
+        share = stage.generate(asked, sampling, seed=3)
+        rollouts = stage.label(asked, share)
+    seeds = [prompt_seed(3, 0, (i, 0), prompt) for i, prompt in enumerate(asked)]
+    alone = pair.engine.generate(asked, sampling, seeds=seeds)
     return {
-        "indices": [i for i, _ in share],
-        "equal": all([c.token_ids for c in row] == answers[i] for i, row in share),
-        "different_samples": all(len(set(row)) > 1 for row in answers.values()),
-        "answers": [answers[i] for i in sorted(answers)],
+        "places": [drawn.place for drawn in share.drawn],
+        "equal": all(r.completion == alone[r.group][r.sample] for r in rollouts),
+        "different_samples": all(len({c.token_ids for c in row}) > 1 for row in alone),
+        "answers": [r.completion.token_ids for r in rollouts],
     }
 
 

@@ -55,14 +55,14 @@ def test_expected_lengths() -> None:
 
 
 def test_seeds_differ_by_step_place_and_prompt_alone() -> None:
-    seeds = {prompt_seed(s, i, prompt(u)) for s in range(5) for i in range(5) for u in "abcde"}
-    assert len(seeds) == 125 and all(0 <= seed < 2**63 for seed in seeds)
-    assert prompt_seed(3, 1, prompt("a", 2)) == prompt_seed(3, 1, prompt("a", 9))
+    seeds = {prompt_seed(s, a, (i, 0), prompt(u)) for s in range(5) for a in range(2) for i in range(5) for u in "abc"}
+    assert len(seeds) == 150 and all(0 <= seed < 2**63 for seed in seeds)
+    assert prompt_seed(3, 0, (1, 0), prompt("a", 2)) == prompt_seed(3, 0, (1, 0), prompt("a", 9))
 
 
 def test_rollouts_beyond_the_bound_are_excluded_and_counted() -> None:
     rollouts = [rollout("a", 3), rollout("b", 3), rollout("c", 3), rollout("d", 3, EXCLUDED), rollout("e", 3)]
     rollouts[3] = dataclasses.replace(rollouts[3], verdict=Verdict("timeout", EXCLUDED, None))
-    kept = without_mismatch(rollouts, [0.1, 0.3, math.nan, 9.0, 0.2], bound=0.2)
+    kept = without_mismatch(rollouts, lambda _: [0.1, 0.3, math.nan, 9.0, 0.2], bound=0.2)
     assert [r.verdict.status for r in kept] == ["ok", "mismatch", "mismatch", "timeout", "ok"]
     assert [r.label for r in kept] == [POSITIVE, EXCLUDED, EXCLUDED, EXCLUDED, POSITIVE]
