@@ -28,9 +28,6 @@ class ModelConfig:
 
     path: str = ""
     """Directory with HF weights (config.json, *.safetensors, tokenizer)."""
-    weights: str = ""
-    """Megatron checkpoint of any layout to start from; empty: the weights in `path`, which gives config and tokenizer
-    either way."""
     dtype: Literal["bf16", "fp32", "fp64"] = "bf16"
     """Parameters and activations. fp64 is for tests of exactness."""
     layers: Literal["auto", "te", "local"] = "auto"
@@ -41,6 +38,9 @@ class ModelConfig:
     """`linear` never holds more than a chunk of logits; `logits` keeps them all (a little faster, far more memory)."""
     trust_remote_code: bool = False
     """Lets the tokenizer run code from the model's directory."""
+    weights: str = ""
+    """Megatron checkpoint of any layout to start from; empty: the weights in `path`, which gives config and tokenizer
+    either way."""
 
 
 @dataclass(frozen=True)

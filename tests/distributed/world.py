@@ -52,7 +52,12 @@ class World:
         return [answers[rank][1] for rank in range(size)]
 
     def close(self) -> None:
+        """Lets idle workers end, and with them what they started; kills those that do not."""
+        for pipe in self._pipes:
+            pipe.close()
+        deadline = time.monotonic() + 5
         for process in self._processes:
+            process.join(timeout=max(0.0, deadline - time.monotonic()))
             process.kill()
 
     def _start(self) -> None:
@@ -85,7 +90,10 @@ def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
     cpu.enable()
     while True:
-        function, rank, size, port, arguments = pipe.recv()
+        try:
+            function, rank, size, port, arguments = pipe.recv()
+        except EOFError:
+            return  # the session is over
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         try:
