@@ -36,10 +36,12 @@ from megatron_real.prompts import load_prompts
 from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Sampling
 from megatron_real.rollout import RolloutStage, build_engine
 from megatron_real.rollout.engine import Engine, EngineFailed
+from megatron_real.rollout.sync import WeightSync
 from megatron_real.runs.evaluated import BENCH, Chunk, EvaluationDirectory, average
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.hf import HfWeights
 from megatron_real.weights.mapping import hf_shapes
+from megatron_real.weights.stored import torch_dtype
 
 # What of labels.* cannot change a verdict.
 _LABEL_SPEED = {"workers", "max_failed_share", "permute"}
@@ -66,7 +68,7 @@ def run_benchmarks(config: Config, files: Mapping[str, str], out: str | Path) ->
     """
     join_world(config.trainer.timeout_minutes)
     rank, directory = dist.get_rank(), EvaluationDirectory(out)
-    engine = build_engine(config)
+    engine = build_engine(config, say=Console(quiet=rank > 0, soft_wrap=True).print)
     chunks = [chunk for name, file in files.items() for chunk in _chunks(name, _problems(config, engine, file), config)]
     settings = _settings(config, engine, chunks)
     directory.check(settings)
@@ -189,8 +191,10 @@ def _answer(
     sampling = Sampling(
         evaluation.samples, evaluation.temperature, config.rollout.max_response_tokens, evaluation.top_p
     )
-    weights, shapes = HfWeights(config.model.path), hf_shapes(Architecture.read(config.model.path))
-    engine.prepare_for_inference((name, weights.read(name)) for name in shapes)
+    weights, architecture = HfWeights(config.model.path), Architecture.read(config.model.path)
+    probe, dtype = todo[0].problems[0], torch_dtype(config.model.dtype)
+    sync = WeightSync(engine, config.rollout.sync, tied=architecture.tied, probe=probe, temperature=1.0)
+    sync.run((name, weights.read(name).to(dtype)) for name in hf_shapes(architecture))
     # Failed checks are judged at the end, so that the verdict does not depend on where a run was cut.
     with build_labeller(dataclasses.replace(config.labels, max_failed_share=1.0)) as labeller:
         stage = RolloutStage(engine, labeller, rank=rank, world=dist.get_world_size())

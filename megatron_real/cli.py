@@ -63,6 +63,7 @@ def _quiet(first: bool) -> None:
     logging.basicConfig(level=logging.WARNING if first else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     logger.setLevel(logging.INFO if first else logging.ERROR)
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.getLogger("vllm").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|megatron)\b.*")
 
@@ -72,6 +73,7 @@ def _train(config: configuration.Config, first: bool) -> int:
     from megatron_real.labels import RewardNeedsThreshold, TooManyFailedChecks
     from megatron_real.loop import NonFinite, train
     from megatron_real.policy.layout import leave_world
+    from megatron_real.rollout.sync import SyncError
 
     try:
         job = build(config)
@@ -87,7 +89,7 @@ def _train(config: configuration.Config, first: bool) -> int:
                 file=sys.stderr,
             )
         return 130
-    except (NonFinite, TooManyFailedChecks, RewardNeedsThreshold) as error:
+    except (NonFinite, SyncError, TooManyFailedChecks, RewardNeedsThreshold) as error:
         if first:
             print(f"megatron-real: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

@@ -60,11 +60,40 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class SyncConfig:
+    """How closely each weight sync is checked."""
+
+    timeout_seconds: float = 600.0
+    """A sync that takes longer ends the run and names the tensor and the ranks that it waits for."""
+    checksum_every: int = 10
+    """Syncs between comparisons of every tensor's checksum in trainer and engine; 1: each sync, 0: never."""
+    probe_every: int = 1
+    """Syncs between probes: a sampled answer whose log-probs under trainer and engine are compared; 0: never."""
+    probe_tokens: int = 32
+    """Tokens of the probe's answer."""
+    probe_bound: float = 0.05
+    """Largest mean |difference| of the probe's log-probs (nats); in fp32 1e-3 is a sharper bound."""
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """How the policy answers."""
 
-    engine: Literal["auto", "transformers"] = "auto"
-    """The engine that samples; `auto` takes the best one that is installed."""
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """The engine that samples; `auto` takes vllm where it imports, else transformers, and says which."""
+    tp: int = 1
+    """Ranks that share one vLLM engine (its tensor parallel size); independent of parallel.tp."""
+    kv_cache_mib: int = 4096
+    """vLLM's KV cache on each rank, in MiB; beside it an engine takes its share of the weights."""
+    max_sequences: int = 256
+    """Sequences that a vLLM engine decodes together."""
+    sleep_level: Literal[0, 1, 2] = 2
+    """What vLLM gives back on a GPU while the policy trains: 2 weights and KV cache, 1 the same with the weights kept
+    in host memory, 0 nothing."""
+    vllm: Mapping[str, Any] = field(default_factory=dict)
+    """Any other argument of vLLM's engine, by name; for example enforce_eager: true."""
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    """How closely each weight sync is checked."""
     num_prompts: int = 128
     """Prompts per step."""
     group_size: int = 8
@@ -81,6 +110,10 @@ class RolloutConfig:
     """A response that reaches this is cut and counts as truncated."""
     batch_size: int = 64
     """Sequences that the transformers engine decodes together."""
+    mismatch_bound: float = 0.1
+    """|log-prob in trainer - in engine| (nats) beyond which a token counts in the metric mismatch_share."""
+    exclude_mismatch: float | None = None
+    """Excludes a rollout whose mean |difference| (nats) is beyond this; costs one more forward pass a step."""
     retries: int = 1
     """How often a completion that an engine lost is drawn again, on another rank's engine; then it is excluded."""
     refill_rounds: int = 0
@@ -288,7 +321,11 @@ def check_world(config: Config, world_size: int) -> int:
     Raises:
         ValueError: the layout does not divide the world.
     """
-    parallel = config.parallel
+    parallel, rollout_tp = config.parallel, config.rollout.tp
+    if world_size % rollout_tp:
+        raise ValueError(
+            f"rollout.tp = {rollout_tp} does not divide the {world_size} processes; take one of {_divisors(world_size)}"
+        )
     model_parallel = parallel.tp * parallel.pp * parallel.cp
     if world_size % model_parallel:
         raise ValueError(
@@ -334,6 +371,33 @@ def check_model(config: Config) -> None:
             f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the model's "
             f"max_position_embeddings {limit}; shorten one of them"
         )
+    if config.rollout.engine == "vllm":
+        _check_engine(config, hf)
+
+
+def _check_engine(config: Config, hf: Mapping[str, Any]) -> None:
+    """vLLM's layout, and a KV cache that holds at least one sequence."""
+    heads, rollout = hf.get("num_attention_heads", 1), config.rollout
+    if heads % rollout.tp:
+        raise ValueError(
+            f"rollout.tp = {rollout.tp} does not divide the model's {heads} attention heads; take one of "
+            f"{_divisors(heads)}"
+        )
+    kv_heads = -(-(hf.get("num_key_value_heads") or heads) // rollout.tp)
+    head_dim = hf.get("head_dim") or hf.get("hidden_size", 0) // heads
+    token_bytes = 2 * hf.get("num_hidden_layers", 0) * kv_heads * head_dim * (2 if config.model.dtype == "bf16" else 4)
+    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    blocks = -(-longest // _KV_BLOCK) + 1  # one block stays empty
+    needed = -(-blocks * _KV_BLOCK * token_bytes // 2**20)
+    if rollout.kv_cache_mib < needed:
+        raise ValueError(
+            f"rollout.kv_cache_mib = {rollout.kv_cache_mib} does not hold one sequence of data.max_prompt_tokens + "
+            f"rollout.max_response_tokens = {longest}; raise it to at least {needed}, better to many times that"
+        )
+
+
+_KV_BLOCK = 128
+"""vLLM hands out KV memory in blocks of so many tokens on a CPU, and of fewer on a GPU."""
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -351,6 +415,11 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     known = {f.name for f in dataclasses.fields(cls)}
     arguments = {}
     for name, value in values.items():
+        if {"tis", "is", "importance"} & set(str(name).split("_")):  # as verl, slime and others call them
+            raise ValueError(
+                f"{prefix}{name}: importance weights of tokens have no meaning for a loss of sequence scores, whose "
+                "weights are bounded as they are; watch the mismatch metrics, or set rollout.exclude_mismatch"
+            )
         if name not in known:
             raise ValueError(f"unknown key {prefix}{name}{_nearest(str(name), known)}")
         hint = hints[name]
@@ -367,7 +436,7 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
     """`value` as the annotation `hint` wants it."""
     origin, choices = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        if value not in choices:
+        if value not in choices or type(value) is bool:
             raise ValueError(f"{name} is {value!r}; it takes one of {', '.join(map(str, choices))}")
         return value
     if type(None) in choices:
@@ -410,6 +479,13 @@ def _check_values(config: Config) -> None:
         "rollout.temperature": config.rollout.temperature,
         "rollout.max_response_tokens": config.rollout.max_response_tokens,
         "rollout.batch_size": config.rollout.batch_size,
+        "rollout.tp": config.rollout.tp,
+        "rollout.kv_cache_mib": config.rollout.kv_cache_mib,
+        "rollout.max_sequences": config.rollout.max_sequences,
+        "rollout.mismatch_bound": config.rollout.mismatch_bound,
+        "rollout.sync.timeout_seconds": config.rollout.sync.timeout_seconds,
+        "rollout.sync.probe_tokens": config.rollout.sync.probe_tokens,
+        "rollout.sync.probe_bound": config.rollout.sync.probe_bound,
         "labels.workers": config.labels.workers,
         "labels.timeout_seconds": config.labels.timeout_seconds,
         "labels.memory_mib": config.labels.memory_mib,
@@ -428,6 +504,14 @@ def _check_values(config: Config) -> None:
     for name, value in positive.items():
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} is {value}; it must be above 0")
+    for name, count in (
+        ("checksum_every", config.rollout.sync.checksum_every),
+        ("probe_every", config.rollout.sync.probe_every),
+    ):
+        if count < 0:
+            raise ValueError(f"rollout.sync.{name} is {count}; it must be 0 (never) or above")
+    if config.rollout.exclude_mismatch is not None and not config.rollout.exclude_mismatch > 0:
+        raise ValueError(f"rollout.exclude_mismatch is {config.rollout.exclude_mismatch}; it must be above 0, or null")
     for name in ("retries", "refill_rounds"):
         if getattr(config.rollout, name) < 0:
             raise ValueError(f"rollout.{name} is {getattr(config.rollout, name)}; it must be 0 (off) or above")
@@ -465,6 +549,13 @@ def _check_combinations(config: Config) -> None:
             f"batch.max_tokens = {batch.max_tokens} cannot hold one sequence of data.max_prompt_tokens + "
             f"rollout.max_response_tokens = {longest}; raise it to at least {longest}"
         )
+    if rollout.engine == "transformers" and rollout.tp > 1:
+        raise ValueError(f"rollout.tp = {rollout.tp} needs rollout.engine=vllm; set rollout.tp=1")
+    if rollout.engine == "vllm" and config.model.dtype == "fp64":
+        raise ValueError("model.dtype=fp64 is not known to vLLM; use fp32, or rollout.engine=transformers")
+    for name in rollout.vllm:
+        if name in _OURS_IN_VLLM:
+            raise ValueError(f"rollout.vllm.{name} is set by {_OURS_IN_VLLM[name]}; set that instead")
     labels = config.labels
     if ":" in labels.verifier and (labels.require_think or not labels.require_boxed):
         raise ValueError(
@@ -475,6 +566,28 @@ def _check_combinations(config: Config) -> None:
         raise ValueError("parallel.sp=true needs parallel.tp > 1; set parallel.sp=false")
     if parallel.vpp > 1 and parallel.pp == 1:
         raise ValueError(f"parallel.vpp = {parallel.vpp} needs parallel.pp > 1; set parallel.vpp=1")
+
+
+# vLLM's names for what has a place of its own in this configuration, or that training fixes.
+_OURS_IN_VLLM: Mapping[str, str] = {
+    "model": "model.path",
+    "dtype": "model.dtype",
+    "max_model_len": "data.max_prompt_tokens and rollout.max_response_tokens",
+    "tensor_parallel_size": "rollout.tp",
+    "pipeline_parallel_size": "rollout.tp",
+    "data_parallel_size": "the number of processes",
+    "kv_cache_memory_bytes": "rollout.kv_cache_mib",
+    "gpu_memory_utilization": "rollout.kv_cache_mib",
+    "max_num_seqs": "rollout.max_sequences",
+    "enable_sleep_mode": "rollout.sleep_level",
+    "seed": "trainer.seed",
+    "quantization": "model.dtype",
+    "load_format": "the weight sync",
+    "logprobs_mode": "the mismatch metrics",
+    "distributed_executor_backend": "the training processes",
+    "skip_tokenizer_init": "the rollout engine",
+    "generation_config": "rollout.temperature, top_p and top_k",
+}
 
 
 # Settings that would silently change the objective, each with the reason it is refused.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from megatron_real.policy.policy import Policy
 from megatron_real.prompts import PromptCursor, load_prompts
 from megatron_real.records import Prompt, Sampling
 from megatron_real.rollout import RolloutStage, build_engine
+from megatron_real.rollout.sync import WeightSync
 from megatron_real.runs.reporter import Reporter
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.conversion import open_megatron
@@ -27,6 +29,8 @@ class Generation:
 
     stage: RolloutStage
     """Engine and verifier."""
+    sync: WeightSync
+    """Brings the policy's weights into the engine."""
     cursor: PromptCursor
     """Training prompts, in order."""
     sampling: Sampling
@@ -74,12 +78,15 @@ def build(config: Config) -> Job:
     updates = config.trainer.steps * (config.rollout.num_prompts // config.batch.minibatch_prompts)
     policy = Policy(config, architecture, set_up(config.parallel, seed=config.trainer.seed), num_updates=updates)
     policy.load(weights)
-    generation = None if config.rollout.replay else _generation(config, rank=rank, world=world)
+    replay, say = config.rollout.replay, reporter.progress.say
+    generation = None if replay else _generation(config, architecture, say=say, rank=rank, world=world)
     return Job(config, weights, policy, reporter, generation)
 
 
-def _generation(config: Config, *, rank: int, world: int) -> Generation:
-    engine, data = build_engine(config), config.data
+def _generation(
+    config: Config, architecture: Architecture, *, say: Callable[[str], None], rank: int, world: int
+) -> Generation:
+    engine, data = build_engine(config, say=say), config.data
     train = load_prompts(data.train, engine.tokenizer, suffix=data.suffix, max_tokens=data.max_prompt_tokens)
     heldout = (
         load_prompts(data.heldout, engine.tokenizer, suffix=data.suffix, max_tokens=data.max_prompt_tokens)
@@ -89,6 +96,7 @@ def _generation(config: Config, *, rank: int, world: int) -> Generation:
     chosen, evaluation = config.rollout, config.evaluation
     return Generation(
         stage=RolloutStage(engine, build_labeller(config.labels), rank=rank, world=world, retries=chosen.retries),
+        sync=WeightSync(engine, chosen.sync, tied=architecture.tied, probe=train[0], temperature=chosen.temperature),
         cursor=PromptCursor(train, seed=config.trainer.seed, shuffle=data.shuffle),
         sampling=Sampling(
             chosen.group_size, chosen.temperature, chosen.max_response_tokens, chosen.top_p, chosen.top_k

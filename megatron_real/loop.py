@@ -18,12 +18,12 @@ import math
 from collections.abc import Sequence
 
 from megatron_real.evaluate import evaluate
-from megatron_real.job import Generation, Job
+from megatron_real.job import Job
 from megatron_real.policy.policy import Update
 from megatron_real.policy.train_step import Batch
 from megatron_real.records import Rollout
 from megatron_real.rollout.refill import refill
-from megatron_real.rollout.stage import permuted_labels
+from megatron_real.rollout.stage import permuted_labels, without_mismatch
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.reporter import Training
 from megatron_real.runs.rollouts import read_rollouts
@@ -67,16 +67,14 @@ def _rollouts(job: Job, step: int) -> list[Rollout]:
         with timed("label"):
             return generation.stage.label(prompts, sampled)
 
-    _sync(job, generation)
+    with timed("sync"):
+        generation.sync.run(job.policy.stream(), job.policy.mismatch)
     chosen = job.config.rollout
     rollouts = refill(draw(chosen.num_prompts, 0), rounds=chosen.refill_rounds, draw=draw)
     generation.stage.engine.finish_inference()
-    return permuted_labels(rollouts, seed=job.seed(step)) if job.config.labels.permute else rollouts
-
-
-def _sync(job: Job, generation: Generation) -> None:
-    with job.reporter.progress.stage("sync"):
-        generation.stage.engine.prepare_for_inference(job.policy.stream())
+    rollouts = permuted_labels(rollouts, seed=job.seed(step)) if job.config.labels.permute else rollouts
+    with timed("mismatch"):
+        return without_mismatch(rollouts, job.policy.mismatch, bound=chosen.exclude_mismatch)
 
 
 def _updates(job: Job, rollouts: Sequence[Rollout]) -> tuple[list[Batch], list[Update]]:
@@ -102,10 +100,12 @@ def _evaluate(job: Job, step: int) -> None:
     generation = job.generation
     if generation is None or not generation.heldout:
         return
-    _sync(job, generation)
+    with job.reporter.progress.stage("sync"):
+        generation.sync.run(job.policy.stream(), job.policy.mismatch)
     with job.reporter.progress.stage("evaluation"):
         seed = job.seed(0)  # the same draws at every evaluation: differences are the policy's
         result = evaluate(generation.stage, generation.heldout, generation.heldout_sampling, seed=seed)
+        generation.stage.engine.finish_inference()
     job.reporter.evaluated(step, result)
 
 

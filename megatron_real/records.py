@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Status = Literal["ok", "wrong", "unparsable", "timeout", "crashed", "overlong", "empty", "lost", "score"]
+Status = Literal["ok", "wrong", "unparsable", "timeout", "crashed", "overlong", "empty", "lost", "score", "mismatch"]
 """What became of one check.
 
 `ok` and `wrong` are verdicts on the answer; `unparsable` means that no answer could be read from the completion;
 `timeout` and `crashed` mean that the check itself failed; `overlong` that the completion was cut at the length limit;
 `empty` that it has no token; `lost` that no engine could finish it; `score` that a verifier gave a number for a
-threshold to judge.
+threshold to judge; `mismatch` that trainer and engine disagreed on its log-probs beyond rollout.exclude_mismatch,
+whatever the check said.
 """
 
 POSITIVE = 1

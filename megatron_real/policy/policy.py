@@ -66,7 +66,7 @@ class Policy:
             groups=groups.megatron,
         )
         self.ddp = _wrap(self.chunks, config)
-        self.step = TrainStep(self.ddp, groups, config.objective)
+        self.step = TrainStep(self.ddp, groups, config.objective, mismatch_bound=config.rollout.mismatch_bound)
         self._num_updates = num_updates
         self._skipped_in_a_row = 0
         self.optimizer: MegatronOptimizer | None = None
@@ -152,9 +152,16 @@ class Policy:
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         return Update(gradient, grad_norm, lr, not finite, self._skipped_in_a_row)
 
+    def mismatch(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """Mean |log-prob here - in the engine| (nats) of each rollout under the present weights; 0 for an empty one.
+        Collective over the world."""
+        answered = tuple(i for i, r in enumerate(rollouts) if r.completion.token_ids)
+        whole = Minibatch(tuple(rollouts), kept=answered, num_groups=len({r.group for r in rollouts}))
+        return self.step.mismatch(self.pack(whole, needs_scores=False)).tolist()
+
     def token_stats(self, batches: Sequence[Batch]) -> TokenStats:
         """Token-level figures of the step over all ranks. Collective over the world."""
-        sums, largest = torch.zeros(4, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        sums, largest = torch.zeros(5, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         if self.groups.is_last_stage and self.groups.tp.rank() == 0:  # tensor-parallel ranks have the same log-probs
             for batch in batches:
                 sums += batch.tokens.sums

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from megatron_real.records import Completion, Prompt, Sampling
@@ -15,12 +16,24 @@ class EngineFailed(RuntimeError):
     """An engine cannot go on. What it has not returned is lost, and drawn again on another rank's engine."""
 
 
+@dataclass(frozen=True)
+class Held:
+    """One HF tensor in the memory of an engine's rank."""
+
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    part: tuple[slice, ...]
+    """What of it this rank holds."""
+    tensor: Tensor
+    """That part: the memory that the engine computes with, not a copy."""
+
+
 class Engine(Protocol):
-    """Samples completions under weights that it is given. One engine serves one rank.
+    """Samples completions under weights that it is given. `tp` neighbouring ranks make up one engine.
 
     Example:
         engine.prepare_for_inference(policy.stream())
-        completions = engine.generate(prompts, sampling, seed=17)
+        completions = engine.generate(prompts, sampling, seeds=[17, 18])
         engine.finish_inference()
     """
 
@@ -28,18 +41,22 @@ class Engine(Protocol):
     """As in `rollout.engine`."""
     tokenizer: Any
     """The model's transformers tokenizer."""
+    tp: int
+    """Ranks that make up one engine; all of them call every method together, with the same prompts."""
+
+    def held(self) -> Mapping[str, Held]:
+        """Every tensor that the engine expects, by its HF name; a tied lm_head is one of them."""
 
     def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes over the policy's weights, a stream of HF (name, tensor), one at a time.
 
-        Raises:
-            RuntimeError: a tensor is unknown, has another shape, or is missing at the end; names it.
+        The stream is checked against `held` on the way (sync.py): it has every tensor once, in its shape.
         """
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Sequence[Sequence[Completion | None]]:
-        """[prompt][sample] completions. The same weights, prompts, sampling and seed give the same completions.
+        """[prompt][sample] completions; a seed for each prompt. Equal weights and arguments give equal completions.
 
         None stands for a completion that was lost (a timeout, a server that died).
 
@@ -59,7 +76,7 @@ class StreamingEngine(Engine, Protocol):
     """
 
     def stream(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
         """(index of the prompt, sample, completion) in any order: those of `generate`; what is lost never comes.
 
@@ -69,13 +86,13 @@ class StreamingEngine(Engine, Protocol):
 
 
 def finished(
-    engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int
+    engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
 ) -> Iterator[tuple[int, int, Completion]]:
     """(index of the prompt, sample, completion) of any engine, as soon as it hands them out."""
     if isinstance(engine, StreamingEngine):
-        yield from engine.stream(prompts, sampling, seed=seed)
+        yield from engine.stream(prompts, sampling, seeds=seeds)
         return
-    for i, samples in enumerate(engine.generate(prompts, sampling, seed=seed)):
+    for i, samples in enumerate(engine.generate(prompts, sampling, seeds=seeds)):
         for k, completion in enumerate(samples):
             if completion is not None:
                 yield i, k, completion

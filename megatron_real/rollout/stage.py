@@ -1,9 +1,12 @@
 """The rollout stage: prompts spread over ranks, completions sampled and verified there, rollouts known everywhere.
 
-    generate   this rank's engine samples for its share of the prompts; each completion goes to the verifier at once
+    generate   each engine samples for its share of the prompts; each completion goes to the verifier at once
     label      waits for the verdicts that are left, gathers all ranks' rollouts, draws anew what an engine lost
 
-A completion that is lost is drawn again on another rank's engine; one that is lost every time is excluded and counted.
+Shares are equal by the expected length of their answers (spread.py). An engine is one rank or several neighbours, which
+all draw its completions and share the verifying.
+
+A completion that is lost is drawn again on another engine; one that is lost every time is excluded and counted.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +24,7 @@ import torch.distributed as dist
 from megatron_real.labels import Labeller
 from megatron_real.records import EXCLUDED, Completion, Prompt, Rollout, Sampling, Verdict
 from megatron_real.rollout.engine import Engine, EngineFailed, StreamingEngine, finished
+from megatron_real.rollout.spread import ExpectedLengths, prompt_seed, spread
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +56,8 @@ class Sampled:
     """How they were drawn."""
     seed: int
     """Of the draw, the same on every rank."""
+    engine_of: tuple[int, ...]
+    """[prompts] the engine that answers each."""
     drawn: tuple[Drawn, ...]
     """In order of place; what the engine lost is an empty completion with the verdict `lost`."""
 
@@ -59,19 +65,24 @@ class Sampled:
 class RolloutStage:
     """Prompts -> labelled rollouts, the same list on every rank.
 
-    Every rank samples for its share of the prompts, whatever its place in the training layout: the engines are whole
-    copies of the model, so no rank idles while others generate.
+    Every rank samples, whatever its place in the training layout: the engines are whole copies of the model, so no rank
+    idles while others generate.
     """
 
     def __init__(self, engine: Engine, labeller: Labeller, *, rank: int, world: int, retries: int = 1) -> None:
-        """`retries`: how often a lost completion is drawn again, each time by the engine of the next rank."""
+        """`retries`: how often a lost completion is drawn again, each time by the next engine."""
         self.engine, self.labeller, self.rank, self.world, self.retries = engine, labeller, rank, world, retries
+        self.engines = world // engine.tp
+        self.index, self.member = divmod(rank, engine.tp)
+        self.lengths = ExpectedLengths()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> Sampled:
         """This rank's share. Verifies completions as the engine hands them out; waits for no verdict and no rank."""
-        mine = range(self.rank, len(prompts), self.world)
-        places = [[(i, k) for k in range(sampling.num_samples)] for i in mine]
-        return Sampled(sampling, seed, self._draw(prompts, places, sampling, f"{seed}-{self.rank}"))
+        shares = spread(self.lengths.costs(prompts, sampling.num_samples), self.engines)
+        engine_of = {i: engine for engine, share in enumerate(shares) for i in share}
+        places = [[(i, k) for k in range(sampling.num_samples)] for i in shares[self.index]]
+        drawn = self._draw(prompts, places, sampling, seed, attempt=0)
+        return Sampled(sampling, seed, tuple(engine_of[i] for i in range(len(prompts))), drawn)
 
     def label(self, prompts: Sequence[Prompt], sampled: Sampled) -> list[Rollout]:
         """Every rank's labelled rollouts, in order of place. Collective over all ranks.
@@ -85,32 +96,43 @@ class RolloutStage:
             lost = sorted(place for place, (_, verdict) in known.items() if verdict.status == "lost")
             if not lost:
                 break
-            mine = [[(i, k)] for i, k in lost if (i + attempt) % self.world == self.rank]
-            known |= self._gather(self._draw(prompts, mine, once, f"{sampled.seed}-{self.rank}-{attempt}"))
+            mine = [[(i, k)] for i, k in lost if (sampled.engine_of[i] + attempt) % self.engines == self.index]
+            known |= self._gather(self._draw(prompts, mine, once, sampled.seed, attempt=attempt))
         self.labeller.check_failures([verdict for _, verdict in known.values()])
-        return [Rollout(prompts[i], i, k, *known[i, k]) for i, k in sorted(known)]
+        rollouts = [Rollout(prompts[i], i, k, *known[i, k]) for i, k in sorted(known)]
+        self.lengths.learn(rollouts)
+        return rollouts
 
     def _draw(
-        self, prompts: Sequence[Prompt], places: Sequence[Sequence[Place]], sampling: Sampling, draw: str
+        self,
+        prompts: Sequence[Prompt],
+        places: Sequence[Sequence[Place]],
+        sampling: Sampling,
+        seed: int,
+        *,
+        attempt: int,
     ) -> tuple[Drawn, ...]:
-        """Samples each row of `places`, the samples of one prompt, and gives everything at once to the verifier.
+        """Samples each row of `places`, the samples of one prompt, and gives what it finishes at once to the verifier.
 
-        `draw` names the draw: the engine's seed is made of it.
+        Of an engine on several ranks each verifies a part, and returns it.
         """
         asked = [prompts[row[0][0]] for row in places]
-        seed = random.Random(draw).getrandbits(48)
+        seeds = [prompt_seed(seed, attempt, row[0], prompt) for row, prompt in zip(places, asked, strict=True)]
+        mine = [place for row in places for place in row][self.member :: self.engine.tp]
         drawn: dict[Place, Drawn] = {}
         failure = "the engine did not return it"
         try:
-            for j, k, completion in finished(self.engine, asked, sampling, seed=seed):
+            wanted = set(mine)
+            for j, k, completion in finished(self.engine, asked, sampling, seeds=seeds):
                 place = places[j][k]
-                drawn[place] = Drawn(place, completion, self.labeller.submit(asked[j], completion))
+                if place in wanted:
+                    drawn[place] = Drawn(place, completion, self.labeller.submit(asked[j], completion))
         except EngineFailed as error:
             failure = str(error)
             logger.warning("rank %d: the %s engine failed (%s)", self.rank, self.engine.name, failure)
         streams = isinstance(self.engine, StreamingEngine)
         early = {place: dataclasses.replace(d, early=streams and d.verdict.done()) for place, d in drawn.items()}
-        return tuple(early.get(place) or _lost(place, failure) for row in places for place in row)
+        return tuple(early.get(place) or _lost(place, failure) for place in mine)
 
     def _gather(self, drawn: Sequence[Drawn]) -> dict[Place, tuple[Completion, Verdict]]:
         """Every rank's completions and verdicts, those of this rank when they are there."""
@@ -125,6 +147,24 @@ def permuted_labels(rollouts: Sequence[Rollout], *, seed: int) -> list[Rollout]:
     verdicts = [r.verdict for r in rollouts]
     random.Random(seed).shuffle(verdicts)
     return [dataclasses.replace(r, verdict=v) for r, v in zip(rollouts, verdicts, strict=True)]
+
+
+def without_mismatch(
+    rollouts: list[Rollout], mismatch: Callable[[Sequence[Rollout]], Sequence[float]], *, bound: float | None
+) -> list[Rollout]:
+    """Excludes the rollouts whose mean |log-prob difference| of trainer and engine (nats) is beyond the bound, if any.
+
+    Args:
+        mismatch: the trainer's, of each rollout; not called without a bound.
+    """
+    if bound is None:
+        return rollouts
+    return [
+        dataclasses.replace(r, verdict=dataclasses.replace(r.verdict, status="mismatch", label=EXCLUDED))
+        if r.label != EXCLUDED and not m <= bound
+        else r
+        for r, m in zip(rollouts, mismatch(rollouts), strict=True)
+    ]
 
 
 def _lost(place: Place, reason: str) -> Drawn:

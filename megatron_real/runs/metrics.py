@@ -37,8 +37,9 @@ class Training:
     skipped: Sequence[int]
     """Updates that were skipped for a loss or gradient that was not finite."""
     token_means: Mapping[str, float]
-    """Means over the response tokens that were trained on: entropy, mismatch_mean_abs and mismatch_k3 (nats); and
-    mismatch_max_abs, the maximum. `entropy` is the mean of -log pi of the sampled tokens: a Monte Carlo estimate."""
+    """Means over the response tokens that were trained on: entropy, mismatch_mean_abs, mismatch_k3 (nats) and the share
+    mismatch_share; and mismatch_max_abs, the maximum. `entropy` is the mean of -log pi of the sampled tokens: a Monte
+    Carlo estimate."""
     tokens: int
     """Prompt and response tokens that were trained on."""
     flops: float

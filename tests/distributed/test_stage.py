@@ -25,14 +25,19 @@ PROMPTS = [Prompt(f"p/{i}", f"{i}+1=", (i,), (str(i + 1),)) for i in range(24)]
 class Adder:
     """Knows each answer, and gives one that is off by one, by chance of its seed, in a third of its samples."""
 
-    name, tokenizer = "adder", None
+    name, tokenizer, tp = "adder", None, 1
+
+    def held(self) -> dict[str, Any]:
+        return {}
 
     def prepare_for_inference(self, weights: Any) -> None: ...
 
     def finish_inference(self) -> None: ...
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[list[Completion | None]]:
-        draw = random.Random(seed)
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> list[list[Completion | None]]:
+        draw = random.Random(str(seeds))
         return [[self.answer(prompt, draw) for _ in range(sampling.num_samples)] for prompt in prompts]
 
     def answer(self, prompt: Prompt, draw: random.Random) -> Completion | None:
@@ -44,9 +49,9 @@ class Streaming(Adder):
     """Takes 20 ms for each completion and hands it out at once."""
 
     def stream(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
-        completions = self.generate(prompts, sampling, seed=seed)
+        completions = self.generate(prompts, sampling, seeds=seeds)
         for k in range(sampling.num_samples):
             for i, samples in enumerate(completions):
                 time.sleep(0.02)
@@ -59,9 +64,9 @@ class Dying(Streaming):
     """On the last rank it fails after five completions, and again whenever it is asked."""
 
     def stream(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
-        for count, found in enumerate(super().stream(prompts, sampling, seed=seed)):
+        for count, found in enumerate(super().stream(prompts, sampling, seeds=seeds)):
             if dist.get_rank() == dist.get_world_size() - 1 and count == 5:
                 raise EngineFailed("its server is gone")
             yield found

@@ -80,6 +80,7 @@ def test_rollout_metrics_golden():
             "status/unparsable": 0,
             "status/lost": 0,
             "status/score": 0,
+            "status/mismatch": 0,
         },
         nan_ok=True,
     )
