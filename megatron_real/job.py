@@ -83,7 +83,7 @@ class Job:
         """An error that nobody expected takes the other ranks down by its name; a good end takes nobody down."""
         if error is not None and kind is not None:
             self.lifeline.say_end(f"{kind.__name__}: {error}")
-            self.reporter.say_status("failed", f"{kind.__name__}: {error}")
+            self.reporter.say_status("crashed", f"{kind.__name__}: {error}")
         self.lifeline.close()
 
     def seed(self, step: int, draw: int = 0, first: int = 0) -> int:

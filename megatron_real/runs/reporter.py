@@ -85,9 +85,11 @@ class Reporter:
         return not finished and not list(changes(before, to_plain(self.config)))
 
     def say_status(self, state: str, reason: str = "") -> None:
-        """Tells scripts what the run is doing: running, stopped (start it again), finished or failed."""
+        """Tells scripts what the run is doing: running, stopped (start it again), finished, failed or crashed."""
         if self.first:
-            status = {"state": state, "reason": reason, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+            life = f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+            when = time.strftime("%Y-%m-%d %H:%M:%S")
+            status = {"state": state, "reason": reason, "time": when, "life": life}
             write_durably(self.directory.status, json.dumps(status) + "\n")
 
     def offsets(self) -> dict[str, int]:
