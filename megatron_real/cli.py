@@ -2,6 +2,8 @@
 
     megatron-real train CONFIG.yaml [key.sub=value ...]      by itself, or under torchrun or srun
     megatron-real eval CONFIG.yaml|HF_DIR --bench NAME=FILE ... [key.sub=value ...]      likewise
+    megatron-real doctor [--run-dir DIR]      by itself, or under torchrun or srun
+    megatron-real plan CONFIG.yaml --gpus N --gpu h100-80g [key.sub=value ...]
     megatron-real convert to-megatron | to-hf | verify | inspect ...
 
 A wrong configuration is refused before anything heavy is imported, in one sentence.
@@ -19,6 +21,8 @@ from collections.abc import Sequence
 
 from megatron_real import benchmark_command, convert
 from megatron_real import config as configuration
+from megatron_real.doctor import command as doctor_command
+from megatron_real.plan import command as plan_command
 from megatron_real.weights.architecture import Architecture
 
 logger = logging.getLogger("megatron_real")
@@ -38,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
     convert.add_commands(commands)
     benchmark_command.add_command(commands)
+    doctor_command.add_command(commands)
+    plan_command.add_command(commands)
     chosen, later = parser.parse_known_args(arguments)
     if later and (not hasattr(chosen, "overrides") or any(word.startswith("-") for word in later)):
         parser.error(f"unrecognized arguments: {' '.join(later)}")
@@ -47,6 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet(first)
     if chosen.command == "convert":
         return convert.run(chosen)
+    if chosen.command == "doctor":
+        return doctor_command.run(chosen)
+    if chosen.command == "plan":
+        return plan_command.run(chosen)
     if chosen.command == "eval":
         return benchmark_command.run(chosen, first)
     try:
