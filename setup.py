@@ -20,6 +20,7 @@ setup(
         "megatron-core>=0.16.1,<0.20",
         "transformers>=4.48,<6",
         "safetensors>=0.4",
+        "huggingface_hub",
         "omegaconf>=2.3",
         "math-verify==0.9.0",
         "numpy",
@@ -30,8 +31,8 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "examples": ["reasoning-gym>=0.1.20"],
-        "test": ["pytest>=8", "hypothesis>=6", "reasoning-gym>=0.1.20"],
+        "examples": ["reasoning-gym>=0.1.20", "gguf", "accelerate"],
+        "test": ["pytest>=8", "hypothesis>=6", "reasoning-gym>=0.1.20", "gguf", "accelerate"],
         "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["megatron-real = megatron_real.cli:main"]},

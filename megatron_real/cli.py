@@ -1,4 +1,10 @@
-"""The command line: `megatron-real train CONFIG.yaml [key.sub=value ...]`, by itself or under torchrun or srun.
+"""The command line.
+
+    megatron-real train CONFIG.yaml [key.sub=value ...]      by itself, or under torchrun or srun
+    megatron-real eval CONFIG.yaml|HF_DIR --bench NAME=FILE ... [key.sub=value ...]      likewise
+    megatron-real doctor [--run-dir DIR]      by itself, or under torchrun or srun
+    megatron-real plan CONFIG.yaml --gpus N --gpu h100-80g [key.sub=value ...]
+    megatron-real convert to-megatron | to-hf | verify | inspect ...
 
 A wrong configuration is refused before anything heavy is imported, in one sentence.
 """
@@ -13,7 +19,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from megatron_real import benchmark_command, convert
 from megatron_real import config as configuration
+from megatron_real.doctor import command as doctor_command
+from megatron_real.plan import command as plan_command
 from megatron_real.weights.architecture import Architecture
 
 logger = logging.getLogger("megatron_real")
@@ -31,9 +40,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train = commands.add_parser("train", help="train a policy", description="Trains a policy by REAL.")
     train.add_argument("config", help="YAML file; see examples/configs/")
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
-    chosen = parser.parse_args(arguments)
+    convert.add_commands(commands)
+    benchmark_command.add_command(commands)
+    doctor_command.add_command(commands)
+    plan_command.add_command(commands)
+    chosen, later = parser.parse_known_args(arguments)
+    if later and (not hasattr(chosen, "overrides") or any(word.startswith("-") for word in later)):
+        parser.error(f"unrecognized arguments: {' '.join(later)}")
+    if later:
+        chosen.overrides += later  # argparse itself takes them only before the options
     first = os.environ.get("RANK", "0") == "0"
     _quiet(first)
+    if chosen.command == "convert":
+        return convert.run(chosen)
+    if chosen.command == "doctor":
+        return doctor_command.run(chosen)
+    if chosen.command == "plan":
+        return plan_command.run(chosen)
+    if chosen.command == "eval":
+        return benchmark_command.run(chosen, first)
     try:
         config = configuration.load(chosen.config, chosen.overrides)
         configuration.check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -54,6 +79,7 @@ def _quiet(first: bool) -> None:
     logging.basicConfig(level=logging.WARNING if first else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     logger.setLevel(logging.INFO if first else logging.ERROR)
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.getLogger("vllm").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|megatron)\b.*")
 
@@ -63,8 +89,10 @@ def _train(config: configuration.Config, first: bool) -> int:
 
     stop = StopRequest(max_hours=config.trainer.max_hours)  # first: a signal may come while the rest is imported
     from megatron_real.job import build
-    from megatron_real.labels import TooManyFailedChecks
+    from megatron_real.labels import RewardNeedsThreshold, TooManyFailedChecks
     from megatron_real.loop import NonFinite, train
+    from megatron_real.policy.layout import leave_world
+    from megatron_real.rollout.sync import SyncError
     from megatron_real.runs.checkpoint import CheckpointFailed
     from megatron_real.runs.ranks import EveryRankError
 
@@ -91,15 +119,16 @@ def _train(config: configuration.Config, first: bool) -> int:
             say(f"interrupted; metrics and rollouts so far are in {config.trainer.run_dir}")
             job.reporter.say_status("stopped", "interrupted")
             return 130
-        except (NonFinite, CheckpointFailed) as error:  # every rank has it
+        except (NonFinite, CheckpointFailed, TooManyFailedChecks, RewardNeedsThreshold) as error:  # every rank has it
             say(error)
             job.reporter.say_status("failed", str(error))
-            return 1
-        except (TooManyFailedChecks, OSError) as error:  # this rank has it
+            return 2 if isinstance(error, ValueError) else 1
+        except (SyncError, OSError) as error:  # this rank has it
             if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             print(f"megatron-real: {error}", file=sys.stderr)
             job.lifeline.say_end(str(error))
             job.reporter.say_status("failed", str(error))
             return 1
+    leave_world()
     return 0

@@ -38,6 +38,9 @@ class ModelConfig:
     """`linear` never holds more than a chunk of logits; `logits` keeps them all (a little faster, far more memory)."""
     trust_remote_code: bool = False
     """Lets the tokenizer run code from the model's directory."""
+    weights: str = ""
+    """Megatron checkpoint of any layout to start from; empty: the weights in `path`, which gives config and tokenizer
+    either way."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,40 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class SyncConfig:
+    """How closely each weight sync is checked."""
+
+    timeout_seconds: float = 600.0
+    """A sync that takes longer ends the run and names the tensor and the ranks that it waits for."""
+    checksum_every: int = 10
+    """Syncs between comparisons of every tensor's checksum in trainer and engine; 1: each sync, 0: never."""
+    probe_every: int = 1
+    """Syncs between probes: a sampled answer whose log-probs under trainer and engine are compared; 0: never."""
+    probe_tokens: int = 32
+    """Tokens of the probe's answer."""
+    probe_bound: float = 0.05
+    """Largest mean |difference| of the probe's log-probs (nats); in fp32 1e-3 is a sharper bound."""
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """How the policy answers."""
 
-    engine: Literal["auto", "transformers"] = "auto"
-    """The engine that samples; `auto` takes the best one that is installed."""
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """The engine that samples; `auto` takes vllm where it imports, else transformers, and says which."""
+    tp: int = 1
+    """Ranks that share one vLLM engine (its tensor parallel size); independent of parallel.tp."""
+    kv_cache_mib: int = 4096
+    """vLLM's KV cache on each rank, in MiB; beside it an engine takes its share of the weights."""
+    max_sequences: int = 256
+    """Sequences that a vLLM engine decodes together."""
+    sleep_level: Literal[0, 1, 2] = 2
+    """What vLLM gives back on a GPU while the policy trains: 2 weights and KV cache, 1 the same with the weights kept
+    in host memory, 0 nothing."""
+    vllm: Mapping[str, Any] = field(default_factory=dict)
+    """Any other argument of vLLM's engine, by name; for example enforce_eager: true."""
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    """How closely each weight sync is checked."""
     num_prompts: int = 128
     """Prompts per step."""
     group_size: int = 8
@@ -78,6 +110,14 @@ class RolloutConfig:
     """A response that reaches this is cut and counts as truncated."""
     batch_size: int = 64
     """Sequences that the transformers engine decodes together."""
+    mismatch_bound: float = 0.1
+    """|log-prob in trainer - in engine| (nats) beyond which a token counts in the metric mismatch_share."""
+    exclude_mismatch: float | None = None
+    """Excludes a rollout whose mean |difference| (nats) is beyond this; costs one more forward pass a step."""
+    retries: int = 1
+    """How often a completion that an engine lost is drawn again, on another rank's engine; then it is excluded."""
+    refill_rounds: int = 0
+    """Dynamic sampling: rounds in which groups of one class are replaced by those of fresh prompts; 0: off."""
     chunk_prompts: int = 0
     """Prompts whose rollouts are kept on disk together; 0: a whole step's. Smaller chunks lose less to a preemption in
     the middle of a long step, but every chunk waits for its longest answer."""
@@ -97,12 +137,18 @@ class LabelConfig:
     """Wall clock of one check; then its worker is killed."""
     memory_mib: int = 1024
     """Memory limit of one worker."""
+    require_think: bool = False
+    """No answer counts without a </think> before it."""
+    require_boxed: bool = True
+    """No answer counts outside a \\boxed{}; else the end of the text stands in for a missing box."""
+    excluded: tuple[Literal["wrong", "unparsable", "timeout", "crashed"], ...] = ("timeout", "crashed")
+    """Statuses whose rollouts leave their group; those of the other statuses but ok are negative."""
     overlong: Literal["negative", "excluded"] = "negative"
     """What a truncated response counts as."""
     threshold: float | None = None
     """Rewards at or above it are positive; required when a verifier returns anything but 0 or 1."""
     max_failed_share: float = 0.2
-    """The run stops when more than this share of a step's checks failed (timeout or crash)."""
+    """The run stops when more than this share of a step's checks failed (timeout, crashed or lost)."""
     permute: bool = False
     """Control experiment: labels are shuffled over the step's rollouts, so that nothing can be learned."""
 
@@ -189,6 +235,8 @@ class EvalConfig:
     """Nucleus mass."""
     max_problems: int = 0
     """Evaluate only the first so many; 0: all."""
+    chunk_problems: int = 64
+    """Problems that `megatron-real eval` answers and keeps at a time; an interruption costs at most so many."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +314,8 @@ class Config:
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Reads a YAML file, applies `key.sub=value` overrides and checks everything that needs no process group.
 
+    A directory of HF weights stands for a file that says nothing but its path.
+
     Raises:
         ValueError: an unknown key, a wrong type or an impossible combination, in one sentence with the remedy.
     """
@@ -276,10 +326,11 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     for word in words:
         if "=" not in word:
             raise ValueError(f"override {word!r} has no '='; write key.sub=value, for example trainer.steps=10")
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise ValueError(f"there is no config file {str(path)!r}; give the path of a YAML file")
     try:
-        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(words))
+        said = OmegaConf.create({"model": {"path": str(path)}}) if Path(path).is_dir() else OmegaConf.load(path)
+        tree = OmegaConf.merge(said, OmegaConf.from_dotlist(words))
         values: Any = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
@@ -296,7 +347,11 @@ def check_world(config: Config, world_size: int) -> int:
     Raises:
         ValueError: the layout does not divide the world.
     """
-    parallel = config.parallel
+    parallel, rollout_tp = config.parallel, config.rollout.tp
+    if world_size % rollout_tp:
+        raise ValueError(
+            f"rollout.tp = {rollout_tp} does not divide the {world_size} processes; take one of {_divisors(world_size)}"
+        )
     model_parallel = parallel.tp * parallel.pp * parallel.cp
     if world_size % model_parallel:
         raise ValueError(
@@ -342,6 +397,33 @@ def check_model(config: Config) -> None:
             f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the model's "
             f"max_position_embeddings {limit}; shorten one of them"
         )
+    if config.rollout.engine == "vllm":
+        _check_engine(config, hf)
+
+
+def _check_engine(config: Config, hf: Mapping[str, Any]) -> None:
+    """vLLM's layout, and a KV cache that holds at least one sequence."""
+    heads, rollout = hf.get("num_attention_heads", 1), config.rollout
+    if heads % rollout.tp:
+        raise ValueError(
+            f"rollout.tp = {rollout.tp} does not divide the model's {heads} attention heads; take one of "
+            f"{_divisors(heads)}"
+        )
+    kv_heads = -(-(hf.get("num_key_value_heads") or heads) // rollout.tp)
+    head_dim = hf.get("head_dim") or hf.get("hidden_size", 0) // heads
+    token_bytes = 2 * hf.get("num_hidden_layers", 0) * kv_heads * head_dim * (2 if config.model.dtype == "bf16" else 4)
+    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    blocks = -(-longest // _KV_BLOCK) + 1  # one block stays empty
+    needed = -(-blocks * _KV_BLOCK * token_bytes // 2**20)
+    if rollout.kv_cache_mib < needed:
+        raise ValueError(
+            f"rollout.kv_cache_mib = {rollout.kv_cache_mib} does not hold one sequence of data.max_prompt_tokens + "
+            f"rollout.max_response_tokens = {longest}; raise it to at least {needed}, better to many times that"
+        )
+
+
+_KV_BLOCK = 128
+"""vLLM hands out KV memory in blocks of so many tokens on a CPU, and of fewer on a GPU."""
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -364,6 +446,11 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     known = {f.name for f in dataclasses.fields(cls)}
     arguments = {}
     for name, value in values.items():
+        if {"tis", "is", "importance"} & set(str(name).split("_")):  # as verl, slime and others call them
+            raise ValueError(
+                f"{prefix}{name}: importance weights of tokens have no meaning for a loss of sequence scores, whose "
+                "weights are bounded as they are; watch the mismatch metrics, or set rollout.exclude_mismatch"
+            )
         if name not in known:
             raise ValueError(f"unknown key {prefix}{name}{_nearest(str(name), known)}")
         hint = hints[name]
@@ -380,7 +467,7 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
     """`value` as the annotation `hint` wants it."""
     origin, choices = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        if value not in choices:
+        if value not in choices or type(value) is bool:
             raise ValueError(f"{name} is {value!r}; it takes one of {', '.join(map(str, choices))}")
         return value
     if type(None) in choices:
@@ -425,6 +512,13 @@ def _check_values(config: Config) -> None:
         "rollout.temperature": config.rollout.temperature,
         "rollout.max_response_tokens": config.rollout.max_response_tokens,
         "rollout.batch_size": config.rollout.batch_size,
+        "rollout.tp": config.rollout.tp,
+        "rollout.kv_cache_mib": config.rollout.kv_cache_mib,
+        "rollout.max_sequences": config.rollout.max_sequences,
+        "rollout.mismatch_bound": config.rollout.mismatch_bound,
+        "rollout.sync.timeout_seconds": config.rollout.sync.timeout_seconds,
+        "rollout.sync.probe_tokens": config.rollout.sync.probe_tokens,
+        "rollout.sync.probe_bound": config.rollout.sync.probe_bound,
         "labels.workers": config.labels.workers,
         "labels.timeout_seconds": config.labels.timeout_seconds,
         "labels.memory_mib": config.labels.memory_mib,
@@ -438,19 +532,26 @@ def _check_values(config: Config) -> None:
         "optimizer.lr": config.optimizer.lr,
         "evaluation.samples": config.evaluation.samples,
         "evaluation.temperature": config.evaluation.temperature,
+        "evaluation.chunk_problems": config.evaluation.chunk_problems,
     }
     for name, value in positive.items():
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} is {value}; it must be above 0")
     counts = {
         "trainer.max_hours": config.trainer.max_hours,
+        "rollout.retries": config.rollout.retries,
+        "rollout.refill_rounds": config.rollout.refill_rounds,
         "rollout.chunk_prompts": config.rollout.chunk_prompts,
+        "rollout.sync.checksum_every": config.rollout.sync.checksum_every,
+        "rollout.sync.probe_every": config.rollout.sync.probe_every,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep_every": config.checkpoint.keep_every,
     }
     for name, value in counts.items():
         if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{name} is {value}; it must be 0 or above")
+            raise ValueError(f"{name} is {value}; it must be 0 (off) or above")
+    if config.rollout.exclude_mismatch is not None and not config.rollout.exclude_mismatch > 0:
+        raise ValueError(f"rollout.exclude_mismatch is {config.rollout.exclude_mismatch}; it must be above 0, or null")
     shares = {
         "rollout.top_p": config.rollout.top_p,
         "evaluation.top_p": config.evaluation.top_p,
@@ -485,10 +586,45 @@ def _check_combinations(config: Config) -> None:
             f"batch.max_tokens = {batch.max_tokens} cannot hold one sequence of data.max_prompt_tokens + "
             f"rollout.max_response_tokens = {longest}; raise it to at least {longest}"
         )
+    if rollout.engine == "transformers" and rollout.tp > 1:
+        raise ValueError(f"rollout.tp = {rollout.tp} needs rollout.engine=vllm; set rollout.tp=1")
+    if rollout.engine == "vllm" and config.model.dtype == "fp64":
+        raise ValueError("model.dtype=fp64 is not known to vLLM; use fp32, or rollout.engine=transformers")
+    for name in rollout.vllm:
+        if name in _OURS_IN_VLLM:
+            raise ValueError(f"rollout.vllm.{name} is set by {_OURS_IN_VLLM[name]}; set that instead")
+    labels = config.labels
+    if ":" in labels.verifier and (labels.require_think or not labels.require_boxed):
+        raise ValueError(
+            f"labels.require_think and labels.require_boxed have no effect on labels.verifier = {labels.verifier!r}, "
+            "which is given the whole text; leave them at false and true"
+        )
     if parallel.sp and parallel.tp == 1:
         raise ValueError("parallel.sp=true needs parallel.tp > 1; set parallel.sp=false")
     if parallel.vpp > 1 and parallel.pp == 1:
         raise ValueError(f"parallel.vpp = {parallel.vpp} needs parallel.pp > 1; set parallel.vpp=1")
+
+
+# vLLM's names for what has a place of its own in this configuration, or that training fixes.
+_OURS_IN_VLLM: Mapping[str, str] = {
+    "model": "model.path",
+    "dtype": "model.dtype",
+    "max_model_len": "data.max_prompt_tokens and rollout.max_response_tokens",
+    "tensor_parallel_size": "rollout.tp",
+    "pipeline_parallel_size": "rollout.tp",
+    "data_parallel_size": "the number of processes",
+    "kv_cache_memory_bytes": "rollout.kv_cache_mib",
+    "gpu_memory_utilization": "rollout.kv_cache_mib",
+    "max_num_seqs": "rollout.max_sequences",
+    "enable_sleep_mode": "rollout.sleep_level",
+    "seed": "trainer.seed",
+    "quantization": "model.dtype",
+    "load_format": "the weight sync",
+    "logprobs_mode": "the mismatch metrics",
+    "distributed_executor_backend": "the training processes",
+    "skip_tokenizer_init": "the rollout engine",
+    "generation_config": "rollout.temperature, top_p and top_k",
+}
 
 
 # Settings that would silently change the objective, each with the reason it is refused.

@@ -1,62 +1,140 @@
-"""pass@1 on held-out problems, with the engine and the verifier of training."""
+"""pass@1, pass@k and the majority's accuracy on held-out problems, with the engine and the verifier of training."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_real.labels.labeller import FAILED
 from megatron_real.records import POSITIVE, Prompt, Rollout, Sampling
 from megatron_real.rollout.stage import RolloutStage
 
 
 @dataclass(frozen=True)
+class Judged:
+    """What the figures need of one completion."""
+
+    problem: str
+    """Which problem it answers."""
+    status: str
+    """What became of its check."""
+    correct: bool
+    """Verified correct. A check that failed, a truncated and an empty completion are not."""
+    tokens: int
+    """Response length."""
+    answer_class: int | None = None
+    """Answers to the problem that say the same have the same number; None: no answer that could vote."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Accuracy on one set of problems."""
+    """Figures of one set of problems, each answered by the same number of samples."""
 
     pass_at_1: float
     """Mean over problems of the share of samples verified correct."""
     standard_error: float
     """Of pass_at_1, over problems."""
+    pass_at_k: tuple[tuple[int, float], ...]
+    """(k, chance that one of k samples is correct, mean over problems) for k = 1, 2, 4, ... and the samples drawn."""
+    majority: float | None
+    """maj@k for k = samples: mean over problems of whether the most frequent answer is correct; ties count in part.
+    None where no vote was held."""
     problems: int
     """Problems asked."""
     samples: int
     """Completions per problem."""
     failed_checks: int
     """Completions whose check failed: they count as wrong here."""
+    unanswered_share: float
+    """Share of completions that ended without an answer that the verifier could read."""
     truncated_share: float
     """Share of completions cut at the length limit."""
     response_tokens_mean: float
     """Mean response length."""
 
+    def figures(self) -> dict[str, float]:
+        """Everything by name, pass@k as pass_at_K; without the majority where no vote was held."""
+        passed = {f"pass_at_{k}": value for k, value in self.pass_at_k}
+        named = {name: value for name, value in vars(self).items() if name != "pass_at_k" and value is not None}
+        return {"pass_at_1": self.pass_at_1, "standard_error": self.standard_error} | passed | named
+
 
 def evaluate(stage: RolloutStage, problems: Sequence[Prompt], sampling: Sampling, *, seed: int) -> Evaluation:
     """Samples and verifies answers to `problems`. Collective over all ranks; the engine must hold the weights."""
     rollouts = stage.label(problems, stage.generate(problems, sampling, seed=seed))
-    return summarise(rollouts, samples=sampling.num_samples)
+    return summarise([judged(rollout) for rollout in rollouts])
 
 
-def summarise(rollouts: Sequence[Rollout], *, samples: int) -> Evaluation:
-    """The figures of labelled completions.
+def judged(rollout: Rollout, answer_class: int | None = None) -> Judged:
+    """What the figures need of a labelled rollout."""
+    return Judged(
+        problem=rollout.prompt.uid,
+        status=rollout.verdict.status,
+        correct=rollout.label == POSITIVE,
+        tokens=len(rollout.completion.token_ids),
+        answer_class=answer_class,
+    )
+
+
+def summarise(completions: Sequence[Judged], *, vote: bool = False) -> Evaluation:
+    """The figures of judged completions; `vote` where they have their answer classes.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or not equally many for each problem.
     """
-    if not rollouts:
+    if not completions:
         raise ValueError("there is no completion to evaluate; data.heldout may be empty after the length filter")
-    correct: dict[int, list[bool]] = defaultdict(list)
-    for rollout in rollouts:
-        correct[rollout.group].append(rollout.verdict.label == POSITIVE)
-    shares = [sum(marks) / len(marks) for marks in correct.values()]
-    mean = sum(shares) / len(shares)
-    variance = sum((s - mean) ** 2 for s in shares) / max(len(shares) - 1, 1)
+    of: dict[str, list[Judged]] = defaultdict(list)
+    for completion in completions:
+        of[completion.problem].append(completion)
+    samples = len(completions) // len(of)
+    if any(len(group) != samples for group in of.values()):
+        raise ValueError("the problems do not have equally many completions; each needs evaluation.samples of them")
+    correct = [sum(c.correct for c in group) for group in of.values()]
+    ks = sorted({samples, *(2**i for i in range(samples.bit_length()))})
+    shares = [c / samples for c in correct]
     return Evaluation(
-        pass_at_1=mean,
-        standard_error=math.sqrt(variance / len(shares)),
-        problems=len(shares),
+        pass_at_1=_mean(shares),
+        standard_error=standard_error(shares),
+        pass_at_k=tuple((k, _mean([pass_at_k(c, samples, k) for c in correct])) for k in ks),
+        majority=_mean([majority(group) for group in of.values()]) if vote else None,
+        problems=len(of),
         samples=samples,
-        failed_checks=sum(r.verdict.status in ("timeout", "crashed") for r in rollouts),
-        truncated_share=sum(not r.completion.finished for r in rollouts) / len(rollouts),
-        response_tokens_mean=sum(len(r.completion.token_ids) for r in rollouts) / len(rollouts),
+        failed_checks=sum(c.status in FAILED for c in completions),
+        unanswered_share=_mean([c.status == "unparsable" for c in completions]),
+        truncated_share=_mean([c.status == "overlong" for c in completions]),
+        response_tokens_mean=_mean([c.tokens for c in completions]),
     )
+
+
+def pass_at_k(correct: int, samples: int, k: int) -> float:
+    """Chance that a correct one is among k of the samples, drawn without replacement (arXiv:2107.03374, Eq. 1).
+
+    Unbiased: 1 - C(samples - correct, k) / C(samples, k); 1 - (1 - correct / samples)^k is not.
+    """
+    assert 0 <= correct <= samples and 1 <= k <= samples, f"pass@{k} of {correct} among {samples}"
+    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def majority(completions: Sequence[Judged]) -> float:
+    """1 if the most frequent answer to a problem is correct, 0 if not; of several, the share that is correct."""
+    votes = Counter(c.answer_class for c in completions if c.answer_class is not None)
+    if not votes:
+        return 0.0
+    most = [answer for answer, count in votes.items() if count == max(votes.values())]
+    correct = {c.answer_class for c in completions if c.correct}
+    return sum(answer in correct for answer in most) / len(most)
+
+
+def standard_error(shares: Sequence[float]) -> float:
+    """Of the mean over problems; NaN for a single one, whose spread is not known."""
+    if len(shares) < 2:
+        return math.nan
+    mean = _mean(shares)
+    return math.sqrt(math.fsum((s - mean) ** 2 for s in shares) / (len(shares) - 1) / len(shares))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import atexit
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 
 import torch.distributed as dist
 
-from megatron_real.config import Config, check_world
+from megatron_real.config import Config, LabelConfig, check_world
 from megatron_real.labels import Labeller
 from megatron_real.policy.layout import join_world, set_up
 from megatron_real.policy.policy import Policy
 from megatron_real.prompts import PromptCursor, load_prompts
 from megatron_real.records import Prompt, Sampling
 from megatron_real.rollout import RolloutStage, build_engine
+from megatron_real.rollout.sync import WeightSync
 from megatron_real.runs import checkpoint
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.lifeline import Lifeline
@@ -25,7 +28,9 @@ from megatron_real.runs.ranks import EveryRankError, Ranks
 from megatron_real.runs.reporter import Reporter
 from megatron_real.runs.stop import StopRequest
 from megatron_real.weights.architecture import Architecture
+from megatron_real.weights.conversion import open_megatron
 from megatron_real.weights.hf import HfWeights
+from megatron_real.weights.mapping import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +41,8 @@ class Generation:
 
     stage: RolloutStage
     """Engine and verifier."""
+    sync: WeightSync
+    """Brings the policy's weights into the engine."""
     cursor: PromptCursor
     """Training prompts, in order."""
     sampling: Sampling
@@ -52,7 +59,7 @@ class Job:
 
     config: Config
     """The whole configuration."""
-    weights: HfWeights
+    weights: Weights
     """The weights that training starts from."""
     policy: Policy
     """Model and optimizer."""
@@ -79,9 +86,9 @@ class Job:
             self.reporter.say_status("crashed", f"{kind.__name__}: {error}")
         self.lifeline.close()
 
-    def seed(self, step: int) -> int:
-        """Seed of a step's sampling: it depends on the run's seed and the step alone."""
-        return self.config.trainer.seed * 1_000_003 + step
+    def seed(self, step: int, draw: int = 0, first: int = 0) -> int:
+        """Seed of a step's sampling: the run's seed, the step, the draw and the chunk's first prompt determine it."""
+        return self.config.trainer.seed * 1_000_003 + step + (draw << 40) + (first << 48)
 
 
 def build(config: Config, stop: StopRequest) -> Job:
@@ -117,37 +124,36 @@ def build(config: Config, stop: StopRequest) -> Job:
         hang_seconds=config.trainer.hang_minutes * 60,
     )
     reporter.progress.say(f"model {config.model.path} on {world} processes")
-    architecture, weights = Architecture.read(config.model.path), HfWeights(config.model.path)
+    architecture = Architecture.read(config.model.path)
+    start = config.model.weights
+    weights = open_megatron(Path(start), architecture) if start else HfWeights(config.model.path)
     updates = config.trainer.steps * (config.rollout.num_prompts // config.batch.minibatch_prompts)
     policy = Policy(config, architecture, set_up(config.parallel, seed=config.trainer.seed), num_updates=updates)
     policy.load(weights)
-    generation = None if config.rollout.replay else _generation(config, rank=rank, world=world)
-    cursor = generation.cursor if generation else None
-    checkpoints = checkpoint.Checkpoints(config, policy, reporter, cursor, ranks, stop)
+    replay, say = config.rollout.replay, reporter.progress.say
+    generation = None if replay else _generation(config, architecture, say=say, rank=rank, world=world)
+    drawing: dict[str, checkpoint.Stateful] = (
+        {"cursor": generation.cursor, "lengths": generation.stage.lengths} if generation else {}
+    )
+    checkpoints = checkpoint.Checkpoints(config, policy, reporter, drawing, ranks, stop)
     checkpoints.resume(found)
     return Job(config, weights, policy, reporter, generation, checkpoints, ranks, lifeline)
 
 
-def _generation(config: Config, *, rank: int, world: int) -> Generation:
-    engine, data, labels = build_engine(config), config.data, config.labels
+def _generation(
+    config: Config, architecture: Architecture, *, say: Callable[[str], None], rank: int, world: int
+) -> Generation:
+    engine, data = build_engine(config, say=say), config.data
     train = load_prompts(data.train, engine.tokenizer, suffix=data.suffix, max_tokens=data.max_prompt_tokens)
     heldout = (
         load_prompts(data.heldout, engine.tokenizer, suffix=data.suffix, max_tokens=data.max_prompt_tokens)
         if data.heldout
         else []
     )
-    labeller = Labeller(
-        labels.verifier,
-        workers=labels.workers,
-        timeout_seconds=labels.timeout_seconds,
-        memory_mib=labels.memory_mib,
-        overlong=labels.overlong,
-        threshold=labels.threshold,
-        max_failed_share=labels.max_failed_share,
-    )
     chosen, evaluation = config.rollout, config.evaluation
     return Generation(
-        stage=RolloutStage(engine, labeller, rank=rank, world=world),
+        stage=RolloutStage(engine, build_labeller(config.labels), rank=rank, world=world, retries=chosen.retries),
+        sync=WeightSync(engine, chosen.sync, tied=architecture.tied, probe=train[0], temperature=chosen.temperature),
         cursor=PromptCursor(train, seed=config.trainer.seed, shuffle=data.shuffle),
         sampling=Sampling(
             chosen.group_size, chosen.temperature, chosen.max_response_tokens, chosen.top_p, chosen.top_k
@@ -156,4 +162,20 @@ def _generation(config: Config, *, rank: int, world: int) -> Generation:
         heldout_sampling=Sampling(
             evaluation.samples, evaluation.temperature, chosen.max_response_tokens, evaluation.top_p
         ),
+    )
+
+
+def build_labeller(labels: LabelConfig) -> Labeller:
+    """The verifier processes that the configuration asks for."""
+    return Labeller(
+        labels.verifier,
+        workers=labels.workers,
+        timeout_seconds=labels.timeout_seconds,
+        memory_mib=labels.memory_mib,
+        require_think=labels.require_think,
+        require_boxed=labels.require_boxed,
+        excluded=labels.excluded,
+        overlong=labels.overlong,
+        threshold=labels.threshold,
+        max_failed_share=labels.max_failed_share,
     )

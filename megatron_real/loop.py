@@ -6,7 +6,7 @@ prompts -> rollouts -> labels -> batches, old log-probs -> updates -> metrics on
 
 stage           consumes                  produces                  waits for
 sync            the policy's weights      the engine's weights      all ranks, tensor by tensor
-rollout         prompts                   completions               its own rank only
+rollout         prompts                   completions, in verifying its own rank only
 label           completions               rollouts on every rank    the slowest rank's verifier
 old_logprobs    rollouts                  packed batches            the pipeline
 update          one batch at a time       new weights               all ranks, once per update
@@ -25,14 +25,15 @@ from megatron_real.job import Generation, Job
 from megatron_real.policy.policy import Update
 from megatron_real.policy.state import prepare
 from megatron_real.policy.train_step import Batch
-from megatron_real.records import Rollout
-from megatron_real.rollout.stage import permuted_labels
+from megatron_real.records import Prompt, Rollout
+from megatron_real.rollout.refill import refill
+from megatron_real.rollout.stage import permuted_labels, without_mismatch
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.rollouts import read_rollouts
-from megatron_real.runs.sampling import kept_rollouts, sampled_rollouts
+from megatron_real.runs.sampling import Draws
 from megatron_real.runs.saved import Position
 from megatron_real.runs.training import summary
-from megatron_real.weights.hf import write_hf
+from megatron_real.weights.stream import write_hf
 
 
 class NonFinite(RuntimeError):
@@ -48,8 +49,6 @@ def train(job: Job) -> None:
         for step in range(checkpoints.position.step + 1, config.trainer.steps + 1):
             with reporter.step(step):
                 rollouts = _rollouts(job, step)
-                reporter.rollouts(step, rollouts)
-                checkpoints.seam()
                 batches, updates = _updates(job, rollouts)
                 reporter.trained(step, rollouts, summary(job.policy, batches, updates))
                 _stop_if_not_finite(job, step, batches, updates)
@@ -66,28 +65,35 @@ def _rollouts(job: Job, step: int) -> list[Rollout]:
     if job.generation is None:
         saved = read_rollouts(RunDirectory(job.config.rollout.replay).rollouts(step))
         return sorted(saved, key=lambda r: (r.group, r.sample))
-    prompts = job.generation.cursor.next_batch(job.config.rollout.num_prompts)
-    if (kept := kept_rollouts(job.reporter, job.ranks, step, prompts)) is not None:
-        return kept
-    _sync(job, job.generation)
-    rollouts = sampled_rollouts(
-        job.generation.stage,
-        prompts,
-        job.generation.sampling,
-        step=step,
-        seed=job.seed(step),
-        chunk_prompts=job.config.rollout.chunk_prompts,
-        reporter=job.reporter,
-        ranks=job.ranks,
-        seam=job.checkpoints.seam,
+    generation, chosen, timed = job.generation, job.config.rollout, job.reporter.progress.stage
+
+    def sample(prompts: Sequence[Prompt], draw: int, first: int) -> list[Rollout]:
+        with timed("rollout"):
+            sampled = generation.stage.generate(prompts, generation.sampling, seed=job.seed(step, draw, first))
+        with timed("label"):
+            rollouts = generation.stage.label(prompts, sampled)
+        with timed("mismatch"):
+            return without_mismatch(rollouts, job.policy.mismatch, bound=chosen.exclude_mismatch)
+
+    _sync(job, generation)
+    draws = Draws(
+        step,
+        generation.cursor,
+        generation.stage.lengths,
+        sample,
+        chosen.chunk_prompts,
+        job.reporter,
+        job.ranks,
+        job.checkpoints.seam,
     )
-    job.generation.stage.engine.finish_inference()
+    rollouts = refill(draws.draw(chosen.num_prompts, 0), rounds=chosen.refill_rounds, draw=draws.draw)
+    generation.stage.engine.finish_inference()
     return permuted_labels(rollouts, seed=job.seed(step)) if job.config.labels.permute else rollouts
 
 
 def _sync(job: Job, generation: Generation) -> None:
     with job.reporter.progress.stage("sync"):
-        generation.stage.engine.prepare_for_inference(job.policy.stream())
+        generation.sync.run(job.policy.stream(), job.policy.mismatch)
 
 
 def _updates(job: Job, rollouts: Sequence[Rollout]) -> tuple[list[Batch], list[Update]]:
@@ -122,15 +128,17 @@ def _evaluate(job: Job, step: int) -> float | None:
     with job.reporter.progress.stage("evaluation"):
         seed = job.seed(0)  # the same draws at every evaluation: differences are the policy's
         result = evaluate(generation.stage, generation.heldout, generation.heldout_sampling, seed=seed)
+        generation.stage.engine.finish_inference()
     job.reporter.evaluated(step, result)
     return result.pass_at_1
 
 
 def _export(job: Job) -> None:
     """Writes the weights as an HF directory, in the dtype of the weights that training started from."""
-    stream = ((name, tensor.to(job.weights.dtype(name))) for name, tensor in job.policy.stream())
+    stream = job.policy.stream()
     if job.reporter.first:
-        write_hf(job.reporter.directory.weights, stream, source=job.config.model.path)
+        path = job.config.model.path
+        write_hf(job.reporter.directory.weights, stream, source=path, dtype=job.weights.dtype)
     else:
         for _ in stream:  # the stream is collective: every rank takes part in every tensor
             pass

@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Status = Literal["ok", "wrong", "unparsable", "timeout", "crashed", "overlong", "empty", "score"]
+Status = Literal["ok", "wrong", "unparsable", "timeout", "crashed", "overlong", "empty", "lost", "score", "mismatch"]
 """What became of one check.
 
 `ok` and `wrong` are verdicts on the answer; `unparsable` means that no answer could be read from the completion;
 `timeout` and `crashed` mean that the check itself failed; `overlong` that the completion was cut at the length limit;
-`empty` that it has no token; `score` that a user's verifier gave a number for a threshold to judge.
+`empty` that it has no token; `lost` that no engine could finish it; `score` that a verifier gave a number for a
+threshold to judge; `mismatch` that trainer and engine disagreed on its log-probs beyond rollout.exclude_mismatch,
+whatever the check said.
 """
 
 POSITIVE = 1
@@ -90,7 +92,11 @@ class Verdict:
     reward: float | None
     """1.0 or 0.0 from a binary verifier, its number from a scoring one, None where the check failed."""
     seconds: float = 0.0
-    """Wall-clock time of the check."""
+    """Wall-clock time of the check; 0 where no verifier saw the completion."""
+    reason: str = ""
+    """Why there is no verdict, where the check failed or the completion was lost."""
+    early: bool = False
+    """True when the check was over before the engine of its rank had finished its last completion."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,8 @@ class Rollout:
     """Index within the group, 0..G-1."""
     completion: Completion
     verdict: Verdict
+    refills: int = 0
+    """Prompts that were drawn for this group before, and given up because their rollouts were of one class."""
 
     @property
     def label(self) -> int:

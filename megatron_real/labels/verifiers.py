@@ -1,6 +1,7 @@
 """Verifiers by name: functions of one completion and its gold answers. They run inside worker processes (worker.py).
 
 A verifier may hang, crash or eat memory on hostile input; the worker's wall clock and memory limit are what contain it.
+Reading the answer out of the completion is ours and takes linear time; comparing it is the verifier's.
 """
 
 from __future__ import annotations
@@ -8,14 +9,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Result = tuple[str, float | None]
 """(status, reward): `ok` 1.0, `wrong` 0.0, `unparsable` None, or `score` with any number."""
 Verifier = Callable[[str, Sequence[str], Mapping[str, Any]], Result]
 """(completion text, accepted answers, the row's metadata) -> Result."""
-
-NAMES = ("math_verify", "exact", "reasoning_gym")
 
 # No honest answer is longer, and parsers take more than linear time.
 _MAX_ANSWER_CHARS = 1000
@@ -23,31 +22,39 @@ _MAX_ANSWER_CHARS = 1000
 _MAX_UNCLOSED = 8
 
 
-def check_name(name: str) -> None:
-    """Raises ValueError unless `name` is a verifier's or names a Python file. Runs none of the file's code."""
-    path, colon, _ = name.rpartition(":")
-    if name not in NAMES and not colon:
-        raise ValueError(
-            f"labels.verifier is {name!r}; it takes one of {', '.join(NAMES)} or your own path.py:function"
-        )
-    if colon and not Path(path).is_file():
-        raise ValueError(f"labels.verifier names {path!r}, which is no file; write path.py:function")
+class Answer(NamedTuple):
+    """What a completion gives as its answer."""
+
+    text: str
+    """The contents of a box, or the end of the text."""
+    boxed: bool
+    """Whether it stood in a box."""
 
 
-def load(name: str) -> Verifier:
-    """The verifier called `name`, or a user's own `path.py:function`.
+def final_answer(text: str, *, require_think: bool = False, require_boxed: bool = True) -> Answer | None:
+    """What the last complete \\boxed{...} outside the thinking holds; None where there is no answer.
 
-    Raises:
-        ValueError: there is no such verifier.
+    Thinking ends at the last </think>; a <think> after it that is never closed is thinking too.
+
+    Args:
+        require_think: no answer without a </think>.
+        require_boxed: no answer without a box; else the end of the text stands in for a missing box.
     """
-    check_name(name)
-    named = {"math_verify": math_verify, "exact": exact, "reasoning_gym": reasoning_gym}
-    return named[name] if name in named else _own(*name.rsplit(":", 1))
+    _, closed, rest = text.rpartition("</think>")
+    if require_think and not closed:
+        return None
+    said = rest.partition("<think>")[0]
+    boxed = _last_box(said)
+    if boxed is None and not require_boxed:
+        return _answer(said[-_MAX_ANSWER_CHARS:], boxed=False)
+    return None if boxed is None else _answer(boxed, boxed=True)
 
 
-def final_answer(text: str) -> str | None:
-    """What the last complete \\boxed{...} after the last </think> holds; None where there is none."""
-    text = text.rpartition("</think>")[2]
+def _answer(text: str, *, boxed: bool) -> Answer | None:
+    return Answer(text.strip(), boxed) if text.strip() else None
+
+
+def _last_box(text: str) -> str | None:
     end = len(text)
     for _ in range(_MAX_UNCLOSED):
         start = text.rfind("\\boxed{", 0, end)
@@ -55,7 +62,7 @@ def final_answer(text: str) -> str | None:
             break
         inside = _balanced(text, start + len("\\boxed{"))
         if inside is not None:
-            return inside.strip()
+            return inside
         end = start
     return None
 
@@ -76,40 +83,77 @@ def _balanced(text: str, start: int) -> str | None:
     return None
 
 
-def exact(text: str, answers: Sequence[str], _metadata: Mapping[str, Any]) -> Result:
-    """The boxed answer is one of the gold answers, letter by letter."""
-    answer = final_answer(text)
-    if answer is None:
-        return "unparsable", None
-    return ("ok", 1.0) if answer in {a.strip() for a in answers} else ("wrong", 0.0)
+def exact(answer: Answer, golds: Sequence[str], _metadata: Mapping[str, Any]) -> Result:
+    """The answer is one of the gold answers, letter by letter."""
+    return ("ok", 1.0) if answer.text in {gold.strip() for gold in golds} else ("wrong", 0.0)
 
 
-def math_verify(text: str, answers: Sequence[str], _metadata: Mapping[str, Any]) -> Result:
-    """The boxed answer equals one of the gold answers as mathematics (math-verify)."""
+def math_verify(answer: Answer, golds: Sequence[str], _metadata: Mapping[str, Any]) -> Result:
+    """The answer equals one of the gold answers as mathematics (math-verify)."""
     from math_verify import parse, verify
 
-    answer = final_answer(text)
-    if not answer:
-        return "unparsable", None
-    if answer in {a.strip() for a in answers}:
+    if exact(answer, golds, _metadata)[0] == "ok":
         return "ok", 1.0
+    # "5." is a whole number at the end of a sentence, which math-verify takes for something else.
+    text = answer.text.rstrip(".")
     # Its own timeouts are SIGALRM; the worker's wall clock does that job for code that never returns as well.
-    predicted = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+    predicted = parse(_box(text) if answer.boxed else text, parsing_timeout=None)
     if not predicted:
         return "unparsable", None
-    for gold in answers:
-        if verify(parse(f"\\boxed{{{gold}}}", parsing_timeout=None), predicted, timeout_seconds=None):
+    for gold in golds:
+        if verify(parse(_box(gold), parsing_timeout=None), predicted, timeout_seconds=None):
             return "ok", 1.0
     return "wrong", 0.0
 
 
-def reasoning_gym(text: str, answers: Sequence[str], metadata: Mapping[str, Any]) -> Result:
+def _box(text: str) -> str:
+    return f"\\boxed{{{text}}}"
+
+
+def reasoning_gym(answer: Answer, golds: Sequence[str], metadata: Mapping[str, Any]) -> Result:
     """The task's own scorer; the row's extra_info carries `source_dataset` and what that scorer needs."""
     from reasoning_gym import get_score_answer_fn
 
     score = get_score_answer_fn(metadata["source_dataset"])
-    entry = {"answer": answers[0], "metadata": dict(metadata)}
-    return "score", float(score(final_answer(text), entry))
+    return "score", max(float(score(answer.text, {"answer": gold, "metadata": dict(metadata)})) for gold in golds)
+
+
+_JUDGES: Mapping[str, Callable[[Answer, Sequence[str], Mapping[str, Any]], Result]] = {
+    "math_verify": math_verify,
+    "exact": exact,
+    "reasoning_gym": reasoning_gym,
+}
+NAMES = tuple(_JUDGES)
+"""Verifiers that come with the project."""
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError unless `name` is a verifier's or names a Python file. Runs none of the file's code."""
+    path, colon, _ = name.rpartition(":")
+    if name not in NAMES and not colon:
+        raise ValueError(
+            f"labels.verifier is {name!r}; it takes one of {', '.join(NAMES)} or your own path.py:function"
+        )
+    if colon and not Path(path).is_file():
+        raise ValueError(f"labels.verifier names {path!r}, which is no file; write path.py:function")
+
+
+def load(name: str, *, require_think: bool = False, require_boxed: bool = True) -> Verifier:
+    """The verifier called `name`, or a user's own `path.py:function`, which is given the whole text.
+
+    Raises:
+        ValueError: there is no such verifier.
+    """
+    check_name(name)
+    if name not in NAMES:
+        return _own(*name.rsplit(":", 1))
+    judge = _JUDGES[name]
+
+    def verify(text: str, golds: Sequence[str], metadata: Mapping[str, Any]) -> Result:
+        answer = final_answer(text, require_think=require_think, require_boxed=require_boxed)
+        return judge(answer, golds, metadata) if answer else ("unparsable", None)
+
+    return verify
 
 
 def _own(path: str, function: str) -> Verifier:
@@ -117,16 +161,14 @@ def _own(path: str, function: str) -> Verifier:
     if spec is None or spec.loader is None:
         raise ValueError(f"labels.verifier names {path!r}, which is no Python file; write path.py:function")
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        judge = getattr(module, function)
-    except (OSError, AttributeError) as error:
-        raise ValueError(f"labels.verifier: cannot take {function!r} from {path!r} ({error})") from error
+    spec.loader.exec_module(module)
+    if not callable(judge := getattr(module, function, None)):
+        raise ValueError(f"labels.verifier: {path!r} has no function {function!r}")
 
-    def verify(text: str, answers: Sequence[str], metadata: Mapping[str, Any]) -> Result:
-        verdict = judge(text, answers, metadata)
-        return (
-            ("ok" if verdict else "wrong", float(verdict)) if isinstance(verdict, bool) else ("score", float(verdict))
-        )
+    def verify(text: str, golds: Sequence[str], metadata: Mapping[str, Any]) -> Result:
+        verdict = judge(text, golds, metadata)
+        if isinstance(verdict, bool):
+            return ("ok", 1.0) if verdict else ("wrong", 0.0)
+        return "score", float(verdict)
 
     return verify

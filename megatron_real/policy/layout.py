@@ -30,6 +30,13 @@ def join_world(timeout_minutes: float) -> None:
         dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timeout, store=HashStore(), rank=0, world_size=1)
 
 
+def leave_world() -> None:
+    """Leaves together: a rank that exits while another still talks to it makes that one's gloo threads abort."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 @dataclass(frozen=True)
 class Groups:
     """This rank's place in the layout. megatron-core's collection, and what the train step asks of it by name."""

@@ -22,7 +22,7 @@ from megatron_real.config import ModelConfig, ParallelConfig
 from megatron_real.policy.layers import local_block_spec
 from megatron_real.policy.logprobs import linear_logprobs, vocab_parallel_logprobs
 from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.hf import torch_dtype
+from megatron_real.weights.stored import torch_dtype
 
 
 class LogprobHead(ColumnParallelLinear):
@@ -169,8 +169,9 @@ def transformer_config(
         "num_attention_heads": architecture.num_heads,
         "num_query_groups": architecture.num_kv_heads,
         "kv_channels": architecture.head_dim,
-        "add_bias_linear": False,
+        "add_bias_linear": architecture.linear_bias,
         "add_qkv_bias": architecture.qkv_bias,
+        "qk_layernorm": architecture.qk_norm,
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
         "normalization": "RMSNorm",

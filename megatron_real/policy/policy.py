@@ -23,8 +23,9 @@ from megatron_real.policy.model import build_model
 from megatron_real.policy.train_step import Batch, Gradient, TokenStats, TrainStep
 from megatron_real.records import EXCLUDED, Rollout
 from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.hf import HfWeights, torch_dtype
-from megatron_real.weights.stream import load_hf, stream_hf
+from megatron_real.weights.mapping import Weights
+from megatron_real.weights.stored import torch_dtype
+from megatron_real.weights.stream import load_weights, stream_hf
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,16 @@ class Policy:
             groups=groups.megatron,
         )
         self.ddp = _wrap(self.chunks, config)
-        self.step = TrainStep(self.ddp, groups, config.objective)
+        self.step = TrainStep(self.ddp, groups, config.objective, mismatch_bound=config.rollout.mismatch_bound)
         self._num_updates = num_updates
         self.skipped_in_a_row = 0
         """Updates skipped since the last one that was made."""
         self.optimizer: MegatronOptimizer | None = None
         self.scheduler: OptimizerParamScheduler | None = None
 
-    def load(self, weights: HfWeights) -> None:
+    def load(self, weights: Weights) -> None:
         """Fills the model from HF weights, then builds the optimizer, whose master weights are copies of them."""
-        load_hf(self.chunks, weights, self.architecture, tp_rank=self.groups.tp.rank(), tp=self.groups.tp.size())
+        load_weights(self.chunks, weights, self.architecture, tp_rank=self.groups.tp.rank(), tp=self.groups.tp.size())
         if self.config.model.dtype != "fp64":  # megatron-core's optimizers know no fp64; exactness tests need none
             self.optimizer = _optimizer(self.config, self.ddp)
             self.scheduler = _scheduler(self.config, self.optimizer, self._num_updates)
@@ -156,9 +157,16 @@ class Policy:
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         return Update(gradient, grad_norm, lr, not finite, self.skipped_in_a_row)
 
+    def mismatch(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """Mean |log-prob here - in the engine| (nats) of each rollout under the present weights; 0 for an empty one.
+        Collective over the world."""
+        answered = tuple(i for i, r in enumerate(rollouts) if r.completion.token_ids)
+        whole = Minibatch(tuple(rollouts), kept=answered, num_groups=len({r.group for r in rollouts}))
+        return self.step.mismatch(self.pack(whole, needs_scores=False)).tolist()
+
     def token_stats(self, batches: Sequence[Batch]) -> TokenStats:
         """Token-level figures of the step over all ranks. Collective over the world."""
-        sums, largest = torch.zeros(4, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        sums, largest = torch.zeros(5, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         if self.groups.is_last_stage and self.groups.tp.rank() == 0:  # tensor-parallel ranks have the same log-probs
             for batch in batches:
                 sums += batch.tokens.sums

@@ -45,19 +45,22 @@ LossFunction = Callable[[MicroBatch, Tensor], Tensor]
 class TokenStats:
     """Sums over response tokens, of d = the trainer's minus the engine's log-prob at the weights that generated."""
 
-    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
-    """[4] sums of -log pi (its mean estimates the entropy), |d|, k3 = e^d - 1 - d (its mean: the KL), and 1."""
+    sums: Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.float64))
+    """[5] sums of -log pi (its mean estimates the entropy), |d|, k3 = e^d - 1 - d (its mean: the KL), 1 where |d| is
+    beyond the bound, and 1."""
     largest: float = 0.0
     """max |d| (nats)."""
 
     def means(self) -> dict[str, float]:
-        """entropy, mismatch_mean_abs, mismatch_k3 and mismatch_max_abs, in nats; NaN when there were no tokens."""
-        entropy, mean_abs, k3, tokens = self.sums.tolist()
+        """entropy, mismatch_mean_abs, mismatch_k3 and mismatch_max_abs (nats), and mismatch_share of the tokens beyond
+        the bound; NaN when there were no tokens."""
+        entropy, mean_abs, k3, beyond, tokens = self.sums.tolist()
         scale = 1.0 / tokens if tokens else math.nan
         return {
             "entropy": entropy * scale,
             "mismatch_mean_abs": mean_abs * scale,
             "mismatch_k3": k3 * scale,
+            "mismatch_share": beyond * scale,
             "mismatch_max_abs": self.largest,
         }
 
@@ -97,8 +100,12 @@ class Gradient:
 class TrainStep:
     """Runs the passes of an update over one model. Holds no state of its own between updates."""
 
-    def __init__(self, chunks: Sequence[nn.Module], groups: Groups, objective: ObjectiveConfig) -> None:
+    def __init__(
+        self, chunks: Sequence[nn.Module], groups: Groups, objective: ObjectiveConfig, *, mismatch_bound: float
+    ) -> None:
+        """`mismatch_bound`: of |d| (nats), beyond which a token counts in mismatch_share."""
         self.chunks, self.groups, self.objective = list(chunks), groups, objective
+        self.mismatch_bound = mismatch_bound
 
     def old_logprobs(self, batch: Batch) -> None:
         """Forward pass that keeps each token's log-prob under the present weights as the old one."""
@@ -110,6 +117,20 @@ class TrainStep:
 
         self._run(batch.micro_batches, keep, forward_only=True)
         batch.has_old_logprobs = True
+
+    def mismatch(self, batch: Batch) -> Tensor:
+        """[R] on every rank: mean |d| (nats) of each rollout under the present weights, 0 if not kept."""
+
+        def keep(micro: MicroBatch, logprob_T: Tensor) -> Tensor:
+            difference_T = (logprob_T.detach() - micro.engine_logprob_T).abs()
+            micro.score_R = self._summed_over_cp(self._means(micro, difference_T, torch.zeros_like(difference_T)))
+            return logprob_T.sum()
+
+        self._run(batch.micro_batches, keep, forward_only=True)
+        mean_R = torch.zeros(len(batch.label_R), dtype=torch.float64, device=batch.label_R.device)
+        if self.groups.is_last_stage:
+            mean_R, _ = self._scores_of(batch, batch.micro_batches, over_dp=True)
+        return self._from_last_stage(mean_R).cpu()
 
     def gradient(self, batch: Batch) -> Gradient:
         """Adds the gradient of L over the minibatch to the model's gradient buffers and finishes their reduction."""
@@ -152,10 +173,14 @@ class TrainStep:
     def _partial_scores(self, micro: MicroBatch, logprob_T: Tensor) -> Tensor:
         """[R] this context-parallel rank's share of each score; log-probs are complete on each tensor-parallel rank."""
         assert micro.old_logprob_T is not None, "scores need the old log-probs"
+        return self._means(micro, logprob_T, micro.old_logprob_T)
+
+    def _means(self, micro: MicroBatch, one_T: Tensor, other_T: Tensor) -> Tensor:
+        """[R] this context-parallel rank's share of the mean over response tokens of one - other."""
         used = slice(0, micro.num_used)
         return sequence_scores(
-            logprob_T[used],
-            micro.old_logprob_T[used],
+            one_T[used],
+            other_T[used],
             mask=micro.target_T[used] >= 0,
             cu_seqlens=micro.cu_seqlens,
             num_tokens_R=micro.num_tokens_R,
@@ -199,8 +224,8 @@ class TrainStep:
         old, engine = micro.old_logprob_T[chosen].double(), micro.engine_logprob_T[chosen].double()
         difference = old - engine
         if difference.numel():
-            sums = [-old.sum(), difference.abs().sum(), (difference.expm1() - difference).sum()]
-            batch.tokens.sums += torch.stack([*sums, torch.ones_like(old).sum()]).cpu()
+            terms = [-old, difference.abs(), difference.expm1() - difference, difference.abs() > self.mismatch_bound]
+            batch.tokens.sums += torch.stack([term.double().sum() for term in [*terms, torch.ones_like(old)]]).cpu()
             batch.tokens.largest = max(batch.tokens.largest, float(difference.abs().max()))
 
     def _summary(self, batch: Batch) -> Gradient:
@@ -211,11 +236,15 @@ class TrainStep:
             score_R, present_R = self._scores_of(batch, batch.micro_batches, over_dp=True)
             told[0] = real_loss(score_R, batch.label_R, batch.group_R, **self._terms(batch))
             told[1:] = torch.cat([score_R, self._weights(batch, score_R, present_R)])
+        loss, score_R, weight_R = torch.split(self._from_last_stage(told).cpu(), [1, num_rollouts, num_rollouts])
+        return Gradient(float(loss), score_R, weight_R)
+
+    def _from_last_stage(self, told: Tensor) -> Tensor:
+        """The last pipeline stage's values, in place on every stage."""
         if self.groups.pp.size() > 1:
             last = dist.get_global_rank(self.groups.pp, self.groups.pp.size() - 1)
             dist.broadcast(told, src=last, group=self.groups.pp)
-        loss, score_R, weight_R = torch.split(told.cpu(), [1, num_rollouts, num_rollouts])
-        return Gradient(float(loss), score_R, weight_R)
+        return told
 
     def _run(self, micros: Sequence[MicroBatch], loss: LossFunction, *, forward_only: bool) -> None:
         """One pass of Megatron's schedule over the micro-batches."""
@@ -229,12 +258,14 @@ class TrainStep:
             return loss(micro, logprob_T), no_averaging, {}
 
         iterators = [iter(micros) for _ in self.chunks]
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(micros),
-            seq_length=micros[0].tokens_T.numel(),
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        # forward_only alone leaves autograd on: every micro-batch's activations would live as long as its score.
+        with torch.set_grad_enabled(not forward_only):
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
+                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                num_microbatches=len(micros),
+                seq_length=micros[0].tokens_T.numel(),
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )

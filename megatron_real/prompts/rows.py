@@ -45,7 +45,7 @@ def read_rows(path: str | Path) -> list[Row]:
     """
     path = Path(path)
     rows, skipped = [], 0
-    for number, raw in enumerate(_raw_rows(path)):
+    for number, raw in enumerate(raw_rows(path)):
         row = _row(f"{path.stem}/{number}", raw)
         if row is None:
             skipped += 1
@@ -60,7 +60,12 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
-def _raw_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def raw_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Every row of a file or saved dataset as it is, streamed.
+
+    Raises:
+        ValueError: there is nothing to read, or a line is broken.
+    """
     if path.is_dir():
         yield from _arrow_rows(path)
     elif not path.is_file():
@@ -68,9 +73,10 @@ def _raw_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     elif path.suffix == ".parquet":
         import pyarrow.parquet
 
-        yield from pyarrow.parquet.read_table(path).to_pylist()
-    elif path.suffix == ".json":
-        yield from json.loads(path.read_text())
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+    elif path.suffix == ".json" and _first_character(path) == "[":
+        yield from json.loads(path.read_text(encoding="utf-8"))
     else:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
@@ -78,6 +84,12 @@ def _raw_rows(path: Path) -> Iterator[Mapping[str, Any]]:
                     yield json.loads(line)
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{path}:{number} is no JSON ({error.msg}); one object per line") from error
+
+
+def _first_character(path: Path) -> str:
+    """Tells a list of rows from one object per line, which some also call .json."""
+    with path.open(encoding="utf-8") as text:
+        return next((line.lstrip()[0] for line in text if line.strip()), "")
 
 
 def _arrow_rows(directory: Path) -> Iterator[Mapping[str, Any]]:
@@ -88,7 +100,7 @@ def _arrow_rows(directory: Path) -> Iterator[Mapping[str, Any]]:
         raise ValueError(f"{str(directory)!r} holds no .arrow or .parquet file; give a HF dataset saved to disk")
     for file in files:
         if file.suffix == ".parquet":
-            yield from _raw_rows(file)
+            yield from raw_rows(file)
         else:
             with pyarrow.memory_map(str(file)) as source:
                 yield from pyarrow.ipc.open_stream(source).read_all().to_pylist()
@@ -105,6 +117,7 @@ def _row(uid: str, raw: Mapping[str, Any]) -> Row | None:
 
 
 def _answers(gold: Any) -> tuple[str, ...]:
-    """Gold answers come as text, numbers, or lists of them."""
-    listed = gold if isinstance(gold, list) else [gold]
-    return tuple(text for text in (str(g).strip() for g in listed if g is not None) if text)
+    """Gold answers come as text, numbers, or lists of them; a float that is a whole number is written as one."""
+    listed = gold if isinstance(gold, (list, tuple)) else [gold]
+    whole = [int(g) if isinstance(g, float) and g.is_integer() else g for g in listed if g is not None]
+    return tuple(text for text in (str(g).strip() for g in whole) if text)

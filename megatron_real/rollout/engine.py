@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from megatron_real.records import Completion, Prompt, Sampling
 
@@ -11,12 +12,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class EngineFailed(RuntimeError):
+    """An engine cannot go on. What it has not returned is lost, and drawn again on another rank's engine."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """One HF tensor in the memory of an engine's rank."""
+
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    part: tuple[slice, ...]
+    """What of it this rank holds."""
+    tensor: Tensor
+    """That part: the memory that the engine computes with, not a copy."""
+
+
 class Engine(Protocol):
-    """Samples completions under weights that it is given. One engine serves one rank.
+    """Samples completions under weights that it is given. `tp` neighbouring ranks make up one engine.
 
     Example:
         engine.prepare_for_inference(policy.stream())
-        completions = engine.generate(prompts, sampling, seed=17)
+        completions = engine.generate(prompts, sampling, seeds=[17, 18])
         engine.finish_inference()
     """
 
@@ -24,16 +41,58 @@ class Engine(Protocol):
     """As in `rollout.engine`."""
     tokenizer: Any
     """The model's transformers tokenizer."""
+    tp: int
+    """Ranks that make up one engine; all of them call every method together, with the same prompts."""
+
+    def held(self) -> Mapping[str, Held]:
+        """Every tensor that the engine expects, by its HF name; a tied lm_head is one of them."""
 
     def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes over the policy's weights, a stream of HF (name, tensor), one at a time.
 
-        Raises:
-            RuntimeError: a tensor is unknown, has another shape, or is missing at the end; names it.
+        The stream is checked against `held` on the way (sync.py): it has every tensor once, in its shape.
         """
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
-        """[prompt][sample] completions. The same weights, prompts, sampling and seed give the same completions."""
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> Sequence[Sequence[Completion | None]]:
+        """[prompt][sample] completions; a seed for each prompt. Equal weights and arguments give equal completions.
+
+        None stands for a completion that was lost (a timeout, a server that died).
+
+        Raises:
+            EngineFailed: everything is lost.
+        """
 
     def finish_inference(self) -> None:
         """Gives back the memory that only generation needs."""
+
+
+@runtime_checkable
+class StreamingEngine(Engine, Protocol):
+    """An engine that hands out completions as they finish, so that they are verified while others are generated.
+
+    To opt in, an engine has this method next to `generate`; nothing else changes.
+    """
+
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, int, Completion]]:
+        """(index of the prompt, sample, completion) in any order: those of `generate`; what is lost never comes.
+
+        Raises:
+            EngineFailed: everything that has not come is lost.
+        """
+
+
+def finished(
+    engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
+) -> Iterator[tuple[int, int, Completion]]:
+    """(index of the prompt, sample, completion) of any engine, as soon as it hands them out."""
+    if isinstance(engine, StreamingEngine):
+        yield from engine.stream(prompts, sampling, seeds=seeds)
+        return
+    for i, samples in enumerate(engine.generate(prompts, sampling, seeds=seeds)):
+        for k, completion in enumerate(samples):
+            if completion is not None:
+                yield i, k, completion

@@ -1,48 +1,145 @@
-"""The rollout stage: prompts spread over ranks, completions sampled and labelled there, rollouts known everywhere."""
+"""The rollout stage: prompts spread over ranks, completions sampled and verified there, rollouts known everywhere.
+
+    generate   each engine samples for its share of the prompts; each completion goes to the verifier at once
+    label      waits for the verdicts that are left, gathers all ranks' rollouts, draws anew what an engine lost
+
+Shares are equal by the expected length of their answers (spread.py). An engine is one rank or several neighbours, which
+all draw its completions and share the verifying.
+
+A completion that is lost is drawn again on another engine; one that is lost every time is excluded and counted.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_real.records import Completion, Prompt, Rollout, Sampling, Verdict
-from megatron_real.rollout.engine import Engine
+from megatron_real.labels import Labeller
+from megatron_real.records import EXCLUDED, Completion, Prompt, Rollout, Sampling, Verdict
+from megatron_real.rollout.engine import Engine, EngineFailed, StreamingEngine, finished
+from megatron_real.rollout.spread import ExpectedLengths, prompt_seed, spread
 
-Labeller = Callable[[Sequence[tuple[Prompt, Completion]]], list[Verdict]]
-"""Verdicts on completions, in order."""
+logger = logging.getLogger(__name__)
+
+Place = tuple[int, int]
+"""(group, sample) of a completion: the index of its prompt, and its own within the group."""
+
+_LOST = Completion((), (), "", finished=False)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One completion on its way to a verdict."""
+
+    place: Place
+    """Where it belongs."""
+    completion: Completion
+    """What the engine sampled."""
+    verdict: Future[Verdict]
+    """The verifier may still be at it."""
+    early: bool = False
+    """True when the verdict was there before the engine had finished its last completion."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """This rank's share of a step's completions."""
+
+    sampling: Sampling
+    """How they were drawn."""
+    seed: int
+    """Of the draw, the same on every rank."""
+    engine_of: tuple[int, ...]
+    """[prompts] the engine that answers each."""
+    drawn: tuple[Drawn, ...]
+    """In order of place; what the engine lost is an empty completion with the verdict `lost`."""
 
 
 class RolloutStage:
     """Prompts -> labelled rollouts, the same list on every rank.
 
-    Every rank samples for its share of the prompts, whatever its place in the training layout: the engines are whole
-    copies of the model, so no rank idles while others generate.
+    Every rank samples, whatever its place in the training layout: the engines are whole copies of the model, so no rank
+    idles while others generate.
     """
 
-    def __init__(self, engine: Engine, labeller: Labeller, *, rank: int, world: int) -> None:
-        self.engine, self.labeller, self.rank, self.world = engine, labeller, rank, world
+    def __init__(self, engine: Engine, labeller: Labeller, *, rank: int, world: int, retries: int = 1) -> None:
+        """`retries`: how often a lost completion is drawn again, each time by the next engine."""
+        self.engine, self.labeller, self.rank, self.world, self.retries = engine, labeller, rank, world, retries
+        self.engines = world // engine.tp
+        self.index, self.member = divmod(rank, engine.tp)
+        self.lengths = ExpectedLengths()
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int
-    ) -> list[tuple[int, list[Completion]]]:
-        """This rank's share: (index of the prompt, its completions)."""
-        mine = range(self.rank, len(prompts), self.world)
-        completions = self.engine.generate([prompts[i] for i in mine], sampling, seed=seed * self.world + self.rank)
-        return list(zip(mine, completions, strict=True))
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> Sampled:
+        """This rank's share. Verifies completions as the engine hands them out; waits for no verdict and no rank."""
+        shares = spread(self.lengths.costs(prompts, sampling.num_samples), self.engines)
+        engine_of = {i: engine for engine, share in enumerate(shares) for i in share}
+        places = [[(i, k) for k in range(sampling.num_samples)] for i in shares[self.index]]
+        drawn = self._draw(prompts, places, sampling, seed, attempt=0)
+        return Sampled(sampling, seed, tuple(engine_of[i] for i in range(len(prompts))), drawn)
 
-    def label(self, prompts: Sequence[Prompt], sampled: Sequence[tuple[int, list[Completion]]]) -> list[Rollout]:
-        """Verifies this rank's share and gathers every rank's. Collective over all ranks."""
-        keys = [(i, k, c) for i, completions in sampled for k, c in enumerate(completions)]
-        verdicts = self.labeller([(prompts[i], c) for i, _, c in keys])
-        mine = [(i, k, c, v) for (i, k, c), v in zip(keys, verdicts, strict=True)]
+    def label(self, prompts: Sequence[Prompt], sampled: Sampled) -> list[Rollout]:
+        """Every rank's labelled rollouts, in order of place. Collective over all ranks.
+
+        Raises:
+            TooManyFailedChecks, RewardNeedsThreshold: on every rank alike.
+        """
+        known = self._gather(sampled.drawn)
+        once = dataclasses.replace(sampled.sampling, num_samples=1)
+        for attempt in range(1, self.retries + 1):
+            lost = sorted(place for place, (_, verdict) in known.items() if verdict.status == "lost")
+            if not lost:
+                break
+            mine = [[(i, k)] for i, k in lost if (sampled.engine_of[i] + attempt) % self.engines == self.index]
+            known |= self._gather(self._draw(prompts, mine, once, sampled.seed, attempt=attempt))
+        self.labeller.check_failures([verdict for _, verdict in known.values()])
+        rollouts = [Rollout(prompts[i], i, k, *known[i, k]) for i, k in sorted(known)]
+        self.lengths.learn(rollouts)
+        return rollouts
+
+    def _draw(
+        self,
+        prompts: Sequence[Prompt],
+        places: Sequence[Sequence[Place]],
+        sampling: Sampling,
+        seed: int,
+        *,
+        attempt: int,
+    ) -> tuple[Drawn, ...]:
+        """Samples each row of `places`, the samples of one prompt, and gives what it finishes at once to the verifier.
+
+        Of an engine on several ranks each verifies a part, and returns it.
+        """
+        asked = [prompts[row[0][0]] for row in places]
+        seeds = [prompt_seed(seed, attempt, row[0], prompt) for row, prompt in zip(places, asked, strict=True)]
+        mine = [place for row in places for place in row][self.member :: self.engine.tp]
+        drawn: dict[Place, Drawn] = {}
+        failure = "the engine did not return it"
+        try:
+            wanted = set(mine)
+            for j, k, completion in finished(self.engine, asked, sampling, seeds=seeds):
+                place = places[j][k]
+                if place in wanted:
+                    drawn[place] = Drawn(place, completion, self.labeller.submit(asked[j], completion))
+        except EngineFailed as error:
+            failure = str(error)
+            logger.warning("rank %d: the %s engine failed (%s)", self.rank, self.engine.name, failure)
+        streams = isinstance(self.engine, StreamingEngine)
+        early = {place: dataclasses.replace(d, early=streams and d.verdict.done()) for place, d in drawn.items()}
+        return tuple(early.get(place) or _lost(place, failure) for place in mine)
+
+    def _gather(self, drawn: Sequence[Drawn]) -> dict[Place, tuple[Completion, Verdict]]:
+        """Every rank's completions and verdicts, those of this rank when they are there."""
+        mine = {d.place: (d.completion, dataclasses.replace(d.verdict.result(), early=d.early)) for d in drawn}
         shares: list[Any] = [None] * self.world
         dist.all_gather_object(shares, mine)
-        everything = sorted((row for share in shares for row in share), key=lambda row: row[:2])
-        return [Rollout(prompts[i], group=i, sample=k, completion=c, verdict=v) for i, k, c, v in everything]
+        return {place: found for share in shares for place, found in share.items()}
 
 
 def permuted_labels(rollouts: Sequence[Rollout], *, seed: int) -> list[Rollout]:
@@ -50,3 +147,27 @@ def permuted_labels(rollouts: Sequence[Rollout], *, seed: int) -> list[Rollout]:
     verdicts = [r.verdict for r in rollouts]
     random.Random(seed).shuffle(verdicts)
     return [dataclasses.replace(r, verdict=v) for r, v in zip(rollouts, verdicts, strict=True)]
+
+
+def without_mismatch(
+    rollouts: list[Rollout], mismatch: Callable[[Sequence[Rollout]], Sequence[float]], *, bound: float | None
+) -> list[Rollout]:
+    """Excludes the rollouts whose mean |log-prob difference| of trainer and engine (nats) is beyond the bound, if any.
+
+    Args:
+        mismatch: the trainer's, of each rollout; not called without a bound.
+    """
+    if bound is None:
+        return rollouts
+    return [
+        dataclasses.replace(r, verdict=dataclasses.replace(r.verdict, status="mismatch", label=EXCLUDED))
+        if r.label != EXCLUDED and not m <= bound
+        else r
+        for r, m in zip(rollouts, mismatch(rollouts), strict=True)
+    ]
+
+
+def _lost(place: Place, reason: str) -> Drawn:
+    verdict: Future[Verdict] = Future()
+    verdict.set_result(Verdict("lost", EXCLUDED, None, reason=reason))
+    return Drawn(place, _LOST, verdict)

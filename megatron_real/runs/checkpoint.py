@@ -1,9 +1,9 @@
 """Checkpoint and resume: everything that the rest of a run depends on, written while the run goes on.
 
     RUN/checkpoints/step_20/   .metadata, metadata.json, common.pt, *.distcp   model, optimizer (torch_dist)
-                               state.pt        schedule, prompt order, random generators, evaluations, unfinished step
+                               state.pt        schedule, prompts, lengths, random generators, offsets, unfinished step
                                config.yaml     the configuration it was made with
-                               rollouts.jsonl  only in step_20_update_3: the rollouts of the unfinished step
+                               chunk-*.jsonl   only in step_20_update_3: the rollouts of the unfinished step
                                manifest.json   size and checksum of every file, versions; written last
     RUN/checkpoints/latest     the newest one's name
 
@@ -23,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import dist_checkpointing
@@ -43,7 +43,6 @@ from megatron_real.policy.state import (
     unfinished,
 )
 from megatron_real.policy.train_step import Batch
-from megatron_real.prompts import PromptCursor
 from megatron_real.runs.changes import check_changes
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.ranks import EveryRankError, Ranks
@@ -62,7 +61,17 @@ from megatron_real.runs.saved import (
 from megatron_real.runs.staging import Staging, write, write_common
 from megatron_real.runs.stop import SAVE_FAILED, Stopped, StopRequest, described
 
-_STATE, _CONFIG, _ROLLOUTS = "state.pt", "config.yaml", "rollouts.jsonl"
+_STATE, _CONFIG = "state.pt", "config.yaml"
+
+
+class Stateful(Protocol):
+    """What the draws of a step leave for the next one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where they do not fit this run."""
 
 
 class CheckpointFailed(RuntimeError):
@@ -100,11 +109,12 @@ class Checkpoints:
         config: Config,
         policy: Policy,
         reporter: Reporter,
-        cursor: PromptCursor | None,
+        drawing: Mapping[str, Stateful],
         ranks: Ranks,
         stop: StopRequest,
     ) -> None:
-        self.config, self.policy, self.reporter, self.cursor, self.ranks = config, policy, reporter, cursor, ranks
+        """`drawing`: what the draws of a step depend on besides seeds; empty in a replay."""
+        self.config, self.policy, self.reporter, self.drawing, self.ranks = config, policy, reporter, drawing, ranks
         self.position = Position(0)
         """How far the run has come, as far as this class was told."""
         self._begun: Unfinished | None = None
@@ -128,7 +138,8 @@ class Checkpoints:
         if self.ranks.first:
             self.reporter.rewind(self.position.step, at_step["offsets"] if at_step else {})
             if found is not None and self._begun is not None:
-                _put(found.path / _ROLLOUTS, self.reporter.directory.rollouts(self.position.step + 1))
+                for chunk in found.path.glob("chunk-*.jsonl"):
+                    _put(chunk, self.reporter.directory.path / "rollouts" / chunk.name)
         self.ranks.wait()
         self._at_step = at_step or self._snapshot()
 
@@ -154,11 +165,11 @@ class Checkpoints:
         return {name: state[name] for name in self._snapshot()}
 
     def _check(self, state: Mapping[str, Any]) -> list[str]:
-        """What has changed since; also puts the prompts in the saved order."""
+        """What has changed since; also puts prompts and expected lengths in the saved state."""
         before, within = json.loads(state["config"]), state["unfinished"] is not None
         changed = check_changes(before, to_plain(self.config), within_a_step=within)
-        if self.cursor is not None:
-            self.cursor.load_state_dict(state["cursor"])
+        for name, one in self.drawing.items():
+            one.load_state_dict(state[name])
         return changed
 
     def take_begun(self) -> Unfinished | None:
@@ -178,8 +189,9 @@ class Checkpoints:
         begun = unfinished(self.policy, batches, updates) if updates else None
         position = Position(self.position.step, len(updates))
         snapshot = self._snapshot() if begun else self._at_step
-        snapshot["cursor"] = self._at_step["cursor"]  # the step draws its prompts again
-        self._stop_at(reason, position, {**snapshot, "unfinished": begun.state_dict() if begun else None})
+        drawn_again = {"cursor": self._at_step["cursor"]} if "cursor" in self._at_step else {}
+        within = begun.state_dict() if begun else None
+        self._stop_at(reason, position, {**snapshot, **drawn_again, "unfinished": within})
 
     def step_done(self, step: int, accuracy: float | None) -> None:
         """Saves where a save is due after this step; `accuracy` of an evaluation of these weights, if there was one.
@@ -220,7 +232,7 @@ class Checkpoints:
         """All that is small, as it is now."""
         return {
             "schedule": schedule_state(self.policy),
-            "cursor": self.cursor.state_dict() if self.cursor else None,
+            **{name: one.state_dict() for name, one in self.drawing.items()},
             "offsets": self.reporter.offsets() if self.ranks.first else {},
             "unfinished": None,
         }
@@ -276,7 +288,8 @@ class Checkpoints:
         torch.save(dict(values), partial / _STATE)
         shutil.copy(self.reporter.directory.config, partial / _CONFIG)
         if values["unfinished"]:
-            _put(self.reporter.directory.rollouts(self.position.step + 1), partial / _ROLLOUTS)
+            for chunk in self.reporter.directory.chunks(self.position.step + 1):
+                _put(chunk, partial / chunk.name)
         sync_files(file for file in partial.iterdir() if file.suffix != ".distcp")
 
     def _complete(self, position: Position, digests: Mapping[str, Any], header: Mapping[str, Any]) -> None:

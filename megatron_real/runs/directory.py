@@ -14,7 +14,7 @@ class RunDirectory:
     tensorboard/     event files                      logs/run.log                what the terminal showed, with times
     profile/         a trace per profiled step        dumps/step-00012-update-1/  batch of a skipped update
     checkpoints/     step_12/ and so on, and latest   status.json                 running, stopped, finished or failed
-    lock             whose run this is                rollouts/chunk-*            parts of a step that is being sampled
+    lock             whose run this is                rollouts/chunk-*            parts of a step that is not finished
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -49,9 +49,9 @@ class RunDirectory:
         """Where the rollouts of a step are."""
         return self.path / "rollouts" / f"step-{step:05d}.jsonl"
 
-    def chunk(self, step: int, first_prompt: int) -> Path:
-        """Where a chunk of a step's rollouts is until the step has all of them."""
-        return self.path / "rollouts" / f"chunk-{step:05d}-{first_prompt:05d}.jsonl"
+    def chunk(self, step: int, draw: int, first_prompt: int) -> Path:
+        """Where a chunk of a step's rollouts is until the step is finished."""
+        return self.path / "rollouts" / f"chunk-{step:05d}-{draw}-{first_prompt:05d}.jsonl"
 
     def chunks(self, step: int) -> list[Path]:
         """The chunks of a step that are there."""

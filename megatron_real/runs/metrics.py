@@ -12,9 +12,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from megatron_real.records import EXCLUDED, NEGATIVE, POSITIVE, Rollout
+from megatron_real.records import EXCLUDED, NEGATIVE, POSITIVE, Rollout, Status
 from megatron_real.runs.directory import RunDirectory
 
 
@@ -37,8 +37,9 @@ class Training:
     skipped: Sequence[int]
     """Updates that were skipped for a loss or gradient that was not finite."""
     token_means: Mapping[str, float]
-    """Means over the response tokens that were trained on: entropy, mismatch_mean_abs and mismatch_k3 (nats); and
-    mismatch_max_abs, the maximum. `entropy` is the mean of -log pi of the sampled tokens: a Monte Carlo estimate."""
+    """Means over the response tokens that were trained on: entropy, mismatch_mean_abs, mismatch_k3 (nats) and the share
+    mismatch_share; and mismatch_max_abs, the maximum. `entropy` is the mean of -log pi of the sampled tokens: a Monte
+    Carlo estimate."""
     tokens: int
     """Prompt and response tokens that were trained on."""
     flops: float
@@ -88,8 +89,10 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     reward_mean: mean over labelled rollouts of the verifier's reward; a rollout that no verifier saw (truncated, and
     counted as negative) has its label instead. With rewards of 0 and 1 it is the correct share.
     solved_share, one_class_share: of the groups that have a labelled rollout, those all correct, and those of a single
-    label (the solved ones among them). excluded_share, truncated_share: of all rollouts.
-    status/NAME: how many checks ended so. response_tokens_mean, response_tokens_max: over all rollouts.
+    label (the solved ones among them). refilled_share: of all groups, those whose prompt stands in for one or more that
+    were given up. excluded_share: of all rollouts. truncated_share, response_tokens_mean, response_tokens_max: of all
+    that no engine lost. status/NAME: how many rollouts ended so. checked_early_share: of the rollouts that a verifier
+    saw, those whose check was over before their rank had finished generating. check_seconds_max: of the longest check.
     """
     labels: dict[int, set[int]] = defaultdict(set)
     rewards: list[float] = []
@@ -97,17 +100,22 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         if r.label != EXCLUDED and r.completion.token_ids:
             labels[r.group].add(r.label)
             rewards.append(float(r.label) if r.verdict.reward is None else r.verdict.reward)
-    lengths = [len(r.completion.token_ids) for r in rollouts]
+    sampled = [r.completion for r in rollouts if r.verdict.status != "lost"]
+    lengths = [len(completion.token_ids) for completion in sampled]
+    checks = [r.verdict for r in rollouts if r.verdict.seconds > 0]
     statuses = Counter(r.verdict.status for r in rollouts)
     return {
         "reward_mean": _mean(rewards),
         "solved_share": _mean([found == {POSITIVE} for found in labels.values()]),
         "one_class_share": _mean([len(found) == 1 for found in labels.values()]),
+        "refilled_share": _mean(list({r.group: r.refills > 0 for r in rollouts}.values())),
         "excluded_share": (len(rollouts) - len(rewards)) / len(rollouts) if rollouts else math.nan,
-        "truncated_share": _mean([not r.completion.finished for r in rollouts]),
+        "truncated_share": _mean([not completion.finished for completion in sampled]),
         "response_tokens_mean": _mean(lengths),
         "response_tokens_max": float(max(lengths, default=0)),
-        **{f"status/{name}": float(count) for name, count in sorted(statuses.items())},
+        "checked_early_share": _mean([check.early for check in checks]),
+        "check_seconds_max": max((check.seconds for check in checks), default=math.nan),
+        **{f"status/{name}": float(statuses[name]) for name in get_args(Status)},
     }
 
 

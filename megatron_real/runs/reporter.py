@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_real.config import Config, to_dict, to_plain
+from megatron_real.evaluate import Evaluation
 from megatron_real.records import Rollout
 from megatron_real.runs.changes import changes, same_rollouts
 from megatron_real.runs.curves import plot_curves
@@ -119,15 +119,8 @@ class Reporter:
         """One step; a torch profiler trace of it is written by the first rank where trainer.profile asks."""
         return profile_step(step, self.config.trainer.profile if self.first else (), self.directory.profile)
 
-    def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """Keeps the step's rollouts on disk before anything is trained on them; they take the place of its chunks."""
-        if self.first:
-            write_rollouts(self.directory.rollouts(step), rollouts, step=step)
-            for chunk in self.directory.chunks(step):
-                chunk.unlink()
-
     def trained(self, step: int, rollouts: Sequence[Rollout], training: Training) -> None:
-        """Writes the finished step's metrics, and its rollouts again, now with scores and weights."""
+        """Writes the finished step's metrics, and its rollouts with scores and weights in place of their chunks."""
         seconds = self.progress.take_seconds()
         seconds_of_ranks = self._gathered(seconds)
         if self._writer is None:
@@ -140,6 +133,8 @@ class Reporter:
             weights=training.weights,
             minibatches=self._minibatches(rollouts),
         )
+        for chunk in self.directory.chunks(step):
+            chunk.unlink()
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         peak = peak_tflops(device, self.config.trainer.peak_tflops)
         metrics = step_metrics(
@@ -158,12 +153,12 @@ class Reporter:
                 f"Its batch can be looked into by rollout.replay={dump.path} trainer.steps=1"
             )
 
-    def evaluated(self, step: int, evaluation: Any) -> None:
-        """Writes and shows an evaluation (a dataclass with pass_at_1, standard_error and problems)."""
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """Writes and shows an evaluation."""
         seconds = sum(self.progress.take_seconds().values())
         if self._writer is None:
             return
-        row = {f"heldout/{name}": float(value) for name, value in dataclasses.asdict(evaluation).items()}
+        row = {f"heldout/{name}": float(value) for name, value in evaluation.figures().items()}
         self._writer.write_evaluation(step, row | {"seconds/evaluation": seconds})
         self.progress.evaluation_done(
             step, evaluation.pass_at_1, evaluation.standard_error, evaluation.problems, seconds

@@ -89,8 +89,10 @@ def _row(rollout: Rollout) -> dict[str, Any]:
         "answers": list(prompt.answers),
         "status": verdict.status,
         "label": verdict.label,
+        "reason": verdict.reason,
         "reward": None if verdict.reward is None else _finite(verdict.reward),
         "finished": completion.finished,
+        "refills": rollout.refills,
         "prompt_token_ids": list(prompt.token_ids),
         "token_ids": list(completion.token_ids),
         "logprobs": [_finite(p) for p in completion.logprobs],
@@ -114,7 +116,8 @@ def _rollout(row: dict[str, Any]) -> Rollout:
         row["completion"],
         bool(row["finished"]),
     )
-    return Rollout(prompt, row["group"], row["sample"], completion, Verdict(row["status"], row["label"], row["reward"]))
+    verdict = Verdict(row["status"], row["label"], row["reward"], reason=row.get("reason", ""))
+    return Rollout(prompt, row["group"], row["sample"], completion, verdict, row.get("refills", 0))
 
 
 def _ints(values: Sequence[Any]) -> tuple[int, ...]:

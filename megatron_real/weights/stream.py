@@ -1,20 +1,28 @@
-"""Weights between HF tensors and the Megatron model of this rank, one parameter at a time.
+"""Weights between files and the live Megatron model of this rank, one parameter at a time.
 
 Process groups are arguments; every function that takes them is collective over them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.hf import HfWeights
-from megatron_real.weights.mapping import entries
+from megatron_real.weights.hf import hf_files, hf_side_files
+from megatron_real.weights.mapping import EMBEDDING, OUTPUT, Weights, entries, hf_shapes
+from megatron_real.weights.stored import OpenFiles, Piece, stored_dtype, torch_dtype
+from megatron_real.weights.transfer import fsync
+
+_BLOCK_BYTES = 2**24
 
 
 def global_parameters(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
@@ -31,34 +39,51 @@ def global_parameters(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
     return named
 
 
-def load_hf(
-    chunks: Sequence[nn.Module], weights: HfWeights, architecture: Architecture, *, tp_rank: int, tp: int
+def load_weights(
+    chunks: Sequence[nn.Module], weights: Weights, architecture: Architecture, *, tp_rank: int, tp: int
 ) -> None:
-    """Fills this rank's parameters from HF weights; nothing is communicated.
+    """Fills this rank's parameters, reading only its own slices; nothing is communicated.
+
+    Args:
+        chunks: the model chunks of this rank.
+        weights: an HF directory or a Megatron checkpoint.
+        architecture: the model.
+        tp_rank, tp: which tensor-parallel part this rank holds, of how many.
 
     Raises:
-        ValueError: a tensor is missing, has another shape, or a parameter of the model was not filled.
+        WeightsError: a tensor is missing, has another shape, or a parameter of the model was not filled.
     """
     parameters = global_parameters(chunks)
     unfilled = set(parameters)
-    for entry in entries(architecture):
-        names = {entry.megatron, entry.te_name} & parameters.keys()
-        if entry.kind == "vocab" and architecture.tied and "output_layer.weight" in parameters:
-            names.add("output_layer.weight")  # the last pipeline stage's copy of the tied embedding
-        if not names:
-            continue
-        shard = entry.shard([weights.read(name) for name in entry.hf], architecture, tp_rank, tp)
-        for name in names:
-            parameter = parameters[name]
-            if parameter.shape != shard.shape:
-                raise ValueError(
-                    f"{', '.join(entry.hf)} give {name} the shape {tuple(shard.shape)}, but the model has "
-                    f"{tuple(parameter.shape)}; the weights and config.json do not belong together"
-                )
-            parameter.data.copy_(shard)
-            unfilled.discard(name)
+    padded_rows = architecture.padded_vocab(tp)
+    with OpenFiles() as files:
+        for entry in entries(architecture):
+            names = set(entry.names) & parameters.keys()
+            if entry.key == EMBEDDING and architecture.tied and OUTPUT in parameters:
+                names.add(OUTPUT)  # the last pipeline stage's copy of the tied embedding
+            if not names:
+                continue
+            ranges, columns = entry.local_ranges(tp_rank, tp, padded_rows=padded_rows)
+            for name in names:
+                target = parameters[name].data
+                piece = weights.megatron_piece(entry, ranges, columns)
+                if tuple(target.shape) != piece.shape:
+                    raise WeightsError(
+                        f"{', '.join(entry.parts)} give {name} the shape {piece.shape}, but the model has "
+                        f"{tuple(target.shape)}; the weights and config.json do not belong together"
+                    )
+                _fill(target, piece, files)
+                unfilled.discard(name)
     if unfilled:
-        raise ValueError(f"the HF weights have nothing for {', '.join(sorted(unfilled))}")
+        raise WeightsError(f"the weights have nothing for {', '.join(sorted(unfilled))}")
+
+
+def _fill(target: Tensor, piece: Piece, files: OpenFiles) -> None:
+    flat, at = target.view(-1), 0
+    for block in piece.blocks(files, _BLOCK_BYTES):
+        values = torch.frombuffer(block, dtype=torch_dtype(piece.dtype))
+        flat[at : at + values.numel()].copy_(values)
+        at += values.numel()
 
 
 def stream_hf(
@@ -76,11 +101,52 @@ def stream_hf(
     parameters = global_parameters(chunks)
     owners = _owners(parameters, pp_group)
     for entry in entries(architecture):
-        name = entry.megatron if entry.megatron in owners else entry.te_name
+        name = next(name for name in entry.names if name in owners)
         shard = parameters[name].data if name in parameters else None
         shard = _broadcast(shard, owners[name], pp_group)
         shards = _gather(shard, tp_group) if entry.kind != "replicated" else [shard]
-        yield from zip(entry.hf, entry.join(shards, architecture), strict=True)
+        for name, shape, tensor in zip(entry.parts, entry.shapes, entry.join(shards), strict=True):
+            yield name, tensor[: shape[0]]  # without the vocabulary's padding
+
+
+def write_hf(directory: str | Path, tensors: Iterable[tuple[str, Tensor]], *, source: str | Path, dtype: str) -> None:
+    """Writes a complete HF directory: `tensors` in `dtype`, config and tokenizer of the HF directory `source`.
+
+    The stream may come in any order; one tensor is held at a time. The directory appears when it is complete.
+
+    Raises:
+        WeightsError: the stream lacks a tensor of the model, or has another one.
+    """
+    target = Path(directory)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    shapes = hf_shapes(Architecture.read(source))
+    files, index = hf_files({name: (stored_dtype(dtype), shape) for name, shape in shapes.items()})
+    for name, data in hf_side_files(Path(source), dtype=dtype, index=index).items():
+        (partial / name).write_bytes(data)
+    for file in files:
+        with open(partial / file.name, "wb") as stream:
+            stream.write(file.header)
+            stream.truncate(file.size)
+    places = {name: (file.name, offset) for file in files for name, offset in file.offsets.items()}
+    for name, tensor in tensors:
+        if name not in places:
+            raise WeightsError(f"the weights to export have {name} twice, or the model has no such tensor")
+        path, offset = places.pop(name)
+        with open(partial / path, "r+b") as stream:
+            stream.seek(offset)
+            stream.write(_bytes(tensor.to(torch_dtype(dtype))))
+    if places:
+        raise WeightsError(f"the weights to export have nothing for {', '.join(sorted(places))}")
+    for file_name in os.listdir(partial):
+        fsync(partial / file_name)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _owners(

@@ -1,4 +1,4 @@
-"""The workers, started once for all distributed tests."""
+"""The workers, started once for all distributed tests and gone before other tests run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.distributed.world import World
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def world() -> Iterator[World]:
     workers = World(8)
     yield workers

@@ -56,15 +56,15 @@ def gradient(config: Config, old_path: str | None, samples: list[Sample]) -> dic
 def prepared(policy: Any, old_path: str | None, samples: list[Sample]) -> Any:
     """The minibatch as one batch; with `old_path`, its old log-probs are those of the weights there."""
     from megatron_real.weights.hf import HfWeights
-    from megatron_real.weights.stream import load_hf
+    from megatron_real.weights.stream import load_weights
 
     (cut,) = minibatches(rollouts_of(samples), groups_per_minibatch=1000, one_class_groups="skip")
     batch = policy.pack(cut, needs_scores=old_path is not None)
     if old_path is not None:
         ranks = {"tp_rank": policy.groups.tp.rank(), "tp": policy.groups.tp.size()}
-        load_hf(policy.chunks, HfWeights(old_path), policy.architecture, **ranks)
+        load_weights(policy.chunks, HfWeights(old_path), policy.architecture, **ranks)
         policy.step.old_logprobs(batch)
-        load_hf(policy.chunks, HfWeights(policy.config.model.path), policy.architecture, **ranks)
+        load_weights(policy.chunks, HfWeights(policy.config.model.path), policy.architecture, **ranks)
     return batch
 
 
@@ -165,11 +165,11 @@ def logprobs(config: Config, samples: list[Sample]) -> torch.Tensor | None:
 
 
 def export(config: Config, out: str) -> None:
-    from megatron_real.weights.hf import write_hf
+    from megatron_real.weights.stream import write_hf
 
     policy = new_policy(config, config.model.path)
     if dist.get_rank() == 0:
-        write_hf(out, policy.stream(), source=config.model.path)
+        write_hf(out, policy.stream(), source=config.model.path, dtype=config.model.dtype)
     else:
         for _ in policy.stream():
             pass

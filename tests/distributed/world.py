@@ -6,6 +6,8 @@ the whole test session, and each call forms the group that it needs.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import multiprocessing as mp
 import os
 import socket
@@ -26,6 +28,7 @@ class World:
     def __init__(self, size: int) -> None:
         self.size = size
         self._start()
+        atexit.register(self.close)
 
     def run(self, function: Callable[..., Any], size: int, **arguments: Any) -> list[Any]:
         """Raises AssertionError with the ranks' tracebacks, TimeoutError where a rank does not answer."""
@@ -50,7 +53,12 @@ class World:
         return [answers[rank][1] for rank in range(size)]
 
     def close(self) -> None:
+        """Lets idle workers end, and with them what they started; kills those that do not."""
+        for pipe in self._pipes:
+            pipe.close()
+        deadline = time.monotonic() + 5
         for process in self._processes:
+            process.join(timeout=max(0.0, deadline - time.monotonic()))
             process.kill()
 
     def _start(self) -> None:
@@ -59,7 +67,8 @@ class World:
         self._processes = []
         for _ in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            # Not a daemon: megatron-core's checkpoint writer starts processes of its own.
+            process = context.Process(target=_serve, args=(theirs,))
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -81,8 +90,13 @@ def _serve(pipe: Connection) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     cpu.enable()
+    from megatron.core import parallel_state
+
     while True:
-        function, rank, size, port, arguments = pipe.recv()
+        try:
+            function, rank, size, port, arguments = pipe.recv()
+        except EOFError:
+            return  # the session is over
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         try:
@@ -91,5 +105,7 @@ def _serve(pipe: Connection) -> None:
         except Exception:  # whatever went wrong is the test's to report
             pipe.send((False, traceback.format_exc()))
         finally:
+            parallel_state.destroy_model_parallel()
             if dist.is_initialized():
                 dist.destroy_process_group()
+            gc.collect()  # each gloo group that something still refers to keeps threads that poll

@@ -58,7 +58,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    timed = ("seconds", "rank_seconds/", "tokens_per_second", "tflops")
+    timed = ("seconds", "rank_seconds/", "tokens_per_second", "tflops", "checked_early_share")
     return {name: value for name, value in row.items() if not name.startswith(timed)}
 
 

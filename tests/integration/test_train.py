@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -96,6 +97,37 @@ def test_exported_weights_have_learned(learned: Path, base: Path) -> None:
     model = Qwen2ForCausalLM.from_pretrained(learned / "hf")
     tokenizer = AutoTokenizer.from_pretrained(learned / "hf")
     assert make_tiny_model.greedy_accuracy(model, tokenizer, pairs(base / "heldout.jsonl")) > 0.9
+
+
+def test_dynamic_sampling_replaces_groups_of_one_class(base: Path, tmp_path: Path) -> None:
+    """Small decoding batches, so that there is something to verify while the next one is decoded."""
+    words = ["trainer.steps=3", "data.heldout=", "trainer.export=false", "rollout.batch_size=32"]
+    runs = {"off": [], "on": ["rollout.refill_rounds=3"], "again": ["rollout.refill_rounds=3"]}
+    for name, more in runs.items():
+        done = train(base, tmp_path / name, *words, *more)
+        assert done.returncode == 0, done.stderr
+    off, on, again = (rows(tmp_path / name / "metrics.jsonl") for name in runs)
+    for without, refilled in zip(off, on, strict=True):
+        assert without["refilled_share"] == 0 and without["one_class_share"] > 0.1
+        # What is still of one class after three rounds is about the fourth power of its share.
+        assert refilled["refilled_share"] > 0.1 and refilled["one_class_share"] < 0.5 * without["one_class_share"]
+        assert refilled["checked_early_share"] > 0
+    assert [row["loss"] for row in on] == [row["loss"] for row in again], "the same seed, the same run"
+    kept = rows(tmp_path / "on/rollouts/step-00001.jsonl")
+    assert len(kept) == 64 * 8 and max(row["refills"] for row in kept) <= 3
+
+
+def test_a_verifier_that_fails_too_often_stops_every_process(base: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text("def judge(text, answers, metadata):\n    return {}[text]\n")
+    done = train(base, tmp_path / "run", f"labels.verifier={own}:judge", "data.heldout=", "trainer.steps=1")
+    assert done.returncode == 1
+    # The other rollouts of the 512, if any, were cut and not checked.
+    reason = (
+        r"(\d{3}) of \1 checks failed \(\1 crashed\), more than labels.max_failed_share = 0.2; most often: KeyError"
+    )
+    assert re.search(reason, done.stderr)
+    assert "TooManyFailedChecks" not in done.stderr, "a sentence of ours; torchrun adds a traceback of its own"
 
 
 LAYOUTS = {

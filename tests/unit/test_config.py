@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 def model(tmp_path: Path) -> Path:
     sizes = {
         "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "hidden_size": 1536,
         "num_hidden_layers": 28,
         "intermediate_size": 8960,
         "max_position_embeddings": 16384,
@@ -58,6 +60,10 @@ REFUSED = {
     "rollout.top_p=0.9": "or set rollout.allow_truncated_sampling=true",
     "rollout.num_prompts=65": "batch.minibatch_prompts = 32 does not divide rollout.num_prompts = 65",
     "rollout.group_size=1": "rollout.group_size = 1 makes every group one-class",
+    "rollout.retries=-1": "rollout.retries is -1; it must be 0 (off) or above",
+    "rollout.refill_rounds=-1": "rollout.refill_rounds is -1; it must be 0 (off) or above",
+    "labels.excluded=[wrong,ok]": "labels.excluded is 'ok'; it takes one of wrong, unparsable, timeout, crashed",
+    "labels.verifier=own.py:judge labels.require_think=true": "which is given the whole text",
     "batch.max_tokens=100": "raise it to at least 9216",
     "parallel.sp=true": "parallel.sp=true needs parallel.tp > 1",
     "parallel.vpp=2": "parallel.vpp = 2 needs parallel.pp > 1",
@@ -70,6 +76,15 @@ REFUSED = {
     "megatron.num_moe_experts=8": "mixture-of-experts models are not supported",
     "megatron.lora_rank=8": "LoRA is not supported",
     "megatron.tensor_model_parallel_size=2": "is set by parallel.tp; set that instead",
+    "rollout.tis_clip=2": "importance weights of tokens have no meaning for a loss of sequence scores",
+    "rollout.sync.probe_every=-1": "rollout.sync.probe_every is -1; it must be 0 (off) or above",
+    "rollout.sleep_level=3": "rollout.sleep_level is 3; it takes one of 0, 1, 2",
+    "rollout.exclude_mismatch=0": "rollout.exclude_mismatch is 0.0; it must be above 0, or null",
+    "rollout.engine=transformers rollout.tp=2": "rollout.tp = 2 needs rollout.engine=vllm",
+    "rollout.engine=vllm model.dtype=fp64": "model.dtype=fp64 is not known to vLLM",
+    "rollout.engine=vllm rollout.tp=5": "rollout.tp = 5 does not divide the model's 12 attention heads",
+    "rollout.engine=vllm rollout.kv_cache_mib=100": "does not hold one sequence",
+    "rollout.vllm.seed=1": "rollout.vllm.seed is set by trainer.seed; set that instead",
     "oops": "override 'oops' has no '='",
 }
 
@@ -87,6 +102,18 @@ def test_the_layout_must_divide_the_world() -> None:
     assert config.check_world(layout, 8) == 2
     with pytest.raises(ValueError, match="tp 2 x pp 2 x cp 1 = 4 does not divide the 6 processes"):
         config.check_world(layout, 6)
+    with pytest.raises(ValueError, match=r"rollout.tp = 4 does not divide the 6 processes; take one of \[1, 2, 3, 6\]"):
+        config.check_world(Config(rollout=config.RolloutConfig(tp=4)), 6)
+
+
+def test_the_smallest_kv_cache_holds_one_sequence(file: Path) -> None:
+    """R1-Distill 1.5B in bf16: 2 x 28 layers x 2 KV heads x 128 x 2 bytes = 28,672 a token; 9216 tokens are 72 blocks
+    of 128, and one more: 73 x 128 x 28,672 bytes = 255.5 MiB; half of it on each of two ranks."""
+    for tp, enough in ((1, 256), (2, 128)):
+        words = ["rollout.engine=vllm", f"rollout.tp={tp}"]
+        config.load(file, [*words, f"rollout.kv_cache_mib={enough}"])
+        with pytest.raises(ValueError, match=f"raise it to at least {enough}"):
+            config.load(file, [*words, f"rollout.kv_cache_mib={enough - 1}"])
 
 
 def test_the_command_line_refuses_before_it_imports_torch(file: Path) -> None:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
+import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_real.labels import Labeller, TooManyFailedChecks
+from megatron_real.labels import Labeller, RewardNeedsThreshold, TooManyFailedChecks
 from megatron_real.labels.pool import Check, VerifierPool
-from megatron_real.labels.verifiers import exact, final_answer, load
+from megatron_real.labels.verifiers import final_answer, load
+from megatron_real.prompts import read_rows
 from megatron_real.records import EXCLUDED, NEGATIVE, POSITIVE, Completion, Prompt
 
-TIMEOUT = 2.0
+TIMEOUT = 3.0
 
 
 def box(text: str) -> str:
@@ -30,106 +36,294 @@ def pool() -> Iterator[VerifierPool]:
         yield verifiers
 
 
-# Gold answer is 5 throughout. Factorials of this size take minutes and gigabytes: the wall clock ends them.
+@pytest.fixture
+def fresh_pool() -> Iterator[VerifierPool]:
+    """Its two processes run and have checked nothing yet."""
+    with VerifierPool("math_verify", workers=2, timeout_seconds=TIMEOUT, memory_mib=1024) as verifiers:
+        yield verifiers
+
+
+def statuses(pool: VerifierPool, *texts: str, golds: tuple[str, ...] = ("5",)) -> list[str]:
+    return [outcome.status for outcome in pool.run([Check(text, golds) for text in texts])]
+
+
+# Gold answer is 5 throughout. Numbers of this size take minutes and gigabytes: the wall clock ends them.
 HOSTILE = {
-    box("5"): "ok",
-    box("5.0"): "ok",
-    box("\\frac{10}{2}"): "ok",
-    f"<think>{box('6')}</think> so {box('5')}": "ok",
-    f"<think>a</think>{box('6')}</think>{box('5')}": "ok",
-    f"{box('5')} \\boxed{{": "ok",
-    box("6"): "wrong",
-    box("\N{ARABIC-INDIC DIGIT FIVE}"): "wrong",
+    # arithmetic that never ends
     box("9^9^9^9"): "wrong",
-    "the answer is 5": "unparsable",
-    f"<think>{box('5')}</think> done": "unparsable",
-    box(""): "unparsable",
-    "\\boxed{\\frac{1}": "unparsable",
-    box("1" * 10_000): "unparsable",
-    box("{" * 500_000 + "}" * 500_000): "unparsable",
-    "\\boxed{" * 100_000: "unparsable",
     box("100000000!"): "timeout",
     box("\\binom{10^7}{5\\cdot10^6}"): "timeout",
+    # size and shape
+    box("{" * 500_000 + "}" * 500_000): "unparsable",
+    box("1" * 10_000): "unparsable",
+    box("1" * 999): "wrong",
+    "\\boxed{" * 100_000: "unparsable",
+    box("5") + "{" * 1_000_000: "ok",
+    "\\boxed{" * 7 + box("5"): "ok",
+    # NUL bytes, half a surrogate pair, digits of other scripts
+    box("5\0"): "wrong",
+    box("\0"): "wrong",
+    f"\0\0{box('5')}\0": "ok",
+    box("\ud835"): "wrong",
+    box("\N{ARABIC-INDIC DIGIT FIVE}"): "wrong",
+    box("\N{FULLWIDTH DIGIT FIVE}"): "wrong",
+    box("\N{CIRCLED DIGIT FIVE}"): "wrong",
+    box("5\N{SUPERSCRIPT TWO}"): "wrong",
+    # LaTeX that is not balanced
+    "\\boxed{\\frac{1}": "unparsable",
+    box("5") + " \\boxed{": "ok",
+    box("\\left( 5"): "ok",
+    box("\\frac{5"): "unparsable",
+    box("\\}5\\{"): "wrong",
+    # thinking is no answer
+    f"<think>{box('5')}</think> done": "unparsable",
+    f"<think>{box('5')}": "unparsable",
+    f"<think>{box('6')}</think> so {box('5')}": "ok",
+    f"<think>a</think>{box('6')}</think>{box('5')}": "ok",
+    f"<think>a</think>{box('5')}</think>{box('6')}": "wrong",
+    f"<think>a</think>{box('5')}</think>": "unparsable",
+    f"<think>a</think>{box('5')}<think>{box('6')}": "ok",
+    # two answers are none
+    box("5, 6"): "wrong",
+    box("5 \\text{ or } 6"): "wrong",
+    box("\\pm 5"): "wrong",
+    # code is not run
+    box("__import__('os').kill(0, 9)"): "wrong",
+    # nothing there
+    "the answer is 5": "unparsable",
+    box(""): "unparsable",
+    "": "unparsable",
+}
+HONEST = {
+    box("5"): "ok",
+    box("5.0"): "ok",
+    box("5."): "ok",
+    box("\\frac{10}{2}"): "ok",
+    box("x = 5"): "ok",
+    box("\\sqrt{25}"): "ok",
+    box("5 \\text{ cm}"): "ok",
+    box("6"): "wrong",
+    box("-5"): "wrong",
 }
 
 
-def test_hostile_table(pool: VerifierPool) -> None:
+@pytest.mark.parametrize("table", [HOSTILE, HONEST], ids=["hostile", "honest"])
+def test_table(pool: VerifierPool, table: dict[str, str]) -> None:
     started = time.monotonic()
-    results = pool.run([Check(text, ["5"]) for text in HOSTILE])
-    assert [status for (status, _), _ in results] == list(HOSTILE.values())
+    found = dict(zip(table, statuses(pool, *table), strict=True))
+    assert {text[:60]: status for text, status in found.items()} == {t[:60]: status for t, status in table.items()}
+    assert found == table
     assert time.monotonic() - started < 10 * TIMEOUT
-    honest = pool.run([Check(box(str(n)), [str(n)]) for n in range(100)])
-    assert all(result == ("ok", 1.0) for result, _ in honest)
 
 
-def test_a_killed_worker_costs_its_own_check_only(pool: VerifierPool) -> None:
-    victim = pool._workers[0]._process
-    assert victim is not None
-    os.kill(victim.pid, signal.SIGKILL)
-    results = [status for (status, _), _ in pool.run([Check(box("5"), ["5"])] * 20)]
-    assert results.count("crashed") <= 1 and results.count("ok") >= 19
-    assert [status for (status, _), _ in pool.run([Check(box("5"), ["5"])] * 4)] == ["ok"] * 4
+@pytest.mark.parametrize("gold", ["1" * 10_000, "100000000!", "{" * 1000, "\0", "\\frac{"], ids=lambda gold: gold[:9])
+def test_gold_answers_may_be_hostile_too(pool: VerifierPool, gold: str) -> None:
+    assert statuses(pool, box("5"), golds=(gold,))[0] in ("wrong", "timeout")
+    assert statuses(pool, box("5"), golds=("5", gold)) == ["ok"]
 
 
-def test_memory_is_limited(tmp_path: Path) -> None:
-    own = tmp_path / "own.py"
-    own.write_text(
-        "def judge(text, answers, metadata):\n    return len('x' * (2 << 30 if 'big' in text else 1)) == 1\n"
-    )
-    with VerifierPool(f"{own}:judge", workers=1, timeout_seconds=20, memory_mib=512) as pool:
-        assert [s for (s, _), _ in pool.run([Check("big", []), Check("small", [])])] == ["crashed", "ok"]
+GOLDS = {
+    "5": 5,
+    "142.0": 142.0,
+    "0.5": 0.5,
+    "\\frac{1}{2}": "\\frac{1}{2}",
+    "2": ["1", 2, 3.0],
+    "1,000": "1000",
+    "7": "$7$",
+}
 
 
-def test_workers_print_what_they_like(tmp_path: Path) -> None:
-    own = tmp_path / "own.py"
-    own.write_text("def judge(text, answers, metadata):\n    print('[\"ok\", 1.0]')\n    return 0.25\n")
-    with VerifierPool(f"{own}:judge", workers=1, timeout_seconds=20, memory_mib=512) as pool:
-        assert [result for result, _ in pool.run([Check("", [])] * 3)] == [("score", 0.25)] * 3
+def test_gold_is_text_a_number_or_a_list_of_them(pool: VerifierPool, tmp_path: Path) -> None:
+    """As the columns of the datasets have it: read by the prompts, judged by the verifier."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"problem": "?", "answer": gold}) for gold in GOLDS.values()))
+    rows = read_rows(file)
+    assert [row.answers for row in rows] == [
+        ("5",), ("142",), ("0.5",), ("\\frac{1}{2}",), ("1", "2", "3"), ("1000",), ("$7$",),
+    ]  # fmt: skip
+    found = pool.run([Check(box(text), row.answers) for text, row in zip(GOLDS, rows, strict=True)])
+    assert [outcome.status for outcome in found] == ["ok"] * len(GOLDS)
+    assert statuses(pool, box("4"), golds=("1", "2", "3")) == ["wrong"]
 
 
-def completion(text: str, *, finished: bool = True, tokens: int = 3) -> tuple[Prompt, Completion]:
-    return Prompt("p", "", (1,), ("5", "five")), Completion((7,) * tokens, (0.0,) * tokens, text, finished)
+READING = {
+    "": ["ok", "ok", "unparsable", "unparsable"],
+    "require_think": ["unparsable", "ok", "unparsable", "unparsable"],
+    "no box": ["ok", "ok", "ok", "unparsable"],
+}
 
 
-def test_labels_of_each_kind() -> None:
-    items = [completion(box("5")), completion(box("five")), completion("?"), completion(box("6"))]
-    items += [completion(box("5"), finished=False), completion("", tokens=0)]
-    with Labeller("exact", workers=1, timeout_seconds=5, memory_mib=512) as label:
+@pytest.mark.parametrize("options", READING)
+def test_where_the_answer_is_read(options: str) -> None:
+    texts = [box("5"), f"thinking</think>{box('5')}", "<think>6</think> The answer is 5.", "<think>5"]
+    verify = load("math_verify", require_think=options == "require_think", require_boxed=options != "no box")
+    assert [verify(text, ["5"], {})[0] for text in texts] == READING[options]
+
+
+def test_letter_by_letter() -> None:
+    boxed, free = load("exact"), load("exact", require_boxed=False)
+    assert boxed(box(" five "), ["5", " five"], {}) == ("ok", 1.0)
+    assert boxed(box("5.0"), ["5", "five"], {}) == ("wrong", 0.0)
+    assert boxed("five", ["five"], {}) == ("unparsable", None)
+    assert free(" five\n", ["five"], {}) == ("ok", 1.0)
+    assert free("x" * 5000, ["x" * 1000], {}) == ("ok", 1.0), "the end of the text, no more of it than of a box"
+
+
+def hostile_batch() -> tuple[list[tuple[Prompt, Completion]], list[int | None]]:
+    """128 prompts x 8 rollouts, 5 % of them hostile (a quarter of these would take for ever), and the honest labels."""
+    draw = random.Random(5)
+    slow = [text for text, status in HOSTILE.items() if status == "timeout"]
+    texts = [*HOSTILE, *slow * 4]
+    items: list[tuple[Prompt, Completion]] = []
+    labels: list[int | None] = []
+    hostile = dict(zip(draw.sample(range(128 * 8), 51), itertools.cycle(texts)))
+    for i in range(128 * 8):
+        right = draw.random() < 0.5
+        text = f"<think>{'so on ' * 200}</think>{box(str(i + (not right)))}"
+        items.append(completion(hostile.get(i, text), gold=str(i)))
+        labels.append(None if i in hostile else POSITIVE if right else NEGATIVE)
+    return items, labels
+
+
+def test_a_batch_with_hostile_answers_ends_in_time_and_every_honest_one_is_right() -> None:
+    items, expected = hostile_batch()
+    memory, timeout, trainer = 1024, 5.0, psutil.Process()
+    with Labeller("math_verify", workers=2, timeout_seconds=timeout, memory_mib=memory) as label:
+        label(items[:100])
+        before, started, processor = trainer.memory_info().rss, time.monotonic(), trainer.cpu_times().children_user
         verdicts = label(items)
-    assert [v.status for v in verdicts] == ["ok", "ok", "unparsable", "wrong", "overlong", "empty"]
-    assert [v.label for v in verdicts] == [POSITIVE, POSITIVE, NEGATIVE, NEGATIVE, NEGATIVE, EXCLUDED]
+        seconds = time.monotonic() - started
+        workers = [psutil.Process(w._process.pid).memory_info() for w in label._pool._workers if w._process]
+    processor = trainer.cpu_times().children_user - processor
+    assert processor / 2 < 4 * timeout, "what it takes on a machine with a core for each worker"
+    assert seconds < 20 * timeout, "however busy the machine is"
+    wrong = [i for i, label in enumerate(expected) if label is not None and verdicts[i].label != label]
+    assert not wrong
+    assert {v.status for v in verdicts} == {"ok", "wrong", "unparsable", "timeout"}
+    assert trainer.memory_info().rss - before < 64 << 20
+    assert all(m.vms <= memory << 20 for m in workers)
 
 
-def test_failed_checks_are_excluded_and_too_many_stop_the_run() -> None:
-    options = {"workers": 1, "timeout_seconds": 0.5, "memory_mib": 1024}
-    items = [completion(box("100000000!"))] + [completion(box("5"))] * 4
-    with Labeller("math_verify", **options, max_failed_share=0.2) as label:  # type: ignore[arg-type]
-        assert [v.label for v in label(items)] == [EXCLUDED] + [POSITIVE] * 4
-        with pytest.raises(TooManyFailedChecks, match=r"1 of 4 checks timed out or crashed"):
-            label(items[:4])
+def test_a_policy_that_writes_nothing_but_factorials_cannot_freeze_a_step() -> None:
+    """They would take 8 x 4 s on one worker, were each given its whole time. Measured in processor time."""
+    checks = [Check(box("100000000!"), ["5"]), Check(box("5"), ["5"])] * 8
+    before = psutil.Process().cpu_times().children_user
+    with VerifierPool("math_verify", workers=1, timeout_seconds=4, memory_mib=1024) as pool:
+        outcomes = pool.run(checks)
+    assert [o.status for o in outcomes] == ["timeout", "ok"] * 8
+    assert outcomes[0].reason.startswith("no answer within 4 s")
+    assert outcomes[-2].reason == "no answer within 1 s of processor time"
+    assert psutil.Process().cpu_times().children_user - before < 20
 
 
-def test_scores_need_a_threshold(tmp_path: Path) -> None:
-    own = tmp_path / "own.py"
-    own.write_text("def judge(text, answers, metadata):\n    return float(text)\n")
-    options = {"workers": 1, "timeout_seconds": 5, "memory_mib": 512}
-    items = [completion("0.75"), completion("0.25")]
-    with Labeller(f"{own}:judge", **options, threshold=0.5) as label:  # type: ignore[arg-type]
-        assert [v.label for v in label(items)] == [POSITIVE, NEGATIVE]
-    with (
-        Labeller(f"{own}:judge", **options) as label,  # type: ignore[arg-type]
-        pytest.raises(ValueError, match=r"reward 0.75; set labels.threshold"),
-    ):
-        label(items)
+def test_a_worker_that_died_while_idle_costs_nothing(fresh_pool: VerifierPool) -> None:
+    for worker in fresh_pool._workers:
+        assert worker._process is not None
+        os.kill(worker._process.pid, signal.SIGKILL)
+        worker._process.wait()
+    assert statuses(fresh_pool, *[box("5")] * 20) == ["ok"] * 20
 
 
-def test_reasoning_gym_scores_its_own_tasks() -> None:
-    import reasoning_gym
+def test_the_clock_also_runs_while_a_worker_does_not_read(fresh_pool: VerifierPool) -> None:
+    """More text than a pipe holds, for a process that is stopped."""
+    for worker in fresh_pool._workers:
+        assert worker._process is not None
+        os.kill(worker._process.pid, signal.SIGSTOP)
+    started = time.monotonic()
+    assert statuses(fresh_pool, *["x" * 1_000_000] * 2) == ["timeout"] * 2
+    assert time.monotonic() - started < 3 * TIMEOUT
+    assert statuses(fresh_pool, box("5")) == ["ok"]
 
-    entry = reasoning_gym.create_dataset("chain_sum", size=1, seed=1)[0]
-    check = Check(box(entry["answer"]), [entry["answer"]], {"source_dataset": "chain_sum"})
-    with VerifierPool("reasoning_gym", workers=1, timeout_seconds=20, memory_mib=4096) as pool:
-        assert pool.run([check])[0][0] == ("score", 1.0)
+
+@pytest.fixture
+def own(tmp_path: Path) -> Callable[[str], str]:
+    """The name of a verifier with this body."""
+
+    def make(body: str) -> str:
+        file = tmp_path / "own.py"
+        file.write_text(f"import os, sys, time\nkept = []\ndef judge(text, answers, metadata):\n    {body}\n")
+        return f"{file}:judge"
+
+    return make
+
+
+OPTIONS: dict[str, Any] = {"workers": 1, "timeout_seconds": 20, "memory_mib": 512}
+
+OWN = {
+    "return text == answers[0]": ("ok", 1.0, ""),
+    "return metadata['level'] / 4": ("score", 0.5, ""),
+    "print('[1.0]'); return 0.25": ("score", 0.25, ""),
+    "return float('nan')": ("crashed", None, "the verifier gave the reward nan"),
+    "return answers[7]": ("crashed", None, "IndexError: list index out of range"),
+    "return None": ("crashed", None, "TypeError: float() argument must be a string or a real number, not 'NoneType'"),
+    "sys.exit(3)": ("crashed", None, "the verifier process ended with code 3"),
+    "os.abort()": ("crashed", None, "the verifier process ended with code -6"),
+    "return len('x' * (2 << 30)) == 1": ("crashed", None, "MemoryError: "),
+    "def deep(): return deep()\n    return deep()": (
+        "crashed",
+        None,
+        "RecursionError: maximum recursion depth exceeded",
+    ),
+}
+
+
+@pytest.mark.parametrize("body", OWN)
+def test_own_verifier(own: Callable[[str], str], body: str) -> None:
+    with VerifierPool(own(body), **OPTIONS) as pool:
+        for outcome in pool.run([Check("a", ["a"], {"level": 2})] * 2):
+            assert (outcome.status, outcome.reward, outcome.reason) == OWN[body]
+
+
+def test_a_worker_killed_in_the_middle_of_a_check_costs_that_check(own: Callable[[str], str], tmp_path: Path) -> None:
+    body = "text == 'slow' and (open('PID', 'w').write(str(os.getpid())), time.sleep(60)); return True"
+    pid = tmp_path / "pid"
+    with VerifierPool(own(body.replace("PID", str(pid))), **(OPTIONS | {"workers": 2})) as pool:
+        futures = [pool.submit(Check(text, []), lambda o: o) for text in ["slow"] + ["fast"] * 20]
+        others = [future.result() for future in futures[1:]]
+        while not (pid.exists() and pid.read_text()):
+            time.sleep(0.05)
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+        killed = futures[0].result()
+    assert (killed.status, killed.reason) == ("crashed", "the verifier process ended with code -9")
+    assert [o.status for o in others] == ["ok"] * 20
+
+
+def test_a_worker_whose_memory_grows_is_replaced_before_it_meets_its_limit(own: Callable[[str], str]) -> None:
+    with VerifierPool(own("kept.append(bytearray(64 << 20)); return os.getpid()"), **OPTIONS) as pool:
+        outcomes = pool.run([Check("", [])] * 20)
+    assert {o.status for o in outcomes} == {"score"}
+    assert 3 <= len({o.reward for o in outcomes}) <= 10, "not one process, nor one a check"
+
+
+def test_throughput_scales_with_workers(own: Callable[[str], str]) -> None:
+    """Of checks that wait rather than compute, so that busy cores do not blur it; see also tools/bench_labels.py."""
+    name, seconds = own("time.sleep(0.05); return True"), {}
+    for workers in (1, 4):
+        with VerifierPool(name, **(OPTIONS | {"workers": workers})) as pool:
+            started = time.monotonic()
+            pool.run([Check("", [])] * 40)
+            seconds[workers] = time.monotonic() - started
+    assert seconds[1] / seconds[4] > 3
+
+
+def test_outcomes_are_in_order(own: Callable[[str], str]) -> None:
+    with VerifierPool(own("time.sleep(0.02 if float(text) % 3 else 0); return float(text)"), **OPTIONS) as pool:
+        assert [o.reward for o in pool.run([Check(str(i), []) for i in range(30)])] == list(range(30))
+
+
+BROKEN = {
+    "own.py:nothing": "has no function 'nothing'",
+    "broken.py:judge": "SyntaxError",
+    "missing.py:judge": "which is no file",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_verifier_that_cannot_be_loaded_is_one_sentence(tmp_path: Path, name: str) -> None:
+    (tmp_path / "own.py").write_text("def judge(text, answers, metadata): return True\n")
+    (tmp_path / "broken.py").write_text("def judge(:\n")
+    with pytest.raises(ValueError, match=BROKEN[name]):
+        VerifierPool(f"{tmp_path}/{name}", **OPTIONS)
 
 
 def test_unknown_verifier_is_refused() -> None:
@@ -137,16 +331,111 @@ def test_unknown_verifier_is_refused() -> None:
         load("magic")
 
 
+def test_reasoning_gym_scores_its_own_tasks() -> None:
+    import reasoning_gym
+
+    entry = reasoning_gym.create_dataset("chain_sum", size=1, seed=1)[0]
+    right = Check(box(entry["answer"]), ["-1", entry["answer"]], {"source_dataset": "chain_sum"})
+    with VerifierPool("reasoning_gym", workers=1, timeout_seconds=20, memory_mib=4096) as pool:
+        first, nothing, unknown = pool.run([right, Check("", ["1"]), Check(box("1"), ["1"])])
+    assert (first.status, first.reward) == ("score", 1.0)
+    assert nothing.status == "unparsable"
+    assert (unknown.status, unknown.reason) == ("crashed", "KeyError: 'source_dataset'")
+
+
+def completion(text: str, *, finished: bool = True, tokens: int = 3, gold: str = "5") -> tuple[Prompt, Completion]:
+    return Prompt("p", "", (1,), (gold, "five")), Completion((7,) * tokens, (0.0,) * tokens, text, finished)
+
+
+EACH = {
+    "ok": completion(box("five")),
+    "wrong": completion(box("6")),
+    "unparsable": completion("?"),
+    "timeout": completion(box("100000000!")),
+    "crashed": completion("crash"),
+    "overlong": completion(box("5"), finished=False),
+    "empty": completion("", tokens=0),
+}
+DEFAULT = [POSITIVE, NEGATIVE, NEGATIVE, EXCLUDED, EXCLUDED, NEGATIVE, EXCLUDED]
+CONFIGURED: list[tuple[dict[str, Any], list[int]]] = [
+    ({}, DEFAULT),
+    ({"excluded": []}, [POSITIVE, *[NEGATIVE] * 5, EXCLUDED]),
+    ({"excluded": ["wrong", "unparsable"]}, [POSITIVE, EXCLUDED, EXCLUDED, NEGATIVE, NEGATIVE, NEGATIVE, EXCLUDED]),
+    ({"overlong": "excluded"}, [*DEFAULT[:5], EXCLUDED, EXCLUDED]),
+]
+
+
+@pytest.mark.parametrize(("options", "labels"), CONFIGURED, ids=str)
+def test_statuses_to_labels(own: Callable[[str], str], options: dict[str, Any], labels: list[int]) -> None:
+    """By a verifier of one's own that calls ours, and crashes where the text says so."""
+    body = (
+        "from megatron_real.labels.verifiers import load; text == 'crash' and os.abort(); "
+        "status = load('math_verify')(text, answers, metadata)[0]; return status == 'ok'"
+    )
+    settings = OPTIONS | {"timeout_seconds": 3, "memory_mib": 1024, "max_failed_share": 1.0} | options
+    with Labeller(own(body), **settings) as label:
+        verdicts = label(list(EACH.values()))
+    # A verifier of one's own gives a verdict or none: what it could not read is wrong.
+    expected = ["wrong" if status == "unparsable" else status for status in EACH]
+    assert [v.status for v in verdicts] == expected
+    assert [v.label for v in verdicts] == [labels[list(EACH).index(status)] for status in expected]
+
+
+def test_a_status_of_ours_is_unparsable() -> None:
+    with Labeller("exact", **OPTIONS, excluded=["unparsable"]) as label:
+        assert [v.label for v in label([EACH["unparsable"], EACH["wrong"]])] == [EXCLUDED, NEGATIVE]
+
+
+def test_failed_checks_are_excluded_and_too_many_stop_the_run(own: Callable[[str], str]) -> None:
+    items = [completion("crash")] + [completion("fine")] * 4 + [completion("", finished=False)] * 9
+    with Labeller(own("return {'fine': True}[text]"), **OPTIONS, max_failed_share=0.2) as label:
+        assert [v.label for v in label(items)[:5]] == [EXCLUDED] + [POSITIVE] * 4
+        with pytest.raises(
+            TooManyFailedChecks,
+            match=r"1 of 4 checks failed \(1 crashed\), more than labels.max_failed_share = 0.2; most often: KeyError: "
+            "'crash'",
+        ):
+            label(items[:4] + items[5:])  # the truncated ones were not checked and do not dilute the share
+
+
+def test_scores_need_a_threshold(own: Callable[[str], str]) -> None:
+    name, items = own("return float(text)"), [completion("0.75"), completion("0.25")]
+    with Labeller(name, **OPTIONS, threshold=0.5) as label:
+        assert [v.label for v in label(items)] == [POSITIVE, NEGATIVE]
+    with Labeller(name, **OPTIONS) as label:
+        with pytest.raises(RewardNeedsThreshold, match=r"reward 0.75; set labels.threshold"):
+            label(items)
+        assert [v.label for v in label([completion("1"), completion("0")])] == [POSITIVE, NEGATIVE]
+
+
+PIECES = [
+    "\\boxed{", "{", "}", "\\", "</think>", "<think>", "$", "\\frac", "\\sqrt", "\\left(", "\\right)", "\\text{", "|",
+    "\\begin{pmatrix}", "\\end{pmatrix}", "^", "_", "!", "\\%", "&", "=", "<", ",", ".", ";", "1", "23", "0.5", "x",
+    "i", "\\pi", "\\infty", "\\int_0^1", "\\sum_{n=1}^{3}", "\\cup", "[", ")", "\0", "\u0665", "\u00b2", "\ud800", "\n",
+    " ", "\\binom", "\\pm", "\\degree", "\\circ",
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=25).map("".join), st.lists(st.sampled_from(PIECES), max_size=8))
+@settings(max_examples=300, deadline=None)
+@example("\\boxed{\\begin{pmatrix}1", ["\\end{pmatrix}"])
+def test_fuzzed_answers_end_in_a_status(pool: VerifierPool, text: str, gold: list[str]) -> None:
+    """A timeout is a status (2!!!!!! takes for ever), an exception that got out of the parsing is not."""
+    for answer in (text, box(text.replace("\\boxed{", ""))):
+        (outcome,) = pool.run([Check(answer, ["5", "".join(gold)])])
+        assert outcome.status in ("ok", "wrong", "unparsable", "timeout"), outcome.reason
+
+
+@given(st.text(st.characters(), max_size=200), st.booleans(), st.booleans())
+@settings(max_examples=300)
+def test_reading_never_raises(text: str, think: bool, boxed: bool) -> None:
+    assert load("exact", require_think=think, require_boxed=boxed)(text, ["5"], {})[0] in ("ok", "wrong", "unparsable")
+
+
 @given(st.text(alphabet="{}\\ab 5", max_size=60))
-def test_final_answer_is_balanced(text: str) -> None:
-    answer = final_answer(text + box("7"))
-    assert answer == "7"
+def test_final_answer_is_the_last_balanced_box(text: str) -> None:
+    found = final_answer(text + box("7"))
+    assert found is not None and found.text == "7"
     inside = final_answer(text)
     if inside is not None:
-        assert inside in text
-
-
-@given(st.text(max_size=200))
-@settings(max_examples=200)
-def test_exact_never_raises(text: str) -> None:
-    assert exact(text, ["5"], {})[0] in ("ok", "wrong", "unparsable")
+        assert inside.text in text and inside.boxed

@@ -43,7 +43,7 @@ def write(path: Path, rows: list[Any]) -> Path:
     ("row", "answers"),
     [
         (DEEPSCALER, ("5",)),
-        ({**DEEPSCALER, "reward_model": {"ground_truth": 142.0}}, ("142.0",)),
+        ({**DEEPSCALER, "reward_model": {"ground_truth": 142.0}}, ("142",)),
         ({**DEEPSCALER, "reward_model": {"ground_truth": ["1/2", 0.5]}}, ("1/2", "0.5")),
         ({"problem": "2+3?", "answer": "5"}, ("5",)),
         ({"question": "2+3?", "answer": 0}, ("0",)),

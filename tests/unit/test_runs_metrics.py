@@ -3,6 +3,7 @@
 import builtins
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -63,18 +64,40 @@ def test_rollout_metrics_golden():
             "reward_mean": 3 / 5,  # 3 right of the 5 labelled
             "solved_share": 1 / 3,  # group 0 of groups 0, 1, 2
             "one_class_share": 2 / 3,  # groups 0 and 2
+            "refilled_share": 0,
             "excluded_share": 3 / 8,
             "truncated_share": 1 / 8,
             "response_tokens_mean": 29 / 8,  # 2+4+6+8+1+3+5+0
             "response_tokens_max": 8,
+            "checked_early_share": math.nan,  # no check has a time: a replay
+            "check_seconds_max": math.nan,
             "status/ok": 3,
             "status/overlong": 1,
             "status/wrong": 1,
             "status/timeout": 1,
             "status/crashed": 1,
             "status/empty": 1,
-        }
+            "status/unparsable": 0,
+            "status/lost": 0,
+            "status/score": 0,
+            "status/mismatch": 0,
+        },
+        nan_ok=True,
     )
+
+
+def test_checks_refills_and_lost_completions_golden():
+    checked = [
+        replace(r, verdict=replace(r.verdict, seconds=s, early=early), refills=refills)
+        for r, s, early, refills in zip(STEP[:3], [0.5, 2.0, 0.25], [True, False, True], [0, 0, 2], strict=True)
+    ]
+    lost = rollout(2, EXCLUDED, 0, "lost", finished=False)
+    found = rollout_metrics([*checked, lost])
+    assert found["checked_early_share"] == 2 / 3
+    assert found["check_seconds_max"] == 2.0
+    assert found["refilled_share"] == 1 / 3  # group 1 of 0, 1, 2
+    assert (found["status/lost"], found["excluded_share"]) == (1, 1 / 4)
+    assert (found["truncated_share"], found["response_tokens_mean"]) == (0, 4), "what never came was not cut"
 
 
 def test_an_empty_response_is_not_labelled_whatever_its_label():

@@ -4,22 +4,30 @@ import contextlib
 import io
 import json
 import math
-from dataclasses import dataclass
 
 import pytest
 
 from megatron_real.config import BatchConfig, Config, RolloutConfig, TrainerConfig, load
+from megatron_real.evaluate import Evaluation
 from megatron_real.records import NEGATIVE, POSITIVE, Completion, Prompt, Rollout, Verdict
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.reporter import Reporter, Training
 from megatron_real.runs.rollouts import read_rollouts
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    pass_at_1: float = 0.5
-    standard_error: float = 0.1
-    problems: int = 30
+def accuracy(pass_at_1=0.5):
+    return Evaluation(
+        pass_at_1=pass_at_1,
+        standard_error=0.1,
+        pass_at_k=((1, pass_at_1), (2, 0.75)),
+        majority=None,
+        problems=30,
+        samples=2,
+        failed_checks=1,
+        unanswered_share=0.25,
+        truncated_share=0.0,
+        response_tokens_mean=4.0,
+    )
 
 
 def rollout(group, sample, label):
@@ -53,9 +61,8 @@ def config_of(path, **trainer):
 
 def one_step(reporter):
     with reporter.progress:
-        reporter.evaluated(0, Accuracy())
+        reporter.evaluated(0, accuracy())
         with reporter.step(1):
-            reporter.rollouts(1, ROLLOUTS)
             for stage in ("old_logprobs", "update"):
                 with reporter.progress.stage(stage):
                     pass
@@ -137,5 +144,12 @@ def test_evaluation_seconds_do_not_leak_into_the_next_step_on_any_rank(tmp_path)
         reporter = Reporter(config_of(tmp_path / str(rank), tensorboard=False), rank=rank, world=2)
         with reporter.progress.stage("evaluation"):
             pass
-        reporter.evaluated(0, Accuracy())
+        reporter.evaluated(0, accuracy())
         assert reporter.progress.take_seconds() == {}
+
+
+def test_an_evaluation_is_written_with_every_figure(tmp_path):
+    Reporter(config_of(tmp_path, tensorboard=False), rank=0, world=1).evaluated(0, accuracy())
+    row = json.loads((tmp_path / "evaluations.jsonl").read_text())
+    assert (row["heldout/pass_at_1"], row["heldout/pass_at_2"], row["heldout/unanswered_share"]) == (0.5, 0.75, 0.25)
+    assert "heldout/majority" not in row, "validation holds no vote"

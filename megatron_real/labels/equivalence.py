@@ -1,0 +1,58 @@
+"""Answers that say the same, for the majority vote: 1/2 and 0.5 vote together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+_WHOLE = re.compile(r"-?\d{1,18}")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What one completion gave as its answer."""
+
+    text: str | None
+    """The answer; None where there is none, which does not vote."""
+    correct: bool
+    """The verifier's label."""
+    comparable: bool = True
+    """False where the verifier failed on it or cannot read it: it is then like nothing but the same text."""
+
+
+def answer_classes(
+    given: Sequence[Given], same: Callable[[str, str], bool], *, one_gold: bool = True
+) -> list[int | None]:
+    """[given] number of the class of each answer to one problem, in order of appearance; None for no answer.
+
+    A class is all correct or all wrong. Its first answer speaks for it: an answer joins the first class whose first
+    answer it is the same as.
+
+    Args:
+        same: the verifier's comparison; only asked where text and whole numbers do not tell.
+        one_gold: the problem has one gold answer, so that all correct ones are the same.
+    """
+    first: list[Given] = []
+    known: dict[Given, int] = {}
+    for one in given:
+        if one.text is None or one in known:
+            continue
+        joined = (c for c, other in enumerate(first) if _alike(other, one, same, one_gold))
+        known[one] = next(joined, len(first))
+        if known[one] == len(first):
+            first.append(one)
+    return [known.get(one) for one in given]
+
+
+def _alike(one: Given, other: Given, same: Callable[[str, str], bool], one_gold: bool) -> bool:
+    assert one.text is not None and other.text is not None, "no answer has no class"
+    if one.correct != other.correct:
+        return False
+    if one.text == other.text or (one.correct and one_gold):
+        return True
+    if not (one.comparable and other.comparable):
+        return False
+    if _WHOLE.fullmatch(one.text) and _WHOLE.fullmatch(other.text):
+        return int(one.text) == int(other.text)
+    return same(one.text, other.text)

@@ -1,0 +1,25 @@
+"""The model's tokenizer, and the tokens that end a response: the same for every engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig
+
+
+def load_tokenizer(path: str) -> Any:
+    """The transformers tokenizer of an HF directory."""
+    return AutoTokenizer.from_pretrained(path)
+
+
+def eos_ids(path: str, tokenizer_eos: int | None) -> list[int]:
+    """Every token that ends a response: the generation config may name more than the tokenizer does."""
+    try:
+        configured = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # the directory has no generation_config.json
+        configured = None
+    listed = configured if isinstance(configured, list) else [configured]
+    eos = [token for token in dict.fromkeys([tokenizer_eos, *listed]) if token is not None]
+    if not eos:
+        raise ValueError(f"neither the tokenizer nor the generation config of {path!r} names an end-of-sequence token")
+    return eos

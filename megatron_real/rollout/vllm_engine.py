@@ -1,0 +1,199 @@
+"""vLLM in the training processes: one engine on each `rollout.tp` neighbouring ranks, on GPUs and on CPUs alike.
+
+The processes that train are those that generate (vLLM's external launcher: every rank of an engine runs the same
+schedule), so weights go from model to model without a file or a socket between them. On a GPU the engine sleeps while
+the policy trains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_real.config import Config
+from megatron_real.cpu import device
+from megatron_real.records import Completion, Prompt, Sampling
+from megatron_real.rollout.engine import Held
+from megatron_real.rollout.tokenizer import eos_ids, load_tokenizer
+
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads stay where they are
+    "VLLM_NO_USAGE_STATS": "1",
+}
+_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+def missing(config: Config) -> str:
+    """Why vLLM cannot serve this configuration here; empty if it can. Imports it, which takes seconds."""
+    if config.model.dtype == "fp64":
+        return "vLLM knows no fp64"
+    os.environ.update(_ENVIRONMENT)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the configuration
+    try:
+        import vllm  # noqa: F401
+    except Exception as error:  # a build for other libraries fails in many ways
+        return f"vllm does not import ({type(error).__name__}: {' '.join(str(error).split())})"
+    return ""
+
+
+class VllmEngine:
+    """One rank's part of a vLLM engine. It begins asleep and without weights: a sync wakes it."""
+
+    name = "vllm"
+
+    def __init__(self, config: Config) -> None:
+        """Builds the engine; collective over all ranks.
+
+        Raises:
+            ValueError: vLLM refuses the model or an argument; its reason.
+        """
+        path, rollout = config.model.path, config.rollout
+        self.tokenizer = load_tokenizer(path)
+        self.eos = eos_ids(path, self.tokenizer.eos_token_id)
+        self.tp = rollout.tp
+        self.kv_cache_bytes = rollout.kv_cache_mib << 20
+        self.sleep_level = rollout.sleep_level if device().type == "cuda" else 0
+        from vllm import LLM
+
+        _check_arguments(rollout.vllm)
+        with _plain_weights():
+            self.llm = LLM(
+                model=path,
+                dtype=_DTYPES[config.model.dtype],
+                load_format="dummy",  # weights come by sync
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # the model's own would add its top_p, top_k or penalties
+                max_model_len=config.data.max_prompt_tokens + rollout.max_response_tokens,
+                max_num_seqs=rollout.max_sequences,
+                kv_cache_memory_bytes=self.kv_cache_bytes,
+                gpu_memory_utilization=0.01,  # unused beside an explicit size, but checked against what is free
+                enable_sleep_mode=self.sleep_level > 0,
+                logprobs_mode="processed_logprobs",  # of the sampling distribution, temperature and all
+                distributed_executor_backend="external_launcher",
+                tensor_parallel_size=self.tp,
+                seed=config.trainer.seed,
+                **{"enforce_eager": device().type == "cpu", "disable_log_stats": True, **rollout.vllm},
+            )
+        (self.model,) = self.llm.collective_rpc(lambda worker: worker.get_model())
+        self.finish_inference()
+
+    def held(self) -> dict[str, Held]:
+        from megatron_real.rollout.vllm_weights import held_by
+
+        return held_by(self.model)
+
+    def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        if self.sleep_level:
+            self._check_budget()
+            self.llm.wake_up(tags=["weights"])
+        self.model.load_weights(weights)
+        _pack(self.model)
+        if self.sleep_level:
+            self.llm.wake_up(tags=["kv_cache"])
+        if not self.llm.reset_prefix_cache():  # what it holds was computed with the weights before
+            raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> list[list[Completion]]:
+        found = {(i, k): completion for i, k, completion in self.stream(prompts, sampling, seeds=seeds)}
+        return [[found[i, k] for k in range(sampling.num_samples)] for i in range(len(prompts))]
+
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, int, Completion]]:
+        """Completions as they finish. A seed for each, so that no answer depends on what is decoded beside it."""
+        engine, places = self.llm.llm_engine, {}
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            for k in range(sampling.num_samples):
+                places[f"{i}-{k}"] = i, k
+                inputs: Any = {"prompt_token_ids": list(prompt.token_ids)}
+                engine.add_request(f"{i}-{k}", inputs, self._parameters(sampling, seed + k))
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                yield (*places.pop(output.request_id), self._completion(output.outputs[0]))
+        assert not places, "vLLM finishes every request"
+
+    def finish_inference(self) -> None:
+        if self.sleep_level:
+            self.llm.sleep(level=self.sleep_level)
+
+    def _parameters(self, sampling: Sampling, seed: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            seed=seed % 2**63,
+            stop_token_ids=self.eos,
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            detokenize=False,  # the whole text at once, below
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _completion(self, output: Any) -> Completion:
+        tokens, logprobs = tuple(output.token_ids), tuple(output.logprobs.logprobs)
+        assert len(tokens) == len(logprobs), "vLLM returns one log-prob for each sampled token"
+        finished = bool(tokens) and tokens[-1] in self.eos
+        return Completion(tokens, logprobs, str(self.tokenizer.decode(tokens, skip_special_tokens=True)), finished)
+
+    def _check_budget(self) -> None:
+        """Waking takes the weights' and the cache's memory at once, and an out-of-memory error says neither."""
+        torch.cuda.empty_cache()
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        free, _ = torch.cuda.mem_get_info()
+        if weights + self.kv_cache_bytes > free:
+            raise RuntimeError(
+                f"vLLM needs {weights:,} bytes for its weights and {self.kv_cache_bytes:,} for its KV cache, but the "
+                f"GPU has {free:,} free: {weights + self.kv_cache_bytes - free:,} bytes are missing; lower "
+                "rollout.kv_cache_mib, raise rollout.tp, or shard the policy further (parallel.*)"
+            )
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    for name in arguments:
+        if name not in known:
+            raise ValueError(f"rollout.vllm.{name} is no argument of vLLM's engine; see vllm.EngineArgs for the names")
+
+
+@contextmanager
+def _plain_weights() -> Iterator[None]:
+    """On a CPU, vLLM packs each loaded weight for oneDNN and drops the original. Here the originals stay, so that they
+    can be loaded into and read back; `_pack` packs them after each sync. Models built in this context are unpacked."""
+    from vllm.model_executor.layers import utils
+
+    def unpacked(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = nn.functional.linear
+
+    pack, utils.dispatch_cpu_unquantized_gemm = utils.dispatch_cpu_unquantized_gemm, unpacked
+    try:
+        yield
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = pack
+
+
+def _pack(model: Any) -> None:
+    """Packs the weights of all matrix products anew; on a GPU there are none."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    for layer in model.modules():
+        looked_up = isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
+        if hasattr(layer, "cpu_linear") and not looked_up:
+            layer.cpu_linear = None  # frees the old copy first
+            dispatch_cpu_unquantized_gemm(layer, remove_weight=False)

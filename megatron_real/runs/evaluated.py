@@ -1,0 +1,146 @@
+"""The layout of an evaluation's directory, and what must agree for an interrupted one to go on in it.
+
+settings.json                     what the figures depend on        results.json, results.csv    the figures
+samples/aime24/chunk-0003.jsonl   every completion of 64 problems, by default
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_real.evaluate import Evaluation, Judged, judged
+from megatron_real.records import Prompt, Rollout
+
+BENCH = "problems of "
+"""What the settings that are a benchmark's own begin with."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Problems of one benchmark that are answered together."""
+
+    benchmark: str
+    """Name of the benchmark."""
+    number: int
+    """From 0, in the order of the benchmark's problems."""
+    problems: Sequence[Prompt]
+    """[1..] the problems."""
+
+
+class EvaluationDirectory:
+    """Paths and files of one evaluation. The first rank writes; every rank may read."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.settings = self.path / "settings.json"
+        self.samples = self.path / "samples"
+        self.json = self.path / "results.json"
+        self.csv = self.path / "results.csv"
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuses to go on with an evaluation that was begun with other settings.
+
+        Raises:
+            ValueError: names the first setting that differs, and both values.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file; give another --out")
+        if not self.settings.is_file():
+            return
+        before = json.loads(self.settings.read_text(encoding="utf-8"))
+        settings = json.loads(json.dumps(settings))  # lists for tuples, as in the file
+        # Another benchmark may join, and one that was there may be left out.
+        for name in [n for n in before if n in settings or not n.startswith(BENCH)]:
+            if (was := before[name]) != (now := settings.get(name)):
+                raise ValueError(
+                    f"{self.path} was begun with {name} = {was!r}, and now it is {now!r}; figures of both would be "
+                    "mixed: use the same, or give another --out"
+                )
+
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """Keeps the settings for `check`."""
+        before = json.loads(self.settings.read_text(encoding="utf-8")) if self.settings.is_file() else {}
+        self.path.mkdir(parents=True, exist_ok=True)
+        _replace(self.settings, json.dumps({**before, **settings}, indent=2) + "\n")
+
+    def has(self, chunk: Chunk) -> bool:
+        """The chunk is complete."""
+        return self._file(chunk).is_file()
+
+    def write(
+        self, chunk: Chunk, rollouts: Sequence[Rollout], answers: Sequence[tuple[str | None, int | None]]
+    ) -> None:
+        """Keeps a complete chunk.
+
+        Args:
+            answers: [rollouts] what each gave as its answer, and the class of answers it belongs to.
+        """
+        rows = []
+        for rollout, (answer, answer_class) in zip(rollouts, answers, strict=True):
+            row = vars(judged(rollout, answer_class)) | {"sample": rollout.sample, "answer": answer}
+            rows.append(row | {"golds": list(rollout.prompt.answers), "completion": rollout.completion.text})
+        # ASCII: a model may emit half a surrogate pair.
+        _replace(self._file(chunk), "".join(json.dumps(row) + "\n" for row in rows))
+
+    def read(self, chunks: Sequence[Chunk]) -> list[Judged]:
+        """The completions of complete chunks.
+
+        Raises:
+            ValueError: a file is broken; names it.
+        """
+        fields = Judged.__dataclass_fields__
+        found = []
+        for chunk in chunks:
+            path = self._file(chunk)
+            try:
+                rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+                found += [Judged(**{name: row[name] for name in fields}) for row in rows]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is broken ({type(error).__name__}: {error}); delete it to go on") from error
+        return found
+
+    def publish(self, model: str, settings: Mapping[str, Any], found: Mapping[str, Evaluation]) -> None:
+        """Writes results.json and results.csv."""
+        rows = {name: evaluation.figures() for name, evaluation in found.items()} | {"average": average(found)}
+        finite = {name: {k: v if math.isfinite(v) else None for k, v in row.items()} for name, row in rows.items()}
+        mean = finite.pop("average")
+        whole = {"model": model, "settings": dict(settings), "benchmarks": finite, "average": mean}
+        _replace(self.json, json.dumps(whole, indent=2) + "\n")
+        columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+        partial = self.csv.with_name(f"{self.csv.name}.partial")
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, ["benchmark", *columns], lineterminator="\n")
+            table.writeheader()
+            table.writerows({"benchmark": name, **row} for name, row in (finite | {"average": mean}).items())
+        partial.replace(self.csv)
+
+    def _file(self, chunk: Chunk) -> Path:
+        return self.samples / chunk.benchmark / f"chunk-{chunk.number:04d}.jsonl"
+
+
+def average(found: Mapping[str, Evaluation]) -> dict[str, float]:
+    """Of the benchmarks, each counting alike however many problems it has: the paper's average.
+
+    Its standard error is that of a mean of independent figures. Problems and failed checks are sums.
+    """
+    rows = [evaluation.figures() for evaluation in found.values()]
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    sums = {name: math.fsum(row[name] for row in rows) for name in names}
+    means = {name: total / len(rows) for name, total in sums.items()}
+    error = math.sqrt(math.fsum(row["standard_error"] ** 2 for row in rows)) / len(rows)
+    counts = {name: int(sums[name]) for name in ("problems", "failed_checks")}
+    return means | counts | {"samples": rows[0]["samples"], "standard_error": error}
+
+
+def _replace(path: Path, text: str) -> None:
+    """A reader sees the old file or the new one, and a killed writer leaves no half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,330 @@
+"""torch.save files without loading them: where each tensor's bytes lie, and files laid out before their bytes exist.
+
+A torch.save file is a zip archive of uncompressed records: `data.pkl`, a pickle of the object in which each storage is
+a reference, and `data/0`, `data/1`, ... with the bytes. Reading runs no code of the file: a class of the pickle becomes
+a record of ours or an inert stand-in, and a class outside the allow-list refuses the file.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+import struct
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_real.weights import WeightsError
+from megatron_real.weights.stored import DTYPE_BYTES, TORCH_NAMES, Chunk, StoredTensor
+
+# The pickle of a checkpoint's structure; that of a 70B model in 8 parts is 20 MB.
+LARGEST_PICKLE = 2**28
+
+_STORAGES = {"BFloat16Storage": "BF16", "HalfStorage": "F16", "FloatStorage": "F32", "DoubleStorage": "F64"}
+_DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
+
+
+class Record:
+    """An inert stand-in for an object of a pickle: its constructor's arguments and its state, nothing run."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args = args
+        self.__dict__.update(kwargs)
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update({k: v for k, v in state.items() if isinstance(k, str)})
+        else:
+            self.state = state
+
+    def append(self, *_: Any) -> None:
+        """Items of a stood-in list are dropped."""
+
+    extend = __setitem__ = append
+
+
+@dataclass(frozen=True)
+class PickledTensor:
+    """A tensor in a torch.save file, as its pickle tells it."""
+
+    key: str
+    """Name of its storage's record."""
+    dtype: str
+    """Key of DTYPE_BYTES, or another dtype's name in torch."""
+    start: int
+    """First element in the storage."""
+    shape: tuple[int, ...]
+    """Its shape."""
+    strides: tuple[int, ...]
+    """Elements from one index to the next, along each dimension."""
+
+
+class TorchFile:
+    """A torch.save file, or one that lies within another file.
+
+    Raises:
+        WeightsError: not such a file, a corrupt one, or one whose pickle holds classes outside the allow-list.
+    """
+
+    def __init__(self, file: Path, offset: int = 0, length: int | None = None) -> None:
+        self.file, self.offset = file, offset
+        try:
+            with open(file, "rb") as stream:
+                size = stream.seek(0, io.SEEK_END)
+                self.length = size - offset if length is None else length
+                if offset < 0 or self.length < 0 or offset + self.length > size:
+                    raise WeightsError(f"{file} has {size} bytes, but its index points to {offset + self.length}")
+                self._parse(io.BufferedReader(_Window(stream, offset, self.length)))
+        except WeightsError:
+            raise
+        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, struct.error, EOFError) as error:
+            raise WeightsError(
+                f"{file} is not a torch.save archive or is corrupt ({error}); copy it again, or load it with torch "
+                f"and save it as safetensors"
+            ) from error
+
+    def _parse(self, window: BinaryIO) -> None:
+        archive = zipfile.ZipFile(window)
+        records = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
+        pickled = records.get("data.pkl")
+        if pickled is None or pickled.file_size > LARGEST_PICKLE:
+            raise zipfile.BadZipFile("no data.pkl of a sane size")
+        self._data_offset(window, pickled)
+        self.object = load_pickle(archive.read(pickled), self.file)
+        self.storages = {
+            name.removeprefix("data/"): (self._data_offset(window, info), info.file_size)
+            for name, info in records.items()
+            if name.startswith("data/")
+        }
+
+    def _data_offset(self, window: BinaryIO, info: zipfile.ZipInfo) -> int:
+        """First byte of a record's data, in this archive."""
+        window.seek(info.header_offset)
+        header = window.read(30)
+        offset = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+        if info.compress_type != zipfile.ZIP_STORED or offset + info.file_size > self.length:
+            raise zipfile.BadZipFile(f"record {info.filename} is compressed or reaches beyond the file")
+        return offset
+
+    def stored(self, name: str, tensor: PickledTensor) -> StoredTensor:
+        """Where `tensor` lies.
+
+        Raises:
+            WeightsError: its bytes are not in the file, not contiguous, or of a dtype that weights do not have.
+        """
+        if tensor.dtype not in DTYPE_BYTES:
+            raise WeightsError(f"{self.file}: {name} has dtype {tensor.dtype}; supported are {', '.join(DTYPE_BYTES)}")
+        size = DTYPE_BYTES[tensor.dtype]
+        begin, num_bytes = self.storages.get(tensor.key, (0, -1))
+        contiguous, numel = True, 1
+        for length, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
+            contiguous &= length == 1 or stride == numel
+            numel *= length
+        if not contiguous or tensor.start < 0 or min((*tensor.shape, 0)) < 0:
+            raise WeightsError(f"{self.file}: {name} is not stored as one contiguous tensor; save it again")
+        if (tensor.start + numel) * size > num_bytes:
+            raise WeightsError(f"{self.file}: the data of {name} is missing; copy the file again")
+        rows = tensor.shape[0] if tensor.shape else 1
+        chunk = Chunk(self.file, self.offset + begin + tensor.start * size, 0, 0, rows, numel // rows if rows else 0)
+        return StoredTensor(name, tensor.dtype, tensor.shape, (chunk,))
+
+
+def load_pickle(data: bytes, file: Path) -> Any:
+    """The object of a pickle, with inert records in place of classes.
+
+    Raises:
+        WeightsError: corrupt, or a class outside the allow-list.
+    """
+    try:
+        return _Reader(io.BytesIO(data)).load()
+    except WeightsError as error:
+        raise WeightsError(f"{file}: {error}") from error
+    except Exception as error:  # a hostile pickle can fail in any way; none of them ran code
+        raise WeightsError(f"{file}: its pickle is corrupt ({type(error).__name__}: {error})") from error
+
+
+class _Reader(pickle._Unpickler):
+    """Turns tensors into PickledTensor, containers into themselves, all else that is known into Record.
+
+    The unpickler in Python, at 8 MB/s: the one in C allocates what a hostile memo index asks for, 32 GB by 5 bytes.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = _KNOWN.get((module, name))
+        if known is not None:
+            return known
+        if module == "torch":
+            return _STORAGES.get(name) or _DTYPES.get(name) or _named(name)
+        package = module.split(".")[0]
+        if package in ("torch", "megatron", "numpy", "transformer_engine") or (module, name) in _INERT:
+            return type(name, (Record,), {})
+        raise WeightsError(f"its pickle names {module}.{name}, which no checkpoint of weights needs; do not trust it")
+
+    def persistent_load(self, reference: Any) -> tuple[str, str]:
+        """A storage: its record's key and its dtype."""
+        kind, dtype, key = reference[:3]
+        if kind != "storage" or not isinstance(dtype, str) or not isinstance(key, str):
+            raise WeightsError("its pickle has a storage that is not one")
+        return key, dtype
+
+
+def _named(name: str) -> Any:
+    """Another name of torch: a dtype or layout stays its name, a class becomes inert."""
+    return type(name, (Record,), {}) if name[:1].isupper() and not name.endswith("Storage") else name
+
+
+def _rebuild_tensor(storage: tuple[str, str], start: int, shape: Any, strides: Any, *_: Any) -> PickledTensor:
+    key, dtype = storage
+    sizes, steps = tuple(shape), tuple(strides)
+    if not all(type(number) is int for number in (start, *sizes, *steps)):
+        raise WeightsError("its pickle has a tensor whose shape is not one")
+    return PickledTensor(key, dtype, start, sizes, steps)
+
+
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    ("torch", "Size"): lambda sizes=(): tuple(sizes),
+    ("torch.serialization", "_get_layout"): lambda name: name,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("builtins", "set"): lambda items=(): list(items),
+    ("__builtin__", "set"): lambda items=(): list(items),
+    ("_codecs", "encode"): lambda text, *_: text,
+}
+_INERT = {
+    ("argparse", "Namespace"),
+    ("types", "SimpleNamespace"),
+    ("pathlib", "PosixPath"),
+    ("signal", "Signals"),
+    ("_io", "BytesIO"),
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Room for one storage in a laid-out file."""
+
+    offset: int
+    """Its first byte."""
+    num_bytes: int
+    """Its size."""
+    crc_offsets: tuple[int, ...]
+    """Where the archive wants the CRC-32 of its bytes, 4 bytes little-endian each."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A torch.save file whose tensors' bytes are still to be written."""
+
+    size: int
+    """Bytes of the whole file."""
+    literals: tuple[tuple[int, bytes], ...]
+    """(offset, bytes): all that is not tensor data."""
+    slots: tuple[Slot, ...]
+    """Room for the storages, in the order of the pickle."""
+
+
+def layout(obj: Any) -> Layout:
+    """The file that torch.save(obj) writes, with room for the tensors' bytes; their memory is never touched."""
+    import torch
+
+    recorder = _Recorder()
+    with torch.serialization.skip_data():
+        torch.save(obj, recorder)  # type: ignore[arg-type]
+    literals = [(at, bytearray(data)) for at, data in recorder.literals]
+    central = [at + i for at, data in literals for i in _central_entries(data)]
+    slots = []
+    for offset, num_bytes in recorder.gaps:
+        # After the data comes its descriptor, signature then CRC; the central directory repeats the CRC.
+        entry = next(at for at in central if _record_end(literals, at) == offset)
+        slots.append(Slot(offset, num_bytes, (offset + num_bytes + 4, entry + 16)))
+    return Layout(recorder.position, tuple((at, bytes(data)) for at, data in literals), tuple(slots))
+
+
+class _Recorder:
+    """A stream that keeps what is written and the gaps that are sought over."""
+
+    def __init__(self) -> None:
+        self.literals: list[tuple[int, bytearray]] = []
+        self.gaps: list[tuple[int, int]] = []
+        self.position = 0
+
+    def write(self, data: Any) -> int:
+        """Appends to the last literal, or begins one after a gap."""
+        raw = bytes(data)
+        if self.literals and self.literals[-1][0] + len(self.literals[-1][1]) == self.position:
+            self.literals[-1][1].extend(raw)
+        else:
+            self.literals.append((self.position, bytearray(raw)))
+        self.position += len(raw)
+        return len(raw)
+
+    def seek(self, distance: int, whence: int) -> int:
+        """torch's writer seeks over a storage."""
+        assert whence == io.SEEK_CUR and distance >= 0, "torch.save only skips forward"
+        self.gaps.append((self.position, distance))
+        self.position += distance
+        return self.position
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+
+def _central_entries(data: bytes | bytearray) -> list[int]:
+    """Offsets in `data` of the central directory's entries; it ends the archive, entry after entry."""
+    end = data.rfind(b"PK\x06\x06") if b"PK\x06\x06" in data else data.rfind(b"PK\x05\x06")
+    if end < 0:
+        return []
+    at = data.find(b"PK\x01\x02")
+    found = []
+    while 0 <= at < end:
+        found.append(at)
+        at += 46 + sum(struct.unpack("<HHH", data[at + 28 : at + 34]))
+    return found
+
+
+def _record_end(literals: list[tuple[int, bytearray]], entry: int) -> int:
+    """Where the data of a central directory entry's record begins."""
+
+    def read(at: int, count: int) -> bytes:
+        start, data = next((s, d) for s, d in literals if s <= at < s + len(d))
+        return bytes(data[at - start : at - start + count])
+
+    local = struct.unpack("<I", read(entry + 42, 4))[0]
+    if local == 0xFFFFFFFF:  # zip64: the offset is the last number of the extra field
+        name, extra = struct.unpack("<HH", read(entry + 28, 4))
+        local = struct.unpack("<Q", read(entry + 46 + name + extra - 8, 8))[0]
+    return int(local) + 30 + sum(struct.unpack("<HH", read(local + 26, 4)))
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, stream: BinaryIO, offset: int, length: int) -> None:
+        self._stream, self._offset, self._length, self._at = stream, offset, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if base + position < 0:
+            raise OSError("seek before the start")
+        self._at = base + position
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = min(len(buffer), max(self._length - self._at, 0))
+        self._stream.seek(self._offset + self._at)
+        data = self._stream.read(count)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)

@@ -1,0 +1,281 @@
+"""HF directory -> Megatron checkpoint and back, by moving bytes.
+
+    OUT/latest_checkpointed_iteration.txt     "release", as Megatron-LM marks weights that no run has trained
+    OUT/release/                              the checkpoint: torch_dist, or mp_rank_* of the older torch format
+    OUT/hf/                                   the source's config, tokenizer and headers, so that export needs no more
+
+No model, process group, GPU or transformers; memory is a few blocks whatever the model's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_real.weights import WeightsError
+from megatron_real.weights.architecture import Architecture
+from megatron_real.weights.hf import (
+    INDEX,
+    HfFile,
+    HfWeights,
+    file_of_header,
+    hf_files,
+    hf_side_files,
+    parse_header,
+    read_header,
+)
+from megatron_real.weights.mapping import HF_EMBEDDING, HF_OUTPUT, entries, hf_shapes
+from megatron_real.weights.stored import OpenFiles, Piece, whole
+from megatron_real.weights.torch_dist import METADATA, TorchDistWeights, plan_torch_dist
+from megatron_real.weights.torch_legacy import TorchLegacyWeights, plan_torch_legacy
+from megatron_real.weights.transfer import Limits, Output, Target, check_target, write_directory
+
+TRACKER, RELEASE, HF = "latest_checkpointed_iteration.txt", "release", "hf"
+_HEADER = ".header"
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes of a piece that is done, bytes in all)."""
+
+
+MegatronWeights = TorchDistWeights | TorchLegacyWeights
+"""The weights of a Megatron checkpoint."""
+
+
+@dataclass(frozen=True)
+class LegacyLayout:
+    """What the older `torch` format fixes."""
+
+    tp: int = 1
+    """Tensor-parallel size."""
+    pp: int = 1
+    """Pipeline stages."""
+    layers: Literal["te", "local"] = "te"
+    """Whose parameter names: TransformerEngine's layer spec, Megatron-LM's default, or the local one."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion did."""
+
+    out: Path
+    """The directory."""
+    num_bytes: int
+    """Bytes of weights written."""
+    resumed_bytes: int
+    """Of these, already there from an interrupted run."""
+    tensors: int
+    """Tensors or chunks written."""
+    dtype: str
+    """Dtype of the matrices."""
+
+
+def hf_to_megatron(
+    source: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    tp_chunks: int = 1,
+    layout: LegacyLayout | None = None,
+    limits: Limits | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Converted:
+    """Writes HF weights as a torch_dist checkpoint, which loads into any TP, PP and VPP, or in the older format.
+
+    Args:
+        source: HF directory.
+        out: directory to make.
+        dtype: key of stored.DTYPE_BYTES; None keeps each tensor's.
+        tp_chunks: see torch_dist.plan_torch_dist.
+        layout: write the older `torch` format, which fixes a layout.
+        limits: threads and memory.
+        overwrite: replace `out`.
+        progress: called for each tensor that is done.
+
+    Raises:
+        WeightsError: the source cannot be converted, `out` exists, or the disk is too small; in one sentence.
+    """
+    check_target(out, overwrite=overwrite)
+    architecture, weights = Architecture.read(source), HfWeights(source)
+    check_names(weights, architecture)
+    prefix = f"{RELEASE}/"
+    if layout is None:
+        plan = plan_torch_dist(weights, architecture, dtype=dtype, tp_chunks=tp_chunks, prefix=prefix)
+    else:
+        sizes = {"tp": layout.tp, "pp": layout.pp}
+        plan = plan_torch_legacy(weights, architecture, dtype=dtype, layers=layout.layers, prefix=prefix, **sizes)
+    plan.add_file(TRACKER, RELEASE.encode())
+    for name, data in _record_of(source, weights, dtype).items():
+        plan.add_file(f"{HF}/{name}", data)
+    return _write(plan, out, dtype or weights.dtype, limits, overwrite, progress)
+
+
+def megatron_to_hf(
+    source: Path,
+    out: Path,
+    *,
+    hf_config: Path | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    limits: Limits | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Converted:
+    """Writes a Megatron checkpoint, of any layout and with or without an optimizer, as an HF directory.
+
+    Args:
+        source: checkpoint, or directory of checkpoints whose tracker names the latest.
+        out: directory to make.
+        hf_config: HF directory with config.json and tokenizer; None: the one that the conversion recorded.
+        dtype: key of stored.DTYPE_BYTES; None: that of the checkpoint's matrices, for all tensors.
+        max_shard_bytes: largest file; None: the files that the weights came from, where they were recorded and the
+            dtype is kept, else 5 GB.
+        limits: threads and memory.
+        overwrite: replace `out`.
+        progress: called for each tensor that is done.
+
+    Raises:
+        WeightsError: the source cannot be converted, `out` exists, or the disk is too small; in one sentence.
+    """
+    check_target(out, overwrite=overwrite)
+    config = hf_config or recorded_hf(source)
+    architecture = Architecture.read(config)
+    weights = open_megatron(source, architecture)
+    if weights.unmapped:
+        raise WeightsError(
+            f"{source} has {weights.unmapped[0]}, for which {config}/config.json has no place; "
+            f"give the config of this model by --hf-config"
+        )
+    chosen = dtype or weights.dtype
+    files, index = None, None
+    if max_shard_bytes is None:
+        files, index = _recorded_files(config, architecture, chosen)
+    if files is None:
+        tensors = {name: (chosen, shape) for name, shape in hf_shapes(architecture).items()}
+        files, index = hf_files(tensors, max_shard_bytes=max_shard_bytes or 5 * 10**9)
+    plan = Output()
+    for file in files:
+        plan.sizes[file.name] = file.size
+        plan.literals.append((file.name, 0, file.header))
+    dtypes = {n: e["dtype"] for f in files for n, e in parse_header(f.header, Path(f.name)).items()}
+    pieces = hf_pieces(weights, dtypes)
+    plan.targets = [
+        Target(f.name, at, pieces[name]) for f in files for name, at in sorted(f.offsets.items(), key=_second)
+    ]
+    for name, data in hf_side_files(config, dtype=chosen, index=index).items():
+        plan.add_file(name, data)
+    return _write(plan, out, chosen, limits, overwrite, progress)
+
+
+def open_megatron(source: Path, architecture: Architecture) -> MegatronWeights:
+    """The weights of a Megatron checkpoint, of either format."""
+    checkpoint = checkpoint_of(source)
+    if (checkpoint / METADATA).is_file():
+        return TorchDistWeights(checkpoint, architecture)
+    return TorchLegacyWeights(checkpoint, architecture)
+
+
+def checkpoint_of(directory: Path) -> Path:
+    """The checkpoint itself: `directory`, or the one in it that its tracker names.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    if (directory / METADATA).is_file() or any(directory.glob("mp_rank_*")):
+        return directory
+    tracker = directory / TRACKER
+    if not tracker.is_file():
+        raise WeightsError(f"{directory} has neither {METADATA} nor {TRACKER}; give a Megatron checkpoint")
+    latest = tracker.read_text(errors="replace").strip()
+    if latest != RELEASE and not latest.isdecimal():
+        raise WeightsError(f"{tracker} says {latest[:40]!r}, which is neither {RELEASE!r} nor an iteration")
+    return directory / (latest if latest == RELEASE else f"iter_{int(latest):07d}")
+
+
+def recorded_hf(source: Path) -> Path:
+    """The HF files that the conversion recorded beside the checkpoint.
+
+    Raises:
+        WeightsError: there are none.
+    """
+    for directory in (source / HF, checkpoint_of(source).parent / HF):
+        if (directory / "config.json").is_file():
+            return directory
+    raise WeightsError(f"{source} has no {HF}/config.json; give the directory of the model's config by --hf-config")
+
+
+def hf_pieces(weights: MegatronWeights, dtypes: dict[str, str] | None = None) -> dict[str, Piece]:
+    """HF name -> that tensor, made of the checkpoint, in the checkpoint's dtypes or in `dtypes`; in forward order."""
+    pieces = {}
+    for entry in entries(weights.architecture):
+        tensor = weights.tensor(entry)
+        for part, name in enumerate(entry.parts):
+            pieces[name] = entry.to_hf(tensor, part, tensor.dtype if dtypes is None else dtypes[name])
+    return pieces
+
+
+def check_names(weights: HfWeights, architecture: Architecture) -> None:
+    """Raises WeightsError where the files have too few tensors, or one that the model has no place for."""
+    shapes = hf_shapes(architecture)
+    missing = [name for name in shapes if name not in weights.tensors]
+    if missing:
+        raise WeightsError(f"{weights.directory} lacks {missing[0]} ({len(missing)} tensors in all); download it again")
+    for name in weights.tensors.keys() - shapes.keys():
+        if name.endswith(".rotary_emb.inv_freq"):
+            continue  # a buffer that old Llama checkpoints carry; the rotary base says the same
+        if name == HF_OUTPUT and architecture.tied:
+            if not same_bytes(whole(weights.tensor(name)), whole(weights.tensor(HF_EMBEDDING))):
+                raise WeightsError(f"{weights.directory}: {name} differs from the embedding, but config.json ties them")
+            continue
+        raise WeightsError(f"{weights.directory} has {name}, for which its config.json has no place")
+
+
+def same_bytes(a: Piece, b: Piece) -> bool:
+    """Whether two pieces of one dtype are equal bit by bit."""
+    with OpenFiles() as files:
+        blocks = zip(a.blocks(files, 2**20), b.blocks(files, 2**20), strict=True)
+        return a.shape == b.shape and a.dtype == b.dtype and all(x == y for x, y in blocks)
+
+
+def _write(
+    plan: Output, out: Path, dtype: str, limits: Limits | None, overwrite: bool, progress: Progress | None
+) -> Converted:
+    total = plan.num_bytes
+
+    def advance(num_bytes: int) -> None:
+        if progress is not None:
+            progress(num_bytes, total)
+
+    resumed = write_directory(plan, out, limits=limits or Limits(), overwrite=overwrite, progress=advance)
+    return Converted(out, total, resumed, len(plan.targets), dtype)
+
+
+def _record_of(source: Path, weights: HfWeights, dtype: str | None) -> dict[str, bytes]:
+    """What export needs: the side files, and of safetensors the headers, which say how the weights were cut."""
+    record = hf_side_files(source, dtype=dtype or weights.dtype)
+    if dtype is None and all(file.suffix == ".safetensors" for file in weights.files):
+        record |= {f"{file.name}{_HEADER}": read_header(file) for file in weights.files}
+        if (source / INDEX).is_file():
+            record[INDEX] = (source / INDEX).read_bytes()
+    return record
+
+
+def _recorded_files(config: Path, architecture: Architecture, dtype: str) -> tuple[list[HfFile] | None, bytes | None]:
+    """The files that the weights came from, where they were recorded and hold this model in this dtype."""
+    headers = sorted(config.glob(f"*{_HEADER}"))
+    files = [file_of_header(file.name.removesuffix(_HEADER), file.read_bytes()) for file in headers]
+    held: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in files:
+        for name, entry in parse_header(file.header, Path(file.name)).items():
+            held[name] = (entry["dtype"], tuple(entry["shape"]))
+    shapes = {name: shape for name, (_, shape) in held.items()}
+    if not files or shapes != hf_shapes(architecture) or held[HF_EMBEDDING][0] != dtype:
+        return None, None
+    index = config / INDEX
+    return files, index.read_bytes() if index.is_file() else None
+
+
+def _second(pair: tuple[str, int]) -> int:
+    return pair[1]

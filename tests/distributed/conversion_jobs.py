@@ -1,0 +1,149 @@
+"""What the workers of the conversion tests run: megatron-core's own loader and writer against our converters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_real.batching import minibatches
+from megatron_real.config import Config, ModelConfig
+from megatron_real.records import Completion, Prompt, Rollout, Verdict
+
+
+def _policy(config: Config) -> Any:
+    from megatron_real.policy.layout import set_up
+    from megatron_real.policy.policy import Policy
+    from megatron_real.weights.architecture import Architecture
+
+    return Policy(config, Architecture.read(config.model.path), set_up(config.parallel), num_updates=100)
+
+
+def _sharded(policy: Any) -> dict[str, Any]:
+    """The model's sharded state dict as Megatron-LM makes it: `model`, or `model0`, ... with virtual stages."""
+    if len(policy.chunks) == 1:
+        return {"model": policy.chunks[0].sharded_state_dict()}
+    return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
+
+
+def _load_by_megatron(policy: Any, checkpoint: str) -> None:
+    """dist_checkpointing, or Megatron-LM's way with the older format: torch.load and a strict load_state_dict."""
+    from megatron.core import dist_checkpointing
+
+    if (Path(checkpoint) / ".metadata").exists():
+        loaded = dist_checkpointing.load(_sharded(policy), checkpoint)
+    else:
+        groups = policy.groups
+        suffix = f"_{groups.pp.rank():03d}" if groups.pp.size() > 1 else ""
+        file = Path(checkpoint) / f"mp_rank_{groups.tp.rank():02d}{suffix}/model_optim_rng.pt"
+        loaded = torch.load(file, weights_only=False)
+    for i, chunk in enumerate(policy.chunks):
+        chunk.load_state_dict(loaded["model" if len(policy.chunks) == 1 else f"model{i}"], strict=True)
+
+
+def logits_of_checkpoint(config: Config, checkpoint: str, tokens: list[int]) -> Any:
+    """Logits [T, V] of tokens[:-1] (one rank of the last stage), after megatron-core and we loaded alike."""
+    from megatron_real.weights.conversion import open_megatron
+    from megatron_real.weights.stream import global_parameters, load_weights
+
+    policy = _policy(config)
+    parameters = list(global_parameters(policy.chunks).items())
+    _load_by_megatron(policy, checkpoint)
+    by_megatron = {name: parameter.detach().clone() for name, parameter in parameters}
+    with torch.no_grad():
+        for _, parameter in parameters:
+            parameter.fill_(float("nan"))
+    weights = open_megatron(Path(checkpoint), policy.architecture)
+    ranks = {"tp_rank": policy.groups.tp.rank(), "tp": policy.groups.tp.size()}
+    load_weights(policy.chunks, weights, policy.architecture, **ranks)
+    for name, parameter in parameters:
+        assert torch.equal(parameter, by_megatron[name]), f"our loader fills {name} otherwise"
+    return _logits(policy, tokens)
+
+
+def _logits(policy: Any, tokens: list[int]) -> Any:
+    """Through the pipeline schedule, as in training."""
+    from megatron_real.policy.parity import captured_logits
+
+    completion = Completion(tuple(tokens[1:]), (0.0,) * (len(tokens) - 1), "", True)
+    prompt = Prompt("0", "", tuple(tokens[:1]), ("",))
+    rollouts = [Rollout(prompt, 0, i, completion, Verdict("ok", i, float(i))) for i in range(2)]
+    (cut,) = minibatches(rollouts, groups_per_minibatch=1, one_class_groups="skip")
+    batch = policy.pack(cut, needs_scores=True)
+    if not policy.groups.is_last_stage:
+        policy.step.old_logprobs(batch)
+        return None
+    with captured_logits(policy.chunks[-1].output_layer) as found:
+        policy.step.old_logprobs(batch)
+    logits = found[0][: len(tokens) - 1]
+    return logits.numpy() if policy.groups.tp.rank() == 0 else None
+
+
+def save_by_megatron(config: Config, out: str, *, steps: int) -> dict[str, Any] | None:
+    """Trains for `steps` optimizer steps on random gradients, saves model and optimizer by megatron-core, and returns
+    the gathered HF tensors of the first rank."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_real.weights.hf import HfWeights
+
+    policy = _policy(config)
+    policy.load(HfWeights(config.model.path))
+    for step in range(steps):
+        torch.manual_seed(step)  # the same on all ranks: replicas must not drift apart
+        for chunk in policy.ddp:
+            chunk.zero_grad_buffer()
+            for parameter in chunk.parameters():
+                parameter.main_grad.copy_(torch.randn(parameter.shape) * 0.01)
+        done, _, _ = policy.optimizer.step()
+        assert done
+    state = _sharded(policy)
+    state["optimizer"] = policy.optimizer.sharded_state_dict(
+        state, metadata={"distrib_optim_sharding_type": "fully_reshardable"}
+    )
+    if dist.get_rank() == 0:
+        Path(out).mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(state, out)
+    gathered = {name: tensor.clone() for name, tensor in policy.stream()}
+    return gathered if dist.get_rank() == 0 else None
+
+
+def load_by_megatron_lm(path: str, checkpoint: str, ckpt_format: str) -> dict[str, Any]:
+    """Megatron-LM's own load_checkpoint, as its pretrain scripts call it; the HF tensors that the model then holds.
+
+    Of its arguments only those of the model's sizes are given, the rest comes by --use-checkpoint-args.
+    """
+    import sys
+    import typing
+
+    if not hasattr(typing, "override"):  # its files ask for Python 3.12, for this decorator alone
+        typing.override = lambda function: function  # type: ignore[attr-defined]
+    from megatron.training import checkpointing, global_vars
+    from megatron.training.arguments import parse_args
+
+    config = Config(model=ModelConfig(path=path, dtype="fp32", layers="local"))
+    policy = _policy(config)
+    sizes = policy.architecture
+    given = {"--num-layers": sizes.num_layers, "--hidden-size": sizes.hidden_size, "--seq-length": 64}
+    given |= {"--num-attention-heads": sizes.num_heads, "--max-position-embeddings": sizes.max_positions}
+    given |= {"--micro-batch-size": 1, "--load": checkpoint, "--ckpt-format": ckpt_format}
+    flags = ["--finetune", "--no-load-optim", "--no-load-rng", "--use-checkpoint-args"]
+    before, sys.argv = sys.argv, ["pretrain_gpt.py", *(str(word) for pair in given.items() for word in pair), *flags]
+    try:
+        args = parse_args()
+    finally:
+        sys.argv = before
+    args.rank, args.world_size, args.padded_vocab_size = 0, 1, sizes.padded_vocab(1)
+    args.tensor_model_parallel_size = args.pipeline_model_parallel_size = 1
+    args.virtual_pipeline_model_parallel_size = None
+    global_vars.set_args(args)
+    try:
+        checkpointing.load_args_from_checkpoint(args)
+        assert (args.num_query_groups, args.ffn_hidden_size) == (sizes.num_kv_heads, sizes.ffn_size)
+        assert args.add_qkv_bias and args.swiglu and args.untie_embeddings_and_output_weights
+        checkpointing.load_checkpoint(policy.chunks, None, None, strict=True)
+    finally:
+        global_vars.unset_global_variables()
+    return {name: tensor.clone() for name, tensor in policy.stream()}

@@ -1,0 +1,194 @@
+"""The rollout stage on two ranks: streaming, engines that fail, dynamic sampling. Every rank must know the same."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_real.labels import Labeller, TooManyFailedChecks
+from megatron_real.prompts import PromptCursor
+from megatron_real.records import EXCLUDED, Completion, Prompt, Rollout, Sampling
+from megatron_real.rollout.engine import EngineFailed
+from megatron_real.rollout.refill import refill
+from megatron_real.rollout.stage import RolloutStage
+from tests.distributed.world import World
+
+SAMPLING = Sampling(num_samples=4, temperature=1.0, max_tokens=8)
+PROMPTS = [Prompt(f"p/{i}", f"{i}+1=", (i,), (str(i + 1),)) for i in range(24)]
+
+
+class Adder:
+    """Knows each answer, and gives one that is off by one, by chance of its seed, in a third of its samples."""
+
+    name, tokenizer, tp = "adder", None, 1
+
+    def held(self) -> dict[str, Any]:
+        return {}
+
+    def prepare_for_inference(self, weights: Any) -> None: ...
+
+    def finish_inference(self) -> None: ...
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> list[list[Completion | None]]:
+        draw = random.Random(str(seeds))
+        return [[self.answer(prompt, draw) for _ in range(sampling.num_samples)] for prompt in prompts]
+
+    def answer(self, prompt: Prompt, draw: random.Random) -> Completion | None:
+        number = int(prompt.answers[0]) + (draw.random() < 1 / 3)
+        return Completion((dist.get_rank(), draw.getrandbits(20)), (0.0, 0.0), f"\\boxed{{{number}}}", True)
+
+
+class Streaming(Adder):
+    """Takes 20 ms for each completion and hands it out at once."""
+
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, int, Completion]]:
+        completions = self.generate(prompts, sampling, seeds=seeds)
+        for k in range(sampling.num_samples):
+            for i, samples in enumerate(completions):
+                time.sleep(0.02)
+                completion = samples[k]
+                assert completion is not None
+                yield i, k, completion
+
+
+class Dying(Streaming):
+    """On the last rank it fails after five completions, and again whenever it is asked."""
+
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, int, Completion]]:
+        for count, found in enumerate(super().stream(prompts, sampling, seeds=seeds)):
+            if dist.get_rank() == dist.get_world_size() - 1 and count == 5:
+                raise EngineFailed("its server is gone")
+            yield found
+
+
+class Leaky(Adder):
+    """Loses every completion of the prompts 3 and 4."""
+
+    def answer(self, prompt: Prompt, draw: random.Random) -> Completion | None:
+        return None if prompt.uid in ("p/3", "p/4") else super().answer(prompt, draw)
+
+
+def stage_of(engine: type[Adder], retries: int, max_failed_share: float = 1.0) -> RolloutStage:
+    labeller = Labeller("exact", workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=max_failed_share)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return RolloutStage(engine(), labeller, rank=rank, world=world, retries=retries)
+
+
+def one_step(engine: type[Adder], retries: int = 1, max_failed_share: float = 1.0, prompts: int = 6) -> list[Rollout]:
+    stage = stage_of(engine, retries, max_failed_share)
+    try:
+        chosen = PROMPTS[:prompts]
+        return stage.label(chosen, stage.generate(chosen, SAMPLING, seed=3))
+    finally:
+        stage.labeller.close()
+
+
+def known(rollouts: list[Rollout]) -> list[Any]:
+    """All of the rollouts but the clock's."""
+    return [(r.prompt.uid, r.group, r.sample, r.completion, r.verdict.status, r.label, r.refills) for r in rollouts]
+
+
+def alike(ranks: list[list[Rollout]]) -> list[Rollout]:
+    """The rollouts, which all ranks must know alike, complete and in order."""
+    assert all(rank == ranks[0] for rank in ranks), "seconds and all: each verdict is made once and gathered"
+    assert [(r.group, r.sample) for r in ranks[0]] == [(i, k) for i in range(6) for k in range(4)]
+    return ranks[0]
+
+
+def test_completions_are_verified_while_others_are_generated(world: World) -> None:
+    streamed = alike(world.run(one_step, 2, engine=Streaming))
+    at_once = alike(world.run(one_step, 2, engine=Adder))
+    assert known(streamed) == known(at_once), "the order of arrival changes nothing"
+    assert sum(r.verdict.early for r in streamed) >= 18 and not any(r.verdict.early for r in at_once)
+    for r in streamed:
+        assert (r.verdict.status == "ok") == (r.completion.text == f"\\boxed{{{r.prompt.answers[0]}}}")
+    assert {r.verdict.status for r in streamed} == {"ok", "wrong"}
+
+
+def test_the_same_seed_gives_the_same_rollouts(world: World) -> None:
+    first, second = (known(alike(world.run(one_step, 2, engine=Adder))) for _ in range(2))
+    assert first == second
+    assert len({r[3] for r in first}) == len(first), "each completion is a draw of its own"
+
+
+def test_what_a_dying_engine_lost_is_drawn_by_another(world: World) -> None:
+    rollouts = alike(world.run(one_step, 2, engine=Dying))
+    assert {r.verdict.status for r in rollouts} == {"ok", "wrong"}
+    drawn_by = [r.completion.token_ids[0] for r in rollouts]
+    assert drawn_by.count(1) == 5 and all(drawn_by[r.group * 4 + r.sample] == 0 for r in rollouts if r.group % 2 == 0)
+    assert len({r.completion for r in rollouts}) == len(rollouts), "drawn anew, not copied"
+
+
+def test_what_is_lost_every_time_is_excluded_and_counted(world: World) -> None:
+    rollouts = alike(world.run(one_step, 2, engine=Leaky))
+    lost = [r for r in rollouts if r.verdict.status == "lost"]
+    assert {r.prompt.uid for r in lost} == {"p/3", "p/4"} and len(lost) == 8
+    for r in lost:
+        assert (r.label, r.completion.token_ids, r.verdict.reason) == (EXCLUDED, (), "the engine did not return it")
+    without_retry = alike(world.run(one_step, 2, engine=Dying, retries=0))
+    lost = [r for r in without_retry if r.verdict.status == "lost"]
+    assert len(lost) == 12 - 5 and {r.verdict.reason for r in lost} == {"its server is gone"}
+
+
+def refusal(max_failed_share: float) -> str:
+    with pytest.raises(TooManyFailedChecks) as error:
+        one_step(Leaky, max_failed_share=max_failed_share)
+    return str(error.value)
+
+
+def test_every_rank_stops_for_the_same_reason(world: World) -> None:
+    """Rank 0 lost 4 of its 12, rank 1 lost 4 of its 12: the share is that of the whole step."""
+    first, second = world.run(refusal, 2, max_failed_share=0.3)
+    assert first == second
+    assert first.startswith("8 of 24 checks failed (8 lost), more than labels.max_failed_share = 0.3; most often: the")
+
+
+def more_ranks_than_prompts() -> int:
+    return len(one_step(Streaming, prompts=1))
+
+
+def test_a_rank_may_have_nothing_to_do(world: World) -> None:
+    assert world.run(more_ranks_than_prompts, 3) == [4, 4, 4]
+
+
+def refilled(rounds: int) -> tuple[list[Any], dict[str, Any]]:
+    """Two steps of 6 prompts with dynamic sampling, as the loop does it; and where the order of prompts stands."""
+    stage, cursor = stage_of(Adder, retries=1), PromptCursor(PROMPTS, seed=1)
+    steps: list[Any] = []
+    for step in range(2):
+
+        def draw(num_prompts: int, number: int, step: int = step) -> list[Rollout]:
+            prompts = cursor.next_batch(num_prompts)
+            return stage.label(prompts, stage.generate(prompts, SAMPLING, seed=step + (number << 40)))
+
+        steps.append(known(refill(draw(6, 0), rounds=rounds, draw=draw)))
+    stage.labeller.close()
+    return steps, cursor.state_dict()
+
+
+def test_dynamic_sampling_on_two_ranks(world: World) -> None:
+    (off, after_off), *others = world.run(refilled, 2, rounds=0)
+    assert others == [(off, after_off)]
+    (on, after_on), *others = world.run(refilled, 2, rounds=4)
+    assert others == [(on, after_on)], "ranks agree on the rollouts and on the order of prompts"
+    assert world.run(refilled, 2, rounds=4)[0] == (on, after_on), "the same seed, the same draws"
+    assert one_class(off[0]) and not one_class(on[0])
+    kept = [r for r in on[0] if not r[6]]
+    assert kept == [r for r in off[0] if r[1] not in one_class(off[0])], "groups of two classes stay as they were drawn"
+    assert after_on["position"] > after_off["position"]
+    assert len({r[3] for r in on[0] + on[1]}) == 48, "each draw has a seed of its own"
+
+
+def one_class(rollouts: list[Any]) -> list[int]:
+    return [group for group in range(6) if len({r[5] for r in rollouts if r[1] == group}) < 2]

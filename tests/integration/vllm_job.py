@@ -1,0 +1,119 @@
+"""What tests/integration/test_vllm.py runs on each rank: real vLLM beside a real policy.
+
+torchrun --nproc-per-node 2 -m tests.integration.vllm_job MODEL ROLLOUT_TP OUT.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_real.policy.layout import join_world
+from megatron_real.records import Sampling
+from tests.distributed import sync_jobs
+from tests.distributed.sync_jobs import Pair, prompts
+
+NAMES = {
+    "rows": "model.layers.1.self_attn.k_proj.weight",
+    "columns": "model.layers.0.mlp.down_proj.weight",
+    "joined": "model.layers.1.mlp.up_proj.weight",
+    "bias": "model.layers.0.self_attn.v_proj.bias",
+}
+
+
+def parity(pair: Pair) -> dict[str, Any]:
+    """After each of three syncs, with the weights moved in between: the largest difference to the engine's log-probs.
+
+    Controls: how far the answers of the sync before are off under the new weights, before and after the engine has
+    them. Prompts are longer than a block of the prefix cache.
+    """
+    found: dict[str, Any] = {"synced": [], "stale": [], "problems": []}
+    asked = [*prompts(2), *prompts(2, tokens=200)]
+    for _ in range(3):
+        pair.move()
+        found["problems"].append(pair.synced())
+        found["synced"].append(pair.largest(pair.rollouts(asked)))
+        pair.move()
+        found["stale"].append(pair.largest(pair.rollouts(asked)))
+    found["problems"].append(pair.synced())
+    return found
+
+
+def forgotten(pair: Pair) -> dict[str, float]:
+    """What the largest difference is when the prefix cache is kept, or when the packed weights are."""
+    from megatron_real.rollout import vllm_engine
+
+    asked = prompts(2, tokens=200)
+    found = {}
+    pair.rollouts(asked)
+    pair.move()
+    reset, pair.engine.llm.reset_prefix_cache = pair.engine.llm.reset_prefix_cache, lambda: True
+    pair.sync.run(pair.policy.stream())
+    found["prefix-cache"] = pair.largest(pair.rollouts(asked))
+    pair.engine.llm.reset_prefix_cache = reset
+    pair.move()
+    pack, vllm_engine._pack = vllm_engine._pack, lambda _: None
+    pair.sync.run(pair.policy.stream())
+    found["packed"] = pair.largest(pair.rollouts(asked))
+    vllm_engine._pack = pack
+    pair.sync.run(pair.policy.stream())
+    found["none"] = pair.largest(pair.rollouts(asked))
+    return found
+
+
+def damages(pair: Pair) -> dict[str, str]:
+    """One element, one rank's part, or a whole tensor lost between the trainer and the engine's memory."""
+    found = {}
+    load = pair.engine.prepare_for_inference
+    for where, name in NAMES.items():
+        for case, damage, rank in (
+            ("element", sync_jobs.one_element(name), None),
+            ("shard", sync_jobs.one_element(name), 1),
+            ("dropped", lambda stream, name=name: sync_jobs.without(stream, name), None),
+        ):
+            pair.move()
+            pair.engine.prepare_for_inference = sync_jobs.damaged_on_the_way(pair, damage, rank=rank)
+            found[f"{where}-{case}"] = pair.synced()
+            pair.engine.prepare_for_inference = load
+        found[f"{where}-missing"] = pair.synced(sync_jobs.without(pair.policy.stream(), name))
+    found["good"] = pair.synced()
+    return found
+
+
+def spread(pair: Pair) -> dict[str, Any]:
+    """Whether the answers of all engines of a stage are those that one engine gives for all prompts."""
+    from megatron_real.labels import Labeller
+    from megatron_real.rollout.spread import prompt_seed
+    from megatron_real.rollout.stage import RolloutStage
+
+    asked, sampling = prompts(7), Sampling(3, sync_jobs.TEMPERATURE, 16, top_p=0.95)
+    with Labeller("exact", workers=1, timeout_seconds=10, memory_mib=512) as labeller:
+        stage = RolloutStage(pair.engine, labeller, rank=dist.get_rank(), world=dist.get_world_size())
+        share = stage.generate(asked, sampling, seed=3)
+        rollouts = stage.label(asked, share)
+    seeds = [prompt_seed(3, 0, (i, 0), prompt) for i, prompt in enumerate(asked)]
+    alone = pair.engine.generate(asked, sampling, seeds=seeds)
+    return {
+        "places": [drawn.place for drawn in share.drawn],
+        "equal": all(r.completion == alone[r.group][r.sample] for r in rollouts),
+        "different_samples": all(len({c.token_ids for c in row}) > 1 for row in alone),
+        "answers": [r.completion.token_ids for r in rollouts],
+    }
+
+
+def main() -> None:
+    path, tp, out = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    join_world(timeout_minutes=5)
+    pair = Pair(sync_jobs.config_of(path, rollout={"engine": "vllm", "tp": tp}))
+    found: dict[str, Any] = {"first": pair.synced(), "held": sorted(pair.engine.held())}
+    found |= {job.__name__: job(pair) for job in (spread, parity, forgotten, damages)}
+    out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

