@@ -1,13 +1,18 @@
-# Runs a command of megatron_real on this node: `train` by torchrun, with the node's part of all ranks. srun starts it.
+# Runs a command of megatron_real on this node; `train` after `doctor`, by torchrun, as the node's part of all ranks.
+# Started by srun. All of it is functions, which are read as a whole: the file may change while a job runs.
 set -uo pipefail
 
-main() { # a function is read as a whole: the file may change while it runs
+main() {
     [ -z "${VENV:-}" ] || source "$VENV/bin/activate"
     export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
     [ "$1" = train ] || exec python -m megatron_real "$@"
 
-    # Every rank's output is a file, torchrun's own too; of all these, the first rank's lines are shown as well.
-    local logs=$RANK_LOGS/$SLURMD_NODENAME shown=()
+    on_ranks doctor --run-dir "$RUN_DIR" && on_ranks "$@"
+}
+
+# Every rank's output is a file, torchrun's own too; of all these, the first rank's lines are shown as well.
+on_ranks() {
+    local logs=$RANK_LOGS/$SLURMD_NODENAME/$1 shown=()
     mkdir -p "$logs"
     [ "$SLURM_NODEID" != 0 ] || shown=(--tee 0:3)
 
@@ -19,8 +24,7 @@ main() { # a function is read as a whole: the file may change while it runs
             --log-dir "$logs" --redirects 3 "${shown[@]}" -m megatron_real "$@" \
             > >(tee "$logs/torchrun.log" | sed -un 's/^\[default0\]://p') 2>&1
     ) &
-    local torchrun=$! stopping=''
-    trap 'stopping=yes' USR1 TERM
+    local torchrun=$!
     while kill -0 "$torchrun" 2>/dev/null; do
         # Each second: a rank that is still starting does not hear it.
         [ -z "$stopping" ] || cat /proc/"$torchrun"/task/*/children 2>/dev/null | xargs -r kill -USR1
@@ -29,5 +33,7 @@ main() { # a function is read as a whole: the file may change while it runs
     wait "$torchrun"
 }
 
+stopping=''
+trap 'stopping=yes' USR1 TERM
 main "$@"
 exit

@@ -46,7 +46,7 @@ class Killer(RunProgress):
         return begun, stage
 
     def _watch(self) -> None:
-        """A stage that is over before its kill is left alone; the next of its kind is given half as long."""
+        """A stage that is over before its kill is left alone; the next of its kind is given a quarter of that time."""
         stage, seconds = self.plan["stage"], self.plan["seconds"]
         while True:
             time.sleep(0.0005)
@@ -57,7 +57,7 @@ class Killer(RunProgress):
                     os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(0.0005)
                 missed = self._now() != now
-                seconds *= 0.5 if missed else 1.0
+                seconds *= 0.25 if missed else 1.0
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ OVERRIDES = (
     "optimizer.lr=5e-5", "evaluation.every=5", "evaluation.max_problems=20", "evaluation.samples=1",
     "checkpoint.every=3", "parallel.tp=1", "parallel.sp=false",
 )  # fmt: skip
-START_SECONDS, RUN_SECONDS = 150.0, 240.0
+START_SECONDS, RUN_SECONDS = 240.0, 400.0
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +92,10 @@ class Run:
         """Until Slurm has started the job again so often, or is about to."""
         self.wait_for(lambda: self.restarts(job) == number, f"restart {number} of job {job}", seconds)
 
+    def wait_for_life(self, life: str) -> None:
+        """Until status.json is of this job and restart."""
+        self.wait_for(lambda: f'"{life}"' in self.status(), f"status of {life}")
+
     def restarts(self, job: str) -> int:
         """How often Slurm has started the job again."""
         return int(self.cluster.fields(job)["Restarts"])
@@ -106,9 +110,13 @@ class Run:
         return file.read_text() if file.exists() else ""
 
     def ranks(self) -> dict[int, int]:
-        """The pid of each rank."""
-        found = self._processes("RANK")
-        return {int(values["RANK"]): pid for pid, values in found.items() if "TORCHELASTIC_RUN_ID" in values}
+        """The pid of each rank that trains; verifiers and so on have its environment too."""
+        found, ranks = self._processes("RANK"), {}
+        for pid, values in found.items():
+            with contextlib.suppress(OSError):
+                if b"\0train\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    ranks[int(values["RANK"])] = pid
+        return ranks
 
     def kill(self, *, script: bool) -> None:
         """SIGKILL to all ranks and launchers, and to the job's script too."""

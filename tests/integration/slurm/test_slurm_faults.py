@@ -54,7 +54,7 @@ def test_a_killed_rank(run: Run, undisturbed: Path, rank: int) -> None:
     job = run.submit()
     run.wait_for_row(5)
     os.kill(run.ranks()[rank], signal.SIGKILL)
-    run.cluster.wait_for(lambda: not run.ranks(), "end of the other rank", seconds=10)
+    run.cluster.wait_for(lambda: not run.ranks(), "end of the other rank", seconds=15)
     run.wait_for_end(job)
     assert run.restarts(job) == 1
     assert f"rank {rank}" in run.said() and "ended without a word" in run.said()
@@ -99,7 +99,7 @@ def test_three_faults_without_progress_end_the_chain(cluster: Cluster, base: Pat
     run = Run(cluster, base, tmp_path / "run", "checkpoint.every=1000", "trainer.steps=1000")
     job = run.submit()
     for life in range(3):
-        run.wait_for(lambda said=f'"{job}.{life}"': said in run.status(), f"life {life}")  # type: ignore[misc]
+        run.wait_for_life(f"{job}.{life}")
         os.kill(run.ranks()[1], signal.SIGKILL)
     run.wait_for_end(job, "FAILED")
     assert "3 last faults came without a new checkpoint" in run.said()
