@@ -44,7 +44,7 @@ TaskPlugin=task/none
 MpiDefault=none
 ReturnToService=2
 SlurmdTimeout=10
-KillWait=30
+KillWait=120
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
