@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_real import config
+from megatron_real import cli, config
 from megatron_real.config import Config
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +51,8 @@ def test_layout_fits_the_number_of_gpus(model: str, gpus: int, tmp_path: Path) -
     copies = config.check_world(found, gpus)
     assert copies * found.parallel.tp == gpus and found.parallel.tp <= GPUS_PER_NODE
     assert found.batch.minibatch_prompts * found.rollout.group_size >= copies, "a copy without a sequence"
+    words = [str(ROOT / f"examples/configs/real_{model}.yaml"), f"model.path={tmp_path}", "--gpus", str(gpus)]
+    assert cli.main(["plan", *words, "--gpu", "h100-80g"]) == 0, "it does not fit into the memory"
 
 
 @pytest.mark.parametrize("script", ["real_1.5b.sh", "real_7b.sh", "slurm/job.sh", "slurm/node.sh"])
