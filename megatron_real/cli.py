@@ -12,6 +12,7 @@ A wrong configuration is refused before anything heavy is imported, in one sente
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -28,7 +29,12 @@ logger = logging.getLogger("megatron_real")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 the run failed, 2 the input was refused, 130 interrupted."""
+    """Runs one command.
+
+    Returns:
+        The exit code: 0 done, 1 the run failed, 2 the input was refused, 75 stopped early with everything saved (start
+        the same command again), 130 interrupted.
+    """
     parser = argparse.ArgumentParser(prog="megatron-real", description="REAL (Rewards as Labels) on Megatron-LM.")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a policy", description="Trains a policy by REAL.")
@@ -79,29 +85,50 @@ def _quiet(first: bool) -> None:
 
 
 def _train(config: configuration.Config, first: bool) -> int:
+    from megatron_real.runs.stop import EXIT_AGAIN, Stopped, StopRequest
+
+    stop = StopRequest(max_hours=config.trainer.max_hours)  # first: a signal may come while the rest is imported
     from megatron_real.job import build
     from megatron_real.labels import RewardNeedsThreshold, TooManyFailedChecks
     from megatron_real.loop import NonFinite, train
     from megatron_real.policy.layout import leave_world
     from megatron_real.rollout.sync import SyncError
+    from megatron_real.runs.checkpoint import CheckpointFailed
+    from megatron_real.runs.ranks import EveryRankError
+
+    def say(sentence: object) -> None:
+        if first:
+            print(f"megatron-real: {sentence}", file=sys.stderr)
 
     try:
-        job = build(config)
+        job = build(config, stop)
+    except EveryRankError as error:
+        say(error)
+        return 2
     except ValueError as error:  # weights, data or layout do not fit: the input's fault, said in one sentence
         print(f"megatron-real: {error}", file=sys.stderr)
         return 2
-    try:
-        train(job)
-    except KeyboardInterrupt:
-        if first:
-            print(
-                f"megatron-real: interrupted; metrics and rollouts so far are in {config.trainer.run_dir}",
-                file=sys.stderr,
-            )
-        return 130
-    except (NonFinite, SyncError, TooManyFailedChecks, RewardNeedsThreshold) as error:
-        if first:
+    with job:
+        try:
+            train(job)
+        except Stopped as stopped:
+            say(stopped)
+            job.reporter.say_status("stopped", str(stopped))
+            return EXIT_AGAIN
+        except KeyboardInterrupt:
+            say(f"interrupted; metrics and rollouts so far are in {config.trainer.run_dir}")
+            job.reporter.say_status("stopped", "interrupted")
+            return 130
+        except (NonFinite, CheckpointFailed, TooManyFailedChecks, RewardNeedsThreshold) as error:  # every rank has it
+            say(error)
+            job.reporter.say_status("failed", str(error))
+            return 2 if isinstance(error, ValueError) else 1
+        except (SyncError, OSError) as error:  # this rank has it
+            if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
             print(f"megatron-real: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+            job.lifeline.say_end(str(error))
+            job.reporter.say_status("failed", str(error))
+            return 1
     leave_world()
     return 0
