@@ -73,6 +73,7 @@ def _train(config: configuration.Config, first: bool) -> int:
     from megatron_real.labels import RewardNeedsThreshold, TooManyFailedChecks
     from megatron_real.loop import NonFinite, train
     from megatron_real.policy.layout import leave_world
+    from megatron_real.rollout.engine import EngineFailed
     from megatron_real.rollout.sync import SyncError
 
     try:
@@ -89,7 +90,7 @@ def _train(config: configuration.Config, first: bool) -> int:
                 file=sys.stderr,
             )
         return 130
-    except (NonFinite, SyncError, TooManyFailedChecks, RewardNeedsThreshold) as error:
+    except (NonFinite, EngineFailed, SyncError, TooManyFailedChecks, RewardNeedsThreshold) as error:
         if first:
             print(f"megatron-real: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

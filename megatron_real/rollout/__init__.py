@@ -20,6 +20,10 @@ def build_engine(config: Config, *, say: Callable[[str], None]) -> Engine:
     from megatron_real.rollout import vllm_engine
 
     wanted, why = config.rollout.engine, ""
+    if wanted == "vllm-server":
+        from megatron_real.rollout.server_engine import VllmServerEngine
+
+        return VllmServerEngine(config, say=say)
     missing = "" if wanted == "transformers" else vllm_engine.missing(config)
     if wanted == "vllm" and missing:
         raise ValueError(f"rollout.engine=vllm, but {missing}; install vllm, or set rollout.engine=transformers")
