@@ -145,7 +145,7 @@ def _group(store: Any, rank: int, size: int, device: torch.device, *, host: str,
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = timedelta(seconds=seconds)
         return dist.ProcessGroupNCCL(store, rank, size, nccl)
-    gloo = dist.ProcessGroupGloo._Options()
+    gloo: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     gloo._timeout = timedelta(seconds=seconds)
     return dist.ProcessGroupGloo(store, rank, size, gloo)

@@ -32,7 +32,6 @@ _STOP_SECONDS = 15.0
 _NOT_FOR_SERVERS = {
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),  # the trainer's world
     "TORCHELASTIC_USE_AGENT_STORE",
-    "VLLM_ENABLE_V1_MULTIPROCESSING",  # of engines in the training processes
     "VLLM_CPU_KVCACHE_SPACE",  # it would override the configuration
 }
 
@@ -225,6 +224,7 @@ def environment(key: str, *, gpus: list[str]) -> dict[str, str]:
         **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")])),
         "VLLM_API_KEY": key,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # on a CPU, no third process beside the server's and the engine's
         "VLLM_SERVER_DEV_MODE": "1",  # the paths that change weights; they want the key as all others do
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
     }

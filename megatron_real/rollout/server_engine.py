@@ -34,6 +34,9 @@ _CALL_SECONDS = 60.0
 """For a call that computes next to nothing."""
 
 
+_Result = TypeVar("_Result")
+
+
 class VllmServerEngine:
     """One rank's side of a server."""
 
@@ -52,6 +55,7 @@ class VllmServerEngine:
         self.tokenizer = load_tokenizer(path)
         self.eos = eos_ids(path, self.tokenizer.eos_token_id)
         rank, count = dist.get_rank(), len(chosen.servers) or chosen.num_servers
+        self._longest = config.data.max_prompt_tokens + chosen.max_response_tokens
         self.number, self.owner = rank % count, rank < count
         self.started: ServerProcess | None = None
         """The server, if this rank has started it."""
@@ -132,7 +136,7 @@ class VllmServerEngine:
     def _complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
         body = {
             "prompt": list(prompt.token_ids),
-            "max_tokens": sampling.max_tokens,
+            "max_tokens": min(sampling.max_tokens, self._longest - len(prompt.token_ids)),  # the server refuses more
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
@@ -173,11 +177,7 @@ class VllmServerEngine:
     def _check(self) -> None:
         """Whether a server that is given was started for this run's configuration."""
         said = self.server.call("describe", timeout=_CALL_SECONDS)[0]
-        data, chosen = self._config.data, self._config.rollout
-        for name, wanted in (
-            ("logprobs_mode", "processed_logprobs"),
-            ("max_model_len", data.max_prompt_tokens + chosen.max_response_tokens),
-        ):
+        for name, wanted in (("logprobs_mode", "processed_logprobs"), ("max_model_len", self._longest)):
             if said[name] != wanted:
                 raise EngineFailed(
                     f"the vLLM server {self.server.url} has {name} = {said[name]}, this run needs {wanted}; start "
@@ -209,7 +209,7 @@ class VllmServerEngine:
         for bucket in buckets(weights):
             slots = [[slot.name, slot.dtype, slot.shape, slot.start] for slot in bucket.slots]
             contents, flat = {"num_bytes": bucket.num_bytes, "slots": slots}, bucket.bytes()
-            self._beside(partial(link.send, flat), "receive_bucket", contents, seconds)
+            self._beside("receive_bucket", contents, partial(link.send, flat), seconds)
         self.server.call("pack_weights", timeout=seconds)
         if not self.server.post("/reset_prefix_cache", timeout=_CALL_SECONDS)["success"]:
             raise EngineFailed(f"the vLLM server {self.server.url} did not reset its prefix cache: it still generates")
@@ -222,11 +222,11 @@ class VllmServerEngine:
             size = len(names) + 1
             said = {"name": self._link_name, "address": listener.getsockname(), "size": size, "seconds": seconds}
             ours = partial(Link.host, listener, size=size, device=device(), seconds=seconds)
-            self._link = self._beside(ours, "join_link", said, seconds)
+            self._link = self._beside("join_link", said, ours, seconds)
         return self._link
 
-    def _beside(self, ours: Callable[[], _Result], method: str, argument: Any, seconds: float) -> _Result:
-        """Does our end of what the workers do at the same time; where they fail, ours would wait in vain and is left."""
+    def _beside(self, method: str, argument: Any, ours: Callable[[], _Result], seconds: float) -> _Result:
+        """Does our end of what the workers do meanwhile. Where they fail, ours would wait in vain: it is left alone."""
         result: Future[_Result] = Future()
 
         def run() -> None:
@@ -238,9 +238,6 @@ class VllmServerEngine:
         Thread(target=run, daemon=True).start()
         self.server.call(method, argument, timeout=seconds)
         return result.result(seconds)
-
-
-_Result = TypeVar("_Result")
 
 
 def _everyone(mine: Any) -> list[Any]:
