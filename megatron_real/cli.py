@@ -2,6 +2,7 @@
 
     megatron-real train CONFIG.yaml [key.sub=value ...]      by itself, or under torchrun or srun
     megatron-real eval CONFIG.yaml|HF_DIR --bench NAME=FILE ... [key.sub=value ...]      likewise
+    megatron-real serve CONFIG.yaml [key.sub=value ...]      vLLM for a run on other machines
     megatron-real convert to-megatron | to-hf | verify | inspect ...
 
 A wrong configuration is refused before anything heavy is imported, in one sentence.
@@ -16,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from megatron_real import benchmark_command, convert
+from megatron_real import benchmark_command, convert, serve
 from megatron_real import config as configuration
 from megatron_real.weights.architecture import Architecture
 
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
     convert.add_commands(commands)
     benchmark_command.add_command(commands)
+    serve.add_command(commands)
     chosen, later = parser.parse_known_args(arguments)
     if later and (not hasattr(chosen, "overrides") or any(word.startswith("-") for word in later)):
         parser.error(f"unrecognized arguments: {' '.join(later)}")
@@ -43,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return convert.run(chosen)
     if chosen.command == "eval":
         return benchmark_command.run(chosen, first)
+    if chosen.command == "serve":
+        return serve.run(chosen)
     try:
         config = configuration.load(chosen.config, chosen.overrides)
         configuration.check_world(config, int(os.environ.get("WORLD_SIZE", "1")))

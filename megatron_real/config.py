@@ -100,6 +100,9 @@ class RolloutConfig:
     """vLLM's KV cache on each rank, in MiB; beside it an engine takes its share of the weights."""
     max_sequences: int = 256
     """Sequences that a vLLM engine decodes together."""
+    max_lag: Literal[0, 1] = 0
+    """Steps that rollouts may lag behind the weights that train on them: 1 generates the next step's rollouts while the
+    present one trains, and needs vllm-server."""
     sleep_level: Literal[0, 1, 2] = 2
     """What vLLM gives back on a GPU while the policy trains: 2 weights and KV cache, 1 the same with the weights kept
     in host memory, 0 nothing."""
@@ -580,6 +583,16 @@ def _check_combinations(config: Config) -> None:
     if rollout.engine != "vllm-server" and (rollout.servers or rollout.num_servers > 1):
         raise ValueError(
             f"rollout.servers and rollout.num_servers need rollout.engine=vllm-server, not {rollout.engine}"
+        )
+    if rollout.max_lag and rollout.engine != "vllm-server":
+        raise ValueError(
+            f"rollout.max_lag = {rollout.max_lag} needs rollout.engine=vllm-server, not {rollout.engine}, which "
+            "computes in the processes that train; set rollout.max_lag=0"
+        )
+    if rollout.max_lag and rollout.refill_rounds:
+        raise ValueError(
+            f"rollout.refill_rounds = {rollout.refill_rounds} draws prompts that depend on the step before, which "
+            "rollout.max_lag = 1 does not wait for; set one of them to 0"
         )
     for address in rollout.servers:
         if not re.fullmatch(r"http://[^/:@]+:[0-9]+", address):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 from megatron_real.config import Config
@@ -21,6 +22,8 @@ def build_engine(config: Config, *, say: Callable[[str], None]) -> Engine:
 
     wanted, why = config.rollout.engine, ""
     if wanted == "vllm-server":
+        if not config.rollout.servers and importlib.util.find_spec("vllm") is None:
+            raise ValueError("rollout.engine=vllm-server starts vLLM, which is not installed; install vllm")
         from megatron_real.rollout.server_engine import VllmServerEngine
 
         return VllmServerEngine(config, say=say)

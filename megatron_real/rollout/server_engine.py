@@ -13,8 +13,10 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -59,7 +61,9 @@ class VllmServerEngine:
         self.number, self.owner = rank % count, rank < count
         self.started: ServerProcess | None = None
         """The server, if this rank has started it."""
-        key = os.environ.get("VLLM_API_KEY", "") if chosen.servers else secrets.token_urlsafe(32)
+        if chosen.servers and "VLLM_API_KEY" not in os.environ:
+            raise ValueError("rollout.servers want a key, but VLLM_API_KEY is not set; set it as the servers have it")
+        key = os.environ["VLLM_API_KEY"] if chosen.servers else secrets.token_urlsafe(32)
         self._key = _everyone(key)[0]
         self._link: Link | None = None
         self._link_name = ""
@@ -111,29 +115,40 @@ class VllmServerEngine:
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
         """Completions as they finish: a request for each, with a seed of its own, as the engine in the process has."""
-        lost: list[EngineFailed] = []
-        pool = ThreadPoolExecutor(self._config.rollout.max_sequences, thread_name_prefix="vllm-server")
+        requests: SimpleQueue[tuple[int, int]] = SimpleQueue()
+        answers: SimpleQueue[tuple[int, int, Completion | EngineFailed]] = SimpleQueue()
+        for i in range(len(prompts)):
+            for k in range(sampling.num_samples):
+                requests.put((i, k))
+
+        def ask() -> None:
+            with suppress(Empty):
+                while True:
+                    i, k = requests.get_nowait()
+                    answers.put((i, k, self._complete(prompts[i], sampling, seeds[i] + k)))
+
+        number = requests.qsize()
+        for _ in range(min(number, self._config.rollout.max_sequences)):
+            Thread(target=ask, name="vllm-server", daemon=True).start()  # a run that ends does not wait for answers
+        failure: EngineFailed | None = None
         try:
-            asked = {
-                pool.submit(self._complete, prompt, sampling, seed + k): (i, k)
-                for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
-                for k in range(sampling.num_samples)
-            }
-            for answer in as_completed(asked):
-                try:
-                    yield (*asked[answer], answer.result())
-                except EngineFailed as error:
-                    lost.append(error)
+            for _ in range(number):
+                i, k, found = answers.get()
+                if isinstance(found, EngineFailed):
+                    failure = found
+                else:
+                    yield i, k, found
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            while not requests.empty():
+                requests.get()
             self.server.cancel()
-        if lost:
-            raise lost[0]
+        if failure is not None:
+            raise failure
 
     def finish_inference(self) -> None:
         """A server has its memory for itself."""
 
-    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion | EngineFailed:
         body = {
             "prompt": list(prompt.token_ids),
             "max_tokens": min(sampling.max_tokens, self._longest - len(prompt.token_ids)),  # the server refuses more
@@ -146,7 +161,10 @@ class VllmServerEngine:
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
-        answer = self.server.post("/v1/completions", body, timeout=self._config.rollout.request_timeout_seconds)
+        try:
+            answer = self.server.post("/v1/completions", body, timeout=self._config.rollout.request_timeout_seconds)
+        except EngineFailed as error:
+            return error
         (choice,) = answer["choices"]
         tokens, logprobs = tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"])
         assert len(tokens) == len(logprobs), "vLLM returns one log-prob for each sampled token"
