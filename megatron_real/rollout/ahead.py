@@ -32,14 +32,15 @@ class Ahead:
         self._prompts, self._sampled = prompts, Future()
         Thread(target=self._generate, args=(self._sampled, seed), name="rollouts-ahead", daemon=True).start()
 
-    def settle(self) -> None:
-        """Waits until the rollouts are there, all of the same weights. Collective over all ranks."""
+    def settle(self) -> bool:
+        """Waits until the rollouts that were begun are there, all of the same weights; False without any. Collective
+        over all ranks."""
         if self._sampled is not None:
             self._rollouts, self._sampled = self._stage.label(self._prompts, self._sampled.result()), None
+        return self._rollouts is not None
 
     def take(self, prompts: Sequence[Prompt]) -> list[Rollout] | None:
-        """The rollouts that were begun, for these very prompts; None without any. Collective over all ranks."""
-        self.settle()
+        """The rollouts that were begun, for these very prompts; None without any, or not settled."""
         rollouts, self._rollouts = self._rollouts, None
         assert rollouts is None or list(prompts) == list(self._prompts), "the order of the prompts is fixed"
         return rollouts

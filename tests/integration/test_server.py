@@ -140,3 +140,17 @@ def test_a_server_that_does_not_start_is_one_sentence(base: Path, tmp_path: Path
     assert done.returncode == 2
     assert "unrecognized arguments: --enforce-eagre" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_rollouts_of_the_next_step_are_generated_ahead(base: Path, tmp_path: Path) -> None:
+    """pi_old is that of the weights that generated: else it would differ from the engine's log-probs by far more. The
+    run stops after two steps and goes on; its third step has nothing ahead."""
+    words = ["rollout.max_lag=1", "optimizer.lr=1e-3", "checkpoint.every=2", "evaluation.every=1"]
+    for steps in (2, 4):
+        done = run(base, tmp_path / "run", *words, f"trainer.steps={steps}", "evaluation.max_problems=16")
+        assert done.returncode == 0, done.stderr
+    assert "this life's first ones are of the present weights" in done.stdout
+    found = rows(tmp_path / "run/metrics.jsonl")
+    assert [row["lag"] for row in found] == [0, 1, 0, 1]
+    for row in found:
+        assert row["mismatch_max_abs"] < 1e-4
