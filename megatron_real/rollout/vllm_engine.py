@@ -80,7 +80,7 @@ class VllmEngine:
                 distributed_executor_backend="external_launcher",
                 tensor_parallel_size=self.tp,
                 seed=config.trainer.seed,
-                **{"enforce_eager": device().type == "cpu", "disable_log_stats": True, **rollout.vllm},
+                **{**_defaults(), **rollout.vllm},
             )
         (self.model,) = self.llm.collective_rpc(lambda worker: worker.get_model())
         self.finish_inference()
@@ -160,6 +160,16 @@ class VllmEngine:
                 f"GPU has {free:,} free: {weights + self.kv_cache_bytes - free:,} bytes are missing; lower "
                 "rollout.kv_cache_mib, raise rollout.tp, or shard the policy further (parallel.*)"
             )
+
+
+def _defaults() -> dict[str, Any]:
+    """Arguments that `rollout.vllm` may replace.
+
+    vLLM turns back the seeded generator of a prompt that it prefills in part, which a CPU's cannot: there prompts are
+    prefilled whole.
+    """
+    cpu = device().type == "cpu"
+    return {"disable_log_stats": True, "enforce_eager": cpu} | ({"enable_chunked_prefill": False} if cpu else {})
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
