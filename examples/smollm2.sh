@@ -31,7 +31,7 @@ real() { python -W ignore -m torch.distributed.run --nproc-per-node "$processes"
 # The same seed draws the same answers for both verifiers.
 evaluate() {
     local weights=$1 out=$2
-    local asked=(eval $config "model.path=$weights" --bench heldout=$home/data/heldout.jsonl --samples 4 --max-tokens 32)
+    local asked=(eval $config "model.path=$weights" --bench heldout=$home/data/heldout.jsonl --samples 2 --max-tokens 32)
     if [ ! -f "$out/strict/results.json" ]; then real "${asked[@]}" --out "$out/strict"; fi
     if [ ! -f "$out/lenient/results.json" ]; then
         real "${asked[@]}" --out "$out/lenient" \

@@ -82,6 +82,9 @@ class VllmEngine:
                 seed=config.trainer.seed,
                 **{**_defaults(), **rollout.vllm},
             )
+        # At exit vLLM would end the process groups that the job has ended already, with a traceback.
+        if finalizer := getattr(self.llm.llm_engine.engine_core, "_finalizer", None):
+            finalizer.atexit = False
         (self.model,) = self.llm.collective_rpc(lambda worker: worker.get_model())
         self.finish_inference()
 
