@@ -28,6 +28,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+# vLLM turns back the seeded generator of a prompt that it prefills in part, which a CPU's cannot: prompts whole, then.
+_ON_CPU = {"enforce_eager": True, "enable_chunked_prefill": False}
 
 
 def missing(config: Config) -> str:
@@ -60,8 +62,8 @@ def engine_arguments(config: Config) -> dict[str, Any]:
         "logprobs_mode": "processed_logprobs",  # of the sampling distribution, temperature and all
         "tensor_parallel_size": rollout.tp,
         "seed": config.trainer.seed,
-        "enforce_eager": device().type == "cpu",
         "disable_log_stats": True,
+        **(_ON_CPU if device().type == "cpu" else {}),
         **rollout.vllm,
     }
 
@@ -93,6 +95,9 @@ class VllmEngine:
                 enable_sleep_mode=self.sleep_level > 0,
                 distributed_executor_backend="external_launcher",
             )
+        # At exit vLLM would end the process groups that the job has ended already, with a traceback.
+        if finalizer := getattr(self.llm.llm_engine.engine_core, "_finalizer", None):
+            finalizer.atexit = False
         (self.model,) = self.llm.collective_rpc(lambda worker: worker.get_model())
         self.finish_inference()
 
