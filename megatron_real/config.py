@@ -628,8 +628,8 @@ def _check_combinations(config: Config) -> None:
         )
     if rollout.max_lag and (rollout.refill_rounds or rollout.chunk_prompts):
         raise ValueError(
-            f"rollout.refill_rounds = {rollout.refill_rounds} and rollout.chunk_prompts = {rollout.chunk_prompts} draw a "
-            "step piece by piece, rollout.max_lag = 1 a whole step ahead; set the former or the latter to 0"
+            f"rollout.refill_rounds = {rollout.refill_rounds} and rollout.chunk_prompts = {rollout.chunk_prompts} draw "
+            "a step piece by piece, rollout.max_lag = 1 a whole step ahead; set the former or the latter to 0"
         )
     for address in rollout.servers:
         if not re.fullmatch(r"http://[^/:@]+:[0-9]+", address):

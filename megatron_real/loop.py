@@ -61,8 +61,7 @@ def train(job: Job) -> None:
 
 
 def _rollouts(job: Job, step: int) -> tuple[list[Rollout], float]:
-    """The step's labelled rollouts, the same on every rank, newly sampled or those of a saved run; and how many steps
-    they lag behind."""
+    """The step's labelled rollouts, the same on every rank, newly sampled or a saved run's; the steps that they lag."""
     if job.generation is None:
         saved = read_rollouts(RunDirectory(job.config.rollout.replay).rollouts(step))
         return sorted(saved, key=lambda r: (r.group, r.sample)), 0.0
@@ -78,36 +77,24 @@ def _rollouts(job: Job, step: int) -> tuple[list[Rollout], float]:
         with timed("mismatch"), job.generating_weights(lag):
             return without_mismatch(rollouts, job.policy.mismatch, bound=chosen.exclude_mismatch)
 
-    lag = _settled(job, generation)
-    _sync(job, generation)
-    within = bool(job.checkpoints.position.update)
-    draws = Draws(
-        step,
-        generation.cursor,
-        generation.stage.lengths,
-        sample,
-        chosen.chunk_prompts,
-        not chosen.max_lag or within,
-        job.reporter,
-        job.ranks,
-        job.checkpoints.seam,
-    )
+    lag = _sync(job, generation)
+    reuse = not chosen.max_lag or job.checkpoints.position.update > 0
+    cursor, lengths, seam = generation.cursor, generation.stage.lengths, job.checkpoints.seam
+    draws = Draws(step, cursor, lengths, sample, chosen.chunk_prompts, reuse, job.reporter, job.ranks, seam)
     rollouts = refill(draws.draw(chosen.num_prompts, 0), rounds=chosen.refill_rounds, draw=draws.draw)
     if chosen.max_lag and step < job.config.trainer.steps:
-        generation.ahead.begin(generation.cursor.peek(chosen.num_prompts), seed=job.seed(step + 1))
+        generation.ahead.begin(cursor.peek(chosen.num_prompts), seed=job.seed(step + 1))
     generation.stage.engine.finish_inference()
     return permuted_labels(rollouts, seed=job.seed(step)) if job.config.labels.permute else rollouts, lag
 
 
-def _settled(job: Job, generation: Generation) -> float:
-    """Waits for the rollouts that were generated ahead, so that the engine may get other weights; their lag."""
+def _sync(job: Job, generation: Generation) -> float:
+    """Brings the weights to the engine once the rollouts that it makes ahead are there; the steps that those lag."""
     with job.reporter.progress.stage("rollout"):
-        return 1.0 if generation.ahead.settle() else 0.0
-
-
-def _sync(job: Job, generation: Generation) -> None:
+        ahead = generation.ahead.settle()
     with job.reporter.progress.stage("sync"):
         generation.sync.run(job.policy.stream(), job.policy.mismatch)
+    return float(ahead)
 
 
 def _updates(job: Job, rollouts: Sequence[Rollout], lag: float) -> tuple[list[Batch], list[Update]]:
@@ -141,7 +128,6 @@ def _evaluate(job: Job, step: int) -> float | None:
     generation = job.generation
     if generation is None or not generation.heldout:
         return None
-    _settled(job, generation)
     _sync(job, generation)
     with job.reporter.progress.stage("evaluation"):
         seed = job.seed(0)  # the same draws at every evaluation: differences are the policy's

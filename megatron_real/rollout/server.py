@@ -10,11 +10,13 @@ import atexit
 import http.client
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -76,7 +78,7 @@ class Server:
     def cancel(self) -> None:
         """Breaks off every request that is under way; vLLM stops computing what nobody waits for."""
         for connection in list(self._open):
-            if connection.sock is not None:
+            with suppress(AttributeError, OSError):  # it has no socket yet, or none any more
                 connection.sock.shutdown(socket.SHUT_RDWR)
 
     def _ask(self, verb: str, path: str, body: str | None, timeout: float) -> str:
@@ -140,7 +142,7 @@ class ServerProcess:
         try:
             self._process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            os.killpg(self.pid, signal.SIGKILL)
 
     def wait(self, say: Callable[[str], None]) -> None:
         """Waits until it serves.

@@ -85,14 +85,17 @@ class VllmServerEngine:
         return {name: {self._numbered(i): found[name] for i, found in enumerate(workers)} for name in dtypes}
 
     def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Sends the weights, after the servers that have ended were started again. Collective over all ranks.
+        """Sends the weights, once the servers that have ended serve again. Collective over all ranks.
 
         Raises:
             EngineFailed: on every rank alike.
         """
-        if any(_everyone(self.started is not None and self.started.ended())):
-            if self.started is not None and self.started.ended():
-                self._say(f"the vLLM server {self.server.url} has ended; it is started again")
+        given = self._config.rollout.servers
+        gone = self.server.url if self.owner and not self.server.healthy() else ""
+        if known := [url for url in _everyone(gone) if url]:
+            self._say(f"{', '.join(known)} no longer serves; {'waiting for it' if given else 'it is started again'}")
+            if gone and self.started is not None:
+                self.started.stop()
                 self.started.start()
             self._connect()
         failure, stream = "", iter(weights)

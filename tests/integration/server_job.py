@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 -m tests.integration.server_job MODEL ROLLOUT_TP NUM
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -55,6 +56,17 @@ def key(pair: Pair) -> dict[str, int]:
             connection.request("GET" if path == "/health" else "POST", path, "{}", headers)
             found[f"{path} {case}"] = connection.getresponse().status
             connection.close()
+    return found
+
+
+def leaks(pair: Pair) -> list[str]:
+    """Files of the run, and command lines of this machine, that have the key in them."""
+    files = [*Path(pair.policy.config.trainer.run_dir).rglob("*.*"), *Path("/proc").glob("[0-9]*/cmdline")]
+    found = []
+    for file in files:
+        with contextlib.suppress(OSError):  # a process has ended meanwhile
+            if file.is_file() and pair.engine._key.encode() in file.read_bytes():
+                found.append(str(file))
     return found
 
 
@@ -114,7 +126,7 @@ def main() -> None:
     config = dataclasses.replace(config, trainer=TrainerConfig(run_dir=str(out.parent)))
     pair = Pair(config)
     found: dict[str, Any] = {"first": pair.synced(), "held": sorted(pair.engine.held())}
-    jobs = (key, parity, damages, patience, killed) if servers > 1 else (parity, damages)
+    jobs = (key, leaks, parity, damages, patience, killed) if servers > 1 else (parity, damages)
     found |= {job.__name__: job(pair) for job in jobs}
     out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))
     dist.barrier()

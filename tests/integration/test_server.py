@@ -70,6 +70,7 @@ def two_servers(found: Found) -> list[dict[str, Any]]:
 def test_nothing_answers_without_the_key(found: Found) -> None:
     for answer in two_servers(found):
         assert len(answer["key"]) == 10 and set(answer["key"].values()) == {401}
+        assert answer["leaks"] == []
 
 
 def test_a_request_has_its_time(found: Found) -> None:
