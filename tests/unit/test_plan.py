@@ -210,6 +210,7 @@ def test_json_and_exit_codes(file: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--gpus", "8", "parallel.pp=8"], "does not divide the model's 28 layers"),
         (["--gpus", "512"], "512 data-parallel ranks share the 256 rollouts of an update"),
         (["--gpus", "8", "rollout.kv_cache_mib=100"], "does not hold one sequence"),
+        (["--gpus", "8", "rollout.engine=vllm-server"], "rollout.engine=vllm-server has GPUs of its own"),
     ],
 )
 def test_refused_in_one_sentence(file: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
