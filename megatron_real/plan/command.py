@@ -53,6 +53,12 @@ def _read(chosen: argparse.Namespace) -> Run:
         if value is not None and not 0 < value <= limit:
             wanted = "above 0 and at most 1" if limit == 1 else "above 0"
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {wanted}")
+    config = configuration.load(chosen.config, chosen.overrides)
+    if config.rollout.engine == "vllm-server":
+        raise ValueError(
+            "rollout.engine=vllm-server has GPUs of its own, which no plan counts yet; plan the trainer's GPUs with "
+            "rollout.engine=vllm rollout.max_lag=0"
+        )
     # Nobody plans GPUs for the embedded engine, and vLLM's layout is checked by the same rules as in a run.
     config = configuration.load(chosen.config, [*chosen.overrides, "rollout.engine=vllm"])
     dp = configuration.check_world(config, chosen.gpus)

@@ -173,6 +173,18 @@ def test_ranked_layouts_pass_the_checks_of_a_run(file: Path, gpus: int) -> None:
     assert found[0].seconds.total < best * 1.04
 
 
+@pytest.mark.parametrize("gpus", [8, 16, 32, 64])
+@pytest.mark.parametrize("size", ["1.5b", "7b"])
+def test_the_shipped_recipes_fit_in_80_gb(file: Path, size: str, gpus: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their model directories stand in: R1-Distill-Qwen's config.json of the size."""
+    small = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
+    model = file.parent / "model"
+    (model / "config.json").write_text(json.dumps(R1_7B | (small | {"vocab_size": 151936} if size == "1.5b" else {})))
+    recipe = ROOT / f"examples/configs/real_{size}.yaml"
+    assert cli.main(["plan", str(recipe), "--gpus", str(gpus), "--gpu", "a100-80g", f"model.path={model}"]) == 0
+    assert "fits: " in capsys.readouterr().out
+
+
 def test_json_and_exit_codes(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, report = plan(file, capsys, "--gpus", "32", "parallel.tp=4", "parallel.sp=true", "--price", "2")
     assert code == 0 and report["layout"]["fits"] and report["layout"]["dp"] == 8
@@ -198,6 +210,7 @@ def test_json_and_exit_codes(file: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--gpus", "8", "parallel.pp=8"], "does not divide the model's 28 layers"),
         (["--gpus", "512"], "512 data-parallel ranks share the 256 rollouts of an update"),
         (["--gpus", "8", "rollout.kv_cache_mib=100"], "does not hold one sequence"),
+        (["--gpus", "8", "rollout.engine=vllm-server"], "rollout.engine=vllm-server has GPUs of its own"),
     ],
 )
 def test_refused_in_one_sentence(file: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
