@@ -106,6 +106,8 @@ class RolloutConfig:
     sleep_level: Literal[0, 1, 2] = 2
     """What vLLM gives back on a GPU while the policy trains: 2 weights and KV cache, 1 the same with the weights kept
     in host memory, 0 nothing."""
+    offload_optimizer: bool = False
+    """While the engine is awake, the optimizer's state is in host memory and the gradient buffers are freed."""
     vllm: Mapping[str, Any] = field(default_factory=dict)
     """Any other argument of vLLM's engine, by name; for example enforce_eager: true."""
     sync: SyncConfig = field(default_factory=SyncConfig)
@@ -630,6 +632,12 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(
             f"rollout.refill_rounds = {rollout.refill_rounds} and rollout.chunk_prompts = {rollout.chunk_prompts} draw "
             "a step piece by piece, rollout.max_lag = 1 a whole step ahead; set the former or the latter to 0"
+        )
+    if rollout.offload_optimizer and (config.model.dtype != "bf16" or rollout.engine == "vllm-server"):
+        raise ValueError(
+            "rollout.offload_optimizer=true makes room for an engine in the same process, and needs an optimizer with "
+            f"weights of its own; with model.dtype={config.model.dtype} and rollout.engine={rollout.engine}, set it to "
+            "false"
         )
     for address in rollout.servers:
         if not re.fullmatch(r"http://[^/:@]+:[0-9]+", address):

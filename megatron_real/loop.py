@@ -85,6 +85,7 @@ def _rollouts(job: Job, step: int) -> tuple[list[Rollout], float]:
     if chosen.max_lag and step < job.config.trainer.steps:
         generation.ahead.begin(cursor.peek(chosen.num_prompts), seed=job.seed(step + 1))
     generation.stage.engine.finish_inference()
+    job.policy.take_room_back()
     return permuted_labels(rollouts, seed=job.seed(step)) if job.config.labels.permute else rollouts, lag
 
 
@@ -93,6 +94,7 @@ def _sync(job: Job, generation: Generation) -> float:
     with job.reporter.progress.stage("rollout"):
         ahead = generation.ahead.settle()
     with job.reporter.progress.stage("sync"):
+        job.policy.make_room()
         generation.sync.run(job.policy.stream(), job.policy.mismatch)
     return float(ahead)
 
@@ -133,15 +135,15 @@ def _evaluate(job: Job, step: int) -> float | None:
         seed = job.seed(0)  # the same draws at every evaluation: differences are the policy's
         result = evaluate(generation.stage, generation.heldout, generation.heldout_sampling, seed=seed)
         generation.stage.engine.finish_inference()
+    job.policy.take_room_back()
     job.reporter.evaluated(step, result)
     return result.pass_at_1
 
 
 def _export(job: Job) -> None:
     """Writes the weights as an HF directory, in the dtype of the weights that training started from."""
-    stream = job.policy.stream()
+    stream, path = job.policy.stream(), job.config.model.path
     if job.reporter.first:
-        path = job.config.model.path
         write_hf(job.reporter.directory.weights, stream, source=path, dtype=job.weights.dtype)
     else:
         for _ in stream:  # the stream is collective: every rank takes part in every tensor

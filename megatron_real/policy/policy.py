@@ -178,6 +178,23 @@ class Policy:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return TokenStats(sums.cpu(), float(largest))
 
+    def make_room(self) -> None:
+        """Where rollout.offload_optimizer asks, frees the gradient buffers; the optimizer's state goes to host memory.
+
+        Forward passes and checkpoints work meanwhile, updates do not.
+        """
+        if self.config.rollout.offload_optimizer and self.optimizer is not None:
+            for chunk in self.ddp:
+                chunk.offload_grad_buffers()
+            self.optimizer.offload_to_cpu()
+
+    def take_room_back(self) -> None:
+        """Undoes `make_room`; the gradient buffers are zero, as an update begins with them."""
+        if self.config.rollout.offload_optimizer and self.optimizer is not None:
+            self.optimizer.restore_from_cpu()
+            for chunk in self.ddp:
+                chunk.restore_grad_buffers()
+
     def gather_parameters(self) -> None:
         """Brings every parameter up to the last update: under overlap_param_gather the next forward pass would."""
         for chunk in self.ddp:

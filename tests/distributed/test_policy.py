@@ -74,6 +74,39 @@ def test_a_batch_that_is_not_finite_is_skipped(world: World, tiny_model: ModelMa
     assert found == {"skipped": [True, True, False], "in_a_row": [1, 2, 0], "unchanged": True}
 
 
+def offloaded(config: Config, samples: list[reference.Sample]) -> dict[str, Any]:
+    """Updates with a generation's place between them: memory is lent, the policy scores, memory comes back."""
+    policy, rollouts = jobs.new_policy(config, config.model.path), jobs.rollouts_of(samples)
+    held = []
+    for _ in range(2):
+        for batch in policy.prepare(rollouts):
+            policy.update(batch)
+        policy.make_room()
+        held.append(sum(buffer.grad_data.untyped_storage().size() for chunk in policy.ddp for buffer in chunk.buffers))
+        policy.mismatch(rollouts)
+        policy.take_room_back()
+    return {"weights": dict(policy.stream()), "held": held}
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp", "dp2-overlap"])
+def test_lent_memory_changes_nothing(world: World, tiny_model: ModelMaker, layout: str) -> None:
+    """To the bit; and the gradient buffers are really gone in between."""
+    size, options = LAYOUTS[layout]
+    config = config_of(tiny_model("qwen2"), **options)
+    config, samples = replace(config, model=replace(config.model, dtype="bf16")), reference.minibatch(1, vocab=101)
+    kept, lent = (
+        world.run(
+            offloaded,
+            size,
+            config=replace(config, rollout=replace(config.rollout, offload_optimizer=lend)),
+            samples=samples,
+        )[0]
+        for lend in (False, True)
+    )
+    assert min(kept["held"]) > 0 and lent["held"] == [0, 0]
+    assert all(torch.equal(tensor, lent["weights"][name]) for name, tensor in kept["weights"].items())
+
+
 # The six R1-Distills scaled down: heads, KV heads and their ratio, head size and biases kept in kind.
 R1_DISTILL = {
     "qwen-1.5b": ("qwen2", {"num_attention_heads": 12, "num_key_value_heads": 2, "hidden_size": 48}),

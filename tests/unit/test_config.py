@@ -61,6 +61,7 @@ REFUSED = {
     "rollout.num_prompts=65": "batch.minibatch_prompts = 32 does not divide rollout.num_prompts = 65",
     "rollout.group_size=1": "rollout.group_size = 1 makes every group one-class",
     "rollout.retries=-1": "rollout.retries is -1; it must be 0 (off) or above",
+    "rollout.offload_optimizer=true model.dtype=fp32": "with model.dtype=fp32 and rollout.engine=",
     "rollout.refill_rounds=-1": "rollout.refill_rounds is -1; it must be 0 (off) or above",
     "rollout.max_lag=1": "rollout.max_lag = 1 needs rollout.engine=vllm-server, not auto",
     "rollout.max_lag=2": "rollout.max_lag is 2; it takes one of 0, 1",
