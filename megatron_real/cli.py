@@ -127,14 +127,15 @@ def _train(config: configuration.Config, first: bool) -> int:
         except (NonFinite, CheckpointFailed, EngineFailed, TooManyFailedChecks, RewardNeedsThreshold) as error:
             # every rank has it
             say(error)
-            job.reporter.say_status("failed", str(error))
+            # An engine may be lost by accident: a script may start the same command again.
+            job.reporter.say_status("crashed" if isinstance(error, EngineFailed) else "failed", str(error))
             return 2 if isinstance(error, ValueError) else 1
         except (SyncError, OSError) as error:  # this rank has it
             if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             print(f"megatron-real: {error}", file=sys.stderr)
             job.lifeline.say_end(str(error))
-            job.reporter.say_status("failed", str(error))
+            job.reporter.say_status("crashed" if isinstance(error, SyncError) else "failed", str(error))
             return 1
     leave_world()
     return 0

@@ -97,12 +97,13 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for job in self._jobs():
-            self.run("scancel", "--signal=KILL", "--full", job, check=False)
-            self.run("scancel", job, check=False)
-        with_deadline(lambda: not self._jobs(), 60)
-        for name in reversed(list(self._processes)):
-            self.kill(name, signal.SIGTERM)
+        try:
+            for job in self._jobs():
+                self.run("scancel", job, check=False)
+            with_deadline(lambda: not self._jobs(), 60)
+        finally:
+            for name in reversed(list(self._processes)):
+                self.kill(name, signal.SIGTERM)
 
     def run(self, *words: str, check: bool = True, environment: Mapping[str, str] | None = None) -> str:
         """Runs a command of Slurm and returns what it printed."""
