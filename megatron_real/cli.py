@@ -2,6 +2,8 @@
 
     megatron-real train CONFIG.yaml [key.sub=value ...]      by itself, or under torchrun or srun
     megatron-real eval CONFIG.yaml|HF_DIR --bench NAME=FILE ... [key.sub=value ...]      likewise
+    megatron-real doctor [--run-dir DIR]      by itself, or under torchrun or srun
+    megatron-real plan CONFIG.yaml --gpus N --gpu h100-80g [key.sub=value ...]
     megatron-real convert to-megatron | to-hf | verify | inspect ...
 
 A wrong configuration is refused before anything heavy is imported, in one sentence.
@@ -10,6 +12,7 @@ A wrong configuration is refused before anything heavy is imported, in one sente
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -18,13 +21,20 @@ from collections.abc import Sequence
 
 from megatron_real import benchmark_command, convert
 from megatron_real import config as configuration
+from megatron_real.doctor import command as doctor_command
+from megatron_real.plan import command as plan_command
 from megatron_real.weights.architecture import Architecture
 
 logger = logging.getLogger("megatron_real")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 the run failed, 2 the input was refused, 130 interrupted."""
+    """Runs one command.
+
+    Returns:
+        The exit code: 0 done, 1 the run failed, 2 the input was refused, 75 stopped early with everything saved (start
+        the same command again), 130 interrupted.
+    """
     parser = argparse.ArgumentParser(prog="megatron-real", description="REAL (Rewards as Labels) on Megatron-LM.")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a policy", description="Trains a policy by REAL.")
@@ -32,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
     convert.add_commands(commands)
     benchmark_command.add_command(commands)
+    doctor_command.add_command(commands)
+    plan_command.add_command(commands)
     chosen, later = parser.parse_known_args(arguments)
     if later and (not hasattr(chosen, "overrides") or any(word.startswith("-") for word in later)):
         parser.error(f"unrecognized arguments: {' '.join(later)}")
@@ -41,6 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet(first)
     if chosen.command == "convert":
         return convert.run(chosen)
+    if chosen.command == "doctor":
+        return doctor_command.run(chosen)
+    if chosen.command == "plan":
+        return plan_command.run(chosen)
     if chosen.command == "eval":
         return benchmark_command.run(chosen, first)
     try:
@@ -69,29 +85,50 @@ def _quiet(first: bool) -> None:
 
 
 def _train(config: configuration.Config, first: bool) -> int:
+    from megatron_real.runs.stop import EXIT_AGAIN, Stopped, StopRequest
+
+    stop = StopRequest(max_hours=config.trainer.max_hours)  # first: a signal may come while the rest is imported
     from megatron_real.job import build
     from megatron_real.labels import RewardNeedsThreshold, TooManyFailedChecks
     from megatron_real.loop import NonFinite, train
     from megatron_real.policy.layout import leave_world
     from megatron_real.rollout.sync import SyncError
+    from megatron_real.runs.checkpoint import CheckpointFailed
+    from megatron_real.runs.ranks import EveryRankError
+
+    def say(sentence: object) -> None:
+        if first:
+            print(f"megatron-real: {sentence}", file=sys.stderr)
 
     try:
-        job = build(config)
+        job = build(config, stop)
+    except EveryRankError as error:
+        say(error)
+        return 2
     except ValueError as error:  # weights, data or layout do not fit: the input's fault, said in one sentence
         print(f"megatron-real: {error}", file=sys.stderr)
         return 2
-    try:
-        train(job)
-    except KeyboardInterrupt:
-        if first:
-            print(
-                f"megatron-real: interrupted; metrics and rollouts so far are in {config.trainer.run_dir}",
-                file=sys.stderr,
-            )
-        return 130
-    except (NonFinite, SyncError, TooManyFailedChecks, RewardNeedsThreshold) as error:
-        if first:
+    with job:
+        try:
+            train(job)
+        except Stopped as stopped:
+            say(stopped)
+            job.reporter.say_status("stopped", str(stopped))
+            return EXIT_AGAIN
+        except KeyboardInterrupt:
+            say(f"interrupted; metrics and rollouts so far are in {config.trainer.run_dir}")
+            job.reporter.say_status("stopped", "interrupted")
+            return 130
+        except (NonFinite, CheckpointFailed, TooManyFailedChecks, RewardNeedsThreshold) as error:  # every rank has it
+            say(error)
+            job.reporter.say_status("failed", str(error))
+            return 2 if isinstance(error, ValueError) else 1
+        except (SyncError, OSError) as error:  # this rank has it
+            if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
             print(f"megatron-real: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+            job.lifeline.say_end(str(error))
+            job.reporter.say_status("failed", str(error))
+            return 1
     leave_world()
     return 0

@@ -118,6 +118,9 @@ class RolloutConfig:
     """How often a completion that an engine lost is drawn again, on another rank's engine; then it is excluded."""
     refill_rounds: int = 0
     """Dynamic sampling: rounds in which groups of one class are replaced by those of fresh prompts; 0: off."""
+    chunk_prompts: int = 0
+    """Prompts whose rollouts are kept on disk together; 0: a whole step's. Smaller chunks lose less to a preemption in
+    the middle of a long step, but every chunk waits for its longest answer."""
     replay: str = ""
     """Run directory whose saved rollouts are trained on instead of generating: no engine is started."""
 
@@ -237,6 +240,24 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved, and which checkpoints are kept. docs/checkpoints.md."""
+
+    every: int = 20
+    """Steps between checkpoints; there is one after the last step too. 0: none but when the run is stopped."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Also keep those after every so many steps; 0: none for that reason."""
+    keep_best: bool = True
+    """Also keep the one with the best held-out accuracy, among those of steps with an evaluation."""
+    asynchronous: bool = True
+    """Training goes on while a checkpoint is written; costs host memory of the size of a rank's share."""
+    on_failure: Literal["go_on", "stop"] = "go_on"
+    """When a checkpoint cannot be written (disk full): warn and try again at the next, or stop the run."""
+
+
+@dataclass(frozen=True)
 class TrainerConfig:
     """The run."""
 
@@ -256,8 +277,12 @@ class TrainerConfig:
     """Log to Weights & Biases (must be installed)."""
     export: bool = True
     """Write the trained weights as an HF directory at the end."""
+    max_hours: float = 0.0
+    """The run saves, stops and exits with code 75 after so many hours; 0: no limit."""
     timeout_minutes: float = 30.0
     """Collectives that wait longer fail."""
+    hang_minutes: float = 60.0
+    """A rank that stays in one stage for so long hangs: the run ends and names it. More for very long evaluations."""
     peak_tflops: float = 0.0
     """Peak TFLOP/s of one device for MFU; 0: from a table of known GPUs, else MFU is left out."""
 
@@ -276,6 +301,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     megatron: Mapping[str, Any] = field(default_factory=dict)
     """Any field of megatron-core's TransformerConfig, OptimizerConfig or DistributedDataParallelConfig, by name."""
 
@@ -405,6 +431,11 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def to_plain(config: Config) -> dict[str, Any]:
+    """The same as a file gives it back: lists for tuples."""
+    return dict(json.loads(json.dumps(to_dict(config))))
+
+
 def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
@@ -473,6 +504,8 @@ def _check_values(config: Config) -> None:
         "trainer.steps": config.trainer.steps,
         "trainer.max_skipped_updates": config.trainer.max_skipped_updates,
         "trainer.timeout_minutes": config.trainer.timeout_minutes,
+        "trainer.hang_minutes": config.trainer.hang_minutes,
+        "checkpoint.keep": config.checkpoint.keep,
         "data.max_prompt_tokens": config.data.max_prompt_tokens,
         "rollout.num_prompts": config.rollout.num_prompts,
         "rollout.group_size": config.rollout.group_size,
@@ -504,17 +537,21 @@ def _check_values(config: Config) -> None:
     for name, value in positive.items():
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} is {value}; it must be above 0")
-    for name, count in (
-        ("checksum_every", config.rollout.sync.checksum_every),
-        ("probe_every", config.rollout.sync.probe_every),
-    ):
-        if count < 0:
-            raise ValueError(f"rollout.sync.{name} is {count}; it must be 0 (never) or above")
+    counts = {
+        "trainer.max_hours": config.trainer.max_hours,
+        "rollout.retries": config.rollout.retries,
+        "rollout.refill_rounds": config.rollout.refill_rounds,
+        "rollout.chunk_prompts": config.rollout.chunk_prompts,
+        "rollout.sync.checksum_every": config.rollout.sync.checksum_every,
+        "rollout.sync.probe_every": config.rollout.sync.probe_every,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
+    }
+    for name, value in counts.items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} is {value}; it must be 0 (off) or above")
     if config.rollout.exclude_mismatch is not None and not config.rollout.exclude_mismatch > 0:
         raise ValueError(f"rollout.exclude_mismatch is {config.rollout.exclude_mismatch}; it must be above 0, or null")
-    for name in ("retries", "refill_rounds"):
-        if getattr(config.rollout, name) < 0:
-            raise ValueError(f"rollout.{name} is {getattr(config.rollout, name)}; it must be 0 (off) or above")
     shares = {
         "rollout.top_p": config.rollout.top_p,
         "evaluation.top_p": config.evaluation.top_p,
@@ -598,6 +635,7 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
     "fp16": (False, "fp16 loss scaling is not supported; use model.dtype=bf16"),
     "average_in_collective": (False, "the loss is already divided by the minibatch's groups"),
     "calculate_per_token_loss": (True, "Megatron's own averaging is switched off by it"),
+    "use_precision_aware_optimizer": (False, "checkpoints do not know its form of the optimizer's state"),
     "defer_embedding_wgrad_compute": (False, "the log-prob head computes its weight gradient at once"),
 }
 

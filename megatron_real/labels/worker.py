@@ -28,7 +28,8 @@ _MAX_REASON_CHARS = 200
 def main() -> None:
     options = json.loads(sys.argv[1])
     name, limit = options["verifier"], options["memory_mib"] << 20
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a terminal and Slurm signal whole trees
+        signal.signal(number, signal.SIG_IGN)  # it is the parent's to handle
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")

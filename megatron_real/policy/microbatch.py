@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -56,6 +57,8 @@ class MicroBatch:
     """[T] int64 input tokens."""
     target_T: Tensor
     """[T] int64 response token that each position predicts, or NO_TARGET."""
+    index_T: Tensor
+    """[T] int64 index of that token among the response tokens of all the minibatch's rollouts in order, or -1."""
     engine_logprob_T: Tensor
     """[T] fp32 the rollout engine's log-probs of the targets (nats), 0 elsewhere."""
     cu_seqlens: Tensor
@@ -81,9 +84,10 @@ def micro_batch(rollouts: Sequence[Rollout], positions: Sequence[int], alignment
     if alignment.padded and lengths:
         lengths = [max(lengths)] * len(lengths)
     fill = -sum(lengths) % alignment.total_multiple or (alignment.total_multiple if not lengths else 0)
-    columns = [_columns(r, length) for r, length in zip(members, lengths, strict=True)]
-    columns.append(_columns(None, fill))
-    tokens, targets, engine = (torch.cat([_own_part(c[i], alignment) for c in columns]) for i in range(3))
+    first_R = list(accumulate((len(r.completion.token_ids) for r in rollouts), initial=0))
+    columns = [_columns(r, n, first_R[i]) for r, n, i in zip(members, lengths, positions, strict=True)]
+    columns.append(_columns(None, fill, 0))
+    tokens, targets, engine, index = (torch.cat([_own_part(c[i], alignment) for c in columns]) for i in range(4))
     bounds = torch.tensor([0, *lengths, *([fill] if fill else [])], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     device = torch.cuda.current_device()
     bounds, longest = bounds.to(device), max([*lengths, fill])
@@ -91,6 +95,7 @@ def micro_batch(rollouts: Sequence[Rollout], positions: Sequence[int], alignment
         positions=tuple(positions),
         tokens_T=tokens.to(device),
         target_T=targets.to(device),
+        index_T=index.to(device),
         engine_logprob_T=engine.to(device),
         cu_seqlens=bounds[: len(members) + 1] // alignment.cp,
         packed=PackedSeqParams(
@@ -101,11 +106,12 @@ def micro_batch(rollouts: Sequence[Rollout], positions: Sequence[int], alignment
     )
 
 
-def _columns(rollout: Rollout | None, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Input tokens, targets and engine log-probs of one whole sequence, padded to `length`."""
+def _columns(rollout: Rollout | None, length: int, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Input tokens, targets, engine log-probs and indices, from `first`, of one whole sequence, padded to `length`."""
     tokens = torch.zeros(length, dtype=torch.int64)
     targets = torch.full((length,), NO_TARGET)
     engine = torch.zeros(length)
+    index = torch.full((length,), -1)
     if rollout is not None:
         prompt, response = rollout.prompt.token_ids, rollout.completion.token_ids
         inputs = (*prompt, *response)[:-1]
@@ -113,7 +119,8 @@ def _columns(rollout: Rollout | None, length: int) -> tuple[Tensor, Tensor, Tens
         tokens[: len(inputs)] = torch.tensor(inputs)
         targets[predicting] = torch.tensor(response)
         engine[predicting] = torch.tensor(rollout.completion.logprobs)
-    return tokens, targets, engine
+        index[predicting] = torch.arange(first, first + len(response))
+    return tokens, targets, engine, index
 
 
 def _own_part(whole: Tensor, alignment: Alignment) -> Tensor:

@@ -68,7 +68,8 @@ class Policy:
         self.ddp = _wrap(self.chunks, config)
         self.step = TrainStep(self.ddp, groups, config.objective, mismatch_bound=config.rollout.mismatch_bound)
         self._num_updates = num_updates
-        self._skipped_in_a_row = 0
+        self.skipped_in_a_row = 0
+        """Updates skipped since the last one that was made."""
         self.optimizer: MegatronOptimizer | None = None
         self.scheduler: OptimizerParamScheduler | None = None
 
@@ -84,15 +85,19 @@ class Policy:
 
         The first batch needs none: it is trained on by the very weights that generated the rollouts.
         """
+        batches = self.cut(rollouts)
+        for batch in batches[1:]:
+            self.step.old_logprobs(batch)
+        return batches
+
+    def cut(self, rollouts: Sequence[Rollout]) -> list[Batch]:
+        """The batches of a step's updates, without old log-probs."""
         cut = minibatches(
             rollouts,
             groups_per_minibatch=self.config.batch.minibatch_prompts,
             one_class_groups=self.config.objective.one_class_groups,
         )
-        batches = [self.pack(minibatch, needs_scores=i > 0) for i, minibatch in enumerate(cut)]
-        for batch in batches[1:]:
-            self.step.old_logprobs(batch)
-        return batches
+        return [self.pack(minibatch, needs_scores=i > 0) for i, minibatch in enumerate(cut)]
 
     def pack(self, minibatch: Minibatch, *, needs_scores: bool) -> Batch:
         """Plans the minibatch over all ranks and builds this rank's micro-batches."""
@@ -149,8 +154,8 @@ class Policy:
         if finite:
             self.optimizer.step()
             self.scheduler.step(increment=1)
-        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        return Update(gradient, grad_norm, lr, not finite, self._skipped_in_a_row)
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        return Update(gradient, grad_norm, lr, not finite, self.skipped_in_a_row)
 
     def mismatch(self, rollouts: Sequence[Rollout]) -> list[float]:
         """Mean |log-prob here - in the engine| (nats) of each rollout under the present weights; 0 for an empty one.
@@ -172,11 +177,15 @@ class Policy:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return TokenStats(sums.cpu(), float(largest))
 
+    def gather_parameters(self) -> None:
+        """Brings every parameter up to the last update: under overlap_param_gather the next forward pass would."""
+        for chunk in self.ddp:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Every HF (name, tensor) on every rank, one at a time. Collective: all ranks consume all of it."""
-        for chunk in self.ddp:
-            if chunk.ddp_config.overlap_param_gather:  # the last update's parameters may not have been gathered yet
-                chunk.start_param_sync(force_sync=True)
+        self.gather_parameters()
         return stream_hf(self.chunks, self.architecture, tp_group=self.groups.tp, pp_group=self.groups.pp)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_real.records import Prompt, Rollout
 
@@ -30,6 +31,14 @@ class ExpectedLengths:
     def __init__(self) -> None:
         self.of: dict[str, float] = {}
         """Mean response tokens by the prompt's uid."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on from here."""
+        return {"of": dict(self.of)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a saved state."""
+        self.of = dict(state["of"])
 
     def costs(self, prompts: Sequence[Prompt], num_samples: int) -> list[float]:
         """Tokens that each prompt is expected to take; an unknown prompt answers as long as the known ones do."""

@@ -13,6 +13,8 @@ class RunDirectory:
     curves.png       the run at a glance              hf/                         trained weights
     tensorboard/     event files                      logs/run.log                what the terminal showed, with times
     profile/         a trace per profiled step        dumps/step-00012-update-1/  batch of a skipped update
+    checkpoints/     step_12/ and so on, and latest   status.json                 running, stopped, finished or failed
+    lock             whose run this is                rollouts/chunk-*            parts of a step that is not finished
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -26,6 +28,9 @@ class RunDirectory:
         self.log = self.path / "logs" / "run.log"
         self.profile = self.path / "profile"
         self.dumps = self.path / "dumps"
+        self.checkpoints = self.path / "checkpoints"
+        self.status = self.path / "status.json"
+        self.lock = self.path / "lock"
 
     def claim(self, *, exist_ok: bool = False) -> None:
         """Makes the directory for a new run; `exist_ok` goes on in the directory of an earlier one.
@@ -43,6 +48,19 @@ class RunDirectory:
     def rollouts(self, step: int) -> Path:
         """Where the rollouts of a step are."""
         return self.path / "rollouts" / f"step-{step:05d}.jsonl"
+
+    def chunk(self, step: int, draw: int, first_prompt: int) -> Path:
+        """Where a chunk of a step's rollouts is until the step is finished."""
+        return self.path / "rollouts" / f"chunk-{step:05d}-{draw}-{first_prompt:05d}.jsonl"
+
+    def chunks(self, step: int) -> list[Path]:
+        """The chunks of a step that are there."""
+        return sorted(self.path.glob(f"rollouts/chunk-{step:05d}-*.jsonl"))
+
+    def kept_rollouts(self) -> list[tuple[int, Path]]:
+        """(step, file) of every file of rollouts, whole steps and chunks."""
+        files = [*self.path.glob("rollouts/step-*.jsonl"), *self.path.glob("rollouts/chunk-*.jsonl")]
+        return sorted((int(file.stem.split("-")[1]), file) for file in files)
 
     def dump(self, step: int, update: int) -> RunDirectory:
         """A run directory of one step, whose rollouts are the batch of a skipped update: rollout.replay takes it."""

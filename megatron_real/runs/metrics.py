@@ -53,6 +53,7 @@ def step_metrics(
     *,
     num_ranks: int,
     peak_tflops: float | None,
+    seconds_of_ranks: Sequence[Mapping[str, float]] = (),
 ) -> dict[str, float]:
     """All metrics of a step.
 
@@ -64,6 +65,7 @@ def step_metrics(
         seconds: of each stage; "old_logprobs" and "update" are the training ones.
         num_ranks: processes that share the training.
         peak_tflops: of one device; None leaves `mfu` out.
+        seconds_of_ranks: [rank] `seconds` of each.
     """
     in_training = seconds.get("old_logprobs", 0.0) + seconds.get("update", 0.0)
     return {
@@ -76,6 +78,7 @@ def step_metrics(
         "lr": training.lr,
         "skipped_updates": float(len(training.skipped)),
         **{f"seconds/{name}": value for name, value in seconds.items()},
+        **rank_metrics(seconds_of_ranks),
         **speed_metrics(training.tokens, training.flops, in_training * num_ranks, peak_tflops),
     }
 
@@ -146,6 +149,21 @@ def speed_metrics(tokens: int, flops: float, rank_seconds: float, peak_tflops: f
     return speed | ({"mfu": speed["tflops_per_rank"] / peak_tflops} if peak_tflops else {})
 
 
+def rank_metrics(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """rank_seconds/STAGE_min, _mean, _max over the ranks, and _slowest, the rank of the maximum; {} of a single rank.
+
+    A stage that ends in a collective takes all ranks as long as the slowest; others (rollout) show who it is.
+    """
+    metrics = {}
+    for name in seconds[0] if len(seconds) > 1 else ():
+        values = [rank.get(name, 0.0) for rank in seconds]
+        metrics[f"rank_seconds/{name}_min"] = min(values)
+        metrics[f"rank_seconds/{name}_mean"] = _mean(values)
+        metrics[f"rank_seconds/{name}_max"] = max(values)
+        metrics[f"rank_seconds/{name}_slowest"] = float(values.index(max(values)))
+    return metrics
+
+
 def percentile(values: Sequence[float], percent: float) -> float:
     """Linear interpolation between the two nearest values, as numpy does by default; NaN of nothing."""
     if not values:
@@ -163,8 +181,15 @@ def _mean(values: Sequence[float]) -> float:
 class MetricsWriter:
     """Appends rows to metrics.jsonl and evaluations.jsonl, and the same figures to TensorBoard and W&B where asked."""
 
-    def __init__(self, directory: RunDirectory, *, tensorboard: bool, wandb: Mapping[str, Any] | None) -> None:
-        """`wandb`: the run's configuration, or None to leave W&B out.
+    def __init__(
+        self,
+        directory: RunDirectory,
+        *,
+        tensorboard: bool,
+        wandb: Mapping[str, Any] | None,
+        first_step: int | None = None,
+    ) -> None:
+        """`wandb`: the run's configuration, or None to leave W&B out. `first_step`: of a resumed run.
 
         Raises:
             ValueError: W&B is asked for but not installed.
@@ -175,7 +200,7 @@ class MetricsWriter:
         if wandb is not None:
             self._open_wandb(wandb)
         if tensorboard:
-            self._open_tensorboard()
+            self._open_tensorboard(first_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """The row of a finished step. What is not finite becomes null."""
@@ -198,10 +223,10 @@ class MetricsWriter:
         for sink in self._sinks:
             sink(step, finite)
 
-    def _open_tensorboard(self) -> None:
+    def _open_tensorboard(self, first_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        events = SummaryWriter(str(self._directory.tensorboard))
+        events = SummaryWriter(str(self._directory.tensorboard), purge_step=first_step)
 
         def write(step: int, values: Mapping[str, float]) -> None:
             for name, value in values.items():

@@ -47,19 +47,26 @@ class StageTimer:
         """The stage that runs now."""
         self.started = 0.0
         """When it began, on the clock of time.perf_counter()."""
+        self.begun = 0
+        """Stages begun so far."""
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Times one stage; a stage that comes several times adds up. Stages do not nest."""
         assert self.current is None, f"stage {name} begins within {self.current}"
-        self.current, self.started = name, time.perf_counter()
+        self.current, self.started, self.begun = name, time.perf_counter(), self.begun + 1
         try:
             with record_function(name):
                 yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - self.started
             self.current = None
+
+    def at(self) -> tuple[int, str, float]:
+        """(stages begun, the present one or "", seconds in it), for a thread that watches."""
+        name = self.current
+        return self.begun, name or "", time.perf_counter() - self.started if name else 0.0
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds of each stage since the last call, in the order they first ran."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_train import train
+from tests.integration.conftest import train
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,36 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-CONFIG = ROOT / "examples/configs/quickstart.yaml"
-
-
-def command(base: Path, run_dir: Path, *words: str, processes: int = 2) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    paths = [f"model.path={base}", f"data.train={base}/train.jsonl", f"data.heldout={base}/heldout.jsonl"]
-    return [
-        sys.executable, *launcher, "-m", "megatron_real", "train", str(CONFIG), f"trainer.run_dir={run_dir}",
-        "trainer.tensorboard=false", *paths, *words,
-    ]  # fmt: skip
-
-
-def train(base: Path, run_dir: Path, *words: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    run = command(base, run_dir, *words, processes=processes)
-    return subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=400)
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+from tests.integration.conftest import ROOT, command, rows, train
 
 
 def pairs(path: Path) -> list[tuple[int, ...]]:
@@ -179,12 +160,14 @@ def test_updates_that_are_not_finite_stop_the_run(learned: Path, base: Path, tmp
     assert len(list((tmp_path / "run/dumps").iterdir())) == 3
 
 
-def test_a_run_directory_is_not_overwritten(learned: Path, base: Path) -> None:
-    before = (learned / "metrics.jsonl").read_bytes()
-    done = train(base, learned, processes=1)
+def test_a_run_directory_without_checkpoints_is_not_overwritten(learned: Path, base: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(learned, run_dir, ignore=shutil.ignore_patterns("checkpoints", "hf", "profile"))
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    done = train(base, run_dir, processes=1)
     assert done.returncode == 2
-    assert f"{learned} holds a run already" in done.stderr and "Traceback" not in done.stderr
-    assert (learned / "metrics.jsonl").read_bytes() == before
+    assert f"{run_dir} holds a run already" in done.stderr and "Traceback" not in done.stderr
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 
 def test_ctrl_c_ends_cleanly(base: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from tests.distributed import sync_jobs
-from tests.integration.test_train import ROOT, heldout, rows, train
+from tests.integration.conftest import ROOT, rows, train
+from tests.integration.test_train import heldout
 from tests.integration.vllm_job import NAMES
 
 VERSION = "0.32.0"

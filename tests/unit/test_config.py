@@ -77,7 +77,7 @@ REFUSED = {
     "megatron.lora_rank=8": "LoRA is not supported",
     "megatron.tensor_model_parallel_size=2": "is set by parallel.tp; set that instead",
     "rollout.tis_clip=2": "importance weights of tokens have no meaning for a loss of sequence scores",
-    "rollout.sync.probe_every=-1": "rollout.sync.probe_every is -1; it must be 0 (never) or above",
+    "rollout.sync.probe_every=-1": "rollout.sync.probe_every is -1; it must be 0 (off) or above",
     "rollout.sleep_level=3": "rollout.sleep_level is 3; it takes one of 0, 1, 2",
     "rollout.exclude_mismatch=0": "rollout.exclude_mismatch is 0.0; it must be above 0, or null",
     "rollout.engine=transformers rollout.tp=2": "rollout.tp = 2 needs rollout.engine=vllm",

@@ -63,7 +63,6 @@ def one_step(reporter):
     with reporter.progress:
         reporter.evaluated(0, accuracy())
         with reporter.step(1):
-            reporter.rollouts(1, ROLLOUTS)
             for stage in ("old_logprobs", "update"):
                 with reporter.progress.stage(stage):
                     pass
@@ -89,6 +88,7 @@ def test_a_run_leaves_its_files_and_says_where(done):
         "metrics.jsonl",
         "evaluations.jsonl",
         "curves.png",
+        "status.json",
         "logs/run.log",
         "profile/step-00001.json",
         "rollouts/step-00001.jsonl",

@@ -1,0 +1,94 @@
+# One Slurm job of a run that may take many. Sourced by examples/real_*.sh, on the first node, outside of the container.
+#
+#   convert the weights once -> node.sh on every node: check, train -> what became of the run? -> requeue, or end
+#
+# The job is requeued when the run stopped early (USR1 before the time limit, scancel --signal=USR1, preemption,
+# trainer.max_hours) and after a fault; not when it finished or failed by itself, nor when the user cancelled the job.
+set -uo pipefail
+cd "${PROJECT:-$SLURM_SUBMIT_DIR}"
+
+max_faults=3 # so many in a row without a new checkpoint end the chain
+life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+for name in MODEL MEGATRON TRAIN HELDOUT RUN_DIR CONFIG VENV; do
+    [ -z "${!name}" ] || printf -v "$name" %s "$(realpath -m "${!name}")" # a container has the same paths
+done
+mkdir -p "$RUN_DIR/logs"
+
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+RANK_LOGS=$RUN_DIR/logs/ranks/$life
+export MASTER_ADDR MASTER_PORT RANK_LOGS RUN_DIR
+
+on_nodes=(--ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE")
+if [ -n "$CONTAINER" ]; then
+    mounts=$PWD,$RUN_DIR,$MODEL,$(dirname "$MEGATRON"),$(dirname "$TRAIN"),$(dirname "$HELDOUT")
+    on_nodes+=(--container-image="$CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD")
+else
+    export VENV
+fi
+
+say() { echo "[$(date '+%F %T') job $life] $*"; }
+
+# "running", "stopped" and so on, if this life of the job has said so.
+state() { sed -n "s/.*\"state\": \"\([a-z]*\)\".*\"life\": \"$life\".*/\1/p" "$RUN_DIR/status.json" 2>/dev/null; }
+
+# Slurm has not taken the job away meanwhile, and perhaps started it anew.
+ours() { [[ $(scontrol show job "$SLURM_JOB_ID") == *"JobState=RUNNING "*"Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; }
+
+again() {
+    if [ -n "$ended" ]; then
+        say "$1; Slurm ends this job: if it was cancelled, the same sbatch goes on from there"
+    elif ! ours; then
+        say "$1; Slurm has taken the job away, and starts it again if it will"
+    elif say "$1; requeueing" && scontrol requeue "$SLURM_JOB_ID"; then
+        sleep 60 # Slurm ends this script
+    else
+        say "this cluster does not requeue: the same sbatch goes on from there"
+    fi
+    exit 75
+}
+
+requested='' ended=''
+trap 'requested=yes' USR1
+trap 'requested=yes ended=yes' TERM
+
+if [ ! -e "$MEGATRON" ]; then
+    say "converting $MODEL to $MEGATRON (once)"
+    srun --nodes=1 "${on_nodes[@]}" bash examples/slurm/node.sh convert to-megatron "$MODEL" "$MEGATRON" || exit 1
+fi
+
+say "$SLURM_NNODES nodes ($SLURM_JOB_NODELIST) x $SLURM_GPUS_ON_NODE processes; logs of all ranks: $RANK_LOGS"
+# A rank that ends takes the others down itself; --wait ends what is left all the same.
+# shellcheck disable=SC2086 # OVERRIDES are words
+srun --wait=600 "${on_nodes[@]}" bash examples/slurm/node.sh train "$CONFIG" "trainer.run_dir=$RUN_DIR" \
+    "model.path=$MODEL" "model.weights=$MEGATRON" "data.train=$TRAIN" "data.heldout=$HELDOUT" $OVERRIDES &
+step=$!
+while kill -0 "$step" 2>/dev/null; do
+    if [ -n "$requested" ]; then
+        say "Slurm asks for the end: the ranks save and stop"
+        kill -USR1 "$step" # srun passes it on
+        requested=''
+    fi
+    sleep 1
+done
+if wait "$step"; then
+    say "the run has finished"
+    exit
+fi
+
+case $(state) in
+    stopped) again "the run has stopped early, everything is saved" ;;
+    running | crashed)
+        grep -rhoE --include='stderr.log' '(rank [0-9]+ (on|ended)|.* now belongs to ).*' "$RANK_LOGS" | sort | uniq -c | sort -rn | head -n 3
+        echo "after $(cat "$RUN_DIR/checkpoints/latest" 2>/dev/null || echo the start)" >> "$RUN_DIR/logs/faults"
+        if [ "$(tail -n $max_faults "$RUN_DIR/logs/faults" | uniq -c | awk '{print $1; exit}')" -ge $max_faults ]; then
+            rm "$RUN_DIR/logs/faults"
+            say "the $max_faults last faults came without a new checkpoint between them: not requeued; see $RANK_LOGS"
+            exit 1
+        fi
+        again "a fault ended the run"
+        ;;
+    failed) say "the run has failed: $(cat "$RUN_DIR/status.json")" && exit 1 ;;
+    *) say "the run did not start; the reason is above, or in $RANK_LOGS" && exit 1 ;;
+esac

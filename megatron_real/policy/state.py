@@ -1,0 +1,157 @@
+"""The policy's state as megatron-core's dist_checkpointing sees it, and the state of a step that is not finished.
+
+Sharded tensors carry megatron-core's own names and global shapes, so a checkpoint does not depend on the layout, and
+Megatron-LM's tools read the model of it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import numpy
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch import Tensor
+
+from megatron_real.policy.optimizer_state import adam_step, set_adam_step, sharded_optimizer_state
+from megatron_real.policy.policy import Policy, Update
+from megatron_real.policy.train_step import Batch, Gradient, TokenStats
+from megatron_real.records import Rollout
+
+
+def sharded_state(policy: Policy) -> dict[str, Any]:
+    """Model and optimizer as a sharded state dict. Collective."""
+    assert policy.optimizer is not None, "load() builds the optimizer"
+    policy.gather_parameters()
+    state = {
+        "model" if len(policy.chunks) == 1 else f"model{i}": chunk.sharded_state_dict()
+        for i, chunk in enumerate(policy.chunks)
+    }
+    leaves = [leaf for model in state.values() for leaf in model.values()]
+    return {**state, "optimizer": sharded_optimizer_state(policy.optimizer, leaves)}
+
+
+def load_sharded_state(policy: Policy, state: Mapping[str, Any]) -> None:
+    """Takes over what dist_checkpointing has read into `sharded_state`; the optimizer's has been read in place."""
+    for i, chunk in enumerate(policy.chunks):
+        chunk.load_state_dict(state["model" if len(policy.chunks) == 1 else f"model{i}"])
+
+
+def schedule_state(policy: Policy) -> dict[str, int]:
+    """Where the learning-rate schedule is, and how many updates in a row were skipped."""
+    assert policy.scheduler is not None and policy.optimizer is not None, "load() builds both"
+    return {
+        "num_updates": policy.scheduler.num_steps,
+        "adam_step": adam_step(policy.optimizer),
+        "skipped_in_a_row": policy.skipped_in_a_row,
+    }
+
+
+def load_schedule_state(policy: Policy, state: Mapping[str, int]) -> None:
+    """Sets the schedule of this run's configuration to the saved update."""
+    assert policy.scheduler is not None and policy.optimizer is not None, "load() builds both"
+    set_adam_step(policy.optimizer, state["adam_step"])
+    policy.scheduler.num_steps = 0
+    policy.scheduler.step(increment=state["num_updates"])
+    policy.skipped_in_a_row = state["skipped_in_a_row"]
+
+
+def rng_state() -> dict[str, Any]:
+    """Every random generator of this rank, as what torch.load(weights_only=True) reads."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = cast(tuple[Any, ...], numpy.random.get_state(legacy=True))
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "megatron": dict(get_cuda_rng_tracker().get_states()),
+    }
+
+
+def load_rng_state(state: Mapping[str, Any]) -> None:
+    """Sets every random generator of this rank."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype("uint32"), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A step of which some updates are made and some are not."""
+
+    updates: list[Update]
+    """Those that are made."""
+    old_logprobs: list[Tensor | None]
+    """[batches] of each: [response tokens of the minibatch's rollouts, in order] log-probs under the weights that
+    generated them; None for the batches that are done with."""
+    stats: TokenStats
+    """Token-level figures of the whole step: all log-probs that they compare are known."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors, as torch.load(weights_only=True) reads them."""
+        return {
+            "updates": [{**asdict(u), "gradient": dict(vars(u.gradient))} for u in self.updates],
+            "old_logprobs": self.old_logprobs,
+            "stats": {"sums": self.stats.sums, "largest": self.stats.largest},
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Unfinished:
+        """The inverse of `state_dict`."""
+        updates = [Update(**{**u, "gradient": Gradient(**u["gradient"])}) for u in state["updates"]]
+        return cls(updates, list(state["old_logprobs"]), TokenStats(**state["stats"]))
+
+
+def unfinished(policy: Policy, batches: Sequence[Batch], updates: Sequence[Update]) -> Unfinished:
+    """What the rest of a step needs, after `updates`; at least one. Collective: the same on every rank."""
+    done = len(updates)
+    assert 0 < done < len(batches), "a step without updates is begun anew from its rollouts"
+    known: list[Tensor | None] = [None if i < done else _old_logprobs(policy, b) for i, b in enumerate(batches)]
+    return Unfinished(list(updates), known, policy.token_stats(batches))
+
+
+def _old_logprobs(policy: Policy, batch: Batch) -> Tensor:
+    """[N] old log-probs of the minibatch's response tokens, from the ranks that hold them; 0 for rollouts not kept."""
+    groups, device = policy.groups, batch.label_R.device
+    old_N = torch.zeros(batch.minibatch.num_response_tokens, dtype=torch.float64, device=device)
+    if groups.is_last_stage:
+        for micro in batch.micro_batches:
+            assert micro.old_logprob_T is not None, "batches after the first have old log-probs before any update"
+            chosen = micro.index_T >= 0
+            old_N[micro.index_T[chosen]] = micro.old_logprob_T[chosen].double()
+        dist.all_reduce(old_N, group=groups.dp_cp)
+    if groups.pp.size() > 1:
+        dist.broadcast(old_N, src=dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
+    return old_N.cpu()
+
+
+def prepare(policy: Policy, rollouts: Sequence[Rollout], begun: Unfinished | None) -> tuple[list[Batch], list[Update]]:
+    """A step's batches, ready for their updates, and the updates that an earlier life of the run has made."""
+    if begun is None:
+        return policy.prepare(rollouts), []
+    batches = policy.cut(rollouts)
+    _take_up(policy, batches, begun)
+    return batches, list(begun.updates)
+
+
+def _take_up(policy: Policy, batches: Sequence[Batch], begun: Unfinished) -> None:
+    """Gives freshly packed batches, in whatever layout, what `unfinished` has kept of them."""
+    for batch, old_N in zip(batches, begun.old_logprobs, strict=True):
+        if old_N is None:
+            continue
+        batch.has_old_logprobs = True
+        for micro in batch.micro_batches if policy.groups.is_last_stage else ():
+            old_logprob_N = old_N.to(micro.engine_logprob_T)
+            micro.old_logprob_T = torch.where(micro.index_T >= 0, old_logprob_N[micro.index_T.clamp(min=0)], 0)
+    if policy.groups.writes_logprobs and policy.groups.dp.rank() == 0:  # one rank's share of the sum is all of it
+        batches[0].tokens.sums, batches[0].tokens.largest = begun.stats.sums.clone(), begun.stats.largest

@@ -1,0 +1,66 @@
+"""What may change between a run and its resumption. Loadable without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+REFUSED: Mapping[str, str] = {
+    "trainer.seed": "the order of the prompts and all sampling depend on it",
+    "data.shuffle": "the order of the prompts depends on it",
+    "model.dtype": "the optimizer's state has another form",
+    "objective.variant": "one run would optimise two objectives",
+    "optimizer.beta1": "the saved moments were gathered with it",
+    "optimizer.beta2": "the saved moments were gathered with it",
+    "rollout.replay": "the rollouts come from elsewhere",
+}
+"""Settings that a resumed run may not change, with the reason. (Other prompts are refused by the prompt cursor.)"""
+
+_WITHIN_A_STEP = (
+    "batch.minibatch_prompts",
+    "rollout.num_prompts",
+    "rollout.group_size",
+    "rollout.temperature",
+    "objective.",
+)
+_OF_ROLLOUTS = ("model.", "data.", "rollout.", "labels.")
+_UNSAID = ("trainer.run_dir",)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(name, value before, value now) of every setting that differs; a setting that one lacks is None there."""
+    for name in [*before, *(name for name in now if name not in before)]:
+        old, new, path = before.get(name), now.get(name), f"{prefix}{name}"
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from changes(old, new, f"{path}.")
+        elif _plain(old) != _plain(new) and path not in _UNSAID:
+            yield path, old, new
+
+
+def check_changes(before: Mapping[str, Any], now: Mapping[str, Any], *, within_a_step: bool) -> list[str]:
+    """A line for each setting that changed.
+
+    Raises:
+        ValueError: one of them may not; names it, both values and the reason.
+    """
+    lines = []
+    for name, old, new in changes(before, now):
+        reason = REFUSED.get(name)
+        if reason is None and within_a_step and name.startswith(_WITHIN_A_STEP):
+            reason = "the checkpoint is in the middle of a step that was begun with it"
+        if reason is not None:
+            raise ValueError(
+                f"{name} was {old!r} and is now {new!r}, which a resumed run may not change: {reason}; "
+                f"set {name}={old}, or give another trainer.run_dir"
+            )
+        lines.append(f"{name}: {old!r} -> {new!r}")
+    return lines
+
+
+def same_rollouts(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Nothing changed that the rollouts of a step depend on."""
+    return not any(name.startswith(_OF_ROLLOUTS) for name, _, _ in changes(before, now))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

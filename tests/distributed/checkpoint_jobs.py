@@ -1,0 +1,112 @@
+"""What the workers run for test_checkpoint.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_real.config import Config
+from tests.distributed.jobs import new_policy, rollouts_of
+from tests.distributed.reference import Sample
+
+
+def trained_and_saved(config: Config, samples: list[Sample], folder: str, live: bool = False) -> dict[str, Any]:
+    """Three updates, a copy of the state, three more, and only then the write of the copy.
+
+    Args:
+        live: the negative control: the state itself takes the place of its copy.
+    """
+    from megatron_real.policy.state import schedule_state, sharded_state
+    from megatron_real.runs import staging
+
+    policy = new_policy(config, config.model.path)
+    rollouts = rollouts_of(samples)
+    for batch in policy.prepare(rollouts):
+        policy.update(batch)
+    found = state_of(policy)
+    if live:
+        staging.Staging._copied = lambda self, leaf: leaf.data.detach()
+    store = staging.Staging(policy.groups.dp_cp)
+    by_key, common = store.copy(sharded_state(policy))
+    schedule = schedule_state(policy)
+    for batch in policy.prepare(rollouts):
+        policy.update(batch)
+    first = dist.get_rank() == 0
+    if first:
+        Path(folder).mkdir()
+    dist.barrier()
+    staging.write(Path(folder), by_key, dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None)
+    if first:
+        staging.write_common(Path(folder), common)
+    return {**found, "schedule": schedule, "later": state_of(policy)["weights"]}
+
+
+def resumed(config: Config, samples: list[Sample], folder: str, schedule: dict[str, int]) -> dict[str, Any]:
+    """The state read back in this layout, and the weights three updates later."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_real.policy.state import load_schedule_state, load_sharded_state, sharded_state
+
+    policy = new_policy(config, config.model.path)
+    load_sharded_state(policy, dist_checkpointing.load(sharded_state(policy), folder))
+    load_schedule_state(policy, schedule)
+    found = state_of(policy)
+    for batch in policy.prepare(rollouts_of(samples)):
+        policy.update(batch)
+    return {**found, "later": state_of(policy)["weights"]}
+
+
+def state_of(policy: Any) -> dict[str, Any]:
+    """The weights by their HF names, and this rank's pieces of the optimizer's state with their places."""
+    from megatron_real.policy.state import sharded_state
+
+    pieces = [
+        (piece.key, piece.global_shape, piece.global_offset, piece.data.clone())
+        for piece in sharded_state(policy)["optimizer"].values()
+    ]
+    return {"weights": {name: tensor.clone() for name, tensor in policy.stream()}, "pieces": pieces}
+
+
+def stopped_within_a_step(config: Config, samples: list[Sample], done: int) -> dict[str, Any]:
+    """The state of a step after `done` of its updates, and what the rest of them gave."""
+    from megatron_real.policy.state import unfinished
+
+    policy = new_policy(config, config.model.path)
+    batches = policy.prepare(rollouts_of(samples))
+    updates = [policy.update(batch) for batch in batches[:done]]
+    begun = unfinished(policy, batches, updates).state_dict()
+    rest = [policy.update(batch) for batch in batches[done:]]
+    return {
+        "begun": begun,
+        "scores": [u.gradient.score_R for u in rest],
+        "stats": policy.token_stats(batches).means(),
+    }
+
+
+def taken_up(config: Config, samples: list[Sample], begun: dict[str, Any], done: int) -> dict[str, Any]:
+    """The same rest, in this layout, from `begun`; the updates before it are made again to have the same weights."""
+    from megatron_real.policy.state import Unfinished, prepare
+
+    policy = new_policy(config, config.model.path)
+    for batch in policy.prepare(rollouts_of(samples))[:done]:
+        policy.update(batch)
+    batches, updates = prepare(policy, rollouts_of(samples), Unfinished.from_state_dict(begun))
+    assert len(updates) == done
+    rest = [policy.update(batch) for batch in batches[done:]]
+    return {"scores": [u.gradient.score_R for u in rest], "stats": policy.token_stats(batches).means()}
+
+
+def assembled(ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The whole tensors of the optimizer's state, from the pieces of all ranks; NaN where nobody has an element."""
+    whole: dict[str, torch.Tensor] = {}
+    for rank in ranks:
+        for key, shape, offset, data in rank["pieces"]:
+            tensor = whole.setdefault(key, torch.full(shape, torch.nan))
+            place = tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))
+            known = ~tensor[place].isnan()
+            assert torch.equal(tensor[place][known], data[known]), f"two ranks disagree on {key}"
+            tensor[place] = data
+    return whole

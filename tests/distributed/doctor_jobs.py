@@ -1,0 +1,48 @@
+"""What the doctor's tests run on every rank, on pretended nodes and with pretended faults."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch.distributed as dist
+
+from megatron_real.doctor import network, report
+from megatron_real.doctor.finding import Finding
+
+
+def clocks(*, nodes: int, ahead: float) -> Finding:
+    """Ranks spread over so many nodes; the last node's clock is `ahead` seconds."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    hosts = [f"n{r * nodes // size}" for r in range(size)]
+    true, off = time.time, ahead if hosts[rank] == f"n{nodes - 1}" else 0.0
+    with mock.patch.object(network.time, "time", lambda: true() + off):
+        return network.clocks(hosts)
+
+
+def shared_directory(*, directories: list[Path]) -> Finding:
+    """Each rank's view of the run directory."""
+    return network.shared_directory(directories[dist.get_rank()])
+
+
+def all_reduce(*, faulty_rank: int | None) -> Finding:
+    """A faulty rank adds 1 to one element of its sum."""
+    true = dist.all_reduce
+
+    def wrong(tensor: Any, **options: Any) -> None:
+        true(tensor, **options)
+        if not options and dist.get_rank() == faulty_rank:
+            tensor[-1] += 1
+
+    with mock.patch.object(network.dist, "all_reduce", wrong):
+        return network.all_reduce(nodes=2, size=4 << 20)
+
+
+def reported(*, run_dir: Path) -> list[Finding]:
+    """The whole report of two nodes."""
+    rank = dist.get_rank()
+    with mock.patch.dict(os.environ, SLURMD_NODENAME=f"n{rank // 2}", LOCAL_RANK=str(rank % 2), LOCAL_WORLD_SIZE="2"):
+        return report(run_dir)

@@ -1,0 +1,109 @@
+"""Checkpoints across layouts, against the very tensors that were saved: equal bit for bit, or the test fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_real.policy.optimizer_state import boxes
+from tests.distributed import checkpoint_jobs as jobs
+from tests.distributed import reference
+from tests.distributed.test_policy import config_of
+from tests.distributed.world import World
+
+ModelMaker = Callable[..., Path]
+SAMPLES = reference.minibatch(1, vocab=101)
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "plain": (1, {}),
+    "dp2": (2, {}),
+    "tp2-sp": (2, {"tp": 2, "sp": True}),
+    "pp2-dp2": (4, {"pp": 2}),
+    "pp2-vpp2": (2, {"pp": 2, "vpp": 2}),
+    "cp2-dp2": (4, {"cp": 2}),
+    "tp2-pp2-dp2": (8, {"tp": 2, "pp": 2}),
+    "dp2-not-distributed": (2, {"distributed": False}),
+    "dp2-overlap": (2, {"megatron": {"overlap_grad_reduce": True, "overlap_param_gather": True}}),
+}
+PAIRS = [
+    ("plain", "tp2-pp2-dp2"), ("tp2-pp2-dp2", "dp2"), ("dp2", "tp2-sp"), ("tp2-sp", "pp2-vpp2"),
+    ("pp2-vpp2", "cp2-dp2"), ("cp2-dp2", "dp2-not-distributed"), ("dp2-not-distributed", "pp2-dp2"),
+    ("dp2-overlap", "plain"), ("pp2-dp2", "dp2-overlap"),
+]  # fmt: skip
+
+
+def run(world: World, path: Path, layout: str, job: Any, **arguments: Any) -> list[Any]:
+    size, options = LAYOUTS[layout]
+    return world.run(job, size, config=config_of(path, **options), samples=SAMPLES, **arguments)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("before", "after"), PAIRS, ids=[f"{a}-to-{b}" for a, b in PAIRS])
+def test_another_layout_reads_the_same_state(
+    world: World, tiny_model: ModelMaker, tmp_path: Path, before: str, after: str, tied: bool
+) -> None:
+    """Training went on between the copy and the write, so this is saving while stepping too."""
+    path, folder = tiny_model("qwen2", tie_word_embeddings=tied), str(tmp_path / "saved")
+    saved = run(world, path, before, jobs.trained_and_saved, folder=folder)
+    read = run(world, path, after, jobs.resumed, folder=folder, schedule=saved[0]["schedule"])
+    for name, tensor in saved[0]["weights"].items():
+        assert torch.equal(tensor, read[0]["weights"][name]), name
+    mine, theirs = jobs.assembled(saved), jobs.assembled(read)
+    assert mine.keys() >= {"optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight"}
+    for key in mine:
+        shape = tuple(slice(0, min(a, b)) for a, b in zip(mine[key].shape, theirs[key].shape, strict=True))
+        assert torch.equal(mine[key][shape], theirs[key][shape]), key  # the vocabulary's padding depends on the layout
+        assert not mine[key].isnan().any(), f"nobody saved a part of {key}"
+    for name, tensor in saved[0]["later"].items():
+        moved = (tensor - saved[0]["weights"][name]).norm()
+        assert (tensor - read[0]["later"][name]).norm() <= 0.01 * moved, f"{name} goes on otherwise"
+
+
+@pytest.mark.parametrize("layout", ["plain", "tp2-pp2-dp2", "cp2-dp2", "dp2-overlap"])
+def test_the_same_layout_goes_on_bit_for_bit(world: World, tiny_model: ModelMaker, tmp_path: Path, layout: str) -> None:
+    path, folder = tiny_model("qwen2"), str(tmp_path / "saved")
+    saved = run(world, path, layout, jobs.trained_and_saved, folder=folder)
+    read = run(world, path, layout, jobs.resumed, folder=folder, schedule=saved[0]["schedule"])
+    for name, tensor in saved[0]["later"].items():
+        assert torch.equal(tensor, read[0]["later"][name]), name
+
+
+def test_without_the_copy_the_file_holds_later_weights(world: World, tiny_model: ModelMaker, tmp_path: Path) -> None:
+    """Negative control of the two tests above."""
+    path, folder = tiny_model("qwen2"), str(tmp_path / "saved")
+    saved = run(world, path, "plain", jobs.trained_and_saved, folder=folder, live=True)
+    read = run(world, path, "plain", jobs.resumed, folder=folder, schedule=saved[0]["schedule"])
+    name = "model.embed_tokens.weight"
+    assert not torch.equal(saved[0]["weights"][name], read[0]["weights"][name])
+    assert torch.equal(saved[0]["later"][name], read[0]["weights"][name])
+
+
+@pytest.mark.parametrize("after", ["plain", "tp2-sp", "pp2-dp2", "cp2-dp2"])
+@pytest.mark.parametrize("before", ["plain", "tp2-pp2-dp2", "cp2-dp2"])
+def test_a_step_is_ended_on_another_layout(world: World, tiny_model: ModelMaker, before: str, after: str) -> None:
+    """The scores of the remaining updates are against the old log-probs that were kept. Same layout: bit for bit."""
+    path = tiny_model("qwen2")
+    stopped = run(world, path, before, jobs.stopped_within_a_step, done=1)[0]
+    found = run(world, path, after, jobs.taken_up, begun=stopped["begun"], done=1)[0]
+    for mine, theirs in zip(found["scores"], stopped["scores"], strict=True):
+        if before == after:
+            assert torch.equal(mine, theirs)
+        assert torch.allclose(mine, theirs, rtol=0, atol=2e-5)
+    assert max(float(scores.abs().max()) for scores in stopped["scores"]) > 1e-3, "the update moved the weights"
+    assert found["stats"] == stopped["stats"], "the figures of the tokens are those that were saved"
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 4), (1, 5), (2, 3, 4), (5, 1)])
+def test_boxes_cover_every_run_of_elements(shape: tuple[int, ...]) -> None:
+    index = torch.arange(torch.Size(shape).numel()).view(shape)
+    for low in range(index.numel() + 1):
+        for high in range(low, index.numel() + 1):
+            found = [
+                index[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))].flatten()
+                for offset, size in boxes(shape, low, high)
+            ]
+            assert torch.cat([torch.empty(0, dtype=torch.int64), *found]).tolist() == list(range(low, high))
+            assert all(len(f) for f in found)

@@ -1,0 +1,148 @@
+"""The private cluster, and runs on it by the scripts of examples/ as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import ROOT
+from tests.integration.slurm import cluster as slurm
+from tests.integration.slurm.cluster import Cluster
+
+OVERRIDES = (
+    "model.dtype=fp32", "rollout.engine=transformers", "trainer.steps=12", "trainer.tensorboard=false", "data.suffix=",
+    "data.max_prompt_tokens=16", "rollout.num_prompts=16", "rollout.chunk_prompts=8", "rollout.temperature=1.0",
+    "rollout.max_response_tokens=8", "labels.workers=1", "batch.minibatch_prompts=4", "batch.max_tokens=2048",
+    "optimizer.lr=5e-5", "evaluation.every=5", "evaluation.max_problems=20", "evaluation.samples=1",
+    "checkpoint.every=3", "parallel.tp=1", "parallel.sp=false",
+)  # fmt: skip
+START_SECONDS, RUN_SECONDS = 150.0, 240.0
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes."""
+    if reason := slurm.missing():
+        pytest.skip(reason)
+    with Cluster(tmp_path_factory.mktemp("slurm")) as started:
+        yield started
+
+
+class Run:
+    """A run directory, and the jobs that work on it.
+
+    Example:
+        run = Run(cluster, base, tmp_path / "run")
+        job = run.submit("--nodes=1")
+        run.wait_for_row(4)
+        run.wait_for_end(job)
+    """
+
+    def __init__(self, cluster: Cluster, base: Path, directory: Path, *words: str) -> None:
+        """`words`: more settings of the configuration."""
+        self.cluster, self.directory = cluster, directory
+        self.log = directory.with_name(f"{directory.name}-job.log")
+        self._settings = {
+            "SBATCH_PARTITION": "main",
+            "SBATCH_GPUS_PER_NODE": "1",
+            "SBATCH_OUTPUT": str(self.log),
+            "MODEL": str(base),
+            "MEGATRON": f"{directory}-megatron",
+            "TRAIN": f"{base}/train.jsonl",
+            "HELDOUT": f"{base}/heldout.jsonl",
+            "RUN_DIR": str(directory),
+            "VENV": sys.prefix,
+            "OVERRIDES": " ".join([*OVERRIDES, *words]),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def submit(self, *options: str) -> str:
+        """Submits the 7B script, unmodified; returns the job's number."""
+        words = ["sbatch", "--parsable", *options, "examples/real_7b.sh"]
+        return self.cluster.run(*words, environment=self._settings).strip()
+
+    def wait_for_row(self, number: int) -> None:
+        """Until the run has written its `number`-th row of metrics."""
+        metrics = self.directory / "metrics.jsonl"
+        self.wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= number, f"row {number}")
+
+    def wait_for(self, happened: Callable[[], object], what: str) -> None:
+        """As Cluster.wait_for; shows the job's log where nothing happens."""
+        try:
+            self.cluster.wait_for(happened, what, seconds=START_SECONDS)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.said()}") from None
+
+    def wait_for_end(self, job: str, state: str = "COMPLETED") -> None:
+        """Until Slurm has no more to do for the job."""
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+        self.cluster.wait_for(
+            lambda: self.cluster.fields(job)["JobState"] in ends, f"end of {job}", seconds=RUN_SECONDS
+        )
+        assert self.cluster.fields(job)["JobState"] == state, self.said()
+
+    def wait_for_restart(self, job: str, number: int) -> None:
+        """Until Slurm has started the job again so often, or is about to."""
+        self.wait_for(lambda: self.restarts(job) == number, f"restart {number} of job {job}")
+
+    def restarts(self, job: str) -> int:
+        """How often Slurm has started the job again."""
+        return int(self.cluster.fields(job)["Restarts"])
+
+    def said(self) -> str:
+        """The jobs' log."""
+        return self.log.read_text() if self.log.exists() else ""
+
+    def status(self) -> str:
+        """What status.json says."""
+        file = self.directory / "status.json"
+        return file.read_text() if file.exists() else ""
+
+    def ranks(self) -> dict[int, int]:
+        """The pid of each rank."""
+        found = self._processes("RANK")
+        return {int(values["RANK"]): pid for pid, values in found.items() if "TORCHELASTIC_RUN_ID" in values}
+
+    def kill(self, *, script: bool) -> None:
+        """SIGKILL to all ranks and launchers, and to the job's script too."""
+        for pid in self._processes("SLURM_JOB_ID" if script else "SLURM_STEP_ID"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _processes(self, variable: str) -> dict[int, dict[str, str]]:
+        """{pid: environment} of the processes that work in this directory and have a variable."""
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it may have ended
+                words = (process / "environ").read_text(errors="replace").split("\0")
+                values = dict(word.split("=", 1) for word in words if "=" in word)
+                if values.get("RUN_DIR") == str(self.directory) and variable in values:
+                    found[int(process.name)] = values
+        return found
+
+
+@pytest.fixture
+def run(cluster: Cluster, base: Path, tmp_path: Path) -> Run:
+    """A run directory of its own."""
+    return Run(cluster, base, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run by two processes that nobody disturbs, without Slurm and from the HF weights."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    paths = (f"model.path={base}", f"data.train={base}/train.jsonl", f"data.heldout={base}/heldout.jsonl")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "megatron_real", "train",
+        "examples/configs/real_7b.yaml", f"trainer.run_dir={run_dir}", *paths, *OVERRIDES,
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_SECONDS)
+    assert done.returncode == 0, done.stderr
+    return run_dir

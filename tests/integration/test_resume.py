@@ -1,0 +1,225 @@
+"""A run that is killed, stopped or moved, and started again by the same command, ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.integration.conftest import ROOT, command, rows, train
+
+WORDS = (
+    "trainer.steps=12", "rollout.num_prompts=16", "rollout.chunk_prompts=8", "batch.minibatch_prompts=4",
+    "evaluation.every=5", "evaluation.max_problems=20", "checkpoint.every=3", "optimizer.schedule=cosine",
+)  # fmt: skip
+DEADLINE = 120.0
+
+
+@pytest.fixture(scope="session")
+def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The same run by one and by two processes."""
+    runs = {}
+    for processes in (1, 2):
+        runs[processes] = tmp_path_factory.mktemp("undisturbed") / "run"
+        done = train(base, runs[processes], *WORDS, processes=processes)
+        assert done.returncode == 0, done.stderr
+    return runs
+
+
+def start(base: Path, run_dir: Path, *words: str, processes: int) -> subprocess.Popen[str]:
+    run = command(base, run_dir, *WORDS, *words, processes=processes)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(run, cwd=ROOT, text=True, start_new_session=True, **streams)  # type: ignore[call-overload]
+
+
+def wait_for_row(process: subprocess.Popen[str], run_dir: Path, number: int) -> None:
+    """Until the run has written its `number`-th row of metrics, or has ended."""
+    ends, metrics = time.monotonic() + DEADLINE, run_dir / "metrics.jsonl"
+    while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < number):
+        assert time.monotonic() < ends, f"no row {number} of metrics in {DEADLINE} s"
+        time.sleep(0.01)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """The whole job at once: nobody writes a last word."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=DEADLINE)
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    timed = ("seconds", "rank_seconds/", "tokens_per_second", "tflops", "checked_early_share")
+    return {name: value for name, value in row.items() if not name.startswith(timed)}
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Metrics, evaluations, rollouts and exported weights are equal, bit for bit."""
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        pairs = zip(rows(found / name), rows(expected / name), strict=True)
+        for mine, theirs in pairs:
+            assert without_times(mine) == without_times(theirs), name
+    files = sorted(p.name for p in (expected / "rollouts").iterdir())
+    assert files == sorted(p.name for p in (found / "rollouts").iterdir())
+    whole = [f"step-{row['step']:05d}.jsonl" for row in rows(expected / "metrics.jsonl")]
+    assert files == whole, "whole steps, and no chunk of one"
+    for file in files:
+        assert rows(found / "rollouts" / file) == rows(expected / "rollouts" / file), file
+    weights = load_file(expected / "hf/model.safetensors")
+    for name, tensor in load_file(found / "hf/model.safetensors").items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_any_moment_the_run_is_the_same(
+    base: Path, undisturbed: dict[int, Path], tmp_path: Path, processes: int
+) -> None:
+    """SIGKILL at seeded moments, the first before the first checkpoint."""
+    draw, run_dir = random.Random(processes), tmp_path / "run"
+    for row in (1, 5, 8, 11):
+        process = start(base, run_dir, processes=processes)
+        try:
+            wait_for_row(process, run_dir, row)
+            time.sleep(draw.uniform(0.0, 0.6))
+        finally:
+            kill(process)
+    done = train(base, run_dir, *WORDS, processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step" in done.stdout
+    assert_same_run(run_dir, undisturbed[processes])
+
+
+def test_usr1_saves_within_a_step_and_exits_with_75(base: Path, undisturbed: dict[int, Path], tmp_path: Path) -> None:
+    """Stopped at seams of several kinds, within a step among them, and the last time by the terminating signal."""
+    run_dir, stopped_at, draw = tmp_path / "run", [], random.Random(7)
+    for number in range(5):
+        written = len(rows(run_dir / "metrics.jsonl")) if stopped_at else 0
+        process = start(base, run_dir, processes=1)
+        try:
+            wait_for_row(process, run_dir, written + 1)
+            time.sleep(draw.uniform(0.0, 0.3))
+            process.send_signal(signal.SIGUSR1 if number < 4 else signal.SIGTERM)
+            output, _ = process.communicate(timeout=DEADLINE)
+        finally:
+            process.kill()
+        assert process.returncode == 75, output
+        assert f"for the signal {'SIGUSR1' if number < 4 else 'SIGTERM'}" in output and "Traceback" not in output
+        assert json.loads((run_dir / "status.json").read_text())["state"] == "stopped"
+        assert not (run_dir / "lock").exists()
+        stopped_at.append((run_dir / "checkpoints/latest").read_text().strip())
+    assert any("update" in name for name in stopped_at), f"no stop fell within a step: {stopped_at}"
+    done = train(base, run_dir, *WORDS, processes=1)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run_dir, undisturbed[1])
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_killed_rank_ends_the_job_in_seconds_and_it_resumes(
+    base: Path, undisturbed: dict[int, Path], tmp_path: Path
+) -> None:
+    """Ranks without a launcher that would end them: only the lifeline does."""
+    run_dir, port = tmp_path / "run", free_port()
+    ranks = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        run = command(base, run_dir, *WORDS, processes=1)
+        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        ranks.append(subprocess.Popen(run, cwd=ROOT, text=True, env=environment, **streams))
+    try:
+        wait_for_row(ranks[0], run_dir, 4)
+        ranks[1].kill()
+        killed = time.monotonic()
+        output, _ = ranks[0].communicate(timeout=DEADLINE)
+        assert time.monotonic() - killed < 10
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert ranks[0].returncode == 1
+    assert "rank 1 on" in output and "ended without a word" in output
+    done = train(base, run_dir, *WORDS)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run_dir, undisturbed[2])
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_used(
+    base: Path, undisturbed: dict[int, Path], tmp_path: Path
+) -> None:
+    run_dir = copied(undisturbed[1], tmp_path)
+    shard = run_dir / "checkpoints/step_12/__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    done = train(base, run_dir, *WORDS, processes=1)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint step_12 is damaged: __0_0.distcp has" in done.stderr
+    assert "resuming after step 9" in done.stdout.replace("step_9", "step 9")
+    assert_same_run(run_dir, undisturbed[1])
+
+
+def test_what_changed_is_said_and_what_may_not_is_refused(
+    base: Path, undisturbed: dict[int, Path], tmp_path: Path
+) -> None:
+    run_dir = copied(undisturbed[1], tmp_path)
+    done = train(base, run_dir, *WORDS, "trainer.seed=2", processes=1)
+    assert done.returncode == 2
+    assert "trainer.seed was 1 and is now 2" in done.stderr and "Traceback" not in done.stderr
+    before = rows(run_dir / "metrics.jsonl")
+    done = train(base, run_dir, *WORDS, "trainer.steps=13", "optimizer.lr=1e-5")
+    assert done.returncode == 0, done.stderr
+    assert "trainer.steps: 12 -> 13" in done.stdout and "optimizer.lr: 5e-05 -> 1e-05" in done.stdout
+    assert "layout" in done.stdout and "not bit for bit" in done.stdout
+    found = rows(run_dir / "metrics.jsonl")
+    assert found[:12] == before and [row["step"] for row in found] == list(range(1, 14))
+
+
+def test_two_runs_do_not_share_a_directory(base: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start(base, run_dir, "trainer.steps=1000", processes=1)
+    try:
+        wait_for_row(process, run_dir, 1)
+        done = train(base, run_dir, *WORDS, processes=1)
+        assert done.returncode == 2
+        assert f"{run_dir} is in use by process {process.pid}" in done.stderr and "Traceback" not in done.stderr
+        assert process.poll() is None
+    finally:
+        kill(process)
+
+
+def test_a_full_disk_costs_a_warning_or_the_run(base: Path, tmp_path: Path) -> None:
+    """A file size limit stands in for the disk: the checkpoint's shards break it, the rows and rollouts do not."""
+    limited = ["bash", "-c", 'ulimit -f 600; exec "$@"', "limited"]
+    for choice, code in (("go_on", 0), ("stop", 1)):
+        run_dir = tmp_path / choice
+        words = [*WORDS, "trainer.steps=8", "trainer.export=false", f"checkpoint.on_failure={choice}"]
+        run = [*limited, *command(base, run_dir, *words, processes=1)]
+        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
+        assert done.returncode == code, done.stderr
+        assert "WARNING: checkpoint step_3 could not be saved" in done.stdout and "File too large" in done.stdout
+        assert "Traceback" not in done.stderr
+        assert not list((run_dir / "checkpoints").glob("step_*"))
+        assert ("start the same command again" in done.stderr) == (choice == "stop")
+
+
+def test_a_time_budget_stops_the_run(base: Path, tmp_path: Path) -> None:
+    done = train(base, tmp_path / "run", *WORDS, "trainer.steps=100000", f"trainer.max_hours={8 / 3600}", processes=1)
+    assert done.returncode == 75, done.stderr
+    assert "for trainer.max_hours is over" in done.stderr
+
+
+def copied(run_dir: Path, tmp_path: Path) -> Path:
+    shutil.copytree(run_dir, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,152 @@
+"""What one process finds, each thing also broken; what ranks find together is in tests/distributed/test_doctor.py."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_real.doctor import machine
+from megatron_real.doctor.finding import Finding, merged
+from megatron_real.doctor.software import software
+
+ROOT = Path(__file__).parents[2]
+
+
+def doctor(run_dir: Path, *, processes: int = 1) -> tuple[int, dict[str, dict[str, str]]]:
+    """Exit code of the command line, and its findings by name."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "megatron_real", "doctor", "--json", "--run-dir", str(run_dir)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.stdout.startswith("["), done.stderr
+    return done.returncode, {finding["name"]: finding for finding in json.loads(done.stdout)}
+
+
+def installed(folder: Path, name: str, version: str) -> None:
+    """Makes pip's record of a package without the package."""
+    record = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def found(name: str) -> Finding:
+    (finding,) = (f for f in software() if f.name == name)
+    return finding
+
+
+def test_the_command_line_reports_every_part(tmp_path: Path) -> None:
+    code, findings = doctor(tmp_path / "run", processes=2)
+    assert code == 0
+    assert findings["torch"]["found"].startswith(torch.__version__)
+    assert findings["all-reduce"]["found"].startswith("2 ranks, 1 node: 32 MiB in ")
+    assert findings["shared directory"]["verdict"] == findings["megatron-core"]["verdict"] == "ok"
+    assert all(f["remedy"] for f in findings.values() if f["verdict"] == "fail")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_run_directory_that_cannot_be_written_fails_the_command(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, findings = doctor(tmp_path / "file" / "run")
+    assert code == 1
+    assert "cannot be written" in findings["disk speed"]["found"]
+    assert findings["shared directory"]["verdict"] == "fail"
+
+
+def test_an_old_megatron_core_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert found("megatron-core").verdict == "ok"
+    installed(tmp_path, "megatron-core", "0.15.3")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert found("megatron-core").verdict == "fail"
+    assert "0.15.3" in found("megatron-core").found
+
+
+def test_an_empty_transformer_engine_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of PyPI has a record and no code."""
+    installed(tmp_path, "transformer-engine", "9.9.9")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    finding = found("transformer-engine")
+    assert finding.verdict == "fail" and "9.9.9 is installed, but ModuleNotFoundError" in finding.found
+
+
+def test_an_unrelated_apex_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(tmp_path, "apex", "0.9.10")
+    (tmp_path / "apex.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    finding = found("apex")
+    assert finding.verdict == "warn" and "fused Adam" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("mount", "verdict"),
+    [("lustre", "ok"), ("nfs4", "ok"), ("overlay", "warn"), ("tmpfs", "warn")],
+)
+def test_file_system_is_that_of_the_deepest_mount(tmp_path: Path, mount: str, verdict: str) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"a / ext4 rw 0 0\nb {tmp_path} {mount} rw 0 0\nc {tmp_path}-other overlay rw 0 0\n")
+    finding = machine.file_system(tmp_path / "not" / "yet", mounts)
+    assert (finding.verdict, mount in finding.found) == (verdict, True)
+
+
+def test_disk_speed_leaves_nothing_and_fails_on_a_file(tmp_path: Path) -> None:
+    finding = machine.disk_speed(tmp_path / "run")
+    assert finding.verdict in ("ok", "warn") and "MB/s" in finding.found
+    assert list((tmp_path / "run").iterdir()) == []
+    (tmp_path / "file").touch()
+    assert machine.disk_speed(tmp_path / "file").verdict == "fail"
+
+
+def test_a_full_disk_fails_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit on file sizes stands in for a full disk: a write beyond it is refused by the kernel."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 20, hard))
+    try:
+        finding = machine.disk_speed(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert finding.verdict == "fail" and "File too large" in finding.found
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_few_open_files_warn() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    try:
+        finding = next(f for f in machine._limits() if f.name == "open files")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert finding == Finding("warn", "open files", "1,024", "ulimit -n 65536")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_driver_that_torch_does_not_see_fails(tmp_path: Path) -> None:
+    assert machine.gpus(local_world=1, driver=tmp_path / "none").verdict == "warn"
+    finding = machine.gpus(local_world=1, driver=tmp_path)
+    assert finding.verdict == "fail" and "torch is a CPU build" in finding.remedy
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_more_processes_than_gpus_fail() -> None:
+    count = torch.cuda.device_count()
+    assert machine.gpus(local_world=count).verdict == "ok"
+    assert machine.gpus(local_world=count + 1).verdict == "fail"
+
+
+def test_free_space_is_that_of_the_disk(tmp_path: Path) -> None:
+    finding = machine._free(tmp_path / "not" / "yet")
+    assert finding.found == f"{shutil.disk_usage(tmp_path).free / 2**30:.0f} GiB"
+
+
+def test_findings_of_nodes_are_merged_in_order() -> None:
+    both = [Finding("ok", "torch", "2.8"), Finding("ok", "NCCL", "2.27")]
+    other = [Finding("ok", "torch", "2.7"), Finding("ok", "NCCL", "2.27")]
+    lines = merged({"n1": both, "n2": other, "n3": both})
+    assert [(f.found, f.nodes) for f in lines] == [("2.8", ("n1", "n3")), ("2.7", ("n2",)), ("2.27", ())]
+    assert str(lines[1]) == "ok    torch                 2.7 [n2]"
+    assert str(Finding("warn", "apex", "none", "use NGC")) == "warn  apex                  none; use NGC"

@@ -1,0 +1,226 @@
+"""What `megatron-real plan` counts, against figures derived by hand; its memory is measured in tests/distributed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_real import cli, config
+from megatron_real.config import Config, ParallelConfig
+from megatron_real.plan.devices import DEVICES
+from megatron_real.plan.layouts import Estimate, ranked
+from megatron_real.plan.memory import Shapes, in_flight, kv_bytes_per_token, stage_memory, stage_parameters
+from megatron_real.plan.speed import Cluster, Run, _decay, step_time
+from megatron_real.weights.architecture import Architecture
+
+ROOT = Path(__file__).parents[2]
+R1_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "num_hidden_layers": 28,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+RECIPE = ["trainer.steps=1000", "rollout.kv_cache_mib=32768"]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(R1_7B))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: {{path: {tmp_path / 'model'}}}\n")
+    return path
+
+
+def planned(file: Path, *words: str, gpus: int = 32, gpu: str = "h100-80g", **known: float) -> Run:
+    read = config.load(file, [*RECIPE, *words])
+    return Run(Architecture.from_config(R1_7B), read, Cluster(DEVICES[gpu], gpus, **known))
+
+
+def plan(file: Path, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, Any]:
+    code = cli.main(["plan", str(file), *RECIPE, "--json", *words])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_parameters_of_7b() -> None:
+    """Qwen2 7B: 28 layers of 3584 x 4608 + 4608 (q, k, v), 3584 x 3584, 3 x 3584 x 18944 and two norms; embedding and
+    head of 152064 x 3584; the last norm. Its published count is 7,615,616,512."""
+    a = Architecture.from_config(R1_7B)
+    assert stage_parameters(a, ParallelConfig(), 0) == a.num_parameters == 7_615_616_512
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 4), (2, 1), (4, 2), (4, 7)])
+def test_every_parameter_is_on_one_stage_and_one_rank_but_norms_on_all(tp: int, pp: int) -> None:
+    a = Architecture.from_config(R1_7B)
+    shards = sum(tp * stage_parameters(a, ParallelConfig(tp=tp, pp=pp), stage) for stage in range(pp))
+    norms = (2 * 28 + 1) * 3584
+    assert shards == a.num_parameters + (tp - 1) * norms
+
+
+def test_a_tied_head_on_another_stage_is_a_copy() -> None:
+    a = dataclasses.replace(Architecture.from_config(R1_7B), tied=True)
+    both = sum(stage_parameters(a, ParallelConfig(pp=2), stage) for stage in range(2))
+    assert both - stage_parameters(a, ParallelConfig(), 0) == 152064 * 3584
+
+
+@pytest.mark.parametrize(
+    ("pp", "vpp", "micro_batches", "expected"),
+    [(1, 1, 8, [1]), (4, 1, 8, [4, 3, 2, 1]), (4, 1, 2, [2, 2, 2, 1]), (2, 2, 8, [5, 3])],
+)
+def test_micro_batches_in_flight(pp: int, vpp: int, micro_batches: int, expected: list[int]) -> None:
+    """1F1B warms up with as many forwards as stages follow; interleaved, with two for each and (vpp - 1) x pp."""
+    parallel = ParallelConfig(pp=pp, vpp=vpp)
+    assert [in_flight(parallel, stage, micro_batches) for stage in range(pp)] == expected
+
+
+def test_resident_bytes(file: Path) -> None:
+    """bf16: 2 bytes of weight, 4 of gradient, 12 of master weight and moments over the 8 data-parallel ranks."""
+    run = planned(file, "parallel.tp=4", "parallel.sp=true")
+    (stage,) = stage_memory(run.architecture, run.config, dp=run.dp, shapes=Shapes(micro_batches=1))
+    n = stage.resident.parameters
+    assert (stage.resident.weights, stage.resident.gradients) == (2 * n, 4 * n)
+    assert stage.resident.optimizer == 12 * n // 8
+    whole = dataclasses.replace(run.config, optimizer=dataclasses.replace(run.config.optimizer, distributed=False))
+    assert stage_memory(run.architecture, whole, dp=8, shapes=Shapes(1))[0].resident.optimizer == 12 * n
+
+
+def test_kv_bytes_of_a_token(file: Path) -> None:
+    """Key and value of 28 layers x 4 heads x 128 x 2 bytes; no rank holds less than one head."""
+    run = planned(file)
+    assert kv_bytes_per_token(run.architecture, run.config) == 57_344
+    assert kv_bytes_per_token(run.architecture, planned(file, "rollout.tp=7").config) == 57_344 // 4
+
+
+def test_a_sleeping_engine_leaves_the_update_its_memory(file: Path) -> None:
+    asleep, awake = (Estimate(planned(file, f"rollout.sleep_level={level}")).stages[0] for level in (2, 0))
+    assert awake.peaks["update"] - asleep.peaks["update"] == sum(asleep.engine.values()) > 40 << 30
+    assert awake.peaks["rollout"] == asleep.peaks["rollout"]
+
+
+def test_step_numbers_of_the_recipe(file: Path) -> None:
+    """128 prompts x 8, 32 prompts an update; 256 + 4096 tokens: 3 rollouts in 16,384, 32 a rank: 11 micro-batches."""
+    run = planned(file, "parallel.tp=4")
+    assert (run.dp, run.rollouts, run.updates, run.mean_tokens, run.micro_batches) == (8, 1024, 4, 4352, 11)
+    assert planned(file, "parallel.pp=4", "parallel.vpp=7").micro_batches == 12  # a multiple of the stages
+
+
+def test_update_on_one_gpu_is_work_over_speed(file: Path) -> None:
+    """No traffic on one GPU: an update is 3 forward passes at the given share of 989 TFLOP/s, 4 when recomputed; the
+    old log-probs are those of 3 of 4 minibatches."""
+    run = planned(file, gpus=1, train_utilization=0.4)
+    forward = 1024 * 4352 * run.architecture.flops_per_token(2176) / (989e12 * 0.4)
+    seconds = step_time(run)
+    assert seconds.update == pytest.approx(3 * forward)
+    assert seconds.old_logprobs == pytest.approx(0.75 * forward)
+    assert step_time(planned(file, "model.recompute=full", gpus=1, train_utilization=0.4)).update == pytest.approx(
+        4 * forward
+    )
+
+
+def test_pipeline_bubble(file: Path) -> None:
+    """(pp - 1) / (micro-batches x vpp) of the time is idle."""
+    flat, piped = (step_time(planned(file, *words, gpus=8)).old_logprobs for words in ((), ("parallel.pp=2",)))
+    count = planned(file, "parallel.pp=2", gpus=8).micro_batches
+    assert piped / flat == pytest.approx(1 + 1 / count)
+
+
+def test_decoding_reads_weights_and_cache(file: Path) -> None:
+    """One sequence an engine: each of the 8192 steps reads the weights and, on average, half of the longest context."""
+    words = ("rollout.num_prompts=8", "rollout.group_size=4", "batch.minibatch_prompts=8")
+    run = planned(file, *words, decode_utilization=0.5, mean_response=8192)
+    read = run.weight_bytes + (256 + 4096) * 57_344
+    assert step_time(run).rollout == pytest.approx(8192 * read / (3350e9 * 0.5), rel=0.01)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.9])
+def test_decay_gives_the_mean(share: float) -> None:
+    rate, points = _decay(share), 100_000
+    mean = sum(math.exp(-rate * (i + 0.5) / points) for i in range(points)) / points
+    assert mean == pytest.approx(share, rel=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_utilization_lies_between_the_measured(device: Any) -> None:
+    for billions, share in device.utilization.items():
+        assert device.train_utilization(int(billions * 1e9)) == pytest.approx(share, rel=1e-6)
+    sizes = sorted(device.utilization)
+    between = device.train_utilization(int((sizes[0] + sizes[1]) / 2 * 1e9))
+    assert between == pytest.approx((device.utilization[sizes[0]] + device.utilization[sizes[1]]) / 2, rel=1e-6)
+    assert device.train_utilization(10**12) == device.utilization[sizes[-1]]
+
+
+@pytest.mark.parametrize("gpus", [8, 16, 32, 64])
+def test_ranked_layouts_pass_the_checks_of_a_run(file: Path, gpus: int) -> None:
+    found = ranked(planned(file, gpus=gpus))
+    assert len({made.run.config.parallel for made in found}) == len(found) > 3
+    for made in found:
+        assert config.check_world(made.run.config, gpus) == made.run.dp
+        config.check_model(made.run.config)
+        assert made.peak <= made.budget
+    best = min(made.seconds.total for made in found)
+    assert found[0].seconds.total < best * 1.04
+
+
+def test_json_and_exit_codes(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, report = plan(file, capsys, "--gpus", "32", "parallel.tp=4", "parallel.sp=true", "--price", "2")
+    assert code == 0 and report["layout"]["fits"] and report["layout"]["dp"] == 8
+    layout = report["layout"]
+    assert layout["seconds"]["step"] == pytest.approx(sum(s for n, s in layout["seconds"].items() if n != "step"))
+    assert layout["usd"] == pytest.approx(layout["seconds"]["step"] * 1000 / 3600 * 32 * 2)
+    assert layout["peak_bytes"] == max(report["memory"][0]["peaks"].values()) <= report["budget_bytes"]
+    assert len(report["best"]) == 5 and report["not_modelled"] == []
+    code, report = plan(
+        file, capsys, "--gpus", "1", "--gpu", "a100-40g", "megatron.num_distributed_optimizer_instances=1"
+    )
+    assert code == 1 and not report["layout"]["fits"] and report["best"] == []
+    assert report["not_modelled"] == ["megatron.num_distributed_optimizer_instances"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpus", "0"], "--gpus is 0; it must be above 0"),
+        (["--gpus", "8", "--train-utilization", "1.5"], "--train-utilization is 1.5; it must be above 0 and at most 1"),
+        (["--gpus", "8", "parallel.tp=8"], "parallel.tp = 8 does not divide the model's 28 attention heads"),
+        (["--gpus", "12", "parallel.pp=7"], "does not divide the 12 processes"),
+        (["--gpus", "8", "parallel.pp=8"], "does not divide the model's 28 layers"),
+        (["--gpus", "512"], "512 data-parallel ranks share the 256 rollouts of an update"),
+        (["--gpus", "8", "rollout.kv_cache_mib=100"], "does not hold one sequence"),
+    ],
+)
+def test_refused_in_one_sentence(file: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(file), *words]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.startswith("megatron-real: ") and err.count("\n") == 1
+
+
+def test_a_plan_imports_no_torch_and_shows_every_part(file: Path) -> None:
+    code = (
+        "import sys; from megatron_real.cli import main; code = main(sys.argv[1:]); "
+        "assert not {'torch', 'transformers', 'megatron.core'} & sys.modules.keys(); sys.exit(code)"
+    )
+    words = ["plan", str(file), "--gpus", "16", "parallel.pp=2", "parallel.tp=2", "model.recompute=full", *RECIPE]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for part in ("weights", "optimizer", "engine: kv_cache", "peak of rollout", "GPU-hours", "tp=2 pp=2 dp=4"):
+        assert part in done.stdout
+
+
+def test_config_is_left_as_it_is(file: Path) -> None:
+    """Ranking tries other layouts on copies."""
+    run = planned(file)
+    before = config.to_dict(run.config)
+    ranked(run)
+    assert isinstance(run.config, Config) and config.to_dict(run.config) == before
