@@ -7,7 +7,9 @@ the policy trains.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import gc
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,9 +84,11 @@ class VllmEngine:
                 seed=config.trainer.seed,
                 **{**_defaults(), **rollout.vllm},
             )
-        # At exit vLLM would end the process groups that the job has ended already, with a traceback.
+        # At exit vLLM would end the process groups that the job has ended already, with a traceback. What else its
+        # clean-up does there is to thaw the objects that it froze, which libraries would report as leaks.
         if finalizer := getattr(self.llm.llm_engine.engine_core, "_finalizer", None):
             finalizer.atexit = False
+            atexit.register(gc.unfreeze)
         (self.model,) = self.llm.collective_rpc(lambda worker: worker.get_model())
         self.finish_inference()
 
