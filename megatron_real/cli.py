@@ -2,6 +2,7 @@
 
     megatron-real train CONFIG.yaml [key.sub=value ...]      by itself, or under torchrun or srun
     megatron-real eval CONFIG.yaml|HF_DIR --bench NAME=FILE ... [key.sub=value ...]      likewise
+    megatron-real serve CONFIG.yaml [key.sub=value ...]      vLLM for a run on other machines
     megatron-real doctor [--run-dir DIR]      by itself, or under torchrun or srun
     megatron-real plan CONFIG.yaml --gpus N --gpu h100-80g [key.sub=value ...]
     megatron-real convert to-megatron | to-hf | verify | inspect ...
@@ -19,7 +20,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from megatron_real import benchmark_command, convert
+from megatron_real import benchmark_command, convert, serve
 from megatron_real import config as configuration
 from megatron_real.doctor import command as doctor_command
 from megatron_real.plan import command as plan_command
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
     convert.add_commands(commands)
     benchmark_command.add_command(commands)
+    serve.add_command(commands)
     doctor_command.add_command(commands)
     plan_command.add_command(commands)
     chosen, later = parser.parse_known_args(arguments)
@@ -59,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return plan_command.run(chosen)
     if chosen.command == "eval":
         return benchmark_command.run(chosen, first)
+    if chosen.command == "serve":
+        return serve.run(chosen)
     try:
         config = configuration.load(chosen.config, chosen.overrides)
         configuration.check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -92,6 +96,7 @@ def _train(config: configuration.Config, first: bool) -> int:
     from megatron_real.labels import RewardNeedsThreshold, TooManyFailedChecks
     from megatron_real.loop import NonFinite, train
     from megatron_real.policy.layout import leave_world
+    from megatron_real.rollout.engine import EngineFailed
     from megatron_real.rollout.sync import SyncError
     from megatron_real.runs.checkpoint import CheckpointFailed
     from megatron_real.runs.ranks import EveryRankError
@@ -119,7 +124,8 @@ def _train(config: configuration.Config, first: bool) -> int:
             say(f"interrupted; metrics and rollouts so far are in {config.trainer.run_dir}")
             job.reporter.say_status("stopped", "interrupted")
             return 130
-        except (NonFinite, CheckpointFailed, TooManyFailedChecks, RewardNeedsThreshold) as error:  # every rank has it
+        except (NonFinite, CheckpointFailed, EngineFailed, TooManyFailedChecks, RewardNeedsThreshold) as error:
+            # every rank has it
             say(error)
             job.reporter.say_status("failed", str(error))
             return 2 if isinstance(error, ValueError) else 1

@@ -15,6 +15,7 @@ import difflib
 import importlib.util
 import json
 import math
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -79,14 +80,29 @@ class SyncConfig:
 class RolloutConfig:
     """How the policy answers."""
 
-    engine: Literal["auto", "vllm", "transformers"] = "auto"
-    """The engine that samples; `auto` takes vllm where it imports, else transformers, and says which."""
+    engine: Literal["auto", "vllm", "vllm-server", "transformers"] = "auto"
+    """The engine that samples; `auto` takes vllm where it imports, else transformers, and says which. `vllm-server` is
+    vllm in processes of its own, on other GPUs than those that train."""
     tp: int = 1
-    """Ranks that share one vLLM engine (its tensor parallel size); independent of parallel.tp."""
+    """vLLM's tensor parallel size, independent of parallel.tp: ranks that share one engine, or GPUs of one server."""
+    num_servers: int = 1
+    """Servers that the run starts and ends, each asked by an equal number of ranks; server i runs beside rank i."""
+    servers: tuple[str, ...] = ()
+    """Servers that run already (`megatron-real serve`), as http://host:port, and then none is started. Their key is in
+    the environment, as VLLM_API_KEY."""
+    server_host: str = "127.0.0.1"
+    """Address that the servers listen on; another than this machine's own loopback lets other machines in."""
+    server_start_seconds: float = 600.0
+    """A server that is not ready after this time ends the run."""
+    request_timeout_seconds: float = 1800.0
+    """A completion that a server has not finished by then is lost."""
     kv_cache_mib: int = 4096
     """vLLM's KV cache on each rank, in MiB; beside it an engine takes its share of the weights."""
     max_sequences: int = 256
     """Sequences that a vLLM engine decodes together."""
+    max_lag: Literal[0, 1] = 0
+    """Steps that rollouts may lag behind the weights that train on them: 1 generates the next step's rollouts while the
+    present one trains, and needs vllm-server."""
     sleep_level: Literal[0, 1, 2] = 2
     """What vLLM gives back on a GPU while the policy trains: 2 weights and KV cache, 1 the same with the weights kept
     in host memory, 0 nothing."""
@@ -348,7 +364,8 @@ def check_world(config: Config, world_size: int) -> int:
         ValueError: the layout does not divide the world.
     """
     parallel, rollout_tp = config.parallel, config.rollout.tp
-    if world_size % rollout_tp:
+    _check_servers(config.rollout, world_size)
+    if config.rollout.engine != "vllm-server" and world_size % rollout_tp:
         raise ValueError(
             f"rollout.tp = {rollout_tp} does not divide the {world_size} processes; take one of {_divisors(world_size)}"
         )
@@ -359,6 +376,15 @@ def check_world(config: Config, world_size: int) -> int:
             f"{world_size} processes; start a multiple of {model_parallel} or change parallel.*"
         )
     return world_size // model_parallel
+
+
+def _check_servers(rollout: RolloutConfig, world_size: int) -> None:
+    number = len(rollout.servers) or rollout.num_servers
+    if rollout.engine == "vllm-server" and world_size % number:
+        raise ValueError(
+            f"{number} vLLM servers cannot be shared equally by {world_size} processes; take one of "
+            f"{_divisors(world_size)} (rollout.num_servers or rollout.servers)"
+        )
 
 
 def check_model(config: Config) -> None:
@@ -397,7 +423,7 @@ def check_model(config: Config) -> None:
             f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the model's "
             f"max_position_embeddings {limit}; shorten one of them"
         )
-    if config.rollout.engine == "vllm":
+    if config.rollout.engine in ("vllm", "vllm-server"):
         _check_engine(config, hf)
 
 
@@ -515,6 +541,9 @@ def _check_values(config: Config) -> None:
         "rollout.tp": config.rollout.tp,
         "rollout.kv_cache_mib": config.rollout.kv_cache_mib,
         "rollout.max_sequences": config.rollout.max_sequences,
+        "rollout.num_servers": config.rollout.num_servers,
+        "rollout.server_start_seconds": config.rollout.server_start_seconds,
+        "rollout.request_timeout_seconds": config.rollout.request_timeout_seconds,
         "rollout.mismatch_bound": config.rollout.mismatch_bound,
         "rollout.sync.timeout_seconds": config.rollout.sync.timeout_seconds,
         "rollout.sync.probe_tokens": config.rollout.sync.probe_tokens,
@@ -588,7 +617,24 @@ def _check_combinations(config: Config) -> None:
         )
     if rollout.engine == "transformers" and rollout.tp > 1:
         raise ValueError(f"rollout.tp = {rollout.tp} needs rollout.engine=vllm; set rollout.tp=1")
-    if rollout.engine == "vllm" and config.model.dtype == "fp64":
+    if rollout.engine != "vllm-server" and (rollout.servers or rollout.num_servers > 1):
+        raise ValueError(
+            f"rollout.servers and rollout.num_servers need rollout.engine=vllm-server, not {rollout.engine}"
+        )
+    if rollout.max_lag and rollout.engine != "vllm-server":
+        raise ValueError(
+            f"rollout.max_lag = {rollout.max_lag} needs rollout.engine=vllm-server, not {rollout.engine}, which "
+            "computes in the processes that train; set rollout.max_lag=0"
+        )
+    if rollout.max_lag and (rollout.refill_rounds or rollout.chunk_prompts):
+        raise ValueError(
+            f"rollout.refill_rounds = {rollout.refill_rounds} and rollout.chunk_prompts = {rollout.chunk_prompts} draw a "
+            "step piece by piece, rollout.max_lag = 1 a whole step ahead; set the former or the latter to 0"
+        )
+    for address in rollout.servers:
+        if not re.fullmatch(r"http://[^/:@]+:[0-9]+", address):
+            raise ValueError(f"rollout.servers has {address!r}; an address is of the form http://host:port")
+    if rollout.engine in ("vllm", "vllm-server") and config.model.dtype == "fp64":
         raise ValueError("model.dtype=fp64 is not known to vLLM; use fp32, or rollout.engine=transformers")
     for name in rollout.vllm:
         if name in _OURS_IN_VLLM:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,9 +17,11 @@ from megatron_real.config import Config, LabelConfig, check_world
 from megatron_real.labels import Labeller
 from megatron_real.policy.layout import join_world, set_up
 from megatron_real.policy.policy import Policy
+from megatron_real.policy.snapshot import Snapshot
 from megatron_real.prompts import PromptCursor, load_prompts
 from megatron_real.records import Prompt, Sampling
 from megatron_real.rollout import RolloutStage, build_engine
+from megatron_real.rollout.ahead import Ahead
 from megatron_real.rollout.sync import WeightSync
 from megatron_real.runs import checkpoint
 from megatron_real.runs.directory import RunDirectory
@@ -47,6 +50,8 @@ class Generation:
     """Training prompts, in order."""
     sampling: Sampling
     """How training rollouts are drawn."""
+    ahead: Ahead
+    """Rollouts of the next step, where they may lag behind."""
     heldout: list[Prompt]
     """Problems of the evaluation; empty without one."""
     heldout_sampling: Sampling
@@ -73,6 +78,8 @@ class Job:
     """All processes of the job."""
     lifeline: Lifeline
     """Ends this rank when another one has ended, and the others when this one has."""
+    snapshot: Snapshot | None
+    """The weights that the engine got last, where rollouts may lag behind."""
 
     def __enter__(self) -> Job:
         return self
@@ -85,6 +92,10 @@ class Job:
             self.lifeline.say_end(f"{kind.__name__}: {error}")
             self.reporter.say_status("crashed", f"{kind.__name__}: {error}")
         self.lifeline.close()
+
+    def generating_weights(self, lag: float) -> AbstractContextManager[None]:
+        """Within, the policy has the weights that generated rollouts of so many steps before."""
+        return self.snapshot.swapped_in() if lag and self.snapshot is not None else nullcontext()
 
     def seed(self, step: int, draw: int = 0, first: int = 0) -> int:
         """Seed of a step's sampling: the run's seed, the step, the draw and the chunk's first prompt determine it."""
@@ -137,7 +148,10 @@ def build(config: Config, stop: StopRequest) -> Job:
     )
     checkpoints = checkpoint.Checkpoints(config, policy, reporter, drawing, ranks, stop)
     checkpoints.resume(found)
-    return Job(config, weights, policy, reporter, generation, checkpoints, ranks, lifeline)
+    if found and config.rollout.max_lag:
+        say("rollouts are not ahead yet: this life's first ones are of the present weights")
+    snapshot = Snapshot(policy) if config.rollout.max_lag else None
+    return Job(config, weights, policy, reporter, generation, checkpoints, ranks, lifeline, snapshot)
 
 
 def _generation(
@@ -151,13 +165,14 @@ def _generation(
         else []
     )
     chosen, evaluation = config.rollout, config.evaluation
+    stage = RolloutStage(engine, build_labeller(config.labels), rank=rank, world=world, retries=chosen.retries)
+    sampling = Sampling(chosen.group_size, chosen.temperature, chosen.max_response_tokens, chosen.top_p, chosen.top_k)
     return Generation(
-        stage=RolloutStage(engine, build_labeller(config.labels), rank=rank, world=world, retries=chosen.retries),
+        stage=stage,
         sync=WeightSync(engine, chosen.sync, tied=architecture.tied, probe=train[0], temperature=chosen.temperature),
         cursor=PromptCursor(train, seed=config.trainer.seed, shuffle=data.shuffle),
-        sampling=Sampling(
-            chosen.group_size, chosen.temperature, chosen.max_response_tokens, chosen.top_p, chosen.top_k
-        ),
+        sampling=sampling,
+        ahead=Ahead(stage, sampling),
         heldout=heldout[: evaluation.max_problems or None],
         heldout_sampling=Sampling(
             evaluation.samples, evaluation.temperature, chosen.max_response_tokens, evaluation.top_p

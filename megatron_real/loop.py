@@ -48,9 +48,9 @@ def train(job: Job) -> None:
             _evaluate(job, step=0)
         for step in range(checkpoints.position.step + 1, config.trainer.steps + 1):
             with reporter.step(step):
-                rollouts = _rollouts(job, step)
-                batches, updates = _updates(job, rollouts)
-                reporter.trained(step, rollouts, summary(job.policy, batches, updates))
+                rollouts, lag = _rollouts(job, step)
+                batches, updates = _updates(job, rollouts, lag)
+                reporter.trained(step, rollouts, summary(job.policy, batches, updates, lag=lag))
                 _stop_if_not_finite(job, step, batches, updates)
             due = step == config.trainer.steps or (config.evaluation.every and step % config.evaluation.every == 0)
             checkpoints.step_done(step, accuracy=_evaluate(job, step) if due else None)
@@ -60,35 +60,49 @@ def train(job: Job) -> None:
         reporter.finish()
 
 
-def _rollouts(job: Job, step: int) -> list[Rollout]:
-    """The step's labelled rollouts, the same on every rank: newly sampled, or those of a saved run."""
+def _rollouts(job: Job, step: int) -> tuple[list[Rollout], float]:
+    """The step's labelled rollouts, the same on every rank, newly sampled or those of a saved run; and how many steps
+    they lag behind."""
     if job.generation is None:
         saved = read_rollouts(RunDirectory(job.config.rollout.replay).rollouts(step))
-        return sorted(saved, key=lambda r: (r.group, r.sample))
+        return sorted(saved, key=lambda r: (r.group, r.sample)), 0.0
     generation, chosen, timed = job.generation, job.config.rollout, job.reporter.progress.stage
 
     def sample(prompts: Sequence[Prompt], draw: int, first: int) -> list[Rollout]:
-        with timed("rollout"):
-            sampled = generation.stage.generate(prompts, generation.sampling, seed=job.seed(step, draw, first))
-        with timed("label"):
-            rollouts = generation.stage.label(prompts, sampled)
-        with timed("mismatch"):
+        rollouts = generation.ahead.take(prompts)
+        if rollouts is None:
+            with timed("rollout"):
+                sampled = generation.stage.generate(prompts, generation.sampling, seed=job.seed(step, draw, first))
+            with timed("label"):
+                rollouts = generation.stage.label(prompts, sampled)
+        with timed("mismatch"), job.generating_weights(lag):
             return without_mismatch(rollouts, job.policy.mismatch, bound=chosen.exclude_mismatch)
 
+    lag = _settled(job, generation)
     _sync(job, generation)
+    within = bool(job.checkpoints.position.update)
     draws = Draws(
         step,
         generation.cursor,
         generation.stage.lengths,
         sample,
         chosen.chunk_prompts,
+        not chosen.max_lag or within,
         job.reporter,
         job.ranks,
         job.checkpoints.seam,
     )
     rollouts = refill(draws.draw(chosen.num_prompts, 0), rounds=chosen.refill_rounds, draw=draws.draw)
+    if chosen.max_lag and step < job.config.trainer.steps:
+        generation.ahead.begin(generation.cursor.peek(chosen.num_prompts), seed=job.seed(step + 1))
     generation.stage.engine.finish_inference()
-    return permuted_labels(rollouts, seed=job.seed(step)) if job.config.labels.permute else rollouts
+    return permuted_labels(rollouts, seed=job.seed(step)) if job.config.labels.permute else rollouts, lag
+
+
+def _settled(job: Job, generation: Generation) -> float:
+    """Waits for the rollouts that were generated ahead, so that the engine may get other weights; their lag."""
+    with job.reporter.progress.stage("rollout"):
+        return 1.0 if generation.ahead.settle() else 0.0
 
 
 def _sync(job: Job, generation: Generation) -> None:
@@ -96,10 +110,13 @@ def _sync(job: Job, generation: Generation) -> None:
         generation.sync.run(job.policy.stream(), job.policy.mismatch)
 
 
-def _updates(job: Job, rollouts: Sequence[Rollout]) -> tuple[list[Batch], list[Update]]:
+def _updates(job: Job, rollouts: Sequence[Rollout], lag: float) -> tuple[list[Batch], list[Update]]:
     timed = job.reporter.progress.stage
     with timed("old_logprobs"):
-        batches, updates = prepare(job.policy, rollouts, job.checkpoints.take_begun())
+        with job.generating_weights(lag):
+            batches, updates = prepare(job.policy, rollouts, job.checkpoints.take_begun(), lagging=lag > 0)
+        if job.snapshot is not None:
+            job.snapshot.take()  # the engine has these weights, and generates the next step's rollouts with them
     while len(updates) < len(batches):
         with timed("update"):
             updates.append(job.policy.update(batches[len(updates)]))
@@ -124,6 +141,7 @@ def _evaluate(job: Job, step: int) -> float | None:
     generation = job.generation
     if generation is None or not generation.heldout:
         return None
+    _settled(job, generation)
     _sync(job, generation)
     with job.reporter.progress.stage("evaluation"):
         seed = job.seed(0)  # the same draws at every evaluation: differences are the policy's

@@ -58,10 +58,10 @@ def measure(config: Config, options: argparse.Namespace) -> None:
             copies[name].copy_(tensor)
 
     def synced(*, packing: bool, checksums: bool) -> Callable[[], Callable[[], Any]]:
-        pack = vllm_engine._pack
+        pack = vllm_engine.pack
 
         def prepare() -> Callable[[], Any]:
-            vllm_engine._pack = pack if packing else lambda _: None
+            vllm_engine.pack = pack if packing else lambda _: None
             sync.config = dataclasses.replace(sync.config, checksum_every=int(checksums))
             return lambda: sync.run(policy.stream())
 

@@ -80,24 +80,25 @@ class Policy:
             self.optimizer = _optimizer(self.config, self.ddp)
             self.scheduler = _scheduler(self.config, self.optimizer, self._num_updates)
 
-    def prepare(self, rollouts: Sequence[Rollout]) -> list[Batch]:
+    def prepare(self, rollouts: Sequence[Rollout], *, lagging: bool = False) -> list[Batch]:
         """Cuts one step's rollouts into the batches of its updates and computes the old log-probs that they need.
 
-        The first batch needs none: it is trained on by the very weights that generated the rollouts.
+        The first batch needs none, unless the rollouts lag behind: it is trained on by the very weights that generated
+        them. Lagging rollouts want their weights in the model while this runs (snapshot.py).
         """
-        batches = self.cut(rollouts)
-        for batch in batches[1:]:
+        batches = self.cut(rollouts, lagging=lagging)
+        for batch in batches[0 if lagging else 1 :]:
             self.step.old_logprobs(batch)
         return batches
 
-    def cut(self, rollouts: Sequence[Rollout]) -> list[Batch]:
+    def cut(self, rollouts: Sequence[Rollout], *, lagging: bool = False) -> list[Batch]:
         """The batches of a step's updates, without old log-probs."""
         cut = minibatches(
             rollouts,
             groups_per_minibatch=self.config.batch.minibatch_prompts,
             one_class_groups=self.config.objective.one_class_groups,
         )
-        return [self.pack(minibatch, needs_scores=i > 0) for i, minibatch in enumerate(cut)]
+        return [self.pack(minibatch, needs_scores=lagging or i > 0) for i, minibatch in enumerate(cut)]
 
     def pack(self, minibatch: Minibatch, *, needs_scores: bool) -> Batch:
         """Plans the minibatch over all ranks and builds this rank's micro-batches."""

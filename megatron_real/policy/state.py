@@ -135,10 +135,12 @@ def _old_logprobs(policy: Policy, batch: Batch) -> Tensor:
     return old_N.cpu()
 
 
-def prepare(policy: Policy, rollouts: Sequence[Rollout], begun: Unfinished | None) -> tuple[list[Batch], list[Update]]:
+def prepare(
+    policy: Policy, rollouts: Sequence[Rollout], begun: Unfinished | None, *, lagging: bool = False
+) -> tuple[list[Batch], list[Update]]:
     """A step's batches, ready for their updates, and the updates that an earlier life of the run has made."""
     if begun is None:
-        return policy.prepare(rollouts), []
+        return policy.prepare(rollouts, lagging=lagging), []
     batches = policy.cut(rollouts)
     _take_up(policy, batches, begun)
     return batches, list(begun.updates)

@@ -35,6 +35,13 @@ class PromptCursor:
             self.position += len(taken)
         return batch
 
+    def peek(self, size: int) -> list[Prompt]:
+        """The prompts that `next_batch` will give; they stay the next."""
+        at = self.state_dict()
+        batch = self.next_batch(size)
+        self.load_state_dict(at)
+        return batch
+
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on from here."""
         return {"epoch": self.epoch, "position": self.position, "seed": self._seed, "fingerprint": self.fingerprint}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 from megatron_real.config import Config
@@ -20,6 +21,12 @@ def build_engine(config: Config, *, say: Callable[[str], None]) -> Engine:
     from megatron_real.rollout import vllm_engine
 
     wanted, why = config.rollout.engine, ""
+    if wanted == "vllm-server":
+        if not config.rollout.servers and importlib.util.find_spec("vllm") is None:
+            raise ValueError("rollout.engine=vllm-server starts vLLM, which is not installed; install vllm")
+        from megatron_real.rollout.server_engine import VllmServerEngine
+
+        return VllmServerEngine(config, say=say)
     missing = "" if wanted == "transformers" else vllm_engine.missing(config)
     if wanted == "vllm" and missing:
         raise ValueError(f"rollout.engine=vllm, but {missing}; install vllm, or set rollout.engine=transformers")

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from megatron_real.records import Completion, Prompt, Sampling
+from megatron_real.rollout.checksum import checksum
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -18,12 +20,22 @@ class EngineFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Held:
-    """One HF tensor in the memory of an engine's rank."""
+    """One HF tensor that an engine expects."""
+
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    parts: Mapping[int, tuple[slice, ...]]
+    """What of it lies where, by the number of a process of the engine's: those processes that this rank answers for."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One HF tensor in the memory of one process of an engine."""
 
     shape: tuple[int, ...]
     """Of the whole tensor."""
     part: tuple[slice, ...]
-    """What of it this rank holds."""
+    """What of it this process holds."""
     tensor: Tensor
     """That part: the memory that the engine computes with, not a copy."""
 
@@ -43,9 +55,19 @@ class Engine(Protocol):
     """The model's transformers tokenizer."""
     tp: int
     """Ranks that make up one engine; all of them call every method together, with the same prompts."""
+    process: str
+    """What its processes are called: `rank` where the training processes themselves hold the weights."""
 
     def held(self) -> Mapping[str, Held]:
         """Every tensor that the engine expects, by its HF name; a tied lm_head is one of them."""
+
+    def checksums(self, dtypes: Mapping[str, torch.dtype]) -> Mapping[str, Mapping[int, int]]:
+        """By tensor, of the processes that `held` names: the checksum of what each now holds.
+
+        Args:
+            dtypes: those in which the tensors left the trainer. An engine may keep a tensor in a wider dtype, which
+                loses nothing; the checksum is of the tensor as it was sent.
+        """
 
     def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes over the policy's weights, a stream of HF (name, tensor), one at a time.
@@ -83,6 +105,18 @@ class StreamingEngine(Engine, Protocol):
         Raises:
             EngineFailed: everything that has not come is lost.
         """
+
+
+def held_on(process: int, parts: Mapping[str, Part]) -> dict[str, Held]:
+    """What an engine of one process at hand expects."""
+    return {name: Held(part.shape, {process: part.part}) for name, part in parts.items()}
+
+
+def checksums_on(
+    process: int, parts: Mapping[str, Part], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, dict[int, int]]:
+    """The checksums of what one process at hand holds."""
+    return {name: {process: checksum(parts[name].tensor.to(dtype))} for name, dtype in dtypes.items()}
 
 
 def finished(

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from megatron_real.config import SyncConfig
 from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Sampling, Verdict
-from megatron_real.rollout.engine import Engine, Held
+from megatron_real.rollout.checksum import checksum
+from megatron_real.rollout.engine import Engine, EngineFailed, Held
 from megatron_real.rollout.watch import Watch
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -29,8 +30,9 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Mismatch = Callable[[Sequence[Rollout]], Sequence[float]]
 """Of the trainer: mean |log-prob there - in the engine| (nats) of each rollout. Collective over all ranks."""
 
-Checksums = dict[str, tuple[torch.dtype, int]]
-"""By name: the dtype in which a tensor left the trainer, and the checksum of the part that this rank's engine holds."""
+Checksums = dict[str, tuple[torch.dtype, dict[int, int]]]
+"""By name: the dtype in which a tensor left the trainer, and the checksum of each part of it that this rank answers
+for, by the number of the process that holds the part."""
 
 
 class SyncError(RuntimeError):
@@ -65,6 +67,7 @@ class WeightSync:
             mismatch: the trainer's, for the probe; there is none without.
 
         Raises:
+            EngineFailed: it cannot take weights or does not answer the probe; on every rank alike.
             SyncError: a tensor is unknown, has another shape, comes twice or not at all, or is not in the engine as it
                 left the trainer, and is named; or the probe's answer differs, and the engine's ranks are named.
         """
@@ -83,18 +86,25 @@ class WeightSync:
     def _probe(self, mismatch: Mismatch) -> None:
         """Compares the log-probs of an answer that every engine samples with the trainer's."""
         sampling = Sampling(1, self._temperature, self.config.probe_tokens)
-        ((mine,),) = self.engine.generate([self._prompt], sampling, seeds=[self.version])
+        mine: Any
+        try:
+            ((mine,),) = self.engine.generate([self._prompt], sampling, seeds=[self.version])
+        except EngineFailed as error:
+            mine = error
         answers: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(answers, mine)
+        for answer in answers:
+            if isinstance(answer, EngineFailed):
+                raise answer
         tp = self.engine.tp
         rollouts = [_rollout(self._prompt, engine, answer) for engine, answer in enumerate(answers[::tp])]
         for engine, difference in enumerate(mismatch(rollouts)):
             if not difference <= self.config.probe_bound:
+                ranks = _numbered("rank", range(engine * tp, (engine + 1) * tp))
                 raise SyncError(
                     f"weight sync {self.version}: trainer and engine differ by {difference:.3g} nats a token on the "
                     f"probe {self._prompt.uid!r}, more than rollout.sync.probe_bound = {self.config.probe_bound}; the "
-                    f"engine of {_ranks(range(engine * tp, (engine + 1) * tp))} does not compute with the trainer's "
-                    "weights"
+                    f"engine of {ranks} does not compute with the trainer's weights"
                 )
 
     def _checked(
@@ -119,7 +129,7 @@ class WeightSync:
             missing.discard(name)
             order.append(name)
             if sums is not None:
-                sums[name] = tensor.dtype, checksum(tensor[held[name].part])
+                sums[name] = tensor.dtype, {i: checksum(tensor[part]) for i, part in held[name].parts.items()}
             yield name, tensor
         if missing:
             raise SyncError(f"weight sync {self.version}: the engine got nothing for {', '.join(sorted(missing))}")
@@ -145,48 +155,26 @@ class WeightSync:
             number += 1
 
     def _compare(self, sums: Checksums) -> None:
-        """Compares what left the trainer with what each rank's engine now holds."""
-        held = self.engine.held()
-        # An engine may keep a tensor in a wider dtype, which loses nothing.
-        wrong = [name for name, (dtype, sent) in sums.items() if checksum(held[name].tensor.to(dtype)) != sent]
+        """Compares what left the trainer with what each of the engine's processes now holds."""
+        held = self.engine.checksums({name: dtype for name, (dtype, _) in sums.items()})
+        wrong = [(name, i) for name, (_, parts) in sums.items() for i, sent in parts.items() if held[name][i] != sent]
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, wrong)
         on: dict[str, list[int]] = defaultdict(list)
-        for rank, names in enumerate(found):
-            for name in names:
-                on[name].append(rank)
+        for name, process in sorted(((name, i) for wrong in found for name, i in wrong), key=lambda found: found[1]):
+            on[name].append(process)
         if on:
-            listed = "; ".join(f"{name} on {_ranks(ranks)}" for name, ranks in list(on.items())[:10])
+            listed = "; ".join(
+                f"{name} on {_numbered(self.engine.process, found)}" for name, found in list(on.items())[:10]
+            )
             raise SyncError(
                 f"weight sync {self.version}: {len(on)} tensors in the engine are not what the trainer sent: {listed}"
             )
-
-
-def checksum(tensor: Tensor) -> int:
-    """A number of 64 bits that depends on every bit of the tensor and on its place; equal bits give equal numbers.
-
-    The sum of each 8 bytes times an odd number of their place, modulo 2^64: what changes alone always changes it. Their
-    upper half is first folded into the lower one, because a product carries upwards only.
-    """
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if data.storage_offset() % 8 or data.numel() % 8:
-        data = torch.cat([data, data.new_zeros(-data.numel() % 8)])
-    # A block stays in the processor's cache from the product to the sum.
-    place = torch.arange(_BLOCK, device=data.device) * _MULTIPLIER | 1
-    total = torch.zeros((), dtype=torch.int64, device=data.device)
-    for number, block in enumerate(data.view(torch.int64).split(_BLOCK)):
-        folded = block ^ ((block >> 32) & 0xFFFFFFFF)
-        total += (folded * place[: len(block)]).sum() * (2 * number + 1)
-    return int(total)
-
-
-_BLOCK = 1 << 15
-_MULTIPLIER = 0x5851F42D4C957F2D  # Knuth's MMIX generator: a multiplier whose products look random in every bit
 
 
 def _rollout(prompt: Prompt, engine: int, answer: Completion) -> Rollout:
     return Rollout(prompt, group=engine, sample=0, completion=answer, verdict=Verdict("ok", POSITIVE, None))
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+def _numbered(what: str, numbers: Sequence[int]) -> str:
+    return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

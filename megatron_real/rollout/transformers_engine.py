@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 
 from megatron_real.cpu import device
 from megatron_real.records import Completion, Prompt, Sampling
-from megatron_real.rollout.engine import Held
+from megatron_real.rollout.engine import Held, Part, checksums_on, held_on
 from megatron_real.rollout.tokenizer import eos_ids, load_tokenizer
 from megatron_real.weights.stored import torch_dtype
 
@@ -21,6 +22,7 @@ class TransformersEngine:
 
     name = "transformers"
     tp = 1
+    process = "rank"
 
     def __init__(self, path: str, *, dtype: str, batch_size: int) -> None:
         """Builds the model of `path`'s config without reading its weights: they come by `prepare_for_inference`."""
@@ -34,10 +36,10 @@ class TransformersEngine:
         self.model.generation_config = GenerationConfig(eos_token_id=self.eos, pad_token_id=self.eos[0])
 
     def held(self) -> dict[str, Held]:
-        return {
-            name: Held(tuple(tensor.shape), (slice(None),) * tensor.dim(), tensor)
-            for name, tensor in self.model.state_dict().items()
-        }
+        return held_on(dist.get_rank(), self._parts())
+
+    def checksums(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, dict[int, int]]:
+        return checksums_on(dist.get_rank(), self._parts(), dtypes)
 
     def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         own = self.model.state_dict()
@@ -60,6 +62,12 @@ class TransformersEngine:
             completions = self._decode([prompts[i] for i, _ in batch], sampling, seed=f"{seeds}-{start}")
             for (i, k), completion in zip(batch, completions, strict=True):
                 yield i, k, completion
+
+    def _parts(self) -> dict[str, Part]:
+        return {
+            name: Part(tuple(tensor.shape), (slice(None),) * tensor.dim(), tensor)
+            for name, tensor in self.model.state_dict().items()
+        }
 
     def finish_inference(self) -> None:
         if device().type == "cuda":

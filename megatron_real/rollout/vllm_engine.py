@@ -16,27 +16,29 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_real.config import Config
 from megatron_real.cpu import device
 from megatron_real.records import Completion, Prompt, Sampling
-from megatron_real.rollout.engine import Held
+from megatron_real.rollout.engine import Held, Part, checksums_on, held_on
 from megatron_real.rollout.tokenizer import eos_ids, load_tokenizer
 
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
+ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads stay where they are
     "VLLM_NO_USAGE_STATS": "1",
 }
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+# vLLM turns back the seeded generator of a prompt that it prefills in part, which a CPU's cannot: prompts whole, then.
+_ON_CPU = {"enforce_eager": True, "enable_chunked_prefill": False}
 
 
 def missing(config: Config) -> str:
     """Why vLLM cannot serve this configuration here; empty if it can. Imports it, which takes seconds."""
     if config.model.dtype == "fp64":
         return "vLLM knows no fp64"
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0")  # the engine lives in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the configuration
     try:
@@ -46,10 +48,33 @@ def missing(config: Config) -> str:
     return ""
 
 
+def engine_arguments(config: Config) -> dict[str, Any]:
+    """vLLM's arguments that engines in the training processes and servers have in common, by its own names."""
+    rollout = config.rollout
+    return {
+        "model": config.model.path,
+        "dtype": _DTYPES[config.model.dtype],
+        "load_format": "dummy",  # weights come by sync
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # the model's own would add its top_p, top_k or penalties
+        "max_model_len": config.data.max_prompt_tokens + rollout.max_response_tokens,
+        "max_num_seqs": rollout.max_sequences,
+        "kv_cache_memory_bytes": rollout.kv_cache_mib << 20,
+        "gpu_memory_utilization": 0.01,  # unused beside an explicit size, but checked against what is free
+        "logprobs_mode": "processed_logprobs",  # of the sampling distribution, temperature and all
+        "tensor_parallel_size": rollout.tp,
+        "seed": config.trainer.seed,
+        "disable_log_stats": True,
+        **(_ON_CPU if device().type == "cpu" else {}),
+        **rollout.vllm,
+    }
+
+
 class VllmEngine:
     """One rank's part of a vLLM engine. It begins asleep and without weights: a sync wakes it."""
 
     name = "vllm"
+    process = "rank"
 
     def __init__(self, config: Config) -> None:
         """Builds the engine; collective over all ranks.
@@ -66,23 +91,11 @@ class VllmEngine:
         from vllm import LLM
 
         _check_arguments(rollout.vllm)
-        with _plain_weights():
+        with plain_weights():
             self.llm = LLM(
-                model=path,
-                dtype=_DTYPES[config.model.dtype],
-                load_format="dummy",  # weights come by sync
-                skip_tokenizer_init=True,
-                generation_config="vllm",  # the model's own would add its top_p, top_k or penalties
-                max_model_len=config.data.max_prompt_tokens + rollout.max_response_tokens,
-                max_num_seqs=rollout.max_sequences,
-                kv_cache_memory_bytes=self.kv_cache_bytes,
-                gpu_memory_utilization=0.01,  # unused beside an explicit size, but checked against what is free
+                **engine_arguments(config),
                 enable_sleep_mode=self.sleep_level > 0,
-                logprobs_mode="processed_logprobs",  # of the sampling distribution, temperature and all
                 distributed_executor_backend="external_launcher",
-                tensor_parallel_size=self.tp,
-                seed=config.trainer.seed,
-                **{**_defaults(), **rollout.vllm},
             )
         # At exit vLLM would end the process groups that the job has ended already, with a traceback. What else its
         # clean-up does there is to thaw the objects that it froze, which libraries would report as leaks.
@@ -93,16 +106,17 @@ class VllmEngine:
         self.finish_inference()
 
     def held(self) -> dict[str, Held]:
-        from megatron_real.rollout.vllm_weights import held_by
+        return held_on(dist.get_rank(), self._parts())
 
-        return held_by(self.model)
+    def checksums(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, dict[int, int]]:
+        return checksums_on(dist.get_rank(), self._parts(), dtypes)
 
     def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         if self.sleep_level:
             self._check_budget()
             self.llm.wake_up(tags=["weights"])
         self.model.load_weights(weights)
-        _pack(self.model)
+        pack(self.model)
         if self.sleep_level:
             self.llm.wake_up(tags=["kv_cache"])
         if not self.llm.reset_prefix_cache():  # what it holds was computed with the weights before
@@ -132,6 +146,11 @@ class VllmEngine:
     def finish_inference(self) -> None:
         if self.sleep_level:
             self.llm.sleep(level=self.sleep_level)
+
+    def _parts(self) -> dict[str, Part]:
+        from megatron_real.rollout.vllm_weights import parts_of
+
+        return parts_of(self.model)
 
     def _parameters(self, sampling: Sampling, seed: int) -> Any:
         from vllm import SamplingParams
@@ -169,16 +188,6 @@ class VllmEngine:
             )
 
 
-def _defaults() -> dict[str, Any]:
-    """Arguments that `rollout.vllm` may replace.
-
-    vLLM turns back the seeded generator of a prompt that it prefills in part, which a CPU's cannot: there prompts are
-    prefilled whole.
-    """
-    cpu = device().type == "cpu"
-    return {"disable_log_stats": True, "enforce_eager": cpu} | ({"enable_chunked_prefill": False} if cpu else {})
-
-
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
@@ -189,22 +198,22 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _plain_weights() -> Iterator[None]:
+def plain_weights() -> Iterator[None]:
     """On a CPU, vLLM packs each loaded weight for oneDNN and drops the original. Here the originals stay, so that they
-    can be loaded into and read back; `_pack` packs them after each sync. Models built in this context are unpacked."""
+    can be loaded into and read back; `pack` packs them after each sync. Models built in this context are unpacked."""
     from vllm.model_executor.layers import utils
 
     def unpacked(layer: Any, remove_weight: bool) -> None:
         layer.cpu_linear = nn.functional.linear
 
-    pack, utils.dispatch_cpu_unquantized_gemm = utils.dispatch_cpu_unquantized_gemm, unpacked
+    packing, utils.dispatch_cpu_unquantized_gemm = utils.dispatch_cpu_unquantized_gemm, unpacked
     try:
         yield
     finally:
-        utils.dispatch_cpu_unquantized_gemm = pack
+        utils.dispatch_cpu_unquantized_gemm = packing
 
 
-def _pack(model: Any) -> None:
+def pack(model: Any) -> None:
     """Packs the weights of all matrix products anew; on a GPU there are none."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding

@@ -17,10 +17,10 @@ from torch import nn
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from megatron_real.rollout.engine import Held
+from megatron_real.rollout.engine import Part
 
 
-def held_by(model: Any) -> dict[str, Held]:
+def parts_of(model: Any) -> dict[str, Part]:
     """Every HF tensor of the model, by name; a head that shares the embedding's memory is one of its own."""
     return {
         f"{path}.{leaf}": held
@@ -36,7 +36,7 @@ def _paths(model: Any, joined: str) -> list[str]:
     return [f"{parent}.{part}" if parent else part for part in model.packed_modules_mapping.get(own, [own])]
 
 
-def _parts(module: nn.Module, leaf: str, parameter: nn.Parameter) -> Iterator[Held]:
+def _parts(module: nn.Module, leaf: str, parameter: nn.Parameter) -> Iterator[Part]:
     rest = (slice(None),) * (parameter.dim() - 1)
     offset = 0
     for total, start, size in _rows(module, parameter):
@@ -44,7 +44,7 @@ def _parts(module: nn.Module, leaf: str, parameter: nn.Parameter) -> Iterator[He
         if isinstance(module, RowParallelLinear) and leaf == "weight":
             first = module.tp_rank * module.input_size_per_partition
             shape, columns = (module.input_size,), (slice(first, first + module.input_size_per_partition),)
-        yield Held((total, *shape), (slice(start, start + size), *columns), parameter.data[offset : offset + size])
+        yield Part((total, *shape), (slice(start, start + size), *columns), parameter.data[offset : offset + size])
         offset += size
 
 

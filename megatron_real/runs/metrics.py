@@ -40,6 +40,8 @@ class Training:
     """Means over the response tokens that were trained on: entropy, mismatch_mean_abs, mismatch_k3 (nats) and the share
     mismatch_share; and mismatch_max_abs, the maximum. `entropy` is the mean of -log pi of the sampled tokens: a Monte
     Carlo estimate."""
+    lag: float
+    """Steps between the weights that generated the rollouts and those that the step began with."""
     tokens: int
     """Prompt and response tokens that were trained on."""
     flops: float
@@ -76,6 +78,7 @@ def step_metrics(
         "max_abs_weight_tau": training.max_abs_weight_tau,
         "grad_norm": _mean([v for v in training.grad_norms if math.isfinite(v)]),
         "lr": training.lr,
+        "lag": training.lag,
         "skipped_updates": float(len(training.skipped)),
         **{f"seconds/{name}": value for name, value in seconds.items()},
         **rank_metrics(seconds_of_ranks),

@@ -33,6 +33,8 @@ class Draws:
     """Labelled rollouts of some prompts, for the draw of that number and its first prompt."""
     chunk_prompts: int
     """Prompts of a chunk; 0: all of a draw."""
+    reuse: bool
+    """Whether chunks on disk are still good: not when the weights that generated them may be gone."""
     reporter: Reporter
     """Knows where chunks are kept."""
     ranks: Ranks
@@ -56,7 +58,7 @@ class Draws:
 
     def _chunk(self, prompts: Sequence[Prompt], number: int, first: int) -> list[Rollout]:
         file = self.reporter.directory.chunk(self.step, number, first)
-        if self.ranks.shared(file.exists()):
+        if self.reuse and self.ranks.shared(file.exists()):
             return self._kept(file, prompts)
         rollouts = self.sample(prompts, number, first)
         if self.ranks.first:

@@ -10,8 +10,8 @@ from megatron_real.policy.train_step import Batch
 from megatron_real.runs.metrics import Training
 
 
-def summary(policy: Policy, batches: Sequence[Batch], updates: Sequence[Update]) -> Training:
-    """What the updates of a step were. Collective over all ranks."""
+def summary(policy: Policy, batches: Sequence[Batch], updates: Sequence[Update], *, lag: float) -> Training:
+    """What the updates of a step were, on rollouts of so many steps before. Collective over all ranks."""
     kept = [batch.minibatch.rollouts[i].num_tokens for batch in batches for i in batch.minibatch.kept]
     weights = [update.gradient.weight_R for update in updates]
     return Training(
@@ -26,6 +26,7 @@ def summary(policy: Policy, batches: Sequence[Batch], updates: Sequence[Update])
         lr=updates[-1].lr,
         skipped=[i for i, update in enumerate(updates, 1) if update.skipped],
         token_means=policy.token_stats(batches).means(),
+        lag=lag,
         tokens=sum(kept),
         flops=sum(3 * n * policy.architecture.flops_per_token(n / 2) for n in kept),
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_real.rollout.sync import checksum
+from megatron_real.rollout.checksum import checksum
 from tests.distributed import sync_jobs
 from tests.distributed.world import World
 

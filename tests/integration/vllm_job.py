@@ -56,10 +56,10 @@ def forgotten(pair: Pair) -> dict[str, float]:
     found["prefix-cache"] = pair.largest(pair.rollouts(asked))
     pair.engine.llm.reset_prefix_cache = reset
     pair.move()
-    pack, vllm_engine._pack = vllm_engine._pack, lambda _: None
+    pack, vllm_engine.pack = vllm_engine.pack, lambda _: None
     pair.sync.run(pair.policy.stream())
     found["packed"] = pair.largest(pair.rollouts(asked))
-    vllm_engine._pack = pack
+    vllm_engine.pack = pack
     pair.sync.run(pair.policy.stream())
     found["none"] = pair.largest(pair.rollouts(asked))
     return found

@@ -52,6 +52,7 @@ def training(**changes):
         "lr": 1e-6,
         "skipped": [],
         "token_means": {"entropy": 0.3},
+        "lag": 0.0,
         "tokens": 18,
         "flops": 6e12,
     }

@@ -46,6 +46,7 @@ TRAINING = Training(
     lr=1e-3,
     skipped=[2],
     token_means={"entropy": 0.375, "mismatch_mean_abs": math.nan},
+    lag=0.0,
     tokens=16,
     flops=1e9,
 )

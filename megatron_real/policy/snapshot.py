@@ -1,0 +1,54 @@
+"""A copy of the policy's parameters in host memory: the weights that generated rollouts which are trained on later.
+
+pi_old is the trainer's own, under the weights that generated. While rollouts lag behind, those weights are no longer
+the model's: they take its place for the pass that computes the old log-probs, and give it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from megatron_real.policy.policy import Policy
+
+
+class Snapshot:
+    """One rank's parameters as they were at the last `take`.
+
+    Example:
+        snapshot.take()                     # the weights that the engine generates with
+        ...                                 # updates
+        with snapshot.swapped_in():
+            batches = policy.prepare(rollouts, lagging=True)
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._parameters = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
+        pinned = self._parameters[0].is_cuda
+        self._copies = [torch.empty(p.shape, dtype=p.dtype, pin_memory=pinned) for p in self._parameters]
+
+    def take(self) -> None:
+        """Copies the parameters as they are. Collective under overlap_param_gather."""
+        self._policy.gather_parameters()
+        for parameter, copy in zip(self._parameters, self._copies, strict=True):
+            copy.copy_(parameter.detach())
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Within, the model has the copied parameters; afterwards it has its own again, to the bit."""
+        self._policy.gather_parameters()
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        """Takes the memory of a single parameter more."""
+        for parameter, copy in zip(self._parameters, self._copies, strict=True):
+            own = parameter.detach().clone()
+            parameter.data.copy_(copy)
+            copy.copy_(own)

@@ -1,0 +1,251 @@
+"""One vLLM server: how it is started and ended, and how it is asked.
+
+vLLM's own OpenAI server, with our worker (server_worker.py) and our check of the key (server_key.py). The key is in the
+environment of both sides alone: never in a command line, a file or a log.
+"""
+
+from __future__ import annotations
+
+import atexit
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from megatron_real.config import Config
+from megatron_real.cpu import device
+from megatron_real.rollout.engine import EngineFailed
+from megatron_real.rollout.vllm_engine import ENVIRONMENT, engine_arguments
+
+_SAY_EVERY_SECONDS = 10.0
+_POLL_SECONDS = 0.5
+_STOP_SECONDS = 15.0
+_NOT_FOR_SERVERS = {
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),  # the trainer's world
+    "TORCHELASTIC_USE_AGENT_STORE",
+    "VLLM_CPU_KVCACHE_SPACE",  # it would override the configuration
+}
+
+
+class Server:
+    """A server that runs somewhere, asked over HTTP.
+
+    Example:
+        server = Server("http://127.0.0.1:8000", key)
+        (worker,) = server.call("describe", timeout=60)
+    """
+
+    def __init__(self, url: str, key: str) -> None:
+        self.url, self._key = url, key
+        parts = urlsplit(url)
+        assert parts.hostname is not None and parts.port is not None, "config.py checks the addresses"
+        self.address = parts.hostname, parts.port
+        self._open: set[http.client.HTTPConnection] = set()
+
+    def post(self, path: str, body: Mapping[str, Any] | None = None, *, timeout: float) -> Any:
+        """The answer's JSON.
+
+        Raises:
+            EngineFailed: there is none, or it is an error.
+        """
+        return json.loads(self._ask("POST", path, json.dumps(body or {}), timeout) or "{}")
+
+    def call(self, method: str, argument: Any = None, *, timeout: float) -> list[Any]:
+        """[workers] what a method of our worker returns; raises as `post`."""
+        arguments = [] if argument is None else [json.dumps(argument)]
+        answer = self.post("/collective_rpc", {"method": method, "args": arguments}, timeout=timeout)
+        return list(answer["results"])
+
+    def healthy(self) -> bool:
+        """Whether it serves."""
+        try:
+            self._ask("GET", "/health", None, timeout=10.0)
+        except EngineFailed:
+            return False
+        return True
+
+    def cancel(self) -> None:
+        """Breaks off every request that is under way; vLLM stops computing what nobody waits for."""
+        for connection in list(self._open):
+            if connection.sock is not None:
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def _ask(self, verb: str, path: str, body: str | None, timeout: float) -> str:
+        connection = http.client.HTTPConnection(*self.address, timeout=timeout)
+        self._open.add(connection)
+        headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
+        try:
+            connection.request(verb, path, body, headers)
+            answer = connection.getresponse()
+            text = answer.read().decode()
+        except (OSError, http.client.HTTPException) as error:
+            reason = f"no answer in {timeout:g} s" if isinstance(error, TimeoutError) else repr(error)
+            raise EngineFailed(f"the vLLM server {self.url} failed: {reason}") from error
+        finally:
+            self._open.discard(connection)
+            connection.close()
+        if answer.status != 200:
+            raise EngineFailed(f"the vLLM server {self.url} answered {path} with {answer.status}: {_message(text)}")
+        return text
+
+
+class ServerProcess:
+    """A server that this process starts, and that ends with it."""
+
+    def __init__(self, config: Config, *, number: int, key: str) -> None:
+        """Starts it and does not wait; its output goes to a log in the run directory."""
+        self._config, self._number, self._key = config, number, key
+        self.log = Path(config.trainer.run_dir or ".") / "servers" / f"server-{number}.log"
+        self.start()
+        atexit.register(self.stop)
+
+    def start(self) -> None:
+        """Starts it, anew if it has ended, at the same place in the run but on another port."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        host, port = self._config.rollout.server_host, _free_port(self._config.rollout.server_host)
+        guard = [sys.executable, str(Path(__file__).with_name("server_guard.py"))]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*guard, *command(self._config, host=host, port=port)],
+                stdin=subprocess.PIPE,  # the guard ends the server when this pipe closes, however this process ends
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment(self._key, gpus=self._gpus()),
+                start_new_session=True,
+            )
+        self.server = Server(f"http://{host}:{port}", self._key)
+
+    @property
+    def pid(self) -> int:
+        """Of the process group's leader."""
+        return self._process.pid
+
+    def ended(self) -> bool:
+        """Whether it has."""
+        return self._process.poll() is not None
+
+    def stop(self) -> None:
+        """Ends it, and waits until its memory is free."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def wait(self, say: Callable[[str], None]) -> None:
+        """Waits until it serves.
+
+        Raises:
+            EngineFailed: it ended, or was not ready in rollout.server_start_seconds.
+        """
+        wait_until_healthy(
+            self.server,
+            self._config.rollout.server_start_seconds,
+            say,
+            ended=lambda: self.ended() and self._last_words(),
+        )
+
+    def _last_words(self) -> str:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing"]
+        return f"it ended and said {lines[-1]!r}; all of it is in {self.log}"
+
+    def _gpus(self) -> list[str]:
+        """Those after the training processes' own, on this machine; none on a CPU."""
+        if device().type == "cpu":
+            return []
+        tp, own = self._config.rollout.tp, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        first = own + int(os.environ.get("LOCAL_RANK", "0")) * tp
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+        if first + tp > len(gpus):
+            raise ValueError(
+                f"vLLM server {self._number} wants the GPUs {first} to {first + tp - 1}, after those of the {own} "
+                f"training processes of this machine, which has {len(gpus)}; start fewer processes or servers, or "
+                "start servers elsewhere and give their addresses (rollout.servers)"
+            )
+        return gpus[first : first + tp]
+
+
+def wait_until_healthy(
+    server: Server, seconds: float, say: Callable[[str], None], *, ended: Callable[[], str | bool] = lambda: ""
+) -> None:
+    """Waits until a server serves, and says every ten seconds that it does.
+
+    Args:
+        ended: why waiting is in vain, if it is.
+
+    Raises:
+        EngineFailed: in vain, or too long.
+    """
+    began = said = time.monotonic()
+    while not server.healthy():
+        now = time.monotonic()
+        why = ended() or (
+            now - began > seconds and f"it is not ready after {seconds:g} s (rollout.server_start_seconds)"
+        )
+        if why:
+            raise EngineFailed(f"the vLLM server {server.url} does not serve: {why}")
+        if now - said >= _SAY_EVERY_SECONDS:
+            say(f"waiting for the vLLM server {server.url}: {now - began:.0f} s")
+            said = now
+        time.sleep(_POLL_SECONDS)
+
+
+def command(config: Config, *, host: str, port: int) -> list[str]:
+    """The command line of a server that takes its weights from the trainer; its key is not in it."""
+    ours = {
+        "host": host,
+        "port": port,
+        "worker_cls": "megatron_real.rollout.server_worker.Worker",
+        "middleware": "megatron_real.rollout.server_key.EveryPathWantsTheKey",
+        "disable_uvicorn_access_log": True,
+    }
+    words = [word for name, value in {**engine_arguments(config), **ours}.items() for word in _words(name, value)]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words]
+
+
+def environment(key: str, *, gpus: list[str]) -> dict[str, str]:
+    """What a server's process needs, and nothing of the trainer's own world."""
+    kept = {name: value for name, value in os.environ.items() if name not in _NOT_FOR_SERVERS}
+    package = str(Path(__file__).parents[2])
+    return {
+        **kept,
+        **ENVIRONMENT,
+        **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
+        "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")])),
+        "VLLM_API_KEY": key,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # on a CPU, no third process beside the server's and the engine's
+        "VLLM_SERVER_DEV_MODE": "1",  # the paths that change weights; they want the key as all others do
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+    }
+
+
+def _words(name: str, value: Any) -> list[str]:
+    option = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [option if value else f"--no-{option[2:]}"]
+    return [option, value if isinstance(value, str) else json.dumps(value)]
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _message(text: str) -> str:
+    """The sentence in an error of vLLM's, or the beginning of the text."""
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return text[:300]

@@ -1,0 +1,124 @@
+"""What tests/integration/test_server.py runs on each rank: vLLM servers beside a real policy.
+
+torchrun --nproc-per-node 2 -m tests.integration.server_job MODEL ROLLOUT_TP NUM_SERVERS OUT.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import http.client
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_real.config import Config, TrainerConfig
+from megatron_real.policy.layout import join_world
+from megatron_real.records import Sampling
+from megatron_real.rollout.engine import EngineFailed
+from tests.distributed import sync_jobs
+from tests.distributed.sync_jobs import Pair, prompts
+from tests.integration.vllm_job import NAMES, parity
+
+SAMPLING = Sampling(3, sync_jobs.TEMPERATURE, 16)
+
+
+def damages(pair: Pair) -> dict[str, str]:
+    """One element lost on all ranks' way, on the last rank's alone, or a whole tensor lost."""
+    found, load, name = {}, pair.engine.prepare_for_inference, NAMES["rows"]
+    last = dist.get_world_size() - 1
+    for case, damage, rank in (
+        ("element", sync_jobs.one_element(name), None),
+        ("last", sync_jobs.one_element(name), last),
+        ("dropped", lambda stream: sync_jobs.without(stream, name), None),
+    ):
+        pair.move()
+        pair.engine.prepare_for_inference = sync_jobs.damaged_on_the_way(pair, damage, rank=rank)
+        found[case] = pair.synced()
+        pair.engine.prepare_for_inference = load
+    found["missing"] = pair.synced(sync_jobs.without(pair.policy.stream(), name))
+    found["good"] = pair.synced()
+    return found
+
+
+def key(pair: Pair) -> dict[str, int]:
+    """What each path answers to someone without the key, and with another."""
+    found = {}
+    for path in ("/health", "/v1/completions", "/collective_rpc", "/reset_prefix_cache", "/pause"):
+        for case, headers in (("none", {}), ("other", {"Authorization": "Bearer other"})):
+            connection = http.client.HTTPConnection(*pair.engine.server.address, timeout=20)
+            connection.request("GET" if path == "/health" else "POST", path, "{}", headers)
+            found[f"{path} {case}"] = connection.getresponse().status
+            connection.close()
+    return found
+
+
+def patience(pair: Pair) -> str:
+    """What a request is answered with whose time is over: long answers, and a hundredth of what they take."""
+    engine, config = pair.engine, pair.engine._config
+    rollout = dataclasses.replace(config.rollout, request_timeout_seconds=1e-3)
+    engine._config = dataclasses.replace(config, rollout=rollout)
+    try:
+        engine.generate(prompts(4), Sampling(3, sync_jobs.TEMPERATURE, 200), seeds=range(4))
+    except EngineFailed as error:
+        return str(error)
+    finally:
+        engine._config = config
+    return ""
+
+
+def killed(pair: Pair) -> dict[str, Any]:
+    """A server that is killed while it answers, in the last rank's hands: its answers, and the next sync."""
+    from megatron_real.labels import Labeller
+    from megatron_real.rollout.stage import RolloutStage
+
+    engine, stream = pair.engine, pair.engine.stream
+    pid = engine.started.pid if engine.started else 0
+
+    def dying(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for number, found in enumerate(stream(*args, **kwargs)):
+            if number == 0 and dist.get_rank() == dist.get_world_size() - 1:
+                os.killpg(pid, signal.SIGKILL)
+            yield found
+
+    asked, engine.stream = prompts(12), dying
+    with Labeller("exact", workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=1.0) as labeller:
+        stage = RolloutStage(engine, labeller, rank=dist.get_rank(), world=dist.get_world_size())
+        share = stage.generate(asked, SAMPLING, seed=3)
+        engine.stream = stream
+        rollouts = stage.label(asked, share)
+    found = {
+        "lost": [d.verdict.result().reason for d in share.drawn if d.verdict.result().status == "lost"],
+        "statuses": sorted({r.verdict.status for r in rollouts}),
+        "rollouts": len(rollouts),
+        "largest": pair.largest([r for r in rollouts if r.completion.token_ids]),
+    }
+    pair.move()
+    return found | {
+        "again": pair.synced(),
+        "afterwards": pair.largest(pair.rollouts(prompts(2))),
+        "pids": [pid, engine.started.pid if engine.started else 0],
+    }
+
+
+def main() -> None:
+    path, tp, servers, out = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    join_world(timeout_minutes=5)
+    chosen = {"engine": "vllm-server", "tp": tp, "num_servers": servers, "max_sequences": 4}
+    config: Config = sync_jobs.config_of(path, rollout=chosen, sync={"timeout_seconds": 200.0})
+    config = dataclasses.replace(config, trainer=TrainerConfig(run_dir=str(out.parent)))
+    pair = Pair(config)
+    found: dict[str, Any] = {"first": pair.synced(), "held": sorted(pair.engine.held())}
+    jobs = (key, parity, damages, patience, killed) if servers > 1 else (parity, damages)
+    found |= {job.__name__: job(pair) for job in jobs}
+    out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Rollouts by vLLM servers that the run starts: two ranks with a server each, and with one that they share."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import sync_jobs
+from tests.integration.test_train import ROOT, heldout, rows, train
+from tests.integration.test_vllm import _missing
+from tests.integration.vllm_job import NAMES
+
+pytestmark = pytest.mark.skipif(bool(_missing()), reason=_missing())
+
+CASES = [pytest.param((1, 2), id="a server for each rank"), pytest.param((2, 1), id="tp2", marks=pytest.mark.grid)]
+Found = tuple[tuple[int, int], list[dict[str, Any]], str]
+
+
+@pytest.fixture(scope="session", params=CASES)
+def found(
+    request: pytest.FixtureRequest, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Found:
+    """The answers of both ranks and the servers' logs."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    path = sync_jobs.complete(tiny_model("qwen2", dtype="float32", **sizes))
+    out = tmp_path_factory.mktemp("server") / "found.json"
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    words = [str(path), *map(str, request.param), str(out)]
+    command = [*launcher, "-m", "tests.integration.server_job", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    logs = "".join(log.read_text() for log in out.parent.glob("servers/*.log"))
+    return request.param, [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(2)], done.stdout + logs
+
+
+def test_log_probs_agree_after_every_sync(found: Found) -> None:
+    for answer in found[1]:
+        assert answer["first"] == "" and answer["parity"]["problems"] == [""] * 4
+        assert max(answer["parity"]["synced"]) <= 1e-4
+        assert min(answer["parity"]["stale"]) > 0.05, "the weights moved, and without a sync it shows"
+
+
+def test_damage_is_named(found: Found) -> None:
+    (tp, _), answers, _ = found
+    for answer in answers:
+        damages, name = answer["damages"], NAMES["rows"]
+        assert damages["good"] == ""
+        # With tensor parallelism the last element is in the last worker's part alone.
+        assert f"{name} on worker{'s 0, 1' if tp == 1 else ' 1'}" in damages["element"]
+        assert f"{name} on workers 0, 1" in damages["dropped"]
+        assert f"the engine got nothing for {name}" in damages["missing"]
+        if tp == 1:
+            assert f"1 tensors in the engine are not what the trainer sent: {name} on worker 1" in damages["last"]
+
+
+def two_servers(found: Found) -> list[dict[str, Any]]:
+    if found[0] != (1, 2):
+        pytest.skip("once is enough")
+    return found[1]
+
+
+def test_nothing_answers_without_the_key(found: Found) -> None:
+    for answer in two_servers(found):
+        assert len(answer["key"]) == 10 and set(answer["key"].values()) == {401}
+
+
+def test_a_request_has_its_time(found: Found) -> None:
+    for answer in two_servers(found):
+        assert "no answer in 0.001 s" in answer["patience"]
+
+
+def test_a_killed_server_is_survived(found: Found) -> None:
+    alive, killed = (answer["killed"] for answer in two_servers(found))
+    assert not alive["lost"] and len(killed["lost"]) >= 6 and "failed" in killed["lost"][0]
+    for answer in (alive, killed):
+        assert answer["rollouts"] == 12 * 3 and "lost" not in answer["statuses"]
+        assert answer["largest"] <= 1e-4, "those drawn again are the same policy's"
+        assert answer["again"] == "" and answer["afterwards"] <= 1e-4
+    assert alive["pids"][0] == alive["pids"][1] and killed["pids"][0] != killed["pids"][1]
+
+
+def test_servers_end_with_the_run(found: Found) -> None:
+    for answer in two_servers(found):
+        for pid in answer["killed"]["pids"]:
+            with pytest.raises(ProcessLookupError):
+                os.killpg(pid, 0)
+
+
+def test_servers_end_with_a_run_that_is_killed() -> None:
+    """The guard alone: its input closes when the process that holds the other end is killed."""
+    guard = ROOT / "megatron_real/rollout/server_guard.py"
+    sleeper = "import subprocess, sys, time; subprocess.Popen(['sleep', '600']); time.sleep(600)"
+    starter = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, {str(guard)!r}, sys.executable, '-c', {sleeper!r}], "
+        "stdin=subprocess.PIPE, start_new_session=True)\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        group = int(run.stdout.readline())
+        time.sleep(1.0)
+        os.killpg(group, 0)
+        run.kill()
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the server's processes outlived the run")
+
+
+def run(base: Path, run_dir: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    server = ["rollout.engine=vllm-server", "rollout.kv_cache_mib=64", "rollout.sync.probe_bound=1e-3"]
+    return train(base, run_dir, *server, *words)
+
+
+def test_held_out_accuracy_rises(base: Path, tmp_path: Path) -> None:
+    """Two ranks, one server."""
+    done = run(base, tmp_path / "run", "trainer.steps=8", "rollout.sync.checksum_every=1")
+    assert done.returncode == 0, done.stderr
+    first, *_, last = heldout(tmp_path / "run")
+    assert first < 0.5 and last > first + 0.2
+    for row in rows(tmp_path / "run/metrics.jsonl"):
+        assert row["mismatch_max_abs"] < 1e-4 and row["mismatch_share"] == 0
+
+
+def test_a_server_that_does_not_start_is_one_sentence(base: Path, tmp_path: Path) -> None:
+    done = train(base, tmp_path / "run", "rollout.engine=vllm-server", "rollout.vllm.enforce_eagre=true", processes=1)
+    assert done.returncode == 2
+    assert "unrecognized arguments: --enforce-eagre" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_rollouts_of_the_next_step_are_generated_ahead(base: Path, tmp_path: Path) -> None:
+    """pi_old is that of the weights that generated: else it would differ from the engine's log-probs by far more. The
+    run stops after two steps and goes on; its third step has nothing ahead."""
+    words = ["rollout.max_lag=1", "optimizer.lr=1e-3", "checkpoint.every=2", "evaluation.every=1"]
+    for steps in (2, 4):
+        done = run(base, tmp_path / "run", *words, f"trainer.steps={steps}", "evaluation.max_problems=16")
+        assert done.returncode == 0, done.stderr
+    assert "this life's first ones are of the present weights" in done.stdout
+    found = rows(tmp_path / "run/metrics.jsonl")
+    assert [row["lag"] for row in found] == [0, 1, 0, 1]
+    for row in found:
+        assert row["mismatch_max_abs"] < 1e-4

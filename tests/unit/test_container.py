@@ -1,0 +1,69 @@
+"""The Dockerfile, as far as a machine without docker can tell: a real linter, and its pins resolved on the index."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+
+
+def test_the_linter_finds_nothing() -> None:
+    done = run("hadolint", "Dockerfile")
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (("${BASE}", "nvcr.io/nvidia/pytorch"), "DL3006"),
+        (("USER 10001", "USER root"), "DL3002"),
+        (("pip install --no-cache-dir .", "pip install ."), "DL3042"),
+    ],
+)
+def test_the_linter_finds_what_is_wrong(change: tuple[str, str], rule: str, tmp_path: Path) -> None:
+    (tmp_path / "Dockerfile").write_text((ROOT / "Dockerfile").read_text().replace(*change))
+    done = run("hadolint", str(tmp_path / "Dockerfile"))
+    assert done.returncode == 1 and rule in done.stdout
+
+
+def test_the_image_holds_what_it_copies_and_nothing_of_the_user() -> None:
+    """Every COPY is let in by .dockerignore, which begins by shutting out everything."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert lines[1] == "*"
+    copied = [w for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith("COPY ")
+              for w in line.split()[1:-1]]  # fmt: skip
+    assert sorted(f"!{name}" for name in copied) == sorted(line for line in lines if line.startswith("!"))
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_the_pins_exist_and_fit_together() -> None:
+    done = run(sys.executable, "tools/check_container.py")
+    assert done.returncode == 0, done.stderr
+    held = done.stdout.splitlines()
+    assert "megatron-core==0.19.2" in held and "math-verify==0.9.0" in held
+    assert [line for line in held if line.startswith("torch==")] == ["torch==2.15.0a0+875d815502"]
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--pin", "VLLM=99.0.0"], "No matching distribution found for vllm==99.0.0"),
+        (["--pin", "MEGATRON_CORE=0.99.0"], "megatron-core==0.99.0"),
+        (["--keep-torch-pins"], "torch==2.13.0"),
+    ],
+)
+def test_pins_that_do_not_fit_are_told(words: list[str], said: str) -> None:
+    done = run(sys.executable, "tools/check_container.py", *words)
+    assert done.returncode == 1
+    assert said in " ".join(done.stderr.split())
