@@ -171,25 +171,32 @@ class Entry:
         return Piece(self.parts[part], dtype, self.shapes[part], tuple(runs), 0, self.columns)
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """The HF tensors, out of every tensor-parallel rank's live parameter in rank order; a vocabulary is padded."""
-        import torch
+        """The HF tensors, out of every tensor-parallel rank's live parameter in rank order; a vocabulary is padded.
 
+        What is whole on one rank is a view of its parameter.
+        """
         if self.kind == "replicated":
             return [shards[0]]
         if self.kind == "columns":
-            return [torch.cat(list(shards), dim=1)]
+            return [_joined(shards, dim=1)]
         if self.kind == "gate_up":
             halves = [shard.chunk(2) for shard in shards]
-            return [torch.cat([half[i] for half in halves]) for i in range(2)]
+            return [_joined([half[i] for half in halves]) for i in range(2)]
         if self.kind == "vocab":
-            return [torch.cat(list(shards))]
-        everything = torch.cat(list(shards))
+            return [_joined(shards)]
+        everything = _joined(shards)
         parts: list[list[Tensor]] = [[] for _ in self.parts]
         top = 0
         for part, _, rows in self.runs:
             parts[part].append(everything[top : top + rows])
             top += rows
-        return [torch.cat(rows) for rows in parts]
+        return [_joined(rows) for rows in parts]
+
+
+def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    import torch
+
+    return torch.cat(list(tensors), dim) if len(tensors) > 1 else tensors[0]
 
 
 class Weights(Protocol):

@@ -96,7 +96,8 @@ def stream_hf(
     """Yields every HF (name, tensor) of the model on every rank, holding one parameter at a time.
 
     Collective over `tp_group` (all-gather of the shards) and `pp_group` (broadcast from the stage that owns it): all
-    ranks must consume the whole stream together. Tensors keep the model's dtype. A tied lm_head is not in it.
+    ranks must consume the whole stream together. Tensors keep the model's dtype and may be views of its parameters:
+    copy what outlives an update. A tied lm_head is not in it.
     """
     parameters = global_parameters(chunks)
     owners = _owners(parameters, pp_group)
