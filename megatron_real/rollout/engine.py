@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_real.records import Completion, Prompt, Sampling
 from megatron_real.rollout.checksum import checksum
@@ -45,7 +45,7 @@ class Engine(Protocol):
 
     Example:
         engine.prepare_for_inference(policy.stream())
-        completions = engine.generate(prompts, sampling, seeds=[17, 18])
+        for i, k, completion in engine.generate(prompts, sampling, seeds=[17, 18]): ...
         engine.finish_inference()
     """
 
@@ -77,34 +77,18 @@ class Engine(Protocol):
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
-    ) -> Sequence[Sequence[Completion | None]]:
-        """[prompt][sample] completions; a seed for each prompt. Equal weights and arguments give equal completions.
-
-        None stands for a completion that was lost (a timeout, a server that died).
-
-        Raises:
-            EngineFailed: everything is lost.
-        """
-
-    def finish_inference(self) -> None:
-        """Gives back the memory that only generation needs."""
-
-
-@runtime_checkable
-class StreamingEngine(Engine, Protocol):
-    """An engine that hands out completions as they finish, so that they are verified while others are generated.
-
-    To opt in, an engine has this method next to `generate`; nothing else changes.
-    """
-
-    def stream(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
-        """(index of the prompt, sample, completion) in any order: those of `generate`; what is lost never comes.
+        """Yields (index of the prompt, sample, completion) as completions finish, so that they are verified meanwhile.
+
+        There is a seed for each prompt; equal weights and arguments give equal completions, in any order. What is lost
+        (a timeout, a server that died) never comes.
 
         Raises:
             EngineFailed: everything that has not come is lost.
         """
+
+    def finish_inference(self) -> None:
+        """Gives back the memory that only generation needs."""
 
 
 def held_on(process: int, parts: Mapping[str, Part]) -> dict[str, Held]:
@@ -119,14 +103,9 @@ def checksums_on(
     return {name: {process: checksum(parts[name].tensor.to(dtype))} for name, dtype in dtypes.items()}
 
 
-def finished(
+def completed(
     engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
-) -> Iterator[tuple[int, int, Completion]]:
-    """(index of the prompt, sample, completion) of any engine, as soon as it hands them out."""
-    if isinstance(engine, StreamingEngine):
-        yield from engine.stream(prompts, sampling, seeds=seeds)
-        return
-    for i, samples in enumerate(engine.generate(prompts, sampling, seeds=seeds)):
-        for k, completion in enumerate(samples):
-            if completion is not None:
-                yield i, k, completion
+) -> list[list[Completion | None]]:
+    """[prompt][sample] everything that the engine generates; None for what it lost."""
+    found = {(i, k): completion for i, k, completion in engine.generate(prompts, sampling, seeds=seeds)}
+    return [[found.get((i, k)) for k in range(sampling.num_samples)] for i in range(len(prompts))]

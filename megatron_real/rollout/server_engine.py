@@ -110,12 +110,6 @@ class VllmServerEngine:
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
-    ) -> list[list[Completion]]:
-        found = {(i, k): completion for i, k, completion in self.stream(prompts, sampling, seeds=seeds)}
-        return [[found[i, k] for k in range(sampling.num_samples)] for i in range(len(prompts))]
-
-    def stream(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
         """Completions as they finish: a request for each, with a seed of its own, as the engine in the process has."""
         requests: SimpleQueue[tuple[int, int]] = SimpleQueue()

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from megatron_real.labels import Labeller
 from megatron_real.records import EXCLUDED, Completion, Prompt, Rollout, Sampling, Verdict
-from megatron_real.rollout.engine import Engine, EngineFailed, StreamingEngine, finished
+from megatron_real.rollout.engine import Engine, EngineFailed
 from megatron_real.rollout.spread import ExpectedLengths, prompt_seed, spread
 
 logger = logging.getLogger(__name__)
@@ -123,15 +123,14 @@ class RolloutStage:
         failure = "the engine did not return it"
         try:
             wanted = set(mine)
-            for j, k, completion in finished(self.engine, asked, sampling, seeds=seeds):
+            for j, k, completion in self.engine.generate(asked, sampling, seeds=seeds):
                 place = places[j][k]
                 if place in wanted:
                     drawn[place] = Drawn(place, completion, self.labeller.submit(asked[j], completion))
         except EngineFailed as error:
             failure = str(error)
             logger.warning("rank %d: the %s engine failed (%s)", self.rank, self.engine.name, failure)
-        streams = isinstance(self.engine, StreamingEngine)
-        early = {place: dataclasses.replace(d, early=streams and d.verdict.done()) for place, d in drawn.items()}
+        early = {place: dataclasses.replace(d, early=d.verdict.done()) for place, d in drawn.items()}
         return tuple(early.get(place) or _lost(place, failure) for place in mine)
 
     def _gather(self, drawn: Sequence[Drawn]) -> dict[Place, tuple[Completion, Verdict]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_real.config import SyncConfig
 from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Sampling, Verdict
 from megatron_real.rollout.checksum import checksum
-from megatron_real.rollout.engine import Engine, EngineFailed, Held
+from megatron_real.rollout.engine import Engine, EngineFailed, Held, completed
 from megatron_real.rollout.watch import Watch
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -88,7 +88,8 @@ class WeightSync:
         sampling = Sampling(1, self._temperature, self.config.probe_tokens)
         mine: Any
         try:
-            ((mine,),) = self.engine.generate([self._prompt], sampling, seeds=[self.version])
+            ((mine,),) = completed(self.engine, [self._prompt], sampling, seeds=[self.version])
+            mine = mine or EngineFailed("the answer to the probe was lost")
         except EngineFailed as error:
             mine = error
         answers: list[Any] = [None] * dist.get_world_size()

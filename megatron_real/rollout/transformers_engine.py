@@ -48,12 +48,6 @@ class TransformersEngine:
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
-    ) -> list[list[Completion]]:
-        found = {(i, k): completion for i, k, completion in self.stream(prompts, sampling, seeds=seeds)}
-        return [[found[i, k] for k in range(sampling.num_samples)] for i in range(len(prompts))]
-
-    def stream(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
         requests = [(i, k) for i in order for k in range(sampling.num_samples)]

@@ -124,12 +124,6 @@ class VllmEngine:
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
-    ) -> list[list[Completion]]:
-        found = {(i, k): completion for i, k, completion in self.stream(prompts, sampling, seeds=seeds)}
-        return [[found[i, k] for k in range(sampling.num_samples)] for i in range(len(prompts))]
-
-    def stream(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
         """Completions as they finish. A seed for each, so that no answer depends on what is decoded beside it."""
         engine, places = self.llm.llm_engine, {}

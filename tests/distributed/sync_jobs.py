@@ -104,8 +104,10 @@ class Pair:
     def rollouts(self, asked: list[Prompt], *, seed: int = 5) -> list[Rollout]:
         """Two answers to each prompt, the same on every rank."""
         sampling = Sampling(2, TEMPERATURE, 16)
-        answers = self.engine.generate(asked, sampling, seeds=[seed + 10 * i for i in range(len(asked))])
-        shared = [answers]
+        from megatron_real.rollout.engine import completed
+
+        seeds = [seed + 10 * i for i in range(len(asked))]
+        shared = [completed(self.engine, asked, sampling, seeds=seeds)]
         dist.broadcast_object_list(shared, src=0)
         return [
             Rollout(asked[i], i, k, completion, Verdict("ok", POSITIVE, 1.0))

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_real.config import Config, TrainerConfig
 from megatron_real.policy.layout import join_world
 from megatron_real.records import Sampling
-from megatron_real.rollout.engine import EngineFailed
+from megatron_real.rollout.engine import EngineFailed, completed
 from tests.distributed import sync_jobs
 from tests.distributed.sync_jobs import Pair, prompts
 from tests.integration.vllm_job import NAMES, parity
@@ -76,7 +76,7 @@ def patience(pair: Pair) -> str:
     rollout = dataclasses.replace(config.rollout, request_timeout_seconds=1e-3)
     engine._config = dataclasses.replace(config, rollout=rollout)
     try:
-        engine.generate(prompts(4), Sampling(3, sync_jobs.TEMPERATURE, 200), seeds=range(4))
+        completed(engine, prompts(4), Sampling(3, sync_jobs.TEMPERATURE, 200), seeds=range(4))
     except EngineFailed as error:
         return str(error)
     finally:

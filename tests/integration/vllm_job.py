@@ -87,6 +87,7 @@ def damages(pair: Pair) -> dict[str, str]:
 def spread(pair: Pair) -> dict[str, Any]:
     """Whether the answers of all engines of a stage are those that one engine gives for all prompts."""
     from megatron_real.labels import Labeller
+    from megatron_real.rollout.engine import completed
     from megatron_real.rollout.spread import prompt_seed
     from megatron_real.rollout.stage import RolloutStage
 
@@ -96,7 +97,7 @@ def spread(pair: Pair) -> dict[str, Any]:
         share = stage.generate(asked, sampling, seed=3)
         rollouts = stage.label(asked, share)
     seeds = [prompt_seed(3, 0, (i, 0), prompt) for i, prompt in enumerate(asked)]
-    alone = pair.engine.generate(asked, sampling, seeds=seeds)
+    alone = completed(pair.engine, asked, sampling, seeds=seeds)
     return {
         "places": [drawn.place for drawn in share.drawn],
         "equal": all(r.completion == alone[r.group][r.sample] for r in rollouts),
