@@ -52,7 +52,7 @@ def test_signs_that_change_in_pairs_change_the_checksum() -> None:
 
 
 def test_a_long_tensor_is_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_real.rollout.sync._BLOCK", 4)
+    monkeypatch.setattr("megatron_real.rollout.checksum._BLOCK", 4)
     tensor = torch.arange(21.0)
     moved = torch.cat([tensor[8:16], tensor[:8], tensor[16:]])
     assert checksum(tensor) != checksum(moved)
