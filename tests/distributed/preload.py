@@ -1,0 +1,21 @@
+"""Everything heavy that a rank of a test needs, imported once: ranks are forked from a process that has it."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from megatron_real import cpu
+
+warnings.filterwarnings("ignore")
+torch.set_num_threads(1)
+cpu.enable()
+
+import megatron.core.dist_checkpointing  # noqa: E402, F401
+import transformers.models.llama.modeling_llama  # noqa: E402
+import transformers.models.qwen2.modeling_qwen2  # noqa: E402
+import transformers.models.qwen3.modeling_qwen3  # noqa: E402, F401
+
+import megatron_real.job  # noqa: E402
+import megatron_real.policy.state  # noqa: E402, F401
