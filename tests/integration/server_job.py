@@ -89,20 +89,20 @@ def killed(pair: Pair) -> dict[str, Any]:
     from megatron_real.labels import Labeller
     from megatron_real.rollout.stage import RolloutStage
 
-    engine, stream = pair.engine, pair.engine.stream
+    engine, generate = pair.engine, pair.engine.generate
     pid = engine.started.pid if engine.started else 0
 
     def dying(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        for number, found in enumerate(stream(*args, **kwargs)):
+        for number, found in enumerate(generate(*args, **kwargs)):
             if number == 0 and dist.get_rank() == dist.get_world_size() - 1:
                 os.killpg(pid, signal.SIGKILL)
             yield found
 
-    asked, engine.stream = prompts(12), dying
+    asked, engine.generate = prompts(12), dying
     with Labeller("exact", workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=1.0) as labeller:
         stage = RolloutStage(engine, labeller, rank=dist.get_rank(), world=dist.get_world_size())
         share = stage.generate(asked, SAMPLING, seed=3)
-        engine.stream = stream
+        engine.generate = generate
         rollouts = stage.label(asked, share)
     found = {
         "lost": [d.verdict.result().reason for d in share.drawn if d.verdict.result().status == "lost"],
