@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Runs the tests, after making their environments. No GPU needed.
 #
-#   bash tests/run.sh              the core of everything (under 20 minutes on 2 cores)
+#   bash tests/run.sh              the core of everything (about 25 minutes on 2 cores)
 #   bash tests/run.sh --all        the long grids too
 #   bash tests/run.sh -k logprobs  other words go to pytest, on megatron-core 0.16.1 alone
 #
-# Everything runs on megatron-core 0.16.1, rollouts by vLLM among it (VLLM_CPU= leaves vLLM and its tests out); what touches megatron-core also on 0.19.2, in an environment of its own.
+# Everything runs on megatron-core 0.16.1, with rollouts by vLLM (VLLM_CPU= leaves vLLM and its tests out) and jobs on a
+# private Slurm; what touches megatron-core runs on 0.19.2 too, in an environment of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1

