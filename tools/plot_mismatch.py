@@ -1,6 +1,6 @@
 """Draws how far engine and trainer differ over the steps of runs: the mismatch metrics of docs/rollouts.md.
 
-python tools/plot_mismatch.py --out docs/mismatch.png --runs bf16=runs/smollm2/run fp32=runs/smollm2-fp32
+python tools/plot_mismatch.py --out docs/mismatch.png --runs "SmolLM2, bf16=runs/smollm2/run"
 """
 
 from __future__ import annotations
