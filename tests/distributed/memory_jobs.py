@@ -56,17 +56,14 @@ def _peak(run: Callable[[], Any]) -> int:
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
-    ours: set[int] = set()  # what was there before is released in here, too
+    ours: dict[int, int] = {}  # what was there before is released in here, too
     live = peak = 0
     for address, size in _allocations(recorded):
+        live -= ours.pop(address, 0)  # also where the release was missed: the address is given out again
         if size > 0:
-            ours.add(address)
-        elif address not in ours:
-            continue
-        else:
-            ours.remove(address)
-        live += size
-        peak = max(peak, live)
+            ours[address] = size
+            live += size
+            peak = max(peak, live)
     return peak
 
 

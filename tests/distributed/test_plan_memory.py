@@ -109,12 +109,12 @@ def test_foretold_memory_is_what_is_allocated(world: World, tiny_model: ModelMak
 
 
 def test_the_bounds_tell_layouts_apart(world: World, tiny_model: ModelMaker) -> None:
-    """What is measured under SP at TP 2 is beyond the bounds for TP 1, for no SP and for full recomputation."""
-    config, (rank,) = measure(world, tiny_model, "tp2-sp")
+    """What is measured under SP at TP 4 is beyond the bounds for TP 1, for no SP and for full recomputation."""
+    config, (rank,) = measure(world, tiny_model, "tp4-sp-over-kv-heads")
     path = Path(config.model.path)
     (unsharded,) = foretold(config_of(path), 1)
-    (no_sp,) = foretold(config_of(path, tp=2), 2)
-    (full,) = foretold(config_of(path, tp=2, sp=True, recompute="full"), 2)
+    (no_sp,) = foretold(config_of(path, tp=4), 4)
+    (full,) = foretold(config_of(path, tp=4, sp=True, recompute="full"), 4)
     assert unsharded.resident.total != pytest.approx(rank["held"], rel=0.1)
     assert no_sp.update.total != pytest.approx(rank["update"], rel=0.2)
     assert full.update.total != pytest.approx(rank["update"], rel=0.2)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from megatron_real.weights.conversion import Converted, hf_to_megatron, megatron
 from megatron_real.weights.transfer import MANIFEST, Limits, check_manifest
 
 SLOW = Limits(workers=2, max_memory=2**16)
-"""4 KiB blocks: the conversion takes a second, so that the kills land all over it."""
+"""4 KiB blocks: thousands of changes of the disk, for the kills to land between."""
 MOMENTS = 20
 
 
@@ -36,40 +37,58 @@ def to_hf(source: Path, out: Path) -> Converted:
     return megatron_to_hf(source, out, limits=SLOW)
 
 
-def killed(convert: Callable[[Path, Path], Converted], source: Path, out: Path, *, after: float | None) -> None:
-    """Runs the conversion in a process of its own and kills it, or lets it end."""
+def changes(convert: Callable[[Path, Path], Converted], source: Path, out: Path) -> int:
+    """How often the conversion changes the disk: bytes written, brought to disk, or renamed."""
+    with pytest.MonkeyPatch.context() as patch:
+        count = _count_changes(patch, last=-1)
+        convert(source, out)
+    return next(count)
+
+
+def kill(convert: Callable[[Path, Path], Converted], source: Path, out: Path, *, after: int) -> None:
+    """Runs the conversion in a process of its own, which kills itself after so many changes of the disk."""
     child = os.fork()
     if not child:
         try:
+            _count_changes(pytest.MonkeyPatch(), last=after)
             convert(source, out)
         finally:
-            os._exit(0)
-    if after is not None:
-        time.sleep(after)
-        os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def _count_changes(patch: pytest.MonkeyPatch, *, last: int) -> Iterator[int]:
+    count = itertools.count()
+
+    def counted(change: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if next(count) == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return change(*args, **kwargs)
+
+        return run
+
+    for name in ("write", "pwrite", "fsync", "rename"):
+        patch.setattr(os, name, counted(getattr(os, name)))
+    return count
 
 
 @pytest.mark.parametrize("convert", [to_megatron, to_hf])
 def test_kills_at_random_moments(convert: Callable[[Path, Path], Converted], source: Path, tmp_path: Path) -> None:
     given = hf_to_megatron(source, tmp_path / "given").out if convert is to_hf else source
-    whole = convert(given, tmp_path / "whole").out
-    expected = json.loads((whole / MANIFEST).read_text())
-    shutil.rmtree(whole)
-    started = time.monotonic()
-    killed(convert, given, whole, after=None)
-    duration = time.monotonic() - started
-    draw, out, resumed = random.Random(17), tmp_path / "out", []
-    for _ in range(MOMENTS):
-        killed(convert, given, out, after=draw.uniform(0, duration))
-        if not out.exists():
-            resumed.append(convert(given, out).resumed_bytes)
+    out, kept = tmp_path / "out", set()
+    total = changes(convert, given, out)
+    expected = json.loads((out / MANIFEST).read_text())
+    draw = random.Random(17)
+    for after in (0, *(draw.randrange(total) for _ in range(MOMENTS)), total - 1):
+        shutil.rmtree(out)
+        kill(convert, given, out, after=after)
+        if not out.exists():  # the last change of all comes after the new name
+            kept.add(convert(given, out).resumed_bytes)
         assert check_manifest(out) == []
         assert json.loads((out / MANIFEST).read_text()) == expected
-        assert {p.name for p in tmp_path.iterdir()} <= {"given", "whole", "out", ".out.journal"}
-        shutil.rmtree(out)
-    assert len(resumed) > MOMENTS // 2, "most kills must come before the end"
-    assert len({r for r in resumed if r}) > MOMENTS // 4, "the work that was done before the kill must be kept"
+        assert {p.name for p in tmp_path.iterdir()} <= {"given", "out", ".out.journal"}
+    assert len(kept) > MOMENTS // 2, "the work that was done before the kill must be kept"
 
 
 def test_a_resumed_run_copies_only_what_is_missing(
