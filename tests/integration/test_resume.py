@@ -79,7 +79,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert torch.equal(tensor, weights[name]), name
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.grid), 2])
 def test_killed_at_any_moment_the_run_is_the_same(
     base: Path, undisturbed: dict[int, Path], tmp_path: Path, processes: int
 ) -> None:
