@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -27,20 +26,27 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+from bench_model import shared_directory
+from bench_policy import new_policy, rollouts
+from megatron.core import dist_checkpointing
 from rich.console import Console
 from rich.progress import track
 
-from megatron_real import cpu
 from megatron_real.config import BatchConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RolloutConfig
-
-cpu.enable()
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-
-from megatron_real.policy.layout import join_world  # noqa: E402
-from megatron_real.runs.ranks import Ranks  # noqa: E402
+from megatron_real.policy.policy import Policy
+from megatron_real.policy.state import sharded_state
+from megatron_real.runs.ranks import Ranks
+from megatron_real.runs.staging import Staging, write, write_common
 
 LAYERS, VOCABULARY = 12, 32_000
+CONFIG = Config(
+    model=ModelConfig(dtype="bf16"),
+    data=DataConfig(max_prompt_tokens=64),
+    rollout=RolloutConfig(max_response_tokens=64, num_prompts=2, group_size=2),
+    batch=BatchConfig(max_tokens=256, minibatch_prompts=2),
+    optimizer=OptimizerConfig(lr=1e-5),
+)
 
 
 def main() -> None:
@@ -49,32 +55,33 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=3, help="counted saves of each kind")
     parser.add_argument("--folder", default=None, help="where to write; a temporary directory by default")
     chosen = parser.parse_args()
-    join_world(30)
-    ranks = Ranks.of_all(timedelta(minutes=30))
-    folder = Path(ranks.shared(tempfile.mkdtemp(dir=chosen.folder) if ranks.first else ""))
-    try:
-        figures = measure(chosen.parameters * 1e6, chosen.saves, ranks, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    if ranks.first:
+    policy = new_policy(CONFIG, shape(chosen.parameters * 1e6))
+    batch = policy.prepare(rollouts([[60, 60], [60, 60]], prompt_tokens=60, vocab=VOCABULARY))[0]
+    with shared_directory(chosen.folder) as folder:
+        figures = measure(policy, lambda: policy.update(batch), chosen.saves, folder / "saved")
+    if dist.get_rank() == 0:
         print(json.dumps(figures, indent=1))
 
 
-def measure(parameters: float, saves: int, ranks: Ranks, folder: Path) -> dict[str, Any]:
-    from megatron.core import dist_checkpointing
+def shape(parameters: float) -> dict[str, int]:
+    """Of a model with about so many parameters."""
+    # 2 x vocabulary x hidden + layers x (attention 2.5 hidden^2 + 3 x 2.75 hidden^2), solved for hidden.
+    a, b = LAYERS * (2.5 + 3 * 2.75), 2 * VOCABULARY
+    hidden = int((-b + (b * b + 4 * a * parameters) ** 0.5) / (2 * a)) // 128 * 128
+    sizes = {"hidden_size": hidden, "intermediate_size": hidden * 11 // 4, "num_hidden_layers": LAYERS}
+    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 128 or 1}
+    return {**sizes, **heads, "vocab_size": VOCABULARY, "max_position_embeddings": 256}
 
-    from megatron_real.policy.state import sharded_state
-    from megatron_real.runs.staging import Staging, write, write_common
 
-    ranks.on_first(lambda: write_model(parameters, folder / "model"))
-    policy, step = trainer(folder / "model")
-    step()
+def measure(policy: Policy, step: Callable[[], object], saves: int, target: Path) -> dict[str, Any]:
+    """Saves to `target`, first by megatron-core and then by us."""
+    ranks = Ranks.of_all(timedelta(minutes=30))
+    step()  # makes the optimizer's states
     content = {"distrib_optim_sharding_type": "dp_reshardable"}
-
     found: dict[str, list[float]] = defaultdict(list)
 
     def plain() -> None:
-        target = fresh(ranks, folder / "saved")
+        make_empty(target, ranks)
         began = time.perf_counter()
         model = policy.chunks[0].sharded_state_dict()
         state = {"model": model, "optimizer": policy.optimizer.sharded_state_dict(model, metadata=content)}
@@ -85,7 +92,7 @@ def measure(parameters: float, saves: int, ranks: Ranks, folder: Path) -> dict[s
     staging, thread = Staging(policy.groups.dp_cp), ThreadPoolExecutor(1)
 
     def ours() -> None:
-        target = fresh(ranks, folder / "saved")
+        make_empty(target, ranks)
         began = time.perf_counter()
         by_key, common = staging.copy(sharded_state(policy))
         found["stood"].append(time.perf_counter() - began)
@@ -103,7 +110,7 @@ def measure(parameters: float, saves: int, ranks: Ranks, folder: Path) -> dict[s
         ):
             save()
     medians = {name: statistics.median(values[1:]) for name, values in found.items()}
-    size = sum(file.stat().st_size for file in (folder / "saved").iterdir())
+    size = sum(file.stat().st_size for file in target.iterdir())
     return {
         "parameters": sum(p.numel() for p in policy.chunks[0].parameters()),
         "processes": ranks.world,
@@ -113,52 +120,12 @@ def measure(parameters: float, saves: int, ranks: Ranks, folder: Path) -> dict[s
     }
 
 
-def write_model(parameters: float, path: Path) -> None:
-    """A model of about that size with random weights."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    # 2 x vocabulary x hidden + layers x (attention 2.5 hidden^2 + 3 x 2.75 hidden^2), solved for hidden.
-    a, b = LAYERS * (2.5 + 3 * 2.75), 2 * VOCABULARY
-    hidden = int((-b + (b * b + 4 * a * parameters) ** 0.5) / (2 * a)) // 128 * 128
-    sizes = {"hidden_size": hidden, "intermediate_size": hidden * 11 // 4, "num_hidden_layers": LAYERS}
-    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 128 or 1}
-    model = Qwen2Config(**sizes, **heads, vocab_size=VOCABULARY, max_position_embeddings=256)
-    Qwen2ForCausalLM(model).to(torch.bfloat16).save_pretrained(path)
-
-
-def trainer(path: Path) -> tuple[Any, Callable[[], object]]:
-    """A policy with the weights of `path`, and one update of it."""
-    from megatron_real.policy.layout import set_up
-    from megatron_real.policy.policy import Policy
-    from megatron_real.records import Completion, Prompt, Rollout, Verdict
-    from megatron_real.weights.architecture import Architecture
-    from megatron_real.weights.hf import HfWeights
-
-    config = Config(
-        model=ModelConfig(path=str(path), dtype="bf16"),
-        data=DataConfig(max_prompt_tokens=64),
-        rollout=RolloutConfig(max_response_tokens=64, num_prompts=2, group_size=2),
-        batch=BatchConfig(max_tokens=256, minibatch_prompts=2),
-        optimizer=OptimizerConfig(lr=1e-5),
-    )
-    policy = Policy(config, Architecture.read(str(path)), set_up(config.parallel), num_updates=100)
-    policy.load(HfWeights(str(path)))
-    tokens = tuple(range(60))
-    rollouts = [
-        Rollout(Prompt("p", "", tokens, ("",)), g, k, Completion(tokens, (0.0,) * 60, "", True), Verdict("ok", k, None))
-        for g in range(2)
-        for k in range(2)
-    ]
-    return policy, lambda: policy.update(policy.prepare(rollouts)[0])
-
-
-def fresh(ranks: Any, target: Path) -> Path:
+def make_empty(target: Path, ranks: Ranks) -> None:
     if ranks.first:
         shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
+        target.mkdir()
         os.sync()  # what an earlier save has left to write is not this one's
     ranks.wait()
-    return target
 
 
 def timed(action: Callable[[], object]) -> float:

@@ -4,57 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-import torch.distributed as dist
+from bench_model import shared_directory, write_model
 
 from megatron_real.config import Config
-from megatron_real.policy.layout import join_world, set_up
+from megatron_real.policy.layout import set_up
 from megatron_real.policy.policy import Policy
 from megatron_real.records import Completion, Prompt, Rollout, Verdict
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.hf import HfWeights
 
 VOCAB = 32768
-SIZES = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": VOCAB}
-HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 32768}
+SHAPE = {
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 32768,
+}
 
 
-def new_policy(config: Config) -> Policy:
+def new_policy(config: Config, shape: Mapping[str, int] = SHAPE) -> Policy:
     """Joins the world and builds the policy, through an HF directory that rank 0 writes."""
-    join_world(timeout_minutes=5)
-    with tempfile.TemporaryDirectory() as own:
-        shared = [own]
-        dist.broadcast_object_list(shared, src=0)
-        (path,) = shared
-        if dist.get_rank() == 0:
-            _write_model(path)
-        dist.barrier()
+    with shared_directory() as directory:
+        write_model(directory, **shape)
+        path = str(directory)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
         policy = Policy(config, Architecture.read(path), set_up(config.parallel), num_updates=1000)
         policy.load(HfWeights(path))
-        dist.barrier()
     return policy
 
 
-def _write_model(directory: str) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(**SIZES, **HEADS, tie_word_embeddings=False)).save_pretrained(directory)
-
-
-def rollouts(groups: Sequence[Sequence[int]], prompt_tokens: int, seed: int = 0) -> list[Rollout]:
+def rollouts(
+    groups: Sequence[Sequence[int]], prompt_tokens: int, *, seed: int = 0, vocab: int = VOCAB
+) -> list[Rollout]:
     """Rollouts of the given response lengths, one list a group. Every group has both labels, so none is dropped."""
     draw = random.Random(seed)
 
     def tokens(n: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(VOCAB) for _ in range(n))
+        return tuple(draw.randrange(vocab) for _ in range(n))
 
     made: list[Rollout] = []
     for g, lengths in enumerate(groups):

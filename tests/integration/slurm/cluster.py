@@ -6,6 +6,7 @@ Two nodes of eight GPUs that Slurm only counts (no job here asks for a device), 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import re
@@ -80,7 +81,8 @@ class Cluster:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Cluster:
-        try:
+        with contextlib.ExitStack() as undone:
+            undone.push(self)
             self._configure()
             munge = [f"--{name}={self.folder}/munge.{name.split('-')[0]}" for name in _MUNGE_FILES]
             (self.folder / "munge.key").write_bytes(os.urandom(128))
@@ -91,9 +93,7 @@ class Cluster:
             for node in NODES:
                 self.start_node(node)
             self.wait_for(lambda: set(self.run("sinfo", "-h", "-o", "%T").split()) == {"idle"}, "idle nodes")
-        except BaseException:
-            self.__exit__()
-            raise
+            undone.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
