@@ -6,7 +6,7 @@
 # Prepares the benchmarks in $DATA (default: data) once, from the Hugging Face hub; where there is no network, put the
 # files there first (docs/evaluation.md). The same command goes on where an interrupted one stopped. On several GPUs:
 #
-#   PROCESSES=8 bash examples/eval.sh runs/real-7b/hf
+#   PROCESSES=8 bash examples/eval.sh runs/real_7b/hf
 set -euo pipefail
 [ $# -gt 0 ] || { echo "usage: bash examples/eval.sh HF_DIR|CONFIG.yaml [option or key.sub=value ...]" >&2; exit 2; }
 cd "$(dirname "$0")/.."

@@ -197,7 +197,7 @@ def _answer(
     sync.run((name, weights.read(name).to(dtype)) for name in hf_shapes(architecture))
     # Failed checks are judged at the end, so that the verdict does not depend on where a run was cut.
     with build_labeller(dataclasses.replace(config.labels, max_failed_share=1.0)) as labeller:
-        stage = RolloutStage(engine, labeller, rank=rank, world=dist.get_world_size())
+        stage = RolloutStage(engine, labeller, rank=rank, world=dist.get_world_size(), retries=config.rollout.retries)
         with _progress(console, sum(len(c.problems) for c in chunks)) as done:
             done(sum(len(c.problems) for c in chunks) - sum(len(c.problems) for c in todo))
             for chunk in todo:

@@ -35,7 +35,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("config", metavar="CONFIG|HF_DIR", help="YAML file, or a directory of HF weights")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
     parser.add_argument("--bench", action="append", required=True, metavar="NAME=FILE", help="may be given many times")
-    parser.add_argument("--out", help="directory of the results; default: runs/eval/ and the model's name")
+    parser.add_argument("--out", help="directory of the results; default: runs/eval/ and the name of the model or run")
     for option, (key, what) in _KEYS.items():
         parser.add_argument(f"--{option.replace('_', '-')}", metavar="X", help=f"{what} ({key})")
 
@@ -58,8 +58,9 @@ def run(chosen: argparse.Namespace, first: bool) -> int:
         return _refused(error, first)
     from megatron_real.benchmark import UntrustedFigures, run_benchmarks
     from megatron_real.rollout.engine import EngineFailed
+    from megatron_real.rollout.sync import SyncError
 
-    out = chosen.out or str(Path("runs/eval") / Path(config.model.path).resolve().name)
+    out = chosen.out or str(Path("runs/eval") / results_name(Path(config.model.path).resolve()))
     try:
         run_benchmarks(config, files, out)
     except ValueError as error:
@@ -68,10 +69,16 @@ def run(chosen: argparse.Namespace, first: bool) -> int:
         if first:
             print(f"megatron-real: interrupted; the same command goes on from what is in {out}", file=sys.stderr)
         return 130
-    except (UntrustedFigures, EngineFailed) as error:
-        print(f"megatron-real: {error}", file=sys.stderr)
+    except (UntrustedFigures, EngineFailed, SyncError) as error:
+        if first:
+            print(f"megatron-real: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def results_name(model: Path) -> str:
+    """What the results of a model are called: as its run, where a run exported it, which calls all of them hf."""
+    return model.parent.name if model.name == "hf" else model.name
 
 
 def _refused(error: ValueError, first: bool) -> int:

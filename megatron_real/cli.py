@@ -124,18 +124,21 @@ def _train(config: configuration.Config, first: bool) -> int:
             say(f"interrupted; metrics and rollouts so far are in {config.trainer.run_dir}")
             job.reporter.say_status("stopped", "interrupted")
             return 130
-        except (NonFinite, CheckpointFailed, EngineFailed, TooManyFailedChecks, RewardNeedsThreshold) as error:
-            # every rank has it
+        except (EngineFailed, SyncError) as error:  # every rank has it
             say(error)
             # An engine may be lost by accident: a script may start the same command again.
-            job.reporter.say_status("crashed" if isinstance(error, EngineFailed) else "failed", str(error))
+            job.reporter.say_status("crashed", str(error))
+            return 1
+        except (NonFinite, CheckpointFailed, TooManyFailedChecks, RewardNeedsThreshold) as error:  # every rank has it
+            say(error)
+            job.reporter.say_status("failed", str(error))
             return 2 if isinstance(error, ValueError) else 1
-        except (SyncError, OSError) as error:  # this rank has it
-            if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        except OSError as error:  # this rank has it
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             print(f"megatron-real: {error}", file=sys.stderr)
             job.lifeline.say_end(str(error))
-            job.reporter.say_status("crashed" if isinstance(error, SyncError) else "failed", str(error))
+            job.reporter.say_status("failed", str(error))
             return 1
     leave_world()
     return 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import json
 import math
@@ -426,11 +427,16 @@ def check_model(config: Config) -> None:
             f"max_position_embeddings {limit}; shorten one of them"
         )
     if config.rollout.engine in ("vllm", "vllm-server"):
-        _check_engine(config, hf)
+        check_engine(config)
 
 
-def _check_engine(config: Config, hf: Mapping[str, Any]) -> None:
-    """vLLM's layout, and a KV cache that holds at least one sequence."""
+def check_engine(config: Config) -> None:
+    """Checks vLLM's layout against the model's own config.json, and that the KV cache holds at least one sequence.
+
+    Raises:
+        ValueError: the layout cannot hold the model, or the cache no sequence.
+    """
+    hf = json.loads((Path(config.model.path) / "config.json").read_text())
     heads, rollout = hf.get("num_attention_heads", 1), config.rollout
     if heads % rollout.tp:
         raise ValueError(
@@ -739,6 +745,7 @@ _MEGATRON_CLASSES = {
 }
 
 
+@functools.cache
 def megatron_fields() -> frozenset[str]:
     """Every field that `megatron.*` can set, read from megatron-core's sources: a wrong name costs no import of it."""
     spec = importlib.util.find_spec("megatron")

@@ -101,6 +101,10 @@ def _to_megatron(chosen: argparse.Namespace) -> int:
 
     if chosen.format == "torch_dist" and (chosen.tp, chosen.pp) != (1, 1):
         raise WeightsError("--tp and --pp are of --format torch; torch_dist loads into any layout without them")
+    if chosen.format == "torch_dist" and chosen.layers != "te":
+        raise WeightsError("--layers is of --format torch; torch_dist has one set of names")
+    if chosen.format == "torch" and chosen.tp_chunks != 1:
+        raise WeightsError("--tp-chunks is of --format torch_dist; torch cuts its tensors by --tp")
     layout = LegacyLayout(chosen.tp, chosen.pp, chosen.layers) if chosen.format == "torch" else None
     return _convert(chosen, hf_to_megatron, tp_chunks=chosen.tp_chunks, layout=layout)
 

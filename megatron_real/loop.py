@@ -74,6 +74,8 @@ def _rollouts(job: Job, step: int) -> tuple[list[Rollout], float]:
                 sampled = generation.stage.generate(prompts, generation.sampling, seed=job.seed(step, draw, first))
             with timed("label"):
                 rollouts = generation.stage.label(prompts, sampled)
+        if chosen.exclude_mismatch is None:
+            return rollouts
         with timed("mismatch"), job.generating_weights(lag):
             return without_mismatch(rollouts, job.policy.mismatch, bound=chosen.exclude_mismatch)
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of the rollouts share: a small Qwen2 with a tokenizer on disk, a policy and a vLLM engine."""
+"""What the benchmarks of the rollouts share: a small Qwen2 with a tokenizer on disk, and a configuration with vLLM."""
 
 from __future__ import annotations
 

@@ -63,7 +63,10 @@ class CrossEntropyStep(TrainStep):
 
 def paths(policy: Policy, made: list[Rollout]) -> dict[str, Callable[[], Callable[[], Any]]]:
     """What is timed, by name: each prepares outside the clock and returns the timed part."""
-    real, sft = policy.step, CrossEntropyStep(policy.ddp, policy.groups, policy.config.objective)
+    real, sft = (
+        policy.step,
+        CrossEntropyStep(policy.ddp, policy.groups, policy.config.objective, mismatch_bound=policy.step.mismatch_bound),
+    )
     cut = minibatches(made, groups_per_minibatch=policy.config.batch.minibatch_prompts, one_class_groups="skip")
 
     def first(step: TrainStep) -> Callable[[], Any]:

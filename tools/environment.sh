@@ -1,4 +1,4 @@
-# Makes a virtual environment in the checkout and activates it. Sourced by examples/quickstart.sh and tests/run.sh.
+# Makes a virtual environment in the checkout and activates it. Sourced by the examples and by tests/run.sh.
 #
 #   PYTHON          interpreter to make it with                        (default: python3)
 #   TORCH           torch requirement; empty keeps what is there       (default: torch==2.13.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 
-from megatron_real.config import Config
+from megatron_real.config import Config, check_engine
 from megatron_real.rollout.engine import Engine
 from megatron_real.rollout.stage import RolloutStage
 
@@ -38,6 +38,7 @@ def build_engine(config: Config, *, say: Callable[[str], None]) -> Engine:
         if config.rollout.tp > 1:
             raise ValueError(f"rollout.tp = {config.rollout.tp} needs vLLM, but {missing}; set rollout.tp=1")
         say(f"rollouts by transformers{why}")
-        return TransformersEngine(config.model.path, dtype=config.model.dtype, batch_size=config.rollout.batch_size)
+        return TransformersEngine(config.model, batch_size=config.rollout.batch_size)
+    check_engine(config)  # with engine=auto the configuration could not know that it would be vLLM
     say(f"rollouts by vllm{why}")
     return vllm_engine.VllmEngine(config)

@@ -69,6 +69,13 @@ class Engine(Protocol):
                 loses nothing; the checksum is of the tensor as it was sent.
         """
 
+    def revive(self) -> None:
+        """Brings back what has ended since it was last used; waits for it.
+
+        Raises:
+            EngineFailed: in vain; on every rank alike.
+        """
+
     def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes over the policy's weights, a stream of HF (name, tensor), one at a time.
 

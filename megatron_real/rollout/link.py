@@ -6,7 +6,7 @@ same lines. The sender lays tensors end to end into a bucket, announces its cont
     sender                                                worker i of n
     listener = listen(host)
     link = Link.host(listener, size=n + 1)                link = Link.join(address, rank=i + 1, size=n + 1)
-    link.send(bucket)                                     link.receive(num_bytes)
+    link.send(bucket.bytes())                             link.receive(num_bytes)
 """
 
 from __future__ import annotations

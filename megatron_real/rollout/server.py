@@ -1,7 +1,7 @@
 """One vLLM server: how it is started and ended, and how it is asked.
 
-vLLM's own OpenAI server, with our worker (server_worker.py) and our check of the key (server_key.py). The key is in the
-environment of both sides alone: never in a command line, a file or a log.
+vLLM's own OpenAI server, with our worker (server_worker.py) and our check of the key (server_door.py). The key is in
+the environment of both sides alone: never in a command line, a file or a log.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ _NOT_FOR_SERVERS = {
 }
 
 
+class KeyRefused(EngineFailed):
+    """The server serves, but not us."""
+
+
 class Server:
     """A server that runs somewhere, asked over HTTP.
 
@@ -68,9 +72,15 @@ class Server:
         return list(answer["results"])
 
     def healthy(self) -> bool:
-        """Whether it serves."""
+        """Whether it serves.
+
+        Raises:
+            KeyRefused: it does, but does not take the key.
+        """
         try:
             self._ask("GET", "/health", None, timeout=10.0)
+        except KeyRefused:
+            raise
         except EngineFailed:
             return False
         return True
@@ -95,6 +105,10 @@ class Server:
         finally:
             self._open.discard(connection)
             connection.close()
+        if answer.status == 401:
+            raise KeyRefused(
+                f"the vLLM server {self.url} does not take the key in VLLM_API_KEY; set it as the server has it"
+            )
         if answer.status != 200:
             raise EngineFailed(f"the vLLM server {self.url} answered {path} with {answer.status}: {_message(text)}")
         return text
@@ -139,10 +153,11 @@ class ServerProcess:
         """Ends it, and waits until its memory is free."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):  # whoever is left, also where the guard alone was killed
             os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
 
     def wait(self, say: Callable[[str], None]) -> None:
         """Waits until it serves.
@@ -209,7 +224,7 @@ def command(config: Config, *, host: str, port: int) -> list[str]:
         "host": host,
         "port": port,
         "worker_cls": "megatron_real.rollout.server_worker.Worker",
-        "middleware": "megatron_real.rollout.server_key.EveryPathWantsTheKey",
+        "middleware": "megatron_real.rollout.server_door.Door",
         "disable_uvicorn_access_log": True,
     }
     words = [word for name, value in {**engine_arguments(config), **ours}.items() for word in _words(name, value)]

@@ -54,7 +54,7 @@ class VllmServerEngine:
         """
         self._config, self._say = config, say
         path, chosen = config.model.path, config.rollout
-        self.tokenizer = load_tokenizer(path)
+        self.tokenizer = load_tokenizer(config.model)
         self.eos = eos_ids(path, self.tokenizer.eos_token_id)
         rank, count = dist.get_rank(), len(chosen.servers) or chosen.num_servers
         self._longest = config.data.max_prompt_tokens + chosen.max_response_tokens
@@ -78,35 +78,49 @@ class VllmServerEngine:
         return self._held
 
     def checksums(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, dict[int, int]]:
-        if not self.owner:
-            return {name: {} for name in dtypes}
+        """Collective over all ranks.
+
+        Raises:
+            EngineFailed: on every rank alike.
+        """
         wanted = {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
-        workers = self.server.call("checksums", wanted, timeout=self._config.rollout.sync.timeout_seconds)
+        seconds = self._config.rollout.sync.timeout_seconds
+        workers = _alike(lambda: self.server.call("checksums", wanted, timeout=seconds) if self.owner else [])
         return {name: {self._numbered(i): found[name] for i, found in enumerate(workers)} for name in dtypes}
 
-    def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Sends the weights, once the servers that have ended serve again. Collective over all ranks.
+    def revive(self) -> None:
+        """Starts the servers that have ended again, or waits for those that are given. Collective over all ranks.
 
         Raises:
             EngineFailed: on every rank alike.
         """
         given = self._config.rollout.servers
-        gone = self.server.url if self.owner and not self.server.healthy() else ""
+        gone = _alike(lambda: self.server.url if self.owner and not self.server.healthy() else "")
         if known := [url for url in _everyone(gone) if url]:
             self._say(f"{', '.join(known)} no longer serves; {'waiting for it' if given else 'it is started again'}")
             if gone and self.started is not None:
                 self.started.stop()
                 self.started.start()
             self._connect()
-        failure, stream = "", iter(weights)
-        try:
-            if self.owner:
-                self._send(stream)
-        except EngineFailed as error:
-            failure = str(error)
-        for _ in stream:  # it is collective: every rank takes part in every tensor, whatever becomes of a server
-            pass
-        _raise_first(_everyone(failure))
+
+    def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Sends the weights. Collective over all ranks.
+
+        Raises:
+            EngineFailed: on every rank alike.
+        """
+        stream = iter(weights)
+
+        def send() -> None:
+            try:
+                if self.owner:
+                    self._send(stream)
+            except EngineFailed:
+                _take_part(stream)
+                raise
+            _take_part(stream)
+
+        _alike(send)
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
@@ -122,7 +136,10 @@ class VllmServerEngine:
             with suppress(Empty):
                 while True:
                     i, k = requests.get_nowait()
-                    answers.put((i, k, self._complete(prompts[i], sampling, seeds[i] + k)))
+                    try:
+                        answers.put((i, k, self._complete(prompts[i], sampling, seeds[i] + k)))
+                    except Exception as error:  # of whatever kind: this answer is waited for
+                        answers.put((i, k, EngineFailed(f"an answer of {self.server.url} makes no sense: {error!r}")))
 
         number = requests.qsize()
         for _ in range(min(number, self._config.rollout.max_sequences)):
@@ -136,8 +153,9 @@ class VllmServerEngine:
                 else:
                     yield i, k, found
         finally:
-            while not requests.empty():
-                requests.get()
+            with suppress(Empty):
+                while True:
+                    requests.get_nowait()
             self.server.cancel()
         if failure is not None:
             raise failure
@@ -176,22 +194,23 @@ class VllmServerEngine:
         """
         given = self._config.rollout.servers
         urls = given or _everyone(self.started.server.url if self.started else "")
-        self.server, failure = Server(urls[self.number], self._key), ""
-        try:
+        self.server = Server(urls[self.number], self._key)
+
+        def described() -> list[Any]:
+            if not self.owner:
+                return []
             if self.started is not None:
                 self.started.wait(self._say)
-            elif self.owner:
+            else:
                 wait_until_healthy(self.server, self._config.rollout.server_start_seconds, self._say)
-            if self.owner:
-                self._check()
-        except EngineFailed as error:
-            failure = str(error)
-        _raise_first(_everyone(failure))
-        self._held = self._describe()
+            workers = self.server.call("describe", timeout=_CALL_SECONDS)
+            self._check(workers[0])
+            return workers
 
-    def _check(self) -> None:
+        self._held = self._described(_everyone(_alike(described))[self.number])
+
+    def _check(self, said: Mapping[str, Any]) -> None:
         """Whether a server that is given was started for this run's configuration."""
-        said = self.server.call("describe", timeout=_CALL_SECONDS)[0]
         for name, wanted in (("logprobs_mode", "processed_logprobs"), ("max_model_len", self._longest)):
             if said[name] != wanted:
                 raise EngineFailed(
@@ -199,9 +218,9 @@ class VllmServerEngine:
                     "it by megatron-real serve with this run's configuration"
                 )
 
-    def _describe(self) -> dict[str, Held]:
-        """What the server expects, and, for the rank that sends it weights, where."""
-        workers = [worker["held"] for worker in self.server.call("describe", timeout=_CALL_SECONDS)]
+    def _described(self, said: Sequence[Mapping[str, Any]]) -> dict[str, Held]:
+        """What the server expects, as its workers say, and, for the rank that sends it weights, where."""
+        workers = [worker["held"] for worker in said]
         return {
             name: Held(
                 tuple(shape),
@@ -252,7 +271,10 @@ class VllmServerEngine:
 
         Thread(target=run, daemon=True).start()
         self.server.call(method, argument, timeout=seconds)
-        return result.result(seconds)
+        try:
+            return result.result(seconds)
+        except (TimeoutError, RuntimeError, OSError) as error:
+            raise EngineFailed(f"the link to the vLLM server {self.server.url} failed: {error!r}") from error
 
 
 def _everyone(mine: Any) -> list[Any]:
@@ -262,7 +284,20 @@ def _everyone(mine: Any) -> list[Any]:
     return found
 
 
-def _raise_first(failures: Sequence[str]) -> None:
-    """Every rank fails if one does."""
-    for failure in filter(None, failures):
-        raise EngineFailed(failure)
+def _alike(action: Callable[[], _Result]) -> _Result:
+    """What `action` returns on this rank; where it fails on one rank, it fails on all. Collective."""
+    result: list[_Result] = []
+    failure = ""
+    try:
+        result.append(action())
+    except EngineFailed as error:
+        failure = str(error)
+    for found in filter(None, _everyone(failure)):
+        raise EngineFailed(found)
+    return result[0]
+
+
+def _take_part(stream: Iterator[tuple[str, Tensor]]) -> None:
+    """The stream is collective: every rank takes part in every tensor, whatever becomes of a server."""
+    for _ in stream:
+        pass

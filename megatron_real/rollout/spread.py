@@ -46,10 +46,11 @@ class ExpectedLengths:
         return [len(p.token_ids) + num_samples * self.of.get(p.uid, mean) for p in prompts]
 
     def learn(self, rollouts: Sequence[Rollout]) -> None:
-        """Remembers the lengths of these rollouts."""
+        """Remembers the lengths of these rollouts; what was lost has none, and was perhaps the longest."""
         lengths: dict[str, list[int]] = {}
         for rollout in rollouts:
-            lengths.setdefault(rollout.prompt.uid, []).append(len(rollout.completion.token_ids))
+            if rollout.verdict.status != "lost":
+                lengths.setdefault(rollout.prompt.uid, []).append(len(rollout.completion.token_ids))
         self.of |= {uid: sum(found) / len(found) for uid, found in lengths.items()}
 
 

@@ -149,15 +149,13 @@ def permuted_labels(rollouts: Sequence[Rollout], *, seed: int) -> list[Rollout]:
 
 
 def without_mismatch(
-    rollouts: list[Rollout], mismatch: Callable[[Sequence[Rollout]], Sequence[float]], *, bound: float | None
+    rollouts: list[Rollout], mismatch: Callable[[Sequence[Rollout]], Sequence[float]], *, bound: float
 ) -> list[Rollout]:
-    """Excludes the rollouts whose mean |log-prob difference| of trainer and engine (nats) is beyond the bound, if any.
+    """Excludes the rollouts whose mean |log-prob difference| of trainer and engine (nats) is beyond the bound.
 
     Args:
-        mismatch: the trainer's, of each rollout; not called without a bound.
+        mismatch: the trainer's, of each rollout.
     """
-    if bound is None:
-        return rollouts
     return [
         dataclasses.replace(r, verdict=dataclasses.replace(r.verdict, status="mismatch", label=EXCLUDED))
         if r.label != EXCLUDED and not m <= bound

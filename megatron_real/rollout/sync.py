@@ -24,8 +24,7 @@ from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Samplin
 from megatron_real.rollout.checksum import checksum
 from megatron_real.rollout.engine import Engine, EngineFailed, Held, completed
 from megatron_real.rollout.watch import Watch
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+from megatron_real.weights.mapping import HF_EMBEDDING, HF_OUTPUT
 
 Mismatch = Callable[[Sequence[Rollout]], Sequence[float]]
 """Of the trainer: mean |log-prob there - in the engine| (nats) of each rollout. Collective over all ranks."""
@@ -72,6 +71,7 @@ class WeightSync:
                 left the trainer, and is named; or the probe's answer differs, and the engine's ranks are named.
         """
         self.version += 1
+        self.engine.revive()  # a start takes its own time, which is not the sync's
         every = self.config.checksum_every
         sums: Checksums | None = {} if every and (self.version - 1) % every == 0 else None
         with Watch(self.version, self.config.timeout_seconds) as watch:
@@ -139,8 +139,8 @@ class WeightSync:
     def _with_head(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
             yield name, tensor
-            if self.tied and name == EMBEDDING:
-                yield HEAD, tensor
+            if self.tied and name == HF_EMBEDDING:
+                yield HF_OUTPUT, tensor
 
     def _watched(self, weights: Iterator[tuple[str, Tensor]], watch: Watch) -> Iterator[tuple[str, Tensor]]:
         """The stream; the watch knows which tensor it waits for: by name from the second sync on."""

@@ -6,10 +6,12 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig
 
+from megatron_real.config import ModelConfig
 
-def load_tokenizer(path: str) -> Any:
-    """The transformers tokenizer of an HF directory."""
-    return AutoTokenizer.from_pretrained(path)
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """The transformers tokenizer of the model's HF directory."""
+    return AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
 
 
 def eos_ids(path: str, tokenizer_eos: int | None) -> list[int]:

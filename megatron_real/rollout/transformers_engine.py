@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 
+from megatron_real.config import ModelConfig
 from megatron_real.cpu import device
 from megatron_real.records import Completion, Prompt, Sampling
 from megatron_real.rollout.engine import Held, Part, checksums_on, held_on
@@ -24,9 +25,10 @@ class TransformersEngine:
     tp = 1
     process = "rank"
 
-    def __init__(self, path: str, *, dtype: str, batch_size: int) -> None:
-        """Builds the model of `path`'s config without reading its weights: they come by `prepare_for_inference`."""
-        self.tokenizer = load_tokenizer(path)
+    def __init__(self, model: ModelConfig, *, batch_size: int) -> None:
+        """Builds the model of its path's config without reading its weights: they come by `prepare_for_inference`."""
+        path, dtype = model.path, model.dtype
+        self.tokenizer = load_tokenizer(model)
         self.batch_size = batch_size
         with torch.device(device()):
             self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch_dtype(dtype))
@@ -40,6 +42,9 @@ class TransformersEngine:
 
     def checksums(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, dict[int, int]]:
         return checksums_on(dist.get_rank(), self._parts(), dtypes)
+
+    def revive(self) -> None:
+        """It ends with its process."""
 
     def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         own = self.model.state_dict()

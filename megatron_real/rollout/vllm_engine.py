@@ -83,7 +83,7 @@ class VllmEngine:
             ValueError: vLLM refuses the model or an argument; its reason.
         """
         path, rollout = config.model.path, config.rollout
-        self.tokenizer = load_tokenizer(path)
+        self.tokenizer = load_tokenizer(config.model)
         self.eos = eos_ids(path, self.tokenizer.eos_token_id)
         self.tp = rollout.tp
         self.kv_cache_bytes = rollout.kv_cache_mib << 20
@@ -110,6 +110,9 @@ class VllmEngine:
 
     def checksums(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, dict[int, int]]:
         return checksums_on(dist.get_rank(), self._parts(), dtypes)
+
+    def revive(self) -> None:
+        """It ends with its process."""
 
     def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         if self.sleep_level:

@@ -13,7 +13,7 @@ class RunDirectory:
     curves.png       the run at a glance              hf/                         trained weights
     tensorboard/     event files                      logs/run.log                what the terminal showed, with times
     profile/         a trace per profiled step        dumps/step-00012-update-1/  batch of a skipped update
-    checkpoints/     step_12/ and so on, and latest   status.json                 running, stopped, finished or failed
+    checkpoints/     step_12/ and so on, and latest   status.json                 running, stopped, crashed, ...
     lock             whose run this is                rollouts/chunk-*            parts of a step that is not finished
     """
 

@@ -151,7 +151,7 @@ def megatron_to_hf(
     chosen = dtype or weights.dtype
     files, index = None, None
     if max_shard_bytes is None:
-        files, index = _recorded_files(config, architecture, chosen)
+        files, index = _recorded_files(config, architecture, chosen, all_tensors=dtype is not None)
     if files is None:
         tensors = {name: (chosen, shape) for name, shape in hf_shapes(architecture).items()}
         files, index = hf_files(tensors, max_shard_bytes=max_shard_bytes or 5 * 10**9)
@@ -191,7 +191,10 @@ def checkpoint_of(directory: Path) -> Path:
     latest = tracker.read_text(errors="replace").strip()
     if latest != RELEASE and not latest.isdecimal():
         raise WeightsError(f"{tracker} says {latest[:40]!r}, which is neither {RELEASE!r} nor an iteration")
-    return directory / (latest if latest == RELEASE else f"iter_{int(latest):07d}")
+    named = directory / (latest if latest == RELEASE else f"iter_{int(latest):07d}")
+    if not named.is_dir():
+        raise WeightsError(f"{tracker} says {latest!r}, but there is no {named}; copy the checkpoint again")
+    return named
 
 
 def recorded_hf(source: Path) -> Path:
@@ -262,8 +265,11 @@ def _record_of(source: Path, weights: HfWeights, dtype: str | None) -> dict[str,
     return record
 
 
-def _recorded_files(config: Path, architecture: Architecture, dtype: str) -> tuple[list[HfFile] | None, bytes | None]:
-    """The files that the weights came from, where they were recorded and hold this model in this dtype."""
+def _recorded_files(
+    config: Path, architecture: Architecture, dtype: str, *, all_tensors: bool
+) -> tuple[list[HfFile] | None, bytes | None]:
+    """The files that the weights came from, where they were recorded and hold this model in this dtype: its matrices,
+    or all of its tensors."""
     headers = sorted(config.glob(f"*{_HEADER}"))
     files = [file_of_header(file.name.removesuffix(_HEADER), file.read_bytes()) for file in headers]
     held: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -271,7 +277,9 @@ def _recorded_files(config: Path, architecture: Architecture, dtype: str) -> tup
         for name, entry in parse_header(file.header, Path(file.name)).items():
             held[name] = (entry["dtype"], tuple(entry["shape"]))
     shapes = {name: shape for name, (_, shape) in held.items()}
-    if not files or shapes != hf_shapes(architecture) or held[HF_EMBEDDING][0] != dtype:
+    if not files or shapes != hf_shapes(architecture):
+        return None, None
+    if {held[name][0] for name in (held if all_tensors else [HF_EMBEDDING])} != {dtype}:
         return None, None
     index = config / INDEX
     return files, index.read_bytes() if index.is_file() else None

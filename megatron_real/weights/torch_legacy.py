@@ -37,7 +37,8 @@ class TorchLegacyWeights:
     def __init__(self, directory: Path, architecture: Architecture) -> None:
         self.directory, self.architecture = directory, architecture
         ranks = sorted(match.groups() for path in directory.iterdir() if (match := _RANK.fullmatch(path.name)))
-        self.tp, self.pp = len({tp for tp, _ in ranks}), len({pp for _, pp in ranks})
+        self.tp = 1 + max((int(tp) for tp, _ in ranks), default=0)
+        self.pp = 1 + max((int(pp or 0) for _, pp in ranks), default=0)
         if len(ranks) != self.tp * self.pp:
             raise WeightsError(
                 f"{directory} has {len(ranks)} of {self.tp} x {self.pp} mp_rank directories; copy it again"

@@ -191,7 +191,10 @@ def _journal_file(out: Path) -> Path:
 def _resume(output: Output, partial: Path, journal: int) -> dict[int, int]:
     """Piece -> checksum of what an earlier run of this conversion wrote; anything else in `partial` is removed."""
     fingerprint = output.fingerprint()
-    lines = os.pread(journal, os.fstat(journal).st_size, 0).decode(errors="replace").splitlines()
+    noted_so_far = os.pread(journal, os.fstat(journal).st_size, 0)
+    whole = noted_so_far[: noted_so_far.rfind(b"\n") + 1]
+    os.ftruncate(journal, len(whole))  # a line cut short would spoil the one that is appended next
+    lines = whole.decode(errors="replace").splitlines()
     if lines[:1] != [fingerprint]:
         shutil.rmtree(partial)
         partial.mkdir()

@@ -160,9 +160,11 @@ def _values(block: memoryview, dtype: str) -> Any:
 
 def _check_disjoint(opened: Opened) -> None:
     """Raises WeightsError where two chunks share bytes of a file."""
-    chunks = {(c, r.tensor.dtype) for p in opened.pieces.values() for r in p.runs if r.tensor for c in r.tensor.chunks}
+    # Several pieces are made of one tensor (q, k and v), so that its chunks come more than once.
+    tensors = [run.tensor for piece in opened.pieces.values() for run in piece.runs if run.tensor]
+    chunks = {(chunk, tensor.dtype, tensor.name) for tensor in tensors for chunk in tensor.chunks}
     end, last = 0, None
-    for chunk, dtype in sorted(chunks, key=lambda pair: (pair[0].file, pair[0].offset)):
+    for chunk, dtype, _ in sorted(chunks, key=lambda found: (found[0].file, found[0].offset)):
         if chunk.file == last and chunk.offset < end:
             raise WeightsError(f"{chunk.file}: two tensors share the bytes from {chunk.offset} on; it is corrupt")
         last, end = chunk.file, chunk.offset + chunk.rows * chunk.columns * DTYPE_BYTES[dtype]

@@ -105,7 +105,7 @@ def test_the_mismatch_of_each_rollout(world: World, tiny_model: ModelMaker, para
             (tuple(ids[: 4 + i].tolist()), tuple(ids[4 + i :].tolist()), tuple((sampled + offsets).tolist()))
         )
         moved.append(float(offsets.abs().mean()))
-    size = {"{}": 2}.get(str(parallel), 4)
+    size = 4 if parallel else 2
     for found in world.run(sync_jobs.mismatch, size, config=sync_jobs.config_of(path, **parallel), answers=answers):
         assert found == pytest.approx(moved, abs=1e-5)
 

@@ -22,6 +22,7 @@ from megatron_real.config import Config, TrainerConfig
 from megatron_real.policy.layout import join_world
 from megatron_real.records import Sampling
 from megatron_real.rollout.engine import EngineFailed, completed
+from megatron_real.rollout.server import Server, wait_until_healthy
 from tests.distributed import sync_jobs
 from tests.distributed.sync_jobs import Pair, prompts
 from tests.integration.vllm_job import NAMES, parity
@@ -57,6 +58,24 @@ def key(pair: Pair) -> dict[str, int]:
             found[f"{path} {case}"] = connection.getresponse().status
             connection.close()
     return found
+
+
+def early(pair: Pair) -> str:
+    """What a server answers with that has no weights yet."""
+    try:
+        completed(pair.engine, prompts(1), SAMPLING, seeds=[1])
+    except EngineFailed as error:
+        return str(error)
+    return ""
+
+
+def refused(pair: Pair) -> str:
+    """What someone is told who has another key, without a long wait."""
+    try:
+        wait_until_healthy(Server(pair.engine.server.url, "other"), 60.0, lambda _: None)
+    except EngineFailed as error:
+        return str(error)
+    return ""
 
 
 def leaks(pair: Pair) -> list[str]:
@@ -125,8 +144,12 @@ def main() -> None:
     config: Config = sync_jobs.config_of(path, rollout=chosen, sync={"timeout_seconds": 200.0})
     config = dataclasses.replace(config, trainer=TrainerConfig(run_dir=str(out.parent)))
     pair = Pair(config)
-    found: dict[str, Any] = {"first": pair.synced(), "held": sorted(pair.engine.held())}
-    jobs = (key, leaks, parity, damages, patience, killed) if servers > 1 else (parity, damages)
+    found: dict[str, Any] = {
+        "early": early(pair),
+        "first": pair.synced(),
+        "held": sorted(pair.engine.held()),
+    }
+    jobs = (key, refused, leaks, parity, damages, patience, killed) if servers > 1 else (parity, damages)
     found |= {job.__name__: job(pair) for job in jobs}
     out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))
     dist.barrier()

@@ -70,7 +70,13 @@ def two_servers(found: Found) -> list[dict[str, Any]]:
 def test_nothing_answers_without_the_key(found: Found) -> None:
     for answer in two_servers(found):
         assert len(answer["key"]) == 10 and set(answer["key"].values()) == {401}
-        assert answer["leaks"] == []
+        assert answer["leaks"] == [] and "does not take the key in VLLM_API_KEY" in answer["refused"]
+
+
+def test_nothing_is_answered_without_weights(found: Found) -> None:
+    """A server begins with random ones; so does one that somebody has started again."""
+    for answer in found[1]:
+        assert "503: no trainer has sent it weights" in answer["early"]
 
 
 def test_a_request_has_its_time(found: Found) -> None:

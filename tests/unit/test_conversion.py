@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_real.cli import main
 from megatron_real.weights import WeightsError
@@ -234,6 +235,11 @@ def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["to-megatron", "{source}", "{source}"], "exists already"),
         (["to-megatron", "{tmp}/none", "{tmp}/out"], "no config.json"),
         (["to-megatron", "{source}", "{tmp}/out", "--tp", "2"], "are of --format torch"),
+        (["to-megatron", "{source}", "{tmp}/out", "--layers", "local"], "--layers is of --format torch"),
+        (
+            ["to-megatron", "{source}", "{tmp}/out", "--format", "torch", "--tp-chunks", "2"],
+            "--tp-chunks is of --format torch_dist",
+        ),
         (
             ["to-megatron", "{source}", "{tmp}/out", "--tp-chunks", "3"],
             "does not divide the model's num_key_value_heads",
@@ -251,6 +257,48 @@ def test_refusals(
     assert main(["convert", *(word.format(source=source, tmp=tmp_path) for word in words)]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (["release"], "says 'release', but there is no"),
+        (["release/mp_rank_01", "release/mp_rank_00"], "has 0 of 1 x 1 mp_rank directories"),
+        (["release/mp_rank_00"], "has 1 of 2 x 1 mp_rank directories"),
+    ],
+    ids=["the checkpoint", "all ranks", "a rank"],
+)
+def test_a_checkpoint_with_parts_lost_is_one_sentence(
+    source: Path, tmp_path: Path, lost: list[str], message: str
+) -> None:
+    there = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout(tp=2, pp=1, layers="te")).out
+    for name in lost:
+        shutil.rmtree(there / name)
+    with pytest.raises(WeightsError, match=message):
+        megatron_to_hf(there, tmp_path / "hf")
+
+
+def test_an_explicit_dtype_is_that_of_all_tensors(source: Path, tmp_path: Path) -> None:
+    """Also where the recorded files have the matrices in that dtype and others not."""
+    mixed = shutil.copytree(source, tmp_path / "mixed")
+    tensors = load_file(mixed / "model.safetensors")
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.float() if "norm" in name else tensor
+    save_file(tensors, mixed / "model.safetensors", metadata={"format": "pt"})
+    there = hf_to_megatron(mixed, tmp_path / "megatron").out
+    kept, cast = (megatron_to_hf(there, tmp_path / str(dtype), dtype=dtype).out for dtype in (None, "BF16"))
+    assert {t.dtype for t in load_file(kept / "model.safetensors").values()} == {torch.bfloat16, torch.float32}
+    assert {t.dtype for t in load_file(cast / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_verify_finds_tensors_that_share_bytes(source: Path, tmp_path: Path) -> None:
+    """Two norms of one shape on one storage: every element of both is read from the same place."""
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"] = tensors["model.layers.1.input_layernorm.weight"]
+    shared = shutil.copytree(source, tmp_path / "shared", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(tensors, shared / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match="two tensors share the bytes"):
+        verify(open_as_hf(shared), None)
 
 
 def test_checkpoints_without_a_config_ask_for_one(source: Path, tmp_path: Path) -> None:

@@ -131,6 +131,23 @@ def test_a_spoilt_partial_is_made_again(source: Path, tmp_path: Path, monkeypatc
     assert check_manifest(again.out) == []
 
 
+def test_a_line_of_the_journal_that_was_cut_short_spoils_no_other(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk was full in the middle of a line; the next run appends behind it, and the one after reads both."""
+    monkeypatch.setattr(transfer, "_finish", _full_disk)
+    for cut_short in (True, False):
+        with pytest.raises(WeightsError, match="is full"):
+            to_megatron(source, tmp_path / "out")
+        if cut_short:
+            journal = tmp_path / ".out.journal"
+            *lines, _, _ = journal.read_bytes().split(b"\n")
+            journal.write_bytes(b"\n".join([*lines, b"7"]))
+    monkeypatch.undo()
+    assert to_megatron(source, tmp_path / "out").resumed_bytes > 0
+    assert check_manifest(tmp_path / "out") == []
+
+
 def _full_disk(*_: object) -> None:
     raise OSError(28, "No space left on device")
 

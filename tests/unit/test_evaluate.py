@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_real.benchmark_command import results_name
 from megatron_real.evaluate import Evaluation, Judged, majority, pass_at_k, standard_error, summarise
 from megatron_real.labels.equivalence import Given, answer_classes
 from megatron_real.records import Completion, Prompt, Rollout, Verdict
@@ -217,3 +218,8 @@ def test_the_average_counts_benchmarks_alike(tmp_path: Path) -> None:
     rows = list(csv.DictReader(directory.csv.open()))
     assert [row["benchmark"] for row in rows] == ["small", "large", "one", "average"]
     assert rows[1]["pass_at_2"] == "0.8" and rows[2]["standard_error"] == ""
+
+
+@pytest.mark.parametrize(("model", "name"), [("models/R1-Distill", "R1-Distill"), ("runs/first/hf", "first")])
+def test_two_runs_do_not_share_a_directory_of_results(model: str, name: str) -> None:
+    assert results_name(Path(model)) == name

@@ -16,7 +16,7 @@ from megatron_real import cli, config
 from megatron_real.config import Config, ParallelConfig
 from megatron_real.plan.devices import DEVICES
 from megatron_real.plan.layouts import Estimate, ranked
-from megatron_real.plan.memory import Shapes, in_flight, kv_bytes_per_token, stage_memory, stage_parameters
+from megatron_real.plan.memory import CHUNK_BYTES, Shapes, in_flight, kv_bytes_per_token, stage_memory, stage_parameters
 from megatron_real.plan.speed import Cluster, Run, _decay, step_time
 from megatron_real.weights.architecture import Architecture
 
@@ -237,3 +237,10 @@ def test_config_is_left_as_it_is(file: Path) -> None:
     before = config.to_dict(run.config)
     ranked(run)
     assert isinstance(run.config, Config) and config.to_dict(run.config) == before
+
+
+def test_the_heads_chunk_is_the_real_one() -> None:
+    """Written twice, as a plan needs no torch."""
+    from megatron_real.policy import logprobs
+
+    assert CHUNK_BYTES == logprobs._CHUNK_BYTES

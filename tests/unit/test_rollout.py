@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_real.config import Config, ModelConfig, RolloutConfig
 from megatron_real.records import EXCLUDED, POSITIVE, Completion, Prompt, Rollout, Verdict
+from megatron_real.rollout import build_engine, vllm_engine
 from megatron_real.rollout.spread import ExpectedLengths, prompt_seed, spread
 from megatron_real.rollout.stage import without_mismatch
 
@@ -66,3 +70,20 @@ def test_rollouts_beyond_the_bound_are_excluded_and_counted() -> None:
     kept = without_mismatch(rollouts, lambda _: [0.1, 0.3, math.nan, 9.0, 0.2], bound=0.2)
     assert [r.verdict.status for r in kept] == ["ok", "mismatch", "mismatch", "timeout", "ok"]
     assert [r.label for r in kept] == [POSITIVE, EXCLUDED, EXCLUDED, EXCLUDED, POSITIVE]
+
+
+def test_what_was_lost_teaches_no_length() -> None:
+    """It had perhaps the longest answer of all, and has no token."""
+    lost = dataclasses.replace(rollout("a", 0), verdict=Verdict("lost", EXCLUDED, None))
+    lengths = ExpectedLengths()
+    lengths.learn([rollout("a", 100), lost, dataclasses.replace(lost, prompt=prompt("b"))])
+    assert lengths.of == {"a": 100}
+
+
+def test_vllms_limits_hold_where_auto_takes_it(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_engine, "missing", lambda _: "")
+    config = Config(model=ModelConfig(path=str(tiny_model())), rollout=RolloutConfig(engine="auto", tp=3))
+    with pytest.raises(ValueError, match=r"rollout\.tp = 3 does not divide the model's 4 attention heads"):
+        build_engine(config, say=lambda _: None)
