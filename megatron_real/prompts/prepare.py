@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_real.disk import write_whole
 from megatron_real.prompts.overlap import Index, Match, tokens
 from megatron_real.prompts.rows import raw_rows
 from megatron_real.prompts.sources import BY_NAME, SOURCES, Source, Unusable, prepared
@@ -216,15 +217,8 @@ def _write_all(
         "leaks": {"found": len(done.leaks), "kept": keep_leaks, "gram_size": grams[0], "gram_share": grams[1]},
         "benchmarks_not_compared": list(done.unchecked),
     }
-    _replace(out / "report.json", json.dumps(report, indent=2) + "\n")
+    write_whole(out / "report.json", json.dumps(report, indent=2) + "\n")
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _replace(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_real.disk import whole_file, write_whole
 from megatron_real.evaluate import Evaluation, Judged, judged
 from megatron_real.records import Prompt, Rollout
 
@@ -67,7 +68,7 @@ class EvaluationDirectory:
         """Keeps the settings for `check`."""
         before = json.loads(self.settings.read_text(encoding="utf-8")) if self.settings.is_file() else {}
         self.path.mkdir(parents=True, exist_ok=True)
-        _replace(self.settings, json.dumps({**before, **settings}, indent=2) + "\n")
+        write_whole(self.settings, json.dumps({**before, **settings}, indent=2) + "\n")
 
     def has(self, chunk: Chunk) -> bool:
         """The chunk is complete."""
@@ -86,7 +87,7 @@ class EvaluationDirectory:
             row = vars(judged(rollout, answer_class)) | {"sample": rollout.sample, "answer": answer}
             rows.append(row | {"golds": list(rollout.prompt.answers), "completion": rollout.completion.text})
         # ASCII: a model may emit half a surrogate pair.
-        _replace(self._file(chunk), "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(self._file(chunk), "".join(json.dumps(row) + "\n" for row in rows))
 
     def read(self, chunks: Sequence[Chunk]) -> list[Judged]:
         """The completions of complete chunks.
@@ -111,14 +112,12 @@ class EvaluationDirectory:
         finite = {name: {k: v if math.isfinite(v) else None for k, v in row.items()} for name, row in rows.items()}
         mean = finite.pop("average")
         whole = {"model": model, "settings": dict(settings), "benchmarks": finite, "average": mean}
-        _replace(self.json, json.dumps(whole, indent=2) + "\n")
+        write_whole(self.json, json.dumps(whole, indent=2) + "\n")
         columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-        partial = self.csv.with_name(f"{self.csv.name}.partial")
-        with partial.open("w", newline="", encoding="utf-8") as file:
+        with whole_file(self.csv, newline="") as file:
             table = csv.DictWriter(file, ["benchmark", *columns], lineterminator="\n")
             table.writeheader()
             table.writerows({"benchmark": name, **row} for name, row in (finite | {"average": mean}).items())
-        partial.replace(self.csv)
 
     def _file(self, chunk: Chunk) -> Path:
         return self.samples / chunk.benchmark / f"chunk-{chunk.number:04d}.jsonl"
@@ -136,11 +135,3 @@ def average(found: Mapping[str, Evaluation]) -> dict[str, float]:
     error = math.sqrt(math.fsum(row["standard_error"] ** 2 for row in rows)) / len(rows)
     counts = {name: int(sums[name]) for name in ("problems", "failed_checks")}
     return means | counts | {"samples": rows[0]["samples"], "standard_error": error}
-
-
-def _replace(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, and a killed writer leaves no half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

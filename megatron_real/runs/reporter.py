@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_real.config import Config, to_dict, to_plain
+from megatron_real.disk import write_whole
 from megatron_real.evaluate import Evaluation
 from megatron_real.records import Rollout
 from megatron_real.runs.changes import changes, same_rollouts
@@ -21,7 +22,6 @@ from megatron_real.runs.metrics import MetricsWriter, Training, step_metrics
 from megatron_real.runs.peak import peak_tflops
 from megatron_real.runs.progress import RunProgress, profile_step
 from megatron_real.runs.rollouts import write_rollouts
-from megatron_real.runs.saved import write_durably
 
 __all__ = ["Reporter", "Training"]
 
@@ -90,7 +90,7 @@ class Reporter:
             life = f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
             when = time.strftime("%Y-%m-%d %H:%M:%S")
             status = {"state": state, "reason": reason, "time": when, "life": life}
-            write_durably(self.directory.status, json.dumps(status) + "\n")
+            write_whole(self.directory.status, json.dumps(status) + "\n")
 
     def offsets(self) -> dict[str, int]:
         """Bytes of each file of rows so far."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from megatron_real.disk import whole_file
 from megatron_real.records import EXCLUDED, NEGATIVE, POSITIVE, Completion, Prompt, Rollout, Status, Verdict
 
 
@@ -37,16 +37,11 @@ def write_rollouts(
     for name, values in columns.items():
         if values is not None and len(values) != len(rollouts):
             raise ValueError(f"{len(values)} values of {name} for {len(rollouts)} rollouts; give one for each")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8", errors="surrogatepass") as file:  # a model may emit half a surrogate pair
+    with whole_file(path, errors="surrogatepass") as file:  # a model may emit half a surrogate pair
         for i, rollout in enumerate(rollouts):
             found = {name: None if values is None else _finite(values[i]) for name, values in columns.items()}
             row = {"step": step, **found, **_row(rollout)}
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())  # a rename must not outlive its contents in a crash of the machine
-    partial.replace(path)
 
 
 def read_rollouts(path: Path) -> list[Rollout]:

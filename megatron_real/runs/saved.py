@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_real.disk import fsync, write_whole
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -131,14 +132,12 @@ def commit(folder: Path, position: Position, digests: Mapping[str, Sequence[Any]
         header: what else the manifest holds.
     """
     partial, final = temporary(folder, position), folder / str(position)
-    write_durably(
-        partial / MANIFEST, json.dumps({**header, "files": {k: list(v) for k, v in digests.items()}}, indent=1)
-    )
-    _sync_directory(partial)
+    write_whole(partial / MANIFEST, json.dumps({**header, "files": {k: list(v) for k, v in digests.items()}}, indent=1))
+    fsync(partial)
     if final.exists():  # the same position, reached again after a resume from before it
         shutil.rmtree(final)
     partial.rename(final)
-    write_durably(folder / LATEST, f"{position}\n")
+    write_whole(folder / LATEST, f"{position}\n")
     return Saved(final, position)
 
 
@@ -161,32 +160,11 @@ def retire(folder: Path, *, keep: int, keep_every: int, keep_best: bool) -> list
     return [one.position for one in gone]
 
 
-def write_durably(file: Path, text: str) -> None:
-    """Replaces a file as a whole; after a crash of the machine it is the old one or the new one."""
-    partial = file.with_name(f"{file.name}.new")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
-    _sync_directory(file.parent)
-
-
 def sync_files(files: Iterable[Path]) -> None:
     """Brings files that are written already to the disk; missing ones are left out."""
     for file in files:
         if file.exists():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-
-
-def _sync_directory(folder: Path) -> None:
-    """A rename is on disk once its directory is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            fsync(file)
 
 
 def _free_name(path: Path) -> Path:

@@ -79,6 +79,7 @@ class TorchFile:
                 self._parse(io.BufferedReader(_Window(stream, offset, self.length)))
         except WeightsError:
             raise
+        # NotImplementedError is zipfile's word for a compression that it does not know.
         except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, struct.error, EOFError) as error:
             raise WeightsError(
                 f"{file} is not a torch.save archive or is corrupt ({error}); copy it again, or load it with torch "

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_real.disk import fsync
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.hf import hf_files, hf_side_files
 from megatron_real.weights.mapping import EMBEDDING, OUTPUT, Weights, entries, hf_shapes
 from megatron_real.weights.stored import OpenFiles, Piece, stored_dtype, torch_dtype
-from megatron_real.weights.transfer import fsync
 
 _BLOCK_BYTES = 2**24
 

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_real.disk import fsync
 from megatron_real.weights import WeightsError
 from megatron_real.weights.stored import OpenFiles, Piece
 
@@ -325,12 +326,3 @@ def _crc(files: OpenFiles, file: Path, offset: int, num_bytes: int) -> int:
         files.read_into(file, offset + at, part)
         crc = zlib.crc32(part, crc)
     return crc
-
-
-def fsync(path: Path) -> None:
-    """Brings a file or directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
