@@ -30,7 +30,7 @@ from megatron_real.records import Completion, Prompt, Sampling
 from megatron_real.rollout.engine import EngineFailed, Held
 from megatron_real.rollout.link import Link, buckets, listen, own_address
 from megatron_real.rollout.server import Server, ServerProcess, wait_until_healthy
-from megatron_real.rollout.tokenizer import eos_ids, load_tokenizer
+from megatron_real.rollout.tokenizer import completion_of, eos_ids, load_tokenizer
 
 _CALL_SECONDS = 60.0
 """For a call that computes next to nothing."""
@@ -181,10 +181,7 @@ class VllmServerEngine:
         except EngineFailed as error:
             return error
         (choice,) = answer["choices"]
-        tokens, logprobs = tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"])
-        assert len(tokens) == len(logprobs), "vLLM returns one log-prob for each sampled token"
-        finished = bool(tokens) and tokens[-1] in self.eos
-        return Completion(tokens, logprobs, str(self.tokenizer.decode(tokens, skip_special_tokens=True)), finished)
+        return completion_of(choice["token_ids"], choice["logprobs"]["token_logprobs"], self.tokenizer, self.eos)
 
     def _connect(self) -> None:
         """Waits for the servers and learns what they hold. Collective over all ranks.

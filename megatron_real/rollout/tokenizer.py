@@ -1,12 +1,14 @@
-"""The model's tokenizer, and the tokens that end a response: the same for every engine."""
+"""The model's tokenizer, the tokens that end a response, and what a completion is: the same for every engine."""
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig
 
 from megatron_real.config import ModelConfig
+from megatron_real.records import Completion
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
@@ -25,3 +27,10 @@ def eos_ids(path: str, tokenizer_eos: int | None) -> list[int]:
     if not eos:
         raise ValueError(f"neither the tokenizer nor the generation config of {path!r} names an end-of-sequence token")
     return eos
+
+
+def completion_of(tokens: Sequence[int], logprobs: Sequence[float], tokenizer: Any, eos: Container[int]) -> Completion:
+    """The record of what an engine sampled: finished where the last token ends a response."""
+    assert len(tokens) == len(logprobs), "one log-prob for each sampled token"
+    finished = len(tokens) > 0 and tokens[-1] in eos
+    return Completion(tuple(tokens), tuple(logprobs), str(tokenizer.decode(tokens, skip_special_tokens=True)), finished)

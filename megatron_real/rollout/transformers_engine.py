@@ -14,7 +14,7 @@ from megatron_real.config import ModelConfig
 from megatron_real.cpu import device
 from megatron_real.records import Completion, Prompt, Sampling
 from megatron_real.rollout.engine import Held, Part, checksums_on, held_on
-from megatron_real.rollout.tokenizer import eos_ids, load_tokenizer
+from megatron_real.rollout.tokenizer import completion_of, eos_ids, load_tokenizer
 from megatron_real.weights.stored import torch_dtype
 
 
@@ -97,9 +97,7 @@ class TransformersEngine:
         completions = []
         for tokens, logprob in zip(out_BL[:, width:].tolist(), logprobs, strict=True):
             length = next((t + 1 for t, token in enumerate(tokens) if token in self.eos), len(tokens))
-            finished = bool(tokens) and tokens[length - 1] in self.eos
-            text = str(self.tokenizer.decode(tokens[:length], skip_special_tokens=True))
-            completions.append(Completion(tuple(tokens[:length]), tuple(logprob[:length]), text, finished))
+            completions.append(completion_of(tokens[:length], logprob[:length], self.tokenizer, self.eos))
         return completions
 
 

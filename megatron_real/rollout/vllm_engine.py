@@ -23,7 +23,7 @@ from megatron_real.config import Config
 from megatron_real.cpu import device
 from megatron_real.records import Completion, Prompt, Sampling
 from megatron_real.rollout.engine import Held, Part, checksums_on, held_on
-from megatron_real.rollout.tokenizer import eos_ids, load_tokenizer
+from megatron_real.rollout.tokenizer import completion_of, eos_ids, load_tokenizer
 
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads stay where they are
@@ -167,10 +167,7 @@ class VllmEngine:
         )
 
     def _completion(self, output: Any) -> Completion:
-        tokens, logprobs = tuple(output.token_ids), tuple(output.logprobs.logprobs)
-        assert len(tokens) == len(logprobs), "vLLM returns one log-prob for each sampled token"
-        finished = bool(tokens) and tokens[-1] in self.eos
-        return Completion(tokens, logprobs, str(self.tokenizer.decode(tokens, skip_special_tokens=True)), finished)
+        return completion_of(output.token_ids, output.logprobs.logprobs, self.tokenizer, self.eos)
 
     def _check_budget(self) -> None:
         """Waking takes the weights' and the cache's memory at once, and an out-of-memory error says neither."""

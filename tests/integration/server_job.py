@@ -89,6 +89,24 @@ def leaks(pair: Pair) -> list[str]:
     return found
 
 
+def one_fails(pair: Pair) -> str:
+    """What every rank is told when the last rank's server does not answer for its checksums."""
+    server, call = pair.engine.server, pair.engine.server.call
+
+    def failing(method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        if method == "checksums" and dist.get_rank() == dist.get_world_size() - 1:
+            raise EngineFailed("it fell over")
+        return call(method, *args, **kwargs)
+
+    server.call = failing
+    try:
+        return pair.synced()
+    except EngineFailed as error:
+        return str(error)
+    finally:
+        server.call = call
+
+
 def patience(pair: Pair) -> str:
     """What a request is answered with whose time is over: long answers, and a hundredth of what they take."""
     engine, config = pair.engine, pair.engine._config
@@ -149,7 +167,7 @@ def main() -> None:
         "first": pair.synced(),
         "held": sorted(pair.engine.held()),
     }
-    jobs = (key, refused, leaks, parity, damages, patience, killed) if servers > 1 else (parity, damages)
+    jobs = (key, refused, leaks, parity, damages, one_fails, patience, killed) if servers > 1 else (parity, damages)
     found |= {job.__name__: job(pair) for job in jobs}
     out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))
     dist.barrier()

@@ -79,6 +79,11 @@ def test_nothing_is_answered_without_weights(found: Found) -> None:
         assert "503: no trainer has sent it weights" in answer["early"]
 
 
+def test_a_servers_failure_is_every_ranks(found: Found) -> None:
+    """Else the other ranks would wait for the one that has left."""
+    assert [answer["one_fails"] for answer in two_servers(found)] == ["it fell over"] * 2
+
+
 def test_a_request_has_its_time(found: Found) -> None:
     for answer in two_servers(found):
         assert "no answer in 0.001 s" in answer["patience"]
