@@ -66,6 +66,7 @@ def run_benchmarks(config: Config, files: Mapping[str, str], out: str | Path) ->
         ValueError: weights, data, or an earlier evaluation in `out` do not fit; one sentence.
         UntrustedFigures: everything is written, but the checks of a benchmark failed too often.
     """
+    config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, run_dir=str(out)))
     join_world(config.trainer.timeout_minutes)
     rank, directory = dist.get_rank(), EvaluationDirectory(out)
     engine = build_engine(config, say=Console(quiet=rank > 0, soft_wrap=True).print)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from megatron_real.records import Completion, Prompt, Sampling
 from megatron_real.rollout.checksum import checksum
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 
 class EngineFailed(RuntimeError):

@@ -27,6 +27,7 @@ from megatron_real.config import Config
 from megatron_real.cpu import device
 from megatron_real.rollout.engine import EngineFailed
 from megatron_real.rollout.vllm_engine import ENVIRONMENT, engine_arguments
+from megatron_real.runs.directory import RunDirectory
 
 _SAY_EVERY_SECONDS = 10.0
 _POLL_SECONDS = 0.5
@@ -120,7 +121,7 @@ class ServerProcess:
     def __init__(self, config: Config, *, number: int, key: str) -> None:
         """Starts it and does not wait; its output goes to a log in the run directory."""
         self._config, self._number, self._key = config, number, key
-        self.log = Path(config.trainer.run_dir or ".") / "servers" / f"server-{number}.log"
+        self.log = RunDirectory(config.trainer.run_dir or ".").server_log(number)
         self.start()
         atexit.register(self.stop)
 

