@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from megatron_real.doctor import network, report
+from megatron_real.doctor import machine, network, report
 from megatron_real.doctor.finding import Finding
 
 
@@ -42,7 +42,13 @@ def all_reduce(*, faulty_rank: int | None) -> Finding:
 
 
 def reported(*, run_dir: Path) -> list[Finding]:
-    """The whole report of two nodes."""
-    rank = dist.get_rank()
-    with mock.patch.dict(os.environ, SLURMD_NODENAME=f"n{rank // 2}", LOCAL_RANK=str(rank % 2), LOCAL_WORLD_SIZE="2"):
+    """The whole report of two nodes. A throttled disk gives both the same figure to the digit: the second adds to it."""
+    rank, true = dist.get_rank(), machine._written_and_read
+
+    def measured(file: Path) -> tuple[float, float]:
+        write_mb, read_mb = true(file)
+        return write_mb + 1e6 * (rank // 2), read_mb
+
+    place = {"SLURMD_NODENAME": f"n{rank // 2}", "LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"}
+    with mock.patch.dict(os.environ, place), mock.patch.object(machine, "_written_and_read", measured):
         return report(run_dir)
