@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests, after making their environments. No GPU needed.
 #
-#   bash tests/run.sh              the core of everything (about 30 minutes on 2 cores)
+#   bash tests/run.sh              the core of everything (about 35 minutes on 2 cores)
 #   bash tests/run.sh --all        the long grids too
 #   bash tests/run.sh -k logprobs  other words go to pytest, on megatron-core 0.16.1 alone
 #
