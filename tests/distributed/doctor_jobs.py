@@ -42,7 +42,7 @@ def all_reduce(*, faulty_rank: int | None) -> Finding:
 
 
 def reported(*, run_dir: Path) -> list[Finding]:
-    """The whole report of two nodes. A throttled disk gives both the same figure; that of the second is made another."""
+    """The whole report of two nodes, whose disks are made to differ: a throttled one gives both the same figure."""
     rank, true = dist.get_rank(), machine._written_and_read
 
     def measured(file: Path) -> tuple[float, float]:
