@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,18 +54,31 @@ class Adder:
         return Completion((dist.get_rank(), draw.getrandbits(20)), (0.0, 0.0), f"\\boxed{{{number}}}", True)
 
 
-class Slow(Adder):
-    """Takes 20 ms for each completion and hands it out at once."""
+class Watched(Adder):
+    """Hands out a completion when the verifier of its rank has begun with all before: `seen` has a file for each."""
+
+    def __init__(self, seen: Path) -> None:
+        self.seen = seen / str(dist.get_rank())
+        self.seen.mkdir()
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
-        for found in super().generate(prompts, sampling, seeds=seeds):
-            time.sleep(0.02)
+        for count, found in enumerate(super().generate(prompts, sampling, seeds=seeds)):
+            while len(list(self.seen.iterdir())) < count:
+                time.sleep(0.005)
             yield found
 
 
-class Dying(Slow):
+VERIFIER = """
+import os, tempfile
+def judge(text, answers, metadata):
+    tempfile.mkstemp(dir=f"FOLDER/{os.environ['RANK']}")
+    return text == "\\\\boxed{" + answers[0] + "}"
+"""
+
+
+class Dying(Adder):
     """On the last rank it fails after five completions, and again whenever it is asked."""
 
     def generate(
@@ -82,14 +97,16 @@ class Leaky(Adder):
         return None if prompt.uid in ("p/3", "p/4") else super().answer(prompt, draw)
 
 
-def stage_of(engine: type[Adder], retries: int, max_failed_share: float = 1.0) -> RolloutStage:
-    labeller = Labeller("exact", workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=max_failed_share)
+def stage_of(
+    engine: Callable[[], Adder], retries: int, max_failed_share: float = 1.0, verifier: str = "exact"
+) -> RolloutStage:
+    labeller = Labeller(verifier, workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=max_failed_share)
     rank, world = dist.get_rank(), dist.get_world_size()
     return RolloutStage(engine(), labeller, rank=rank, world=world, retries=retries)
 
 
-def one_step(engine: type[Adder], retries: int = 1, max_failed_share: float = 1.0, prompts: int = 6) -> list[Rollout]:
-    stage = stage_of(engine, retries, max_failed_share)
+def one_step(engine: Callable[[], Adder], retries: int = 1, prompts: int = 6, **options: Any) -> list[Rollout]:
+    stage = stage_of(engine, retries, **options)
     try:
         chosen = PROMPTS[:prompts]
         return stage.label(chosen, stage.generate(chosen, SAMPLING, seed=3))
@@ -109,11 +126,14 @@ def alike(ranks: list[list[Rollout]]) -> list[Rollout]:
     return ranks[0]
 
 
-def test_completions_are_verified_while_others_are_generated(world: World) -> None:
-    streamed = alike(world.run(one_step, 2, engine=Slow))
+def test_completions_are_verified_while_others_are_generated(world: World, tmp_path: Path) -> None:
+    """Each rank generates 12; while it waits with the last one, the verifier has begun with the 11th."""
+    file = tmp_path / "own.py"
+    file.write_text(VERIFIER.replace("FOLDER", str(tmp_path)))
+    streamed = alike(world.run(one_step, 2, engine=partial(Watched, tmp_path), verifier=f"{file}:judge"))
     at_once = alike(world.run(one_step, 2, engine=Adder))
     assert known(streamed) == known(at_once), "the order of arrival changes nothing"
-    assert sum(r.verdict.early for r in streamed) >= 18
+    assert sum(r.verdict.early for r in streamed) >= 2 * 10
     for r in streamed:
         assert (r.verdict.status == "ok") == (r.completion.text == f"\\boxed{{{r.prompt.answers[0]}}}")
     assert {r.verdict.status for r in streamed} == {"ok", "wrong"}
@@ -158,7 +178,7 @@ def test_every_rank_stops_for_the_same_reason(world: World) -> None:
 
 
 def more_ranks_than_prompts() -> int:
-    return len(one_step(Slow, prompts=1))
+    return len(one_step(Adder, prompts=1))
 
 
 def test_a_rank_may_have_nothing_to_do(world: World) -> None:

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -34,8 +33,8 @@ def stage():
         return 3, "rollout", time.monotonic() - began
     return 4, "label", time.monotonic() - began
 
-hang = 1.0 if what == "hang" else 60.0
-line = Lifeline(rank, world, share=share, stage=stage, beat_seconds=0.1, silent_seconds=2.0, hang_seconds=hang)
+limits = {"hang_seconds": 1.0 if what == "hang" else 600.0, "silent_seconds": 4.0 if what == "silence" else 600.0}
+line = Lifeline(rank, world, share=share, stage=stage, beat_seconds=0.1, **limits)
 print("ready", flush=True)
 if what == "raise" and rank == 1:
     time.sleep(0.5)
@@ -45,7 +44,7 @@ if what == "good":
     time.sleep(0.3 * rank)
     line.close()
     sys.exit(0)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -67,11 +66,9 @@ def ranks(request, tmp_path):  # type: ignore[no-untyped-def]
         process.kill()
 
 
-def ends(processes: list[subprocess.Popen[str]], within: float) -> list[str]:
-    """What each wrote to its end."""
-    started = time.monotonic()
-    said = [p.communicate(timeout=max(within - (time.monotonic() - started), 0.1))[1] for p in processes]
-    return said
+def ends(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """What each wrote to its end, which comes long before the ten minutes that each would sleep."""
+    return [process.communicate(timeout=120)[1] for process in processes]
 
 
 @pytest.mark.parametrize("ranks", ["wait"], indirect=True)
@@ -79,7 +76,7 @@ def ends(processes: list[subprocess.Popen[str]], within: float) -> list[str]:
 def test_a_killed_rank_takes_the_others_down(ranks: list[subprocess.Popen[str]], victim: int) -> None:
     ranks[victim].send_signal(signal.SIGKILL)
     others = [p for i, p in enumerate(ranks) if i != victim]
-    for said in ends(others, within=5.0):
+    for said in ends(others):
         name = "rank 0" if victim == 0 else f"rank {victim} on {socket.gethostname()}"
         assert f"{name} ended without a word" in said
     assert [p.returncode for p in others] == [1, 1]
@@ -87,25 +84,25 @@ def test_a_killed_rank_takes_the_others_down(ranks: list[subprocess.Popen[str]],
 
 @pytest.mark.parametrize("ranks", ["raise"], indirect=True)
 def test_an_error_is_named_as_the_first_cause(ranks: list[subprocess.Popen[str]]) -> None:
-    for said in ends([ranks[0], ranks[2]], within=5.0):
+    for said in ends([ranks[0], ranks[2]]):
         assert "rank 1 on" in said and "ended first: ValueError: no good" in said
 
 
 @pytest.mark.parametrize("ranks", ["hang"], indirect=True)
 def test_a_rank_that_hangs_is_named(ranks: list[subprocess.Popen[str]]) -> None:
-    for said in ends(ranks, within=8.0):
+    for said in ends(ranks):
         assert "rank 1 on" in said and "hangs: it has been in stage rollout" in said
 
 
-@pytest.mark.parametrize("ranks", ["wait"], indirect=True)
+@pytest.mark.parametrize("ranks", ["silence"], indirect=True)
 def test_a_rank_without_a_sign_of_life_is_named(ranks: list[subprocess.Popen[str]]) -> None:
     """A stopped process keeps its socket open, as a machine that vanished does."""
     ranks[2].send_signal(signal.SIGSTOP)
-    for said in ends(ranks[:2], within=8.0):
+    for said in ends(ranks[:2]):
         assert "rank 2 on" in said and "has given no sign of life" in said
 
 
 @pytest.mark.parametrize("ranks", ["good"], indirect=True)
 def test_a_good_end_takes_nobody_down(ranks: list[subprocess.Popen[str]]) -> None:
-    assert ends(ranks, within=10.0) == ["", "", ""]
+    assert ends(ranks) == ["", "", ""]
     assert [p.returncode for p in ranks] == [0, 0, 0]
