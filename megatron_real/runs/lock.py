@@ -118,8 +118,10 @@ class RunLock:
             owner = self._read()
             if _token(owner) != self._me["token"]:
                 self._lost(
-                    f"{self.file} now belongs to {_described(owner or {})}: this run was silent for more than "
+                    f"{self.file} now belongs to {_described(owner)}: this run was silent for more than "
                     f"{self.lease:g} s and another has taken its directory"
+                    if owner is not None
+                    else f"{self.file} is gone: somebody has removed it, and another run may take the directory"
                 )
                 return
             self._write_aside().replace(self.file)

@@ -193,7 +193,7 @@ def seconds_lost(reasons: Iterable[str]) -> float:
 def test_a_batch_with_hostile_answers_ends_in_time_and_every_honest_one_is_right() -> None:
     """Two workers lose less than four times one check's wall clock each, for the dozen checks that would never end."""
     items, expected = hostile_batch()
-    memory, timeout, trainer = 1024, 5.0, psutil.Process()
+    memory, timeout, trainer = 1024, TIMEOUT, psutil.Process()
     with Labeller("math_verify", workers=2, timeout_seconds=timeout, memory_mib=memory) as label:
         label(items[:100])
         before = trainer.memory_info().rss

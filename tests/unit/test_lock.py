@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import queue
 import subprocess
 import sys
 import time
@@ -115,17 +115,22 @@ def test_of_many_that_want_a_dead_owners_lock_one_gets_it(tmp_path: Path) -> Non
 
 def test_an_owner_that_lost_its_lock_hears_of_it(tmp_path: Path) -> None:
     """A process that slept through its lease must not write on."""
-    heard: list[str] = []
-    lock = RunLock(tmp_path / "lock", lease=0.5, beat=0.1, lost=heard.append)
+    holder = hold(tmp_path / "other")
+    holder.kill()
+    holder.wait()
+    heard: queue.Queue[str] = queue.Queue()
+    lock = RunLock(tmp_path / "lock", lease=600.0, beat=0.1, lost=heard.put)
+    lock.take()
+    (tmp_path / "other").replace(tmp_path / "lock")
+    assert f"now belongs to process {holder.pid}" in heard.get(timeout=60)
+    lock.release()
+    assert (tmp_path / "lock").exists(), "the other's lock stays"
+
+
+def test_an_owner_whose_lock_is_removed_hears_of_it(tmp_path: Path) -> None:
+    heard: queue.Queue[str] = queue.Queue()
+    lock = RunLock(tmp_path / "lock", lease=600.0, beat=0.1, lost=heard.put)
     lock.take()
     (tmp_path / "lock").unlink()
-    holder = hold(tmp_path / "lock")
-    try:
-        deadline = time.monotonic() + 60
-        while not heard and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert heard and f"now belongs to process {holder.pid}" in heard[0]
-        lock.release()
-        assert (tmp_path / "lock").exists(), "the other's lock stays"
-    finally:
-        holder.send_signal(signal.SIGKILL)
+    assert f"{tmp_path}/lock is gone: " in heard.get(timeout=60)
+    lock.release()
