@@ -25,7 +25,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("plan", help="memory, time and cost before a run", description=__doc__)
     parser.add_argument("config", help="YAML file; of the model only its config.json is read")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the whole run")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs that train")
     parser.add_argument("--gpu", choices=sorted(DEVICES), default="h100-80g", help="kind of GPU")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="layouts in the ranking")
     parser.add_argument("--price", type=float, metavar="USD", help="of one GPU for one hour; default: a list price")
@@ -54,13 +54,9 @@ def _read(chosen: argparse.Namespace) -> Run:
             wanted = "above 0 and at most 1" if limit == 1 else "above 0"
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {wanted}")
     config = configuration.load(chosen.config, chosen.overrides)
-    if config.rollout.engine == "vllm-server":
-        raise ValueError(
-            "rollout.engine=vllm-server has GPUs of its own, which no plan counts yet; plan the trainer's GPUs with "
-            "rollout.engine=vllm rollout.max_lag=0"
-        )
-    # Nobody plans GPUs for the embedded engine, and vLLM's layout is checked by the same rules as in a run.
-    config = configuration.load(chosen.config, [*chosen.overrides, "rollout.engine=vllm"])
+    if config.rollout.engine != "vllm-server":
+        # Nobody plans GPUs for the embedded engine, and vLLM's layout is checked by the same rules as in a run.
+        config = configuration.load(chosen.config, [*chosen.overrides, "rollout.engine=vllm"])
     dp = configuration.check_world(config, chosen.gpus)
     if dp > (sequences := config.batch.minibatch_prompts * config.rollout.group_size):
         raise ValueError(
@@ -77,10 +73,12 @@ def _json(made: Estimate, best: Iterable[Estimate]) -> dict[str, Any]:
     return {
         "gpu": made.run.cluster.device.name,
         "gpus": made.run.cluster.gpus,
+        "server_gpus": made.run.server_gpus,
         "budget_bytes": made.budget,
         "step": _step(made.run),
         "layout": _layout(made),
         "memory": [{**dataclasses.asdict(stage), "peaks": stage.peaks} for stage in made.stages],
+        "server_memory": made.server,
         "best": [_layout(estimate) for estimate in best],
         "not_modelled": _unmodelled(made.run),
         "sources": SOURCES,
@@ -123,15 +121,20 @@ def _unmodelled(run: Run) -> list[str]:
 def _text(made: Estimate, best: Sequence[Estimate]) -> list[str]:
     """The plan's paragraphs."""
     run, device, seconds = made.run, made.run.cluster.device, made.seconds
-    stages = {**dataclasses.asdict(seconds), "step": seconds.total}
+    stages = dataclasses.asdict(seconds)
+    if ahead := stages.pop("ahead"):
+        stages["rollout while the policy trains"] = -ahead
+    stages["step"] = seconds.total
+    serving = f" and {run.server_gpus} that serve" if run.server_gpus else ""
     unmodelled = [f"{name} is not in this model of memory and time" for name in _unmodelled(run)]
     return [
         f"{run.config.model.path}, {run.architecture.num_parameters / 1e9:.2f}B parameters, on {run.cluster.gpus} x "
-        f"{device.name}: {made.name}, recompute {run.config.model.recompute}\n"
+        f"{device.name}{serving}: {made.name}, recompute {run.config.model.recompute}\n"
         + ", ".join(f"{name} {value:,.0f}" for name, value in _step(run).items()),
         _table(_memory(made)),
         f"{'fits' if made.fits else 'DOES NOT FIT'}: {_gib(made.peak)} GiB at the peak, {_gib(made.budget)} of "
-        f"{device.memory_gib} GiB may be used ({RESERVE_SHARE:.0%} stay for CUDA, NCCL and fragmentation)",
+        f"{device.memory_gib} GiB may be used ({RESERVE_SHARE:.0%} stay for CUDA, NCCL and fragmentation)"
+        + _server(made),
         _table([["seconds of", "", ""], *([n, f"{s:.1f}", f"{s / seconds.total:.0%}"] for n, s in stages.items())]),
         f"{run.config.trainer.steps} steps: {made.hours:,.1f} hours, {made.gpu_hours:,.0f} GPU-hours, "
         f"${made.usd:,.0f} at ${device.usd_per_hour:g} per GPU and hour; evaluations, checkpoints and start-up are not "
@@ -141,6 +144,11 @@ def _text(made: Estimate, best: Sequence[Estimate]) -> list[str]:
         else "No layout fits: take more or larger GPUs, or lower batch.max_tokens or rollout.kv_cache_mib.",
         "\n".join([*unmodelled, "Rates, none of them measured here:", *(f"  {source}" for source in SOURCES)]),
     ]
+
+
+def _server(made: Estimate) -> str:
+    parts = ", ".join(f"{part} {_gib(size)}" for part, size in made.server.items())
+    return f"\na GPU that serves: {_gib(sum(made.server.values()))} GiB ({parts})" if parts else ""
 
 
 _RANKING = ["fastest layouts that fit", "recompute", "rollout.tp", "step s", "rollout s", "peak GiB"]

@@ -12,7 +12,7 @@ from typing import Literal
 
 from megatron_real.config import Config, ParallelConfig
 from megatron_real.plan.devices import GPUS_PER_NODE
-from megatron_real.plan.memory import Shapes, StageMemory, stage_memory
+from megatron_real.plan.memory import Shapes, StageMemory, engine_memory, stage_memory
 from megatron_real.plan.speed import Run, StepTime, step_time
 
 # Share of a device that no plan may use: CUDA context, NCCL's and cuBLAS' buffers, fragmentation of the allocator.
@@ -37,13 +37,18 @@ class Estimate:
         return stage_memory(self.run.architecture, self.run.config, dp=self.run.dp, shapes=shapes)
 
     @cached_property
+    def server(self) -> dict[str, int]:
+        """Memory of an engine on a GPU that serves; empty where none does."""
+        return engine_memory(self.run.architecture, self.run.config) if self.run.server_gpus else {}
+
+    @cached_property
     def seconds(self) -> StepTime:
         """Time of a step."""
         return step_time(self.run)
 
     @property
     def peak(self) -> int:
-        """Bytes in use at the worst moment on the fullest rank."""
+        """Bytes in use at the worst moment on the fullest GPU that trains."""
         return max(stage.peak for stage in self.stages)
 
     @property
@@ -54,7 +59,7 @@ class Estimate:
     @property
     def fits(self) -> bool:
         """It runs without running out of memory."""
-        return self.peak <= self.budget
+        return max(self.peak, sum(self.server.values())) <= self.budget
 
     @property
     def hours(self) -> float:
@@ -63,8 +68,8 @@ class Estimate:
 
     @property
     def gpu_hours(self) -> float:
-        """Of all steps."""
-        return self.hours * self.run.cluster.gpus
+        """Of all steps, on the GPUs that train and those that serve."""
+        return self.hours * (self.run.cluster.gpus + self.run.server_gpus)
 
     @property
     def usd(self) -> float:
@@ -99,8 +104,10 @@ def _order(made: Estimate) -> tuple[int, int, int]:
 
 def _layouts(run: Run) -> Iterator[Config]:
     """The configuration under every layout that divides model, batch and GPUs. Tensor and context parallelism stay
-    within a node, the former with sequence parallelism; engines take one GPU or the configuration's rollout.tp."""
-    config, engine_sizes = run.config, sorted({1, run.config.rollout.tp})
+    within a node, the former with sequence parallelism; engines take one GPU or the configuration's rollout.tp, servers
+    the latter."""
+    config, configured = run.config, run.config.rollout.tp
+    engine_sizes = {configured} if run.server_gpus else sorted({1, configured})
     recomputations: tuple[Recompute, ...] = ("none", "selective", "full")
     for parallel, recompute, engine_tp in itertools.product(_parallels(run), recomputations, engine_sizes):
         yield dataclasses.replace(

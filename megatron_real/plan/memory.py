@@ -84,7 +84,7 @@ class StageMemory:
     old_logprobs: Activations
     """A pass without backward."""
     engine: Mapping[str, int]
-    """The rollout engine: `weights`, `kv_cache`, `overhead`."""
+    """The rollout engine on the same GPU: `weights`, `kv_cache`, `overhead`; nothing where there is none."""
     sync: int
     """The tensor that a weight sync holds beside both models."""
     engine_sleeps: bool
@@ -96,7 +96,7 @@ class StageMemory:
         engine = sum(self.engine.values())
         kept = 0 if self.engine_sleeps else engine
         return {
-            "sync": self.resident.total + self.engine["weights"] + self.sync,
+            "sync": self.resident.total + self.engine.get("weights", 0) + self.sync,
             "rollout": self.resident.total + engine,
             "old_logprobs": self.resident.total + kept + self.old_logprobs.total,
             "update": self.resident.total + kept + self.update.total,
@@ -122,6 +122,7 @@ class Shapes:
 
 def stage_memory(architecture: Architecture, config: Config, *, dp: int, shapes: Shapes) -> list[StageMemory]:
     """Memory of one rank of each pipeline stage."""
+    alone = config.rollout.replay or config.rollout.engine == "vllm-server"
     stages = []
     for stage in range(config.parallel.pp):
         parameters = stage_parameters(architecture, config.parallel, stage)
@@ -132,7 +133,7 @@ def stage_memory(architecture: Architecture, config: Config, *, dp: int, shapes:
                 resident=_resident(config, parameters, dp=dp),
                 update=_update(architecture, config, stage, shapes),
                 old_logprobs=_old_logprobs(architecture, config, stage, shapes),
-                engine=_engine(architecture, config),
+                engine={} if alone else engine_memory(architecture, config),
                 sync=_largest_tensor(architecture) * WIDTH[config.model.dtype],
                 engine_sleeps=config.rollout.sleep_level > 0,
             )
@@ -281,10 +282,9 @@ def _head(architecture: Architecture, config: Config, layer: _Layer, shapes: Sha
     return buffers + rows + columns * architecture.hidden_size * width
 
 
-def _engine(architecture: Architecture, config: Config) -> dict[str, int]:
+def engine_memory(architecture: Architecture, config: Config) -> dict[str, int]:
+    """Bytes of a vLLM engine on one of its GPUs."""
     rollout = config.rollout
-    if rollout.replay:
-        return {"weights": 0, "kv_cache": 0, "overhead": 0}
     weights = architecture.num_parameters * WIDTH[config.model.dtype] // rollout.tp
     return {"weights": weights, "kv_cache": rollout.kv_cache_mib << 20, "overhead": ENGINE_OVERHEAD}
 

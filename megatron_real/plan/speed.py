@@ -1,8 +1,8 @@
 """Seconds of each stage of a step: counted work over published rates (devices.py).
 
-    sync           weights over the links, gathered from the shards, then written into the engine
+    sync           weights over the links, gathered from the shards, sent to servers, written into the engine
     rollout        prefill; decode steps until the longest answer ends, each bound by memory traffic or by arithmetic
-    old_logprobs   a forward pass over the minibatches after the first
+    old_logprobs   a forward pass over the minibatches after the first; over all of rollouts that lag
     update         forward and backward (three forwards' work), recomputation, scoring passes, pipeline bubble,
                    tensor- and context-parallel traffic, gradient reduction
 
@@ -38,7 +38,7 @@ class Cluster:
     device: Device
     """Kind of GPU."""
     gpus: int
-    """How many, over all nodes."""
+    """How many train, over all nodes."""
     train_utilization: float | None = None
     """Share of peak FLOP/s in training; None: the table's."""
     decode_utilization: float | None = None
@@ -71,6 +71,19 @@ class Run:
     def dp(self) -> int:
         """Data-parallel size."""
         return self.cluster.gpus // (self.model_parallel * self.config.parallel.cp)
+
+    @property
+    def engines(self) -> int:
+        """vLLM engines: in the training processes, or servers."""
+        rollout = self.config.rollout
+        if rollout.engine == "vllm-server":
+            return len(rollout.servers) or rollout.num_servers
+        return self.cluster.gpus // rollout.tp
+
+    @property
+    def server_gpus(self) -> int:
+        """GPUs beside those that train."""
+        return self.engines * self.config.rollout.tp if self.config.rollout.engine == "vllm-server" else 0
 
     @property
     def rollouts(self) -> int:
@@ -125,26 +138,27 @@ class StepTime:
     """Passes over the later minibatches."""
     update: float
     """All optimizer updates of the step."""
+    ahead: float = 0.0
+    """What of the rollout passes while the policy trains (rollout.max_lag=1)."""
 
     @property
     def total(self) -> float:
         """The whole step."""
-        return self.sync + self.rollout + self.old_logprobs + self.update
+        return self.sync + self.rollout - self.ahead + self.old_logprobs + self.update
 
 
 def step_time(run: Run) -> StepTime:
     """Seconds of one step."""
     config, forward = run.config, _forward(run)
-    later = (run.updates - 1) / run.updates
+    scored = 1.0 if config.rollout.max_lag else (run.updates - 1) / run.updates  # a first minibatch has scores of 0
     passes = 4 if config.model.recompute == "full" else 3
-    scoring = later if config.batch.placement == "split" else 0.0  # the others gather their scores within the pass
-    replay = bool(config.rollout.replay)
-    return StepTime(
-        sync=0.0 if replay else _sync(run),
-        rollout=0.0 if replay else _rollout(run),
-        old_logprobs=forward * later,
-        update=forward * (passes + scoring) + run.updates * _reduction(run),
-    )
+    scoring = scored if config.batch.placement == "split" else 0.0  # the others gather their scores within the pass
+    old_logprobs, update = forward * scored, forward * (passes + scoring) + run.updates * _reduction(run)
+    if config.rollout.replay:
+        return StepTime(0.0, 0.0, old_logprobs, update)
+    rollout = _rollout(run)
+    ahead = min(rollout, old_logprobs + update) if config.rollout.max_lag else 0.0
+    return StepTime(_sync(run), rollout, old_logprobs, update, ahead)
 
 
 def _forward(run: Run) -> float:
@@ -179,14 +193,16 @@ def _reduction(run: Run) -> float:
 def _sync(run: Run) -> float:
     gathered = run.weight_bytes * (1 - 1 / run.model_parallel)
     written = 2 * run.weight_bytes / (run.cluster.device.bandwidth_gb * 1e9)
-    return run.cluster.seconds_to_move(gathered, ranks=run.model_parallel) + written
+    sent = run.weight_bytes if run.server_gpus else 0
+    sending = run.cluster.seconds_to_move(sent, ranks=run.cluster.gpus + run.server_gpus)
+    return run.cluster.seconds_to_move(gathered, ranks=run.model_parallel) + sending + written
 
 
 def _rollout(run: Run) -> float:
     """One engine's time: its sequences start together as far as KV cache and max_sequences hold them, the others take
     the places that become free; at the end the answers still at work thin out until the longest is done."""
     rollout, cache = run.config.rollout, run.config.rollout.kv_cache_mib << 20
-    sequences = math.ceil(run.rollouts * rollout.tp / run.cluster.gpus)
+    sequences = math.ceil(run.rollouts / run.engines)
     held = int(cache / kv_bytes_per_token(run.architecture, run.config) / run.mean_tokens)
     together = max(1, min(sequences, rollout.max_sequences, held))
     prefill = sequences * run.mean_prompt * run.architecture.flops_per_token(run.mean_prompt / 2)

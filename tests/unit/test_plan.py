@@ -144,6 +144,39 @@ def test_decoding_reads_weights_and_cache(file: Path) -> None:
     assert step_time(run).rollout == pytest.approx(8192 * read / (3350e9 * 0.5), rel=0.01)
 
 
+SERVERS = ["rollout.engine=vllm-server", "rollout.num_servers=4", "rollout.tp=2"]
+
+
+def test_servers_take_the_engine_along(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """4 servers of 2 GPUs decode as 8 GPUs that train would with rollout.tp=2; the policy has its own to itself."""
+    inside, apart = (Estimate(planned(file, "parallel.tp=4", *words, gpus=8)) for words in (["rollout.tp=2"], SERVERS))
+    assert apart.seconds.rollout == inside.seconds.rollout and apart.seconds.update == inside.seconds.update
+    sent = 7_615_616_512 * 2
+    assert apart.seconds.sync - inside.seconds.sync == pytest.approx(sent / 1e9 / DEVICES["h100-80g"].network_gb)
+    assert apart.server == inside.stages[0].engine and apart.stages[0].engine == {}
+    (stage,) = apart.stages
+    assert stage.peaks["rollout"] == stage.resident.total
+    assert apart.gpu_hours == 16 * apart.hours
+    assert {made.run.config.rollout.tp for made in ranked(apart.run)} == {2}
+    full = dataclasses.replace(apart.run.config.rollout, kv_cache_mib=80 << 10)
+    run = dataclasses.replace(apart.run, config=dataclasses.replace(apart.run.config, rollout=full))
+    assert Estimate(run).peak <= apart.budget and not Estimate(run).fits, "a server has no room for its cache"
+    assert cli.main(["plan", str(file), *RECIPE, "--gpus", "8", "parallel.tp=4", *SERVERS]) == 0
+    assert "8 x h100-80g and 8 that serve: " in (said := capsys.readouterr().out)
+    assert "a GPU that serves: 42.09 GiB (weights 7.09, kv_cache 32.00, overhead 3.00)" in said
+
+
+def test_rollouts_ahead_are_hidden_behind_training(file: Path) -> None:
+    """Of two stages that run beside each other the shorter one costs nothing."""
+    for gpus, servers, hidden in ((64, 1, "training"), (1, 64, "rollout")):
+        words = ["rollout.engine=vllm-server", f"rollout.num_servers={servers}"]
+        now, ahead = (step_time(planned(file, *words, f"rollout.max_lag={lag}", gpus=gpus)) for lag in (0, 1))
+        training = ahead.old_logprobs + ahead.update
+        assert ahead.ahead == {"training": training, "rollout": ahead.rollout}[hidden]
+        assert ahead.total == pytest.approx(ahead.sync + max(ahead.rollout, training))
+        assert now.ahead == 0 and ahead.old_logprobs == pytest.approx(now.old_logprobs * 4 / 3)
+
+
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.9])
 def test_decay_gives_the_mean(share: float) -> None:
     rate, points = _decay(share), 100_000
@@ -210,7 +243,7 @@ def test_json_and_exit_codes(file: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--gpus", "8", "parallel.pp=8"], "does not divide the model's 28 layers"),
         (["--gpus", "512"], "512 data-parallel ranks share the 256 rollouts of an update"),
         (["--gpus", "8", "rollout.kv_cache_mib=100"], "does not hold one sequence"),
-        (["--gpus", "8", "rollout.engine=vllm-server"], "rollout.engine=vllm-server has GPUs of its own"),
+        (["--gpus", "8", "rollout.engine=vllm-server", "rollout.num_servers=3"], "3 vLLM servers cannot be shared"),
     ],
 )
 def test_refused_in_one_sentence(file: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
