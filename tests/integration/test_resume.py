@@ -106,7 +106,7 @@ STOPS = (
     ("SIGUSR1", "evaluation", 1, "step_5"),
     ("SIGTERM", "update", 3, "step_5_update_3"),
 )
-"""Signals, when they come (the second update, say, since the process began), and where the run stops for them."""
+"""Signal, stage and its number since the process began, and the position that the run stops at."""
 
 
 def test_a_signal_saves_at_the_next_seam_and_exits_with_75(
