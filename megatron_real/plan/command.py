@@ -171,7 +171,7 @@ def _memory(made: Estimate) -> list[list[str]]:
         "update: layer at work": [s.update.layer for s in stages],
         "old log-probs": [s.old_logprobs.total for s in stages],
         **{f"engine: {part}": [s.engine[part] for s in stages] for part in stages[0].engine},
-        "sync: the largest tensor": [s.sync for s in stages],
+        "sync: tensor, bucket": [s.sync for s in stages],
         **{f"peak of {part}": [s.peaks[part] for s in stages] for part in stages[0].peaks},
     }
     return [

@@ -25,6 +25,9 @@ WIDTH = {"bf16": 2, "fp32": 4, "fp64": 8}
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 """The log-prob head's chunk of logits in fp32: policy/logprobs.py."""
 
+BUCKET_BYTES = 256 << 20
+"""What goes to a server at a time, at least: rollout/link.py."""
+
 MODELLED = frozenset({"grad_reduce_in_fp32", "bias_activation_fusion"})
 """Fields of `megatron.*` that the estimates follow."""
 
@@ -86,7 +89,7 @@ class StageMemory:
     engine: Mapping[str, int]
     """The rollout engine on the same GPU: `weights`, `kv_cache`, `overhead`; nothing where there is none."""
     sync: int
-    """The tensor that a weight sync holds beside both models."""
+    """What a weight sync holds beside both models: a tensor, and for servers a bucket."""
     engine_sleeps: bool
     """The engine gives its memory back while the policy trains."""
 
@@ -134,7 +137,7 @@ def stage_memory(architecture: Architecture, config: Config, *, dp: int, shapes:
                 update=_update(architecture, config, stage, shapes),
                 old_logprobs=_old_logprobs(architecture, config, stage, shapes),
                 engine={} if alone else engine_memory(architecture, config),
-                sync=_largest_tensor(architecture) * WIDTH[config.model.dtype],
+                sync=_sync(architecture, config),
                 engine_sleeps=config.rollout.sleep_level > 0,
             )
         )
@@ -295,6 +298,8 @@ def kv_bytes_per_token(architecture: Architecture, config: Config) -> int:
     return 2 * architecture.num_layers * heads * architecture.head_dim * WIDTH[config.model.dtype]
 
 
-def _largest_tensor(architecture: Architecture) -> int:
-    """Elements of the largest HF tensor and of its shards' gather: a sync holds both."""
-    return 2 * max(architecture.vocab_size, 2 * architecture.ffn_size) * architecture.hidden_size
+def _sync(architecture: Architecture, config: Config) -> int:
+    """The largest HF tensor and its shards' gather; servers get it in a bucket."""
+    rows = max(architecture.vocab_size, 2 * architecture.ffn_size)
+    largest = rows * architecture.hidden_size * WIDTH[config.model.dtype]
+    return 2 * largest + (max(BUCKET_BYTES, largest) if config.rollout.engine == "vllm-server" else 0)

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 BUCKET_BYTES = 256 << 20
-"""What a bucket holds at most, unless a single tensor is larger: memory beside the two models on each side."""
+"""What a bucket holds at most, unless a single tensor is larger. Beside its model each side has one, and the sender
+the tensor that comes next."""
 _ALIGNMENT = 16
 """Each tensor begins at a multiple of so many bytes, so that it can be viewed in its dtype."""
 
@@ -42,41 +43,34 @@ class Slot:
     """Its first byte."""
 
 
+@dataclass(frozen=True)
 class Bucket:
     """Tensors laid end to end."""
 
-    def __init__(self) -> None:
-        self.slots: list[Slot] = []
-        """In order."""
-        self.num_bytes = 0
-        """Taken so far."""
-        self._tensors: list[Tensor] = []
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """The tensor is read when the bucket is sent: nothing may write into it until then."""
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        self.slots.append(Slot(name, dtype, tuple(tensor.shape), self.num_bytes))
-        self._tensors.append(tensor)
-        self.num_bytes += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
-
-    def bytes(self) -> Tensor:
-        """[num_bytes] uint8, on the tensors' device."""
-        flat = torch.zeros(self.num_bytes, dtype=torch.uint8, device=self._tensors[0].device)
-        for slot, tensor in zip(self.slots, self._tensors, strict=True):
-            _view(flat, slot).copy_(tensor)
-        return flat
+    slots: Sequence[Slot]
+    """In order."""
+    flat: Tensor
+    """[bytes] uint8, on the tensors' device."""
 
 
 def buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
-    """The stream, cut into buckets of at most BUCKET_BYTES or of one tensor."""
-    bucket = Bucket()
+    """The stream, cut into buckets of at most BUCKET_BYTES or of one tensor.
+
+    All of them lie in the same memory: a bucket is good until the next one is asked for.
+    """
+    memory, slots, end = torch.empty(0, dtype=torch.uint8), list[Slot](), 0
     for name, tensor in weights:
-        if bucket.slots and bucket.num_bytes + tensor.numel() * tensor.element_size() > BUCKET_BYTES:
-            yield bucket
-            bucket = Bucket()
-        bucket.add(name, tensor)
-    if bucket.slots:
-        yield bucket
+        size = -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+        if slots and end + size > BUCKET_BYTES:
+            yield Bucket(slots, memory[:end])
+            slots, end = [], 0
+        if end + size > len(memory):
+            memory = torch.empty(max(size, BUCKET_BYTES), dtype=torch.uint8, device=tensor.device)
+        slots.append(Slot(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), end))
+        _view(memory, slots[-1]).copy_(tensor)
+        end += size
+    if slots:
+        yield Bucket(slots, memory[:end])
 
 
 def unpacked(flat: Tensor, slots: Sequence[Slot]) -> Iterator[tuple[str, Tensor]]:

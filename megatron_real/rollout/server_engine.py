@@ -239,8 +239,8 @@ class VllmServerEngine:
         link = self._linked(seconds)
         for bucket in buckets(weights):
             slots = [[slot.name, slot.dtype, slot.shape, slot.start] for slot in bucket.slots]
-            contents, flat = {"num_bytes": bucket.num_bytes, "slots": slots}, bucket.bytes()
-            self._beside("receive_bucket", contents, partial(link.send, flat), seconds)
+            contents = {"num_bytes": len(bucket.flat), "slots": slots}
+            self._beside("receive_bucket", contents, partial(link.send, bucket.flat), seconds)
         self.server.call("pack_weights", timeout=seconds)
         if not self.server.post("/reset_prefix_cache", timeout=_CALL_SECONDS)["success"]:
             raise EngineFailed(f"the vLLM server {self.server.url} did not reset its prefix cache: it still generates")

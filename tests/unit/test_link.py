@@ -30,10 +30,13 @@ def same(one: list[tuple[str, torch.Tensor]], other: list[tuple[str, torch.Tenso
 @pytest.mark.parametrize(("limit", "number"), [(1 << 20, 1), (128, 3), (1, 6)])
 def test_tensors_come_out_as_they_went_in(monkeypatch: pytest.MonkeyPatch, limit: int, number: int) -> None:
     monkeypatch.setattr(link, "BUCKET_BYTES", limit)
-    found = list(buckets(TENSORS))
-    assert len(found) == number
-    assert same([pair for bucket in found for pair in unpacked(bucket.bytes(), bucket.slots)], TENSORS)
-    assert all(bucket.num_bytes <= limit or len(bucket.slots) == 1 for bucket in found)
+    found, places = [], []
+    for bucket in buckets(TENSORS):
+        assert len(bucket.flat) <= limit or len(bucket.slots) == 1
+        found.append([(name, tensor.clone()) for name, tensor in unpacked(bucket.flat, bucket.slots)])
+        places.append(bucket.flat.data_ptr())
+    assert len(found) == number and same([pair for pairs in found for pair in pairs], TENSORS)
+    assert limit < 128 or len(set(places)) == 1 + (limit == 128), "one memory for all, another for one that is larger"
 
 
 def test_two_workers_get_what_the_sender_sends() -> None:
@@ -42,9 +45,9 @@ def test_two_workers_get_what_the_sender_sends() -> None:
 
     def worker(rank: int) -> list[tuple[str, torch.Tensor]]:
         joined = Link.join(address, rank=rank, size=3, device=CPU, seconds=30)
-        return list(unpacked(joined.receive(bucket.num_bytes), bucket.slots))
+        return list(unpacked(joined.receive(len(bucket.flat)), bucket.slots))
 
     with ThreadPoolExecutor(2) as pool:
         received = [pool.submit(worker, rank) for rank in (1, 2)]
-        Link.host(listener, size=3, device=CPU, seconds=30).send(bucket.bytes())
+        Link.host(listener, size=3, device=CPU, seconds=30).send(bucket.flat)
         assert all(same(answer.result(30), TENSORS) for answer in received)

@@ -16,7 +16,15 @@ from megatron_real import cli, config
 from megatron_real.config import Config, ParallelConfig
 from megatron_real.plan.devices import DEVICES
 from megatron_real.plan.layouts import Estimate, ranked
-from megatron_real.plan.memory import CHUNK_BYTES, Shapes, in_flight, kv_bytes_per_token, stage_memory, stage_parameters
+from megatron_real.plan.memory import (
+    BUCKET_BYTES,
+    CHUNK_BYTES,
+    Shapes,
+    in_flight,
+    kv_bytes_per_token,
+    stage_memory,
+    stage_parameters,
+)
 from megatron_real.plan.speed import Cluster, Run, _decay, step_time
 from megatron_real.weights.architecture import Architecture
 
@@ -156,6 +164,7 @@ def test_servers_take_the_engine_along(file: Path, capsys: pytest.CaptureFixture
     assert apart.server == inside.stages[0].engine and apart.stages[0].engine == {}
     (stage,) = apart.stages
     assert stage.peaks["rollout"] == stage.resident.total
+    assert stage.sync == 3 * 152064 * 3584 * 2 == inside.stages[0].sync * 3 / 2, "the embedding is more than a bucket"
     assert apart.gpu_hours == 16 * apart.hours
     assert {made.run.config.rollout.tp for made in ranked(apart.run)} == {2}
     full = dataclasses.replace(apart.run.config.rollout, kv_cache_mib=80 << 10)
@@ -272,8 +281,9 @@ def test_config_is_left_as_it_is(file: Path) -> None:
     assert isinstance(run.config, Config) and config.to_dict(run.config) == before
 
 
-def test_the_heads_chunk_is_the_real_one() -> None:
-    """Written twice, as a plan needs no torch."""
+def test_sizes_that_are_written_twice_are_equal() -> None:
+    """A plan needs no torch."""
     from megatron_real.policy import logprobs
+    from megatron_real.rollout import link
 
-    assert CHUNK_BYTES == logprobs._CHUNK_BYTES
+    assert CHUNK_BYTES == logprobs._CHUNK_BYTES and BUCKET_BYTES == link.BUCKET_BYTES
