@@ -15,7 +15,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-SECONDS = 240
+SECONDS = 90
 """Longest that one call may take; a layout needs about one second."""
 
 

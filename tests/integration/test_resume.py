@@ -24,7 +24,7 @@ WORDS = (
     "trainer.steps=12", "rollout.num_prompts=16", "rollout.chunk_prompts=8", "batch.minibatch_prompts=4",
     "evaluation.every=5", "evaluation.max_problems=20", "checkpoint.every=3", "optimizer.schedule=cosine",
 )  # fmt: skip
-DEADLINE = 240.0
+DEADLINE = 120.0
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +131,9 @@ def test_a_signal_saves_at_the_next_seam_and_exits_with_75(
     assert json.loads((run_dir / "status.json").read_text())["state"] == "finished"
 
 
-def test_a_killed_rank_ends_the_job_and_it_resumes(base: Path, undisturbed: dict[int, Path], tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_job_in_seconds_and_it_resumes(
+    base: Path, undisturbed: dict[int, Path], tmp_path: Path
+) -> None:
     """Ranks without a launcher that would end them: only the lifeline does."""
     run_dir, port = tmp_path / "run", free_port()
     ranks = []
@@ -144,7 +146,9 @@ def test_a_killed_rank_ends_the_job_and_it_resumes(base: Path, undisturbed: dict
     try:
         wait_for_row(ranks[0], run_dir, 4)
         ranks[1].kill()
+        killed = time.monotonic()
         output, _ = ranks[0].communicate(timeout=DEADLINE)
+        assert time.monotonic() - killed < 10
     finally:
         for rank in ranks:
             rank.kill()

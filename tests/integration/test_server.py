@@ -101,7 +101,7 @@ def test_a_killed_server_is_survived(found: Found) -> None:
 
 def ends(group: int) -> bool:
     """Whether a process group is gone soon: a guard leaves its server some seconds to end by itself."""
-    for _ in range(1200):
+    for _ in range(300):
         try:
             os.killpg(group, 0)
         except ProcessLookupError:

@@ -178,11 +178,11 @@ def test_ctrl_c_ends_cleanly(base: Path, tmp_path: Path) -> None:
     streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
     process = subprocess.Popen(run, cwd=ROOT, text=True, preexec_fn=heeding, **streams)
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 120
         while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.2)
         os.kill(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=240)
+        _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130

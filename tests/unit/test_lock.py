@@ -45,7 +45,7 @@ def test_a_living_owner_is_respected(tmp_path: Path) -> None:
         started = time.monotonic()
         with pytest.raises(ValueError, match=rf"is in use by process {holder.pid} on "):
             RunLock(tmp_path / "lock", lease=600.0, beat=0.1).take()
-        assert time.monotonic() - started < 60, "a sign of life is enough"
+        assert time.monotonic() - started < 2, "a sign of life is enough"
     finally:
         holder.kill()
 
@@ -58,7 +58,7 @@ def test_a_dead_owner_of_this_machine_is_seen_at_once(tmp_path: Path) -> None:
     started = time.monotonic()
     lock = RunLock(tmp_path / "lock", lease=600.0, beat=0.1)
     lock.take(said.append)
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 2
     assert "which is gone; taking over" in said[0]
     lock.release()
     assert not (tmp_path / "lock").exists()
@@ -84,7 +84,7 @@ def test_a_requeued_job_takes_its_own_lock_back(tmp_path: Path) -> None:
     try:
         started, lock = time.monotonic(), RunLock(tmp_path / "lock", lease=600.0, beat=0.1)
         lock.take()
-        assert time.monotonic() - started < 60
+        assert time.monotonic() - started < 2
         lock.release()
     finally:
         del os.environ["SLURM_JOB_ID"], os.environ["SLURM_RESTART_COUNT"]
@@ -102,7 +102,7 @@ def test_of_many_that_want_a_dead_owners_lock_one_gets_it(tmp_path: Path) -> Non
         for _ in range(4)
     ]  # fmt: skip
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 30
         while sum(c.poll() is None for c in contenders) > 1 and time.monotonic() < deadline:
             time.sleep(0.1)
         living = [c for c in contenders if c.poll() is None]
