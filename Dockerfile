@@ -33,7 +33,7 @@ RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
     pip install --no-cache-dir /wheels/*.whl "megatron-core==${MEGATRON_CORE}" "math-verify==${MATH_VERIFY}"
 
 WORKDIR /opt/megatron_real
-COPY setup.py pyproject.toml README.md ./
+COPY setup.py pyproject.toml README.md LICENSE ./
 COPY megatron_real ./megatron_real
 COPY tools ./tools
 COPY examples ./examples

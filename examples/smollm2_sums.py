@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 HELD_OUT, SHOWN = 400, 10
+TRUSTED = True  # labels.verifier: `lenient` reads text and runs none of it (docs/sandbox.md)
 
 Pair = tuple[int, int]
 
@@ -31,17 +32,23 @@ def lenient(text: str, answers: Sequence[str], _metadata: Mapping[str, Any]) -> 
 
 
 def _last_number(text: str) -> str | None:
-    numbers = re.findall(r"[0-9]+(?:[.,][0-9]+)*", text)  # 12.5 is one number, the full stop after 125 is none of it
+    numbers = re.findall(
+        r"[0-9]+(?:[.,][0-9]+)*", text
+    )  # 12.5 is one number, the full stop after 125 is none of it
     return numbers[-1] if numbers else None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Makes the example's problems, and compares evaluations of them.")
+    parser = argparse.ArgumentParser(
+        description="Makes the example's problems, and compares evaluations of them."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     problems = commands.add_parser("problems", help="writes train.jsonl and heldout.jsonl")
     problems.add_argument("--out", type=Path, required=True, help="directory to write")
     compare = commands.add_parser("compare", help="prints figures and answers side by side")
-    compare.add_argument("--before", type=Path, required=True, help="directory with evaluations strict/ and lenient/")
+    compare.add_argument(
+        "--before", type=Path, required=True, help="directory with evaluations strict/ and lenient/"
+    )
     compare.add_argument("--after", type=Path, required=True, help="the same, of the trained model")
     chosen = parser.parse_args()
     if chosen.command == "problems":
@@ -62,7 +69,10 @@ def write_problems(out: Path) -> None:
 
 
 def _write(path: Path, pairs: Sequence[Pair]) -> None:
-    rows = [{"prompt": chat(pair), "answer": answer(pair), "data_source": "two_digit_sums"} for pair in pairs]
+    rows = [
+        {"prompt": chat(pair), "answer": answer(pair), "data_source": "two_digit_sums"}
+        for pair in pairs
+    ]
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     partial.replace(path)
@@ -86,7 +96,9 @@ def side_by_side(before: Path, after: Path) -> str:
     """pass@1 under both verifiers, then the first answer to each of a few held-out problems."""
     lines = [f"{'held-out pass@1':18s}{'before':24s}after"]
     for verifier in ("strict", "lenient"):
-        lines.append(f"{verifier:18s}{_pass_at_1(before / verifier):24s}{_pass_at_1(after / verifier)}")
+        lines.append(
+            f"{verifier:18s}{_pass_at_1(before / verifier):24s}{_pass_at_1(after / verifier)}"
+        )
     lines += ["", f"{'answers':18s}{'before':24s}after"]
     said = zip(_first_answers(before / "strict"), _first_answers(after / "strict"), strict=True)
     for (sum_, first), (_, second) in said:
@@ -95,13 +107,17 @@ def side_by_side(before: Path, after: Path) -> str:
 
 
 def _pass_at_1(evaluation: Path) -> str:
-    figures = json.loads((evaluation / "results.json").read_text(encoding="utf-8"))["benchmarks"]["heldout"]
+    figures = json.loads((evaluation / "results.json").read_text(encoding="utf-8"))["benchmarks"][
+        "heldout"
+    ]
     return f"{figures['pass_at_1']:.3f} +- {figures['standard_error']:.3f}"
 
 
 def _first_answers(evaluation: Path) -> list[tuple[str, str]]:
     """(the right answer, what was said on one line) to each of the first problems."""
-    lines = (evaluation / "samples/heldout/chunk-0000.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (
+        (evaluation / "samples/heldout/chunk-0000.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     rows = [row for row in map(json.loads, lines) if row["sample"] == 0][:SHOWN]
     return [(row["golds"][0], " ".join(row["completion"].split())) for row in rows]
 

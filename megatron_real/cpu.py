@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 
@@ -68,6 +69,10 @@ def _answer_device_queries() -> None:
 
 
 def _map_cuda_constructors() -> None:
+    # torch keeps, from its first use on, the set of constructors that `with torch.device(...)`
+    # applies to. It must be made of torch's own: with ours in it, a model that is built on the
+    # device "meta" (from_pretrained does) would get buffers of uninitialised memory.
+    _device_constructors()
     for name in _CONSTRUCTORS:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
@@ -87,7 +92,9 @@ def _map_tensor_methods() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     tensor_type = torch.Tensor.type
 
-    def type_as_if_on_cuda(self: torch.Tensor, dtype: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
+    def type_as_if_on_cuda(
+        self: torch.Tensor, dtype: Any = None, non_blocking: bool = False, **kwargs: Any
+    ) -> Any:
         """megatron-core's optimizers accept a parameter by the name of its type, "torch.cuda.FloatTensor"."""
         if dtype is None:
             return tensor_type(self).replace("torch.", "torch.cuda.", 1)

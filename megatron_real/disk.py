@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, BinaryIO, TextIO
 
 
 @contextmanager
-def whole_file(path: Path, *, newline: str | None = None, errors: str = "strict") -> Iterator[TextIO]:
+def whole_file(
+    path: Path, *, newline: str | None = None, errors: str = "strict"
+) -> Iterator[TextIO]:
     """A UTF-8 file to write. Until the end there is the old one of that name, or none.
 
     Args:
         newline, errors: as of `open`.
     """
+    with _whole(path, "w", encoding="utf-8", newline=newline, errors=errors) as file:
+        yield file
+
+
+@contextmanager
+def whole_binary_file(path: Path) -> Iterator[BinaryIO]:
+    """A file of bytes to write. Until the end there is the old one of that name, or none."""
+    with _whole(path, "wb") as file:
+        yield file
+
+
+@contextmanager
+def _whole(path: Path, mode: str, **options: Any) -> Iterator[Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.new")
-    with new.open("w", encoding="utf-8", newline=newline, errors=errors) as file:
+    with new.open(mode, **options) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())  # a rename must not outlive its contents
@@ -39,3 +55,21 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_IN_WORDS = tuple(os.strerror(number) for number in _FULL)
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether there was no room: the error, or one that it was raised from, says so.
+
+    Libraries wrap the system's error into their own, often by its words only.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if any(words in str(error) for words in _FULL_IN_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -7,8 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_real.labels.labeller import FAILED
-from megatron_real.records import POSITIVE, Prompt, Rollout, Sampling
+from megatron_real.records import POSITIVE, Prompt, Rollout, Sampling, Status
 from megatron_real.rollout.stage import RolloutStage
 
 
@@ -57,11 +56,17 @@ class Evaluation:
     def figures(self) -> dict[str, float]:
         """Everything by name, pass@k as pass_at_K; without the majority where no vote was held."""
         passed = {f"pass_at_{k}": value for k, value in self.pass_at_k}
-        named = {name: value for name, value in vars(self).items() if name != "pass_at_k" and value is not None}
+        named = {
+            name: value
+            for name, value in vars(self).items()
+            if name != "pass_at_k" and value is not None
+        }
         return {"pass_at_1": self.pass_at_1, "standard_error": self.standard_error} | passed | named
 
 
-def evaluate(stage: RolloutStage, problems: Sequence[Prompt], sampling: Sampling, *, seed: int) -> Evaluation:
+def evaluate(
+    stage: RolloutStage, problems: Sequence[Prompt], sampling: Sampling, *, seed: int
+) -> Evaluation:
     """Samples and verifies answers to `problems`. Collective over all ranks; the engine must hold the weights."""
     rollouts = stage.label(problems, stage.generate(problems, sampling, seed=seed))
     return summarise([judged(rollout) for rollout in rollouts])
@@ -73,7 +78,7 @@ def judged(rollout: Rollout, answer_class: int | None = None) -> Judged:
         problem=rollout.prompt.uid,
         status=rollout.verdict.status,
         correct=rollout.label == POSITIVE,
-        tokens=len(rollout.completion.token_ids),
+        tokens=rollout.completion.num_trained,
         answer_class=answer_class,
     )
 
@@ -85,13 +90,17 @@ def summarise(completions: Sequence[Judged], *, vote: bool = False) -> Evaluatio
         ValueError: there are none, or not equally many for each problem.
     """
     if not completions:
-        raise ValueError("there is no completion to evaluate; data.heldout may be empty after the length filter")
+        raise ValueError(
+            "there is no completion to evaluate; data.heldout may be empty after the length filter"
+        )
     of: dict[str, list[Judged]] = defaultdict(list)
     for completion in completions:
         of[completion.problem].append(completion)
     samples = len(completions) // len(of)
     if any(len(group) != samples for group in of.values()):
-        raise ValueError("the problems do not have equally many completions; each needs evaluation.samples of them")
+        raise ValueError(
+            "the problems do not have equally many completions; each needs evaluation.samples of them"
+        )
     correct = [sum(c.correct for c in group) for group in of.values()]
     ks = sorted({samples, *(2**i for i in range(samples.bit_length()))})
     shares = [c / samples for c in correct]
@@ -102,7 +111,7 @@ def summarise(completions: Sequence[Judged], *, vote: bool = False) -> Evaluatio
         majority=_mean([majority(group) for group in of.values()]) if vote else None,
         problems=len(of),
         samples=samples,
-        failed_checks=sum(c.status in FAILED for c in completions),
+        failed_checks=sum(Status(c.status).failed for c in completions),
         unanswered_share=_mean([c.status == "unparsable" for c in completions]),
         truncated_share=_mean([c.status == "overlong" for c in completions]),
         response_tokens_mean=_mean([c.tokens for c in completions]),

@@ -5,57 +5,70 @@ from __future__ import annotations
 import atexit
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 
 import torch.distributed as dist
 
-from megatron_real.config import Config, LabelConfig, check_world
-from megatron_real.labels import Labeller
+from megatron_real.config import Config, check_world, too_few_sequences
+from megatron_real.config.sources import data_sources
+from megatron_real.disk import is_full_disk
+from megatron_real.evaluate import Evaluation, evaluate
+from megatron_real.labels import Labeller, build_labeller
+from megatron_real.policy.determinism import allow_only_deterministic
 from megatron_real.policy.layout import join_world, set_up
-from megatron_real.policy.policy import Policy
+from megatron_real.policy.policy import Policy, PolicySettings
+from megatron_real.policy.reference import Reference
 from megatron_real.policy.snapshot import Snapshot
-from megatron_real.prompts import PromptCursor, load_prompts
+from megatron_real.prompts import PromptCursor
+from megatron_real.prompts.training import heldout_prompts, training_prompts
 from megatron_real.records import Prompt, Sampling
 from megatron_real.rollout import RolloutStage, build_engine
-from megatron_real.rollout.ahead import Ahead
+from megatron_real.rollout.source import (
+    DrawOptions,
+    Fresh,
+    Generator,
+    OneStepAhead,
+    Replay,
+    Source,
+)
 from megatron_real.rollout.sync import WeightSync
 from megatron_real.runs import checkpoint
+from megatron_real.runs.claim import Claim, Earlier, NothingToDo
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.lifeline import Lifeline
-from megatron_real.runs.lock import RunLock
-from megatron_real.runs.ranks import EveryRankError, Ranks
+from megatron_real.runs.progress import RunProgress
+from megatron_real.runs.ranks import Ranks
 from megatron_real.runs.reporter import Reporter
-from megatron_real.runs.stop import StopRequest
+from megatron_real.runs.rollouts import read_rollouts
+from megatron_real.runs.sampling import ChunkFiles, settings_of_rollouts
+from megatron_real.runs.status import State
+from megatron_real.runs.stop import Stopped, StopRequest
 from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.conversion import open_megatron
-from megatron_real.weights.hf import HfWeights
+from megatron_real.weights.conversion import open_start
 from megatron_real.weights.mapping import Weights
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Generation:
-    """The parts of a job that generate; a replay has none of them."""
+class HeldoutEvaluation:
+    """The evaluation on data.heldout, by the engine and the verifier of training."""
 
-    stage: RolloutStage
-    """Engine and verifier."""
-    sync: WeightSync
-    """Brings the policy's weights into the engine."""
-    cursor: PromptCursor
-    """Training prompts, in order."""
+    source: Fresh
+    """Lends its engine, with the policy's present weights."""
+    problems: list[Prompt]
+    """What is asked."""
     sampling: Sampling
-    """How training rollouts are drawn."""
-    ahead: Ahead
-    """Rollouts of the next step, where they may lag behind."""
-    heldout: list[Prompt]
-    """Problems of the evaluation; empty without one."""
-    heldout_sampling: Sampling
-    """How answers to them are drawn."""
+    """How answers are drawn."""
+
+    def run(self) -> Evaluation:
+        """Collective over all ranks. The draws are the same each time: differences are the policy's."""
+        generator = self.source.generator
+        seed = self.source.options.draw_seed(0)
+        with self.source.awake(), generator.timed("evaluation"):
+            return evaluate(generator.stage, self.problems, self.sampling, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -68,129 +81,296 @@ class Job:
     """The weights that training starts from."""
     policy: Policy
     """Model and optimizer."""
+    reference: Reference | None
+    """The frozen policy that a KL penalty is measured against; None without one."""
     reporter: Reporter
     """Everything that is written and shown."""
-    generation: Generation | None
-    """None when saved rollouts are replayed."""
+    source: Source
+    """Where each step's rollouts come from."""
+    labeller: Labeller | None
+    """The verifiers of the rollouts; None in a replay, whose rollouts have their labels."""
+    evaluation: HeldoutEvaluation | None
+    """None without held-out problems, and in a replay, which has no engine."""
     checkpoints: checkpoint.Checkpoints
     """Saves the run, and knows where it begins."""
     ranks: Ranks
     """All processes of the job."""
     lifeline: Lifeline
     """Ends this rank when another one has ended, and the others when this one has."""
-    snapshot: Snapshot | None
-    """The weights that the engine got last, where rollouts may lag behind."""
+    claim: Claim | None
+    """The first rank's right to the run directory."""
 
     def __enter__(self) -> Job:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """An error that nobody expected takes the other ranks down by its name; a good end takes nobody down."""
-        if error is not None and kind is not None:
+        if self.labeller is not None:
+            self.labeller.close()
+        if isinstance(error, Stopped | KeyboardInterrupt):
+            self.reporter.say_status("stopped", str(error) or "interrupted")
+        elif error is not None and kind is not None:
             self.lifeline.say_end(f"{kind.__name__}: {error}")
-            self.reporter.say_status("crashed", f"{kind.__name__}: {error}")
+            state: State = "failed" if is_full_disk(error) else "crashed"
+            self.reporter.say_status(state, f"{kind.__name__}: {error}")
         self.lifeline.close()
-
-    def generating_weights(self, lag: float) -> AbstractContextManager[None]:
-        """Within, the policy has the weights that generated rollouts of so many steps before."""
-        return self.snapshot.swapped_in() if lag and self.snapshot is not None else nullcontext()
-
-    def seed(self, step: int, draw: int = 0, first: int = 0) -> int:
-        """Seed of a step's sampling: the run's seed, the step, the draw and the chunk's first prompt determine it."""
-        return self.config.trainer.seed * 1_000_003 + step + (draw << 40) + (first << 48)
+        if self.claim is not None:
+            self.claim.release()
 
 
 def build(config: Config, stop: StopRequest) -> Job:
     """Joins the other processes and builds this rank's part; `stop` may ask it to stop early.
 
+    Nothing of the run directory changes but its lock before everything is built, loaded and checked.
+
     Raises:
         ValueError: weights, data or layout do not fit, or the run directory is in use; one sentence.
+        NothingToDo: the run has finished.
     """
+    if config.trainer.deterministic:
+        allow_only_deterministic()
     join_world(config.trainer.timeout_minutes)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    check_world(config, world)
+    check_world(config, dist.get_world_size())
     ranks = Ranks.of_all(timedelta(minutes=config.trainer.timeout_minutes))
-    directory = RunDirectory(config.trainer.run_dir)
-    lock = RunLock(directory.lock)
-    ranks.on_first(lambda: lock.take(logger.warning), EveryRankError)
-    if ranks.first:
-        atexit.register(lock.release)  # however this rank ends, if it ends by itself
-    found = checkpoint.find(directory, ranks, logger.warning)
-    reporter = ranks.together(
-        lambda: Reporter(
-            config,
-            rank=rank,
-            world=world,
-            resumed_after=found.position.step if found else None,
-            gathered=ranks.gathered,
-        )
-    )
+    # Before anything else may fail on one rank alone.
     lifeline = Lifeline(
-        rank,
-        world,
+        ranks.rank,
+        ranks.world,
         share=ranks.shared,
-        stage=reporter.progress.at,
         hang_seconds=config.trainer.hang_minutes * 60,
     )
-    reporter.progress.say(f"model {config.model.path} on {world} processes")
-    architecture = Architecture.read(config.model.path)
-    start = config.model.weights
-    weights = open_megatron(Path(start), architecture) if start else HfWeights(config.model.path)
+    claim = Claim(RunDirectory(config.trainer.run_dir)) if ranks.first else None
+    if claim is not None:
+        atexit.register(claim.release)  # however this rank ends, if it ends by itself
+    try:
+        return _build(config, stop, ranks, claim, lifeline)
+    except BaseException as error:
+        if claim is not None:
+            _refuse(claim, error)
+        if isinstance(error, NothingToDo):
+            lifeline.close()
+        elif isinstance(error, ValueError):
+            lifeline.close(str(error))
+        else:
+            lifeline.say_end(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _refuse(claim: Claim, error: BaseException) -> None:
+    """Says in the run directory what became of a start that has changed nothing else in it."""
+    if isinstance(error, NothingToDo):
+        claim.release()
+    elif isinstance(error, ValueError) or is_full_disk(error):
+        claim.refuse(str(error))
+    elif isinstance(error, KeyboardInterrupt):
+        claim.refuse("interrupted while it started", "stopped")
+    else:
+        claim.refuse(f"{type(error).__name__}: {error}", "crashed")
+
+
+def _last_word(claim: Claim, reporter: Reporter) -> Callable[[str], None]:
+    """What the first rank writes when another rank's end ends it."""
+
+    def write(sentence: str) -> None:
+        reporter.say_status("crashed", sentence)
+        if not reporter.begun:
+            claim.refuse(sentence, "crashed")
+
+    return write
+
+
+def _build(
+    config: Config, stop: StopRequest, ranks: Ranks, claim: Claim | None, lifeline: Lifeline
+) -> Job:
+    rank, world = ranks.rank, ranks.world
+    directory = RunDirectory(config.trainer.run_dir)
+    reporter = ranks.together(
+        lambda: Reporter(config, rank=rank, world=world, gathered=ranks.gathered_by_first)
+    )
+    lifeline.stage = reporter.progress.at
+    if claim is not None:
+        lifeline.before_end = _last_word(claim, reporter)
+    say = reporter.progress.say
+    earlier = ranks.on_first(lambda: claim.take(logger.warning) if claim is not None else Earlier())
+    found = checkpoint.survey(directory, ranks)
+    beginning = checkpoint.beginning_of(config, directory, earlier, found, ranks)
+    processes = "1 process" if world == 1 else f"{world} processes"
+    say(f"model {config.model.path} in {config.model.dtype} on {processes}")
+    architecture, weights = open_start(config.model.path, config.model.weights)
+    if few := too_few_sequences(config, check_world(config, world)):
+        say(f"WARNING: {few}")
     updates = config.trainer.steps * (config.rollout.num_prompts // config.batch.minibatch_prompts)
-    policy = Policy(config, architecture, set_up(config.parallel, seed=config.trainer.seed), num_updates=updates)
-    policy.load(weights)
-    replay, say = config.rollout.replay, reporter.progress.say
-    generation = None if replay else _generation(config, architecture, say=say, rank=rank, world=world)
-    drawing: dict[str, checkpoint.Stateful] = (
-        {"cursor": generation.cursor, "lengths": generation.stage.lengths} if generation else {}
-    )
-    checkpoints = checkpoint.Checkpoints(config, policy, reporter, drawing, ranks, stop)
-    checkpoints.resume(found)
-    if found and config.rollout.max_lag:
-        say("rollouts are not ahead yet: this life's first ones are of the present weights")
-    snapshot = Snapshot(policy) if config.rollout.max_lag else None
-    return Job(config, weights, policy, reporter, generation, checkpoints, ranks, lifeline, snapshot)
-
-
-def _generation(
-    config: Config, architecture: Architecture, *, say: Callable[[str], None], rank: int, world: int
-) -> Generation:
-    engine, data = build_engine(config, say=say), config.data
-    train = load_prompts(data.train, engine.tokenizer, suffix=data.suffix, max_tokens=data.max_prompt_tokens)
-    heldout = (
-        load_prompts(data.heldout, engine.tokenizer, suffix=data.suffix, max_tokens=data.max_prompt_tokens)
-        if data.heldout
-        else []
-    )
-    chosen, evaluation = config.rollout, config.evaluation
-    stage = RolloutStage(engine, build_labeller(config.labels), rank=rank, world=world, retries=chosen.retries)
-    sampling = Sampling(chosen.group_size, chosen.temperature, chosen.max_response_tokens, chosen.top_p, chosen.top_k)
-    return Generation(
-        stage=stage,
-        sync=WeightSync(engine, chosen.sync, tied=architecture.tied, probe=train[0], temperature=chosen.temperature),
-        cursor=PromptCursor(train, seed=config.trainer.seed, shuffle=data.shuffle),
-        sampling=sampling,
-        ahead=Ahead(stage, sampling),
-        heldout=heldout[: evaluation.max_problems or None],
-        heldout_sampling=Sampling(
-            evaluation.samples, evaluation.temperature, chosen.max_response_tokens, evaluation.top_p
+    policy = Policy(
+        PolicySettings.of(config),
+        architecture,
+        weights,
+        set_up(
+            config.parallel,
+            seed=config.trainer.seed,
+            timeout_minutes=config.trainer.timeout_minutes,
         ),
+        num_updates=updates,
+    )
+    reference = _reference(policy)  # before a checkpoint takes the place of the starting weights
+    drawing = None if config.rollout.replay else _drawing(config, architecture, ranks, say)
+    stateful: dict[str, checkpoint.Stateful] = {}
+    if drawing is not None:
+        reporter.progress.detail = _generating(reporter.progress, drawing.stage)
+        stateful = {"cursor": drawing.cursor, "lengths": drawing.stage.lengths}
+    checkpoints = checkpoint.Checkpoints(config, policy, reporter, stateful, ranks, stop)
+    checkpoints.load(beginning.newest)
+
+    source: Source
+    evaluation = None
+    if drawing is None:
+        replayed = RunDirectory(config.rollout.replay)
+        source = Replay(lambda step: read_rollouts(replayed.saved_rollouts(step)))
+    else:
+        source = _source(config, drawing, policy, checkpoints, reporter, ranks)
+        if drawing.heldout:
+            evaluation = HeldoutEvaluation(source, drawing.heldout, _heldout_sampling(config))
+    checkpoints.begin(beginning, found.damaged)
+    if beginning.newest and config.rollout.max_lag:
+        say("rollouts are not ahead yet: this life's first ones are of the present weights")
+    return Job(
+        config,
+        weights,
+        policy,
+        reference,
+        reporter,
+        source,
+        None if drawing is None else drawing.stage.labeller,
+        evaluation,
+        checkpoints,
+        ranks,
+        lifeline,
+        claim,
     )
 
 
-def build_labeller(labels: LabelConfig) -> Labeller:
-    """The verifier processes that the configuration asks for."""
-    return Labeller(
-        labels.verifier,
-        workers=labels.workers,
-        timeout_seconds=labels.timeout_seconds,
-        memory_mib=labels.memory_mib,
-        require_think=labels.require_think,
-        require_boxed=labels.require_boxed,
-        excluded=labels.excluded,
-        overlong=labels.overlong,
-        threshold=labels.threshold,
-        max_failed_share=labels.max_failed_share,
+def _generating(progress: RunProgress, stage: RolloutStage) -> Callable[[], str]:
+    """How far the rollouts are, in the stages in which they are made."""
+
+    def described() -> str:
+        making = progress.current in ("rollout", "label", "evaluation")
+        return str(stage.generation) if making and stage.generation else ""
+
+    return described
+
+
+def _reference(policy: Policy) -> Reference | None:
+    """The frozen policy of the KL penalty, where there is one to it."""
+    objective = policy.settings.objective
+    if not objective.needs_reference:
+        return None
+    if not objective.kl.reference_path:
+        return Reference(policy)
+    _, weights = open_start(objective.kl.reference_path)
+    return Reference(policy, weights)
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """What generating needs and the policy does not."""
+
+    stage: RolloutStage
+    """Engine and verifier."""
+    sync: WeightSync
+    """Brings the policy's weights into the engine."""
+    cursor: PromptCursor
+    """Training prompts, in order."""
+    heldout: list[Prompt]
+    """Problems of the evaluation; empty without one."""
+
+
+def _drawing(
+    config: Config, architecture: Architecture, ranks: Ranks, say: Callable[[str], None]
+) -> _Drawing:
+    say("loading the rollout engine")
+    engine = build_engine(config, say=say)
+    data = config.data
+
+    train = training_prompts(config, engine.tokenizer)
+    heldout = heldout_prompts(config, engine.tokenizer)
+    rollout = config.rollout
+    verifiers = [source.verifier for source in data_sources(data).values() if source.verifier]
+    labeller = build_labeller(config.labels, others=verifiers)
+    return _Drawing(
+        stage=RolloutStage(
+            engine, labeller, rank=ranks.rank, world=ranks.world, retries=rollout.retries
+        ),
+        sync=WeightSync(
+            engine,
+            rollout.sync,
+            tied=architecture.tied,
+            probe=train[0],
+            temperature=rollout.temperature,
+        ),
+        cursor=PromptCursor(train, seed=config.trainer.seed, shuffle=data.shuffle),
+        heldout=heldout[: config.evaluation.max_problems or None],
+    )
+
+
+def _source(
+    config: Config,
+    drawing: _Drawing,
+    policy: Policy,
+    checkpoints: checkpoint.Checkpoints,
+    reporter: Reporter,
+    ranks: Ranks,
+) -> Fresh:
+    """Rollouts by an engine: of the weights that train on them, or of those one step before."""
+    rollout = config.rollout
+    generator = Generator(
+        policy,
+        drawing.stage,
+        drawing.sync,
+        timed=reporter.progress.stage,
+        check_weights=checkpoints.check_sound,
+    )
+    options = DrawOptions(
+        sampling=Sampling(
+            rollout.group_size,
+            rollout.temperature,
+            rollout.max_response_tokens,
+            rollout.top_p,
+            rollout.top_k,
+        ),
+        num_prompts=rollout.num_prompts,
+        chunk_prompts=rollout.chunk_prompts,
+        refill_rounds=rollout.refill_rounds,
+        objective=policy.settings.objective,
+        exclude_mismatch=rollout.exclude_mismatch,
+        permute_labels=config.labels.permute,
+        seed=config.trainer.seed,
+        settings=settings_of_rollouts(config),
+    )
+    position = checkpoints.position
+    begun = position.step + 1 if position.update > 0 else None
+    chunks = ChunkFiles(reporter.directory, ranks, reporter.progress.say, begun_step=begun)
+    if rollout.max_lag:
+        return OneStepAhead(
+            generator,
+            drawing.cursor,
+            options,
+            chunks,
+            seam=checkpoints.seam,
+            earlier=Snapshot(policy),
+            last_step=config.trainer.steps,
+        )
+    return Fresh(generator, drawing.cursor, options, chunks, seam=checkpoints.seam)
+
+
+def _heldout_sampling(config: Config) -> Sampling:
+    evaluation = config.evaluation
+    return Sampling(
+        evaluation.samples,
+        evaluation.temperature,
+        config.rollout.max_response_tokens,
+        evaluation.top_p,
     )

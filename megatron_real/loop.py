@@ -8,36 +8,31 @@ stage           consumes                  produces                  waits for
 sync            the policy's weights      the engine's weights      all ranks, tensor by tensor
 rollout         prompts                   completions, in verifying its own rank only
 label           completions               rollouts on every rank    the slowest rank's verifier
+reference       rollouts                  their log-probs under     the pipeline; only with a KL
+                                          the frozen policy         penalty to a reference
 old_logprobs    rollouts                  packed batches            the pipeline
 update          one batch at a time       new weights               all ranks, once per update
 checkpoint      everything                a copy that a thread      the copy, not the disk
                                           writes
 
-A run may stop at the seams of its stages, and the same command goes on from there; see runs/checkpoint.py.
+The first three are rollout/source.py. A run may stop at the seams of its stages, and the same command goes on from
+there; see runs/checkpoint.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
-from megatron_real.evaluate import evaluate
-from megatron_real.job import Generation, Job
+from megatron_real.job import Job
 from megatron_real.policy.policy import Update
 from megatron_real.policy.state import prepare
 from megatron_real.policy.train_step import Batch
-from megatron_real.records import Prompt, Rollout
-from megatron_real.rollout.refill import refill
-from megatron_real.rollout.stage import permuted_labels, without_mismatch
-from megatron_real.runs.directory import RunDirectory
-from megatron_real.runs.rollouts import read_rollouts
-from megatron_real.runs.sampling import Draws
+from megatron_real.rollout.source import StepRollouts
+from megatron_real.runs.ruin import NonFinite
 from megatron_real.runs.saved import Position
 from megatron_real.runs.training import summary
 from megatron_real.weights.stream import write_hf
-
-
-class NonFinite(RuntimeError):
-    """Too many updates in a row had a loss or gradient that was not finite."""
 
 
 def train(job: Job) -> None:
@@ -48,66 +43,33 @@ def train(job: Job) -> None:
             _evaluate(job, step=0)
         for step in range(checkpoints.position.step + 1, config.trainer.steps + 1):
             with reporter.step(step):
-                rollouts, lag = _rollouts(job, step)
-                batches, updates = _updates(job, rollouts, lag)
-                reporter.trained(step, rollouts, summary(job.policy, batches, updates, lag=lag))
+                taken = _with_reference(job, job.source.take(step))  # sync, sample, verify, refill
+                batches, updates = _updates(job, taken)
+                with reporter.progress.stage("report"):
+                    training = summary(job.policy, batches, updates, lag=taken.lag)
+                    reporter.trained(step, taken.rollouts, training)
                 _stop_if_not_finite(job, step, batches, updates)
-            due = step == config.trainer.steps or (config.evaluation.every and step % config.evaluation.every == 0)
-            checkpoints.step_done(step, accuracy=_evaluate(job, step) if due else None)
-        checkpoints.close()
+            checkpoints.step_done(step, accuracy=_evaluate_if_due(job, step))
+        unsaved = checkpoints.close()
         if config.trainer.export:
             _export(job)
-        reporter.finish()
+        reporter.finish(unsaved)
 
 
-def _rollouts(job: Job, step: int) -> tuple[list[Rollout], float]:
-    """The step's labelled rollouts, the same on every rank, newly sampled or a saved run's; the steps that they lag."""
-    if job.generation is None:
-        saved = read_rollouts(RunDirectory(job.config.rollout.replay).rollouts(step))
-        return sorted(saved, key=lambda r: (r.group, r.sample)), 0.0
-    generation, chosen, timed = job.generation, job.config.rollout, job.reporter.progress.stage
-
-    def sample(prompts: Sequence[Prompt], draw: int, first: int) -> list[Rollout]:
-        rollouts = generation.ahead.take(prompts)
-        if rollouts is None:
-            with timed("rollout"):
-                sampled = generation.stage.generate(prompts, generation.sampling, seed=job.seed(step, draw, first))
-            with timed("label"):
-                rollouts = generation.stage.label(prompts, sampled)
-        if chosen.exclude_mismatch is None:
-            return rollouts
-        with timed("mismatch"), job.generating_weights(lag):
-            return without_mismatch(rollouts, job.policy.mismatch, bound=chosen.exclude_mismatch)
-
-    lag = _sync(job, generation)
-    reuse = not chosen.max_lag or job.checkpoints.position.update > 0
-    cursor, lengths, seam = generation.cursor, generation.stage.lengths, job.checkpoints.seam
-    draws = Draws(step, cursor, lengths, sample, chosen.chunk_prompts, reuse, job.reporter, job.ranks, seam)
-    rollouts = refill(draws.draw(chosen.num_prompts, 0), rounds=chosen.refill_rounds, draw=draws.draw)
-    if chosen.max_lag and step < job.config.trainer.steps:
-        generation.ahead.begin(cursor.peek(chosen.num_prompts), seed=job.seed(step + 1))
-    generation.stage.engine.finish_inference()
-    job.policy.take_room_back()
-    return permuted_labels(rollouts, seed=job.seed(step)) if job.config.labels.permute else rollouts, lag
+def _with_reference(job: Job, taken: StepRollouts) -> StepRollouts:
+    """The rollouts with their log-probs under the reference, where a KL penalty asks for them."""
+    if job.reference is None:
+        return taken
+    with job.reporter.progress.stage("reference"):
+        return dataclasses.replace(taken, rollouts=job.reference.annotated(taken.rollouts))
 
 
-def _sync(job: Job, generation: Generation) -> float:
-    """Brings the weights to the engine once the rollouts that it makes ahead are there; the steps that those lag."""
-    with job.reporter.progress.stage("rollout"):
-        ahead = generation.ahead.settle()
-    with job.reporter.progress.stage("sync"):
-        job.policy.make_room()
-        generation.sync.run(job.policy.stream(), job.policy.mismatch)
-    return float(ahead)
-
-
-def _updates(job: Job, rollouts: Sequence[Rollout], lag: float) -> tuple[list[Batch], list[Update]]:
+def _updates(job: Job, taken: StepRollouts) -> tuple[list[Batch], list[Update]]:
+    """The step's batches and the updates that they made, those of an earlier life of the run among them."""
     timed = job.reporter.progress.stage
-    with timed("old_logprobs"):
-        with job.generating_weights(lag):
-            batches, updates = prepare(job.policy, rollouts, job.checkpoints.take_begun(), lagging=lag > 0)
-        if job.snapshot is not None:
-            job.snapshot.take()  # the engine has these weights, and generates the next step's rollouts with them
+    with timed("old_logprobs"), taken.generating_weights():
+        begun = job.checkpoints.take_begun()
+        batches, updates = prepare(job.policy, taken.rollouts, begun, lagging=taken.lag > 0)
     while len(updates) < len(batches):
         with timed("update"):
             updates.append(job.policy.update(batches[len(updates)]))
@@ -116,28 +78,31 @@ def _updates(job: Job, rollouts: Sequence[Rollout], lag: float) -> tuple[list[Ba
     return batches, updates
 
 
-def _stop_if_not_finite(job: Job, step: int, batches: Sequence[Batch], updates: Sequence[Update]) -> None:
+def _stop_if_not_finite(
+    job: Job, step: int, batches: Sequence[Batch], updates: Sequence[Update]
+) -> None:
     for number, (batch, update) in enumerate(zip(batches, updates, strict=True), 1):
         if update.skipped:
             job.reporter.skipped(step, number, batch.minibatch.rollouts)
         if update.skipped_in_a_row >= job.config.trainer.max_skipped_updates:
             raise NonFinite(
                 f"{update.skipped_in_a_row} updates in a row had a loss or gradient that was not finite; their batches "
-                f"are in {job.reporter.directory.dumps}, each a directory for rollout.replay; try a lower optimizer.lr"
+                f"are in {job.reporter.directory.dumps}, each a directory for rollout.replay; "
+                f"{job.checkpoints.last_good()}; try a lower optimizer.lr"
             )
+
+
+def _evaluate_if_due(job: Job, step: int) -> float | None:
+    every = job.config.evaluation.every
+    due = step == job.config.trainer.steps or (every > 0 and step % every == 0)
+    return _evaluate(job, step) if due else None
 
 
 def _evaluate(job: Job, step: int) -> float | None:
     """pass@1 on the held-out problems; None where there are none."""
-    generation = job.generation
-    if generation is None or not generation.heldout:
+    if job.evaluation is None:
         return None
-    _sync(job, generation)
-    with job.reporter.progress.stage("evaluation"):
-        seed = job.seed(0)  # the same draws at every evaluation: differences are the policy's
-        result = evaluate(generation.stage, generation.heldout, generation.heldout_sampling, seed=seed)
-        generation.stage.engine.finish_inference()
-    job.policy.take_room_back()
+    result = job.evaluation.run()
     job.reporter.evaluated(step, result)
     return result.pass_at_1
 

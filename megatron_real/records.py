@@ -8,26 +8,78 @@ torch, so that prompts and labels can be tested and used on their own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from enum import Enum, IntEnum
+from typing import Any
 
-Status = Literal["ok", "wrong", "unparsable", "timeout", "crashed", "overlong", "empty", "lost", "score", "mismatch"]
-"""What became of one check.
+import numpy
+from numpy.typing import NDArray
 
-`ok` and `wrong` are verdicts on the answer; `unparsable` means that no answer could be read from the completion;
-`timeout` and `crashed` mean that the check itself failed; `overlong` that the completion was cut at the length limit;
-`empty` that it has no token; `lost` that no engine could finish it; `score` that a verifier gave a number for a
-threshold to judge; `mismatch` that trainer and engine disagreed on its log-probs beyond rollout.exclude_mismatch,
-whatever the check said.
-"""
+TokenIds = NDArray[numpy.int32]
+Logprobs = NDArray[numpy.floating[Any]]
+TokenMask = NDArray[numpy.bool_]
 
-POSITIVE = 1
-"""Label of a verified correct rollout."""
-NEGATIVE = 0
-"""Label of a verified wrong rollout."""
-EXCLUDED = -1
-"""Label of a rollout that leaves its group: no loss, no weight, in no sum."""
+UNKNOWN_VERSION = -1
+"""The weight version of a token of which nobody has said which weights sampled it."""
+
+
+class Status(str, Enum):
+    """What became of the check of one completion. Equal to its value as text, and written as such."""
+
+    OK = "ok"
+    """The answer is right."""
+    WRONG = "wrong"
+    """The answer is wrong."""
+    UNPARSABLE = "unparsable"
+    """No answer could be read from the completion."""
+    TIMEOUT = "timeout"
+    """The check took too long."""
+    CRASHED = "crashed"
+    """The check ended without a verdict."""
+    OVERLONG = "overlong"
+    """The completion was cut at the length limit."""
+    EMPTY = "empty"
+    """The completion has no token."""
+    LOST = "lost"
+    """No engine could finish the completion."""
+    SCORE = "score"
+    """A verifier gave a number, for a threshold to judge."""
+    MISMATCH = "mismatch"
+    """Trainer and engine disagreed on the log-probs beyond rollout.exclude_mismatch, whatever the check said."""
+
+    # As for text: a set of names finds members, and the other way round.
+    __hash__ = str.__hash__
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def failed(self) -> bool:
+        """It says nothing of the answer: the check failed, or an engine lost the completion."""
+        return self in (Status.TIMEOUT, Status.CRASHED, Status.LOST)
+
+    @property
+    def unchecked(self) -> bool:
+        """The completion was not worth showing to a verifier."""
+        return self in (Status.OVERLONG, Status.EMPTY)
+
+
+class Label(IntEnum):
+    """What a rollout counts as. Equal to its number, which is what tensors and files hold."""
+
+    POSITIVE = 1
+    """Verified correct."""
+    NEGATIVE = 0
+    """Verified wrong."""
+    EXCLUDED = -1
+    """Leaves its group: no loss, no weight, in no sum."""
+
+
+POSITIVE = Label.POSITIVE
+NEGATIVE = Label.NEGATIVE
+EXCLUDED = Label.EXCLUDED
 
 
 @dataclass(frozen=True)
@@ -46,9 +98,11 @@ class Prompt:
     answers: tuple[str, ...]
     """[1..] accepted gold answers."""
     source: str = ""
-    """The row's data_source: names the benchmark and may select the verifier."""
+    """The row's data_source: names the benchmark."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """The row's extra_info, untouched."""
+    """The row's extra_info."""
+    verifier: str = ""
+    """The verifier of its training set where that is another than the run's."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +122,103 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Completion:
-    """One sampled answer, as an engine returns it."""
+class Segment:
+    """Consecutive tokens of a completion that are all trained, or all not."""
 
-    token_ids: tuple[int, ...]
-    """[n] response tokens, with the end-of-sequence token when one was produced."""
-    logprobs: tuple[float, ...]
-    """[n] the engine's own log-probs (nats) of the sampling distribution; only measures the train/engine mismatch."""
+    start: int
+    """Position of its first token in the completion."""
+    end: int
+    """One beyond the position of its last token."""
+    trained: bool
+    """The policy sampled these tokens and is trained on them; False for a tool's output or a user's turn."""
+
+
+@dataclass(frozen=True, init=False, eq=False)
+class Completion:
+    """What follows the prompt: tokens that the policy sampled, and perhaps others between them.
+
+    The arrays are immutable. Only trained tokens have a log-prob, count in n_k and have a gradient; the others are
+    context. An engine that returns one answer to one prompt trains every token.
+
+    Example: Completion([8, 2, 40, 41, 9], [-0.5, -1.0, 0.0, 0.0, -0.25], "...", True, trained=[1, 1, 0, 0, 1])
+    has three segments, of which the middle one is a tool's output.
+    """
+
+    token_ids: TokenIds
+    """[n] int32 tokens, with the end-of-sequence token when one was produced."""
+    logprobs: Logprobs
+    """[n] float32 the engine's own log-probs (nats) of the sampling distribution; they only measure the train/engine
+    mismatch. Meaningless where a token is not trained."""
     text: str
     """Decoded response without special tokens."""
     finished: bool
     """True when it ended by an end-of-sequence token, False when it was cut at the limit."""
+    trained: TokenMask
+    """[n] bool, the tokens that the policy sampled and is trained on."""
+    weight_version: NDArray[numpy.int32]
+    """[n] int32 number of the step that began with the weights that sampled each token; UNKNOWN_VERSION if unknown."""
+
+    def __init__(
+        self,
+        token_ids: Sequence[int] | NDArray[Any],
+        logprobs: Sequence[float] | NDArray[Any],
+        text: str,
+        finished: bool,
+        trained: Sequence[bool] | TokenMask | None = None,
+        weight_version: int | Sequence[int] | NDArray[Any] = UNKNOWN_VERSION,
+    ) -> None:
+        """Copies what is not an immutable array of its type already.
+
+        Args:
+            trained: None: every token.
+            weight_version: a number counts for every token.
+
+        Raises:
+            ValueError: the arrays are not equally long.
+        """
+        tokens = _immutable(token_ids, numpy.int32)
+        length = len(tokens)
+        if trained is None:
+            trained = numpy.ones(length, dtype=numpy.bool_)
+        if isinstance(weight_version, int):
+            weight_version = numpy.full(length, weight_version, dtype=numpy.int32)
+        arrays = {
+            "token_ids": tokens,
+            "logprobs": _immutable(logprobs, numpy.float32),
+            "trained": _immutable(trained, numpy.bool_),
+            "weight_version": _immutable(weight_version, numpy.int32),
+        }
+        for name, array in arrays.items():
+            if len(array) != length:
+                raise ValueError(f"{length} token_ids but {len(array)} {name}")
+        vars(self).update(arrays, text=text, finished=finished)
+
+    @property
+    def num_trained(self) -> int:
+        """n_k, the trained tokens."""
+        return int(self.trained.sum())
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Its tokens in order, cut where trained ones meet others."""
+        cuts = (numpy.flatnonzero(self.trained[1:] != self.trained[:-1]) + 1).tolist()
+        bounds = [0, *cuts, len(self.trained)] if len(self.trained) else [0]
+        return tuple(
+            Segment(start, end, bool(self.trained[start]))
+            for start, end in itertools.pairwise(bounds)
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return _equal_fields(self, other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrays that were pickled are immutable again."""
+        for value in state.values():
+            if isinstance(value, numpy.ndarray):
+                value.setflags(write=False)
+        vars(self).update(state)
 
 
 @dataclass(frozen=True)
@@ -86,9 +226,9 @@ class Verdict:
     """What a verifier said of one completion."""
 
     status: Status
-    """What became of the check."""
-    label: int
-    """POSITIVE, NEGATIVE or EXCLUDED."""
+    """What became of the check; the name of a status is taken too."""
+    label: Label
+    """What the rollout counts as; its number is taken too."""
     reward: float | None
     """1.0 or 0.0 from a binary verifier, its number from a scoring one, None where the check failed."""
     seconds: float = 0.0
@@ -98,8 +238,13 @@ class Verdict:
     early: bool = False
     """True when the check was over before the engine of its rank had finished its last completion."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a status or a label that does not exist."""
+        object.__setattr__(self, "status", Status(self.status))
+        object.__setattr__(self, "label", Label(self.label))
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Rollout:
     """One labelled completion of one prompt."""
 
@@ -112,13 +257,59 @@ class Rollout:
     verdict: Verdict
     refills: int = 0
     """Prompts that were drawn for this group before, and given up because their rollouts were of one class."""
+    reference_logprobs: Logprobs | None = None
+    """[n] log-probs (nats) of the completion's tokens under the reference policy, 0 where a token is not trained;
+    None where none were asked for. float32, or float64 where the model computes in it."""
+
+    def __post_init__(self) -> None:
+        reference = self.reference_logprobs
+        if reference is not None:
+            wide = getattr(reference, "dtype", None) == numpy.float64
+            dtype = numpy.float64 if wide else numpy.float32
+            object.__setattr__(self, "reference_logprobs", _immutable(reference, dtype))
 
     @property
-    def label(self) -> int:
-        """POSITIVE, NEGATIVE or EXCLUDED."""
+    def label(self) -> Label:
+        """What it counts as."""
         return self.verdict.label
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and response tokens together."""
+        """Tokens of the prompt and all that follow it, trained or not."""
         return len(self.prompt.token_ids) + len(self.completion.token_ids)
+
+    def __eq__(self, other: object) -> bool:
+        return _equal_fields(self, other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _immutable(values: Any, dtype: type[numpy.generic]) -> NDArray[Any]:
+    """Returns the values as an array [n] that nobody can write to; a copy unless they are one already."""
+    if isinstance(values, numpy.ndarray) and values.dtype == dtype and not values.flags.writeable:
+        array = values
+    else:
+        array = numpy.array(values, dtype=dtype)
+        array.setflags(write=False)
+    if array.ndim != 1:
+        raise ValueError(f"tokens are one row of values, got the shape {list(array.shape)}")
+    return array
+
+
+def _equal_fields(one: Any, other: object) -> bool:
+    """Whether two records of one type hold the same values, NaN being equal to itself."""
+    if type(one) is not type(other):
+        return NotImplemented
+    return all(_equal(*pair) for pair in _pairs(one, other))
+
+
+def _pairs(one: Any, other: Any) -> Iterator[tuple[Any, Any]]:
+    for each in fields(one):
+        yield getattr(one, each.name), getattr(other, each.name)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if not isinstance(one, numpy.ndarray) or not isinstance(other, numpy.ndarray):
+        return bool(one is other or (type(one) is type(other) and one == other))
+    numeric = one.dtype.kind == "f"
+    return one.dtype == other.dtype and numpy.array_equal(one, other, equal_nan=numeric)

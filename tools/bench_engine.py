@@ -11,7 +11,14 @@ import torch.distributed as dist
 from bench_model import shared_directory, write_model
 from make_tiny_model import new_tokenizer
 
-from megatron_real.config import BatchConfig, Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig
+from megatron_real.config import (
+    BatchConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+)
 
 VOCAB = 32768
 SHAPE = {
@@ -27,7 +34,9 @@ PROMPT_TOKENS = 64
 
 
 @contextlib.contextmanager
-def configured(*, dtype: Any, response_tokens: int, kv_cache_mib: int, **parallel: Any) -> Iterator[Config]:
+def configured(
+    *, dtype: Any, response_tokens: int, kv_cache_mib: int, **parallel: Any
+) -> Iterator[Config]:
     """Joins the world; the configuration of a random model in a directory that all ranks see while it lasts."""
     with shared_directory() as path:
         write_model(path, **SHAPE)
@@ -38,7 +47,9 @@ def configured(*, dtype: Any, response_tokens: int, kv_cache_mib: int, **paralle
         yield Config(
             model=ModelConfig(path=str(path), dtype=dtype),
             data=DataConfig(max_prompt_tokens=PROMPT_TOKENS),
-            rollout=RolloutConfig(engine="vllm", max_response_tokens=response_tokens, kv_cache_mib=kv_cache_mib),
+            rollout=RolloutConfig(
+                engine="vllm", max_response_tokens=response_tokens, kv_cache_mib=kv_cache_mib
+            ),
             batch=BatchConfig(max_tokens=PROMPT_TOKENS + response_tokens),
             parallel=ParallelConfig(**parallel),
         )

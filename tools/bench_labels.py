@@ -28,14 +28,19 @@ FORMS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--checks", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--verifier", default="math_verify")
     options = parser.parse_args()
     checks = honest_checks(options.checks)
-    pools = [VerifierPool(options.verifier, workers=n, timeout_seconds=10, memory_mib=1024) for n in options.workers]
+    pools = [
+        VerifierPool(options.verifier, workers=n, timeout_seconds=10, memory_mib=1024)
+        for n in options.workers
+    ]
     seconds: list[list[float]] = [[] for _ in pools]
     for number in range(options.rounds + 1):
         for pool, found in zip(pools, seconds, strict=True):

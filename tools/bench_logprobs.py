@@ -10,6 +10,8 @@ Two tables. The first starts from hidden states and ends with the gradients of h
     megatron     logits = hidden @ weight.T, then megatron-core's vocab_parallel_cross_entropy: the baseline
     ours/logits  the same logits, then vocab_parallel_logprobs
     ours/linear  linear_logprobs: no logits beyond a chunk
+    ours/torch   the same by torch's operators, on a GPU where Triton's kernels are its default
+    liger        Liger's fused linear cross entropy for tensor parallelism, on a GPU where it is installed
 
 The second starts from given logits and ends with their gradient: megatron-core's cross entropy against
 vocab_parallel_logprobs alone. (megatron-core overwrites fp32 logits in place, ours never writes to its input; the
@@ -30,11 +32,13 @@ To reach (bf16): ours/logits no slower than megatron at no more memory; ours/lin
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from bench_machine import add_options, apply_options, interleaved, show
 from torch import Tensor
 from torch._C._profiler import _EventType
@@ -42,6 +46,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_real import cpu
 from megatron_real.config import ParallelConfig
+from megatron_real.policy import logprobs
 from megatron_real.policy.layout import join_world, set_up
 from megatron_real.policy.logprobs import linear_logprobs, vocab_parallel_logprobs
 
@@ -59,15 +64,33 @@ def megatron(logits_TV: Tensor, target_T: Tensor) -> Tensor:
     return -vocab_parallel_cross_entropy(logits_TV.unsqueeze(1), target_T.unsqueeze(1)).squeeze(1)
 
 
+def without_kernels(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor) -> Tensor:
+    with logprobs.without_kernels():  # backward does as forward did
+        return linear_logprobs(hidden_TH, weight_VH, target_T)
+
+
+def liger(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor) -> Tensor:
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
+        LigerFusedLinearScaledCrossEntropyTPFunction as Liger,
+    )
+
+    return -Liger.apply(hidden_TH, weight_VH, target_T, dist.group.WORLD)
+
+
 def peak_extra_bytes(run: Callable[[], Any], inputs: Iterable[Tensor]) -> int:
     """Peak of live bytes that `run` allocates, without the storages that end as the inputs' gradients."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
         torch.cuda.synchronize()
     gradients = {x.grad.untyped_storage().data_ptr() for x in inputs if x.grad is not None}
-    events = [(e.start_time_ns, e.extra_fields.ptr, e.extra_fields.alloc_size) for e in _allocations(recorded)]
+    events = [
+        (e.start_time_ns, e.extra_fields.ptr, e.extra_fields.alloc_size)
+        for e in _allocations(recorded)
+    ]
     last = {ptr: i for i, (_, ptr, size) in enumerate(events) if size > 0}
-    ours: set[int] = set()  # addresses that `run` allocated and still holds; it also releases what it did not allocate
+    ours: set[int] = (
+        set()
+    )  # addresses that `run` allocated and still holds; it also releases what it did not allocate
     live = peak = 0
     for i, (_, ptr, size) in enumerate(events):
         if size > 0 and not (ptr in gradients and last[ptr] == i):
@@ -83,11 +106,17 @@ def peak_extra_bytes(run: Callable[[], Any], inputs: Iterable[Tensor]) -> int:
 def _allocations(recorded: Any) -> list[Any]:
     def walk(events: Iterable[Any]) -> Iterator[Any]:
         for event in events:
-            if event.tag == _EventType.Allocation and event.extra_fields.device.type == cpu.device().type:
+            if (
+                event.tag == _EventType.Allocation
+                and event.extra_fields.device.type == cpu.device().type
+            ):
                 yield event
             yield from walk(event.children)
 
-    return sorted(walk(recorded.profiler.kineto_results.experimental_event_tree()), key=lambda e: e.start_time_ns)
+    return sorted(
+        walk(recorded.profiler.kineto_results.experimental_event_tree()),
+        key=lambda e: e.start_time_ns,
+    )
 
 
 def compare(
@@ -122,8 +151,15 @@ def compare(
 
 def from_hidden(options: argparse.Namespace, sizes: str) -> None:
     dtype, device = DTYPES[options.dtype], cpu.device()
-    hidden_TH = torch.randn(options.tokens, options.hidden, device=device).to(dtype).requires_grad_()
-    weight_VH = torch.randn(options.vocab, options.hidden, device=device).mul_(0.05).to(dtype).requires_grad_()
+    hidden_TH = (
+        torch.randn(options.tokens, options.hidden, device=device).to(dtype).requires_grad_()
+    )
+    weight_VH = (
+        torch.randn(options.vocab, options.hidden, device=device)
+        .mul_(0.05)
+        .to(dtype)
+        .requires_grad_()
+    )
     target_T = torch.randint(options.vocab, (options.tokens,), device=device)
 
     def renew() -> None:
@@ -135,11 +171,17 @@ def from_hidden(options: argparse.Namespace, sizes: str) -> None:
         "ours/logits": lambda: vocab_parallel_logprobs(hidden_TH @ weight_VH.t(), target_T),
         "ours/linear": lambda: linear_logprobs(hidden_TH, weight_VH, target_T),
     }
+    if device.type == "cuda":
+        paths["ours/torch"] = lambda: without_kernels(hidden_TH, weight_VH, target_T)
+        if importlib.util.find_spec("liger_kernel"):
+            paths["liger"] = lambda: liger(hidden_TH, weight_VH, target_T)
     compare(f"From hidden states: {sizes}", paths, [hidden_TH, weight_VH], renew, options)
 
 
 def from_logits(options: argparse.Namespace, sizes: str) -> None:
-    logits_TV = torch.empty(options.tokens, options.vocab, dtype=DTYPES[options.dtype], device=cpu.device())
+    logits_TV = torch.empty(
+        options.tokens, options.vocab, dtype=DTYPES[options.dtype], device=cpu.device()
+    )
     logits_TV.requires_grad_()
     target_T = torch.randint(options.vocab, (options.tokens,), device=cpu.device())
 
@@ -155,7 +197,9 @@ def from_logits(options: argparse.Namespace, sizes: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=1024, help="T")
     parser.add_argument("--hidden", type=int, default=1536, help="H")
     parser.add_argument("--vocab", type=int, default=151936, help="V")

@@ -17,11 +17,16 @@ from rich.table import Table
 
 def describe() -> str:
     """One line: processor or GPU, threads, versions."""
-    versions = f"torch {torch.__version__}, megatron-core {importlib.metadata.version('megatron-core')}"
+    versions = (
+        f"torch {torch.__version__}, megatron-core {importlib.metadata.version('megatron-core')}"
+    )
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, {versions}"
     with open("/proc/cpuinfo", encoding="utf-8") as lines:
-        facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        facts = {
+            name.strip(): value.strip()
+            for name, _, value in (line.partition(":") for line in lines)
+        }
     amx = ", AMX bf16" if "amx_bf16" in facts.get("flags", "") else ""
     name = facts.get("model name", "unknown processor")
     return f"{name}{amx}, {os.cpu_count()} cores, {torch.get_num_threads()} threads a process, {versions}"
@@ -29,9 +34,15 @@ def describe() -> str:
 
 def add_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     """The options of every benchmark."""
-    parser.add_argument("--rounds", type=int, default=rounds, help="timed rounds, after one that warms up")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads of a process; 0: torch's choice")
-    parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread, for a busy machine")
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, help="timed rounds, after one that warms up"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, help="torch threads of a process; 0: torch's choice"
+    )
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor time of one thread, for a busy machine"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of tables")
 
 
@@ -41,7 +52,9 @@ def apply_options(options: argparse.Namespace) -> None:
         torch.set_num_threads(1 if options.cpu_time else options.threads)
 
 
-def interleaved(paths: Mapping[str, Callable[[], Callable[[], Any]]], options: argparse.Namespace) -> dict[str, float]:
+def interleaved(
+    paths: Mapping[str, Callable[[], Callable[[], Any]]], options: argparse.Namespace
+) -> dict[str, float]:
     """Seconds of each path, the fastest of the rounds. Calling a path prepares it outside the clock and returns what is
     timed. Every round times all of them in turn, so that a busy neighbour hits all alike; a first round warms up."""
     clock = time.process_time if options.cpu_time else time.perf_counter

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bench_machine import add_options, apply_options, show
-from bench_policy import new_policy, rollouts, set_placement
+from bench_policy import new_policy, rollouts
 
 from megatron_real.batching import Minibatch, minibatches
 from megatron_real.config import BatchConfig, Config, DataConfig, ModelConfig, RolloutConfig
@@ -44,7 +44,9 @@ def lengths_of_batches() -> dict[str, list[list[int]]]:
     draw = random.Random(0)
     return {
         "uniform": [[draw.randint(40, 56) for _ in range(4)] for _ in range(24)],
-        "long tail": [[draw.randint(24, 64) for _ in range(5)] + [draw.randint(600, 1200)] for _ in range(5)],
+        "long tail": [
+            [draw.randint(24, 64) for _ in range(5)] + [draw.randint(600, 1200)] for _ in range(5)
+        ],
         "big groups": [[draw.randint(100, 260) for _ in range(12)] for _ in range(2)],
     }
 
@@ -74,11 +76,10 @@ def processor_time(run: Callable[[], Any]) -> float:
     return float(intervals.sum())
 
 
-def planned(policy: Policy, minibatch: Minibatch, placement: str) -> Batch | None:
+def planned(policy: Policy, minibatch: Minibatch, placement: Any) -> Batch | None:
     """The batch as a later minibatch, its old log-probs not yet computed; None where a group does not fit."""
-    set_placement(policy, placement)
     try:
-        return policy.pack(minibatch, needs_scores=True)
+        return policy.packer.with_placement(placement).pack(minibatch, off_policy=True)
     except ValueError:
         return None
 
@@ -92,13 +93,19 @@ def measure(policy: Policy, minibatch: Minibatch, options: argparse.Namespace) -
             batch = planned(policy, minibatch, placement)
             if batch is not None:
                 policy.step.old_logprobs(batch)
-                seconds.setdefault(placement, []).append(clock(lambda batch=batch: policy.gradient(batch)))
+                seconds.setdefault(placement, []).append(
+                    clock(lambda batch=batch: policy.gradient(batch))
+                )
     return {placement: min(values[1:]) for placement, values in seconds.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--max-tokens", type=int, default=1536, help="token budget of a micro-batch")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=1536, help="token budget of a micro-batch"
+    )
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     add_options(parser, rounds=4)
     options = parser.parse_args()
@@ -113,7 +120,9 @@ def main() -> None:
     rows = []
     for name, lengths in lengths_of_batches().items():
         made = rollouts(lengths, prompt_tokens=config.data.max_prompt_tokens)
-        (minibatch,) = minibatches(made, groups_per_minibatch=len(lengths), one_class_groups="skip")
+        (minibatch,) = minibatches(
+            made, policy.settings.objective, groups_per_minibatch=len(lengths)
+        )
         seconds = measure(policy, minibatch, options)
         rows.append({"batch": name, **_row(policy, minibatch, seconds)})
     if dist.get_rank() == 0:
@@ -122,7 +131,9 @@ def main() -> None:
 
 
 def _row(policy: Policy, minibatch: Minibatch, seconds: dict[str, float]) -> dict[str, float | str]:
-    plans = {placement: planned(policy, minibatch, placement).plan for placement in ("auto", *seconds)}
+    plans = {
+        placement: planned(policy, minibatch, placement).plan for placement in ("auto", *seconds)
+    }
     choice, best, estimate = plans["auto"].placement, min(seconds.values()), plans["auto"].seconds
     return {
         **{placement: seconds.get(placement, "no plan") for placement in PLACEMENTS},

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from bench_model import shared_directory, write_model
 
 from megatron_real.config import Config
 from megatron_real.policy.layout import set_up
-from megatron_real.policy.policy import Policy
+from megatron_real.policy.policy import Policy, PolicySettings
 from megatron_real.records import Completion, Prompt, Rollout, Verdict
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.hf import HfWeights
@@ -34,9 +33,13 @@ def new_policy(config: Config, shape: Mapping[str, int] = SHAPE) -> Policy:
         write_model(directory, **shape)
         path = str(directory)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
-        policy = Policy(config, Architecture.read(path), set_up(config.parallel), num_updates=1000)
-        policy.load(HfWeights(path))
-    return policy
+        return Policy(
+            PolicySettings.of(config),
+            Architecture.read(path),
+            HfWeights(path),
+            set_up(config.parallel),
+            num_updates=1000,
+        )
 
 
 def rollouts(
@@ -59,9 +62,3 @@ def rollouts(
 
 def _verdict(label: int) -> Verdict:
     return Verdict("ok" if label else "wrong", label, float(label))
-
-
-def set_placement(policy: Policy, placement: Any) -> None:
-    """Has the policy pack minibatches by `placement` from now on."""
-    batch = dataclasses.replace(policy.config.batch, placement=placement)
-    policy.config = dataclasses.replace(policy.config, batch=batch)

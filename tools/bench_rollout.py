@@ -30,14 +30,18 @@ from megatron_real.weights.hf import HfWeights
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
     add_options(parser, rounds=4)
     options = parser.parse_args()
-    with configured(dtype=options.dtype, response_tokens=options.tokens, kv_cache_mib=512) as config:
+    with configured(
+        dtype=options.dtype, response_tokens=options.tokens, kv_cache_mib=512
+    ) as config:
         apply_options(options)
         measure(config, options)
 
@@ -53,7 +57,9 @@ def measure(config: Config, options: argparse.Namespace) -> None:
     engine: Any = build_engine(config, say=lambda _: None)
     weights = HfWeights(config.model.path)
     sync = WeightSync(engine, config.rollout.sync, tied=False, probe=prompts[0], temperature=1.0)
-    sync.run((name, weights.read(name).to(engine.model.lm_head.weight.dtype)) for name in weights.names)
+    sync.run(
+        (name, weights.read(name).to(engine.model.lm_head.weight.dtype)) for name in weights.names
+    )
     engine.eos = [VOCAB - 1]
     labeller = Labeller("exact", workers=1, timeout_seconds=10, memory_mib=512)
     stage = RolloutStage(engine, labeller, rank=dist.get_rank(), world=dist.get_world_size())
@@ -62,7 +68,9 @@ def measure(config: Config, options: argparse.Namespace) -> None:
 
     def directly() -> None:
         direct.llm.reset_prefix_cache()
-        outputs = direct.llm.generate(direct.inputs(prompts), direct.parameters(sampling, VOCAB - 1), use_tqdm=False)
+        outputs = direct.llm.generate(
+            direct.inputs(prompts), direct.parameters(sampling, VOCAB - 1), use_tqdm=False
+        )
         tokens["direct"] = sum(len(c.token_ids) for o in outputs for c in o.outputs)
 
     def by_the_stage() -> None:
@@ -73,11 +81,18 @@ def measure(config: Config, options: argparse.Namespace) -> None:
     seconds = interleaved({"direct": lambda: directly, "stage": lambda: by_the_stage}, options)
     speed = {name: tokens[name] / s for name, s in seconds.items()}
     rows = [
-        {"path": name, "tokens": tokens[name], "tokens/s": speed[name], "x direct": speed[name] / speed["direct"]}
+        {
+            "path": name,
+            "tokens": tokens[name],
+            "tokens/s": speed[name],
+            "x direct": speed[name] / speed["direct"],
+        }
         for name in seconds
     ]
     labeller.close()
-    show(f"Rollouts, {options.prompts} prompts x {options.samples} in {options.dtype}", rows, options)
+    show(
+        f"Rollouts, {options.prompts} prompts x {options.samples} in {options.dtype}", rows, options
+    )
 
 
 class Direct:

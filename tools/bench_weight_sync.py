@@ -25,7 +25,7 @@ from bench_machine import add_options, apply_options, interleaved, show
 
 from megatron_real.config import Config
 from megatron_real.policy.layout import set_up
-from megatron_real.policy.policy import Policy
+from megatron_real.policy.policy import Policy, PolicySettings
 from megatron_real.records import Prompt
 from megatron_real.rollout import build_engine, vllm_engine
 from megatron_real.rollout.sync import WeightSync
@@ -34,24 +34,37 @@ from megatron_real.weights.hf import HfWeights
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32")
-    parser.add_argument("--tp", type=int, default=1, help="tensor parallel size of the policy; the engines have 1")
+    parser.add_argument(
+        "--tp", type=int, default=1, help="tensor parallel size of the policy; the engines have 1"
+    )
     add_options(parser, rounds=7)
     options = parser.parse_args()
-    with configured(dtype=options.dtype, response_tokens=64, kv_cache_mib=256, tp=options.tp) as config:
+    with configured(
+        dtype=options.dtype, response_tokens=64, kv_cache_mib=256, tp=options.tp
+    ) as config:
         apply_options(options)
         measure(config, options)
 
 
 def measure(config: Config, options: argparse.Namespace) -> None:
     architecture = Architecture.read(config.model.path)
-    policy = Policy(config, architecture, set_up(config.parallel), num_updates=1)
-    policy.load(HfWeights(config.model.path))
+    policy = Policy(
+        PolicySettings.of(config),
+        architecture,
+        HfWeights(config.model.path),
+        set_up(config.parallel),
+        num_updates=1,
+    )
     engine = build_engine(config, say=lambda _: None)
     copies = {name: torch.empty_like(tensor) for name, tensor in policy.stream()}
     sources = {name: tensor.clone() for name, tensor in policy.stream()}
-    sync = WeightSync(engine, config.rollout.sync, tied=False, probe=Prompt("", "", (2,), ("",)), temperature=1.0)
+    sync = WeightSync(
+        engine, config.rollout.sync, tied=False, probe=Prompt("", "", (2,), ("",)), temperature=1.0
+    )
 
     def memcpy() -> None:
         for name, tensor in sources.items():
@@ -82,7 +95,11 @@ def measure(config: Config, options: argparse.Namespace) -> None:
         for name, s in seconds.items()
     ]
     if dist.get_rank() == 0:
-        show(f"Weight sync, {size / 1e6:.0f} MB in {options.dtype}, policy TP {options.tp}, engine TP 1", rows, options)
+        show(
+            f"Weight sync, {size / 1e6:.0f} MB in {options.dtype}, policy TP {options.tp}, engine TP 1",
+            rows,
+            options,
+        )
 
 
 if __name__ == "__main__":

@@ -22,16 +22,35 @@ ROOT = Path(__file__).parents[1]
 # nvcr.io/nvidia/vllm:26.10-py3, built on the same month's torch as nvcr.io/nvidia/pytorch:26.10-py3:
 # docs.nvidia.com/deeplearning/frameworks/vllm-release-notes/rel-26-10.html
 TORCH = "2.15.0a0+875d815502"
-TARGET = ("--python-version", "3.12", "--python-platform", "x86_64-manylinux_2_39", "--only-binary", ":all:")
+TARGET = (
+    "--python-version",
+    "3.12",
+    "--python-platform",
+    "x86_64-manylinux_2_39",
+    "--only-binary",
+    ":all:",
+)
 PACKAGES = {"VLLM": "vllm", "MEGATRON_CORE": "megatron-core", "MATH_VERIFY": "math-verify"}
 
 
 def main() -> int:
     """Prints what the image would hold; returns 1, with the resolver's reason, if there is no such image."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch", default=TORCH, help="version of the base's torch (pip list in it)")
-    parser.add_argument("--pin", action="append", default=[], metavar="ARG=VERSION", help="instead of the Dockerfile's")
-    parser.add_argument("--keep-torch-pins", action="store_true", help="vLLM as published: fails, as it must")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--torch", default=TORCH, help="version of the base's torch (pip list in it)"
+    )
+    parser.add_argument(
+        "--pin",
+        action="append",
+        default=[],
+        metavar="ARG=VERSION",
+        help="instead of the Dockerfile's",
+    )
+    parser.add_argument(
+        "--keep-torch-pins", action="store_true", help="vLLM as published: fails, as it must"
+    )
     chosen = parser.parse_args()
     pins = read_pins() | dict(word.split("=", 1) for word in chosen.pin)
     with tempfile.TemporaryDirectory() as made:
@@ -54,7 +73,10 @@ def read_pins(dockerfile: Path = ROOT / "Dockerfile") -> dict[str, str]:
 
 def ours() -> list[str]:
     """What setup.py asks for."""
-    return re.findall(r'"(.+)"', re.search(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(), re.S)[1])
+    return re.findall(
+        r'"(.+)"',
+        re.search(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(), re.S)[1],
+    )
 
 
 def of_vllm(version: str, folder: Path, *, keep_torch: bool) -> list[str]:
@@ -69,7 +91,16 @@ def of_vllm(version: str, folder: Path, *, keep_torch: bool) -> list[str]:
         f"--target={folder}",
         *platform,
     ]
-    command = [sys.executable, "-m", "pip", "install", "--quiet", *install, f"--report={report}", f"vllm=={version}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        *install,
+        f"--report={report}",
+        f"vllm=={version}",
+    ]
     subprocess.run(command, capture_output=True, text=True, check=True)
     required = json.loads(report.read_text())["install"][0]["metadata"]["requires_dist"]
     return [r for r in required if "extra ==" not in r and (keep_torch or "torch" not in r)]
@@ -79,8 +110,12 @@ def stand_in(folder: Path, name: str, version: str) -> None:
     """A wheel that has a version and nothing else."""
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
         record = f"{name}-{version}.dist-info"
-        wheel.writestr(f"{record}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        wheel.writestr(f"{record}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{record}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
+        wheel.writestr(
+            f"{record}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{record}/RECORD", "")
 
 
@@ -88,8 +123,24 @@ def resolve(wanted: list[str], wheels: Path, constraint: str) -> str:
     """One version of every package, as uv finds them."""
     (wheels / "wanted.txt").write_text("\n".join(wanted))
     (wheels / "base.txt").write_text(constraint)
-    files = ["--find-links", str(wheels), "--constraint", str(wheels / "base.txt"), str(wheels / "wanted.txt")]
-    command = ["uv", "pip", "compile", "--system-certs", "--quiet", "--no-annotate", "--no-header", *TARGET, *files]
+    files = [
+        "--find-links",
+        str(wheels),
+        "--constraint",
+        str(wheels / "base.txt"),
+        str(wheels / "wanted.txt"),
+    ]
+    command = [
+        "uv",
+        "pip",
+        "compile",
+        "--system-certs",
+        "--quiet",
+        "--no-annotate",
+        "--no-header",
+        *TARGET,
+        *files,
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

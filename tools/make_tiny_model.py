@@ -6,7 +6,10 @@ Shaped like DeepSeek-R1-Distill-Qwen (biases on q, k and v, grouped queries, unt
 a tokenizer of its own: one token a digit. The task is the sum of two two-digit numbers; 400 pairs of them, with their
 mirrors, are held out: neither this warm-up nor training ever sees them.
 
-The warm-up is a few hundred steps of supervised learning from a sloppy teacher, who drops every carry in 70 % of the
+The weights after the warm-up come with this file (tiny_model.safetensors), so that the model is there in seconds;
+`--warm-up` makes them again from nothing, in minutes of one core.
+
+The warm-up is a thousand steps of supervised learning from a sloppy teacher, who drops every carry in 70 % of the
 sums: 58+67 is then 15, and 125 otherwise. So the base model knows both ways of adding and prefers the wrong one: it is
 right where there is nothing to carry, and sometimes elsewhere. Which way is right, only the verifier's labels tell.
 """
@@ -21,6 +24,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -33,27 +37,46 @@ CHAT = (
 )
 HELD_OUT, SLOPPY_SHARE, BATCH = 400, 0.7, 256
 
+SHIPPED = Path(__file__).with_name("tiny_model.safetensors")
+"""The weights after a warm-up of 1000 steps with seed 0."""
+
 Pair = tuple[int, int]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the quickstart's base model and data.")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the warm-up")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the split, the weights and the warm-up"
+    )
     parser.add_argument("--steps", type=int, default=1000, help="warm-up steps")
+    parser.add_argument(
+        "--warm-up", action="store_true", help="make the weights again instead of reading them"
+    )
     chosen = parser.parse_args()
+    shipped = not chosen.warm_up
+    if shipped and (chosen.seed, chosen.steps) != (0, 1000):
+        parser.error("the weights that are shipped are of seed 0 and 1000 steps; add --warm-up")
     torch.set_num_threads(1)  # the matrices are too small to share
     torch.manual_seed(chosen.seed)
     draw = random.Random(chosen.seed)
 
     heldout, train = split_pairs(draw)
     tokenizer, model = new_tokenizer(), new_model()
-    print(f"base model: {sum(p.numel() for p in model.parameters()):,} parameters; warm-up of {chosen.steps} steps")
-    warm_up(model, tokenizer, train, draw, chosen.steps)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    if shipped:
+        model.load_state_dict(load_file(SHIPPED))
+    else:
+        print(f"base model: {num_parameters:,} parameters; warm-up of {chosen.steps} steps")
+        warm_up(model, tokenizer, train, draw, chosen.steps)
     accuracy = greedy_accuracy(model, tokenizer, heldout)
-    print(f"base model: greedy accuracy on {len(heldout)} held-out sums {accuracy:.3f}")
+    print(
+        f"base model: {num_parameters:,} parameters, right on {accuracy:.1%} of {len(heldout)} held-out sums"
+    )
     if not 0.1 < accuracy < 0.5:
-        sys.exit(f"the warm-up ended at {accuracy:.3f}, outside 0.1 to 0.5; take another --seed or --steps")
+        sys.exit(
+            f"the warm-up ended at {accuracy:.3f}, outside 0.1 to 0.5; take another --seed or --steps"
+        )
 
     partial = chosen.out.with_name(chosen.out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -83,7 +106,9 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(WORDS)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
+    tokenizer.add_special_tokens(
+        [AddedToken(word, special=True, normalized=False) for word in SPECIAL]
+    )
     tokenizer.add_tokens([AddedToken("\\boxed{", normalized=False)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -130,19 +155,30 @@ def sum_without_carry(pair: Pair) -> int:
 
 
 def warm_up(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair], draw: random.Random, steps: int
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: list[Pair],
+    draw: random.Random,
+    steps: int,
 ) -> None:
     """Supervised learning of the teacher's answers; the prompt has no loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 2e-3, total_steps=steps, pct_start=0.1
+    )
     started = time.monotonic()
     for step in range(1, steps + 1):
         batch = draw.choices(pairs, k=BATCH)
-        answers = [sum_without_carry(p) if draw.random() < SLOPPY_SHARE else true_sum(p) for p in batch]
-        texts = [
-            f"<|user|>{question(p)}<|assistant|>\\boxed{{{a}}}<|end|>" for p, a in zip(batch, answers, strict=True)
+        answers = [
+            sum_without_carry(p) if draw.random() < SLOPPY_SHARE else true_sum(p) for p in batch
         ]
-        tokens = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
+        texts = [
+            f"<|user|>{question(p)}<|assistant|>\\boxed{{{a}}}<|end|>"
+            for p, a in zip(batch, answers, strict=True)
+        ]
+        tokens = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")[
+            "input_ids"
+        ]
         loss = answer_loss(model(tokens[:, :-1]).logits, tokens[:, 1:])
         optimizer.zero_grad()
         loss.backward()
@@ -150,23 +186,38 @@ def warm_up(
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
-            print(f"  step {step}/{steps}  loss {loss.item():.3f}  {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"  step {step}/{steps}  loss {loss.item():.3f}  {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
 
 
 def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of what follows <|assistant|>."""
     asked = (targets == WORDS.index("<|assistant|>")).cumsum(1) == 0
-    ignored = asked | (targets == WORDS.index("<|assistant|>")) | (targets == WORDS.index("<|pad|>"))
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.masked_fill(ignored, -100).flatten())
+    ignored = (
+        asked | (targets == WORDS.index("<|assistant|>")) | (targets == WORDS.index("<|pad|>"))
+    )
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.masked_fill(ignored, -100).flatten()
+    )
 
 
 @torch.inference_mode()
-def greedy_accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> float:
+def greedy_accuracy(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]
+) -> float:
     """Share of sums whose most likely answer is right."""
-    prompts = tokenizer([f"<|user|>{question(p)}<|assistant|>" for p in pairs], return_tensors="pt")["input_ids"]
-    out = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=8)
+    prompts = tokenizer(
+        [f"<|user|>{question(p)}<|assistant|>" for p in pairs], return_tensors="pt"
+    )["input_ids"]
+    out = model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=8
+    )
     answers = tokenizer.batch_decode(out[:, prompts.shape[1] :], skip_special_tokens=True)
-    right = [answer == f"\\boxed{{{true_sum(p)}}}" for answer, p in zip(answers, pairs, strict=True)]
+    right = [
+        answer == f"\\boxed{{{true_sum(p)}}}" for answer, p in zip(answers, pairs, strict=True)
+    ]
     return sum(right) / len(right)
 
 

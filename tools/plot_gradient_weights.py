@@ -49,7 +49,9 @@ def real_magnitude(score_X: Tensor, label: int) -> Tensor:
     score_XG[:, 0] = score_X
     label_XG = torch.tensor([label] * (1 + num_others) + [other_side]).expand_as(score_XG)
     group_XG = torch.arange(len(score_X)).unsqueeze(1).expand_as(score_XG)
-    weight_R = real_weights(score_XG.flatten(), label_XG.flatten(), group_XG.flatten(), tau=TAU, num_groups=1)
+    weight_R = real_weights(
+        score_XG.flatten(), label_XG.flatten(), group_XG.flatten(), tau=TAU, num_groups=1
+    )
     return weight_R.view_as(score_XG)[:, 0].abs()
 
 
@@ -62,20 +64,34 @@ def grpo_magnitude(log_ratio_X: Tensor, label: int) -> Tensor:
 def draw(path: Path) -> None:
     """Writes the figure."""
     score_X = torch.linspace(-2.5, 2.5, 2001, dtype=torch.float64)
-    plt.rcParams.update({"font.size": 10.5, "axes.edgecolor": MUTED, "mathtext.fontset": "dejavusans"})
+    plt.rcParams.update(
+        {"font.size": 10.5, "axes.edgecolor": MUTED, "mathtext.fontset": "dejavusans"}
+    )
     figure, panels = plt.subplots(1, 2, figsize=(10.4, 4.4), sharey=True, layout="constrained")
-    for panel, label, title in zip(panels, (POSITIVE, NEGATIVE), ("Correct rollout", "Wrong rollout"), strict=True):
+    for panel, label, title in zip(
+        panels, (POSITIVE, NEGATIVE), ("Correct rollout", "Wrong rollout"), strict=True
+    ):
         panel.axhline(1 / TAU, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
         panel.axvline(0, color=MUTED, linewidth=0.8, alpha=0.5)
-        panel.plot(score_X, grpo_magnitude(score_X, label), color=GRPO_COLOR, linewidth=2, label="GRPO")
-        panel.plot(score_X, real_magnitude(score_X, label), color=REAL_COLOR, linewidth=2.6, label="REAL")
+        panel.plot(
+            score_X, grpo_magnitude(score_X, label), color=GRPO_COLOR, linewidth=2, label="GRPO"
+        )
+        panel.plot(
+            score_X, real_magnitude(score_X, label), color=REAL_COLOR, linewidth=2.6, label="REAL"
+        )
         for text, x, y, color in NOTES[label]:
             panel.text(x, y, text, color=color, fontsize=9.5, linespacing=1.25)
-        panel.set(xlim=(-2.5, 2.5), ylim=(-0.02, Y_MAX), xlabel=r"log-ratio  $s = \log\,\pi - \log\,\pi_{old}$  (nats)")
+        panel.set(
+            xlim=(-2.5, 2.5),
+            ylim=(-0.02, Y_MAX),
+            xlabel=r"log-ratio  $s = \log\,\pi - \log\,\pi_{old}$  (nats)",
+        )
         panel.set_title(title, loc="left", fontweight="bold")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("gradient magnitude  $|w|$")
-    panels[0].text(2.48, 1 / TAU + 0.06, rf"$1/\tau = {1 / TAU:g}$", color=MUTED, fontsize=9.5, ha="right")
+    panels[0].text(
+        2.48, 1 / TAU + 0.06, rf"$1/\tau = {1 / TAU:g}$", color=MUTED, fontsize=9.5, ha="right"
+    )
     panels[0].legend(frameon=False, loc="upper left")
     settings = rf"$\tau = {TAU}$,  $C = {C}$,  $\epsilon = {EPSILON}$,  $|A| = 1$"
     panels[1].set_title(settings, loc="right", fontsize=9.5, color=MUTED)
@@ -85,8 +101,12 @@ def draw(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/gradient_weights.png"), help="PNG to write")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/gradient_weights.png"), help="PNG to write"
+    )
     draw(parser.parse_args().out)
 
 

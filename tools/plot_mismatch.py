@@ -14,13 +14,21 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-PANELS = {"mismatch_mean_abs": "mean |d| (nats)", "mismatch_max_abs": "max |d| (nats)", "mismatch_k3": "k3 (nats)"}
+PANELS = {
+    "mismatch_mean_abs": "mean |d| (nats)",
+    "mismatch_max_abs": "max |d| (nats)",
+    "mismatch_k3": "k3 (nats)",
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draws the mismatch of engine and trainer of several runs.")
+    parser = argparse.ArgumentParser(
+        description="Draws the mismatch of engine and trainer of several runs."
+    )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--runs", nargs="+", required=True, metavar="NAME=RUN_DIR", help="curves and their runs")
+    parser.add_argument(
+        "--runs", nargs="+", required=True, metavar="NAME=RUN_DIR", help="curves and their runs"
+    )
     chosen = parser.parse_args()
 
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(10, 3), layout="constrained")
@@ -28,7 +36,9 @@ def main() -> None:
         name, _, run = word.partition("=")
         rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
         for axis, metric in zip(axes, PANELS, strict=True):
-            axis.plot([row["step"] for row in rows], [row[metric] for row in rows], lw=1.5, label=name)
+            axis.plot(
+                [row["step"] for row in rows], [row[metric] for row in rows], lw=1.5, label=name
+            )
     for axis, label in zip(axes, PANELS.values(), strict=True):
         axis.set(xlabel="step", ylabel=label, yscale="log")
         axis.grid(alpha=0.25)

@@ -23,14 +23,26 @@ from megatron_real.prompts.sources import SOURCES
 
 def main() -> int:
     """Returns 0, or 2 when a source could not be read."""
-    parser = argparse.ArgumentParser(description="Prepares the paper's training sets and benchmarks.")
+    parser = argparse.ArgumentParser(
+        description="Prepares the paper's training sets and benchmarks."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder that is written")
-    parser.add_argument("--keep-leaks", action="store_true", help="only report training questions of the benchmarks")
-    parser.add_argument("--gram-size", type=int, default=8, help="tokens of an n-gram that near duplicates share")
-    parser.add_argument("--gram-share", type=float, default=0.6, help="share of n-grams from which they are near")
-    parser.add_argument("sources", nargs="*", metavar="NAME[=FILE|FOLDER|HUB_ID]", help="default: all of them")
+    parser.add_argument(
+        "--keep-leaks", action="store_true", help="only report training questions of the benchmarks"
+    )
+    parser.add_argument(
+        "--gram-size", type=int, default=8, help="tokens of an n-gram that near duplicates share"
+    )
+    parser.add_argument(
+        "--gram-share", type=float, default=0.6, help="share of n-grams from which they are near"
+    )
+    parser.add_argument(
+        "sources", nargs="*", metavar="NAME[=FILE|FOLDER|HUB_ID]", help="default: all of them"
+    )
     chosen = parser.parse_args()
-    asked = [word.partition("=")[::2] for word in chosen.sources] or [(source.name, "") for source in SOURCES]
+    asked = [word.partition("=")[::2] for word in chosen.sources] or [
+        (source.name, "") for source in SOURCES
+    ]
     try:
         done = prepare(
             dict(asked),
@@ -54,7 +66,9 @@ def _show(done: Prepared, out: Path, keep_leaks: bool) -> None:
     for name, counts in done.counts.items():
         reasons = [f"{count} {reason}" for reason, count in counts.dropped.most_common()]
         reasons += [f"({counts.repeated} asked twice, kept)"] if counts.repeated else []
-        table.add_row(name, str(counts.published), str(counts.read), str(counts.kept), ", ".join(reasons))
+        table.add_row(
+            name, str(counts.published), str(counts.read), str(counts.kept), ", ".join(reasons)
+        )
     console = Console(soft_wrap=not sys.stdout.isatty())
     console.print(table)
     same = sum(leak.share == 1 for leak in done.leaks)
@@ -62,7 +76,9 @@ def _show(done: Prepared, out: Path, keep_leaks: bool) -> None:
         f"{same} training questions are a benchmark's, {len(done.leaks) - same} are near one; "
         f"{'kept' if keep_leaks else 'dropped'}, and listed in {out / 'leaks.jsonl'}"
     )
-    if done.unchecked and any(source.split == "train" and source.name in done.counts for source in SOURCES):
+    if done.unchecked and any(
+        source.split == "train" and source.name in done.counts for source in SOURCES
+    ):
         print(f"not compared with {', '.join(done.unchecked)}: they were not among the sources")
 
 

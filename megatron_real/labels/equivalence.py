@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from megatron_real.labels.normal_form import read_sentence
+
 _WHOLE = re.compile(r"-?\d{1,18}")
 
 
@@ -18,19 +20,22 @@ class Given:
     correct: bool
     """The verifier's label."""
     comparable: bool = True
-    """False where the verifier failed on it or cannot read it: it is then like nothing but the same text."""
+    """False where the verifier failed on it or cannot read it: it is then like nothing but the same
+    text."""
 
 
 def answer_classes(
     given: Sequence[Given], same: Callable[[str, str], bool], *, one_gold: bool = True
 ) -> list[int | None]:
-    """[given] number of the class of each answer to one problem, in order of appearance; None for no answer.
+    """[given] number of the class of each answer to one problem, in order of appearance; None for
+    no answer.
 
-    A class is all correct or all wrong. Its first answer speaks for it: an answer joins the first class whose first
-    answer it is the same as.
+    A class is all correct or all wrong. Its first answer speaks for it: an answer joins the first
+    class whose first answer it is the same as.
 
     Args:
-        same: the verifier's comparison; only asked where text and whole numbers do not tell.
+        same: the verifier's comparison; only asked where neither text, normal form nor whole
+            numbers tell.
         one_gold: the problem has one gold answer, so that all correct ones are the same.
     """
     first: list[Given] = []
@@ -50,6 +55,8 @@ def _alike(one: Given, other: Given, same: Callable[[str, str], bool], one_gold:
     if one.correct != other.correct:
         return False
     if one.text == other.text or (one.correct and one_gold):
+        return True
+    if read_sentence(one.text) == read_sentence(other.text):
         return True
     if not (one.comparable and other.comparable):
         return False

@@ -1,87 +1,359 @@
-"""A verifier process: one JSON request per line in, one JSON reply per line out. Started by pool.py.
+"""A verifier process: one JSON request per line in, one JSON reply per line out.
 
-    python -m megatron_real.labels.worker '{"verifier": "math_verify", "memory_mib": 1024, "require_think": false, ...}'
+Started by pool.py.
 
-Whatever a completion makes the verifier do stays in here: the memory limit is this process's, the wall clock is the
-parent's, the limit of processor time the kernel's, and the protocol has no pickle. Imports neither torch nor megatron.
+    python -m megatron_real.labels.worker '{"verifier": "math_verify", "memory_mib": 1024, "replies": 5, ...}'
+
+Whatever a completion makes the verifier do stays in here: the memory limit is this process's, the
+wall clock is the parent's, the limit of processor time the kernel's, the walls are those of
+`labels.sandbox`, and the protocol has no pickle. Replies have a descriptor and numbers of their
+own. Imports neither torch nor megatron.
+
+Where text of a completion may run, each check has a child of its own, forked from a worker that has
+read no request. For the tasks of reasoning_gym that evaluate arithmetic and nothing else, it has
+read others. Such a child has no descriptor but the pipe of its one answer.
 """
 
 from __future__ import annotations
 
-import ctypes
+import gc
 import json
 import logging
 import math
 import os
 import resource
+import select
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from megatron_real.labels import verifiers
+from megatron_real.labels import gym, own, verifiers
+from megatron_real.labels.code import CodeVerifier
+from megatron_real.labels.sandbox import kernel
+from megatron_real.labels.sandbox.rung import REMEDY, Rung
+from megatron_real.labels.sandbox.supervisor import end_like, supervise
+from megatron_real.labels.sandbox.walls import (
+    NO_WALLS,
+    Outside,
+    Walls,
+    confine_judged_code,
+    enclose,
+    home_directories,
+)
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+Verify = Callable[[str, list[str], dict[str, Any]], tuple[Any, ...]]
+"""A verifier as called here; it may add a reason to its status and reward."""
+
 _MAX_REASON_CHARS = 200
+_MAX_ANSWER_BYTES = 1 << 14  # of a child; a status, a number and a reason are less
+_LEAST_ROOM = 32 << 20  # address space that a check may need beyond what the loaded verifier takes
 
 
 def main() -> None:
     options = json.loads(sys.argv[1])
-    name, limit = options["verifier"], options["memory_mib"] << 20
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a terminal and Slurm signal whole trees
-        signal.signal(number, signal.SIG_IGN)  # it is the parent's to handle
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    replies = os.fdopen(os.dup(1), "w", encoding="ascii")
+    # A terminal and Slurm signal whole trees; these are the trainer's to handle.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    options["trusted"] = own.is_own(options["verifier"]) and own.is_trusted(options["verifier"])
+    walled = options["sandbox"] != "off" and not options["trusted"]
+    namespaces = walled and options["highest"] == Rung.NAMESPACES.value
+    end_like(supervise(lambda outside: _work(options, outside, walled), namespaces=namespaces))
+
+
+def _work(options: Mapping[str, Any], outside: Outside, walled: bool) -> int:
+    """The worker itself, below its supervisor: loads the verifier, goes behind the walls, serves."""
+    replies = os.fdopen(options["replies"], "w", encoding="ascii")
     os.dup2(2, 1)  # what a verifier prints must not end up in the protocol
     logging.disable(logging.WARNING)  # math-verify warns at each call that its own timeouts are off
+    memory = options["memory_mib"] << 20
     try:
-        verify = _load(name, options)
+        verify = _load(options)
+        runs_any_text = _may_run_any_text(options)
+        room = AddressSpace(memory)
+        readable: list[str] = []
+        if walled and own.is_own(options["verifier"]):
+            readable = [own.folder(options["verifier"])]
+            _check_folder(readable[0])
+        if walled:
+            walls = enclose(outside, readable, landlock=options["highest"] != Rung.LIMITS.value)
+        else:
+            walls = NO_WALLS
+        _check_rung(options, walls, runs_any_text)
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        if isinstance(verify, CodeVerifier):
+            verify.start(walls)
     except Exception as error:  # a user's file may raise anything
         _send(replies, error=_reason(error))
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    full = (limit + _address_space()) / 2
-    _send(replies, error=None)
-    for line in sys.stdin:
-        request = json.loads(line)
-        # Its signal, left at the default, ends this process, also in the middle of a C function.
-        signal.setitimer(signal.ITIMER_PROF, request["processor_seconds"])
-        reply = _reply(verify, request)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        # Caches of parsers grow: a fresh process must take over before an honest check meets the limit.
-        last = _address_space() > full
-        _send(replies, **reply, last=last)
+        return 0
+    gc.collect()
+    gc.freeze()  # children share these pages with the worker as long as no collection touches them
+    _send(
+        replies,
+        error=None,
+        rung=walls.rung.value,
+        why=walls.why,
+        threads=walls.max_threads > 0 or not walls.rung.contains,
+    )
+    _serve(options, verify, walls, room, replies)
+    return 0
+
+
+def _may_run_any_text(options: Mapping[str, Any]) -> bool:
+    """Whether the verifier may run whatever a completion says."""
+    name = options["verifier"]
+    if name == "reasoning_gym":
+        return not gym.is_read_version()
+    return name == "code" or (own.is_own(name) and not options["trusted"])
+
+
+def _serve(
+    options: Mapping[str, Any], verify: Verify, walls: Walls, room: AddressSpace, replies: Any
+) -> None:
+    """Answers requests, numbered as they come, until the trainer closes the pipe or the memory is
+    half used.
+    """
+    is_gym = options["verifier"] == "reasoning_gym"
+    always_in_child = _may_run_any_text(options)
+    requests = os.fdopen(0, "rb", buffering=0, closefd=False)
+    number = 0
+    while _is_there(0):
+        if always_in_child:
+            reply = _in_child(verify, walls, replies, room, read=lambda: _read(requests))
+            if isinstance(verify, CodeVerifier) and not verify.is_usable():
+                return  # the check has crashed, whatever its verdict, and a fresh worker takes over
+        else:
+            request = _read(requests)
+            if is_gym and gym.runs_text(request["metadata"]):
+                reply = _of_gym(verify, walls, replies, room, request)
+            else:
+                # Its signal, left at the default, ends this process, also in the middle of a C
+                # function.
+                signal.setitimer(signal.ITIMER_PROF, request["processor_seconds"])
+                reply = _reply(verify, request)
+                signal.setitimer(signal.ITIMER_PROF, 0)
+        number += 1
+        # Caches of parsers grow: a fresh process must take over before an honest check meets the
+        # limit.
+        last = room.is_half_used()
+        _send(replies, number=number, **reply, last=last)
         if last:
             return
 
 
-def _load(name: str, options: dict[str, Any]) -> verifiers.Verifier:
-    verify = verifiers.load(name, require_think=options["require_think"], require_boxed=options["require_boxed"])
+def _load(options: Mapping[str, Any]) -> Verify:
+    name = options["verifier"]
+    if name == "code":
+        return CodeVerifier(
+            require_think=options["require_think"],
+            partial=options["partial"],
+            seconds=options["timeout_seconds"],
+            memory=options["memory_mib"] << 20,
+        )
+    verify = verifiers.load(
+        name, require_think=options["require_think"], require_boxed=options["require_boxed"]
+    )
     if name in verifiers.NAMES:
         # Imports what it needs, and builds the parsers' tables, before any clock runs.
-        verify("</think>\\boxed{1}", ["2"], {"source_dataset": "chain_sum"})
+        verify(verifiers.WARM_UP, ["\\sqrt{x + 1}"], {"source_dataset": "chain_sum"})
     return verify
 
 
-def _reply(verify: verifiers.Verifier, request: dict[str, Any]) -> dict[str, Any]:
+def _check_folder(folder: str) -> None:
+    """Raises ValueError where a verifier's folder, which completions may read, has the home
+    directory in it.
+    """
+    homes = home_directories()
+    if any(Path(folder) == home or Path(folder) in home.parents for home in homes):
+        raise ValueError(
+            f"it lies in {folder}, so completions could read the home directory; move it to a folder of its own, or say "
+            "TRUSTED = True in it if it never runs what a completion says"
+        )
+
+
+def _check_rung(options: Mapping[str, Any], walls: Walls, runs_any_text: bool) -> None:
+    """Raises ValueError where the walls are lower than the verifier or the configuration asks for."""
+    if options["sandbox"] == "off" or walls.rung.contains or options["trusted"]:
+        return
+    if options["sandbox"] == "require":
+        raise ValueError(f"labels.sandbox = require, and {walls.why}; {REMEDY}")
+    if options["verifier"] == "code":
+        raise ValueError(f"programs run in a sandbox only, and {walls.why}; {REMEDY}")
+    if options["verifier"] == "reasoning_gym" and runs_any_text:
+        raise ValueError(
+            f"another version of reasoning_gym than {gym.VERSION} may evaluate answers, and {walls.why}; install that "
+            f"version, or {REMEDY}"
+        )
+
+
+def _of_gym(
+    verify: Verify, walls: Walls, replies: Any, room: AddressSpace, request: dict[str, Any]
+) -> dict[str, Any]:
+    if not walls.rung.contains and walls is not NO_WALLS:
+        task = request["metadata"].get("source_dataset")
+        return _crashed(f"the scorer of {task} evaluates answers, and {walls.why}: docs/sandbox.md")
+    return _in_child(verify, walls, replies, room, read=lambda: request)
+
+
+def _in_child(
+    verify: Verify,
+    walls: Walls,
+    replies: Any,
+    room: AddressSpace,
+    read: Callable[[], dict[str, Any]],
+) -> dict[str, Any]:
+    """One check in a copy of this process that ends with it: its status, reward and reason.
+
+    Args:
+        replies, room: this process's own, which the copy closes.
+        read: the request; called in the child, so that this process need not know it.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        code = 1
+        try:
+            kernel.die_with_parent(signal.SIGKILL)
+            request = read()
+            replies.close()
+            room.close()
+            _detach()
+            seconds = math.ceil(request["processor_seconds"])
+            confine_judged_code(walls, processor_seconds=seconds, memory=None)
+            os.write(writer, json.dumps(_reply(verify, request)).encode())
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code if isinstance(leaving.code, int) else 1
+        except Exception as error:  # a wall that could not be built: the verifier has not run
+            os.write(writer, json.dumps(_crashed(_reason(error))).encode())
+        finally:
+            os._exit(code)
+    os.close(writer)
+    answer = b""
+    with open(reader, "rb", buffering=0) as pipe:
+        while len(answer) <= _MAX_ANSWER_BYTES and (piece := pipe.read(_MAX_ANSWER_BYTES)):
+            answer += piece
+    os.kill(child, signal.SIGKILL)  # what closes its pipe and goes on has nothing more to say
+    _, status, usage = os.wait4(child, 0)
+    return _answer(answer, os.waitstatus_to_exitcode(status), usage)
+
+
+def _detach() -> None:
+    """Replaces standard input, output and error by nothing: requests come in by the first."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(nothing, descriptor)
+    os.close(nothing)
+
+
+def _answer(answer: bytes, code: int, usage: resource.struct_rusage) -> dict[str, Any]:
+    """A child's answer, checked field by field: it may have been written by whatever the child ran."""
     try:
-        status, reward = verify(request["text"], request["answers"], request["metadata"])
+        match json.loads(answer):
+            case {
+                "status": ("ok" | "wrong" | "unparsable" | "score" | "crashed") as status,
+                "reward": (None | int() | float()) as reward,
+                "reason": str(reason),
+            } if len(answer) <= _MAX_ANSWER_BYTES and not isinstance(reward, bool):
+                return _checked(status, reward, reason)
+        return _crashed("the check's answer is of another form")
+    except (ValueError, OverflowError, RecursionError):  # no JSON, or a number beyond all floats
+        pass
+    spent = usage.ru_utime + usage.ru_stime
+    if code == -signal.SIGKILL and spent >= 1:  # only the kernel's clock kills in there
+        return {
+            "status": "timeout",
+            "reward": None,
+            "reason": f"no answer within {spent:.0f} s of processor time",
+        }
+    if answer:
+        return _crashed("the check's answer is of another form")
+    return _crashed(f"the verifier process ended with code {code}")
+
+
+def _reply(verify: Verify, request: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        status, reward, *reasons = verify(request["text"], request["answers"], request["metadata"])
     except Exception as error:  # whatever a verifier raises is one failed check
-        return {"status": "crashed", "reward": None, "reason": _reason(error)}
+        return _crashed(_reason(error))
+    return _checked(status, reward, reasons[0] if reasons else "")
+
+
+def _checked(status: str, reward: float | None, reason: str) -> dict[str, Any]:
     if reward is not None and not math.isfinite(reward):
-        return {"status": "crashed", "reward": None, "reason": f"the verifier gave the reward {reward}"}
-    return {"status": status, "reward": reward, "reason": ""}
+        return _crashed(f"the verifier gave the reward {reward}")
+    return {"status": status, "reward": reward, "reason": _printable(reason)}
+
+
+def _crashed(reason: str) -> dict[str, Any]:
+    return {"status": "crashed", "reward": None, "reason": _printable(reason)}
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".replace("\n", " ")[:_MAX_REASON_CHARS]
+    return _printable(f"{type(error).__name__}: {error}")
 
 
-def _address_space() -> int:
-    """Bytes that count against RLIMIT_AS; 0 where the system does not tell, and does not enforce it either."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else 0
+def _printable(text: str) -> str:
+    """The beginning of the text without control characters: it is shown on terminals, and judged
+    code may have written it.
+    """
+    return "".join(c if c.isprintable() else " " for c in text[:_MAX_REASON_CHARS])
+
+
+def _is_there(descriptor: int) -> bool:
+    """Waits for a request; False when the trainer has closed the pipe."""
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    ((_, events),) = poller.poll()
+    return bool(events & select.POLLIN)
+
+
+def _read(requests: BinaryIO) -> dict[str, Any]:
+    """The next request.
+
+    The trainer sends no other before it has the reply, so nothing is read beyond the line.
+    """
+    pieces: list[bytes] = []
+    while not pieces or not pieces[-1].endswith(b"\n"):
+        piece = requests.read(1 << 16)
+        if not piece:
+            raise EOFError("the trainer closed the pipe in the middle of a request")
+        pieces.append(piece)
+    request: dict[str, Any] = json.loads(b"".join(pieces))
+    return request
+
+
+class AddressSpace:
+    """How much of its memory limit this process has used, as RLIMIT_AS counts it."""
+
+    def __init__(self, limit: int) -> None:
+        """Opens the kernel's figures while /proc is in sight.
+
+        Raises:
+            ValueError: the verifier alone does not fit the limit.
+        """
+        self._statm = os.open("/proc/self/statm", os.O_RDONLY)
+        used = self._used()
+        if used + _LEAST_ROOM > limit:
+            raise ValueError(
+                f"it takes {used >> 20} MiB before its first check, so labels.memory_mib = {limit >> 20} leaves it no "
+                f"room; set it to {2 * used >> 20} or more"
+            )
+        self._half = (limit + used) / 2
+
+    def close(self) -> None:
+        """Lets go of the figures: a child that kept them could read this process's."""
+        os.close(self._statm)
+
+    def is_half_used(self) -> bool:
+        """Whether half of what the loaded verifier left is used."""
+        return self._used() > self._half
+
+    def _used(self) -> int:
+        pages = os.pread(self._statm, 1 << 10, 0).split()[0]
+        return int(pages) * resource.getpagesize()
 
 
 def _send(replies: Any, **fields: Any) -> None:

@@ -7,10 +7,11 @@ from torch import Tensor
 
 
 def grpo_weights(log_ratio: Tensor, advantage: Tensor, *, epsilon: float = 0.2) -> Tensor:
-    """The gradient of GRPO's clipped loss, -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A), in the log-ratio log r.
+    """Returns the gradient of GRPO's clipped loss in each token's log-ratio.
 
-    It is -A r, and 0 once r has left the trust region in the direction that A pulls (arXiv:2402.03300, Eq. 3, without
-    the KL term and the mean over tokens).
+    The loss is -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) with the ratio r = pi / pi_old and
+    the advantage A. Its gradient in log r is -A r, and 0 once r has left the trust region in the
+    direction that A pulls (arXiv:2402.03300, Eq. 3, without the KL term and the mean over tokens).
 
     Args:
         log_ratio: [...] log pi - log pi_old of a token, nats.

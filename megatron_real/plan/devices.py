@@ -1,7 +1,9 @@
 """GPUs that a plan knows, and the rates that its times come from, each with its source.
 
-Nothing here was measured by this project: it has not run on these GPUs. Times are estimates from other people's
-figures, and a run's own metrics replace them (`--train-utilization`, `--decode-utilization`, `--mean-response`).
+Nothing here was measured by this project: it has not run on these GPUs. Times are estimates from
+other people's figures. tools/gpu_day.py measures what takes their place (`--rates`,
+plan/measured.py), and a run's own metrics do (`--train-utilization`, `--decode-utilization`,
+`--mean-response`).
 """
 
 from __future__ import annotations
@@ -28,23 +30,41 @@ class Device:
     network_gb: float
     """GB/s of a GPU's share of the network between nodes."""
     utilization: Mapping[float, float]
-    """Billions of parameters -> share of `tflops` that training reaches, recomputation counted as work."""
+    """Billions of parameters -> share of `tflops` that training reaches, recomputation counted as
+    work."""
     usd_per_hour: float
     """List price of one GPU on demand; prices move, `--price` replaces it."""
+    measured: str = ""
+    """File that `utilization` was measured in; empty: it is published."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where each rate comes from."""
+        training, *others = SOURCES
+        if self.measured:
+            training = f"training: measured by tools/gpu_day.py, {self.measured}"
+        return (training, *others)
 
     def train_utilization(self, num_parameters: int) -> float:
-        """The measured share for a model of this size, linear in between, the nearest one outside."""
-        sizes, size = sorted(self.utilization), num_parameters / 1e9
+        """Returns the share of peak FLOP/s that training reaches for a model of this size.
+
+        It is linear between the sizes of the table and that of the nearest size outside them.
+        """
+        sizes = sorted(self.utilization)
+        size = num_parameters / 1e9
         right = bisect_left(sizes, size)
         if right in (0, len(sizes)):
             return self.utilization[sizes[min(right, len(sizes) - 1)]]
-        low, high = sizes[right - 1], sizes[right]
+
+        low = sizes[right - 1]
+        high = sizes[right]
         share = (size - low) / (high - low)
         return self.utilization[low] * (1 - share) + self.utilization[high] * share
 
 
-# Hardware FLOPs utilisation (column HFU) of MosaicML's llm-foundry, scripts/train/benchmarking/README.md, on 8 GPUs at
-# 8192 tokens (13b on H100: 4096). Megatron-LM's README has 41-47 % for 2B to 462B on H100.
+# Hardware FLOPs utilisation (column HFU) of MosaicML's llm-foundry,
+# scripts/train/benchmarking/README.md, on 8 GPUs at 8192 tokens (13b on H100: 4096). Megatron-LM's
+# README has 41-47 % for 2B to 462B on H100.
 _FOUNDRY_H100 = {0.77: 0.348, 1.33: 0.377, 2.67: 0.403, 6.68: 0.495, 12.9: 0.555}
 _FOUNDRY_A100 = {0.36: 0.538, 0.77: 0.553, 1.33: 0.567, 2.67: 0.593, 6.68: 0.726, 12.9: 0.748}
 
@@ -57,16 +77,18 @@ DEVICES: Mapping[str, Device] = {
         # link: 370 GB/s, NCCL's author in NVIDIA/nccl-tests issue 212; network 400 Gb/s a GPU.
         Device("h100-80g", 79.6, 989, 3350, 370, 50, _FOUNDRY_H100, 3.0),
         Device("h200-141g", 139.8, 989, 4800, 370, 50, _FOUNDRY_H100, 3.5),
-        # No published bf16 figures for dense models of this size were found: H100's share of the peak, twice its link.
+        # No published bf16 figures for dense models of this size were found: H100's share of the
+        # peak, twice its link.
         Device("b200-180g", 178.3, 2250, 7700, 740, 50, _FOUNDRY_H100, 5.0),
     )
 }
 
 GPUS_PER_NODE = 8
 
-# Share of memory bandwidth that decoding reaches with batches in the hundreds, scheduling included. vLLM's published
-# 12,500 tokens/s of Llama 3.1 8B in bf16 on an H100 (morphllm.com/vllm-benchmarks) are 0.43 of the weights and KV cache
-# that such a batch of 256 reads; a single sequence on an A100 reaches 0.77 (johnmusgrave.com, vLLM 0.23).
+# Share of memory bandwidth that decoding reaches with batches in the hundreds, scheduling included.
+# vLLM's published 12,500 tokens/s of Llama 3.1 8B in bf16 on an H100 (morphllm.com/vllm-benchmarks)
+# are 0.43 of the weights and KV cache that such a batch of 256 reads; a single sequence on an A100
+# reaches 0.77 (johnmusgrave.com, vLLM 0.23).
 DECODE_UTILIZATION = 0.45
 
 # Share of peak FLOP/s of prefill and of large decode batches: forward passes, as in training.
@@ -75,11 +97,13 @@ PREFILL_UTILIZATION = 0.4
 # Seconds below which no decode step goes: launch, sampling, scheduling. Assumed.
 DECODE_STEP_FLOOR = 0.004
 
-# Share of the response budget that an average answer takes, where --mean-response does not say: DeepScaleR reports
-# 5,500 of 8,192 tokens falling to 3,500 for R1-Distill-Qwen-1.5B in its first stage.
+# Share of the response budget that an average answer takes, where --mean-response does not say:
+# DeepScaleR reports 5,500 of 8,192 tokens falling to 3,500 for R1-Distill-Qwen-1.5B in its first
+# stage.
 MEAN_RESPONSE_SHARE = 0.5
 
-# Share of the prompt limit that an average prompt takes: competition problems have some 100 to 300 tokens. Assumed.
+# Share of the prompt limit that an average prompt takes: competition problems have some 100 to 300
+# tokens. Assumed.
 MEAN_PROMPT_SHARE = 0.25
 
 SOURCES = (

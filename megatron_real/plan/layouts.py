@@ -15,7 +15,8 @@ from megatron_real.plan.devices import GPUS_PER_NODE
 from megatron_real.plan.memory import Shapes, StageMemory, engine_memory, stage_memory
 from megatron_real.plan.speed import Run, StepTime, step_time
 
-# Share of a device that no plan may use: CUDA context, NCCL's and cuBLAS' buffers, fragmentation of the allocator.
+# Share of a device that no plan may use: CUDA context, NCCL's and cuBLAS' buffers, fragmentation of
+# the allocator.
 RESERVE_SHARE = 0.08
 
 Recompute = Literal["none", "selective", "full"]
@@ -33,13 +34,18 @@ class Estimate:
     @cached_property
     def stages(self) -> list[StageMemory]:
         """Memory of a rank of each pipeline stage."""
-        shapes = Shapes(self.run.micro_batches, "local" if self.run.config.model.layers == "local" else "te")
+        layers: Literal["te", "local"] = "te"
+        if self.run.config.model.layers == "local":
+            layers = "local"
+        shapes = Shapes(self.run.micro_batches, layers)
         return stage_memory(self.run.architecture, self.run.config, dp=self.run.dp, shapes=shapes)
 
     @cached_property
     def server(self) -> dict[str, int]:
         """Memory of an engine on a GPU that serves; empty where none does."""
-        return engine_memory(self.run.architecture, self.run.config) if self.run.server_gpus else {}
+        if not self.run.server_gpus:
+            return {}
+        return engine_memory(self.run.architecture, self.run.config)
 
     @cached_property
     def seconds(self) -> StepTime:
@@ -58,17 +64,17 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """It runs without running out of memory."""
+        """Whether no GPU runs out of memory."""
         return max(self.peak, sum(self.server.values())) <= self.budget
 
     @property
     def hours(self) -> float:
-        """Of all steps."""
+        """Hours of all steps."""
         return self.seconds.total * self.run.config.trainer.steps / 3600
 
     @property
     def gpu_hours(self) -> float:
-        """Of all steps, on the GPUs that train and those that serve."""
+        """GPU-hours of all steps, on the GPUs that train and those that serve."""
         return self.hours * (self.run.cluster.gpus + self.run.server_gpus)
 
     @property
@@ -80,20 +86,50 @@ class Estimate:
     def name(self) -> str:
         """The layout as words for the command line, and what they leave for data parallelism."""
         parallel = self.run.config.parallel
-        words = [f"{axis}={n}" for axis in ("tp", "pp", "vpp", "cp") if (n := getattr(parallel, axis)) > 1]
+        words = [
+            f"{axis}={n}"
+            for axis in ("tp", "pp", "vpp", "cp")
+            if (n := getattr(parallel, axis)) > 1
+        ]
         return " ".join([*words, *(["sp"] if parallel.sp else []), f"dp={self.run.dp}"])
 
 
 def ranked(run: Run) -> list[Estimate]:
-    """All layouts that fit, the fastest first, each with its fastest recomputation. Times that differ by less than the
-    estimates can tell count as equal: the simpler layout comes first, then the one with more room."""
+    """Returns all layouts that fit, the fastest first.
+
+    Each has its fastest recomputation. There, times that differ by less than the estimates can tell
+    count as equal, and the one with more room is taken.
+    """
     best: dict[ParallelConfig, Estimate] = {}
     for config in _layouts(run):
         made = Estimate(dataclasses.replace(run, config=config))
         known = best.get(config.parallel)
         if made.fits and (known is None or _order(made) < _order(known)):
             best[config.parallel] = made
-    return sorted(best.values(), key=_order)
+    return sorted(best.values(), key=_shown)
+
+
+def told_apart(seconds: float) -> float:
+    """Returns seconds to two significant digits, in halves of the second one below 2: estimates
+    tell no more.
+    """
+    if seconds <= 0:
+        return 0.0
+    digit = math.floor(math.log10(seconds)) - 1
+    halves = 1
+    if seconds < 20 * 10.0**digit:
+        halves = 2
+    return round(round(seconds / 10.0**digit * halves) / halves * 10.0**digit, 1 - digit)
+
+
+def _shown(made: Estimate) -> tuple[float, int, int]:
+    """The order of the seconds that a ranking shows.
+
+    Where those are equal, the simpler layout comes first.
+    """
+    parallel = made.run.config.parallel
+    pieces = parallel.tp * parallel.pp * parallel.cp * parallel.vpp
+    return told_apart(made.seconds.total), pieces, made.peak
 
 
 def _order(made: Estimate) -> tuple[int, int, int]:
@@ -103,13 +139,19 @@ def _order(made: Estimate) -> tuple[int, int, int]:
 
 
 def _layouts(run: Run) -> Iterator[Config]:
-    """The configuration under every layout that divides model, batch and GPUs. Tensor and context parallelism stay
-    within a node, the former with sequence parallelism; engines take one GPU or the configuration's rollout.tp, servers
-    the latter."""
-    config, configured = run.config, run.config.rollout.tp
-    engine_sizes = {configured} if run.server_gpus else sorted({1, configured})
+    """Yields the configuration under every layout that divides model, batch and GPUs.
+
+    Engines in the training processes take one GPU or the configuration's rollout.tp, servers the
+    latter.
+    """
+    config = run.config
+    engine_sizes = [config.rollout.tp]
+    if not run.server_gpus:
+        engine_sizes = sorted({1, config.rollout.tp})
     recomputations: tuple[Recompute, ...] = ("none", "selective", "full")
-    for parallel, recompute, engine_tp in itertools.product(_parallels(run), recomputations, engine_sizes):
+    for parallel, recompute, engine_tp in itertools.product(
+        _parallels(run), recomputations, engine_sizes
+    ):
         yield dataclasses.replace(
             config,
             parallel=parallel,
@@ -119,10 +161,20 @@ def _layouts(run: Run) -> Iterator[Config]:
 
 
 def _parallels(run: Run) -> Iterator[ParallelConfig]:
-    a, gpus = run.architecture, run.cluster.gpus
+    """Yields the layouts that divide model, batch and GPUs.
+
+    Tensor and context parallelism stay within a node, the former with sequence parallelism.
+    """
+    a = run.architecture
+    gpus = run.cluster.gpus
     for tp, pp, vpp, cp in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2), (1, 2, 4)):
         ranks = tp * pp * cp
-        within = tp * cp <= GPUS_PER_NODE and gpus % ranks == 0 and gpus // ranks <= run.rollouts // run.updates
+        within = (
+            tp * cp <= GPUS_PER_NODE
+            and gpus % ranks == 0
+            and gpus // ranks <= run.rollouts // run.updates
+        )
         divides = not (a.num_heads % tp or a.ffn_size % tp or a.num_layers % (pp * vpp))
+        divides = divides and a.can_cut_kv_heads(tp)
         if within and divides and (pp > 1 or vpp == 1):
             yield ParallelConfig(tp=tp, pp=pp, vpp=vpp, cp=cp, sp=tp > 1)

@@ -1,13 +1,15 @@
-"""Bytes on each rank, without building anything: what Megatron shards where, and what a pass keeps for its backward.
+"""Bytes on each rank, without building anything: what Megatron shards where, and what a pass keeps
+for its backward.
 
-Every rank of a pipeline stage holds the same amount, so the answer is one column per stage. Weights, gradients and
-optimizer states are exact but for the padding of buckets. Activations are what autograd saves in one layer, term by
-term as the modules of policy/layers.py (or TransformerEngine's) make it, times the layers and micro-batches that the
-schedule has in flight, plus what the costliest moment needs on top. tests/distributed/test_plan_memory.py holds both
+Every rank of a pipeline stage holds the same amount, so the answer is one column per stage.
+Weights, gradients and optimizer states are exact but for the padding of buckets. Activations are
+what autograd saves in one layer, term by term as the modules of policy/layers.py (or
+TransformerEngine's) make it, times the layers and micro-batches that the schedule has in flight,
+plus what the costliest moment needs on top. tests/distributed/test_plan_memory.py holds both
 against the allocations of real models.
 
-Letters as in the rest of the project: T packed tokens of a micro-batch, H hidden size, F width of the MLP, V rows of
-the vocabulary, D head size.
+Letters as in the rest of the project: T packed tokens of a micro-batch, H hidden size, F width of
+the MLP, V rows of the vocabulary, D head size.
 """
 
 from __future__ import annotations
@@ -17,10 +19,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_real.config import Config, ParallelConfig
+from megatron_real.config.engines import has_own_processes
+from megatron_real.numerics import DTYPE_BYTES
 from megatron_real.weights.architecture import Architecture
-
-WIDTH = {"bf16": 2, "fp32": 4, "fp64": 8}
-"""Bytes of a parameter or activation."""
 
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 """The log-prob head's chunk of logits in fp32: policy/logprobs.py."""
@@ -31,9 +32,14 @@ BUCKET_BYTES = 256 << 20
 MODELLED = frozenset({"grad_reduce_in_fp32", "bias_activation_fusion"})
 """Fields of `megatron.*` that the estimates follow."""
 
-# What a vLLM engine takes beside weights and KV cache: activations of its largest batch of 8192 prompt tokens, CUDA
-# graphs and sampler buffers. vLLM prints its own figure at the start.
+# What a vLLM engine takes beside weights and KV cache: activations of its largest batch of 8192
+# prompt tokens, CUDA graphs and sampler buffers. vLLM prints its own figure at the start.
 ENGINE_OVERHEAD = 3 << 30
+
+# Of that, what sleep mode keeps: it gives back weights and KV cache
+# (vllm/device_allocator/cumem.py), and torch's cache goes with the sampler's; CUDA graphs and the
+# workspaces of cuBLAS and attention stay.
+ENGINE_ASLEEP = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class Resident:
     gradients: int
     """Megatron's gradient buffers: fp32 for a bf16 model."""
     optimizer: int
-    """Adam's moments and, for a bf16 model, the fp32 weights: over data- and context-parallel ranks if distributed."""
+    """Adam's moments and, for a bf16 model, the fp32 weights: over data- and context-parallel ranks
+    if distributed."""
 
     @property
     def total(self) -> int:
@@ -62,7 +69,8 @@ class Activations:
     saved: int
     """For the backward pass, over all layers and micro-batches in flight."""
     head: int
-    """Log-prob head: chunks of logits, and in backward the weight's and the hidden states' gradients."""
+    """Log-prob head: chunks of logits, and in backward the weight's and the hidden states'
+    gradients."""
     layer: int
     """The layer that is being computed, beyond what it saves."""
 
@@ -87,20 +95,26 @@ class StageMemory:
     old_logprobs: Activations
     """A pass without backward."""
     engine: Mapping[str, int]
-    """The rollout engine on the same GPU: `weights`, `kv_cache`, `overhead`; nothing where there is none."""
+    """The rollout engine on the same GPU: `weights`, `kv_cache`, `overhead`; nothing where there is
+    none."""
     sync: int
     """What a weight sync holds beside both models: a tensor, and for servers a bucket."""
     engine_sleeps: bool
     """The engine gives its memory back while the policy trains."""
+    scores_beside_engine: bool
+    """A pass without backward runs while the engine is awake: rollout.exclude_mismatch."""
 
     @property
     def peaks(self) -> dict[str, int]:
         """Part of the step -> bytes in use at its peak."""
         engine = sum(self.engine.values())
-        kept = 0 if self.engine_sleeps else engine
+        kept = engine
+        if self.engine and self.engine_sleeps:
+            kept = ENGINE_ASLEEP
+        beside = self.old_logprobs.total if self.scores_beside_engine else 0
         return {
             "sync": self.resident.total + self.engine.get("weights", 0) + self.sync,
-            "rollout": self.resident.total + engine,
+            "rollout": self.resident.total + engine + beside,
             "old_logprobs": self.resident.total + kept + self.old_logprobs.total,
             "update": self.resident.total + kept + self.update.total,
         }
@@ -123,9 +137,11 @@ class Shapes:
     """Decides the chunk of the log-prob head."""
 
 
-def stage_memory(architecture: Architecture, config: Config, *, dp: int, shapes: Shapes) -> list[StageMemory]:
+def stage_memory(
+    architecture: Architecture, config: Config, *, dp: int, shapes: Shapes
+) -> list[StageMemory]:
     """Memory of one rank of each pipeline stage."""
-    alone = config.rollout.replay or config.rollout.engine == "vllm-server"
+    alone = config.rollout.replay or has_own_processes(config.rollout.engine)
     stages = []
     for stage in range(config.parallel.pp):
         parameters = stage_parameters(architecture, config.parallel, stage)
@@ -139,6 +155,7 @@ def stage_memory(architecture: Architecture, config: Config, *, dp: int, shapes:
                 engine={} if alone else engine_memory(architecture, config),
                 sync=_sync(architecture, config),
                 engine_sleeps=config.rollout.sleep_level > 0,
+                scores_beside_engine=config.rollout.exclude_mismatch is not None,
             )
         )
     return stages
@@ -147,32 +164,62 @@ def stage_memory(architecture: Architecture, config: Config, *, dp: int, shapes:
 def stage_parameters(architecture: Architecture, parallel: ParallelConfig, stage: int) -> int:
     """Elements of one rank's parameters on a pipeline stage, as Megatron shards them.
 
-    Column- and row-parallel weights, the embedding and the head are cut over tensor-parallel ranks, norms and biases of
-    row-parallel layers are not. A tied head on another stage than the embedding is a copy of it. With more ranks than
-    KV heads the weights are still cut evenly: only the computed keys and values are exchanged.
+    Column- and row-parallel weights, the embedding and the head are cut over tensor-parallel ranks,
+    norms and biases of row-parallel layers are not. A tied head on another stage than the embedding
+    is a copy of it. With more ranks than KV heads the weights are still cut evenly: only the
+    computed keys and values are exchanged.
     """
-    a, tp = architecture, parallel.tp
-    hidden, head_dim = a.hidden_size, a.head_dim
-    qkv = head_dim * (a.num_heads + 2 * a.num_kv_heads)
-    cut = hidden * qkv + head_dim * a.num_heads * hidden + 3 * hidden * a.ffn_size
-    cut += (qkv if a.qkv_bias else 0) + (2 * a.ffn_size if a.linear_bias else 0)
-    whole = 2 * hidden + (2 * hidden if a.linear_bias else 0) + (2 * head_dim if a.qk_norm else 0)
+    a = architecture
+    tp = parallel.tp
+    hidden = a.hidden_size
+
+    # Of a layer: what is cut over tensor-parallel ranks, and what every rank has whole.
+    qkv = a.head_dim * (a.num_heads + 2 * a.num_kv_heads)
+    cut = hidden * qkv + a.head_dim * a.num_heads * hidden + 3 * hidden * a.ffn_size
+    whole = 2 * hidden
+    if a.qkv_bias:
+        cut += qkv
+    if a.linear_bias:
+        cut += 2 * a.ffn_size
+        whole += 2 * hidden
+    if a.qk_norm:
+        whole += 2 * a.head_dim
     total = a.num_layers // parallel.pp * (cut // tp + whole)
+
     vocabulary = a.padded_vocab(tp) // tp * hidden
-    first, last = stage == 0, stage == parallel.pp - 1
+    first = stage == 0
+    last = stage == parallel.pp - 1
     if first:
         total += vocabulary
     if last:
-        total += hidden + (0 if a.tied and first else vocabulary)
+        total += hidden  # the final norm
+        if not (a.tied and first):
+            total += vocabulary
     return total
 
 
 def _resident(config: Config, parameters: int, *, dp: int) -> Resident:
-    width = WIDTH[config.model.dtype]
-    gradient = 4 if config.model.dtype == "bf16" and config.megatron.get("grad_reduce_in_fp32", True) else width
-    state = {"bf16": 12, "fp32": 8, "fp64": 0}[config.model.dtype]  # fp64 is for exactness tests: no optimizer
-    shards = dp * config.parallel.cp if config.optimizer.distributed else 1
-    return Resident(parameters, parameters * width, parameters * gradient, parameters * state // shards)
+    """Returns what stays of `parameters` elements on a rank among `dp` data-parallel ones."""
+    dtype = config.model.dtype
+    width = DTYPE_BYTES[dtype]
+
+    gradient = width
+    if dtype == "bf16" and config.megatron.get("grad_reduce_in_fp32", True):
+        gradient = 4
+
+    # Adam's two moments in fp32, and fp32 weights beside bf16 ones. fp64 is for exactness tests,
+    # which have no optimizer.
+    state = {"bf16": 12, "fp32": 8, "fp64": 0}[dtype]
+    shards = 1
+    if config.optimizer.distributed:
+        shards = dp * config.parallel.cp
+
+    return Resident(
+        parameters=parameters,
+        weights=parameters * width,
+        gradients=parameters * gradient,
+        optimizer=parameters * state // shards,
+    )
 
 
 class _Layer:
@@ -180,7 +227,7 @@ class _Layer:
 
     def __init__(self, architecture: Architecture, config: Config, shapes: Shapes) -> None:
         a, parallel = architecture, config.parallel
-        self.width = WIDTH[config.model.dtype]
+        self.width = DTYPE_BYTES[config.model.dtype]
         self.te = shapes.layers == "te"
         self.tokens = -(-config.batch.max_tokens // parallel.cp)
         self.residual = self.tokens * a.hidden_size // (parallel.tp if parallel.sp else 1)
@@ -188,9 +235,11 @@ class _Layer:
         self.ffn = self.tokens * a.ffn_size // parallel.tp
         self.heads = a.num_heads // parallel.tp
         self.kv_heads = max(a.num_kv_heads // parallel.tp, 1)
-        self.head_dim, self.qk_norm, self.cp = a.head_dim, a.qk_norm, parallel.cp
+        self.head_dim = a.head_dim
+        self.qk_norm = a.qk_norm
+        self.cp = parallel.cp
         self.selective = config.model.recompute == "selective"
-        self.fused_activation = bool(config.megatron.get("bias_activation_fusion", False))
+        self.fused_activation = bool(config.megatron.get("bias_activation_fusion", self.te))
 
     @property
     def input(self) -> int:
@@ -204,83 +253,152 @@ class _Layer:
 
     @property
     def at_work(self) -> int:
-        """What the layer holds at its peak beyond what it saves: gradients of the MLP's width, norms in fp32."""
+        """What the layer holds at its peak beyond what it saves: gradients of the MLP's width,
+        norms in fp32.
+        """
         return 2 * self.ffn * self.width + 2 * self.residual * 4 + self.gathered * self.width
 
     @property
     def forward_only(self) -> int:
-        """The widest moment of a pass without backward: the MLP's products beside its input and the residual."""
+        """The widest moment of a pass without backward: the MLP's products beside its input and the
+        residual.
+        """
         return self._mlp + 2 * self.input + self.gathered * self.width
 
     @property
     def _norm(self) -> int:
-        """Input and output of a norm and the linear layer's input; ours also keeps x in fp32 and x / rms(x)."""
+        """Input and output of a norm and the linear layer's input.
+
+        Ours also keeps x in fp32 and x / rms(x).
+        """
         return self.residual * (2 * self.width if self.te else max(4, self.width) + 2 * self.width)
 
     @property
     def _attention(self) -> int:
-        query, key = (self.tokens * heads * self.head_dim * self.width for heads in (self.heads, self.kv_heads))
-        statistics = 0 if self.selective else self.tokens * self.heads * 4
-        rotary = 4 * self.tokens * self.head_dim * self.width  # cosines and sines, once for q and once for k
-        norms = (query + key) * (1 if self.te else 1 + max(4, self.width) / self.width) if self.qk_norm else 0
-        # The output is kept by the kernel and by the projection after it: two copies where ours joins its sequences.
-        outputs = query if self.te or self.selective else 2 * query
-        keys = key + query + 2 * key  # the value is a view of the product of q, k and v, so all of it stays
+        query = self.tokens * self.heads * self.head_dim * self.width
+        key = self.tokens * self.kv_heads * self.head_dim * self.width
+
+        # The kernel's log-sum-exp of each query, in fp32.
+        statistics = 0
+        if not self.selective:
+            statistics = self.tokens * self.heads * 4
+
+        # Cosines and sines, once for q and once for k.
+        rotary = 4 * self.tokens * self.head_dim * self.width
+
+        # Norms of q and k keep their inputs; ours also keep them in fp32.
+        norms: float = 0
+        if self.qk_norm:
+            norms = query + key
+            if not self.te:
+                norms *= 1 + max(4, self.width) / self.width
+
+        # The output is kept by the kernel and by the projection after it: two copies where ours
+        # joins its sequences.
+        outputs = query
+        if not (self.te or self.selective):
+            outputs = 2 * query
+
+        # The value is a view of the product of q, k and v, so all of that product stays.
+        keys = key + query + 2 * key
         if self.cp > 1 and not self.te and not self.selective:
             keys = 2 * key * self.cp  # ours gathers all ranks' keys and values
         return int(query + keys + outputs + statistics + rotary + norms)
 
     @property
     def _mlp(self) -> int:
-        """The first product (twice F), its activation, the linear half and their product: all but the first and last
-        are inside the kernel where bias_activation_fusion is on."""
-        return (3 if self.fused_activation else 5) * self.ffn * self.width
+        """The first product (twice F), its activation, the linear half and their product.
+
+        All but the first and last are inside the kernel where bias_activation_fusion is on, as it is
+        with TransformerEngine by default.
+        """
+        widths = 5
+        if self.fused_activation:
+            widths = 3
+        return widths * self.ffn * self.width
 
 
 def in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> int:
-    """Model chunks' forward passes whose backward is still to come, at most, on a pipeline stage: those of the
-    schedule's warm-up (megatron-core's 1F1B, interleaved where vpp > 1) and the one at work."""
-    pp, vpp = parallel.pp, parallel.vpp
-    warm_up = pp - stage - 1 if vpp == 1 else 2 * (pp - stage - 1) + (vpp - 1) * pp
+    """Returns how many forward passes of model chunks at most await their backward on a stage.
+
+    They are those of the schedule's warm-up (megatron-core's 1F1B, interleaved where vpp > 1) and
+    the one at work.
+    """
+    pp = parallel.pp
+    vpp = parallel.vpp
+    warm_up = pp - stage - 1
+    if vpp > 1:
+        warm_up = 2 * (pp - stage - 1) + (vpp - 1) * pp
     return min(micro_batches * vpp, warm_up + 1)
 
 
 def _update(architecture: Architecture, config: Config, stage: int, shapes: Shapes) -> Activations:
-    parallel, layer = config.parallel, _Layer(architecture, config, shapes)
-    full = config.model.recompute == "full"
+    """Returns a stage's activations at the peak of an update's forward and backward passes."""
+    parallel = config.parallel
+    layer = _Layer(architecture, config, shapes)
     passes = in_flight(parallel, stage, shapes.micro_batches)
     layers = architecture.num_layers // (parallel.pp * parallel.vpp) * passes
-    saved = layers * (layer.input if full else layer.saved)
-    if parallel.pp > 1:  # input and output of a stage stay until their gradients have come
-        saved += passes * layer.input * (1 if stage == 0 or stage == parallel.pp - 1 else 2)
+
+    # Full recomputation keeps inputs alone and makes one layer's activations anew in backward.
+    saved = layers * layer.saved
+    at_work = layer.at_work
+    if config.model.recompute == "full":
+        saved = layers * layer.input
+        at_work += layer.saved
+
+    # Input and output of a stage stay until their gradients have come; the ends have one of them.
+    first = stage == 0
+    last = stage == parallel.pp - 1
+    if parallel.pp > 1:
+        tensors = 1 if first or last else 2
+        saved += passes * layer.input * tensors
+
     head = 0
-    if stage == parallel.pp - 1:
+    if last:
         final_norm = layer.residual * (max(4, layer.width) + 2 * layer.width)
         saved += final_norm
         head = _head(architecture, config, layer, shapes, backward=True)
-    return Activations(saved=saved, head=head, layer=layer.at_work + (layer.saved if full else 0))
+    return Activations(saved=saved, head=head, layer=at_work)
 
 
-def _old_logprobs(architecture: Architecture, config: Config, stage: int, shapes: Shapes) -> Activations:
+def _old_logprobs(
+    architecture: Architecture, config: Config, stage: int, shapes: Shapes
+) -> Activations:
+    """Returns a stage's activations at the peak of a pass without backward."""
     layer = _Layer(architecture, config, shapes)
-    last = stage == config.parallel.pp - 1
-    head = _head(architecture, config, layer, shapes, backward=False) if last else 0
+    head = 0
+    if stage == config.parallel.pp - 1:
+        head = _head(architecture, config, layer, shapes, backward=False)
     return Activations(saved=layer.input, head=head, layer=layer.forward_only)
 
 
-def _head(architecture: Architecture, config: Config, layer: _Layer, shapes: Shapes, *, backward: bool) -> int:
-    """The log-prob head at its peak, as if every token had a target. A CPU adds bf16 to fp32 through a fp32 copy."""
+def _head(
+    architecture: Architecture, config: Config, layer: _Layer, shapes: Shapes, *, backward: bool
+) -> int:
+    """The log-prob head at its peak, as if every token had a target.
+
+    A CPU adds bf16 to fp32 through a fp32 copy.
+    """
     columns = architecture.padded_vocab(config.parallel.tp) // config.parallel.tp
-    width, hidden, wide = layer.width, layer.tokens * architecture.hidden_size, max(4, layer.width)
+    width = layer.width
+    wide = max(4, width)  # sums are in fp32 or wider
+    hidden = layer.tokens * architecture.hidden_size
     logits = layer.tokens * columns
     chunk = min(logits * wide, CHUNK_BYTES[shapes.device])
     working = chunk * (2 if shapes.device == "cpu" and width == 2 else 1)
     if config.model.logprobs == "logits":
         return working + logits * width * (2 if backward else 1) + layer.gathered * width
-    buffers = working + (chunk // 2 if width == 2 else 0)
+    if shapes.device == "cuda" and width <= 4 and not config.objective.entropy_bonus:
+        # Triton's kernels work in the logits' own buffer; fp32 logits leave their gradient to one
+        # of bf16.
+        narrow = chunk * width // wide
+        buffers = (chunk + (narrow if backward else 0)) if config.model.fp32_head else narrow
+    else:
+        buffers = working + (chunk // 2 if width == 2 else 0)
     if not backward:
         return buffers + layer.gathered * width + hidden * width
-    # Rows with a target, the same scaled, the sum of their gradients, one chunk's share of it; the weight's gradient.
+    # Rows with a target, the same scaled, the sum of their gradients, one chunk's share of it; the
+    # weight's gradient.
     rows = hidden * (3 * width + wide) + layer.gathered * width
     return buffers + rows + columns * architecture.hidden_size * width
 
@@ -288,18 +406,21 @@ def _head(architecture: Architecture, config: Config, layer: _Layer, shapes: Sha
 def engine_memory(architecture: Architecture, config: Config) -> dict[str, int]:
     """Bytes of a vLLM engine on one of its GPUs."""
     rollout = config.rollout
-    weights = architecture.num_parameters * WIDTH[config.model.dtype] // rollout.tp
+    weights = architecture.num_parameters * DTYPE_BYTES[config.model.dtype] // rollout.tp
     return {"weights": weights, "kv_cache": rollout.kv_cache_mib << 20, "overhead": ENGINE_OVERHEAD}
 
 
 def kv_bytes_per_token(architecture: Architecture, config: Config) -> int:
     """KV cache of one token on one rank of an engine."""
-    heads = max(architecture.num_kv_heads // config.rollout.tp, 1)
-    return 2 * architecture.num_layers * heads * architecture.head_dim * WIDTH[config.model.dtype]
+    return architecture.kv_bytes_per_token(
+        tp=config.rollout.tp, width=DTYPE_BYTES[config.model.dtype]
+    )
 
 
 def _sync(architecture: Architecture, config: Config) -> int:
     """The largest HF tensor and its shards' gather; servers get it in a bucket."""
     rows = max(architecture.vocab_size, 2 * architecture.ffn_size)
-    largest = rows * architecture.hidden_size * WIDTH[config.model.dtype]
-    return 2 * largest + (max(BUCKET_BYTES, largest) if config.rollout.engine == "vllm-server" else 0)
+    largest = rows * architecture.hidden_size * DTYPE_BYTES[config.model.dtype]
+    if has_own_processes(config.rollout.engine):
+        return 2 * largest + max(BUCKET_BYTES, largest)
+    return 2 * largest

@@ -19,7 +19,10 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
@@ -29,7 +32,9 @@ from torch.nn.functional import scaled_dot_product_attention
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in fp32 at least, as transformers' Qwen2RMSNorm and LlamaRMSNorm do."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(
@@ -53,7 +58,12 @@ class SdpaCoreAttention(nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, *, softmax_scale: float | None = None, pg_collection: Any = None, **_: Any
+        self,
+        config: TransformerConfig,
+        *,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **_: Any,
     ) -> None:
         super().__init__()
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
@@ -71,28 +81,41 @@ class SdpaCoreAttention(nn.Module):
     ) -> Tensor:
         """Returns [T, A * D]. `packed_seq_params` holds the sequences' bounds over all CP ranks together."""
         if packed_seq_params is None:
-            raise ValueError("the core attention takes packed sequences only; pass PackedSeqParams(qkv_format='thd')")
+            raise ValueError(
+                "the core attention takes packed sequences only; pass PackedSeqParams(qkv_format='thd')"
+            )
         if attention_mask is not None or attention_bias is not None:
-            raise ValueError("the core attention is causal within each packed sequence and takes no mask or bias")
+            raise ValueError(
+                "the core attention is causal within each packed sequence and takes no mask or bias"
+            )
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         cp = self.cp_group.size()
         if cp == 1:
             return self._attend_all(query_TAD, key_TKD, value_TKD, lengths).flatten(1)
-        kv_gathered = gather_from_sequence_parallel_region(torch.cat([key_TKD, value_TKD], 1), group=self.cp_group)
+        kv_gathered = gather_from_sequence_parallel_region(
+            torch.cat([key_TKD, value_TKD], 1), group=self.cp_group
+        )
         kv_of_rank = kv_gathered.chunk(cp)
         outputs, start = [], 0
         for length in lengths:
             half = length // (2 * cp)
             kv_LKD = _in_order([kv[start : start + 2 * half] for kv in kv_of_rank], half)
             key_LKD, value_LKD = kv_LKD.chunk(2, dim=1)
-            for chunk, offset in ((self.cp_group.rank(), 0), (2 * cp - 1 - self.cp_group.rank(), half)):
+            for chunk, offset in (
+                (self.cp_group.rank(), 0),
+                (2 * cp - 1 - self.cp_group.rank(), half),
+            ):
                 end = (chunk + 1) * half
                 query_LAD = query_TAD[start + offset : start + offset + half]
-                outputs.append(self._attend(query_LAD[None], key_LKD[None, :end], value_LKD[None, :end])[0])
+                outputs.append(
+                    self._attend(query_LAD[None], key_LKD[None, :end], value_LKD[None, :end])[0]
+                )
             start += 2 * half
         return torch.cat(outputs).flatten(1)
 
-    def _attend_all(self, query_TAD: Tensor, key_TKD: Tensor, value_TKD: Tensor, lengths: list[int]) -> Tensor:
+    def _attend_all(
+        self, query_TAD: Tensor, key_TKD: Tensor, value_TKD: Tensor, lengths: list[int]
+    ) -> Tensor:
         """Whole sequences, one call per run of equal lengths (a padded micro-batch is a single run)."""
         outputs, start, i = [], 0, 0
         while i < len(lengths):
@@ -100,7 +123,10 @@ class SdpaCoreAttention(nn.Module):
             while i + run < len(lengths) and lengths[i + run] == lengths[i]:
                 run += 1
             end = start + run * lengths[i]
-            parts = (x[start:end].unflatten(0, (run, lengths[i])) for x in (query_TAD, key_TKD, value_TKD))
+            parts = (
+                x[start:end].unflatten(0, (run, lengths[i]))
+                for x in (query_TAD, key_TKD, value_TKD)
+            )
             outputs.append(self._attend(*parts).flatten(0, 1))
             start, i = end, i + run
         return torch.cat(outputs)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.distributed import distributed_c10d
 
 from megatron_real import cpu
 from megatron_real.config import ParallelConfig
@@ -19,22 +21,38 @@ def join_world(timeout_minutes: float) -> None:
     on_cpu = cpu.enable()
     if dist.is_initialized():
         return
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("LOCAL_RANK", "0")):
+    for name, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("LOCAL_RANK", "0"),
+    ):
         os.environ.setdefault(name, value)
+    options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
     if not on_cpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    timeout = timedelta(minutes=timeout_minutes)
-    if "MASTER_PORT" in os.environ:
-        dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timeout)
-    else:
-        dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timeout, store=HashStore(), rank=0, world_size=1)
+        # Named, or NCCL guesses it from the rank: barriers would warn, and might use another rank's GPU.
+        options["device_id"] = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(options["device_id"])
+    if "MASTER_PORT" not in os.environ:
+        options |= {"store": HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("gloo" if on_cpu else "nccl", **options)
 
 
 def leave_world() -> None:
     """Leaves together: a rank that exits while another still talks to it makes that one's gloo threads abort."""
     if dist.is_initialized():
         dist.barrier()
+        _LEFT.extend(distributed_c10d._world.pg_map)
         dist.destroy_process_group()
+
+
+_LEFT: list[dist.ProcessGroup] = []
+"""The process groups that this process has left, kept until its modules are torn down.
+
+A thread that ends with the interpreter must not drop the last reference to one: torch's destructor lets go
+of Python's lock, Python ends the thread where it takes it again, and C++ aborts the process for that, after
+a run that went well.
+"""
 
 
 @dataclass(frozen=True)
@@ -65,8 +83,11 @@ class Groups:
         return self.is_last_stage and self.tp.rank() == 0 and self.cp.rank() == 0
 
 
-def set_up(parallel: ParallelConfig, *, seed: int = 1234) -> Groups:
+def set_up(parallel: ParallelConfig, *, seed: int = 1234, timeout_minutes: float = 75.0) -> Groups:
     """Builds the process groups for a layout, replacing those of an earlier one, and seeds megatron's RNG tracker.
+
+    Args:
+        timeout_minutes: a collective of these groups that waits longer fails.
 
     Raises:
         ValueError: the layout does not divide the world.
@@ -81,6 +102,8 @@ def set_up(parallel: ParallelConfig, *, seed: int = 1234) -> Groups:
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
+        # Not the default group's timeout: megatron-core has one of its own, of 30 minutes.
+        distributed_timeout_minutes=timeout_minutes,
     )
     model_parallel_cuda_manual_seed(seed)
     return Groups(

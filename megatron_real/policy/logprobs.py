@@ -6,20 +6,30 @@ rank's shard, C columns or rows of one chunk, H hidden size.
 Two functions, one result: `vocab_parallel_logprobs` starts from logits, `linear_logprobs` from hidden states and the
 output weight, so that logits never exist beyond one chunk. Both compute in fp32 (fp64 for fp64 inputs), communicate
 once per call whatever the chunking, skip tokens without a target, and return log-probs that are complete on every
-tensor-parallel rank: sums over tokens need no reduction over TP.
+tensor-parallel rank: sums over tokens need no reduction over TP. Both can return the entropy of each token's
+distribution beside its log-prob, with its exact gradient.
 
 Speed is memory traffic: each chunk works in two buffers that are allocated once, the logits in their own dtype and one
 in the accumulation dtype, and every operation on them fuses what it can (widening, temperature and shift are one).
+On a GPU with Triton, `linear_logprobs` without entropies needs one buffer and passes over it once forward and once
+backward (logit_kernels.py). Torch's operators here are the reference, and what runs everywhere else.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_real.policy.products import add_product, product_into
 
 NO_TARGET = -1
 """Target of a token whose log-prob is not wanted: its log-prob is 0 and it gets no gradient and costs no work."""
@@ -39,6 +49,7 @@ def vocab_parallel_logprobs(
     vocab_size: int | None = None,
     chunk_size: int | None = None,
     return_entropy: bool = False,
+    kept_K: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(logits / temperature)[target], differentiable with respect to the logits.
 
@@ -50,7 +61,9 @@ def vocab_parallel_logprobs(
         temperature: sampling temperature, > 0.
         vocab_size: tokens of the real vocabulary; columns from there on are padding and have probability 0. None: all.
         chunk_size: tokens that are held in fp32 at a time; None: 16 MiB of them on a CPU, 256 MiB on a GPU.
-        return_entropy: also return the entropy of the distribution (nats, no gradient).
+        return_entropy: also return the entropy of the distribution (nats), differentiable too.
+        kept_K: [K] int64 the positions with a target, where they are known already: to find them, the host waits for
+            the device.
 
     Returns:
         [T] fp32 (fp64 for fp64 logits) log-probs in nats, equal on every rank of `tp_group`; with `return_entropy` a
@@ -62,7 +75,13 @@ def vocab_parallel_logprobs(
     _check(logits_TV, target_T, logits_TV.shape[1], tp_group, temperature, vocab_size, chunk_size)
     shard = _Shard.of(logits_TV.shape[1], tp_group, vocab_size)
     logprob_T, entropy_T = _LogprobsFromLogits.apply(
-        logits_TV, target_T, shard, temperature, chunk_size, return_entropy
+        logits_TV,
+        target_T,
+        _kept(target_T) if kept_K is None else kept_K,
+        shard,
+        temperature,
+        chunk_size,
+        return_entropy,
     )
     return (logprob_T, entropy_T) if return_entropy else logprob_T
 
@@ -77,7 +96,10 @@ def linear_logprobs(
     vocab_size: int | None = None,
     chunk_size: int | None = None,
     sequence_parallel: bool = False,
-) -> Tensor:
+    return_entropy: bool = False,
+    kept_K: Tensor | None = None,
+    fp32_logits: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(hidden @ weight.T / temperature)[target] without ever holding the logits.
 
     Chunks run over vocabulary columns: each chunk's weight gradient is one matrix product over all tokens, written
@@ -97,9 +119,15 @@ def linear_logprobs(
         chunk_size: vocabulary columns that are held at a time, T * chunk_size logits; None: as many as make 16 MiB in
             fp32 on a CPU, 256 MiB on a GPU.
         sequence_parallel: the hidden states are sharded over `tp_group` along tokens.
+        return_entropy: also return the entropy of the distribution (nats), differentiable too; its backward takes two
+            more buffers of a chunk.
+        kept_K: as in `vocab_parallel_logprobs`.
+        fp32_logits: keep the logits of bf16 operands as the product accumulates them instead of rounding them to bf16.
+            Their gradient is rounded to bf16 either way, before its two products.
 
     Returns:
-        [T] fp32 (fp64 for fp64 inputs) log-probs in nats, equal on every rank of `tp_group`.
+        [T] fp32 (fp64 for fp64 inputs) log-probs in nats, equal on every rank of `tp_group`; with `return_entropy` a
+        pair of log-probs and entropies. Tokens without a target have 0.
 
     Raises:
         ValueError: shapes, temperature, chunk size or targets are out of range.
@@ -109,12 +137,44 @@ def linear_logprobs(
         raise ValueError(
             f"hidden has {len(hidden_TH)} tokens on each of {world} ranks, but there are {len(target_T)} targets"
         )
-    _check(weight_VH, target_T, weight_VH.shape[0], tp_group, temperature, vocab_size, chunk_size, tokens=False)
-    shard = _Shard.of(weight_VH.shape[0], tp_group, vocab_size)
-    logprob_T: Tensor = _LogprobsFromHidden.apply(
-        hidden_TH, weight_VH, target_T, shard, temperature, chunk_size, sequence_parallel and world > 1
+    _check(
+        weight_VH,
+        target_T,
+        weight_VH.shape[0],
+        tp_group,
+        temperature,
+        vocab_size,
+        chunk_size,
+        tokens=False,
     )
-    return logprob_T
+    shard = _Shard.of(weight_VH.shape[0], tp_group, vocab_size)
+    logprob_T, entropy_T = _LogprobsFromHidden.apply(
+        hidden_TH,
+        weight_VH,
+        target_T,
+        _kept(target_T) if kept_K is None else kept_K,
+        shard,
+        temperature,
+        chunk_size,
+        sequence_parallel and world > 1,
+        return_entropy,
+        fp32_logits,
+    )
+    return (logprob_T, entropy_T) if return_entropy else logprob_T
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """What of a token's distribution over the whole vocabulary its gradient needs."""
+
+    lse_K: Tensor
+    """[K] log-sum-exp of logits / temperature."""
+    entropy_K: Tensor
+    """[K] entropy, nats; empty where it was not asked for."""
+
+    def at(self, rows: slice) -> _Statistics:
+        """The statistics of some of the tokens."""
+        return _Statistics(self.lse_K[rows], self.entropy_K[rows])
 
 
 class _Shard:
@@ -137,9 +197,14 @@ class _Shard:
         if self.group is None:
             return tuple(parts_SK)
         parts_RSK = parts_SK.new_empty(dist.get_world_size(self.group), *parts_SK.shape)
-        dist.all_gather_into_tensor(parts_RSK.flatten(0, 1), parts_SK.contiguous(), group=self.group)
+        dist.all_gather_into_tensor(
+            parts_RSK.flatten(0, 1), parts_SK.contiguous(), group=self.group
+        )
         lse_K = parts_RSK[:, 0].logsumexp(0)
-        means = [(torch.exp(parts_RSK[:, 0] - lse_K) * part_RK).sum(0) for part_RK in parts_RSK.unbind(1)[2:]]
+        means = [
+            (torch.exp(parts_RSK[:, 0] - lse_K) * part_RK).sum(0)
+            for part_RK in parts_RSK.unbind(1)[2:]
+        ]
         return lse_K, parts_RSK[:, 1].sum(0), *means
 
     def pick(self, logits_KC: Tensor, target_K: Tensor, start: int) -> Tensor:
@@ -148,12 +213,46 @@ class _Shard:
         return torch.where(inside_K, logits_KC.gather(1, column_K.unsqueeze(1)).squeeze(1), 0.0)
 
     def softmax_minus_onehot(
-        self, logits_KC: Tensor, lse_K: Tensor, target_K: Tensor, start: int, temperature: float, out_KC: Tensor
+        self,
+        logits_KC: Tensor,
+        lse_K: Tensor,
+        target_K: Tensor,
+        start: int,
+        temperature: float,
+        out_KC: Tensor,
     ) -> Tensor:
         """Writes the gradient of -logprob with respect to logits / temperature to `out_KC`, which may be the logits."""
         column_K, inside_K = self._locate(target_K, start, logits_KC.shape[1])
         torch.add(-lse_K.unsqueeze(1), logits_KC, alpha=1 / temperature, out=out_KC).exp_()
-        return out_KC.scatter_add_(1, column_K.unsqueeze(1), -inside_K.to(out_KC.dtype).unsqueeze(1))
+        return out_KC.scatter_add_(
+            1, column_K.unsqueeze(1), -inside_K.to(out_KC.dtype).unsqueeze(1)
+        )
+
+    def with_entropy_gradient(
+        self,
+        logits_KC: Tensor,
+        statistics: _Statistics,
+        target_K: Tensor,
+        start: int,
+        temperature: float,
+        grad_logprob_K: Tensor,
+        grad_entropy_K: Tensor,
+    ) -> Tensor:
+        """Returns [K, C] the gradient of grad_logprob * logprob + grad_entropy * entropy in the logits.
+
+        With z = logits / temperature and log p = z - lse, d logprob / dz = onehot - p and
+        d entropy / dz = -p (log p + entropy).
+        """
+        logp_KC = torch.add(-statistics.lse_K.unsqueeze(1), logits_KC, alpha=1 / temperature)
+        p_KC = logp_KC.exp()
+        factor_KC = logp_KC.add_(statistics.entropy_K.unsqueeze(1))
+        factor_KC.mul_(-grad_entropy_K.unsqueeze(1)).sub_(grad_logprob_K.unsqueeze(1))
+        grad_KC = factor_KC.mul_(p_KC)
+        column_K, inside_K = self._locate(target_K, start, logits_KC.shape[1])
+        onehot_K = inside_K.to(grad_KC.dtype) * grad_logprob_K
+        return grad_KC.scatter_add_(1, column_K.unsqueeze(1), onehot_K.unsqueeze(1)).div_(
+            temperature
+        )
 
     def _locate(self, target_K: Tensor, start: int, num_columns: int) -> tuple[Tensor, Tensor]:
         """[K] the target's column, counted from `start` and clamped into the chunk, and [K] bool: it lies in there."""
@@ -167,48 +266,72 @@ class _LogprobsFromLogits(torch.autograd.Function):
         ctx: Any,
         logits_TV: Tensor,
         target_T: Tensor,
+        kept_K: Tensor,
         shard: _Shard,
         temperature: float,
         chunk: int | None,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        kept_K = (target_T >= 0).nonzero().squeeze(1)
-        parts_SK = logits_TV.new_zeros(3 if entropy else 2, kept_K.numel(), dtype=_accumulator(logits_TV))
+        parts_SK = logits_TV.new_zeros(
+            3 if entropy else 2, kept_K.numel(), dtype=_accumulator(logits_TV)
+        )
         parts_SK[0] = -torch.inf  # where this rank's shard is all padding
         chunk = chunk or _chunk_size(shard.valid, parts_SK)
         wide_CV = parts_SK.new_empty(min(chunk, kept_K.numel()), shard.valid)
         for part, rows in _row_chunks(kept_K, target_T.numel(), chunk if shard.valid else 0):
             logits_CV = logits_TV[rows, : shard.valid]
-            parts_SK[0, part] = lse_C = _logsumexp(logits_CV, temperature, wide_CV[: len(logits_CV)])
+            parts_SK[0, part] = lse_C = _logsumexp(
+                logits_CV, temperature, wide_CV[: len(logits_CV)]
+            )
             parts_SK[1, part] = shard.pick(logits_CV, target_T[rows], 0) / temperature
             if entropy:
                 logprob_CV = torch.add(-lse_C.unsqueeze(1), logits_CV, alpha=1 / temperature)
                 parts_SK[2, part] = lse_C + (logprob_CV.exp() * logprob_CV).sum(1)
         lse_K, logit_K, *mean_K = shard.combine(parts_SK)
-        ctx.save_for_backward(logits_TV, target_T, kept_K, lse_K)
-        ctx.shard, ctx.temperature, ctx.chunk = shard, temperature, chunk
         entropy_K = lse_K - mean_K[0] if entropy else lse_K.new_zeros(0)
+        ctx.save_for_backward(logits_TV, target_T, kept_K, lse_K, entropy_K)
+        ctx.shard, ctx.temperature, ctx.chunk = shard, temperature, chunk
+        ctx.entropy = entropy
         entropy_T = _spread(entropy_K, kept_K, target_T.numel()) if entropy else entropy_K
-        ctx.mark_non_differentiable(entropy_T)
         return _spread(logit_K - lse_K, kept_K, target_T.numel()), entropy_T
 
     @staticmethod
-    def backward(ctx: Any, grad_T: Tensor, _entropy: Tensor) -> tuple[Tensor | None, ...]:
-        logits_TV, target_T, kept_K, lse_K = ctx.saved_tensors
+    def backward(ctx: Any, grad_T: Tensor, grad_entropy_T: Tensor) -> tuple[Tensor | None, ...]:
+        logits_TV, target_T, kept_K, lse_K, entropy_K = ctx.saved_tensors
         shard: _Shard = ctx.shard
+        statistics = _Statistics(lse_K, entropy_K)
         dense = kept_K.numel() == target_T.numel() and shard.valid == logits_TV.shape[1]
         grad_TV = torch.empty_like(logits_TV) if dense else torch.zeros_like(logits_TV)
         wide_CV = lse_K.new_empty(min(ctx.chunk, kept_K.numel()), shard.valid)
         for part, rows in _row_chunks(kept_K, target_T.numel(), ctx.chunk if shard.valid else 0):
-            logits_CV, scale_C = logits_TV[rows, : shard.valid], grad_T[rows].to(lse_K.dtype) / ctx.temperature
+            logits_CV, scale_C = (
+                logits_TV[rows, : shard.valid],
+                grad_T[rows].to(lse_K.dtype) / ctx.temperature,
+            )
+            if ctx.entropy:
+                grad_TV[rows, : shard.valid] = shard.with_entropy_gradient(
+                    logits_CV,
+                    statistics.at(part),
+                    target_T[rows],
+                    0,
+                    ctx.temperature,
+                    grad_T[rows].to(lse_K.dtype),
+                    grad_entropy_T[rows].to(lse_K.dtype),
+                ).to(grad_TV.dtype)
+                continue
             grad_CV = shard.softmax_minus_onehot(
-                logits_CV, lse_K[part], target_T[rows], 0, ctx.temperature, wide_CV[: len(logits_CV)]
+                logits_CV,
+                lse_K[part],
+                target_T[rows],
+                0,
+                ctx.temperature,
+                wide_CV[: len(logits_CV)],
             )
             if isinstance(rows, slice):
                 torch.mul(grad_CV, -scale_C.unsqueeze(1), out=grad_TV[rows, : shard.valid])
             else:
                 grad_TV[rows, : shard.valid] = grad_CV.mul_(-scale_C.unsqueeze(1)).to(grad_TV.dtype)
-        return grad_TV, None, None, None, None, None
+        return grad_TV, None, None, None, None, None, None
 
 
 class _LogprobsFromHidden(torch.autograd.Function):
@@ -218,68 +341,169 @@ class _LogprobsFromHidden(torch.autograd.Function):
         hidden_TH: Tensor,
         weight_VH: Tensor,
         target_T: Tensor,
+        kept_K: Tensor,
         shard: _Shard,
         temperature: float,
         chunk: int | None,
         sequence_parallel: bool,
-    ) -> Tensor:
-        kept_K = (target_T >= 0).nonzero().squeeze(1)
+        entropy: bool,
+        fp32_logits: bool,
+    ) -> tuple[Tensor, Tensor]:
         target_K = target_T[kept_K]
         hidden_KH = _rows(_gathered(hidden_TH, shard.group, sequence_parallel), kept_K)
-        parts_SK = hidden_TH.new_zeros(2, kept_K.numel(), dtype=_accumulator(hidden_TH))
+        parts_SK = hidden_TH.new_zeros(
+            3 if entropy else 2, kept_K.numel(), dtype=_accumulator(hidden_TH)
+        )
         parts_SK[0] = -torch.inf
         chunk = chunk or _chunk_size(kept_K.numel(), parts_SK)
-        for columns, logits_KC, wide_KC in _logit_chunks(hidden_KH, weight_VH, shard.valid, chunk):
+        logits_dtype = _accumulator(hidden_TH) if fp32_logits else hidden_TH.dtype
+        kernels = None if entropy else kernels_for(hidden_TH, logits_dtype)
+        for columns, logits_KC, wide_KC in _logit_chunks(
+            hidden_KH, weight_VH, shard.valid, chunk, logits_dtype, kernels is None
+        ):
+            if kernels is not None:
+                lse_K, picked_K = parts_SK.unbind()
+                first = shard.first + columns.start
+                kernels.fold_chunk(logits_KC, target_K, lse_K, picked_K, first, temperature)
+                continue
             parts_SK[1] += shard.pick(logits_KC, target_K, columns.start) / temperature
+            if entropy:
+                _fold_mean(parts_SK, logits_KC, temperature)  # before the logits are overwritten
             parts_SK[0] = torch.logaddexp(parts_SK[0], _logsumexp(logits_KC, temperature, wide_KC))
-        lse_K, logit_K = shard.combine(parts_SK)
-        ctx.save_for_backward(hidden_TH, weight_VH, target_K, kept_K, lse_K)
-        ctx.shard, ctx.temperature, ctx.chunk, ctx.sequence_parallel = shard, temperature, chunk, sequence_parallel
-        return _spread(logit_K - lse_K, kept_K, target_T.numel())
+        lse_K, logit_K, *mean_K = shard.combine(parts_SK)
+        entropy_K = lse_K - mean_K[0] if entropy else lse_K.new_zeros(0)
+        ctx.save_for_backward(hidden_TH, weight_VH, target_K, kept_K, lse_K, entropy_K)
+        ctx.shard, ctx.temperature, ctx.chunk = shard, temperature, chunk
+        ctx.sequence_parallel, ctx.entropy = sequence_parallel, entropy
+        ctx.logits_dtype, ctx.kernels = logits_dtype, kernels
+        entropy_T = _spread(entropy_K, kept_K, target_T.numel()) if entropy else entropy_K
+        return _spread(logit_K - lse_K, kept_K, target_T.numel()), entropy_T
 
     @staticmethod
-    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TH, weight_VH, target_K, kept_K, lse_K = ctx.saved_tensors
+    def backward(ctx: Any, grad_T: Tensor, grad_entropy_T: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TH, weight_VH, target_K, kept_K, lse_K, entropy_K = ctx.saved_tensors
         shard: _Shard = ctx.shard
         hidden_all_TH = _gathered(hidden_TH, shard.group, ctx.sequence_parallel)
         hidden_KH = _rows(hidden_all_TH, kept_K)
         # A token's factor multiplies its row of the logits' gradient. H is far narrower than V: it goes there instead.
+        # An entropy's gradient is no such product: it is whole in the logits' gradient, and the factor 1.
         factor_K1 = (grad_T[kept_K].to(lse_K.dtype) / -ctx.temperature).unsqueeze(1)
+        if ctx.entropy:
+            factor_K1 = torch.ones_like(factor_K1)
         scaled_hidden_KH = (hidden_KH * factor_K1).to(hidden_KH.dtype)
-        grad_weight_VH = torch.zeros_like(weight_VH) if shard.valid < len(weight_VH) else torch.empty_like(weight_VH)
+        grad_weight_VH = (
+            torch.zeros_like(weight_VH)
+            if shard.valid < len(weight_VH)
+            else torch.empty_like(weight_VH)
+        )
         grad_hidden_KH = torch.zeros_like(hidden_KH, dtype=lse_K.dtype)
-        for columns, logits_KC, wide_KC in _logit_chunks(hidden_KH, weight_VH, shard.valid, ctx.chunk):
-            shard.softmax_minus_onehot(logits_KC, lse_K, target_K, columns.start, ctx.temperature, wide_KC)
-            grad_KC = logits_KC.copy_(wide_KC)
-            grad_hidden_KH += grad_KC @ weight_VH[columns]
+        kernels = ctx.kernels
+        for columns, logits_KC, wide_KC in _logit_chunks(
+            hidden_KH, weight_VH, shard.valid, ctx.chunk, ctx.logits_dtype, kernels is None
+        ):
+            # The gradient has the operands' dtype: it takes the logits' place unless these are kept in fp32.
+            same_dtype = logits_KC.dtype == hidden_KH.dtype
+            grad_KC = logits_KC
+            if not same_dtype:
+                grad_KC = torch.empty_like(logits_KC, dtype=hidden_KH.dtype)
+            if kernels is not None:
+                first = shard.first + columns.start
+                kernels.write_gradient(logits_KC, target_K, lse_K, grad_KC, first, ctx.temperature)
+            elif ctx.entropy:
+                wide_KC = shard.with_entropy_gradient(
+                    logits_KC,
+                    _Statistics(lse_K, entropy_K),
+                    target_K,
+                    columns.start,
+                    ctx.temperature,
+                    grad_T[kept_K].to(lse_K.dtype),
+                    grad_entropy_T[kept_K].to(lse_K.dtype),
+                )
+                grad_KC.copy_(wide_KC)
+            else:
+                shard.softmax_minus_onehot(
+                    logits_KC, lse_K, target_K, columns.start, ctx.temperature, wide_KC
+                )
+                grad_KC.copy_(wide_KC)
+            add_product(grad_hidden_KH, grad_KC, weight_VH[columns])
             torch.mm(grad_KC.t(), scaled_hidden_KH, out=grad_weight_VH[columns])
         grad_hidden_TH = _spread(grad_hidden_KH.mul_(factor_K1), kept_K, len(hidden_all_TH))
-        grad_hidden_TH = _reduced(grad_hidden_TH, shard.group, ctx.sequence_parallel).to(hidden_TH.dtype)
-        return grad_hidden_TH, grad_weight_VH, None, None, None, None, None
+        grad_hidden_TH = _reduced(grad_hidden_TH, shard.group, ctx.sequence_parallel).to(
+            hidden_TH.dtype
+        )
+        return grad_hidden_TH, grad_weight_VH, None, None, None, None, None, None, None, None
 
 
 def _logit_chunks(
-    hidden_KH: Tensor, weight_VH: Tensor, num_columns: int, chunk: int
+    hidden_KH: Tensor,
+    weight_VH: Tensor,
+    num_columns: int,
+    chunk: int,
+    logits_dtype: torch.dtype,
+    wide: bool,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Columns of the vocabulary, their logits [K, C], and a buffer of the same shape in the accumulation dtype. The
-    next chunk overwrites both; where the logits have that dtype, they are one."""
-    logits_buffer = hidden_KH.new_empty(len(hidden_KH) * min(chunk, num_columns))
-    wide_buffer = torch.empty_like(logits_buffer, dtype=_accumulator(hidden_KH))
-    if hidden_KH.dtype == wide_buffer.dtype:
-        wide_buffer = logits_buffer
+    next chunk overwrites both; where the logits have that dtype, or without `wide`, they are one."""
+    logits_buffer = hidden_KH.new_empty(
+        len(hidden_KH) * min(chunk, num_columns), dtype=logits_dtype
+    )
+    wide_buffer = logits_buffer
+    if wide and logits_dtype != _accumulator(hidden_KH):
+        wide_buffer = torch.empty_like(logits_buffer, dtype=_accumulator(hidden_KH))
     for columns in _chunks(num_columns, chunk):
         weight_CH = weight_VH[columns]
         shape = len(hidden_KH), len(weight_CH)
         logits_KC = logits_buffer[: shape[0] * shape[1]].view(shape)
-        torch.mm(hidden_KH, weight_CH.t(), out=logits_KC)
+        product_into(hidden_KH, weight_CH.t(), logits_KC)
         yield columns, logits_KC, wide_buffer[: logits_KC.numel()].view(shape)
 
 
-def _gathered(hidden_TH: Tensor, group: dist.ProcessGroup | None, sequence_parallel: bool) -> Tensor:
+def kernels_for(hidden_TH: Tensor, logits_dtype: torch.dtype) -> ModuleType | None:
+    """The module of Triton kernels where they run on these logits, else None: then torch's operators do.
+
+    They run on a GPU, and on a CPU under Triton's interpreter, for whoever asked for it by TRITON_INTERPRET.
+    """
+    if _only_torch:
+        return None
+    if hidden_TH.device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return None
+    kernels = _kernels()
+    return kernels if kernels is not None and logits_dtype in kernels.DTYPES else None
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Within it `linear_logprobs` uses torch's operators on every device: what kernels are compared with and timed against."""
+    global _only_torch
+    before = _only_torch
+    _only_torch = True
+    try:
+        yield
+    finally:
+        _only_torch = before
+
+
+_only_torch = False
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    try:
+        from megatron_real.policy import logit_kernels
+    except ImportError:  # no Triton, or one of another age: torch's operators do the same
+        return None
+    return logit_kernels
+
+
+def _gathered(
+    hidden_TH: Tensor, group: dist.ProcessGroup | None, sequence_parallel: bool
+) -> Tensor:
     """All tokens' hidden states: those of the other ranks too when tokens are sharded."""
     if not sequence_parallel:
         return hidden_TH
-    all_TH = hidden_TH.new_empty(hidden_TH.shape[0] * dist.get_world_size(group), hidden_TH.shape[1])
+    all_TH = hidden_TH.new_empty(
+        hidden_TH.shape[0] * dist.get_world_size(group), hidden_TH.shape[1]
+    )
     dist.all_gather_into_tensor(all_TH, hidden_TH.contiguous(), group=group)
     return all_TH
 
@@ -307,6 +531,24 @@ def _logsumexp(logits_KC: Tensor, temperature: float, buffer_KC: Tensor) -> Tens
     return buffer_KC.exp_().sum(1).log_().add_(top_K)
 
 
+def _fold_mean(parts_SK: Tensor, logits_KC: Tensor, temperature: float) -> None:
+    """Brings the mean of logits / temperature under their softmax, parts_SK[2], up to one more chunk of columns.
+
+    parts_SK[0] is the log-sum-exp of the columns before the chunk.
+    """
+    z_KC = logits_KC.to(parts_SK.dtype) / temperature
+    lse_K = z_KC.logsumexp(1)
+    mean_K = (torch.exp(z_KC - lse_K.unsqueeze(1)) * z_KC).sum(1)
+    both_K = torch.logaddexp(parts_SK[0], lse_K)
+    before_K = torch.exp(parts_SK[0] - both_K)
+    parts_SK[2] = parts_SK[2] * before_K + mean_K * torch.exp(lse_K - both_K)
+
+
+def _kept(target_T: Tensor) -> Tensor:
+    """[K] int64 the positions with a target. On a GPU the host waits for it: callers that know them pass them."""
+    return (target_T >= 0).nonzero().squeeze(1)
+
+
 def _rows(x_TH: Tensor, kept_K: Tensor) -> Tensor:
     """x_TH[kept_K], without a copy where all are kept."""
     return x_TH if kept_K.numel() == len(x_TH) else x_TH[kept_K]
@@ -321,18 +563,27 @@ def _spread(values_K: Tensor, kept_K: Tensor, num_tokens: int) -> Tensor:
 
 def _chunk_size(other_size: int, like: Tensor) -> int:
     """Rows (or columns) of a default chunk, each of `other_size` elements in the dtype and on the device of `like`."""
-    return max(1, _CHUNK_BYTES["cuda" if like.is_cuda else "cpu"] // (max(other_size, 1) * like.element_size()))
+    return max(
+        1,
+        _CHUNK_BYTES["cuda" if like.device.type == "cuda" else "cpu"]
+        // (max(other_size, 1) * like.element_size()),
+    )
 
 
 def _chunks(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
-def _row_chunks(kept_K: Tensor, num_tokens: int, size: int) -> Iterator[tuple[slice, slice | Tensor]]:
+def _row_chunks(
+    kept_K: Tensor, num_tokens: int, size: int
+) -> Iterator[tuple[slice, slice | Tensor]]:
     """Chunks of the kept tokens: where they lie among the K, and among the T (a slice, and so no copy, where all are
     kept). None for size 0."""
     all_kept = kept_K.numel() == num_tokens
-    return ((part, part if all_kept else kept_K[part]) for part in _chunks(kept_K.numel() if size else 0, size or 1))
+    return (
+        (part, part if all_kept else kept_K[part])
+        for part in _chunks(kept_K.numel() if size else 0, size or 1)
+    )
 
 
 def _check(
@@ -345,8 +596,14 @@ def _check(
     chunk_size: int | None,
     tokens: bool = True,
 ) -> None:
-    if matrix.dim() != 2 or target_T.dim() != 1 or (tokens and matrix.shape[0] != target_T.shape[0]):
-        raise ValueError(f"expected [T, V] and [T], got {tuple(matrix.shape)} and {tuple(target_T.shape)}")
+    if (
+        matrix.dim() != 2
+        or target_T.dim() != 1
+        or (tokens and matrix.shape[0] != target_T.shape[0])
+    ):
+        raise ValueError(
+            f"expected [T, V] and [T], got {tuple(matrix.shape)} and {tuple(target_T.shape)}"
+        )
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
     if chunk_size is not None and chunk_size < 1:
@@ -355,5 +612,11 @@ def _check(
     if vocab_size is not None and not 0 < vocab_size <= total:
         raise ValueError(f"vocab_size is {vocab_size}; the shards hold {total} columns together")
     # Without a device synchronisation only a CPU tensor can be looked at.
-    if target_T.device.type == "cpu" and target_T.numel() and int(target_T.max()) >= (vocab_size or total):
-        raise ValueError(f"target {int(target_T.max())} is outside the vocabulary of {vocab_size or total}")
+    if (
+        target_T.device.type == "cpu"
+        and target_T.numel()
+        and int(target_T.max()) >= (vocab_size or total)
+    ):
+        raise ValueError(
+            f"target {int(target_T.max())} is outside the vocabulary of {vocab_size or total}"
+        )

@@ -47,16 +47,18 @@ class Alignment:
         return math.lcm(1 if self.cp == 1 else 2 * self.cp, self.cp * self.tp)
 
 
-@dataclass
+@dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch on one rank. The passes of a train step leave their results in it."""
+    """One micro-batch on one rank. What is known on the host is laid out here once, not in every pass."""
 
     positions: tuple[int, ...]
     """[R] positions of its sequences in the minibatch's rollouts."""
+    position_R: Tensor
+    """[R] int64 the same, on the device."""
     tokens_T: Tensor
     """[T] int64 input tokens."""
     target_T: Tensor
-    """[T] int64 response token that each position predicts, or NO_TARGET."""
+    """[T] int64 trained token that each position predicts, or NO_TARGET."""
     index_T: Tensor
     """[T] int64 index of that token among the response tokens of all the minibatch's rollouts in order, or -1."""
     engine_logprob_T: Tensor
@@ -64,63 +66,140 @@ class MicroBatch:
     cu_seqlens: Tensor
     """[R + 1] int32 bounds of the sequences in this rank's tokens; the dummy sequence is not among them."""
     packed: PackedSeqParams
-    """Bounds over all context-parallel ranks together, the dummy sequence included."""
+    """Bounds over all context-parallel ranks together, the dummy sequence included: on the device for
+    TransformerEngine's kernels, on the host for the local layers, which would read them back in every layer."""
     num_tokens_R: Tensor
-    """[R] response tokens of each sequence over all context-parallel ranks."""
+    """[R] trained tokens of each sequence over all context-parallel ranks."""
     num_used: int
     """Tokens of the sequences in `cu_seqlens`: those before the dummy sequence."""
-    old_logprob_T: Tensor | None = None
-    """[T] log-probs under the weights that generated the rollouts; None until computed (on the last stage)."""
-    score_R: Tensor | None = None
-    """[R] detached scores; None until computed (on the last stage)."""
-    weight_R: Tensor | None = None
-    """[R] dL / dscore; None where the train pass itself gathers the scores."""
+    kept_K: Tensor
+    """[K] int64 the positions in [0, T) that have a target."""
+    rollout_K: Tensor
+    """[K] int64 the rollout of each of them, as a position in the minibatch."""
+    reference_logprob_T: Tensor | None
+    """[T] log-probs of the targets under the reference (nats), 0 elsewhere; None where no rollout has them."""
 
 
-def micro_batch(rollouts: Sequence[Rollout], positions: Sequence[int], alignment: Alignment) -> MicroBatch:
-    """Builds the micro-batch of `rollouts[i] for i in positions` on this rank's device."""
+def micro_batch(
+    rollouts: Sequence[Rollout],
+    positions: Sequence[int],
+    alignment: Alignment,
+    *,
+    bounds_on_host: bool = True,
+) -> MicroBatch:
+    """Builds the micro-batch of `rollouts[i] for i in positions` on this rank's device, without waiting for it.
+
+    Args:
+        rollouts: [R] all of the minibatch; all of those in `positions` with reference log-probs, or none.
+        positions: those in this micro-batch; none of them for one that only keeps the schedule in step.
+        alignment: what the layout asks of lengths.
+        bounds_on_host: the layers read the sequences' bounds on the host (MicroBatch.packed).
+    """
     members = [rollouts[i] for i in positions]
     lengths = [alignment.length(r) for r in members]
     if alignment.padded and lengths:
         lengths = [max(lengths)] * len(lengths)
-    fill = -sum(lengths) % alignment.total_multiple or (alignment.total_multiple if not lengths else 0)
+    # Attention kernels exist that refuse a sequence of a single token: an empty micro-batch has two.
+    smallest = math.lcm(alignment.total_multiple, 2)
+    fill = -sum(lengths) % alignment.total_multiple if lengths else smallest
+
     first_R = list(accumulate((len(r.completion.token_ids) for r in rollouts), initial=0))
-    columns = [_columns(r, n, first_R[i]) for r, n, i in zip(members, lengths, positions, strict=True)]
-    columns.append(_columns(None, fill, 0))
-    tokens, targets, engine, index = (torch.cat([_own_part(c[i], alignment) for c in columns]) for i in range(4))
-    bounds = torch.tensor([0, *lengths, *([fill] if fill else [])], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    device = torch.cuda.current_device()
-    bounds, longest = bounds.to(device), max([*lengths, fill])
+    sequences = [
+        _Columns.of(rollout, length, position, first_R[position])
+        for rollout, length, position in zip(members, lengths, positions, strict=True)
+    ]
+    sequences.append(_Columns.of(None, fill, -1, 0))
+    own = _Columns(
+        *(
+            torch.cat([_own_part(column, alignment) for column in parts])
+            for parts in zip(*(vars(sequence).values() for sequence in sequences), strict=True)
+        )
+    )
+    kept_K = (own.target >= 0).nonzero().squeeze(1)
+
+    spans = [*lengths, fill] if fill else lengths
+    bounds = torch.tensor([0, *spans], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    packed_bounds = bounds if bounds_on_host else to_device(bounds)
+    longest = max(spans)
+    has_reference = any(r.reference_logprobs is not None for r in members)
     return MicroBatch(
         positions=tuple(positions),
-        tokens_T=tokens.to(device),
-        target_T=targets.to(device),
-        index_T=index.to(device),
-        engine_logprob_T=engine.to(device),
-        cu_seqlens=bounds[: len(members) + 1] // alignment.cp,
+        position_R=to_device(torch.tensor(positions, dtype=torch.int64)),
+        tokens_T=to_device(own.token),
+        target_T=to_device(own.target),
+        index_T=to_device(own.index),
+        engine_logprob_T=to_device(own.engine_logprob),
+        cu_seqlens=to_device(bounds[: len(members) + 1] // alignment.cp),
         packed=PackedSeqParams(
-            qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+            qkv_format="thd",
+            cu_seqlens_q=packed_bounds,
+            cu_seqlens_kv=packed_bounds,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
         ),
-        num_tokens_R=torch.tensor([len(r.completion.token_ids) for r in members], device=device),
+        num_tokens_R=to_device(torch.tensor([r.completion.num_trained for r in members])),
         num_used=sum(lengths) // alignment.cp,
+        kept_K=to_device(kept_K),
+        rollout_K=to_device(own.rollout[kept_K]),
+        reference_logprob_T=to_device(own.reference_logprob) if has_reference else None,
     )
 
 
-def _columns(rollout: Rollout | None, length: int, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Input tokens, targets, engine log-probs and indices, from `first`, of one whole sequence, padded to `length`."""
-    tokens = torch.zeros(length, dtype=torch.int64)
-    targets = torch.full((length,), NO_TARGET)
-    engine = torch.zeros(length)
-    index = torch.full((length,), -1)
-    if rollout is not None:
-        prompt, response = rollout.prompt.token_ids, rollout.completion.token_ids
-        inputs = (*prompt, *response)[:-1]
-        predicting = slice(len(prompt) - 1, len(inputs))
-        tokens[: len(inputs)] = torch.tensor(inputs)
-        targets[predicting] = torch.tensor(response)
-        engine[predicting] = torch.tensor(rollout.completion.logprobs)
-        index[predicting] = torch.arange(first, first + len(response))
-    return tokens, targets, engine, index
+def to_device(host: Tensor) -> Tensor:
+    """Returns a host tensor on this rank's device, which it has before anything that is launched later reads it.
+
+    From pinned memory the copy waits in the device's queue; from other memory the host would wait for the queue.
+    """
+    if not torch.cuda.is_available():
+        return host
+    return host.pin_memory().to(torch.cuda.current_device(), non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """One sequence token by token, before context parallelism cuts it. Each is [length]."""
+
+    token: Tensor
+    """int64 input tokens."""
+    target: Tensor
+    """int64 trained token that the position predicts, or NO_TARGET."""
+    index: Tensor
+    """int64 index of that token among the response tokens of the minibatch, or -1."""
+    rollout: Tensor
+    """int64 position of the rollout in the minibatch, or -1."""
+    engine_logprob: Tensor
+    """fp32 the rollout engine's log-prob of the target, nats; 0 without one."""
+    reference_logprob: Tensor
+    """fp64 the reference's log-prob of the target, nats; 0 without one."""
+
+    @classmethod
+    def of(cls, rollout: Rollout | None, length: int, position: int, first: int) -> _Columns:
+        """Lays out `rollout`, padded to `length`; its first response token has the index `first`."""
+        columns = cls(
+            token=torch.zeros(length, dtype=torch.int64),
+            target=torch.full((length,), NO_TARGET),
+            index=torch.full((length,), -1),
+            rollout=torch.full((length,), position),
+            engine_logprob=torch.zeros(length),
+            reference_logprob=torch.zeros(length, dtype=torch.float64),
+        )
+        if rollout is None:
+            return columns
+
+        prompt, completion = rollout.prompt.token_ids, rollout.completion
+        response = torch.tensor(completion.token_ids, dtype=torch.int64)
+        whole = torch.cat([torch.tensor(prompt, dtype=torch.int64), response])
+        columns.token[: len(whole) - 1] = whole[:-1]
+        # The last prompt token predicts the first response token. Tokens that are not trained are inputs alone.
+        answer = torch.tensor(completion.trained).nonzero().squeeze(1)
+        predicting = answer + len(prompt) - 1
+        columns.target[predicting] = response[answer]
+        columns.index[predicting] = first + answer
+        columns.engine_logprob[predicting] = torch.tensor(completion.logprobs)[answer]
+        if rollout.reference_logprobs is not None:
+            reference = torch.tensor(rollout.reference_logprobs, dtype=torch.float64)
+            columns.reference_logprob[predicting] = reference[answer]
+        return columns
 
 
 def _own_part(whole: Tensor, alignment: Alignment) -> Tensor:

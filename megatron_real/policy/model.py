@@ -28,12 +28,16 @@ from megatron_real.weights.stored import torch_dtype
 class LogprobHead(ColumnParallelLinear):
     """The output layer, returning the log-prob of each target token: [T, 1, 1] instead of logits [T, 1, V / TP].
 
+    With `with_entropy`, [T, 1, 2]: the entropy of each token's distribution stands beside its log-prob.
+
     A module and not a function of the hidden states, because DDP's parameter gather hooks the module's forward: reading
     its weight from outside would see stale values under overlap_param_gather.
     """
 
     target_T: Tensor
     """[T] next token of each position or NO_TARGET; set before each forward."""
+    kept_K: Tensor
+    """[K] int64 the positions with a target; set before each forward."""
 
     def __init__(
         self,
@@ -43,6 +47,8 @@ class LogprobHead(ColumnParallelLinear):
         padded_vocab_size: int,
         temperature: float,
         from_logits: bool,
+        with_entropy: bool,
+        fp32_logits: bool,
         tp_group: Any,
     ) -> None:
         super().__init__(
@@ -57,25 +63,39 @@ class LogprobHead(ColumnParallelLinear):
         self.vocab_size = vocab_size
         self.temperature = temperature
         self.from_logits = from_logits
+        self.with_entropy = with_entropy
+        self.fp32_logits = fp32_logits
 
     def forward(
-        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
     ) -> tuple[Tensor, None]:
         weight = self.weight if weight is None else weight
         options: dict[str, Any] = {
             "tp_group": self.tp_group,
             "temperature": self.temperature,
             "vocab_size": self.vocab_size,
+            "return_entropy": self.with_entropy,
+            "kept_K": self.kept_K,
         }
-        logprob_T: Any
+        outputs: Any
         if self.from_logits:
             logits, _ = super().forward(input_, weight)
-            logprob_T = vocab_parallel_logprobs(logits.squeeze(1), self.target_T, **options)
+            outputs = vocab_parallel_logprobs(logits.squeeze(1), self.target_T, **options)
         else:
-            logprob_T = linear_logprobs(
-                input_.squeeze(1), weight, self.target_T, sequence_parallel=self.sequence_parallel, **options
+            outputs = linear_logprobs(
+                input_.squeeze(1),
+                weight,
+                self.target_T,
+                sequence_parallel=self.sequence_parallel,
+                fp32_logits=self.fp32_logits,
+                **options,
             )
-        return logprob_T[:, None, None], None
+        if self.with_entropy:
+            return torch.stack(outputs, dim=-1)[:, None, :], None
+        return outputs[:, None, None], None
 
 
 class PolicyModel(GPTModel):
@@ -84,7 +104,15 @@ class PolicyModel(GPTModel):
     output_layer: Any
 
     def __init__(
-        self, *, vocab_size: int, padded_vocab_size: int, temperature: float, from_logits: bool, **gpt: Any
+        self,
+        *,
+        vocab_size: int,
+        padded_vocab_size: int,
+        temperature: float,
+        from_logits: bool,
+        with_entropy: bool,
+        fp32_logits: bool,
+        **gpt: Any,
     ) -> None:
         super().__init__(vocab_size=padded_vocab_size, **gpt)
         if self.config.params_dtype == torch.float64:
@@ -97,17 +125,25 @@ class PolicyModel(GPTModel):
                 padded_vocab_size=padded_vocab_size,
                 temperature=temperature,
                 from_logits=from_logits,
+                with_entropy=with_entropy,
+                fp32_logits=fp32_logits,
                 tp_group=self.pg_collection.tp,
             )
             head.weight = self.output_layer.weight
             self.output_layer = head
 
-    def forward(self, tokens_T: Tensor, target_T: Tensor, packed: PackedSeqParams) -> Tensor:
-        """Returns the log-probs [T] on the last stage, hidden states for the next stage elsewhere."""
+    def forward(
+        self, tokens_T: Tensor, target_T: Tensor, kept_K: Tensor, packed: PackedSeqParams
+    ) -> Tensor:
+        """Returns the last stage's log-probs [T], with entropies [T, 2]; elsewhere hidden states for the next stage."""
         if self.post_process:
             self.output_layer.target_T = target_T
+            self.output_layer.kept_K = kept_K
         out = super().forward(tokens_T[None], None, None, packed_seq_params=packed)
-        return out.flatten() if self.post_process else out
+        if not self.post_process:
+            return out
+        outputs = out.squeeze(0)
+        return outputs if self.output_layer.with_entropy else outputs.squeeze(1)
 
 
 def build_model(
@@ -118,6 +154,7 @@ def build_model(
     megatron: Mapping[str, Any],
     temperature: float,
     groups: ProcessGroupCollection,
+    with_entropy: bool = False,
 ) -> list[PolicyModel]:
     """The chunks of this rank's pipeline stage (one without virtual pipelining), on its device, weights uninitialised.
 
@@ -127,9 +164,10 @@ def build_model(
         megatron: TransformerConfig fields that override ours.
         temperature: sampling temperature of the log-probs.
         groups: megatron-core's process groups.
+        with_entropy: the last stage also returns the entropy of each token's distribution.
     """
     config = transformer_config(architecture, model=model, parallel=parallel, megatron=megatron)
-    use_te = _use_transformer_engine(model.layers)
+    use_te = uses_transformer_engine(model.layers)
     chunks = []
     for vp_stage in range(parallel.vpp):
         stage = vp_stage if parallel.vpp > 1 else None
@@ -142,6 +180,8 @@ def build_model(
             padded_vocab_size=architecture.padded_vocab(parallel.tp),
             temperature=temperature,
             from_logits=model.logprobs == "logits",
+            with_entropy=with_entropy,
+            fp32_logits=model.fp32_head,
             max_sequence_length=architecture.max_positions,
             pre_process=first,
             post_process=last,
@@ -158,7 +198,11 @@ def build_model(
 
 
 def transformer_config(
-    architecture: Architecture, *, model: ModelConfig, parallel: ParallelConfig, megatron: Mapping[str, Any]
+    architecture: Architecture,
+    *,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    megatron: Mapping[str, Any],
 ) -> TransformerConfig:
     """HF sizes and our layout as megatron-core's TransformerConfig; `megatron` overrides field by field."""
     dtype = torch_dtype(model.dtype)
@@ -198,19 +242,34 @@ def transformer_config(
         # The default batched p2p gives wrong gradients in the interleaved schedule (proven by the invariance matrix).
         "overlap_p2p_comm": parallel.vpp > 1,
         "batch_p2p_comm": parallel.vpp == 1,
+        # A synchronisation of the device after each exchange, for a race in the batched calls of old versions of torch.
+        "batch_p2p_sync": False,
         **_recompute(model.recompute),
     }
+    if uses_transformer_engine(model.layers):
+        # One kernel for the rotation of all sequences, which read their bounds back in every layer before, and one for
+        # SwiGLU, which keeps one product of the MLP's width instead of two.
+        values |= {"apply_rope_fusion": True, "bias_activation_fusion": True}
     known = {f.name for f in dataclasses.fields(TransformerConfig)}
     return TransformerConfig(**values | {k: v for k, v in megatron.items() if k in known})
 
 
 def _recompute(choice: str) -> dict[str, Any]:
     if choice == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
     return {"recompute_granularity": "selective"} if choice == "selective" else {}
 
 
-def _use_transformer_engine(choice: str) -> bool:
+def uses_transformer_engine(choice: str) -> bool:
+    """Whether model.layers means TransformerEngine's layers on this machine.
+
+    Raises:
+        ValueError: it asks for them, and they do not import.
+    """
     if choice == "local" or (choice == "auto" and not torch.cuda.is_available()):
         return False
     try:

@@ -21,33 +21,49 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megatron_real.cpu import device
+from megatron_real.pinned import host_copies
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Owned = tuple[Tensor, int, dict[str, Tensor], bool]
 """(parameter of the model, first element owned, {name: [elements owned] state}, this rank alone owns them)."""
 
 
-def sharded_optimizer_state(optimizer: MegatronOptimizer, model: Sequence[Any]) -> dict[str, ShardedTensor]:
+def sharded_optimizer_state(
+    optimizer: MegatronOptimizer, model: Sequence[Any]
+) -> dict[str, ShardedTensor]:
     """This rank's state as sharded tensors that are views of it: reading into them sets it.
 
     Args:
         model: the leaves of the model's sharded state dict, which say where in the whole each parameter lies.
     """
     begin(optimizer)
-    place = {leaf.data: leaf for leaf in model if isinstance(leaf, (ShardedTensor, ShardedTensorFactory))}
+    place = {
+        leaf.data: leaf for leaf in model if isinstance(leaf, (ShardedTensor, ShardedTensorFactory))
+    }
     pieces = {}
     for number, (parameter, first, state, alone) in enumerate(_owned(optimizer)):
         for part, whole in enumerate(_parts(place[parameter])):
-            start = whole.data.storage_offset() - parameter.storage_offset()  # a fused parameter has several parts
-            low, high = max(first, start), min(first + len(state["param"]), start + whole.data.numel())
+            start = (
+                whole.data.storage_offset() - parameter.storage_offset()
+            )  # a fused parameter has several parts
+            low, high = (
+                max(first, start),
+                min(first + len(state["param"]), start + whole.data.numel()),
+            )
             for offset, shape in boxes(tuple(whole.data.shape), low - start, high - start):
                 for name, tensor in state.items():
                     begins = start + _flat(offset, tuple(whole.data.shape)) - first
                     view = tensor[begins : begins + prod(shape)]
-                    pieces[f"{number}.{part}.{offset}.{name}"] = _piece(whole, name, view, offset, shape, alone)
+                    pieces[f"{number}.{part}.{offset}.{name}"] = _piece(
+                        whole, name, view, offset, shape, alone
+                    )
     return pieces
 
 
-def boxes(shape: tuple[int, ...], low: int, high: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def boxes(
+    shape: tuple[int, ...], low: int, high: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(offset, shape) of the boxes that elements [low, high) of a tensor make, elements in row-major order.
 
     Example: elements 2..8 of shape (3, 4) -> (0, 2) of (1, 2), then (1, 0) of (1, 4), then (2, 0) of (1, 1)
@@ -79,7 +95,9 @@ def begin(optimizer: MegatronOptimizer) -> None:
     for part in _parts_of(optimizer):
         inner = part.optimizer
         missing = [p for group in inner.param_groups for p in group["params"] if not inner.state[p]]
-        if missing and isinstance(inner, torch.optim.Adam):  # AdamW too; megatron-core's function leaves out its step
+        if missing and isinstance(
+            inner, torch.optim.Adam
+        ):  # AdamW too; megatron-core's function leaves out its step
             for parameter in missing:
                 moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
                 inner.state[parameter] = {"step": torch.tensor(0.0), **moments}
@@ -105,6 +123,45 @@ def set_adam_step(optimizer: MegatronOptimizer, step: int) -> None:
         else:  # TransformerEngine's and apex's count in the groups
             for group in inner.param_groups:
                 group["step"] = step
+
+
+class Offload:
+    """Brings an optimizer's state to the host and back: one pinned buffer, allocated once, one wait each way.
+
+    megatron-core's own offload_to_cpu allocates pageable memory for each tensor of each step, and its way back takes
+    along what belongs on the host: with torch's Adam the step counts, which it then reads back one by one.
+    """
+
+    def __init__(self, optimizer: MegatronOptimizer) -> None:
+        self._optimizer = optimizer
+        self._copies: list[Tensor] = []
+        self._away: list[Tensor] = []
+
+    def to_host(self) -> None:
+        """Frees the state's memory on the device; checkpoints read it on the host meanwhile."""
+        begin(self._optimizer)
+        self._away = list(self._on_device())
+        if not self._copies:
+            self._copies = host_copies(self._away)
+        for tensor, copy in zip(self._away, self._copies, strict=True):
+            copy.copy_(tensor.detach(), non_blocking=True)
+        torch.cuda.synchronize()
+        for tensor, copy in zip(self._away, self._copies, strict=True):
+            tensor.data = copy
+        torch.cuda.empty_cache()
+
+    def to_device(self) -> None:
+        """Undoes it. What was read into the state meanwhile, from a checkpoint, is brought along."""
+        for tensor, copy in zip(self._away, self._copies, strict=True):
+            tensor.data = copy.to(device(), non_blocking=True, copy=True)
+        self._away = []
+
+    def _on_device(self) -> Iterator[Tensor]:
+        """Moments, and main parameters where they are apart from the model's."""
+        for part in _parts_of(self._optimizer):
+            yield from _main_copies(part)
+            for state in part.optimizer.state.values():
+                yield from (state[name] for name in MOMENTS)
 
 
 def _parts_of(optimizer: MegatronOptimizer) -> list[Any]:
@@ -137,26 +194,52 @@ def _whole(part: Any) -> Iterator[tuple[Tensor, Tensor]]:
     yield from ((parameter, parameter) for group in own for parameter in group)
 
 
+def _main_copies(part: Any) -> Iterator[Tensor]:
+    """The fp32 copies of parameters that are not fp32; an fp32 parameter is its own main parameter, or a view of it is."""
+    names = ("shard_fp32_from_float16_groups", "fp32_from_float16_groups")
+    for groups in (getattr(part, name, []) for name in names):
+        for main in (main for group in groups for main in group):
+            if main is not None:  # a precision-aware optimizer keeps them itself
+                yield main
+
+
 def _state(part: Any, main: Tensor) -> dict[str, Tensor]:
     state = part.optimizer.state[main]
-    return {name: t.detach().view(-1) for name, t in (("param", main), *((m, state[m]) for m in MOMENTS))}
+    return {
+        name: t.detach().view(-1)
+        for name, t in (("param", main), *((m, state[m]) for m in MOMENTS))
+    }
 
 
 def _parts(leaf: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
     """The parts of a parameter that have places of their own in the whole, as views of it."""
     built = leaf.build() if isinstance(leaf, ShardedTensorFactory) else leaf
-    return [built] if isinstance(built, ShardedTensor) else list(built.values() if isinstance(built, dict) else built)
+    return (
+        [built]
+        if isinstance(built, ShardedTensor)
+        else list(built.values() if isinstance(built, dict) else built)
+    )
 
 
 def _piece(
-    whole: ShardedTensor, name: str, view: Tensor, offset: tuple[int, ...], shape: tuple[int, ...], alone: bool
+    whole: ShardedTensor,
+    name: str,
+    view: Tensor,
+    offset: tuple[int, ...],
+    shape: tuple[int, ...],
+    alone: bool,
 ) -> ShardedTensor:
     """The box as a sharded tensor of the state `name`. Leading axes (the layer) become ordinary ones of length 1."""
     ahead = whole.prepend_axis_num
-    start = (*whole.global_offset[:ahead], *(a + b for a, b in zip(whole.global_offset[ahead:], offset, strict=True)))
+    start = (
+        *whole.global_offset[:ahead],
+        *(a + b for a, b in zip(whole.global_offset[ahead:], offset, strict=True)),
+    )
     local = (*(1 for _ in range(ahead)), *shape)
     replica = whole.replica_id
-    if alone and not isinstance(replica, int):  # its last part counts the ranks that the distributed optimizer is over
+    if alone and not isinstance(
+        replica, int
+    ):  # its last part counts the ranks that the distributed optimizer is over
         replica = (*replica[:-1], 0)
     return replace(
         whole,

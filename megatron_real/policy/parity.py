@@ -20,6 +20,7 @@ from megatron_real.config import ModelConfig, ParallelConfig
 from megatron_real.policy.layout import join_world, set_up
 from megatron_real.policy.logprobs import NO_TARGET
 from megatron_real.policy.model import LogprobHead, build_model
+from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.mapping import Weights
 from megatron_real.weights.stream import load_weights
@@ -63,18 +64,35 @@ def captured_logits(head: LogprobHead) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def compare_logits(hf: Path, weights: Weights, *, num_tokens: int = 512, seed: int = 0) -> LogitParity:
+def compare_logits(
+    hf: Path,
+    weights: Weights,
+    architecture: Architecture,
+    *,
+    num_tokens: int = 512,
+    seed: int = 0,
+) -> LogitParity:
     """Runs both models in this process, on random tokens of `seed`.
 
     Args:
-        hf: directory that transformers loads.
+        hf: directory that transformers loads, by its own config.json.
         weights: what our model loads, perhaps a Megatron checkpoint.
+        architecture: what our model is, by the config.json of `weights`.
         num_tokens: length of the one sequence.
         seed: of the tokens.
+
+    Raises:
+        WeightsError: the vocabularies differ, or transformers cannot load `hf`.
     """
-    architecture = Architecture.read(hf)
-    length = min(num_tokens, architecture.max_positions)
-    token_T = torch.randint(architecture.vocab_size, (length,), generator=torch.Generator().manual_seed(seed))
+    theirs = Architecture.read(hf)
+    if theirs.vocab_size != architecture.vocab_size:
+        raise WeightsError(
+            f"logits over {architecture.vocab_size} and {theirs.vocab_size} tokens cannot be compared"
+        )
+    length = min(num_tokens, architecture.max_positions, theirs.max_positions)
+    token_T = torch.randint(
+        architecture.vocab_size, (length,), generator=torch.Generator().manual_seed(seed)
+    )
     theirs_TV = _transformers_logits(hf, token_T)
     ours_TV = _our_logits(architecture, weights, token_T)
     return LogitParity(
@@ -107,15 +125,17 @@ def _our_logits(architecture: Architecture, weights: Weights, token_T: Tensor) -
         max_seqlen_q=len(token_T),
         max_seqlen_kv=len(token_T),
     )
+    no_target_T = torch.full_like(token_T, NO_TARGET)
+    kept_K = token_T.new_empty(0)
     with torch.inference_mode(), captured_logits(model.output_layer) as found:
-        model(token_T, torch.full_like(token_T, NO_TARGET), packed)
+        model(token_T, no_target_T, kept_K, packed)
     return found[0].cpu()
 
 
 def _transformers_logits(hf: Path, token_T: Tensor) -> Tensor:
-    from transformers import AutoModelForCausalLM
+    from megatron_real.weights.by_transformers import load_model
 
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    model = load_model(hf, torch.float32)
     with torch.inference_mode():
         logits: Tensor = model(token_T[None]).logits[0]
     return logits

@@ -8,20 +8,35 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
-from megatron_real.batching import Layout, Minibatch, minibatches, plan
-from megatron_real.config import Config
+from megatron_real.batching import Minibatch, minibatches
+from megatron_real.config import BatchConfig, Config, ModelConfig, ParallelConfig
+from megatron_real.config import OptimizerConfig as OptimizerSettings
+from megatron_real.cpu import device
+from megatron_real.objective import Objective
+from megatron_real.objective.facts import RolloutTable
 from megatron_real.policy.layout import Groups
-from megatron_real.policy.microbatch import Alignment, micro_batch
-from megatron_real.policy.model import build_model
-from megatron_real.policy.train_step import Batch, Gradient, TokenStats, TrainStep
-from megatron_real.records import EXCLUDED, Rollout
+from megatron_real.policy.model import build_model, uses_transformer_engine
+from megatron_real.policy.optimizer_state import Offload
+from megatron_real.policy.packing import Packer
+from megatron_real.policy.passes import Passes
+from megatron_real.policy.train_step import (
+    Batch,
+    Gradient,
+    TokenFigures,
+    TokenStats,
+    TrainStep,
+)
+from megatron_real.records import Rollout
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.mapping import Weights
 from megatron_real.weights.stored import torch_dtype
@@ -44,41 +59,130 @@ class Update:
     """Updates skipped up to this one without one that was made in between."""
 
 
-class Policy:
-    """The trained model on this rank's place in the layout.
+@dataclass(frozen=True)
+class PolicySettings:
+    """What of a run's configuration the policy is built from."""
 
-    Example:
-        policy = Policy(config, architecture, groups, num_updates=4000)
-        policy.load(HfWeights(config.model.path))
-        batches = policy.prepare(rollouts)
-        updates = [policy.update(batch) for batch in batches]
-    """
+    model: ModelConfig
+    """Weights and numerics."""
+    parallel: ParallelConfig
+    """The layout."""
+    batch: BatchConfig
+    """How minibatches are cut and packed."""
+    optimizer: OptimizerSettings
+    """AdamW and the learning-rate schedule."""
+    objective: Objective
+    """The loss."""
+    megatron: Mapping[str, Any]
+    """Fields of megatron-core's configurations that override ours."""
+    temperature: float
+    """Sampling temperature: log-probs are of the sampling distribution."""
+    mismatch_bound: float
+    """|log-prob here - in the engine| (nats) beyond which a token counts in mismatch_share."""
+    offload_optimizer: bool
+    """The optimizer's state leaves the device while the engine is awake."""
 
-    def __init__(self, config: Config, architecture: Architecture, groups: Groups, *, num_updates: int) -> None:
-        """Builds model and optimizer; `num_updates` is the length of the learning-rate schedule."""
-        self.config, self.architecture, self.groups = config, architecture, groups
-        self.chunks = build_model(
-            architecture,
+    @classmethod
+    def of(cls, config: Config) -> PolicySettings:
+        """Reads them from a run's configuration."""
+        return cls(
             model=config.model,
             parallel=config.parallel,
-            megatron=config.megatron,
+            batch=config.batch,
+            optimizer=config.optimizer,
+            objective=config.objective,
+            megatron={"deterministic_mode": config.trainer.deterministic} | dict(config.megatron),
             temperature=config.rollout.temperature,
+            mismatch_bound=config.rollout.mismatch_bound,
+            offload_optimizer=config.rollout.offload_optimizer,
+        )
+
+
+class Policy:
+    """The trained model on this rank's place in the layout, whole once it is built.
+
+    Example:
+        settings = PolicySettings.of(config)
+        policy = Policy(settings, architecture, HfWeights(config.model.path), groups, num_updates=4000)
+        updates = [policy.update(batch) for batch in policy.prepare(rollouts)]
+    """
+
+    def __init__(
+        self,
+        settings: PolicySettings,
+        architecture: Architecture,
+        weights: Weights,
+        groups: Groups,
+        *,
+        num_updates: int,
+    ) -> None:
+        """Builds the model, fills it from `weights`, and builds the optimizer, whose master weights are copies.
+
+        Args:
+            settings: what to build.
+            architecture: the model's sizes.
+            weights: HF tensors by name; a rank reads its own slices.
+            groups: this rank's place in the layout.
+            num_updates: length of the learning-rate schedule.
+        """
+        self.settings, self.architecture, self.groups = settings, architecture, groups
+        self.chunks = build_model(
+            architecture,
+            model=settings.model,
+            parallel=settings.parallel,
+            megatron=settings.megatron,
+            temperature=settings.temperature,
+            with_entropy=settings.objective.entropy_bonus > 0,
             groups=groups.megatron,
         )
-        self.ddp = _wrap(self.chunks, config)
-        self.step = TrainStep(self.ddp, groups, config.objective, mismatch_bound=config.rollout.mismatch_bound)
-        self._num_updates = num_updates
+        self.ddp = _wrap(self.chunks, settings)
+        self.passes = Passes(self.ddp, groups)
+        self.packer = Packer(
+            architecture,
+            settings.objective,
+            settings.batch,
+            settings.parallel,
+            groups,
+            bounds_on_host=not uses_transformer_engine(settings.model.layers),
+        )
+        self.step = TrainStep(
+            self.passes, groups, settings.objective, mismatch_bound=settings.mismatch_bound
+        )
         self.skipped_in_a_row = 0
         """Updates skipped since the last one that was made."""
-        self.optimizer: MegatronOptimizer | None = None
-        self.scheduler: OptimizerParamScheduler | None = None
 
-    def load(self, weights: Weights) -> None:
-        """Fills the model from HF weights, then builds the optimizer, whose master weights are copies of them."""
-        load_weights(self.chunks, weights, self.architecture, tp_rank=self.groups.tp.rank(), tp=self.groups.tp.size())
-        if self.config.model.dtype != "fp64":  # megatron-core's optimizers know no fp64; exactness tests need none
-            self.optimizer = _optimizer(self.config, self.ddp)
-            self.scheduler = _scheduler(self.config, self.optimizer, self._num_updates)
+        self.load_parameters(weights)
+        self._optimizer: MegatronOptimizer | None = None
+        # megatron-core's optimizers know no fp64; the tests of exactness need gradients alone.
+        if settings.model.dtype != "fp64":
+            self._optimizer = _optimizer(settings, self.ddp)
+            self.scheduler = _scheduler(settings.optimizer, self._optimizer, num_updates)
+            self._offload = Offload(self._optimizer)
+
+    @property
+    def optimizer(self) -> MegatronOptimizer:
+        """Megatron's optimizer of this rank's parameters.
+
+        Raises:
+            ValueError: the model is fp64, which no optimizer of megatron-core knows.
+        """
+        if self._optimizer is None:
+            raise ValueError("model.dtype=fp64 has no optimizer; use fp32 or bf16 to train")
+        return self._optimizer
+
+    def load_parameters(self, weights: Weights) -> None:
+        """Overwrites the model's parameters with HF weights; the optimizer's master copies stay as they are.
+
+        Collective: one data-parallel replica reads them for all.
+        """
+        load_weights(
+            self.chunks,
+            weights,
+            self.architecture,
+            tp_rank=self.groups.tp.rank(),
+            tp=self.groups.tp.size(),
+            replicas=self.groups.dp_cp,
+        )
 
     def prepare(self, rollouts: Sequence[Rollout], *, lagging: bool = False) -> list[Batch]:
         """Cuts one step's rollouts into the batches of its updates and computes the old log-probs that they need.
@@ -95,103 +199,93 @@ class Policy:
         """The batches of a step's updates, without old log-probs."""
         cut = minibatches(
             rollouts,
-            groups_per_minibatch=self.config.batch.minibatch_prompts,
-            one_class_groups=self.config.objective.one_class_groups,
+            self.settings.objective,
+            groups_per_minibatch=self.settings.batch.minibatch_prompts,
         )
-        return [self.pack(minibatch, needs_scores=lagging or i > 0) for i, minibatch in enumerate(cut)]
+        return [
+            self.packer.pack(minibatch, off_policy=lagging or i > 0)
+            for i, minibatch in enumerate(cut)
+        ]
 
-    def pack(self, minibatch: Minibatch, *, needs_scores: bool) -> Batch:
-        """Plans the minibatch over all ranks and builds this rank's micro-batches."""
-        parallel, rollouts = self.config.parallel, minibatch.rollouts
-        alignment = Alignment(
-            cp=parallel.cp,
-            cp_rank=self.groups.cp.rank(),
-            tp=parallel.tp if parallel.sp else 1,
-            padded=self.config.batch.layout == "padded",
-        )
-        planned = plan(
-            [alignment.length(rollouts[i]) for i in minibatch.kept],
-            [rollouts[i].group for i in minibatch.kept],
-            layout=Layout(
-                dp=self.groups.dp.size(),
-                max_tokens=alignment.up(self.config.batch.max_tokens),
-                padded=alignment.padded,
-                pp=parallel.pp,
-                count_multiple=parallel.pp if parallel.vpp > 1 else 1,
-            ),
-            placement=self.config.batch.placement,
-            needs_scores=needs_scores,
-            cost=lambda length: length * self.architecture.flops_per_token(length / 2),
-        )
-        mine = planned.micro_batches[self.groups.dp.rank()]
-        label_R = torch.full((len(rollouts),), EXCLUDED)
-        label_R[list(minibatch.kept)] = torch.tensor([rollouts[i].label for i in minibatch.kept], dtype=torch.int64)
-        device = torch.cuda.current_device()
-        return Batch(
-            minibatch=minibatch,
-            plan=planned,
-            micro_batches=[micro_batch(rollouts, [minibatch.kept[k] for k in members], alignment) for members in mine],
-            label_R=label_R.to(device),
-            group_R=torch.tensor([r.group for r in rollouts], device=device),
-        )
-
-    def gradient(self, batch: Batch) -> Gradient:
-        """Zeroes the gradient buffers and fills them with the gradient of the minibatch's loss."""
+    def zero_gradients(self) -> None:
+        """Clears the gradient buffers, before a pass that adds to them."""
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
-        if self.optimizer is not None:
-            self.optimizer.zero_grad()
+        if self._optimizer is not None:
+            self._optimizer.zero_grad()
+
+    def gradient(self, batch: Batch) -> Gradient:
+        """Fills the gradient buffers with the gradient of the minibatch's loss."""
+        self.zero_gradients()
         return self.step.gradient(batch)
 
     def update(self, batch: Batch) -> Update:
         """One optimizer update; a loss or gradient that is not finite leaves everything as it was."""
-        assert self.optimizer is not None and self.scheduler is not None, "load() builds the optimizer"
         gradient = self.gradient(batch)
         lr = float(self.optimizer.param_groups[0]["lr"])
+        grad_norm = self.apply_gradients(finite=math.isfinite(gradient.loss))
+        skipped = self.skipped_in_a_row > 0
+        return Update(gradient, grad_norm, lr, skipped, self.skipped_in_a_row)
+
+    def apply_gradients(self, *, finite: bool) -> float:
+        """Makes an optimizer step with the gradients in the buffers, unless they, or the loss, are not finite.
+
+        Args:
+            finite: whether the loss was.
+
+        Returns:
+            The global L2 norm before clipping; `skipped_in_a_row` is 0 if the step was made.
+        """
         self.optimizer.prepare_grads()
         norm = self.optimizer.get_grad_norm()
         grad_norm = float(norm) if norm is not None else 0.0
-        finite = math.isfinite(gradient.loss) and math.isfinite(grad_norm)
-        if finite:
+        if finite and math.isfinite(grad_norm):
             self.optimizer.step()
             self.scheduler.step(increment=1)
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        return Update(gradient, grad_norm, lr, not finite, self.skipped_in_a_row)
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped_in_a_row += 1
+        return grad_norm
 
     def mismatch(self, rollouts: Sequence[Rollout]) -> list[float]:
         """Mean |log-prob here - in the engine| (nats) of each rollout under the present weights; 0 for an empty one.
         Collective over the world."""
-        answered = tuple(i for i, r in enumerate(rollouts) if r.completion.token_ids)
-        whole = Minibatch(tuple(rollouts), kept=answered, num_groups=len({r.group for r in rollouts}))
-        return self.step.mismatch(self.pack(whole, needs_scores=False)).tolist()
+        return self.step.mismatch(self.whole(rollouts)).tolist()
+
+    def whole(self, rollouts: Sequence[Rollout]) -> Batch:
+        """Packs all rollouts that have a token, whatever their labels, for a forward pass over them."""
+        answered = tuple(i for i, r in enumerate(rollouts) if r.completion.num_trained)
+        facts = self.settings.objective.facts(RolloutTable.of(rollouts))
+        everything = Minibatch(tuple(rollouts), kept=answered, facts=facts)
+        # Nothing is gathered within the pass, so groups may lie anywhere.
+        return self.packer.with_placement("auto").pack(everything, off_policy=False)
 
     def token_stats(self, batches: Sequence[Batch]) -> TokenStats:
         """Token-level figures of the step over all ranks. Collective over the world."""
-        sums, largest = torch.zeros(5, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        if self.groups.is_last_stage and self.groups.tp.rank() == 0:  # tensor-parallel ranks have the same log-probs
+        total = TokenFigures.zeros(device())
+        if (
+            self.groups.is_last_stage and self.groups.tp.rank() == 0
+        ):  # tensor-parallel ranks have the same log-probs
             for batch in batches:
-                sums += batch.tokens.sums
-                largest[0] = max(float(largest), batch.tokens.largest)
-        device = torch.cuda.current_device()
-        sums, largest = sums.to(device), largest.to(device)
-        dist.all_reduce(sums)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return TokenStats(sums.cpu(), float(largest))
+                total.add(batch.tokens.sums, batch.tokens.largest)
+        dist.all_reduce(total.sums)
+        dist.all_reduce(total.largest, op=dist.ReduceOp.MAX)
+        return TokenStats(total.sums.cpu(), float(total.largest))
 
     def make_room(self) -> None:
         """Where rollout.offload_optimizer asks, frees the gradient buffers; the optimizer's state goes to host memory.
 
         Forward passes and checkpoints work meanwhile, updates do not.
         """
-        if self.config.rollout.offload_optimizer and self.optimizer is not None:
+        if self.settings.offload_optimizer:
             for chunk in self.ddp:
                 chunk.offload_grad_buffers()
-            self.optimizer.offload_to_cpu()
+            self._offload.to_host()
 
     def take_room_back(self) -> None:
         """Undoes `make_room`; the gradient buffers are zero, as an update begins with them."""
-        if self.config.rollout.offload_optimizer and self.optimizer is not None:
-            self.optimizer.restore_from_cpu()
+        if self.settings.offload_optimizer:
+            self._offload.to_device()
             for chunk in self.ddp:
                 chunk.restore_grad_buffers()
 
@@ -204,14 +298,25 @@ class Policy:
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Every HF (name, tensor) on every rank, one at a time. Collective: all ranks consume all of it."""
         self.gather_parameters()
-        return stream_hf(self.chunks, self.architecture, tp_group=self.groups.tp, pp_group=self.groups.pp)
+        return stream_hf(
+            self.chunks, self.architecture, tp_group=self.groups.tp, pp_group=self.groups.pp
+        )
 
 
-def _wrap(chunks: Sequence[nn.Module], config: Config) -> list[DistributedDataParallel]:
+def _wrap(chunks: Sequence[nn.Module], settings: PolicySettings) -> list[DistributedDataParallel]:
     """Megatron's DDP around each chunk, and the hooks that its schedules look for in the model's config."""
-    wide = config.model.dtype == "bf16"
-    values = {"grad_reduce_in_fp32": wide, "use_distributed_optimizer": _distributed(config)}
-    ddp_config = DistributedDataParallelConfig(**values | _fields_of(DistributedDataParallelConfig, config.megatron))
+    wide = settings.model.dtype == "bf16"
+    distributed = _distributed(settings)
+    values = {
+        "grad_reduce_in_fp32": wide,
+        "use_distributed_optimizer": distributed,
+        # Buckets of gradients leave during the last backward pass, weights arrive during the next forward pass.
+        "overlap_grad_reduce": distributed,
+        "overlap_param_gather": distributed,
+    }
+    ddp_config = DistributedDataParallelConfig(
+        **values | _fields_of(DistributedDataParallelConfig, settings.megatron)
+    )
     wrapped = [
         DistributedDataParallel(
             chunk.config,
@@ -234,8 +339,8 @@ def _one_or_all(functions: list[Any]) -> Any:
     return functions if len(functions) > 1 else functions[0]
 
 
-def _distributed(config: Config) -> bool:
-    return config.optimizer.distributed and config.model.dtype != "fp64"
+def _distributed(settings: PolicySettings) -> bool:
+    return settings.optimizer.distributed and settings.model.dtype != "fp64"
 
 
 def _fields_of(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,36 +348,41 @@ def _fields_of(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in known}
 
 
-def _optimizer(config: Config, ddp: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
-    chosen = config.optimizer
+def _optimizer(
+    settings: PolicySettings, ddp: Sequence[DistributedDataParallel]
+) -> MegatronOptimizer:
+    adam = settings.optimizer
     values = {
         "optimizer": "adam",
-        "lr": chosen.lr,
-        "min_lr": chosen.min_lr,
-        "weight_decay": chosen.weight_decay,
-        "adam_beta1": chosen.beta1,
-        "adam_beta2": chosen.beta2,
-        "adam_eps": chosen.eps,
-        "clip_grad": chosen.clip_grad,
-        "bf16": config.model.dtype == "bf16",
-        "params_dtype": torch_dtype(config.model.dtype),
-        "use_distributed_optimizer": _distributed(config),
+        "lr": adam.lr,
+        "min_lr": adam.min_lr,
+        "weight_decay": adam.weight_decay,
+        "adam_beta1": adam.beta1,
+        "adam_beta2": adam.beta2,
+        "adam_eps": adam.eps,
+        "clip_grad": adam.clip_grad,
+        "bf16": settings.model.dtype == "bf16",
+        "params_dtype": torch_dtype(settings.model.dtype),
+        "use_distributed_optimizer": _distributed(settings),
     }
-    return get_megatron_optimizer(OptimizerConfig(**values | _fields_of(OptimizerConfig, config.megatron)), list(ddp))
+    return get_megatron_optimizer(
+        OptimizerConfig(**values | _fields_of(OptimizerConfig, settings.megatron)), list(ddp)
+    )
 
 
-def _scheduler(config: Config, optimizer: MegatronOptimizer, num_updates: int) -> OptimizerParamScheduler:
-    chosen = config.optimizer
+def _scheduler(
+    adam: OptimizerSettings, optimizer: MegatronOptimizer, num_updates: int
+) -> OptimizerParamScheduler:
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
-        max_lr=chosen.lr,
-        min_lr=chosen.min_lr,
-        lr_warmup_steps=min(chosen.warmup_updates, num_updates - 1),
+        max_lr=adam.lr,
+        min_lr=adam.min_lr,
+        lr_warmup_steps=min(adam.warmup_updates, num_updates - 1),
         lr_decay_steps=num_updates,
-        lr_decay_style=chosen.schedule,
-        start_wd=chosen.weight_decay,
-        end_wd=chosen.weight_decay,
+        lr_decay_style=adam.schedule,
+        start_wd=adam.weight_decay,
+        end_wd=adam.weight_decay,
         wd_incr_steps=num_updates,
         wd_incr_style="constant",
     )

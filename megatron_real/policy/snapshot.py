@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
+from megatron_real.pinned import host_copies
 from megatron_real.policy.policy import Policy
 
 
@@ -26,15 +27,17 @@ class Snapshot:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._parameters = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
-        pinned = self._parameters[0].is_cuda
-        self._copies = [torch.empty(p.shape, dtype=p.dtype, pin_memory=pinned) for p in self._parameters]
+        self._parameters = [
+            parameter for chunk in policy.chunks for parameter in chunk.parameters()
+        ]
+        self._copies = host_copies(self._parameters)
 
     def take(self) -> None:
         """Copies the parameters as they are. Collective under overlap_param_gather."""
         self._policy.gather_parameters()
         for parameter, copy in zip(self._parameters, self._copies, strict=True):
-            copy.copy_(parameter.detach())
+            copy.copy_(parameter.detach(), non_blocking=True)
+        _wait()
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -50,5 +53,13 @@ class Snapshot:
         """Takes the memory of a single parameter more."""
         for parameter, copy in zip(self._parameters, self._copies, strict=True):
             own = parameter.detach().clone()
-            parameter.data.copy_(copy)
-            copy.copy_(own)
+            parameter.data.copy_(copy, non_blocking=True)
+            # In the device's order: the host's copy is overwritten when the device has read it.
+            copy.copy_(own, non_blocking=True)
+        _wait()
+
+
+def _wait() -> None:
+    """Until the copies to the host have arrived."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

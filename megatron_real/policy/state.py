@@ -9,23 +9,25 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy
 import torch
-import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_real.policy.optimizer_state import adam_step, set_adam_step, sharded_optimizer_state
 from megatron_real.policy.policy import Policy, Update
-from megatron_real.policy.train_step import Batch, Gradient, TokenStats
+from megatron_real.policy.train_step import Batch, Gradient, TokenStats, gathered_tokens
 from megatron_real.records import Rollout
 
 
 def sharded_state(policy: Policy) -> dict[str, Any]:
     """Model and optimizer as a sharded state dict. Collective."""
-    assert policy.optimizer is not None, "load() builds the optimizer"
     policy.gather_parameters()
     state = {
         "model" if len(policy.chunks) == 1 else f"model{i}": chunk.sharded_state_dict()
@@ -35,15 +37,35 @@ def sharded_state(policy: Policy) -> dict[str, Any]:
     return {**state, "optimizer": sharded_optimizer_state(policy.optimizer, leaves)}
 
 
-def load_sharded_state(policy: Policy, state: Mapping[str, Any]) -> None:
-    """Takes over what dist_checkpointing has read into `sharded_state`; the optimizer's has been read in place."""
+def load_sharded_state(policy: Policy, folder: Path) -> None:
+    """Reads what was saved of `sharded_state`, in whatever layout, with local layers or TransformerEngine's. Collective.
+
+    TransformerEngine's modules have an `_extra_state` each, which is empty without FP8. Local layers have none: where the
+    checkpoint lacks one, the module keeps its own.
+
+    Raises:
+        CheckpointingException: a tensor is missing or has another shape.
+    """
+    state = sharded_state(policy)
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    kept: dict[str, dict[str, Any]] = {}
+    for part in (part for part in state if part != "optimizer"):
+        kept[part] = {
+            name: leaf.data
+            for name, leaf in state[part].items()
+            if isinstance(leaf, ShardedObject) and leaf.unique_key not in saved
+        }
+        for name in kept[part]:
+            del state[part][name]
+
+    loaded = dist_checkpointing.load(state, str(folder))  # the optimizer's is read in place
     for i, chunk in enumerate(policy.chunks):
-        chunk.load_state_dict(state["model" if len(policy.chunks) == 1 else f"model{i}"])
+        part = "model" if len(policy.chunks) == 1 else f"model{i}"
+        chunk.load_state_dict({**loaded[part], **kept[part]})
 
 
 def schedule_state(policy: Policy) -> dict[str, int]:
     """Where the learning-rate schedule is, and how many updates in a row were skipped."""
-    assert policy.scheduler is not None and policy.optimizer is not None, "load() builds both"
     return {
         "num_updates": policy.scheduler.num_steps,
         "adam_step": adam_step(policy.optimizer),
@@ -53,7 +75,6 @@ def schedule_state(policy: Policy) -> dict[str, int]:
 
 def load_schedule_state(policy: Policy, state: Mapping[str, int]) -> None:
     """Sets the schedule of this run's configuration to the saved update."""
-    assert policy.scheduler is not None and policy.optimizer is not None, "load() builds both"
     set_adam_step(policy.optimizer, state["adam_step"])
     policy.scheduler.num_steps = 0
     policy.scheduler.step(increment=state["num_updates"])
@@ -63,7 +84,9 @@ def load_schedule_state(policy: Policy, state: Mapping[str, int]) -> None:
 def rng_state() -> dict[str, Any]:
     """Every random generator of this rank, as what torch.load(weights_only=True) reads."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = cast(tuple[Any, ...], numpy.random.get_state(legacy=True))
+    name, keys, position, has_gauss, cached = cast(
+        tuple[Any, ...], numpy.random.get_state(legacy=True)
+    )
     return {
         "python": [version, list(numbers), gauss],
         "numpy": [name, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached],
@@ -116,23 +139,13 @@ def unfinished(policy: Policy, batches: Sequence[Batch], updates: Sequence[Updat
     """What the rest of a step needs, after `updates`; at least one. Collective: the same on every rank."""
     done = len(updates)
     assert 0 < done < len(batches), "a step without updates is begun anew from its rollouts"
-    known: list[Tensor | None] = [None if i < done else _old_logprobs(policy, b) for i, b in enumerate(batches)]
+    known: list[Tensor | None] = [None] * done
+    for batch in batches[done:]:
+        old = []
+        if policy.groups.is_last_stage:
+            old = [results.old_logprob_T for results in batch.results]
+        known.append(gathered_tokens(policy.groups, batch, old))
     return Unfinished(list(updates), known, policy.token_stats(batches))
-
-
-def _old_logprobs(policy: Policy, batch: Batch) -> Tensor:
-    """[N] old log-probs of the minibatch's response tokens, from the ranks that hold them; 0 for rollouts not kept."""
-    groups, device = policy.groups, batch.label_R.device
-    old_N = torch.zeros(batch.minibatch.num_response_tokens, dtype=torch.float64, device=device)
-    if groups.is_last_stage:
-        for micro in batch.micro_batches:
-            assert micro.old_logprob_T is not None, "batches after the first have old log-probs before any update"
-            chosen = micro.index_T >= 0
-            old_N[micro.index_T[chosen]] = micro.old_logprob_T[chosen].double()
-        dist.all_reduce(old_N, group=groups.dp_cp)
-    if groups.pp.size() > 1:
-        dist.broadcast(old_N, src=dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
-    return old_N.cpu()
 
 
 def prepare(
@@ -152,8 +165,16 @@ def _take_up(policy: Policy, batches: Sequence[Batch], begun: Unfinished) -> Non
         if old_N is None:
             continue
         batch.has_old_logprobs = True
-        for micro in batch.micro_batches if policy.groups.is_last_stage else ():
+        if not policy.groups.is_last_stage:
+            continue
+        for micro, results in zip(batch.micro_batches, batch.results, strict=True):
             old_logprob_N = old_N.to(micro.engine_logprob_T)
-            micro.old_logprob_T = torch.where(micro.index_T >= 0, old_logprob_N[micro.index_T.clamp(min=0)], 0)
-    if policy.groups.writes_logprobs and policy.groups.dp.rank() == 0:  # one rank's share of the sum is all of it
-        batches[0].tokens.sums, batches[0].tokens.largest = begun.stats.sums.clone(), begun.stats.largest
+            results.old_logprob_T = torch.where(
+                micro.index_T >= 0, old_logprob_N[micro.index_T.clamp(min=0)], 0
+            )
+    if (
+        policy.groups.writes_logprobs and policy.groups.dp.rank() == 0
+    ):  # one rank's share of the sum is all of it
+        tokens = batches[0].tokens
+        tokens.sums.copy_(begun.stats.sums)
+        tokens.largest.fill_(begun.stats.largest)

@@ -1,44 +1,43 @@
-"""One exact update of REAL on Megatron's schedules: scores -> gather -> weights -> backward.
+"""One exact update on Megatron's schedules, of any objective: scores -> gather -> weights -> backward.
 
-REAL's loss couples all rollouts of a group, but Megatron hands the loss one micro-batch at a time. Every sequence needs
-one scalar of the others, w_k = dL/ds_k (Eq. 9, 10), and with it the gradient of L is that of the linear surrogate
-sum_k w_k * s_k, in any order, packing and layout. So an update is
+A loss may couple all rollouts of a group, but Megatron hands the loss one micro-batch at a time. What a token or a
+sequence needs of the others are a few scalars, the scores of the rollouts that its objective's reach names
+(objective/objective.py), and with them the gradient of L is that of the linear surrogate
+
+    sum_t u_t * log pi_t + sum_k w_k * s_k        u, w: dL/dlog pi and dL/dscore, held constant
+
+in any order, packing and layout. So an update of an objective in scores, such as REAL (Eq. 9, 10), is
 
     first minibatch after a rollout     s = 0 exactly, w is known from the labels            1 forward, 1 backward
     placement `intact` or `dp`          scores are gathered inside the loss                  1 forward, 1 backward
     placement `split`                   a forward-only pass scores all, then as above        2 forward, 1 backward
 
-The surrogate's gradients must be summed, never averaged: the denominator N is in w. Megatron averages in three places,
-and one switch, calculate_per_token_loss=True with a loss of three values whose token count is 0, turns all of them off
-(checked in megatron-core 0.16.1 and 0.19.2):
-    pipeline_parallel/schedules.py forward_step_calc_loss: no division by the token count or the number of
-        micro-batches, no multiplication by the context-parallel size;
-    distributed/distributed_data_parallel.py: gradient_scaling_factor = 1, gradients are summed over DP and CP;
-    distributed/finalize_model_grads.py: scales only `if num_tokens > 0`.
+and one whose reach is a token or its own sequence always takes one forward and one backward. The KL penalty and the
+entropy bonus are terms of single tokens, and come with either.
+
+The surrogate's gradients must be summed, never averaged: every denominator is in u and w. policy/passes.py says how
+Megatron's own averaging is switched off.
+
+Legend: R rollouts of the minibatch, T tokens of a micro-batch on this rank, K of them response tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_real.batching import Minibatch, Plan
-from megatron_real.config import ObjectiveConfig
-from megatron_real.objective import real_loss, real_weights, sequence_scores
+from megatron_real.objective import Objective, sequence_scores
+from megatron_real.objective.facts import Facts
+from megatron_real.objective.functions import kl_penalty
 from megatron_real.policy.layout import Groups
-from megatron_real.policy.microbatch import MicroBatch
-from megatron_real.records import EXCLUDED
-
-LossFunction = Callable[[MicroBatch, Tensor], Tensor]
-"""(micro-batch, its log-probs [T]) -> scalar to be differentiated."""
+from megatron_real.policy.microbatch import MicroBatch, to_device
+from megatron_real.policy.passes import Outputs, Passes
 
 
 @dataclass
@@ -66,23 +65,94 @@ class TokenStats:
 
 
 @dataclass
+class TokenFigures:
+    """The same while passes add to them: they stay on the device, so that no micro-batch is waited for."""
+
+    sums: Tensor
+    """[5] float64, as TokenStats has them."""
+    largest: Tensor
+    """[] float64 max |d| (nats)."""
+
+    @classmethod
+    def zeros(cls, device: torch.device) -> TokenFigures:
+        """No tokens yet."""
+        sums = torch.zeros(5, dtype=torch.float64, device=device)
+        return cls(sums, torch.zeros((), dtype=torch.float64, device=device))
+
+    def add(self, sums: Tensor, largest: Tensor) -> None:
+        """Adds the figures of further tokens."""
+        self.sums += sums
+        torch.maximum(self.largest, largest, out=self.largest)
+
+
+class Computed:
+    """A tensor that a pass leaves behind. To read it before a pass has computed it is a mistake in their order."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, results: PassResults, owner: type) -> Tensor:
+        value: Tensor | None = vars(results).get(self._name)
+        assert value is not None, f"no pass has computed {self._name} yet"
+        return value
+
+    def __set__(self, results: PassResults, value: Tensor) -> None:
+        vars(results)[self._name] = value
+
+
+class PassResults:
+    """What passes have computed of one micro-batch, on the last pipeline stage."""
+
+    old_logprob_T = Computed()
+    """[T] log-probs under the weights that generated the rollouts."""
+    score_R = Computed()
+    """[R] detached scores of its sequences."""
+    old_mean_R = Computed()
+    """[R] mean old log-prob of its sequences, where the objective asks for it."""
+    weight_R = Computed()
+    """[R] dL / dscore of its sequences."""
+
+    def has(self, name: str) -> bool:
+        """Whether a pass has computed it."""
+        return name in vars(self)
+
+    def forget(self, name: str) -> None:
+        """The next pass computes it anew."""
+        vars(self).pop(name, None)
+
+
+@dataclass
 class Batch:
-    """A minibatch on this rank: its plan, its micro-batches, and the minibatch-wide vectors of the loss."""
+    """A minibatch on this rank: its plan, its micro-batches, and what the passes over them have computed."""
 
     minibatch: Minibatch
     """What is trained on."""
     plan: Plan
     """Which rank computes what."""
-    micro_batches: list[MicroBatch]
+    micro_batches: tuple[MicroBatch, ...]
     """This rank's, in schedule order."""
-    label_R: Tensor
-    """[R] labels of all rollouts of the minibatch; those not kept count as excluded."""
-    group_R: Tensor
-    """[R] group of each rollout."""
+    facts: Facts = field(init=False)
+    """[R] what the objective knows of all rollouts of the minibatch, float64, on the host: what couples rollouts is
+    computed there, of a few numbers that are read back once."""
+    token_facts: Facts = field(init=False)
+    """[R] the same on the device, for the terms of single tokens."""
+    results: list[PassResults] = field(default_factory=list)
+    """Of each micro-batch."""
     has_old_logprobs: bool = False
     """The old log-probs were computed; if not, the weights still are those that generated the rollouts."""
-    tokens: TokenStats = field(default_factory=lambda: TokenStats())
+    tokens: TokenFigures = field(init=False)
     """Token-level figures of this rank's micro-batches, complete on the ranks that write log-probs."""
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's."""
+        return self.token_facts.label_R.device
+
+    def __post_init__(self) -> None:
+        self.facts = self.minibatch.facts.map(lambda values_R: _float64(values_R))
+        self.token_facts = self.facts.map(to_device)
+        self.tokens = TokenFigures.zeros(self.device)
+        self.results = [PassResults() for _ in self.micro_batches]
 
 
 @dataclass(frozen=True)
@@ -94,86 +164,190 @@ class Gradient:
     score_R: Tensor
     """[R] fp64 on the CPU, scores of the minibatch's rollouts; 0 for those not kept."""
     weight_R: Tensor
-    """[R] fp64 on the CPU, dL / dscore; 0 for those not kept."""
+    """[R] fp64 on the CPU, dL / dscore: of an objective in tokens the sum of its tokens' weights; 0 if not kept."""
+    kl: float = 0.0
+    """The KL estimate (nats), averaged as the objective averages tokens; 0 without a penalty."""
+    clipped_low_share: float = 0.0
+    """Share of the learning rollouts' tokens that a clip deprived of their gradient at a ratio below 1."""
+    clipped_high_share: float = 0.0
+    """The same at a ratio above 1."""
+
+
+@dataclass
+class TokenSums:
+    """Sums over this rank's response tokens in one training pass."""
+
+    values: Tensor
+    """[6] float64: the objective's own loss, the KL penalty, the entropy bonus, tokens clipped below and above ratio 1,
+    and tokens that learn."""
+    weight_R: Tensor
+    """[R] float64: sum of the objective's own token weights."""
 
 
 class TrainStep:
     """Runs the passes of an update over one model. Holds no state of its own between updates."""
 
     def __init__(
-        self, chunks: Sequence[nn.Module], groups: Groups, objective: ObjectiveConfig, *, mismatch_bound: float
+        self,
+        passes: Passes,
+        groups: Groups,
+        objective: Objective,
+        *,
+        mismatch_bound: float,
     ) -> None:
         """`mismatch_bound`: of |d| (nats), beyond which a token counts in mismatch_share."""
-        self.chunks, self.groups, self.objective = list(chunks), groups, objective
+        self.passes, self.groups, self.objective = passes, groups, objective
         self.mismatch_bound = mismatch_bound
+        # REAL without a penalty has no term in single tokens, and pays for none.
+        self._has_token_terms = not objective.has_scores or objective.regularises
 
     def old_logprobs(self, batch: Batch) -> None:
         """Forward pass that keeps each token's log-prob under the present weights as the old one."""
-
-        def keep(micro: MicroBatch, logprob_T: Tensor) -> Tensor:
-            micro.old_logprob_T = logprob_T.detach()
-            self._compare_with_engine(batch, micro)
-            return logprob_T.sum()
-
-        self._run(batch.micro_batches, keep, forward_only=True)
+        self.passes.forward(
+            batch.micro_batches, lambda i, outputs: self._keep_old(batch, i, outputs)
+        )
         batch.has_old_logprobs = True
 
     def mismatch(self, batch: Batch) -> Tensor:
         """[R] on every rank: mean |d| (nats) of each rollout under the present weights, 0 if not kept."""
 
-        def keep(micro: MicroBatch, logprob_T: Tensor) -> Tensor:
-            difference_T = (logprob_T.detach() - micro.engine_logprob_T).abs()
-            micro.score_R = self._summed_over_cp(self._means(micro, difference_T, torch.zeros_like(difference_T)))
-            return logprob_T.sum()
+        def keep(index: int, outputs: Outputs) -> None:
+            micro = batch.micro_batches[index]
+            difference_T = (outputs.logprob_T.detach() - micro.engine_logprob_T).abs()
+            means_R = self._means(micro, difference_T, torch.zeros_like(difference_T))
+            batch.results[index].score_R = self._summed_over_cp(means_R)
 
-        self._run(batch.micro_batches, keep, forward_only=True)
-        mean_R = torch.zeros(len(batch.label_R), dtype=torch.float64, device=batch.label_R.device)
+        self.passes.forward(batch.micro_batches, keep)
+        mean_R = torch.zeros_like(batch.token_facts.advantage_R)
         if self.groups.is_last_stage:
-            mean_R, _ = self._scores_of(batch, batch.micro_batches, over_dp=True)
+            everything = range(len(batch.results))
+            mean_R, _ = self._gathered(batch, everything, self.groups.dp)
         return self._from_last_stage(mean_R).cpu()
 
     def gradient(self, batch: Batch) -> Gradient:
         """Adds the gradient of L over the minibatch to the model's gradient buffers and finishes their reduction."""
-        if not batch.has_old_logprobs:
-            at_zero_R = torch.zeros_like(batch.label_R, dtype=torch.float64)
-            self._set_weights(batch, self._weights(batch, at_zero_R, batch.label_R != EXCLUDED))
-        elif batch.plan.placement == "split":
-            self._run(batch.micro_batches, self._keep_score, forward_only=True)
+        objective = self.objective
+        if objective.has_scores:
+            self._prepare_weights(batch)
+        sums = TokenSums(
+            values=torch.zeros(6, dtype=torch.float64, device=batch.device),
+            weight_R=torch.zeros_like(batch.token_facts.advantage_R),
+        )
+        self.passes.forward_backward(
+            batch.micro_batches, lambda i, outputs: self._surrogate(batch, i, outputs, sums)
+        )
+        return self._summary(batch, sums)
+
+    def _prepare_weights(self, batch: Batch) -> None:
+        """Sets every rollout's weight before the training pass where that can be, else leaves it to the pass."""
+        objective, facts = self.objective, batch.facts
+        for results in batch.results:
+            results.forget("weight_R")  # an earlier pass over the same batch may have left its own
+
+        if not batch.has_old_logprobs and objective.free_first_minibatch:
+            zero_R = torch.zeros_like(facts.advantage_R)
+            self._set_weights(batch, objective.score_weights(zero_R, zero_R, facts))
+        elif objective.gathers_scores and batch.plan.placement == "split":
+            self.passes.forward(
+                batch.micro_batches, lambda i, outputs: self._keep_score(batch, i, outputs)
+            )
             if self.groups.is_last_stage:
-                score_R, present_R = self._scores_of(batch, batch.micro_batches, over_dp=True)
-                self._set_weights(batch, self._weights(batch, score_R, present_R))
-        else:
-            for micro in batch.micro_batches:
-                micro.weight_R = None  # the pass below gathers the scores itself, also when it runs on a batch again
-        self._run(batch.micro_batches, partial(self._surrogate, batch), forward_only=False)
-        return self._summary(batch)
+                everything = range(len(batch.results))
+                scores = self._scores_of(batch, everything, over=self.groups.dp)
+                self._set_weights(batch, self._weights(batch, *scores))
 
-    def _surrogate(self, batch: Batch, micro: MicroBatch, logprob_T: Tensor) -> Tensor:
-        """sum_k w_k * s_k over the micro-batch's sequences, s_k differentiable, w_k not."""
-        if micro.old_logprob_T is None:  # the weights are those that generated the rollouts
-            micro.old_logprob_T = logprob_T.detach()
-            self._compare_with_engine(batch, micro)
-        partial_score_R = self._partial_scores(micro, logprob_T)
-        micro.score_R = self._summed_over_cp(partial_score_R.detach())
-        if micro.weight_R is None:
-            self._weigh_in_scope(batch, micro)
-        assert micro.weight_R is not None, "weights are set before this pass or by it"
-        # An empty micro-batch has no score; its log-probs are all 0 and carry the graph that the schedule needs.
-        return (micro.weight_R * partial_score_R).sum() if micro.positions else logprob_T.sum()
+    def _surrogate(self, batch: Batch, index: int, outputs: Outputs, sums: TokenSums) -> Tensor:
+        """The micro-batch's part of the linear surrogate; log-probs differentiable, weights not."""
+        micro, results = batch.micro_batches[index], batch.results[index]
+        if not results.has("old_logprob_T"):  # the weights are those that generated the rollouts
+            self._keep_old(batch, index, outputs)
+        if not micro.positions:
+            # Its log-probs are all 0 and carry the graph that the schedule needs.
+            return outputs.logprob_T.sum()
 
-    def _keep_score(self, micro: MicroBatch, logprob_T: Tensor) -> Tensor:
-        micro.score_R = self._summed_over_cp(self._partial_scores(micro, logprob_T))
-        return logprob_T.sum()
+        partial_score_R = self._partial_scores(micro, results, outputs.logprob_T)
+        if not self.objective.has_scores:
+            # Only a figure of the metrics: the context-parallel ranks' shares are summed with those of DP.
+            results.score_R = partial_score_R.detach()
+            return self._token_surrogate(batch, index, outputs, sums)
 
-    def _weigh_in_scope(self, batch: Batch, micro: MicroBatch) -> None:
-        """Weights from the scores of this micro-batch (`intact`) or of this index on all DP ranks (`dp`)."""
-        score_R, present_R = self._scores_of(batch, [micro], over_dp=batch.plan.placement == "dp")
-        micro.weight_R = self._weights(batch, score_R, present_R)[list(micro.positions)]
+        results.score_R = self._summed_over_cp(partial_score_R.detach())
+        if not results.has("weight_R"):
+            self._weigh_in_scope(batch, index)
+        surrogate = (results.weight_R * partial_score_R).sum()
+        if self._has_token_terms:
+            surrogate = surrogate + self._token_surrogate(batch, index, outputs, sums)
+        return surrogate
 
-    def _partial_scores(self, micro: MicroBatch, logprob_T: Tensor) -> Tensor:
+    def _token_surrogate(
+        self, batch: Batch, index: int, outputs: Outputs, sums: TokenSums
+    ) -> Tensor:
+        """sum_t u_t * log pi_t over the response tokens, minus the entropy bonus; adds its figures to `sums`."""
+        micro, results, objective = batch.micro_batches[index], batch.results[index], self.objective
+        kept_K, rollout_K = micro.kept_K, micro.rollout_K
+        logprob_K = outputs.logprob_T[kept_K]
+        old_logprob_K = results.old_logprob_T[kept_K]
+        facts = batch.token_facts.to(device=logprob_K.device, dtype=logprob_K.dtype)
+
+        # Weights by autograd in log-prob space: elementwise, and nothing beside the model's own passes.
+        leaf_K = logprob_K.detach().requires_grad_()
+        weight_K = torch.zeros_like(leaf_K)
+        with torch.enable_grad():
+            if not objective.has_scores:
+                own_loss = objective.token_loss(leaf_K, old_logprob_K, rollout_K, facts).sum()
+                (own_weight_K,) = torch.autograd.grad(own_loss, leaf_K)
+                weight_K = weight_K + own_weight_K
+                sums.values[0] += own_loss.detach()
+                sums.weight_R.index_add_(0, rollout_K, own_weight_K.double())
+                sums.values[3:6] += _clipped(
+                    own_weight_K == 0,
+                    logprob_K.detach() - old_logprob_K,
+                    facts.learns_R[rollout_K].double(),
+                )
+            reference_K = None
+            if objective.needs_reference:
+                assert micro.reference_logprob_T is not None, "policy/reference.py has been asked"
+                reference_K = micro.reference_logprob_T[kept_K].to(logprob_K.dtype)
+            penalty = kl_penalty(objective, leaf_K, old_logprob_K, reference_K, rollout_K, facts)
+            if penalty.requires_grad:
+                (penalty_weight_K,) = torch.autograd.grad(penalty, leaf_K)
+                weight_K = weight_K + penalty_weight_K
+                sums.values[1] += penalty.detach()
+
+        surrogate = (weight_K * logprob_K).sum()
+        if objective.entropy_bonus:
+            assert outputs.entropy_T is not None, "the model was built to compute entropies"
+            token_weight_K = objective.entropy_bonus * facts.token_weight_R[rollout_K]
+            bonus = (token_weight_K * outputs.entropy_T[kept_K]).sum()
+            sums.values[2] += bonus.detach()
+            surrogate = surrogate - bonus
+        return surrogate
+
+    def _keep_old(self, batch: Batch, index: int, outputs: Outputs) -> None:
+        batch.results[index].old_logprob_T = outputs.logprob_T.detach()
+        self._compare_with_engine(batch, index)
+
+    def _keep_score(self, batch: Batch, index: int, outputs: Outputs) -> None:
+        micro, results = batch.micro_batches[index], batch.results[index]
+        if not results.has("old_logprob_T"):
+            self._keep_old(batch, index, outputs)
+        results.score_R = self._summed_over_cp(
+            self._partial_scores(micro, results, outputs.logprob_T)
+        )
+
+    def _weigh_in_scope(self, batch: Batch, index: int) -> None:
+        """Weights from the scores of this micro-batch, or, for `dp`, of this index on all DP ranks.
+
+        An objective that couples nothing beyond a sequence never needs more than this micro-batch.
+        """
+        over_dp = self.objective.gathers_scores and batch.plan.placement == "dp"
+        scores = self._scores_of(batch, [index], over=self.groups.dp if over_dp else None)
+        weight_R = to_device(self._weights(batch, *scores))
+        batch.results[index].weight_R = weight_R[batch.micro_batches[index].position_R]
+
+    def _partial_scores(self, micro: MicroBatch, results: PassResults, logprob_T: Tensor) -> Tensor:
         """[R] this context-parallel rank's share of each score; log-probs are complete on each tensor-parallel rank."""
-        assert micro.old_logprob_T is not None, "scores need the old log-probs"
-        return self._means(micro, logprob_T, micro.old_logprob_T)
+        return self._means(micro, logprob_T, results.old_logprob_T)
 
     def _means(self, micro: MicroBatch, one_T: Tensor, other_T: Tensor) -> Tensor:
         """[R] this context-parallel rank's share of the mean over response tokens of one - other."""
@@ -191,81 +365,168 @@ class TrainStep:
             dist.all_reduce(partial_R, group=self.groups.cp)
         return partial_R
 
-    def _scores_of(self, batch: Batch, micros: Sequence[MicroBatch], *, over_dp: bool) -> tuple[Tensor, Tensor]:
-        """[R] scores of the minibatch's rollouts as far as `micros` have them, and [R] bool: which they have."""
-        both_2R = torch.zeros(2, len(batch.label_R), dtype=torch.float64, device=batch.label_R.device)
-        for micro in micros:
-            assert micro.score_R is not None, "the pass has scored its micro-batches"
-            both_2R[0, list(micro.positions)] = micro.score_R.double()
-            both_2R[1, list(micro.positions)] = 1
-        if over_dp and self.groups.dp.size() > 1:
-            dist.all_reduce(both_2R, group=self.groups.dp)
-        return both_2R[0], both_2R[1] > 0
+    def _scores_of(
+        self, batch: Batch, indices: Sequence[int], *, over: dist.ProcessGroup | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the micro-batches `indices`, of all ranks of the process group `over`, know of the minibatch's rollouts.
 
-    def _weights(self, batch: Batch, score_R: Tensor, present_R: Tensor) -> Tensor:
+        Returns:
+            [R] float64 scores and mean old log-probs, 0 where they are not known; [R] bool: where they are. On the
+            host, which waits for the device once.
+        """
+        # Objectives in ratios alone need no mean old log-prob, and send one row less.
+        if self.objective.free_first_minibatch:
+            score_R, present_R = self._gathered(batch, indices, over).cpu()
+            return score_R, torch.zeros_like(score_R), present_R > 0
+        for index in indices:
+            self._keep_old_means(batch, index)
+        score_R, present_R, old_mean_R = self._gathered(batch, indices, over, "old_mean_R").cpu()
+        return score_R, old_mean_R, present_R > 0
+
+    def _gathered(
+        self,
+        batch: Batch,
+        indices: Sequence[int],
+        over: dist.ProcessGroup | None,
+        *others: str,
+    ) -> Tensor:
+        """[N, R] float64: the scores of the micro-batches `indices`, 1 where there is one, and other results by name,
+        from all ranks of the process group `over`; 0 elsewhere."""
+        advantage_R = batch.token_facts.advantage_R
+        rows_NR = advantage_R.new_zeros(2 + len(others), len(advantage_R))
+        for index in indices:
+            micro, results = batch.micro_batches[index], batch.results[index]
+            if not micro.positions:
+                continue
+            rows_NR[0, micro.position_R] = results.score_R.double()
+            rows_NR[1, micro.position_R] = 1
+            for row, name in enumerate(others, 2):
+                rows_NR[row, micro.position_R] = getattr(results, name).double()
+        if over is not None and over.size() > 1:
+            dist.all_reduce(rows_NR, group=over)
+        return rows_NR
+
+    def _keep_old_means(self, batch: Batch, index: int) -> None:
+        """Computes the mean old log-prob of each sequence of a micro-batch, once."""
+        micro, results = batch.micro_batches[index], batch.results[index]
+        if micro.positions and not results.has("old_mean_R"):
+            old_T = results.old_logprob_T
+            means_R = self._means(micro, old_T, torch.zeros_like(old_T))
+            results.old_mean_R = self._summed_over_cp(means_R)
+
+    def _weights(
+        self, batch: Batch, score_R: Tensor, old_mean_R: Tensor, present_R: Tensor
+    ) -> Tensor:
         """[R] dL / dscore of the present rollouts, whose groups are present as a whole; 0 for the others."""
-        return real_weights(
-            score_R, torch.where(present_R, batch.label_R, EXCLUDED), batch.group_R, **self._terms(batch)
-        )
-
-    def _terms(self, batch: Batch) -> dict[str, Any]:
-        terms = {"tau": self.objective.tau, "variant": self.objective.variant}
-        one_class = self.objective.one_class_groups
-        return {**terms, "one_class_groups": one_class, "num_groups": max(batch.minibatch.num_groups, 1)}
+        return self.objective.score_weights(score_R, old_mean_R, batch.facts.of(present_R))
 
     def _set_weights(self, batch: Batch, weight_R: Tensor) -> None:
-        for micro in batch.micro_batches:
-            micro.weight_R = weight_R[list(micro.positions)]
+        weight_R = to_device(weight_R)
+        for micro, results in zip(batch.micro_batches, batch.results, strict=True):
+            results.weight_R = weight_R[micro.position_R]
 
-    def _compare_with_engine(self, batch: Batch, micro: MicroBatch) -> None:
+    def _compare_with_engine(self, batch: Batch, index: int) -> None:
         """Adds the micro-batch's tokens to the entropy and the train/engine mismatch."""
-        assert micro.old_logprob_T is not None, "called when the old log-probs are known"
-        chosen = micro.target_T >= 0
-        old, engine = micro.old_logprob_T[chosen].double(), micro.engine_logprob_T[chosen].double()
-        difference = old - engine
-        if difference.numel():
-            terms = [-old, difference.abs(), difference.expm1() - difference, difference.abs() > self.mismatch_bound]
-            batch.tokens.sums += torch.stack([term.double().sum() for term in [*terms, torch.ones_like(old)]]).cpu()
-            batch.tokens.largest = max(batch.tokens.largest, float(difference.abs().max()))
+        micro, old_logprob_T = batch.micro_batches[index], batch.results[index].old_logprob_T
+        if not micro.kept_K.numel():
+            return
+        old_K = old_logprob_T[micro.kept_K].double()
+        difference_K = old_K - micro.engine_logprob_T[micro.kept_K].double()
+        terms = [
+            -old_K,
+            difference_K.abs(),
+            difference_K.expm1() - difference_K,
+            (difference_K.abs() > self.mismatch_bound).double(),
+            torch.ones_like(old_K),
+        ]
+        batch.tokens.add(torch.stack([term.sum() for term in terms]), difference_K.abs().max())
 
-    def _summary(self, batch: Batch) -> Gradient:
+    def _summary(self, batch: Batch, sums: TokenSums) -> Gradient:
         """Makes loss, scores and weights known on every rank: over DP on the last stage, then from there over PP."""
-        num_rollouts = len(batch.label_R)
-        told = torch.zeros(1 + 2 * num_rollouts, dtype=torch.float64, device=batch.label_R.device)
+        num_rollouts = len(batch.facts.label_R)
+        figures = torch.zeros(4 + 2 * num_rollouts, dtype=torch.float64)
         if self.groups.is_last_stage:
-            score_R, present_R = self._scores_of(batch, batch.micro_batches, over_dp=True)
-            told[0] = real_loss(score_R, batch.label_R, batch.group_R, **self._terms(batch))
-            told[1:] = torch.cat([score_R, self._weights(batch, score_R, present_R)])
-        loss, score_R, weight_R = torch.split(self._from_last_stage(told).cpu(), [1, num_rollouts, num_rollouts])
-        return Gradient(float(loss), score_R, weight_R)
+            figures = self._figures(batch, sums)
+        if self.groups.pp.size() > 1:
+            figures = self._from_last_stage(to_device(figures)).cpu()
+        scalars, score_R, weight_R = torch.split(figures, [4, num_rollouts, num_rollouts])
+        loss, kl, clipped_low, clipped_high = scalars.tolist()
+        return Gradient(loss, score_R, weight_R, kl, clipped_low, clipped_high)
 
-    def _from_last_stage(self, told: Tensor) -> Tensor:
+    def _figures(self, batch: Batch, sums: TokenSums) -> Tensor:
+        """[4 + 2 R] loss, KL, shares clipped low and high, scores and weights, on the last stage's ranks; on the host."""
+        objective, facts = self.objective, batch.facts
+        everything = range(len(batch.results))
+        if self._has_token_terms and self.groups.dp_cp.size() > 1:
+            # Tensor-parallel ranks have the same tokens; context-parallel ones each their part.
+            dist.all_reduce(sums.values, group=self.groups.dp_cp)
+            dist.all_reduce(sums.weight_R, group=self.groups.dp_cp)
+        values = sums.values.cpu()
+
+        if objective.has_scores:
+            score_R, old_mean_R, present_R = self._scores_of(batch, everything, over=self.groups.dp)
+            loss = objective.score_loss(score_R, old_mean_R, facts)
+            weight_R = self._weights(batch, score_R, old_mean_R, present_R)
+            learning_R = facts.num_tokens_R * (facts.advantage_R != 0)
+            clipped = _clipped(weight_R == 0, score_R, learning_R)
+        else:
+            score_R, _, _ = self._scores_of(batch, everything, over=self.groups.dp_cp)
+            loss, weight_R, clipped = values[0], sums.weight_R.cpu(), values[3:6]
+
+        penalty, bonus = values[1], values[2]
+        kl = penalty / objective.kl.coefficient if objective.kl.coefficient else penalty
+        shares = clipped[:2] / clipped[2].clamp(min=1)
+        return torch.cat([(loss + penalty - bonus)[None], kl[None], shares, score_R, weight_R])
+
+    def _from_last_stage(self, figures: Tensor) -> Tensor:
         """The last pipeline stage's values, in place on every stage."""
         if self.groups.pp.size() > 1:
             last = dist.get_global_rank(self.groups.pp, self.groups.pp.size() - 1)
-            dist.broadcast(told, src=last, group=self.groups.pp)
-        return told
+            dist.broadcast(figures, src=last, group=self.groups.pp)
+        return figures
 
-    def _run(self, micros: Sequence[MicroBatch], loss: LossFunction, *, forward_only: bool) -> None:
-        """One pass of Megatron's schedule over the micro-batches."""
 
-        def forward_step(iterator: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
-            micro = next(iterator)
-            return model(micro.tokens_T, micro.target_T, micro.packed), partial(summed, micro)
+def gathered_tokens(groups: Groups, batch: Batch, values: Sequence[Tensor]) -> Tensor:
+    """Brings values of single tokens together on every rank.
 
-        def summed(micro: MicroBatch, logprob_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            no_averaging = torch.zeros((), dtype=torch.int, device=logprob_T.device)  # the module's docstring says why
-            return loss(micro, logprob_T), no_averaging, {}
+    Args:
+        groups: this rank's place in the layout.
+        batch: [micro-batches] whose tokens they are.
+        values: [micro-batches] of [T] each; empty on all stages but the last.
 
-        iterators = [iter(micros) for _ in self.chunks]
-        # forward_only alone leaves autograd on: every micro-batch's activations would live as long as its score.
-        with torch.set_grad_enabled(not forward_only):
-            get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
-                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-                num_microbatches=len(micros),
-                seq_length=micros[0].tokens_T.numel(),
-                micro_batch_size=1,
-                forward_only=forward_only,
-            )
+    Returns:
+        [N] float64 on the CPU, of the response tokens of the minibatch's rollouts in order; 0 for rollouts not kept.
+    """
+    value_N = torch.zeros(
+        batch.minibatch.num_response_tokens,
+        dtype=torch.float64,
+        device=batch.device,
+    )
+    if groups.is_last_stage:
+        for micro, value_T in zip(batch.micro_batches, values, strict=True):
+            value_N[micro.index_T[micro.kept_K]] = value_T[micro.kept_K].double()
+        dist.all_reduce(value_N, group=groups.dp_cp)
+    if groups.pp.size() > 1:
+        last = dist.get_global_rank(groups.pp, groups.pp.size() - 1)
+        dist.broadcast(value_N, src=last, group=groups.pp)
+    return value_N.cpu()
+
+
+def _float64(values_R: Tensor) -> Tensor:
+    return values_R.double() if values_R.is_floating_point() else values_R
+
+
+def _clipped(no_gradient: Tensor, log_ratio: Tensor, count: Tensor) -> Tensor:
+    """Counts what a clip has deprived of its gradient, below and above ratio 1, and all that learn.
+
+    Args:
+        no_gradient: [n] bool, the weight is exactly 0.
+        log_ratio: [n] log pi - log pi_old, nats.
+        count: [n] float64, tokens that each stands for; 0 where nothing is learned anyway.
+
+    Returns:
+        [3] float64.
+    """
+    low = (count * (no_gradient & (log_ratio < 0))).sum()
+    high = (count * (no_gradient & (log_ratio > 0))).sum()
+    return torch.stack([low, high, count.sum()]).double()

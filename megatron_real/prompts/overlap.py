@@ -1,8 +1,10 @@
-"""Questions that are the same, or nearly: for deduplication, and against training on the benchmarks.
+"""Questions that are the same, or nearly: for deduplication, and against training on the
+benchmarks.
 
-Two questions are the same when their tokens are: words, numbers, operators and single letters of scripts without
-spaces, after case, spacing, fonts and the looks of the formulas are taken away. They are near when the shorter one
-shares at least `share` of its n-grams of `size` tokens with the other: reworded beginnings, changed numbers.
+Two questions are the same when their tokens are: words, numbers, operators and single letters of
+scripts without spaces, after case, spacing, fonts and the looks of the formulas are taken away.
+They are near when the shorter one shares at least `share` of its n-grams of `size` tokens with the
+other: reworded beginnings, changed numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +21,13 @@ _LOOKS = re.compile(
     r"\\(left|right|displaystyle|textstyle|limits|quad|qquad|text|mathrm|mathbf|mathit|mathbb|operatorname|big|Big)"
     r"(?![a-zA-Z])|\\[,;:! ]"
 )
-_SYNONYMS = (("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\cdot", "*"), ("\\times", "*"), ("\\leq", "\\le"))
+_SYNONYMS = (
+    ("\\dfrac", "\\frac"),
+    ("\\tfrac", "\\frac"),
+    ("\\cdot", "*"),
+    ("\\times", "*"),
+    ("\\leq", "\\le"),
+)
 _TOKEN = re.compile(r"[a-z]+|\d+|[^\W\d_a-z]|[-+*/=<>^!%]")
 
 
@@ -35,6 +43,25 @@ def tokens(question: str) -> tuple[str, ...]:
     return tuple(_TOKEN.findall(text.lower()))
 
 
+# Braces that only hold the text of a command, or a single token, group nothing.
+_TEXT_BRACES = re.compile(r"\\(?:text|mathrm|mathbf|mathit|mathbb|operatorname)\s*\{([^{}]*)\}")
+_LONE_BRACES = re.compile(r"\{\s*(\w+|\\[a-zA-Z]+)\s*\}")
+_GROUPED_TOKEN = re.compile(r"[a-z]+|\d+|[^\W\d_a-z]|[-+*/=<>^!%(){}\[\]]")
+
+
+@lru_cache(maxsize=1 << 16)
+def identity(question: str) -> tuple[str, ...]:
+    r"""Returns what equal questions have in common: their tokens with the brackets that group them.
+
+    \sqrt{16}+9 and \sqrt{16+9} have the same tokens, and are two questions.
+    """
+    text = _LONE_BRACES.sub(r" \1 ", _TEXT_BRACES.sub(r" \1 ", question))
+    text = unicodedata.normalize("NFKC", _LOOKS.sub(" ", text))
+    for one, other in _SYNONYMS:
+        text = text.replace(one, other)
+    return tuple(_GROUPED_TOKEN.findall(text.lower()))
+
+
 @dataclass(frozen=True)
 class Match:
     """A question that is a known one, or close to it."""
@@ -42,7 +69,8 @@ class Match:
     name: str
     """Name of the known question."""
     share: float
-    """1.0: the same question, or wholly part of it; else the n-grams shared by the two, of the shorter one's."""
+    """1.0: the same question, or wholly part of it; else the n-grams shared by the two, of the
+    shorter one's."""
 
 
 class Index:
@@ -56,7 +84,9 @@ class Index:
     def __init__(self, questions: Mapping[str, str], *, size: int, share: float) -> None:
         """Raises ValueError for a size or share that makes no sense."""
         if size < 1 or not 0 < share <= 1:
-            raise ValueError(f"n-grams of {size} tokens and a share of {share}: give a size >= 1 and a share in (0, 1]")
+            raise ValueError(
+                f"n-grams of {size} tokens and a share of {share}: give a size >= 1 and a share in (0, 1]"
+            )
         self._size, self._share = size, share
         self._names_of: dict[tuple[str, ...], set[str]] = defaultdict(set)
         self._same: dict[tuple[str, ...], str] = {}
@@ -80,10 +110,14 @@ class Index:
         for gram in grams:
             for name in self._names_of.get(gram, ()):
                 shared[name] += 1
-        shares = {name: count / min(self._count[name], len(grams)) for name, count in shared.items()}
+        shares = {
+            name: count / min(self._count[name], len(grams)) for name, count in shared.items()
+        }
         near = [(share, name) for name, share in shares.items() if share >= self._share]
         return Match(max(near)[1], max(near)[0]) if near else None
 
     def _grams(self, found: tuple[str, ...]) -> set[tuple[str, ...]]:
-        """None for a question of fewer tokens than `size`: too short to be near, though it can be the same."""
+        """None for a question of fewer tokens than `size`: too short to be near, though it can be
+        the same.
+        """
         return {found[i : i + self._size] for i in range(len(found) - self._size + 1)}

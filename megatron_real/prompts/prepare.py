@@ -1,4 +1,5 @@
-"""Published files -> prepared files of one schema, clear of duplicates and of the benchmarks' questions.
+"""Published files -> prepared files of one schema, clear of duplicates and of the benchmarks'
+questions.
 
 read        each source's rows, from disk or the hub; unusable rows are dropped and counted by reason
 unique      of equal questions of a training set one stays, and none where their answers disagree
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_real.disk import write_whole
-from megatron_real.prompts.overlap import Index, Match, tokens
+from megatron_real.labels.golds import why_unmatchable
+from megatron_real.labels.normal_form import read
+from megatron_real.prompts.overlap import Index, Match, identity
 from megatron_real.prompts.rows import raw_rows
 from megatron_real.prompts.sources import BY_NAME, SOURCES, Source, Unusable, prepared
 
@@ -36,6 +39,8 @@ class Counts:
     """Rows written."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Rows dropped, by reason."""
+    unmatchable: int = 0
+    """Rows kept whose gold answer no completion is likely to match: prose and the like."""
     repeated: int = 0
     """Questions of a benchmark that it asks more than once; they stay."""
 
@@ -80,13 +85,15 @@ def prepare(
     """Prepares the named sources. Files appear as a whole, when everything is known.
 
     Args:
-        sources: name of the table -> file, folder or hub dataset; "" for the table's own hub dataset.
+        sources: name of the table -> file, folder or hub dataset; "" for the table's own hub
+            dataset.
         keep_leaks: report them only.
         gram_size, gram_share: of near duplicates, see overlap.py.
         say: takes a line of progress.
 
     Raises:
-        ValueError: a name is unknown, or a source cannot be read or has no usable row; one sentence.
+        ValueError: a name is unknown, or a source cannot be read or has no usable row; one
+            sentence.
     """
     unknown = [name for name in sources if name not in BY_NAME]
     if unknown:
@@ -96,26 +103,40 @@ def prepare(
     for name, where in sources.items():
         say(f"{name}: reading {where or BY_NAME[name].hub}")
         rows[name] = _read(BY_NAME[name], where, counts[name], say)
-    benchmarks = {_uid(row): _asked(row) for name in sources if BY_NAME[name].split == "test" for row in rows[name]}
+    benchmarks = {
+        _uid(row): _asked(row)
+        for name in sources
+        if BY_NAME[name].split == "test"
+        for row in rows[name]
+    }
     index = Index(benchmarks, size=gram_size, share=gram_share)
     leaks: list[Leak] = []
     for name in sources:
         if BY_NAME[name].split == "train":
-            say(f"{name}: comparing {len(rows[name])} questions with {len(benchmarks)} of the benchmarks")
+            say(
+                f"{name}: comparing {len(rows[name])} questions with {len(benchmarks)} of the benchmarks"
+            )
             found = {_uid(row): (row, index.closest(_asked(row))) for row in rows[name]}
-            leaking = {uid: (row, match) for uid, (row, match) in found.items() if match is not None}
+            leaking = {
+                uid: (row, match) for uid, (row, match) in found.items() if match is not None
+            }
             leaks += [_leak(uid, row, match, benchmarks) for uid, (row, match) in leaking.items()]
             if not keep_leaks:
                 rows[name] = [row for uid, (row, _) in found.items() if uid not in leaking]
                 counts[name].dropped.update(_reason(match) for _, match in leaking.values())
         counts[name].kept = len(rows[name])
+        counts[name].unmatchable = sum(_is_unmatchable(row) for row in rows[name])
     unchecked = tuple(s.name for s in SOURCES if s.split == "test" and s.name not in sources)
     done = Prepared(counts, leaks, unchecked)
-    _write_all(out, rows, done, sources=sources, keep_leaks=keep_leaks, grams=(gram_size, gram_share))
+    _write_all(
+        out, rows, done, sources=sources, keep_leaks=keep_leaks, grams=(gram_size, gram_share)
+    )
     return done
 
 
-def _read(source: Source, where: str, counts: Counts, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def _read(
+    source: Source, where: str, counts: Counts, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """The usable rows; of equal training questions one, or none where their answers disagree."""
     first: dict[tuple[str, ...], dict[str, Any]] = {}
     copies: Counter[tuple[str, ...]] = Counter()
@@ -130,7 +151,7 @@ def _read(source: Source, where: str, counts: Counts, say: Callable[[str], None]
         except Unusable as reason:
             counts.dropped[str(reason)] += 1
             continue
-        key = tokens(_asked(row))
+        key = identity(_asked(row))
         copies[key] += 1
         kept = first.setdefault(key, row)
         if _gold(kept) != _gold(row):
@@ -138,8 +159,12 @@ def _read(source: Source, where: str, counts: Counts, say: Callable[[str], None]
         if source.split == "test":
             every.append(row)
     if not first:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in counts.dropped.items()) or "it is empty"
-        raise ValueError(f"{where or source.hub} has no usable row for {source.name} ({reasons}); check its columns")
+        reasons = (
+            ", ".join(f"{n} {reason}" for reason, n in counts.dropped.items()) or "it is empty"
+        )
+        raise ValueError(
+            f"{where or source.hub} has no usable row for {source.name} ({reasons}); check its columns"
+        )
     if source.split == "test":
         counts.repeated = len(every) - len(first)
         return every
@@ -183,8 +208,14 @@ def _asked(row: Mapping[str, Any]) -> str:
 
 
 def _gold(row: Mapping[str, Any]) -> str:
-    """The answers without spacing, to see whether two rows agree."""
-    return "".join(json.dumps(row["reward_model"]["ground_truth"]).split())
+    """The answers in their normal form, to see whether two rows agree: 1/2 and 0.5 do."""
+    golds = row["reward_model"]["ground_truth"]
+    return repr([read(gold) for gold in (golds if isinstance(golds, list) else [golds])])
+
+
+def _is_unmatchable(row: Mapping[str, Any]) -> bool:
+    golds = row["reward_model"]["ground_truth"]
+    return all(why_unmatchable(gold) for gold in (golds if isinstance(golds, list) else [golds]))
 
 
 def _uid(row: Mapping[str, Any]) -> str:
@@ -213,8 +244,15 @@ def _write_all(
         _write(out / f"{name}.jsonl", kept)
     _write(out / "leaks.jsonl", [asdict(leak) for leak in done.leaks])
     report = {
-        "sources": {n: {"from": w or BY_NAME[n].hub, **vars(done.counts[n])} for n, w in sources.items()},
-        "leaks": {"found": len(done.leaks), "kept": keep_leaks, "gram_size": grams[0], "gram_share": grams[1]},
+        "sources": {
+            n: {"from": w or BY_NAME[n].hub, **vars(done.counts[n])} for n, w in sources.items()
+        },
+        "leaks": {
+            "found": len(done.leaks),
+            "kept": keep_leaks,
+            "gram_size": grams[0],
+            "gram_share": grams[1],
+        },
         "benchmarks_not_compared": list(done.unchecked),
     }
     write_whole(out / "report.json", json.dumps(report, indent=2) + "\n")

@@ -3,14 +3,19 @@
     DeepScaleR, DAPO    prompt = [{role, content}, ...], reward_model = {ground_truth}, data_source, extra_info
     simple              problem or question, and answer (or solution's ground_truth)
 
-Reads JSONL, JSON, parquet and the arrow files of a HF dataset saved to disk.
+Reads JSONL, JSON, parquet and the arrow files of a HF dataset saved to disk. Of a folder with
+several splits one is named.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,69 +26,123 @@ _QUESTION_COLUMNS = ("problem", "question", "prompt")
 _ANSWER_COLUMNS = ("answer", "ground_truth", "final_answer")
 
 
+class UnusableRow(ValueError):
+    """A row that is skipped and counted.
+
+    The message is the reason, the same for all rows of its kind.
+    """
+
+
 @dataclass(frozen=True)
 class Row:
     """One problem."""
 
     uid: str
     """ "<file stem>/<row number>"."""
-    messages: tuple[Mapping[str, str], ...]
-    """Chat messages, the last one the user's."""
+    messages: tuple[Mapping[str, Any], ...]
+    """Chat messages, the last one the user's. A content is text, or a list of parts that all are
+    text."""
     answers: tuple[str, ...]
     """[1..] accepted answers."""
     source: str = ""
     """data_source."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """extra_info."""
+    """extra_info, as JSON has it: times are text."""
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Every usable row of a file or saved dataset; rows without question or answer are skipped, counted and logged.
+def read_rows(path: str | Path, *, split: str = "") -> list[Row]:
+    """Returns every usable row of a file or saved dataset.
+
+    The others are skipped, counted by reason and logged.
+
+    Args:
+        path: file or folder.
+        split: which split of a folder that has several.
 
     Raises:
-        ValueError: there is nothing to read, a line is broken, or no row is usable.
+        ValueError: there is nothing to read, a line is broken, a split is missing or not named, or
+            no row is usable.
     """
     path = Path(path)
-    rows, skipped = [], 0
-    for number, raw in enumerate(raw_rows(path)):
-        row = _row(f"{path.stem}/{number}", raw)
-        if row is None:
-            skipped += 1
-        else:
-            rows.append(row)
+    rows: list[Row] = []
+    skipped: Counter[str] = Counter()
+    for number, raw in enumerate(raw_rows(path, split=split)):
+        try:
+            rows.append(_row(f"{path.stem}/{number}", raw))
+        except UnusableRow as reason:
+            skipped[str(reason)] += 1
+    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
     if not rows:
-        raise ValueError(f"none of the {skipped} rows of {str(path)!r} has a question and an answer; check its columns")
-    if skipped:
-        logger.warning(
-            "%s: skipped %d of %d rows that have no question or no answer", path, skipped, skipped + len(rows)
+        raise ValueError(
+            f"none of the {skipped.total()} rows of {str(path)!r} has a question and an answer "
+            f"({reasons or 'it is empty'}); check its columns"
         )
+    if skipped:
+        every = skipped.total() + len(rows)
+        logger.warning("%s: skipped %d of %d rows: %s", path, skipped.total(), every, reasons)
     return rows
 
 
-def raw_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Every row of a file or saved dataset as it is, streamed.
+def raw_rows(path: Path, *, split: str = "") -> Iterator[Mapping[str, Any]]:
+    """Streams every row of a file or saved dataset as it is.
 
     Raises:
-        ValueError: there is nothing to read, or a line is broken.
+        ValueError: there is nothing to read, a line is broken or no object, or a split is missing
+            or not named.
     """
     if path.is_dir():
-        yield from _arrow_rows(path)
+        for file in _files_of_split(path, split):
+            yield from _rows_of_file(file)
     elif not path.is_file():
-        raise ValueError(f"there is no data file {str(path)!r}; give a JSONL or parquet file, or a saved HF dataset")
-    elif path.suffix == ".parquet":
+        raise ValueError(
+            f"there is no data file {str(path)!r}; give a JSONL or parquet file, or a saved HF dataset"
+        )
+    else:
+        yield from _rows_of_file(path)
+
+
+def _rows_of_file(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The rows, each of which is an object."""
+    for number, row in _numbered_rows(path):
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"{path}:{number} is no object but {json.dumps(row)[:40]}; one object per line, of columns and values"
+            )
+        yield row
+
+
+def _numbered_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number of the line or row from 1, row). Blank lines are no rows."""
+    if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    elif path.suffix == ".arrow":
+        import pyarrow
+
+        with pyarrow.memory_map(str(path)) as source:
+            batches = pyarrow.ipc.open_stream(source)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
     elif path.suffix == ".json" and _first_character(path) == "[":
-        yield from json.loads(path.read_text(encoding="utf-8"))
+        yield from enumerate(json.loads(path.read_text(encoding="utf-8")), 1)
     else:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}:{number} is no JSON ({error.msg}); one object per line") from error
+        yield from _lines(path)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number} is no UTF-8 text ({error.reason})") from error
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}:{number} is no JSON ({error.msg}); one object per line"
+                ) from error
 
 
 def _first_character(path: Path) -> str:
@@ -92,32 +151,146 @@ def _first_character(path: Path) -> str:
         return next((line.lstrip()[0] for line in text if line.strip()), "")
 
 
-def _arrow_rows(directory: Path) -> Iterator[Mapping[str, Any]]:
-    import pyarrow
+# What datasets' map() keeps beside a saved dataset: rows of other stages, not of the dataset.
+_CACHES = ("cache-", "tmp")
+_SHARD = re.compile(r"(.+?)[-_]\d+[-_]of[-_]\d+$")
+_SPLIT_NAMES = re.compile(
+    r"(train|training|test|testing|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE
+)
 
-    files = sorted(directory.glob("**/*.arrow")) + sorted(directory.glob("**/*.parquet"))
+
+def _files_of_split(directory: Path, split: str) -> list[Path]:
+    """The data files of a folder: of its one split, or of the one that is named.
+
+    Raises:
+        ValueError: there is none, or there are several splits and none is named, or not the one
+            that is.
+    """
+    files = [
+        file
+        for kind in ("arrow", "parquet")
+        for file in sorted(directory.glob(f"**/*.{kind}"))
+        if not file.name.startswith(_CACHES)
+    ]
     if not files:
-        raise ValueError(f"{str(directory)!r} holds no .arrow or .parquet file; give a HF dataset saved to disk")
+        raise ValueError(
+            f"{str(directory)!r} holds no .arrow or .parquet file; give a HF dataset saved to disk"
+        )
+    by_split: dict[str, list[Path]] = {}
     for file in files:
-        if file.suffix == ".parquet":
-            yield from raw_rows(file)
-        else:
-            with pyarrow.memory_map(str(file)) as source:
-                yield from pyarrow.ipc.open_stream(source).read_all().to_pylist()
+        by_split.setdefault(_split_of(file, directory), []).append(file)
+    if split and split in by_split:
+        return by_split[split]
+    names = ", ".join(name or "(no name)" for name in by_split)
+    if split:
+        raise ValueError(f"{str(directory)!r} has no split {split!r}; it has {names}")
+    if len(by_split) > 1:
+        raise ValueError(
+            f"{str(directory)!r} has several splits ({names}); name one, as data.train_split or data.heldout_split, or "
+            "give its own folder or file"
+        )
+    return files
 
 
-def _row(uid: str, raw: Mapping[str, Any]) -> Row | None:
+def _split_of(file: Path, directory: Path) -> str:
+    """The split that a file is of, by its name or its folder; "" where neither says."""
+    shard = _SHARD.match(file.stem)
+    stem = shard[1] if shard else file.stem
+    folders = file.relative_to(directory).parts[:-1]
+    if shard and stem != "data":
+        return stem.rpartition("/")[2]
+    named = _SPLIT_NAMES.match(stem)
+    if named:
+        return named[1]
+    return folders[-1] if folders else ""
+
+
+def _row(uid: str, raw: Mapping[str, Any]) -> Row:
+    """The row in the one schema. Raises UnusableRow."""
     question = next((raw[c] for c in _QUESTION_COLUMNS if raw.get(c)), None)
-    messages = question if isinstance(question, list) else [{"role": "user", "content": question}] if question else []
-    answers = _answers((raw.get("reward_model") or {}).get("ground_truth"))
-    answers = answers or _answers(next((raw[c] for c in _ANSWER_COLUMNS if raw.get(c) is not None), None))
-    if not messages or not answers:
-        return None
-    return Row(uid, tuple(messages), answers, str(raw.get("data_source") or ""), raw.get("extra_info") or {})
+    if not question:
+        raise UnusableRow("have no question")
+    messages = _messages(question)
+    reward = as_object(raw.get("reward_model"))
+    answers = _answers(reward.get("ground_truth"))
+    answers = answers or _answers(
+        next((raw[c] for c in _ANSWER_COLUMNS if raw.get(c) is not None), None)
+    )
+    if not answers:
+        raise UnusableRow("have no answer")
+    metadata = {
+        str(name): _as_json(value) for name, value in as_object(raw.get("extra_info")).items()
+    }
+    row = Row(uid, messages, answers, str(raw.get("data_source") or ""), metadata)
+    if not is_unicode(json.dumps([row.messages, row.answers], ensure_ascii=False)):
+        raise UnusableRow("hold half a surrogate pair, which is no text")
+    return row
+
+
+def _messages(question: Any) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(question, Sequence) or isinstance(question, str | bytes):
+        question = [{"role": "user", "content": question}]
+    for message in question:
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise UnusableRow("have messages without a role")
+        if not _is_text(message.get("content")):
+            raise UnusableRow("have a message that is no text")
+    return tuple({"role": m["role"], "content": m["content"]} for m in question)
+
+
+def _is_text(content: Any) -> bool:
+    """Text, or a list of parts that are all text: an image cannot be asked about."""
+    if isinstance(content, str):
+        return True
+    return (
+        isinstance(content, Sequence)
+        and not isinstance(content, bytes)
+        and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content)
+    )
+
+
+def is_unicode(text: str) -> bool:
+    """Returns whether a text can be written: JSON may hold half a surrogate pair, and no file can."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def as_object(value: Any) -> Mapping[str, Any]:
+    """Returns an object that some files hold as JSON text; an empty one for everything else."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return {}
+    return value if isinstance(value, Mapping) else {}
+
+
+def _as_json(value: Any) -> Any:
+    """The value for a verifier's process, which is asked in JSON."""
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(entry) for entry in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return str(value)
 
 
 def _answers(gold: Any) -> tuple[str, ...]:
-    """Gold answers come as text, numbers, or lists of them; a float that is a whole number is written as one."""
-    listed = gold if isinstance(gold, (list, tuple)) else [gold]
-    whole = [int(g) if isinstance(g, float) and g.is_integer() else g for g in listed if g is not None]
-    return tuple(text for text in (str(g).strip() for g in whole) if text)
+    """Gold answers come as text, numbers, or lists of them.
+
+    A float that is a whole number is written as one.
+
+    NaN, bytes and objects are no answers.
+    """
+    listed = gold if isinstance(gold, list | tuple) else [gold]
+    texts: list[str] = []
+    for entry in listed:
+        if isinstance(entry, float):
+            if not math.isfinite(entry):
+                continue
+            entry = int(entry) if entry.is_integer() else entry
+        if isinstance(entry, str | int | float):
+            texts.append(str(entry).strip())
+    return tuple(text for text in texts if text)

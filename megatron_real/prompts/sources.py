@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_real.labels.verifiers import final_answer
+from megatron_real.labels.answers import final_answer
+from megatron_real.prompts.rows import is_unicode
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Source:
     name: str
     """Its name here, and the prepared file's."""
     split: Literal["train", "test"]
-    """`train`: deduplicated and kept clear of the benchmarks; `test`: a benchmark, whose questions all stay."""
+    """`train`: deduplicated and kept clear of the benchmarks; `test`: a benchmark, whose questions
+    all stay."""
     rows: int
     """Published questions, those of a training set before deduplication."""
     hub: str
@@ -117,7 +119,10 @@ _MARKUP = re.compile(r"(?<!\\)\$|\\[()\[\]]")
 
 
 class Unusable(ValueError):
-    """A row that cannot be a problem; the message is the reason, the same for all rows of its kind."""
+    """A row that cannot be a problem.
+
+    The message is the reason, the same for all rows of its kind.
+    """
 
 
 def prepared(source: Source, raw: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -134,13 +139,17 @@ def prepared(source: Source, raw: Mapping[str, Any], index: int) -> dict[str, An
     question, golds = _question(raw, layout), _golds(raw, layout)
     if not question:
         raise Unusable("no question")
+    if not is_unicode(question) or not all(map(is_unicode, golds)):
+        raise Unusable("half a surrogate pair, which is no text")
     if source.integer:
         golds = [_whole(gold) for gold in golds]
     if not golds or not all(golds):
         raise Unusable("no answer")
     extra = {"split": source.split, "index": index}
     known = raw.get("extra_info") or {}
-    published = next((raw[c] for c in ("unique_id", "id", "ID") if raw.get(c) is not None), known.get("index"))
+    published = next(
+        (raw[c] for c in ("unique_id", "id", "ID") if raw.get(c) is not None), known.get("index")
+    )
     return {
         "data_source": source.name,
         "prompt": [{"role": "user", "content": question}],
@@ -169,7 +178,9 @@ def _what_is_missing(source: Source, raw: Mapping[str, Any]) -> str:
 
 def _question(raw: Mapping[str, Any], layout: Layout) -> str:
     found = _column(raw, layout.question)
-    text = str(found[-1].get("content") or "" if isinstance(found, list) and found else found or "").strip()
+    text = str(
+        found[-1].get("content") or "" if isinstance(found, list) and found else found or ""
+    ).strip()
     for before, after in _INSTRUCTIONS:
         if text.startswith(before) and text.endswith(after):
             text = text[len(before) : len(text) - len(after)].strip()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
+import importlib
 from collections.abc import Callable
 
 from megatron_real.config import Config, check_engine
+from megatron_real.config.engines import AUTO, ENGINES, candidates
 from megatron_real.rollout.engine import Engine
 from megatron_real.rollout.stage import RolloutStage
 
@@ -13,32 +15,49 @@ __all__ = ["Engine", "RolloutStage", "build_engine"]
 
 
 def build_engine(config: Config, *, say: Callable[[str], None]) -> Engine:
-    """The engine that the config names, built on all ranks together; `say` tells the user which one and why.
+    """Builds the engine that the configuration names, on all ranks together.
+
+    Args:
+        say: tells the user which engine it is, and why.
 
     Raises:
         ValueError: it is not installed, or does not take the model.
     """
-    from megatron_real.rollout import vllm_engine
+    name, reason = config.rollout.engine, ""
+    if name == AUTO:
+        name, reason = _first_that_works(config)
+        config = _with_engine(config, name, reason)
+    module = importlib.import_module(ENGINES[name].module)
+    if missing := module.missing(config):
+        raise ValueError(
+            f"rollout.engine={name}, but {missing}; install {ENGINES[name].package}, or set another rollout.engine"
+        )
+    say(f"rollouts by {name}{f' (rollout.engine={AUTO}: {reason})' if reason else ''}")
+    engine: Engine = module.build(config, say=say)
+    return engine
 
-    wanted, why = config.rollout.engine, ""
-    if wanted == "vllm-server":
-        if not config.rollout.servers and importlib.util.find_spec("vllm") is None:
-            raise ValueError("rollout.engine=vllm-server starts vLLM, which is not installed; install vllm")
-        from megatron_real.rollout.server_engine import VllmServerEngine
 
-        return VllmServerEngine(config, say=say)
-    missing = "" if wanted == "transformers" else vllm_engine.missing(config)
-    if wanted == "vllm" and missing:
-        raise ValueError(f"rollout.engine=vllm, but {missing}; install vllm, or set rollout.engine=transformers")
-    if wanted == "auto":
-        why = f" (rollout.engine=auto: {missing or 'vllm is installed'})"
-    if wanted == "transformers" or missing:
-        from megatron_real.rollout.transformers_engine import TransformersEngine
+def _first_that_works(config: Config) -> tuple[str, str]:
+    """The first automatic engine that misses nothing, and why it is that one."""
+    reasons: list[str] = []
+    for name, traits in candidates(AUTO).items():
+        if config.model.dtype not in traits.dtypes:
+            reasons.append(f"{name} knows no {config.model.dtype}")
+            continue
+        missing = importlib.import_module(traits.module).missing(config)
+        if not missing:
+            return name, "; ".join(reasons) or f"{traits.package} is installed"
+        reasons.append(missing)
+    raise ValueError(f"rollout.engine={AUTO} found no engine: {'; '.join(reasons)}")
 
-        if config.rollout.tp > 1:
-            raise ValueError(f"rollout.tp = {config.rollout.tp} needs vLLM, but {missing}; set rollout.tp=1")
-        say(f"rollouts by transformers{why}")
-        return TransformersEngine(config.model, batch_size=config.rollout.batch_size)
-    check_engine(config)  # with engine=auto the configuration could not know that it would be vLLM
-    say(f"rollouts by vllm{why}")
-    return vllm_engine.VllmEngine(config)
+
+def _with_engine(config: Config, name: str, reason: str) -> Config:
+    """The configuration with the engine that `auto` has become, which must take what is asked of it."""
+    rollout = dataclasses.replace(config.rollout, engine=name)
+    try:
+        config = dataclasses.replace(config, rollout=rollout)
+        if ENGINES[name].sized_kv_cache:
+            check_engine(config)
+    except ValueError as error:
+        raise ValueError(f"rollout.engine={AUTO} became {name} ({reason}), but {error}") from error
+    return config

@@ -30,19 +30,26 @@ class Ahead:
         """Generates and verifies in a thread. It waits for no rank, so it is no part of the training's collectives."""
         assert self._sampled is None and self._rollouts is None, "one step at a time"
         self._prompts, self._sampled = prompts, Future()
-        Thread(target=self._generate, args=(self._sampled, seed), name="rollouts-ahead", daemon=True).start()
+        Thread(
+            target=self._generate, args=(self._sampled, seed), name="rollouts-ahead", daemon=True
+        ).start()
 
     def settle(self) -> bool:
         """Waits until the rollouts that were begun are there, all of the same weights; False without any. Collective
         over all ranks."""
         if self._sampled is not None:
-            self._rollouts, self._sampled = self._stage.label(self._prompts, self._sampled.result()), None
+            self._rollouts, self._sampled = (
+                self._stage.label(self._prompts, self._sampled.result()),
+                None,
+            )
         return self._rollouts is not None
 
     def take(self, prompts: Sequence[Prompt]) -> list[Rollout] | None:
         """The rollouts that were begun, for these very prompts; None without any, or not settled."""
         rollouts, self._rollouts = self._rollouts, None
-        assert rollouts is None or list(prompts) == list(self._prompts), "the order of the prompts is fixed"
+        assert rollouts is None or list(prompts) == list(self._prompts), (
+            "the order of the prompts is fixed"
+        )
         return rollouts
 
     def _generate(self, sampled: Future[Sampled], seed: int) -> None:

@@ -68,8 +68,11 @@ class Engine(Protocol):
                 loses nothing; the checksum is of the tensor as it was sent.
         """
 
-    def revive(self) -> None:
-        """Brings back what has ended since it was last used; waits for it.
+    def revive(self) -> bool:
+        """Brings back what has ended since it was last used; waits for it. Collective over all ranks.
+
+        Returns:
+            Whether anything had ended, on every rank alike: it then holds no weights of the policy.
 
         Raises:
             EngineFailed: in vain; on every rank alike.
@@ -106,12 +109,16 @@ def checksums_on(
     process: int, parts: Mapping[str, Part], dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, dict[int, int]]:
     """The checksums of what one process at hand holds."""
-    return {name: {process: checksum(parts[name].tensor.to(dtype))} for name, dtype in dtypes.items()}
+    return {
+        name: {process: checksum(parts[name].tensor.to(dtype))} for name, dtype in dtypes.items()
+    }
 
 
 def completed(
     engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
 ) -> list[list[Completion | None]]:
     """[prompt][sample] everything that the engine generates; None for what it lost."""
-    found = {(i, k): completion for i, k, completion in engine.generate(prompts, sampling, seeds=seeds)}
+    found = {
+        (i, k): completion for i, k, completion in engine.generate(prompts, sampling, seeds=seeds)
+    }
     return [[found.get((i, k)) for k in range(sampling.num_samples)] for i in range(len(prompts))]

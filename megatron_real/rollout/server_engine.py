@@ -10,6 +10,7 @@ next ranks' server. A server that this run has started is started again before t
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,11 +25,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_real.collective import on_every_rank
 from megatron_real.config import Config
 from megatron_real.cpu import device
 from megatron_real.records import Completion, Prompt, Sampling
 from megatron_real.rollout.engine import EngineFailed, Held
-from megatron_real.rollout.link import Link, buckets, listen, own_address
+from megatron_real.rollout.link import Link, buckets, link_secret, listen, own_address
 from megatron_real.rollout.server import Server, ServerProcess, wait_until_healthy
 from megatron_real.rollout.tokenizer import completion_of, eos_ids, load_tokenizer
 
@@ -37,6 +39,18 @@ _CALL_SECONDS = 60.0
 
 
 _Result = TypeVar("_Result")
+
+
+def missing(config: Config) -> str:
+    """Why servers cannot be started here; servers that run already need nothing on this machine."""
+    if config.rollout.servers or importlib.util.find_spec("vllm") is not None:
+        return ""
+    return "vLLM is not installed"
+
+
+def build(config: Config, *, say: Callable[[str], None]) -> VllmServerEngine:
+    """Builds this rank's side; collective over all ranks."""
+    return VllmServerEngine(config, say=say)
 
 
 class VllmServerEngine:
@@ -62,7 +76,9 @@ class VllmServerEngine:
         self.started: ServerProcess | None = None
         """The server, if this rank has started it."""
         if chosen.servers and "VLLM_API_KEY" not in os.environ:
-            raise ValueError("rollout.servers want a key, but VLLM_API_KEY is not set; set it as the servers have it")
+            raise ValueError(
+                "rollout.servers want a key, but VLLM_API_KEY is not set; set it as the servers have it"
+            )
         key = os.environ["VLLM_API_KEY"] if chosen.servers else secrets.token_urlsafe(32)
         self._key = _everyone(key)[0]
         self._link: Link | None = None
@@ -85,23 +101,43 @@ class VllmServerEngine:
         """
         wanted = {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
         seconds = self._config.rollout.sync.timeout_seconds
-        workers = _alike(lambda: self.server.call("checksums", wanted, timeout=seconds) if self.owner else [])
-        return {name: {self._numbered(i): found[name] for i, found in enumerate(workers)} for name in dtypes}
+        workers = _all_or_none(
+            lambda: self.server.call("checksums", wanted, timeout=seconds) if self.owner else []
+        )[dist.get_rank()]
+        return {
+            name: {self._numbered(i): found[name] for i, found in enumerate(workers)}
+            for name in dtypes
+        }
 
-    def revive(self) -> None:
+    def revive(self) -> bool:
         """Starts the servers that have ended again, or waits for those that are given. Collective over all ranks.
+
+        Returns:
+            Whether any had ended.
 
         Raises:
             EngineFailed: on every rank alike.
         """
         given = self._config.rollout.servers
-        gone = _alike(lambda: self.server.url if self.owner and not self.server.healthy() else "")
-        if known := [url for url in _everyone(gone) if url]:
-            self._say(f"{', '.join(known)} no longer serves; {'waiting for it' if given else 'it is started again'}")
-            if gone and self.started is not None:
+
+        def ended() -> str:
+            """Its address, if it serves no more. A process of ours is asked first: its port may be another's now."""
+            if not self.owner:
+                return ""
+            is_gone = self.started is not None and self.started.ended()
+            return self.server.url if is_gone or not self.server.healthy() else ""
+
+        gone = _all_or_none(ended)
+        known = [url for url in gone if url]
+        if known:
+            self._say(
+                f"{', '.join(known)} no longer serves; {'waiting for it' if given else 'it is started again'}"
+            )
+            if gone[dist.get_rank()] and self.started is not None:
                 self.started.stop()
                 self.started.start()
             self._connect()
+        return bool(known)
 
     def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Sends the weights. Collective over all ranks.
@@ -111,16 +147,19 @@ class VllmServerEngine:
         """
         stream = iter(weights)
 
-        def send() -> None:
-            try:
-                if self.owner:
-                    self._send(stream)
-            except EngineFailed:
-                _take_part(stream)
-                raise
-            _take_part(stream)
+        failure: EngineFailed | None = None
+        try:
+            if self.owner:
+                self._send(stream)
+        except EngineFailed as error:
+            failure = error
+        _take_part(stream)
 
-        _alike(send)
+        def outcome() -> None:
+            if failure is not None:
+                raise failure
+
+        _all_or_none(outcome)
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
@@ -139,11 +178,21 @@ class VllmServerEngine:
                     try:
                         answers.put((i, k, self._complete(prompts[i], sampling, seeds[i] + k)))
                     except Exception as error:  # of whatever kind: this answer is waited for
-                        answers.put((i, k, EngineFailed(f"an answer of {self.server.url} makes no sense: {error!r}")))
+                        answers.put(
+                            (
+                                i,
+                                k,
+                                EngineFailed(
+                                    f"an answer of {self.server.url} makes no sense: {error!r}"
+                                ),
+                            )
+                        )
 
         number = requests.qsize()
         for _ in range(min(number, self._config.rollout.max_sequences)):
-            Thread(target=ask, name="vllm-server", daemon=True).start()  # a run that ends does not wait for answers
+            Thread(
+                target=ask, name="vllm-server", daemon=True
+            ).start()  # a run that ends does not wait for answers
         failure: EngineFailed | None = None
         try:
             for _ in range(number):
@@ -166,7 +215,9 @@ class VllmServerEngine:
     def _complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion | EngineFailed:
         body = {
             "prompt": list(prompt.token_ids),
-            "max_tokens": min(sampling.max_tokens, self._longest - len(prompt.token_ids)),  # the server refuses more
+            "max_tokens": min(
+                sampling.max_tokens, self._longest - len(prompt.token_ids)
+            ),  # the server refuses more
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
@@ -177,11 +228,15 @@ class VllmServerEngine:
             "return_tokens_as_token_ids": True,
         }
         try:
-            answer = self.server.post("/v1/completions", body, timeout=self._config.rollout.request_timeout_seconds)
+            answer = self.server.post(
+                "/v1/completions", body, timeout=self._config.rollout.request_timeout_seconds
+            )
         except EngineFailed as error:
             return error
         (choice,) = answer["choices"]
-        return completion_of(choice["token_ids"], choice["logprobs"]["token_logprobs"], self.tokenizer, self.eos)
+        return completion_of(
+            choice["token_ids"], choice["logprobs"]["token_logprobs"], self.tokenizer, self.eos
+        )
 
     def _connect(self) -> None:
         """Waits for the servers and learns what they hold. Collective over all ranks.
@@ -199,16 +254,21 @@ class VllmServerEngine:
             if self.started is not None:
                 self.started.wait(self._say)
             else:
-                wait_until_healthy(self.server, self._config.rollout.server_start_seconds, self._say)
+                wait_until_healthy(
+                    self.server, self._config.rollout.server_start_seconds, self._say
+                )
             workers = self.server.call("describe", timeout=_CALL_SECONDS)
             self._check(workers[0])
             return workers
 
-        self._held = self._described(_everyone(_alike(described))[self.number])
+        self._held = self._described(_all_or_none(described)[self.number])
 
     def _check(self, said: Mapping[str, Any]) -> None:
         """Whether a server that is given was started for this run's configuration."""
-        for name, wanted in (("logprobs_mode", "processed_logprobs"), ("max_model_len", self._longest)):
+        for name, wanted in (
+            ("logprobs_mode", "processed_logprobs"),
+            ("max_model_len", self._longest),
+        ):
             if said[name] != wanted:
                 raise EngineFailed(
                     f"the vLLM server {self.server.url} has {name} = {said[name]}, this run needs {wanted}; start "
@@ -240,23 +300,43 @@ class VllmServerEngine:
         for bucket in buckets(weights):
             slots = [[slot.name, slot.dtype, slot.shape, slot.start] for slot in bucket.slots]
             contents = {"num_bytes": len(bucket.flat), "slots": slots}
-            self._beside("receive_bucket", contents, partial(link.send, bucket.flat), seconds)
+            try:
+                self._beside("receive_bucket", contents, partial(link.send, bucket.flat), seconds)
+            except EngineFailed:
+                link.abort()
+                self._link = None
+                raise
         self.server.call("pack_weights", timeout=seconds)
         if not self.server.post("/reset_prefix_cache", timeout=_CALL_SECONDS)["success"]:
-            raise EngineFailed(f"the vLLM server {self.server.url} did not reset its prefix cache: it still generates")
+            raise EngineFailed(
+                f"the vLLM server {self.server.url} did not reset its prefix cache: it still generates"
+            )
 
     def _linked(self, seconds: float) -> Link:
         """The link to the server's workers, made anew if one of them does not know it."""
         names = self.server.call("link_name", timeout=_CALL_SECONDS)
         if self._link is None or any(name != [self._link_name] for name in names):
-            self._link_name, listener = secrets.token_hex(8), listen(own_address(*self.server.address))
+            self._link_name, listener = (
+                secrets.token_hex(8),
+                listen(own_address(*self.server.address)),
+            )
             size = len(names) + 1
-            said = {"name": self._link_name, "address": listener.getsockname(), "size": size, "seconds": seconds}
-            ours = partial(Link.host, listener, size=size, device=device(), seconds=seconds)
+            said = {
+                "name": self._link_name,
+                "address": listener.getsockname(),
+                "size": size,
+                "seconds": seconds,
+            }
+            secret = link_secret(self._key, self._link_name)
+            ours = partial(Link.host, listener, secret, size=size, device=device(), seconds=seconds)
+            if self._link is not None:
+                self._link.close()
             self._link = self._beside("join_link", said, ours, seconds)
         return self._link
 
-    def _beside(self, method: str, argument: Any, ours: Callable[[], _Result], seconds: float) -> _Result:
+    def _beside(
+        self, method: str, argument: Any, ours: Callable[[], _Result], seconds: float
+    ) -> _Result:
         """Does our end of what the workers do meanwhile. Where they fail, ours would wait in vain: it is left alone."""
         result: Future[_Result] = Future()
 
@@ -271,7 +351,9 @@ class VllmServerEngine:
         try:
             return result.result(seconds)
         except (TimeoutError, RuntimeError, OSError) as error:
-            raise EngineFailed(f"the link to the vLLM server {self.server.url} failed: {error!r}") from error
+            raise EngineFailed(
+                f"the link to the vLLM server {self.server.url} failed: {error!r}"
+            ) from error
 
 
 def _everyone(mine: Any) -> list[Any]:
@@ -281,17 +363,9 @@ def _everyone(mine: Any) -> list[Any]:
     return found
 
 
-def _alike(action: Callable[[], _Result]) -> _Result:
-    """What `action` returns on this rank; where it fails on one rank, it fails on all. Collective."""
-    result: list[_Result] = []
-    failure = ""
-    try:
-        result.append(action())
-    except EngineFailed as error:
-        failure = str(error)
-    for found in filter(None, _everyone(failure)):
-        raise EngineFailed(found)
-    return result[0]
+def _all_or_none(action: Callable[[], _Result]) -> list[_Result]:
+    """[ranks] what `action` returns; where it fails on one rank, it fails on all. Collective."""
+    return on_every_rank(action, group=dist.group.WORLD, expected=EngineFailed, raises=EngineFailed)
 
 
 def _take_part(stream: Iterator[tuple[str, Tensor]]) -> None:

@@ -1,19 +1,20 @@
 """vLLM's worker in a server, and what the trainer asks of it by remote call (vLLM's /collective_rpc).
 
-Arguments are JSON text and answers are plain values, because the server accepts nothing else. Each worker answers for
-the part of the model that it holds.
+Arguments are JSON text and answers are plain values, because the server accepts nothing else. What can be asked is the
+list in server_door.py. Each worker answers for the part of the model that it holds.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import torch
 from vllm.platforms import current_platform
 
 from megatron_real.rollout.checksum import checksum
-from megatron_real.rollout.link import Link, Slot, unpacked
+from megatron_real.rollout.link import Link, Slot, link_secret, unpacked
 from megatron_real.rollout.vllm_engine import pack, plain_weights
 from megatron_real.rollout.vllm_weights import parts_of
 
@@ -41,7 +42,10 @@ class Worker(VllmWorker):
             "logprobs_mode": self.model_config.logprobs_mode,
             "max_model_len": self.model_config.max_model_len,
             "held": {
-                name: [part.shape, [s.indices(n)[:2] for s, n in zip(part.part, part.shape, strict=True)]]
+                name: [
+                    part.shape,
+                    [s.indices(n)[:2] for s, n in zip(part.part, part.shape, strict=True)],
+                ]
                 for name, part in parts.items()
             },
         }
@@ -55,6 +59,7 @@ class Worker(VllmWorker):
         said = json.loads(text)
         self._link = Link.join(
             tuple(said["address"]),
+            link_secret(os.environ["VLLM_API_KEY"], said["name"]),
             rank=self.rank + 1,
             size=said["size"],
             device=self.device,
@@ -66,7 +71,9 @@ class Worker(VllmWorker):
         """Loads one bucket as it comes over the link."""
         said = json.loads(text)
         assert self._link is not None, "the trainer lets a worker join before it sends"
-        slots = [Slot(name, dtype, tuple(shape), start) for name, dtype, shape, start in said["slots"]]
+        slots = [
+            Slot(name, dtype, tuple(shape), start) for name, dtype, shape, start in said["slots"]
+        ]
         self.get_model().load_weights(unpacked(self._link.receive(said["num_bytes"]), slots))
 
     def pack_weights(self) -> None:
@@ -76,4 +83,7 @@ class Worker(VllmWorker):
     def checksums(self, text: str) -> dict[str, int]:
         """The checksum of what it holds of each tensor, in the dtype that is given for it."""
         parts = parts_of(self.get_model())
-        return {name: checksum(parts[name].tensor.to(getattr(torch, t))) for name, t in json.loads(text).items()}
+        return {
+            name: checksum(parts[name].tensor.to(getattr(torch, t)))
+            for name, t in json.loads(text).items()
+        }

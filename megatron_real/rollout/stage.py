@@ -3,7 +3,8 @@
     generate   each engine samples for its share of the prompts; each completion goes to the verifier at once
     label      waits for the verdicts that are left, gathers all ranks' rollouts, draws anew what an engine lost
 
-Shares are equal by the expected length of their answers (spread.py). An engine is one rank or several neighbours, which
+Shares are equal by the expected length of their answers (spread.py). The samples of a prompt come from one engine, or,
+where there are fewer prompts than engines, from several: the same answers, since each sample has a seed of its own. An engine is one rank or several neighbours, which
 all draw its completions and share the verifying.
 
 A completion that is lost is drawn again on another engine; one that is lost every time is excluded and counted.
@@ -14,17 +15,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_real.labels import Labeller
-from megatron_real.records import EXCLUDED, Completion, Prompt, Rollout, Sampling, Verdict
+from megatron_real.records import EXCLUDED, Completion, Prompt, Rollout, Sampling, Status, Verdict
 from megatron_real.rollout.engine import Engine, EngineFailed
-from megatron_real.rollout.spread import ExpectedLengths, prompt_seed, spread
+from megatron_real.rollout.spread import ExpectedLengths, prompt_seed, samples_together, spread
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,40 @@ class Drawn:
     """True when the verdict was there before the engine had finished its last completion."""
 
 
+@dataclass
+class Generation:
+    """How far the present share of completions is, for people who watch."""
+
+    wanted: int
+    """Completions of this rank's share."""
+    started: float
+    """When it began, on the clock of time.monotonic()."""
+    done: int = 0
+    """Completions so far."""
+    tokens: int = 0
+    """Their response tokens."""
+    longest: int = 0
+    """Tokens of the longest of them."""
+    verdicts: list[Future[Verdict]] = field(default_factory=list)
+    """One of each that was given to the verifier."""
+
+    def add(self, completion: Completion, verdict: Future[Verdict]) -> None:
+        """Counts a completion."""
+        length = completion.num_trained
+        self.done += 1
+        self.tokens += length
+        self.longest = max(self.longest, length)
+        self.verdicts.append(verdict)
+
+    def __str__(self) -> str:
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        judged = sum(verdict.done() for verdict in list(self.verdicts))
+        return (
+            f"{self.done} of {self.wanted} rollouts, {self.tokens / seconds:,.0f} tokens/s, "
+            f"longest {self.longest}, {judged} judged"
+        )
+
+
 @dataclass(frozen=True)
 class Sampled:
     """This rank's share of a step's completions."""
@@ -56,8 +92,8 @@ class Sampled:
     """How they were drawn."""
     seed: int
     """Of the draw, the same on every rank."""
-    engine_of: tuple[int, ...]
-    """[prompts] the engine that answers each."""
+    engine_of: dict[Place, int]
+    """The engine that answers each, of all ranks' completions."""
     drawn: tuple[Drawn, ...]
     """In order of place; what the engine lost is an empty completion with the verdict `lost`."""
 
@@ -69,23 +105,57 @@ class RolloutStage:
     idles while others generate.
     """
 
-    def __init__(self, engine: Engine, labeller: Labeller, *, rank: int, world: int, retries: int = 1) -> None:
+    def __init__(
+        self, engine: Engine, labeller: Labeller, *, rank: int, world: int, retries: int = 1
+    ) -> None:
         """`retries`: how often a lost completion is drawn again, each time by the next engine."""
-        self.engine, self.labeller, self.rank, self.world, self.retries = engine, labeller, rank, world, retries
+        self.engine, self.labeller, self.rank, self.world, self.retries = (
+            engine,
+            labeller,
+            rank,
+            world,
+            retries,
+        )
         self.engines = world // engine.tp
         self.index, self.member = divmod(rank, engine.tp)
         self.lengths = ExpectedLengths()
+        self.generation: Generation | None = None
+        """The present or the last share of this rank."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> Sampled:
         """This rank's share. Verifies completions as the engine hands them out; waits for no verdict and no rank."""
-        shares = spread(self.lengths.costs(prompts, sampling.num_samples), self.engines)
-        engine_of = {i: engine for engine, share in enumerate(shares) for i in share}
-        places = [[(i, k) for k in range(sampling.num_samples)] for i in shares[self.index]]
-        drawn = self._draw(prompts, places, sampling, seed, attempt=0)
-        return Sampled(sampling, seed, tuple(engine_of[i] for i in range(len(prompts))), drawn)
+        num_samples = sampling.num_samples
+        together = samples_together(len(prompts), num_samples, self.engines)
+        parts = [
+            [(i, k) for k in range(first, first + together)]
+            for i in range(len(prompts))
+            for first in range(0, num_samples, together)
+        ]
+        costs = self.lengths.costs([prompts[part[0][0]] for part in parts], together)
+        shares = spread(costs, self.engines)
+        engine_of = {
+            place: engine
+            for engine, share in enumerate(shares)
+            for p in share
+            for place in parts[p]
+        }
+        sampling_of_part = dataclasses.replace(sampling, num_samples=together)
+        own = [parts[p] for p in shares[self.index]]
+        drawn = self._draw(prompts, own, sampling_of_part, seed, attempt=0)
+        return Sampled(sampling, seed, engine_of, drawn)
 
-    def label(self, prompts: Sequence[Prompt], sampled: Sampled) -> list[Rollout]:
+    def label(
+        self,
+        prompts: Sequence[Prompt],
+        sampled: Sampled,
+        before_retry: Callable[[], None] = lambda: None,
+    ) -> list[Rollout]:
         """Every rank's labelled rollouts, in order of place. Collective over all ranks.
+
+        Args:
+            prompts: those that were sampled.
+            sampled: this rank's share.
+            before_retry: called on every rank before lost completions are drawn again; may bring engines back.
 
         Raises:
             TooManyFailedChecks, RewardNeedsThreshold: on every rank alike.
@@ -93,10 +163,17 @@ class RolloutStage:
         known = self._gather(sampled.drawn)
         once = dataclasses.replace(sampled.sampling, num_samples=1)
         for attempt in range(1, self.retries + 1):
-            lost = sorted(place for place, (_, verdict) in known.items() if verdict.status == "lost")
+            lost = sorted(
+                place for place, (_, verdict) in known.items() if verdict.status == Status.LOST
+            )
             if not lost:
                 break
-            mine = [[(i, k)] for i, k in lost if (sampled.engine_of[i] + attempt) % self.engines == self.index]
+            before_retry()
+            mine = [
+                [(i, k)]
+                for i, k in lost
+                if (sampled.engine_of[i, k] + attempt) % self.engines == self.index
+            ]
             known |= self._gather(self._draw(prompts, mine, once, sampled.seed, attempt=attempt))
         self.labeller.check_failures([verdict for _, verdict in known.values()])
         rollouts = [Rollout(prompts[i], i, k, *known[i, k]) for i, k in sorted(known)]
@@ -117,28 +194,52 @@ class RolloutStage:
         Of an engine on several ranks each verifies a part, and returns it.
         """
         asked = [prompts[row[0][0]] for row in places]
-        seeds = [prompt_seed(seed, attempt, row[0], prompt) for row, prompt in zip(places, asked, strict=True)]
+        seeds = [
+            _seed_of_part(seed, attempt, row[0], prompt)
+            for row, prompt in zip(places, asked, strict=True)
+        ]
         mine = [place for row in places for place in row][self.member :: self.engine.tp]
         drawn: dict[Place, Drawn] = {}
         failure = "the engine did not return it"
+        self.generation = generation = Generation(len(mine), time.monotonic())
         try:
             wanted = set(mine)
             for j, k, completion in self.engine.generate(asked, sampling, seeds=seeds):
                 place = places[j][k]
                 if place in wanted:
-                    drawn[place] = Drawn(place, completion, self.labeller.submit(asked[j], completion))
+                    verdict = self.labeller.submit(asked[j], completion)
+                    drawn[place] = Drawn(place, completion, verdict)
+                    generation.add(completion, verdict)
         except EngineFailed as error:
             failure = str(error)
-            logger.warning("rank %d: the %s engine failed (%s)", self.rank, self.engine.name, failure)
-        early = {place: dataclasses.replace(d, early=d.verdict.done()) for place, d in drawn.items()}
+            logger.warning(
+                "rank %d: the %s engine failed (%s)", self.rank, self.engine.name, failure
+            )
+        early = {
+            place: dataclasses.replace(d, early=d.verdict.done()) for place, d in drawn.items()
+        }
         return tuple(early.get(place) or _lost(place, failure) for place in mine)
 
     def _gather(self, drawn: Sequence[Drawn]) -> dict[Place, tuple[Completion, Verdict]]:
         """Every rank's completions and verdicts, those of this rank when they are there."""
-        mine = {d.place: (d.completion, dataclasses.replace(d.verdict.result(), early=d.early)) for d in drawn}
+        mine = {
+            d.place: (d.completion, dataclasses.replace(d.verdict.result(), early=d.early))
+            for d in drawn
+        }
         shares: list[Any] = [None] * self.world
         dist.all_gather_object(shares, mine)
         return {place: found for share in shares for place, found in share.items()}
+
+
+def _seed_of_part(seed: int, attempt: int, first: Place, prompt: Prompt) -> int:
+    """Seed of the samples of a prompt from `first` on: an engine adds 0, 1, ... to it.
+
+    So those of the first attempt are what they would be if the whole group were drawn at once.
+    """
+    if attempt:
+        return prompt_seed(seed, attempt, first, prompt)
+    group, sample = first
+    return prompt_seed(seed, 0, (group, 0), prompt) + sample
 
 
 def permuted_labels(rollouts: Sequence[Rollout], *, seed: int) -> list[Rollout]:
@@ -149,7 +250,10 @@ def permuted_labels(rollouts: Sequence[Rollout], *, seed: int) -> list[Rollout]:
 
 
 def without_mismatch(
-    rollouts: list[Rollout], mismatch: Callable[[Sequence[Rollout]], Sequence[float]], *, bound: float
+    rollouts: list[Rollout],
+    mismatch: Callable[[Sequence[Rollout]], Sequence[float]],
+    *,
+    bound: float,
 ) -> list[Rollout]:
     """Excludes the rollouts whose mean |log-prob difference| of trainer and engine (nats) is beyond the bound.
 
@@ -157,7 +261,9 @@ def without_mismatch(
         mismatch: the trainer's, of each rollout.
     """
     return [
-        dataclasses.replace(r, verdict=dataclasses.replace(r.verdict, status="mismatch", label=EXCLUDED))
+        dataclasses.replace(
+            r, verdict=dataclasses.replace(r.verdict, status=Status.MISMATCH, label=EXCLUDED)
+        )
         if r.label != EXCLUDED and not m <= bound
         else r
         for r, m in zip(rollouts, mismatch(rollouts), strict=True)
@@ -166,5 +272,5 @@ def without_mismatch(
 
 def _lost(place: Place, reason: str) -> Drawn:
     verdict: Future[Verdict] = Future()
-    verdict.set_result(Verdict("lost", EXCLUDED, None, reason=reason))
+    verdict.set_result(Verdict(Status.LOST, EXCLUDED, None, reason=reason))
     return Drawn(place, _LOST, verdict)

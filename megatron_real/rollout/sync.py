@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_real.collective import on_every_rank
 from megatron_real.config import SyncConfig
-from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Sampling, Verdict
+from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Sampling, Status, Verdict
 from megatron_real.rollout.checksum import checksum
 from megatron_real.rollout.engine import Engine, EngineFailed, Held, completed
 from megatron_real.rollout.watch import Watch
@@ -46,7 +47,9 @@ class WeightSync:
         sync.run(policy.stream(), policy.mismatch)
     """
 
-    def __init__(self, engine: Engine, config: SyncConfig, *, tied: bool, probe: Prompt, temperature: float) -> None:
+    def __init__(
+        self, engine: Engine, config: SyncConfig, *, tied: bool, probe: Prompt, temperature: float
+    ) -> None:
         """The same on every rank.
 
         Args:
@@ -54,7 +57,13 @@ class WeightSync:
             probe: the prompt that probes answer.
             temperature: of the trainer's log-probs.
         """
-        self.engine, self.config, self.tied, self._prompt, self._temperature = engine, config, tied, probe, temperature
+        self.engine, self.config, self.tied, self._prompt, self._temperature = (
+            engine,
+            config,
+            tied,
+            probe,
+            temperature,
+        )
         self.version = 0
         """Syncs so far."""
         self._order: list[str] = []
@@ -75,7 +84,9 @@ class WeightSync:
         every = self.config.checksum_every
         sums: Checksums | None = {} if every and (self.version - 1) % every == 0 else None
         with Watch(self.version, self.config.timeout_seconds) as watch:
-            self.engine.prepare_for_inference(self._checked(weights, self.engine.held(), sums, watch))
+            self.engine.prepare_for_inference(
+                self._checked(weights, self.engine.held(), sums, watch)
+            )
             watch.at = "the other ranks' checksums"
             if sums is not None:
                 self._compare(sums)
@@ -86,19 +97,20 @@ class WeightSync:
     def _probe(self, mismatch: Mismatch) -> None:
         """Compares the log-probs of an answer that every engine samples with the trainer's."""
         sampling = Sampling(1, self._temperature, self.config.probe_tokens)
-        mine: Any
-        try:
-            ((mine,),) = completed(self.engine, [self._prompt], sampling, seeds=[self.version])
-            mine = mine or EngineFailed("the answer to the probe was lost")
-        except EngineFailed as error:
-            mine = error
-        answers: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(answers, mine)
-        for answer in answers:
-            if isinstance(answer, EngineFailed):
-                raise answer
+
+        def answer() -> Completion:
+            ((found,),) = completed(self.engine, [self._prompt], sampling, seeds=[self.version])
+            if found is None:
+                raise EngineFailed("the answer to the probe was lost")
+            return found
+
+        answers = on_every_rank(
+            answer, group=dist.group.WORLD, expected=EngineFailed, raises=EngineFailed
+        )
         tp = self.engine.tp
-        rollouts = [_rollout(self._prompt, engine, answer) for engine, answer in enumerate(answers[::tp])]
+        rollouts = [
+            _rollout(self._prompt, engine, answer) for engine, answer in enumerate(answers[::tp])
+        ]
         for engine, difference in enumerate(mismatch(rollouts)):
             if not difference <= self.config.probe_bound:
                 ranks = _numbered("rank", range(engine * tp, (engine + 1) * tp))
@@ -130,10 +142,15 @@ class WeightSync:
             missing.discard(name)
             order.append(name)
             if sums is not None:
-                sums[name] = tensor.dtype, {i: checksum(tensor[part]) for i, part in held[name].parts.items()}
+                sums[name] = (
+                    tensor.dtype,
+                    {i: checksum(tensor[part]) for i, part in held[name].parts.items()},
+                )
             yield name, tensor
         if missing:
-            raise SyncError(f"weight sync {self.version}: the engine got nothing for {', '.join(sorted(missing))}")
+            raise SyncError(
+                f"weight sync {self.version}: the engine got nothing for {', '.join(sorted(missing))}"
+            )
         self._order = order
 
     def _with_head(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -142,7 +159,9 @@ class WeightSync:
             if self.tied and name == HF_EMBEDDING:
                 yield HF_OUTPUT, tensor
 
-    def _watched(self, weights: Iterator[tuple[str, Tensor]], watch: Watch) -> Iterator[tuple[str, Tensor]]:
+    def _watched(
+        self, weights: Iterator[tuple[str, Tensor]], watch: Watch
+    ) -> Iterator[tuple[str, Tensor]]:
         """The stream; the watch knows which tensor it waits for: by name from the second sync on."""
         number, last = 0, ""
         while True:
@@ -158,15 +177,23 @@ class WeightSync:
     def _compare(self, sums: Checksums) -> None:
         """Compares what left the trainer with what each of the engine's processes now holds."""
         held = self.engine.checksums({name: dtype for name, (dtype, _) in sums.items()})
-        wrong = [(name, i) for name, (_, parts) in sums.items() for i, sent in parts.items() if held[name][i] != sent]
+        wrong = [
+            (name, i)
+            for name, (_, parts) in sums.items()
+            for i, sent in parts.items()
+            if held[name][i] != sent
+        ]
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, wrong)
         on: dict[str, list[int]] = defaultdict(list)
-        for name, process in sorted(((name, i) for wrong in found for name, i in wrong), key=lambda found: found[1]):
+        for name, process in sorted(
+            ((name, i) for wrong in found for name, i in wrong), key=lambda found: found[1]
+        ):
             on[name].append(process)
         if on:
             listed = "; ".join(
-                f"{name} on {_numbered(self.engine.process, found)}" for name, found in list(on.items())[:10]
+                f"{name} on {_numbered(self.engine.process, found)}"
+                for name, found in list(on.items())[:10]
             )
             raise SyncError(
                 f"weight sync {self.version}: {len(on)} tensors in the engine are not what the trainer sent: {listed}"
@@ -174,7 +201,13 @@ class WeightSync:
 
 
 def _rollout(prompt: Prompt, engine: int, answer: Completion) -> Rollout:
-    return Rollout(prompt, group=engine, sample=0, completion=answer, verdict=Verdict("ok", POSITIVE, None))
+    return Rollout(
+        prompt,
+        group=engine,
+        sample=0,
+        completion=answer,
+        verdict=Verdict(Status.OK, POSITIVE, None),
+    )
 
 
 def _numbered(what: str, numbers: Sequence[int]) -> str:

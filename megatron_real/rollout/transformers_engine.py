@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 
-from megatron_real.config import ModelConfig
+from megatron_real.config import Config, ModelConfig
 from megatron_real.cpu import device
 from megatron_real.records import Completion, Prompt, Sampling
 from megatron_real.rollout.engine import Held, Part, checksums_on, held_on
 from megatron_real.rollout.tokenizer import completion_of, eos_ids, load_tokenizer
+from megatron_real.weights.by_transformers import new_model
 from megatron_real.weights.stored import torch_dtype
+
+
+def missing(config: Config) -> str:
+    """Nothing: this package depends on transformers."""
+    return ""
+
+
+def build(config: Config, *, say: Callable[[str], None]) -> TransformersEngine:
+    """Builds the engine; collective over all ranks."""
+    return TransformersEngine(config.model, batch_size=config.rollout.batch_size)
 
 
 class TransformersEngine:
@@ -31,11 +42,13 @@ class TransformersEngine:
         self.tokenizer = load_tokenizer(model)
         self.batch_size = batch_size
         with torch.device(device()):
-            self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch_dtype(dtype))
+            self.model = new_model(path, torch_dtype(dtype))
         self.model.eval()
         # The model's own generation config would add its top_p, top_k or penalties to what the sampling asks for.
         self.eos = eos_ids(path, self.tokenizer.eos_token_id)
-        self.model.generation_config = GenerationConfig(eos_token_id=self.eos, pad_token_id=self.eos[0])
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=self.eos, pad_token_id=self.eos[0]
+        )
 
     def held(self) -> dict[str, Held]:
         return held_on(dist.get_rank(), self._parts())
@@ -43,8 +56,9 @@ class TransformersEngine:
     def checksums(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, dict[int, int]]:
         return checksums_on(dist.get_rank(), self._parts(), dtypes)
 
-    def revive(self) -> None:
+    def revive(self) -> bool:
         """It ends with its process."""
+        return False
 
     def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         own = self.model.state_dict()
@@ -58,7 +72,9 @@ class TransformersEngine:
         requests = [(i, k) for i in order for k in range(sampling.num_samples)]
         for start in range(0, len(requests), self.batch_size):
             batch = requests[start : start + self.batch_size]
-            completions = self._decode([prompts[i] for i, _ in batch], sampling, seed=f"{seeds}-{start}")
+            completions = self._decode(
+                [prompts[i] for i, _ in batch], sampling, seed=f"{seeds}-{start}"
+            )
             for (i, k), completion in zip(batch, completions, strict=True):
                 yield i, k, completion
 
@@ -72,7 +88,9 @@ class TransformersEngine:
         if device().type == "cuda":
             torch.cuda.empty_cache()
 
-    def _decode(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: str) -> list[Completion]:
+    def _decode(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: str
+    ) -> list[Completion]:
         width = max(len(p.token_ids) for p in prompts)
         ids_BL = torch.full((len(prompts), width), self.eos[0])
         mask_BL = torch.zeros_like(ids_BL)
@@ -96,8 +114,12 @@ class TransformersEngine:
             logprobs = recorder.finish(out_BL).tolist()
         completions = []
         for tokens, logprob in zip(out_BL[:, width:].tolist(), logprobs, strict=True):
-            length = next((t + 1 for t, token in enumerate(tokens) if token in self.eos), len(tokens))
-            completions.append(completion_of(tokens[:length], logprob[:length], self.tokenizer, self.eos))
+            length = next(
+                (t + 1 for t, token in enumerate(tokens) if token in self.eos), len(tokens)
+            )
+            completions.append(
+                completion_of(tokens[:length], logprob[:length], self.tokenizer, self.eos)
+            )
         return completions
 
 

@@ -10,15 +10,19 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import gc
+import glob
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_real.collective import on_every_rank
 from megatron_real.config import Config
 from megatron_real.cpu import device
 from megatron_real.records import Completion, Prompt, Sampling
@@ -36,9 +40,9 @@ _ON_CPU = {"enforce_eager": True, "enable_chunked_prefill": False}
 
 def missing(config: Config) -> str:
     """Why vLLM cannot serve this configuration here; empty if it can. Imports it, which takes seconds."""
-    if config.model.dtype == "fp64":
-        return "vLLM knows no fp64"
-    os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0")  # the engine lives in this process
+    os.environ.update(
+        ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0"
+    )  # the engine lives in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the configuration
     try:
@@ -48,9 +52,15 @@ def missing(config: Config) -> str:
     return ""
 
 
+def build(config: Config, *, say: Callable[[str], None]) -> VllmEngine:
+    """Builds the engine; collective over all ranks."""
+    return VllmEngine(config)
+
+
 def engine_arguments(config: Config) -> dict[str, Any]:
     """vLLM's arguments that engines in the training processes and servers have in common, by its own names."""
     rollout = config.rollout
+    overrides = {"head_dtype": "float32"} if config.model.fp32_head else {}
     return {
         "model": config.model.path,
         "dtype": _DTYPES[config.model.dtype],
@@ -67,6 +77,7 @@ def engine_arguments(config: Config) -> dict[str, Any]:
         "disable_log_stats": True,
         **(_ON_CPU if device().type == "cpu" else {}),
         **rollout.vllm,
+        "hf_overrides": {**overrides, **rollout.vllm.get("hf_overrides", {})},
     }
 
 
@@ -91,7 +102,7 @@ class VllmEngine:
         from vllm import LLM
 
         _check_arguments(rollout.vllm)
-        with plain_weights():
+        with plain_weights(), own_shared_memory(rollout.tp):
             self.llm = LLM(
                 **engine_arguments(config),
                 enable_sleep_mode=self.sleep_level > 0,
@@ -111,8 +122,9 @@ class VllmEngine:
     def checksums(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, dict[int, int]]:
         return checksums_on(dist.get_rank(), self._parts(), dtypes)
 
-    def revive(self) -> None:
+    def revive(self) -> bool:
         """It ends with its process."""
+        return False
 
     def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         if self.sleep_level:
@@ -188,7 +200,9 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     for name in arguments:
         if name not in known:
-            raise ValueError(f"rollout.vllm.{name} is no argument of vLLM's engine; see vllm.EngineArgs for the names")
+            raise ValueError(
+                f"rollout.vllm.{name} is no argument of vLLM's engine; see vllm.EngineArgs for the names"
+            )
 
 
 @contextmanager
@@ -207,13 +221,51 @@ def plain_weights() -> Iterator[None]:
         utils.dispatch_cpu_unquantized_gemm = packing
 
 
+@contextmanager
+def own_shared_memory(tp: int) -> Iterator[None]:
+    """Gives this job a name of its own for the memory in which an engine's ranks meet on a CPU.
+
+    vLLM derives the name from the address at which ranks meet, which is `env://` in every job: two
+    jobs on a node would share it, and a job that was killed leaves its memory behind, with which
+    the next one would fail. Collective over all ranks.
+    """
+    if tp == 1 or device().type != "cpu":
+        yield
+        return
+
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    job = on_every_rank(lambda: uuid.uuid4().hex[:12], group=dist.group.WORLD)[0]
+    vllms_name_of = _CPUSHMDistributed.make_group_name
+    names: list[str] = []
+
+    def name_of(communicator: Any) -> str:
+        names.append(f"{job}{vllms_name_of(communicator).replace('/', '')}")
+        return names[-1]
+
+    _CPUSHMDistributed.make_group_name = staticmethod(name_of)
+    try:
+        yield
+    finally:
+        _CPUSHMDistributed.make_group_name = staticmethod(vllms_name_of)
+        # By now all ranks of the engine have opened it. vLLM would leave the names behind.
+        for name in names:
+            for part in Path("/dev/shm").glob(f"{glob.escape(name)}_*"):
+                part.unlink(missing_ok=True)
+
+
 def pack(model: Any) -> None:
     """Packs the weights of all matrix products anew; on a GPU there are none."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        VocabParallelEmbedding,
+    )
 
     for layer in model.modules():
-        looked_up = isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
+        looked_up = isinstance(layer, VocabParallelEmbedding) and not isinstance(
+            layer, ParallelLMHead
+        )
         if hasattr(layer, "cpu_linear") and not looked_up:
             layer.cpu_linear = None  # frees the old copy first
             dispatch_cpu_unquantized_gemm(layer, remove_weight=False)

@@ -14,7 +14,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from megatron_real.rollout.engine import Part
@@ -33,7 +37,10 @@ def parts_of(model: Any) -> dict[str, Part]:
 def _paths(model: Any, joined: str) -> list[str]:
     """The HF modules that the vLLM module `joined` is made of."""
     parent, _, own = joined.rpartition(".")
-    return [f"{parent}.{part}" if parent else part for part in model.packed_modules_mapping.get(own, [own])]
+    return [
+        f"{parent}.{part}" if parent else part
+        for part in model.packed_modules_mapping.get(own, [own])
+    ]
 
 
 def _parts(module: nn.Module, leaf: str, parameter: nn.Parameter) -> Iterator[Part]:
@@ -43,8 +50,15 @@ def _parts(module: nn.Module, leaf: str, parameter: nn.Parameter) -> Iterator[Pa
         shape, columns = tuple(parameter.shape[1:]), rest
         if isinstance(module, RowParallelLinear) and leaf == "weight":
             first = module.tp_rank * module.input_size_per_partition
-            shape, columns = (module.input_size,), (slice(first, first + module.input_size_per_partition),)
-        yield Part((total, *shape), (slice(start, start + size), *columns), parameter.data[offset : offset + size])
+            shape, columns = (
+                (module.input_size,),
+                (slice(first, first + module.input_size_per_partition),),
+            )
+        yield Part(
+            (total, *shape),
+            (slice(start, start + size), *columns),
+            parameter.data[offset : offset + size],
+        )
         offset += size
 
 
@@ -56,10 +70,16 @@ def _rows(module: Any, parameter: nn.Parameter) -> list[tuple[int, int, int]]:
             module.tp_rank // module.num_kv_head_replicas * kv,
             module.total_num_kv_heads * module.head_size,
         )
-        return [(module.total_num_heads * module.head_size, module.tp_rank * q, q), *[(kv_total, kv_start, kv)] * 2]
+        return [
+            (module.total_num_heads * module.head_size, module.tp_rank * q, q),
+            *[(kv_total, kv_start, kv)] * 2,
+        ]
     if isinstance(module, MergedColumnParallelLinear):
         sizes = [total // module.tp_size for total in module.output_sizes]
-        return [(total, module.tp_rank * size, size) for total, size in zip(module.output_sizes, sizes, strict=True)]
+        return [
+            (total, module.tp_rank * size, size)
+            for total, size in zip(module.output_sizes, sizes, strict=True)
+        ]
     if isinstance(module, VocabParallelEmbedding):
         shard = module.shard_indices
         start = shard.org_vocab_start_index

@@ -9,6 +9,7 @@ REFUSED: Mapping[str, str] = {
     "trainer.seed": "the order of the prompts and all sampling depend on it",
     "data.shuffle": "the order of the prompts depends on it",
     "model.dtype": "the optimizer's state has another form",
+    "objective.name": "one run would optimise two objectives",
     "objective.variant": "one run would optimise two objectives",
     "optimizer.beta1": "the saved moments were gathered with it",
     "optimizer.beta2": "the saved moments were gathered with it",
@@ -23,21 +24,27 @@ _WITHIN_A_STEP = (
     "rollout.temperature",
     "objective.",
 )
-_OF_ROLLOUTS = ("model.", "data.", "rollout.", "labels.")
+_BEFORE: Mapping[str, Any] = {"objective.name": "real"}
+"""What a run did whose configuration does not have the setting, as it was made by an earlier version."""
 _UNSAID = ("trainer.run_dir",)
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
     """(name, value before, value now) of every setting that differs; a setting that one lacks is None there."""
     for name in [*before, *(name for name in now if name not in before)]:
-        old, new, path = before.get(name), now.get(name), f"{prefix}{name}"
+        path = f"{prefix}{name}"
+        old, new = before.get(name, _BEFORE.get(path)), now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             yield from changes(old, new, f"{path}.")
         elif _plain(old) != _plain(new) and path not in _UNSAID:
             yield path, old, new
 
 
-def check_changes(before: Mapping[str, Any], now: Mapping[str, Any], *, within_a_step: bool) -> list[str]:
+def check_changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, within_a_step: bool
+) -> list[str]:
     """A line for each setting that changed.
 
     Raises:
@@ -55,11 +62,6 @@ def check_changes(before: Mapping[str, Any], now: Mapping[str, Any], *, within_a
             )
         lines.append(f"{name}: {old!r} -> {new!r}")
     return lines
-
-
-def same_rollouts(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Nothing changed that the rollouts of a step depend on."""
-    return not any(name.startswith(_OF_ROLLOUTS) for name, _, _ in changes(before, now))
 
 
 def _plain(value: Any) -> Any:

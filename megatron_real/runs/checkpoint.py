@@ -3,7 +3,7 @@
     RUN/checkpoints/step_20/   .metadata, metadata.json, common.pt, *.distcp   model, optimizer (torch_dist)
                                state.pt        schedule, prompts, lengths, random generators, offsets, unfinished step
                                config.yaml     the configuration it was made with
-                               chunk-*.jsonl   only in step_20_update_3: the rollouts of the unfinished step
+                               chunk-*         only in step_20_update_3: the rollouts of the unfinished step
                                manifest.json   size and checksum of every file, versions; written last
     RUN/checkpoints/latest     the newest one's name
 
@@ -14,19 +14,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -44,22 +45,31 @@ from megatron_real.policy.state import (
 )
 from megatron_real.policy.train_step import Batch
 from megatron_real.runs.changes import check_changes
+from megatron_real.runs.claim import Beginning, Earlier, NothingToDo, check_without_checkpoint
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.ranks import EveryRankError, Ranks
 from megatron_real.runs.reporter import Reporter
+from megatron_real.runs.ruin import NonFinite, ruin
 from megatron_real.runs.saved import (
     Position,
     Saved,
+    Unreadable,
     checksum,
     clean,
     commit,
-    newest_whole,
+    name_latest,
     retire,
+    saved,
+    set_aside,
+    set_aside_before,
     sync_files,
     temporary,
 )
-from megatron_real.runs.staging import Staging, write, write_common
+from megatron_real.runs.staging import Staging, write, write_common, writing_thread
 from megatron_real.runs.stop import SAVE_FAILED, Stopped, StopRequest, described
+from megatron_real.weights.unpickling import check_metadata, weights_only
+
+logger = logging.getLogger(__name__)
 
 _STATE, _CONFIG = "state.pt", "config.yaml"
 
@@ -70,33 +80,104 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where they do not fit this run."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """A sentence for each difference that is allowed. Raises ValueError where they do not fit this run."""
 
 
 class CheckpointFailed(RuntimeError):
     """A checkpoint could not be written, and the run was to stop for that."""
 
 
-def find(directory: RunDirectory, ranks: Ranks, say: Callable[[str], None]) -> Saved | None:
-    """The newest whole checkpoint of a run directory; damaged ones are set aside. Collective."""
-    if ranks.first:
-        for name in clean(directory.checkpoints):
-            say(f"checkpoint {name} was never finished; deleted")
-    ranks.wait()
+@dataclass(frozen=True)
+class Survey:
+    """The checkpoints of a run directory, looked through without changing any."""
 
-    def damage(one: Saved) -> str:
-        """The ranks share the reading; the first fault found is everyone's answer."""
-        return next(filter(None, ranks.gathered(one.damage(part=ranks.rank, parts=ranks.world))), "")
+    newest: Saved | None
+    """The newest whole one; the same on every rank."""
+    damaged: list[tuple[Saved, str]]
+    """Newer ones that are damaged, and how; the first rank's."""
 
-    return newest_whole(directory.checkpoints, damage, say, first=ranks.first)
+    def lost(self, folder: Path) -> list[str]:
+        """A description of each checkpoint that is not whole, those that earlier lives have set aside among them."""
+        now = [f"{one.path.name}: {problem}" for one, problem in self.damaged]
+        return now + set_aside_before(folder)
+
+
+def survey(directory: RunDirectory, ranks: Ranks) -> Survey:
+    """Looks for the newest whole checkpoint. Collective.
+
+    The first rank alone lists the directory and judges names and sizes: another machine may not see them yet (an NFS
+    client keeps what it has seen). The reading is shared by all ranks, by the names and checksums of the first.
+
+    Raises:
+        EveryRankError: a checkpoint is there that some rank cannot read now.
+    """
+    damaged: list[tuple[Saved, str]] = []
+    for one in ranks.on_first(lambda: saved(directory.checkpoints)):
+        problem = _damage(one, ranks)
+        if not problem:
+            return Survey(one, damaged)
+        damaged.append((one, problem))
+    return Survey(None, damaged)
+
+
+def beginning_of(
+    config: Config, directory: RunDirectory, earlier: Earlier, found: Survey, ranks: Ranks
+) -> Beginning:
+    """Decides how this life begins, from what `survey` has found. Collective; changes nothing.
+
+    Raises:
+        EveryRankError: a setting may not change, or the steps of an earlier life would be lost.
+        NothingToDo: the run has finished.
+    """
+    now, newest = to_plain(config), found.newest
+    if newest is None:
+        lost = ranks.on_first(lambda: found.lost(directory.checkpoints))
+        changed = ranks.on_first(lambda: check_without_checkpoint(directory, earlier, now, lost))
+        return Beginning(earlier, None, changed)
+    state = ranks.together(lambda: read_state(newest))
+    within = state["unfinished"] is not None
+    before = json.loads(state["config"])
+    changed = ranks.together(lambda: check_changes(before, now, within_a_step=within))
+    exported = earlier.exported or not config.trainer.export
+    if earlier.state == "finished" and exported and newest.position.step >= config.trainer.steps:
+        raise NothingToDo(
+            f"{directory.path} has finished its {newest.position.step} steps, and there is nothing to do; raise "
+            "trainer.steps to train on, or give another trainer.run_dir to begin a run"
+        )
+    return Beginning(earlier, newest, changed)
+
+
+def read_state(one: Saved) -> dict[str, Any]:
+    """All of a checkpoint that is not sharded.
+
+    Raises:
+        Unreadable: this process cannot read it now.
+    """
+    file = one.path / _STATE
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise Unreadable(f"{file} cannot be read ({error}); nothing was changed") from error
+    return state
+
+
+def _damage(one: Saved, ranks: Ranks) -> str:
+    """What is wrong with a checkpoint, "" if nothing; every rank's answer is the same."""
+    problem = ranks.on_first(one.incomplete)
+    if problem:
+        return problem
+    files = ranks.on_first(lambda: one.manifest()["files"])
+    corrupt = ranks.every(lambda: one.corrupt(files, part=ranks.rank, parts=ranks.world))
+    return next(filter(None, corrupt), "")
 
 
 class Checkpoints:
     """Saves a run, and takes one up again.
 
     Example:
-        checkpoints.resume(find(directory, ranks, say))
+        checkpoints.load(beginning)             # changes nothing on disk
+        checkpoints.begin(beginning)
         for step in range(checkpoints.position.step + 1, steps + 1):
             checkpoints.seam()                  # may save and raise Stopped
             ...
@@ -114,7 +195,13 @@ class Checkpoints:
         stop: StopRequest,
     ) -> None:
         """`drawing`: what the draws of a step depend on besides seeds; empty in a replay."""
-        self.config, self.policy, self.reporter, self.drawing, self.ranks = config, policy, reporter, drawing, ranks
+        self.config, self.policy, self.reporter, self.drawing, self.ranks = (
+            config,
+            policy,
+            reporter,
+            drawing,
+            ranks,
+        )
         self.position = Position(0)
         """How far the run has come, as far as this class was told."""
         self._begun: Unfinished | None = None
@@ -123,54 +210,96 @@ class Checkpoints:
         # The writer's collectives run beside the training's: they need a group of their own.
         self._writers = Ranks.of_all(timedelta(minutes=config.trainer.timeout_minutes))
         self._staging = Staging(policy.groups.dp_cp)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread = writing_thread()
         self._writing: Future[str] | None = None
         self._saved: Position | None = None
+        self._failure = ""
+        self._untidy: list[str] = []
+        self._prompts_changed: list[str] = []
         self._at_step: dict[str, Any] = {}
 
-    def resume(self, found: Saved | None) -> None:
-        """Takes the run up where `found` left it; without one, from the start.
+    def load(self, newest: Saved | None) -> None:
+        """Takes over the state that a checkpoint holds; without one, that of the start. Changes nothing on disk.
 
         Raises:
             ValueError: the configuration has changed in a way that a resumed run does not allow, or the data has.
         """
-        at_step = self._load(found) if found is not None else None
-        if self.ranks.first:
-            self.reporter.rewind(self.position.step, at_step["offsets"] if at_step else {})
-            if found is not None and self._begun is not None:
-                for chunk in found.path.glob("chunk-*.jsonl"):
-                    _put(chunk, self.reporter.directory.path / "rollouts" / chunk.name)
-        self.ranks.wait()
-        self._at_step = at_step or self._snapshot()
+        self._at_step = self._load(newest) if newest is not None else self._snapshot()
+        positions = self.ranks.gathered(str(self.position))
+        assert len(set(positions)) == 1, f"the ranks resume after different steps: {positions}"
 
-    def _load(self, found: Saved) -> dict[str, Any]:
-        state = torch.load(found.path / _STATE, map_location="cpu", weights_only=True)
-        say = self.reporter.progress.say
-        changed = self.ranks.together(lambda: self._check(state))
-        try:
-            loaded = dist_checkpointing.load(sharded_state(self.policy), str(found.path))
-        except CheckpointingException as error:  # shapes: as every rank sees them
-            raise EveryRankError(f"{found.path} does not fit this model or layout: {error}") from error
-        load_sharded_state(self.policy, loaded)
-        load_schedule_state(self.policy, state["schedule"])
-        say(f"resuming after {_words(found.position)}, from {found.path}")
+    def begin(self, beginning: Beginning, damaged: Sequence[tuple[Saved, str]]) -> None:
+        """Everything is accepted: the run directory becomes this life's. Collective.
+
+        Raises:
+            EveryRankError: it cannot be written.
+        """
+        self.ranks.on_first(lambda: self._begin(beginning, damaged))
+        self._stop.has_seams = True
+        if beginning.newest is None:
+            self._at_step = self._snapshot()  # the rows of an earlier life are gone now
+
+    def _begin(self, beginning: Beginning, damaged: Sequence[tuple[Saved, str]]) -> None:
+        say, newest = self.reporter.progress.say, beginning.newest
+        self.reporter.begin(beginning, self._at_step["offsets"] if newest else {})
+        changed = beginning.changed + self._prompts_changed
         if changed:
             say(f"changed since then: {'; '.join(changed)}")
+        if beginning.again:
+            say("an earlier life ended before its first checkpoint: its steps are made again")
+        deleted, failures = clean(self._folder)
+        for name in deleted:
+            say(f"checkpoint {name} was never finished, or half deleted; deleted")
+        for failure in failures:
+            say(f"WARNING: {failure}; nothing reads it, so the run goes on")
+        for one, problem in damaged:
+            aside = set_aside(one)
+            sentence = f"checkpoint {one.position} is damaged: {problem}. It is now {aside.name}"
+            logger.warning(
+                "%s; using an older one", sentence
+            )  # to the error stream, as a job's log keeps it
+            self.reporter.progress.note(f"WARNING: {sentence}; using an older one")
+        if newest is not None and self._begun is not None:
+            for chunk in newest.path.glob("chunk-*"):
+                _put(chunk, self.reporter.directory.path / "rollouts" / chunk.name)
+
+    def _load(self, found: Saved) -> dict[str, Any]:
+        state = self.ranks.together(lambda: read_state(found))
+        say = self.reporter.progress.say
+        self.ranks.together(lambda: self._check(state))
+        # Pickles of a checkpoint may come from anywhere: nothing that they name is run.
+        self.ranks.together(lambda: check_metadata(found.path))
+        try:
+            with weights_only(found.path):
+                load_sharded_state(self.policy, found.path)
+        except CheckpointingException as error:  # shapes: as every rank sees them
+            raise EveryRankError(
+                f"{found.path} does not fit this model or layout: {error}"
+            ) from error
+        load_schedule_state(self.policy, state["schedule"])
+        say(f"resuming after {_words(found.position)}, from {found.path}")
         if state["layout"] == self._layout():
             load_rng_state(state["rng"][self.ranks.rank])
         else:
-            say(f"layout {state['layout']} is now {self._layout()}: results agree to rounding, not bit for bit")
+            say(
+                f"layout {state['layout']} is now {self._layout()}: {self._how_far_results_agree()}"
+            )
         self.position = self._saved = found.position
-        self._begun = Unfinished.from_state_dict(state["unfinished"]) if state["unfinished"] else None
+        self._begun = (
+            Unfinished.from_state_dict(state["unfinished"]) if state["unfinished"] else None
+        )
+        # The offsets are the first rank's, in a checkpoint as in a snapshot.
         return {name: state[name] for name in self._snapshot()}
 
-    def _check(self, state: Mapping[str, Any]) -> list[str]:
-        """What has changed since; also puts prompts and expected lengths in the saved state."""
-        before, within = json.loads(state["config"]), state["unfinished"] is not None
-        changed = check_changes(before, to_plain(self.config), within_a_step=within)
+    def _how_far_results_agree(self) -> str:
+        if self.config.rollout.engine == "transformers":
+            return "training agrees to rounding, but other answers are drawn: this engine's depend on the ranks' shares"
+        return "results agree to rounding, not bit for bit"
+
+    def _check(self, state: Mapping[str, Any]) -> None:
+        """Puts prompts and expected lengths in the saved state."""
         for name, one in self.drawing.items():
-            one.load_state_dict(state[name])
-        return changed
+            self._prompts_changed += one.load_state_dict(state[name])
 
     def take_begun(self) -> Unfinished | None:
         """The rest of a step that an earlier life of the run has begun; once."""
@@ -183,7 +312,7 @@ class Checkpoints:
         Raises:
             Stopped: it was asked to; everything is saved.
         """
-        reason = self._stop.agreed(self.ranks)
+        reason = self._asked_to_stop()
         if not reason:
             return
         begun = unfinished(self.policy, batches, updates) if updates else None
@@ -201,28 +330,48 @@ class Checkpoints:
         """
         self.position, self._at_step = Position(step), self._snapshot()
         self._report()
-        reason, chosen = self._stop.agreed(self.ranks), self._chosen
+        reason, chosen = self._asked_to_stop(), self._chosen
         if reason:
             self._stop_at(reason, self.position, self._at_step, accuracy)
         if chosen.every and (step % chosen.every == 0 or step == self.config.trainer.steps):
             self._save(self.position, self._at_step, accuracy)
 
-    def close(self) -> None:
-        """Waits until everything is on disk."""
+    def _asked_to_stop(self) -> int:
+        """Why the run is to stop here, the same on every rank; 0 where it is not. Waits for the slowest rank."""
+        with self.reporter.progress.stage("seam"):
+            return self._stop.agreed(self.ranks)
+
+    def close(self) -> str:
+        """Waits until everything is on disk.
+
+        Returns:
+            Why the last checkpoint could not be saved; "" where it is on disk.
+
+        Raises:
+            CheckpointFailed: it could not be saved, and the run was to stop for that.
+        """
+        self._stop.has_seams = False
+        self.reporter.settle()
         self._report(wait=True)
         self._thread.shutdown()
+        if self._failure and self._chosen.on_failure == "stop":
+            raise CheckpointFailed(f"{self._failure}. Free space and start the same command again")
+        return self._failure
 
     def _stop_at(
-        self, reason: int, position: Position, state: Mapping[str, Any], accuracy: float | None = None
+        self,
+        reason: int,
+        position: Position,
+        state: Mapping[str, Any],
+        accuracy: float | None = None,
     ) -> None:
         self._report(wait=True)
-        last = f"the last good checkpoint is {self._saved}" if self._saved else "there is no checkpoint"
         if reason != SAVE_FAILED and position != self._saved:
             self._save(position, state, accuracy)
-        self.close()
-        if reason == SAVE_FAILED or position != self._saved:
+        failure = self.close()
+        if failure or position != self._saved:
             raise CheckpointFailed(
-                f"a checkpoint could not be saved; {last}. Free space and start the same command again"
+                f"{failure or 'a checkpoint could not be saved'}. Free space and start the same command again"
             )
         raise Stopped(
             f"stopping after {_words(position)}, for {described(reason)}; the same command goes on from there"
@@ -247,13 +396,21 @@ class Checkpoints:
             "cp": parallel.cp,
         }
 
-    def _save(self, position: Position, snapshot: Mapping[str, Any], accuracy: float | None) -> None:
+    def _save(
+        self, position: Position, snapshot: Mapping[str, Any], accuracy: float | None
+    ) -> None:
         """Copies everything, and has it written while the run goes on."""
         self._report(wait=True)
+        self.reporter.settle()
+        self.check_sound(position)
         with self.reporter.progress.stage("checkpoint"):
             by_key, common = self._staging.copy(sharded_state(self.policy))
-            values = {"config": json.dumps(to_plain(self.config)), "layout": self._layout(), **snapshot}
-            values["rng"] = self.ranks.gathered(rng_state())
+            values = {
+                "config": json.dumps(to_plain(self.config)),
+                "layout": self._layout(),
+                **snapshot,
+            }
+            values["rng"] = self.ranks.gathered_by_first(rng_state())
         self._position_writing, self._began = position, time.monotonic()
         self._writing = self._thread.submit(self._write, position, by_key, common, values, accuracy)
         if not self._chosen.asynchronous:
@@ -273,16 +430,28 @@ class Checkpoints:
             ranks.on_first(lambda: _empty(partial))
             write(partial, by_key, ranks.group)
             ranks.on_first(lambda: self._write_small(partial, common, values))
-            digests = ranks.gathered(_digests(partial, ranks.rank))
-            header = {"position": str(position), "accuracy": accuracy, "versions": _versions(), "config": _hash(values)}
-            ranks.on_first(lambda: self._complete(position, {k: v for d in digests for k, v in d.items()}, header))
-        except (Exception, CheckpointException) as error:  # of whatever kind, the run may go on without this checkpoint
+            digests: dict[str, tuple[int, str]] = {}
+            for own in ranks.every(lambda: _digests(partial, ranks.rank)):
+                digests |= own
+            header = {
+                "position": str(position),
+                "accuracy": accuracy,
+                "versions": _versions(),
+                "config": _hash(values),
+            }
+            ranks.on_first(lambda: self._complete(position, digests, header))
+        except (
+            Exception,
+            CheckpointException,
+        ) as error:  # of whatever kind, the run may go on without this checkpoint
             if ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
             return _sentence(error)
         return ""
 
-    def _write_small(self, partial: Path, common: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    def _write_small(
+        self, partial: Path, common: Mapping[str, Any], values: Mapping[str, Any]
+    ) -> None:
         """The first rank's files."""
         write_common(partial, common)
         torch.save(dict(values), partial / _STATE)
@@ -292,25 +461,72 @@ class Checkpoints:
                 _put(chunk, partial / chunk.name)
         sync_files(file for file in partial.iterdir() if file.suffix != ".distcp")
 
-    def _complete(self, position: Position, digests: Mapping[str, Any], header: Mapping[str, Any]) -> None:
-        chosen, directory = self._chosen, self.reporter.directory
-        sync_files([directory.metrics, directory.evaluations])  # the rows that the saved offsets count
+    def _complete(
+        self, position: Position, digests: Mapping[str, Any], header: Mapping[str, Any]
+    ) -> None:
+        directory = self.reporter.directory
+        # The rows that the saved offsets count must not be younger than the checkpoint.
+        sync_files([directory.metrics, directory.evaluations])
         commit(self._folder, position, digests, header)
-        retire(self._folder, keep=chosen.keep, keep_every=chosen.keep_every, keep_best=chosen.keep_best)
+        self._tidy(position)
+
+    def _tidy(self, position: Position) -> None:
+        """What may fail without the checkpoint being any worse: the name in `latest`, the deletion of older ones."""
+        keep = self._chosen
+        try:
+            name_latest(self._folder, position)
+            _, failures = retire(
+                self._folder,
+                keep=keep.keep,
+                keep_every=keep.keep_every,
+                keep_best=keep.keep_best,
+            )
+        except (OSError, ValueError) as error:
+            failures = [f"older checkpoints could not be looked through: {error}"]
+        self._untidy += failures
 
     def _report(self, *, wait: bool = False) -> None:
         """Says what became of the save that was last begun, once it is over."""
         if self._writing is None or not (wait or self._writing.done()):
             return
         failure, position, self._writing = self._writing.result(), self._position_writing, None
+        say = self.reporter.progress.say
+        untidy, self._untidy = self._untidy, []
+        for problem in untidy:
+            say(f"WARNING: {problem}; the checkpoint {position} is whole")
         if not failure:
             self._saved = position
-            self.reporter.progress.say(f"checkpoint {position} ({time.monotonic() - self._began:.1f} s)")
+            self._failure = ""
+            say(f"checkpoint {position} ({time.monotonic() - self._began:.1f} s)")
             return
-        last = f"the last good one is {self._saved}" if self._saved else "there is none yet"
-        self.reporter.progress.say(f"WARNING: checkpoint {position} could not be saved: {failure}; {last}")
+        self._failure = f"checkpoint {position} could not be saved: {failure}; {self.last_good()}"
+        say(f"WARNING: {self._failure}")
         if self._chosen.on_failure == "stop":
             self._stop.ask(SAVE_FAILED)
+
+    def check_sound(self, position: Position | None = None) -> None:
+        """Ends the run before ruined weights reach an engine or a checkpoint. Collective.
+
+        Raises:
+            NonFinite: names what is not finite, and the checkpoint from before it.
+        """
+        problem = ruin(self.policy, self.ranks)
+        if not problem:
+            return
+        self._report(wait=True)
+        remedy = "there is no checkpoint from before that; begin anew with a lower optimizer.lr"
+        if self._saved is not None:
+            remedy = (
+                f"{self.last_good()}, from before that; go on from it with a lower optimizer.lr"
+            )
+        where = _words(position or self.position)
+        raise NonFinite(f"the policy is ruined after {where}: {problem} is not finite; {remedy}")
+
+    def last_good(self) -> str:
+        """Where the run can be taken up now."""
+        if self._saved is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {self._saved}"
 
 
 def _words(position: Position) -> str:
@@ -350,7 +566,11 @@ def _empty(folder: Path) -> None:
 
 def _digests(folder: Path, rank: int) -> dict[str, tuple[int, str]]:
     """Size and checksum of the files that this rank wrote; those of no rank in particular are the first's."""
-    own = [f for f in folder.iterdir() if f.name.startswith(f"__{rank}_") or (rank == 0 and f.suffix != ".distcp")]
+    own = [
+        f
+        for f in folder.iterdir()
+        if f.name.startswith(f"__{rank}_") or (rank == 0 and f.suffix != ".distcp")
+    ]
     return {file.name: (file.stat().st_size, checksum(file)) for file in own}
 
 

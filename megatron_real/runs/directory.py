@@ -8,14 +8,15 @@ from pathlib import Path
 class RunDirectory:
     """Paths below a run's directory. The first rank writes all of them; every rank may read.
 
-    config.yaml      the whole configuration          rollouts/step-00012.jsonl   every rollout of step 12
+    config.yaml      the whole configuration          rollouts/step-00012.parquet every rollout of step 12
     metrics.jsonl    one row per step                 evaluations.jsonl           one row per evaluation
     curves.png       the run at a glance              hf/                         trained weights
     tensorboard/     event files                      logs/run.log                what the terminal showed, with times
     profile/         a trace per profiled step        dumps/step-00012-update-1/  batch of a skipped update
     checkpoints/     step_12/ and so on, and latest   status.json                 running, stopped, crashed, ...
-    lock             whose run this is                rollouts/chunk-*            parts of a step that is not finished
-    servers/         what vLLM servers said
+    owners/          whose run this is, and was       rollouts/chunk-*            parts of a step that is not finished
+    servers/         what vLLM servers said           lives/life-0001.json        what each life was started with
+    wandb.json       its id in Weights & Biases
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -31,42 +32,62 @@ class RunDirectory:
         self.dumps = self.path / "dumps"
         self.checkpoints = self.path / "checkpoints"
         self.status = self.path / "status.json"
-        self.lock = self.path / "lock"
+        self.lives = self.path / "lives"
+        self.wandb = self.path / "wandb.json"
+        self.owners = self.path / "owners"
 
-    def claim(self, *, exist_ok: bool = False) -> None:
-        """Makes the directory for a new run; `exist_ok` goes on in the directory of an earlier one.
+    def foreign_files(self) -> list[str]:
+        """Names in a directory that no run has written to; [] for a run's directory, or one that a job prepares."""
+        names = sorted(path.name for path in self.path.iterdir())
+        marks = {self.status.name, self.owners.name, self.metrics.name, self.checkpoints.name}
+        if marks & set(names):
+            return []
+        return [name for name in names if name not in (self.log.parent.name, self.config.name)]
 
-        Raises:
-            ValueError: it holds the metrics of a run already, or is a file.
-        """
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"{self.path} is a file; give another trainer.run_dir")
-        # A run that was stopped in its first step may have evaluated but has no metrics yet.
-        if not exist_ok and (self.metrics.exists() or self.evaluations.exists()):
-            raise ValueError(f"{self.path} holds a run already; give another trainer.run_dir or delete it")
-        self.path.mkdir(parents=True, exist_ok=True)
-
-    def server_log(self, number: int) -> Path:
-        """What a vLLM server of the run says."""
-        return self.path / "servers" / f"server-{number}.log"
+    def life(self, number: int) -> Path:
+        """What a life of the run was started with."""
+        return self.lives / f"life-{number:04d}.json"
 
     def rollouts(self, step: int) -> Path:
-        """Where the rollouts of a step are."""
-        return self.path / "rollouts" / f"step-{step:05d}.jsonl"
+        """Where the rollouts of a step are written."""
+        return self.path / "rollouts" / f"step-{step:05d}.parquet"
+
+    def saved_rollouts(self, step: int) -> Path:
+        """Where the rollouts of a step can be read."""
+        return _existing(self.rollouts(step))
 
     def chunk(self, step: int, draw: int, first_prompt: int) -> Path:
-        """Where a chunk of a step's rollouts is until the step is finished."""
-        return self.path / "rollouts" / f"chunk-{step:05d}-{draw}-{first_prompt:05d}.jsonl"
+        """Where a chunk of a step's rollouts is written, to be there until the step is finished."""
+        return self.path / "rollouts" / f"chunk-{step:05d}-{draw}-{first_prompt:05d}.parquet"
+
+    def saved_chunk(self, step: int, draw: int, first_prompt: int) -> Path:
+        """Where a chunk of a step's rollouts can be read."""
+        return _existing(self.chunk(step, draw, first_prompt))
 
     def chunks(self, step: int) -> list[Path]:
         """The chunks of a step that are there."""
-        return sorted(self.path.glob(f"rollouts/chunk-{step:05d}-*.jsonl"))
+        return self._files_of_rollouts(f"chunk-{step:05d}-*")
 
     def kept_rollouts(self) -> list[tuple[int, Path]]:
         """(step, file) of every file of rollouts, whole steps and chunks."""
-        files = [*self.path.glob("rollouts/step-*.jsonl"), *self.path.glob("rollouts/chunk-*.jsonl")]
+        files = [*self._files_of_rollouts("step-*"), *self._files_of_rollouts("chunk-*")]
         return sorted((int(file.stem.split("-")[1]), file) for file in files)
+
+    def saved_steps(self) -> list[int]:
+        """The steps whose rollouts are there as a whole, in order."""
+        files = self._files_of_rollouts("step-*")
+        return sorted({int(file.stem.removeprefix("step-")) for file in files})
+
+    def _files_of_rollouts(self, pattern: str) -> list[Path]:
+        found = sorted(self.path.glob(f"rollouts/{pattern}"))
+        return [file for file in found if file.suffix in (".parquet", ".jsonl")]
 
     def dump(self, step: int, update: int) -> RunDirectory:
         """A run directory of one step, whose rollouts are the batch of a skipped update: rollout.replay takes it."""
         return RunDirectory(self.dumps / f"step-{step:05d}-update-{update}")
+
+
+def _existing(file: Path) -> Path:
+    """The file, or the one that an earlier version has written in its place."""
+    earlier = file.with_suffix(".jsonl")
+    return earlier if earlier.is_file() and not file.is_file() else file

@@ -66,7 +66,9 @@ class EvaluationDirectory:
 
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Keeps the settings for `check`."""
-        before = json.loads(self.settings.read_text(encoding="utf-8")) if self.settings.is_file() else {}
+        before = (
+            json.loads(self.settings.read_text(encoding="utf-8")) if self.settings.is_file() else {}
+        )
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.settings, json.dumps({**before, **settings}, indent=2) + "\n")
 
@@ -75,7 +77,10 @@ class EvaluationDirectory:
         return self._file(chunk).is_file()
 
     def write(
-        self, chunk: Chunk, rollouts: Sequence[Rollout], answers: Sequence[tuple[str | None, int | None]]
+        self,
+        chunk: Chunk,
+        rollouts: Sequence[Rollout],
+        answers: Sequence[tuple[str | None, int | None]],
     ) -> None:
         """Keeps a complete chunk.
 
@@ -85,7 +90,9 @@ class EvaluationDirectory:
         rows = []
         for rollout, (answer, answer_class) in zip(rollouts, answers, strict=True):
             row = vars(judged(rollout, answer_class)) | {"sample": rollout.sample, "answer": answer}
-            rows.append(row | {"golds": list(rollout.prompt.answers), "completion": rollout.completion.text})
+            rows.append(
+                row | {"golds": list(rollout.prompt.answers), "completion": rollout.completion.text}
+            )
         # ASCII: a model may emit half a surrogate pair.
         write_whole(self._file(chunk), "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -103,13 +110,22 @@ class EvaluationDirectory:
                 rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
                 found += [Judged(**{name: row[name] for name in fields}) for row in rows]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} is broken ({type(error).__name__}: {error}); delete it to go on") from error
+                raise ValueError(
+                    f"{path} is broken ({type(error).__name__}: {error}); delete it to go on"
+                ) from error
         return found
 
-    def publish(self, model: str, settings: Mapping[str, Any], found: Mapping[str, Evaluation]) -> None:
+    def publish(
+        self, model: str, settings: Mapping[str, Any], found: Mapping[str, Evaluation]
+    ) -> None:
         """Writes results.json and results.csv."""
-        rows = {name: evaluation.figures() for name, evaluation in found.items()} | {"average": average(found)}
-        finite = {name: {k: v if math.isfinite(v) else None for k, v in row.items()} for name, row in rows.items()}
+        rows = {name: evaluation.figures() for name, evaluation in found.items()} | {
+            "average": average(found)
+        }
+        finite = {
+            name: {k: v if math.isfinite(v) else None for k, v in row.items()}
+            for name, row in rows.items()
+        }
         mean = finite.pop("average")
         whole = {"model": model, "settings": dict(settings), "benchmarks": finite, "average": mean}
         write_whole(self.json, json.dumps(whole, indent=2) + "\n")
@@ -117,7 +133,9 @@ class EvaluationDirectory:
         with whole_file(self.csv, newline="") as file:
             table = csv.DictWriter(file, ["benchmark", *columns], lineterminator="\n")
             table.writeheader()
-            table.writerows({"benchmark": name, **row} for name, row in (finite | {"average": mean}).items())
+            table.writerows(
+                {"benchmark": name, **row} for name, row in (finite | {"average": mean}).items()
+            )
 
     def _file(self, chunk: Chunk) -> Path:
         return self.samples / chunk.benchmark / f"chunk-{chunk.number:04d}.jsonl"

@@ -1,32 +1,117 @@
 """A run directory belongs to one run at a time, and a dead owner does not hold it for ever.
 
-The lock is a file whose owner rewrites it every few seconds. It is free when its owner's process is gone (seen at once
-on the same machine, or when the same Slurm job was requeued), or when the file has not changed for LEASE_SECONDS as the
-newcomer's own clock counts them: no clocks of two machines are compared, and no lock of the file system is needed.
+    owners/1     process 77 on n1, ended
+    owners/2     process 12 on n2, gone: it has not touched this file for LEASE_SECONDS
+    owners/3     process 31 on n3: the owner, which touches this file every few seconds
+
+The process that made the last file owns the directory. Whoever finds that owner dead makes the next file, by link(2),
+which succeeds for one of all who try it, on NFS too. No name is ever used twice: nobody can take away by mistake the
+lock of somebody who was quicker, however late it wakes up. No locks of the file system are needed, which NFS and Lustre
+have only where they are set up, and no clocks of two machines are compared: a newcomer counts the lease by its own.
+
+An owner is dead at once where this machine's process table says so, and when the same Slurm job was started again. The
+table says nothing about a process of another machine, of another boot, or of another container on the same machine.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 LEASE_SECONDS = 60.0
-"""A lock that nobody rewrote for so long is free."""
+"""An owner that has not touched its file for so long is dead."""
 _BEAT_SECONDS = 10.0
+_RELEASE_SECONDS = 5.0
+"""Wait at most so long for the thread at the end: its file system may hang."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who made a file of the lock. All fields are empty for a file that no owner of ours has written."""
+
+    token: str = ""
+    """Unique to one attempt to take a directory."""
+    host: str = ""
+    boot: str = ""
+    """Of the running kernel: two machines of the same name differ in it."""
+    namespaces: str = ""
+    """In which process table the number below counts; "" where that is not known."""
+    pid: int = 0
+    started: str = ""
+    """When the process started, in clock ticks since boot: its number alone is given out again."""
+    cluster: str = ""
+    job: str = ""
+    """Slurm's number of the job."""
+    restarts: int = 0
+    """How often Slurm has started the job again."""
+    ended: bool = False
+    """It has given the directory back, or another has taken it."""
+
+    @classmethod
+    def of_this_process(cls) -> Owner:
+        """This process, with a new token."""
+        return cls(
+            token=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            boot=_first_line("/proc/sys/kernel/random/boot_id"),
+            namespaces=_namespaces(),
+            pid=os.getpid(),
+            started=_start_of(os.getpid()),
+            cluster=os.environ.get("SLURM_CLUSTER_NAME", ""),
+            job=os.environ.get("SLURM_JOB_ID", ""),
+            restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0),
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> Owner:
+        """The owner that a file's text names."""
+        values: Any
+        try:
+            values = json.loads(text)
+        except ValueError:
+            return cls()
+        if not isinstance(values, dict):
+            return cls()
+        kinds = {field.name: type(field.default) for field in fields(cls)}
+        fitting: dict[str, Any] = {
+            k: v for k, v in values.items() if isinstance(v, kinds.get(k, ()))
+        }
+        return cls(**fitting)
+
+    def text(self, *, ended: bool = False) -> str:
+        """What `parse` reads."""
+        return json.dumps(asdict(self) | {"ended": ended}) + "\n"
+
+    def is_gone(self, newcomer: Owner) -> bool:
+        """Whether it is certain, on the newcomer's machine, that this owner does not run any more."""
+        same_job = self.job and (self.cluster, self.job) == (newcomer.cluster, newcomer.job)
+        if same_job and self.restarts < newcomer.restarts:
+            return True  # Slurm ends a job before it starts it again
+        table = (self.host, self.boot, self.namespaces)
+        same_table = table == (newcomer.host, newcomer.boot, newcomer.namespaces) and all(table)
+        return same_table and not _runs(self.pid, self.started)
+
+    def __str__(self) -> str:
+        job = f" (Slurm job {self.job})" if self.job else ""
+        return f"process {self.pid or '?'} on {self.host or '?'}{job}"
 
 
 class RunLock:
     """Holds a run directory.
 
     Example:
-        lock = RunLock(Path("runs/first/lock"))
+        lock = RunLock(Path("runs/first/owners"))
         lock.take()
         ...
         lock.release()
@@ -34,16 +119,23 @@ class RunLock:
 
     def __init__(
         self,
-        file: Path,
+        folder: Path,
         *,
         lease: float = LEASE_SECONDS,
         beat: float = _BEAT_SECONDS,
         lost: Callable[[str], None] | None = None,
     ) -> None:
-        """`lost` is called with a sentence when another run has taken the directory although this one lives."""
-        self.file, self.lease, self.beat = file, lease, beat
+        """`lost` is called with a sentence when another run has taken the directory although this one lives.
+
+        Args:
+            folder: of the lock's files; it is made where it is missing.
+            lease: seconds without a touch after which an owner is dead.
+            beat: seconds between two touches.
+        """
+        self.folder, self.lease, self.beat = folder, lease, beat
         self._lost = lost or _end_process
-        self._me = {**_identity(), "token": uuid.uuid4().hex}
+        self._me = Owner.of_this_process()
+        self._number = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="run-lock", daemon=True)
 
@@ -51,134 +143,171 @@ class RunLock:
         """Takes the directory, waiting up to the lease where it is not clear that its owner is dead.
 
         Raises:
-            ValueError: another run is using it; says which.
+            ValueError: another run is using it, which is named; or the directory cannot be written.
         """
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        while not self._create():
-            owner = self._read()
-            if owner is not None:
-                self._wait_until_dead(owner, say)
-                self._remove(owner)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # A listing may lack the newest names, as NFS caches it. So it only says where to begin.
+            number = max(self._listed(), default=1)
+            while not self._make(number):
+                owner, touched = self._read(number)
+                if not owner.ended:
+                    self._wait_until_dead(number, owner, touched, say)
+                number += 1
+        except OSError as error:
+            raise ValueError(
+                f"{self.folder.parent} cannot be taken for this run: {error}; give a trainer.run_dir "
+                "where this user may make files and links"
+            ) from error
+        self._number = number
+        self._mark_ended(number - 1)
         self._thread.start()
 
     def release(self) -> None:
         """Gives the directory back."""
         self._done.set()
         if self._thread.is_alive():
-            self._thread.join()
-        if _token(self._read()) == self._me["token"]:
-            self.file.unlink(missing_ok=True)
+            self._thread.join(_RELEASE_SECONDS)
+        if self._number:
+            self._mark_ended(self._number, only=self._me)
 
-    def _create(self) -> bool:
-        """Makes the file with its content in one step: a link to an existing name fails."""
-        mine = self._write_aside()
+    def _listed(self) -> list[int]:
+        return [int(name) for name in os.listdir(self.folder) if name.isdecimal()]
+
+    def _make(self, number: int) -> bool:
+        """Makes the file of that number with its content in one step; False where it exists."""
+        aside = self._aside(self._me.text())
         try:
-            os.link(mine, self.file)
+            os.link(aside, self._file(number))
         except FileExistsError:
-            return False
+            # NFS says this of a link that it has made, where its first answer was lost.
+            return self._read(number)[0] == self._me
         finally:
-            mine.unlink()
+            aside.unlink()
         return True
 
-    def _wait_until_dead(self, owner: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        if _is_gone(owner, self._me):
-            say(f"{self.file.parent} was left locked by {_described(owner)}, which is gone; taking over")
+    def _wait_until_dead(
+        self, number: int, owner: Owner, touched: int, say: Callable[[str], None]
+    ) -> None:
+        where = self.folder.parent
+        if owner.is_gone(self._me):
+            say(f"{where} was left locked by {owner}, which is gone; taking over")
             return
-        say(f"{self.file.parent} is locked by {_described(owner)}; waiting up to {self.lease:g} s for a sign of life")
-        ends, seen = time.monotonic() + self.lease, owner.get("beat")
+        say(f"{where} is locked by {owner}; waiting up to {self.lease:g} s for a sign of life")
+        ends = time.monotonic() + self.lease
         while time.monotonic() < ends:
             time.sleep(min(self.beat / 4, 1.0))
-            now = self._read()
-            if now is None:
+            now, touched_now = self._read(number)
+            if now.ended:
                 return
-            if now.get("beat") != seen or _token(now) != _token(owner):
+            if touched_now != touched:
                 raise ValueError(
-                    f"{self.file.parent} is in use by {_described(now)}; wait until that run ends, or give another "
+                    f"{where} is in use by {now}; wait until that run ends, or give another "
                     "trainer.run_dir"
                 )
-        say(f"{_described(owner)} has given no sign of life for {self.lease:g} s; taking over")
+        say(f"{owner} has given no sign of life for {self.lease:g} s; taking over")
 
-    def _remove(self, owner: Mapping[str, Any]) -> None:
-        """Takes away a dead owner's file. Of several that try it, one succeeds; a lock taken meanwhile is put back."""
-        grabbed = self.file.with_name(f"{self.file.name}.{self._me['token']}")
+    def _mark_ended(self, number: int, *, only: Owner | None = None) -> None:
+        """Writes into a file that its owner is none any more; of `only` that owner, if it is given."""
         try:
-            self.file.rename(grabbed)
-        except FileNotFoundError:
-            return
-        try:
-            if _token(_parse(grabbed)) != _token(owner):
-                os.link(grabbed, self.file)
-        except FileExistsError:
-            pass
-        finally:
-            grabbed.unlink()
+            owner, _ = self._read(number)
+            if not owner.ended and only in (None, owner):
+                self._aside(owner.text(ended=True)).replace(self._file(number))
+        except OSError as error:  # the next run finds out by itself, only later
+            logger.warning("%s could not be written: %s", self._file(number), error)
 
     def _keep(self) -> None:
+        """The thread: touches the file, and ends the process where the directory is another's."""
+        trouble = False
         while not self._done.wait(self.beat):
-            owner = self._read()
-            if _token(owner) != self._me["token"]:
-                self._lost(
-                    f"{self.file} now belongs to {_described(owner)}: this run was silent for more than "
-                    f"{self.lease:g} s and another has taken its directory"
-                    if owner is not None
-                    else f"{self.file} is gone: somebody has removed it, and another run may take the directory"
-                )
+            try:
+                sentence = self._touch()
+            except OSError as error:  # a full disk, a file server that restarts: it may pass
+                if not trouble:
+                    logger.warning(
+                        "the run's lock cannot be touched (%s); trying again every %g s. After %g s "
+                        "without success another run may take the directory",
+                        error,
+                        self.beat,
+                        self.lease,
+                    )
+                trouble = True
+                continue
+            if sentence:
+                self._lost(sentence)
                 return
-            self._write_aside().replace(self.file)
+            if trouble:
+                logger.warning("the run's lock is touched again")
+            trouble = False
 
-    def _write_aside(self) -> Path:
-        aside = self.file.with_name(f"{self.file.name}.{self._me['token']}.new")
-        aside.write_text(json.dumps({**self._me, "beat": time.time()}), encoding="utf-8")
+    def _touch(self) -> str:
+        """Touches the file. Why that is too late, if it is: somebody has taken the directory, or removed the file."""
+        file = self._file(self._number)
+        if not file.exists():
+            return (
+                f"{file} is gone: somebody has removed it, and another run may take the directory"
+            )
+        following = self._file(self._number + 1)
+        if self._read(self._number)[0] != self._me or following.exists():
+            return (
+                f"{self.folder.parent} now belongs to {self._read(self._number + 1)[0]}: this run was "
+                f"silent for more than {self.lease:g} s and another has taken its directory"
+            )
+        os.utime(file)  # needs no space, so a full disk does not look like a dead owner
+        return ""
+
+    def _read(self, number: int) -> tuple[Owner, int]:
+        """(the owner that a file names, when it was touched last); one that has ended where the file is missing."""
+        try:
+            # What an open file says of itself is the server's word, not NFS's cache.
+            with self._file(number).open(encoding="utf-8", errors="replace") as file:
+                return Owner.parse(file.read()), os.fstat(file.fileno()).st_mtime_ns
+        except FileNotFoundError:
+            return Owner(ended=True), 0
+
+    def _aside(self, text: str) -> Path:
+        aside = self.folder / f"{self._me.token}.new"
+        aside.write_text(text, encoding="utf-8")
         return aside
 
-    def _read(self) -> dict[str, Any] | None:
-        return _parse(self.file)
+    def _file(self, number: int) -> Path:
+        return self.folder / str(number)
 
 
-def _parse(file: Path) -> dict[str, Any] | None:
-    """The owner; None where there is no lock, and {} for a file that no owner of ours has written."""
+def _namespaces() -> str:
+    """Those in which this process's number and start time count; "" where /proc does not show it in them."""
+    if _link("/proc/self") != str(os.getpid()):
+        return ""  # this /proc is of another namespace than the process
+    return " ".join(_link(f"/proc/self/ns/{kind}") for kind in ("pid", "time"))
+
+
+def _runs(pid: int, started: str) -> bool:
+    """Whether that very process runs; also where it cannot be known."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _token(owner: Mapping[str, Any] | None) -> str:
-    return str((owner or {}).get("token", ""))
-
-
-def _identity() -> dict[str, Any]:
-    return {
-        "host": socket.gethostname(),
-        "boot": _first_line("/proc/sys/kernel/random/boot_id"),
-        "pid": os.getpid(),
-        "started": _start_of(os.getpid()),
-        "job": os.environ.get("SLURM_JOB_ID", ""),
-        "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0),
-    }
-
-
-def _is_gone(owner: Mapping[str, Any], me: Mapping[str, Any]) -> bool:
-    """It is certain that the owner does not run any more."""
-    if not owner:
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return False
-    if me["job"] and owner.get("job") == me["job"] and owner.get("restarts", 0) < me["restarts"]:
-        return True  # Slurm ends a job before it starts it again
-    if owner.get("host") != me["host"]:
-        return False
-    if owner.get("boot") != me["boot"]:
-        return bool(me["boot"])
-    return _start_of(int(owner.get("pid", 0))) != owner.get("started")
+    except PermissionError:
+        pass  # it is another user's, whose start this one may not see
+    now = _start_of(pid)
+    if not started or not now:
+        return True
+    return now == started
 
 
 def _start_of(pid: int) -> str:
-    """When a process of this machine started, in clock ticks since boot; "" if there is none."""
-    # A number alone says little: it is given out again.
-    fields = _first_line(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
+    """When a process started, in clock ticks since boot; "ended" if it only waits to be collected; "" if unknown."""
+    fields_after_name = _first_line(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    if len(fields_after_name) <= 19:
+        return ""
+    return "ended" if fields_after_name[0] in "ZX" else fields_after_name[19]
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
 
 
 def _first_line(path: str) -> str:
@@ -186,11 +315,6 @@ def _first_line(path: str) -> str:
         return Path(path).read_text(encoding="utf-8", errors="replace").partition("\n")[0]
     except OSError:
         return ""
-
-
-def _described(owner: Mapping[str, Any]) -> str:
-    job = f" (Slurm job {owner['job']})" if owner.get("job") else ""
-    return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}{job}"
 
 
 def _end_process(sentence: str) -> None:

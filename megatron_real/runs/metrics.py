@@ -6,16 +6,19 @@ once from all of them. The reduction of each is stated where it is computed. A f
 
 from __future__ import annotations
 
-import json
+import functools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from megatron_real.records import EXCLUDED, NEGATIVE, POSITIVE, Rollout, Status
 from megatron_real.runs.directory import RunDirectory
+from megatron_real.runs.metric_table import tracked_name
+from megatron_real.runs.rows import append_row
+from megatron_real.runs.trackers import TensorBoardTracker, Tracker, WandbTracker
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Training:
     weights: Sequence[float]
     """[rollouts] dL / dscore."""
     max_abs_weight_tau: float
-    """max |w| * tau * groups of the minibatch; at most 1 by Eq. 9 and 10."""
+    """max |w| * tau * groups of the minibatch; at most 1 by Eq. 9 and 10. NaN for objectives without such a bound."""
     grad_norms: Sequence[float]
     """[updates] gradient norm before clipping."""
     lr: float
@@ -40,6 +43,14 @@ class Training:
     """Means over the response tokens that were trained on: entropy, mismatch_mean_abs, mismatch_k3 (nats) and the share
     mismatch_share; and mismatch_max_abs, the maximum. `entropy` is the mean of -log pi of the sampled tokens: a Monte
     Carlo estimate."""
+    kl: Sequence[float]
+    """[updates] KL estimate (nats) of the penalty; 0 without one."""
+    clipped_low_share: Sequence[float]
+    """[updates] share of the learning tokens that a clip deprived of their gradient at a ratio below 1."""
+    clipped_high_share: Sequence[float]
+    """[updates] the same above 1."""
+    equal_groups: int
+    """Groups whose rewards are all equal, so that their advantages are 0; of objectives in advantages."""
     lag: float
     """Steps between the weights that generated the rollouts and those that the step began with."""
     tokens: int
@@ -56,11 +67,13 @@ def step_metrics(
     num_ranks: int,
     peak_tflops: float | None,
     seconds_of_ranks: Sequence[Mapping[str, float]] = (),
+    memory_of_ranks: Sequence[Mapping[str, float]] = (),
 ) -> dict[str, float]:
     """All metrics of a step.
 
     loss, grad_norm: mean over the updates that were made. lr: of the last update. skipped_updates: count.
-    max_abs_weight_tau: maximum over the step. seconds/STAGE: wall clock of the first rank, summed over the step.
+    max_abs_weight_tau: maximum over the step. kl, clipped_low_share, clipped_high_share: mean over the updates.
+    equal_groups: count over the step. seconds/STAGE: wall clock of the first rank, summed over the step.
     The others are described at the functions that compute them, and at `Training`.
 
     Args:
@@ -68,6 +81,7 @@ def step_metrics(
         num_ranks: processes that share the training.
         peak_tflops: of one device; None leaves `mfu` out.
         seconds_of_ranks: [rank] `seconds` of each.
+        memory_of_ranks: [rank] host memory of each, GiB.
     """
     in_training = seconds.get("old_logprobs", 0.0) + seconds.get("update", 0.0)
     return {
@@ -78,10 +92,15 @@ def step_metrics(
         "max_abs_weight_tau": training.max_abs_weight_tau,
         "grad_norm": _mean([v for v in training.grad_norms if math.isfinite(v)]),
         "lr": training.lr,
+        "kl": _mean(training.kl),
+        "clipped_low_share": _mean(training.clipped_low_share),
+        "clipped_high_share": _mean(training.clipped_high_share),
+        "equal_groups": float(training.equal_groups),
         "lag": training.lag,
         "skipped_updates": float(len(training.skipped)),
         **{f"seconds/{name}": value for name, value in seconds.items()},
         **rank_metrics(seconds_of_ranks),
+        **memory_metrics(memory_of_ranks),
         **speed_metrics(training.tokens, training.flops, in_training * num_ranks, peak_tflops),
     }
 
@@ -100,11 +119,11 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     labels: dict[int, set[int]] = defaultdict(set)
     rewards: list[float] = []
     for r in rollouts:
-        if r.label != EXCLUDED and r.completion.token_ids:
+        if r.label != EXCLUDED and r.completion.num_trained:
             labels[r.group].add(r.label)
             rewards.append(float(r.label) if r.verdict.reward is None else r.verdict.reward)
-    sampled = [r.completion for r in rollouts if r.verdict.status != "lost"]
-    lengths = [len(completion.token_ids) for completion in sampled]
+    sampled = [r.completion for r in rollouts if r.verdict.status != Status.LOST]
+    lengths = [completion.num_trained for completion in sampled]
     checks = [r.verdict for r in rollouts if r.verdict.seconds > 0]
     statuses = Counter(r.verdict.status for r in rollouts)
     return {
@@ -118,11 +137,13 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "response_tokens_max": float(max(lengths, default=0)),
         "checked_early_share": _mean([check.early for check in checks]),
         "check_seconds_max": max((check.seconds for check in checks), default=math.nan),
-        **{f"status/{name}": float(statuses[name]) for name in get_args(Status)},
+        **{f"status/{name}": float(statuses[name]) for name in Status},
     }
 
 
-def score_metrics(rollouts: Sequence[Rollout], scores: Sequence[float], weights: Sequence[float]) -> dict[str, float]:
+def score_metrics(
+    rollouts: Sequence[Rollout], scores: Sequence[float], weights: Sequence[float]
+) -> dict[str, float]:
     """score_positive_*, score_negative_*: mean, 5th and 95th percentile over the rollouts that had a weight.
 
     The others (excluded, skipped one-class groups) were never scored. A score that is not finite is left out: its
@@ -141,14 +162,19 @@ def score_metrics(rollouts: Sequence[Rollout], scores: Sequence[float], weights:
     return metrics
 
 
-def speed_metrics(tokens: int, flops: float, rank_seconds: float, peak_tflops: float | None) -> dict[str, float]:
+def speed_metrics(
+    tokens: int, flops: float, rank_seconds: float, peak_tflops: float | None
+) -> dict[str, float]:
     """Speed of training, rollouts aside: sums over the step, divided by the seconds of all ranks together.
 
     tokens_per_second_per_rank: prompt and response tokens trained on. tflops_per_rank: model FLOPs, so that
     recomputation and scoring passes lower it. mfu: tflops_per_rank / peak, only where the peak is known.
     """
     per_second = 1.0 / rank_seconds if rank_seconds > 0 else math.nan
-    speed = {"tokens_per_second_per_rank": tokens * per_second, "tflops_per_rank": flops * per_second / 1e12}
+    speed = {
+        "tokens_per_second_per_rank": tokens * per_second,
+        "tflops_per_rank": flops * per_second / 1e12,
+    }
     return speed | ({"mfu": speed["tflops_per_rank"] / peak_tflops} if peak_tflops else {})
 
 
@@ -157,13 +183,30 @@ def rank_metrics(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
     A stage that ends in a collective takes all ranks as long as the slowest; others (rollout) show who it is.
     """
+    if len(seconds) < 2:
+        return {}
+    return _over_ranks("rank_seconds", seconds, which="slowest")
+
+
+def memory_metrics(memory: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """memory/NAME_min, _mean, _max over the ranks, and _largest, the rank of the maximum; GiB of host memory.
+
+    resident_gib: pages of the rank's process. pinned_gib: what CUDA has locked of it. An engine's or a verifier's own
+    processes are not in it.
+    """
+    return _over_ranks("memory", memory, which="largest")
+
+
+def _over_ranks(
+    prefix: str, ranks: Sequence[Mapping[str, float]], *, which: str
+) -> dict[str, float]:
     metrics = {}
-    for name in seconds[0] if len(seconds) > 1 else ():
-        values = [rank.get(name, 0.0) for rank in seconds]
-        metrics[f"rank_seconds/{name}_min"] = min(values)
-        metrics[f"rank_seconds/{name}_mean"] = _mean(values)
-        metrics[f"rank_seconds/{name}_max"] = max(values)
-        metrics[f"rank_seconds/{name}_slowest"] = float(values.index(max(values)))
+    for name in ranks[0] if ranks else ():
+        values = [rank.get(name, 0.0) for rank in ranks]
+        metrics[f"{prefix}/{name}_min"] = min(values)
+        metrics[f"{prefix}/{name}_mean"] = _mean(values)
+        metrics[f"{prefix}/{name}_max"] = max(values)
+        metrics[f"{prefix}/{name}_{which}"] = float(values.index(max(values)))
     return metrics
 
 
@@ -182,7 +225,10 @@ def _mean(values: Sequence[float]) -> float:
 
 
 class MetricsWriter:
-    """Appends rows to metrics.jsonl and evaluations.jsonl, and the same figures to TensorBoard and W&B where asked."""
+    """Appends rows to metrics.jsonl and evaluations.jsonl, and the same figures to TensorBoard and W&B where asked.
+
+    The files are the record. A tracker that fails is said once and left out from then on: it ends no run.
+    """
 
     def __init__(
         self,
@@ -191,19 +237,23 @@ class MetricsWriter:
         tensorboard: bool,
         wandb: Mapping[str, Any] | None,
         first_step: int | None = None,
+        config: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`wandb`: the run's configuration, or None to leave W&B out. `first_step`: of a resumed run.
+        """Opens the trackers.
 
-        Raises:
-            ValueError: W&B is asked for but not installed.
+        Args:
+            wandb: the run's configuration, or None to leave W&B out.
+            first_step: of a resumed run.
+            config: the run's configuration, which TensorBoard shows as text.
         """
         self._directory = directory
-        self._sinks: list[Callable[[int, Mapping[str, float]], None]] = []
-        self._closers: list[Callable[[], None]] = []
+        self._say = say
+        self._trackers: list[Tracker] = []
         if wandb is not None:
-            self._open_wandb(wandb)
+            self._open("Weights & Biases", lambda: WandbTracker(directory, wandb))
         if tensorboard:
-            self._open_tensorboard(first_step)
+            self._open("TensorBoard", lambda: TensorBoardTracker(directory, first_step, config))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """The row of a finished step. What is not finite becomes null."""
@@ -214,38 +264,31 @@ class MetricsWriter:
         self._append(self._directory.evaluations, step, values)
 
     def close(self) -> None:
-        """Flushes and ends TensorBoard and W&B."""
-        for close in self._closers:
-            close()
+        """Flushes and ends the trackers."""
+        for tracker in list(self._trackers):
+            self._guarded(tracker, tracker.close)
 
     def _append(self, path: Path, step: int, values: Mapping[str, float]) -> None:
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
-        row = {"step": step} | {name: finite.get(name) for name in values}
-        with path.open("a", encoding="utf-8") as file:  # closed, and so flushed, after each row
-            file.write(json.dumps(row) + "\n")
-        for sink in self._sinks:
-            sink(step, finite)
+        append_row(path, {"step": step} | {name: finite.get(name) for name in values})
+        grouped = {tracked_name(name): value for name, value in finite.items()}
+        for tracker in list(self._trackers):
+            self._guarded(tracker, functools.partial(tracker.write, step, grouped))
 
-    def _open_tensorboard(self, first_step: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        events = SummaryWriter(str(self._directory.tensorboard), purge_step=first_step)
-
-        def write(step: int, values: Mapping[str, float]) -> None:
-            for name, value in values.items():
-                events.add_scalar(name, value, step)
-            events.flush()  # an interrupted run keeps every row
-
-        self._sinks.append(write)
-        self._closers.append(events.close)
-
-    def _open_wandb(self, config: Mapping[str, Any]) -> None:
+    def _open(self, name: str, opened: Callable[[], Tracker]) -> None:
         try:
-            import wandb as client
-        except ImportError as error:
-            raise ValueError(
-                "trainer.wandb=true, but wandb is not installed; pip install wandb, or set trainer.wandb=false"
-            ) from error
-        run = client.init(config=dict(config), dir=str(self._directory.path), name=self._directory.path.name)
-        self._sinks.append(lambda step, values: run.log(dict(values), step=step))
-        self._closers.append(run.finish)
+            self._trackers.append(opened())
+        except Exception as error:  # a service or a library of others, which raises what it likes
+            self._say(f"WARNING: {name} is left out: {_first_line(error)}")
+
+    def _guarded(self, tracker: Tracker, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # as in _open
+            self._trackers.remove(tracker)
+            self._say(f"WARNING: {tracker.name} is left out from now on: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +33,16 @@ _COLUMNS = (
     ("tokens", "response_tokens_mean", "{:.0f}"),
     ("grad", "grad_norm", "{:.2f}"),
 )
+
+_WIDTHS = {"held-out": 10}
+"""Widths of columns whose cells are longer than their names: an accuracy and its step."""
+_HEADING_EVERY = 20
+"""Rows of a terminal's table after which its heading comes again."""
+HEARTBEAT_SECONDS = 60.0
+"""A stage that lasts longer says a line so often, where there is no terminal with a live one."""
+
+_HELD_LINES = 1000
+"""Lines that are kept for a log that cannot be written."""
 
 
 class StageTimer:
@@ -68,10 +79,38 @@ class StageTimer:
         name = self.current
         return self.begun, name or "", time.perf_counter() - self.started if name else 0.0
 
-    def take_seconds(self) -> dict[str, float]:
-        """Seconds of each stage since the last call, in the order they first ran."""
-        seconds, self._seconds = self._seconds, {}
-        return seconds
+    def take_seconds(self, only: Collection[str] = ()) -> dict[str, float]:
+        """Seconds of each stage since the last call, in the order they first ran; of the stages in `only`, if any."""
+        taken = {n: s for n, s in self._seconds.items() if not only or n in only}
+        self._seconds = {n: s for n, s in self._seconds.items() if n not in taken}
+        return taken
+
+
+class Heartbeat:
+    """Says a line now and then, so that a long stage is not taken for a hang.
+
+    Example:
+        with Heartbeat(lambda: "12 of 64 rollouts", print):
+            ...
+    """
+
+    def __init__(self, line: Callable[[], str], say: Callable[[str], None]) -> None:
+        """`line` gives what is said, "" where there is nothing to say."""
+        self._line, self._say = line, say
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Heartbeat:
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            line = self._line()
+            if line:
+                self._say(line)
 
 
 class RunProgress(StageTimer):
@@ -86,11 +125,15 @@ class RunProgress(StageTimer):
             progress.step_done(1, {"reward_mean": 0.5}, progress.take_seconds())
     """
 
-    def __init__(self, steps: int, *, shown: bool, log: Path | None = None, console: Console | None = None) -> None:
-        """`log`: a file that also gets every line, with the time of day."""
+    def __init__(
+        self, steps: int, *, shown: bool, log: Path | None = None, console: Console | None = None
+    ) -> None:
+        """`log`: a file that also gets every line, with the time of day; see `log_to`."""
         super().__init__()
         self._steps, self._shown, self._log = steps, shown, log
-        self._console = console or Console(quiet=not shown, soft_wrap=True)
+        self._held: list[str] = []
+        # A notebook shows plain lines too: rich would make an output of its own of each.
+        self._console = console or Console(quiet=not shown, soft_wrap=True, force_jupyter=False)
         self._live = shown and self._console.is_terminal and not self._console.is_dumb_terminal
         self._bar = Progress(
             TextColumn("step"),
@@ -106,37 +149,85 @@ class RunProgress(StageTimer):
             disable=not self._live,
         )
         self._task = self._bar.add_task("", total=steps)
-        self._heldout = math.nan
+        self._heldout = "-"
         self._stages: list[str] = []
+        self._rows = 0
+        self.detail: Callable[[], str] = lambda: ""
+        """What the present stage has done so far, in a few words."""
+        self._heartbeat = Heartbeat(self._long_stage, self.say)
 
     def __enter__(self) -> RunProgress:
         self._bar.start()
+        if self._shown and not self._live:
+            self._heartbeat.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._heartbeat.__exit__()
         self._bar.stop()
+
+    def _long_stage(self) -> str:
+        """What a stage that has become long has done so far."""
+        _, name, seconds = self.at()
+        return f"{name} {seconds:.0f} s{self._described()}" if seconds >= HEARTBEAT_SECONDS else ""
+
+    def _described(self) -> str:
+        detail = self.detail()
+        return f": {detail}" if detail else ""
 
     def say(self, line: str) -> None:
         """One line of text."""
+        self._show(line)
+        self.note(line)
+
+    def _show(self, line: str) -> None:
+        """One line of text for the terminal alone."""
+        if self._shown:
+            self._console.print(line, highlight=False, markup=False, emoji=False)
+
+    def note(self, line: str) -> None:
+        """One line of text for the log alone."""
         if not self._shown:
             return
-        self._console.print(line, highlight=False, markup=False, emoji=False)
+        self._held.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
         if self._log is not None:
-            self._log.parent.mkdir(parents=True, exist_ok=True)
-            with self._log.open("a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+            self.log_to(self._log)
 
-    def step_done(self, step: int, metrics: Mapping[str, float], seconds: Mapping[str, float]) -> None:
+    def log_to(self, file: Path) -> None:
+        """From now on this file gets every line, those that were said before it too.
+
+        A run's log is in its directory, where nothing is written before the run has been accepted.
+        """
+        self._log = file
+        if not self._held:
+            return
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a", encoding="utf-8") as log:
+                log.write("".join(self._held))
+        except OSError:
+            # The terminal has the line. It is tried again with the next one: a full disk may get
+            # room, and ends no run by its log.
+            self._held = self._held[-_HELD_LINES:]
+        else:
+            self._held = []
+
+    def step_done(
+        self, step: int, metrics: Mapping[str, float], seconds: Mapping[str, float]
+    ) -> None:
         """The line of a finished step."""
         self._bar.update(self._task, completed=step)
-        values = {**metrics, "heldout": self._heldout}
-        cells = {name: _number(values.get(key, math.nan), text) for name, key, text in _COLUMNS}
-        if self._live:
-            self._table_row(step, cells, seconds)
-            return
+        cells = {name: _number(metrics.get(key, math.nan), text) for name, key, text in _COLUMNS}
+        cells["held-out"] = self._heldout
         stages = "  ".join(f"{name} {s:.1f}" for name, s in seconds.items())
         figures = "  ".join(f"{name} {value}" for name, value in cells.items())
-        self.say(f"step {step:{len(str(self._steps))}d}  {figures}  |  {stages} s")
+        line = f"step {step:{len(str(self._steps))}d}  {figures}  |  {stages} s"
+        # The log has the same line whatever the terminal shows.
+        self.note(line)
+        if self._live:
+            self._table_row(step, cells, seconds)
+        else:
+            self._show(line)
 
     def _table_row(self, step: int, cells: Mapping[str, str], seconds: Mapping[str, float]) -> None:
         """A row of the terminal's table, with a column per stage where the terminal is wide enough for them."""
@@ -144,14 +235,18 @@ class RunProgress(StageTimer):
             names = [*seconds, "seconds"]
             heading = _row({name: name for name in ["step", *cells, *names]})
             self._stages = names if len(heading) <= self._console.width else ["seconds"]
-            self.say(_row({name: name for name in ["step", *cells, *self._stages]}))
+        if self._rows % _HEADING_EVERY == 0:
+            self._show(_row({name: name for name in ["step", *cells, *self._stages]}))
+        self._rows += 1
         spent = {**seconds, "seconds": sum(seconds.values())}
         times = {name: _number(spent.get(name, math.nan), "{:.1f}") for name in self._stages}
-        self.say(_row({"step": str(step), **cells, **times}))
+        self._show(_row({"step": str(step), **cells, **times}))
 
-    def evaluation_done(self, step: int, accuracy: float, standard_error: float, problems: int, seconds: float) -> None:
-        """The line of an evaluation; the next steps' lines repeat its accuracy."""
-        self._heldout = accuracy
+    def evaluation_done(
+        self, step: int, accuracy: float, standard_error: float, problems: int, seconds: float
+    ) -> None:
+        """The line of an evaluation; the next steps' lines repeat its accuracy and its step."""
+        self._heldout = f"{accuracy:.3f}@{step}"
         self.say(
             f"held-out accuracy after {step} steps: {accuracy:.3f} +- {standard_error:.3f} "
             f"on {problems} problems ({seconds:.1f} s)"
@@ -159,20 +254,24 @@ class RunProgress(StageTimer):
 
 
 class _StageColumn(ProgressColumn):
-    """The present stage and how long it has run."""
+    """The present stage, how long it has run, and what it has done."""
 
-    def __init__(self, timer: StageTimer) -> None:
+    def __init__(self, timer: RunProgress) -> None:
         super().__init__()
         self._timer = timer
 
     def render(self, task: Task) -> Text:
         name = self._timer.current
-        return Text(f"{name} {time.perf_counter() - self._timer.started:.0f} s" if name else "", style="cyan")
+        if not name:
+            return Text("")
+        seconds = time.perf_counter() - self._timer.started
+        return Text(f"{name} {seconds:.0f} s{self._timer._described()}", style="cyan")
 
 
 def _row(cells: Mapping[str, str]) -> str:
-    """The cells, each as wide as the name of its column."""
-    return "  ".join(f"{value:>{max(len(name), 5)}}" for name, value in cells.items())
+    """The cells, each as wide as the name of its column or as what it may hold."""
+    widths = {name: max(len(name), _WIDTHS.get(name, 5)) for name in cells}
+    return "  ".join(f"{value:>{widths[name]}}" for name, value in cells.items())
 
 
 def _number(value: float, text: str) -> str:

@@ -10,11 +10,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron_real.collective import on_every_rank
+
 T = TypeVar("T")
-
-
-class FirstRankError(RuntimeError):
-    """What the first rank was to do for all has failed there."""
 
 
 class EveryRankError(ValueError):
@@ -34,7 +32,11 @@ class Ranks:
     def of_all(cls, timeout: timedelta) -> Ranks:
         """A new group of all ranks. Collective."""
         world = dist.get_world_size()
-        return cls(dist.get_rank(), world, dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None)
+        return cls(
+            dist.get_rank(),
+            world,
+            dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None,
+        )
 
     @property
     def first(self) -> bool:
@@ -53,6 +55,17 @@ class Ranks:
             dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def gathered_by_first(self, value: T) -> list[T]:
+        """[rank] every rank's value on the first rank, [] on the others.
+
+        What one rank writes or shows goes there alone: `gathered` would send it to all, by the square of the ranks.
+        """
+        if self.group is None:
+            return [value]
+        values: list[T] | None = [value] * self.world if self.first else None
+        dist.gather_object(value, values, dst=0, group=self.group)
+        return values or []
+
     def largest(self, value: int) -> int:
         """The largest of all ranks' values, on every rank."""
         found = torch.tensor([value])
@@ -67,30 +80,24 @@ class Ranks:
             dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
-    def on_first(self, action: Callable[[], object], error: type[Exception] = FirstRankError) -> None:
-        """Runs `action` on the first rank while the others wait; where it fails, every rank raises `error`."""
-        failure = ""
-        if self.first:
-            try:
-                action()
-            except Exception as problem:  # the others must hear of it, of whatever kind it is
-                failure = str(problem) if isinstance(problem, ValueError) else f"{type(problem).__name__}: {problem}"
-        failure = self.shared(failure)
-        if failure:
-            raise error(failure)
-
-    def together(self, action: Callable[[], T]) -> T:
-        """What `action` returns, on every rank; where some rank refuses its input, every rank does.
+    def every(self, action: Callable[[], T]) -> list[T]:
+        """[rank] what `action` returned on every rank, on every rank. Collective, whatever happens in `action`.
 
         Raises:
-            EveryRankError: the first ValueError of a rank, with its sentence.
+            EveryRankError: some rank refuses its input by a ValueError; the sentence is the first such rank's.
+            RankFailed: it failed otherwise on some rank.
         """
-        result: list[T] = []
-        failure = ""
-        try:
-            result.append(action())
-        except ValueError as refused:
-            failure = str(refused)
-        if sentence := next(filter(None, self.gathered(failure)), ""):
-            raise EveryRankError(sentence)
-        return result[0]
+        return on_every_rank(action, group=self.group, raises=EveryRankError)
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Returns what `action` returned on this rank, once it has gone well on all; raises as `every`.
+
+        What it returns stays on this rank, so it may hold what cannot be sent to others, such as a process group.
+        """
+        values: list[T] = []
+        self.every(lambda: values.append(action()))
+        return values[0]
+
+    def on_first(self, action: Callable[[], T]) -> T:
+        """What `action` returns on the first rank, on every rank, while the others wait; raises as `every`."""
+        return self.every(lambda: action() if self.first else None)[0]  # type: ignore[return-value]

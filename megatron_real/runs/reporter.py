@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Any
+from pathlib import Path
 
 import torch
 
@@ -15,15 +17,32 @@ from megatron_real.config import Config, to_dict, to_plain
 from megatron_real.disk import write_whole
 from megatron_real.evaluate import Evaluation
 from megatron_real.records import Rollout
-from megatron_real.runs.changes import changes, same_rollouts
+from megatron_real.runs.claim import Beginning, Earlier
 from megatron_real.runs.curves import plot_curves
 from megatron_real.runs.directory import RunDirectory
+from megatron_real.runs.memory import memory_of_process
 from megatron_real.runs.metrics import MetricsWriter, Training, step_metrics
 from megatron_real.runs.peak import peak_tflops
 from megatron_real.runs.progress import RunProgress, profile_step
 from megatron_real.runs.rollouts import write_rollouts
+from megatron_real.runs.rows import drop_cut_row
+from megatron_real.runs.status import State, life_of_this_process, write_status
+from megatron_real.runs.summary import duration, next_commands, summary_lines
+from megatron_real.runs.trackers import check_wandb
 
 __all__ = ["Reporter", "Training"]
+
+SUMMARY_EVERY = 50
+"""Steps between summaries; there is one at the end too."""
+
+_STAGES_OF_EVALUATION = ("sync", "rollout", "evaluation")
+"""Of an evaluation: the engine gets the weights, and ends what it generates ahead, before it answers."""
+
+PACE_STEPS = 2
+"""Steps whose time tells how long a run will take."""
+
+NEW_RUN = Beginning(Earlier(), newest=None, changed=[])
+"""In a directory where there was nothing."""
 
 
 class Reporter:
@@ -35,96 +54,177 @@ class Reporter:
         *,
         rank: int,
         world: int,
-        resumed_after: int | None = None,
-        gathered: Callable[[Mapping[str, float]], Sequence[Mapping[str, float]]] = lambda seconds: [seconds],
+        gathered: Callable[[Mapping[str, float]], Sequence[Mapping[str, float]]] = lambda seconds: [
+            seconds
+        ],
     ) -> None:
-        """Claims the run directory.
+        """Writes nothing yet: the run directory is this life's from `begin` on.
 
         Args:
-            resumed_after: steps that a checkpoint has; None without one.
-            gathered: collective; every rank's values.
+            gathered: collective; every rank's values on the first rank, which alone reads them.
 
         Raises:
-            ValueError: the directory holds a run already that is not to be resumed.
+            ValueError: W&B is asked for but not installed.
         """
         self.config, self.world, self.first = config, world, rank == 0
         self.directory = RunDirectory(config.trainer.run_dir)
         self._gathered = gathered
         self._writer: MetricsWriter | None = None
-        if self.first:
-            from omegaconf import OmegaConf
+        self.begun = False
+        """Whether the run directory is this life's."""
+        # A step's rollouts are written while the next step runs, by one thread: files come in order.
+        self._rollout_thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts-to-disk")
+        self._writing: Future[None] | None = None
+        self._steps = self._idle = 0
+        self._step_times: list[float] = []
+        if self.first and config.trainer.wandb:
+            check_wandb()
+        self.progress = RunProgress(config.trainer.steps, shown=self.first)
 
-            before = self._config_before()
-            again = resumed_after is None and self._was_cut_short(before)
-            self.directory.claim(exist_ok=again or resumed_after is not None)
-            self._same_rollouts = before is not None and same_rollouts(before, to_plain(config))
-            self.say_status("running")
-            OmegaConf.save(OmegaConf.create(to_dict(config)), self.directory.config)
-            self._writer = MetricsWriter(
-                self.directory,
-                tensorboard=config.trainer.tensorboard,
-                wandb=to_dict(config) if config.trainer.wandb else None,
-                first_step=0 if again else None if resumed_after is None else resumed_after + 1,
-            )
-        self.progress = RunProgress(config.trainer.steps, shown=self.first, log=self.directory.log)
+    def begin(
+        self, beginning: Beginning = NEW_RUN, offsets: Mapping[str, int] | None = None
+    ) -> None:
+        """Makes the run directory this life's: everything that this life depends on has been checked.
 
-    def _config_before(self) -> dict[str, Any] | None:
-        """The configuration with which this directory was last used."""
+        What an earlier life has written after its last checkpoint goes before config.yaml changes: a kill in between
+        must not leave rows beside a configuration that they were not made with.
+
+        Args:
+            offsets: bytes of each file of rows that the checkpoint counts.
+        """
+        self.begun = True
+        if not self.first:
+            return
+        self.directory.path.mkdir(parents=True, exist_ok=True)
+        self.say_status("running")
+        self.progress.log_to(self.directory.log)
+        steps = beginning.newest.position.step if beginning.newest else 0
+        if beginning.earlier.config is not None or beginning.earlier.steps:
+            self._rewind(steps, offsets or {})
+        self._write_life(beginning)
+        self._writer = MetricsWriter(
+            self.directory,
+            tensorboard=self.config.trainer.tensorboard,
+            wandb=to_dict(self.config) if self.config.trainer.wandb else None,
+            config=to_dict(self.config),
+            first_step=steps + 1 if beginning.newest else 0 if beginning.again else None,
+            say=self.progress.say,
+        )
+
+    def _write_life(self, beginning: Beginning) -> None:
+        """config.yaml is the present life's; those of earlier lives stay in lives/."""
         from omegaconf import OmegaConf
 
-        if not self.directory.config.is_file():
-            return None
-        values: Any = OmegaConf.to_container(OmegaConf.load(self.directory.config))
-        return dict(values)
+        values = to_plain(self.config)
+        life = {
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "life": life_of_this_process(),
+            "processes": self.world,
+            "from": str(beginning.newest.position) if beginning.newest else "the start",
+            "changed": beginning.changed,
+            "config": values,
+        }
+        number = 1
+        while self.directory.life(number).exists():
+            number += 1
+        write_whole(self.directory.life(number), json.dumps(life, indent=1) + "\n")
+        write_whole(self.directory.config, OmegaConf.to_yaml(OmegaConf.create(values)))
 
-    def _was_cut_short(self, before: Mapping[str, Any] | None) -> bool:
-        """The directory holds the same run, which ended before its first checkpoint: it begins anew."""
-        if before is None or not self.config.checkpoint.every or not self.directory.status.is_file():
-            return False
-        finished = json.loads(self.directory.status.read_text())["state"] == "finished"
-        return not finished and not list(changes(before, to_plain(self.config)))
-
-    def say_status(self, state: str, reason: str = "") -> None:
-        """Tells scripts what the run is doing: running, stopped (start it again), finished, failed or crashed."""
-        if self.first:
-            life = f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-            when = time.strftime("%Y-%m-%d %H:%M:%S")
-            status = {"state": state, "reason": reason, "time": when, "life": life}
-            write_whole(self.directory.status, json.dumps(status) + "\n")
+    def say_status(self, state: State, reason: str = "", *, diverged: bool = False) -> None:
+        """Tells scripts what the run is doing; from `begin` on, before which the directory is not this life's."""
+        if not self.first or not self.begun:
+            return
+        try:
+            write_status(self.directory.status, state, reason, diverged=diverged)
+        except OSError as error:  # the end that is to be told must not become another one
+            print(
+                f"megatron-real: {self.directory.status} cannot be written ({error}); "
+                f"this run is {state}: {reason}",
+                file=sys.stderr,
+            )
 
     def offsets(self) -> dict[str, int]:
         """Bytes of each file of rows so far."""
         files = (self.directory.metrics, self.directory.evaluations)
         return {file.name: file.stat().st_size if file.exists() else 0 for file in files}
 
-    def rewind(self, steps: int, offsets: Mapping[str, int]) -> None:
+    def _rewind(self, steps: int, offsets: Mapping[str, int]) -> None:
         """Drops what was written after the first `steps` steps: it will be made again.
 
-        The rollouts of the step after them are kept where nothing that they depend on has changed: the weights that a
-        checkpoint holds have generated them.
+        The chunks of the step after them are kept: each says what it was drawn under, and is used only where that has
+        not changed (runs/sampling.py).
         """
         for file in (self.directory.metrics, self.directory.evaluations):
             size = offsets.get(file.name, 0)
-            if file.exists() and file.stat().st_size > size:
+            present = file.stat().st_size if file.exists() else 0
+            if present > size:
                 rows = file.read_bytes()[size:].count(b"\n")
-                self.progress.say(f"{file.name}: the last {rows} rows are of steps that will be made again")
+                self.progress.say(
+                    f"{file.name}: the last {rows} rows are of steps that will be made again"
+                )
                 os.truncate(file, size)
                 if size == 0:
                     file.unlink()
-        for step, file in self.directory.kept_rollouts():
-            if step > steps + 1 or (step == steps + 1 and not self._same_rollouts):
-                file.unlink()
+            elif present < size:
+                self._say_lost(file, present, size)
+        for step, rollouts in self.directory.kept_rollouts():
+            if step > steps + 1:
+                rollouts.unlink()
+
+    def _say_lost(self, file: Path, present: int, size: int) -> None:
+        """Rows of finished steps are gone: somebody has cut or deleted the file. Training does not need them."""
+        cut = drop_cut_row(file)
+        self.progress.say(
+            f"WARNING: {file.name} has {present} bytes, and {size} when the checkpoint was written: "
+            f"rows of finished steps are lost{', and its last row was cut' if cut else ''}"
+        )
 
     def step(self, step: int) -> AbstractContextManager[None]:
         """One step; a torch profiler trace of it is written by the first rank where trainer.profile asks."""
-        return profile_step(step, self.config.trainer.profile if self.first else (), self.directory.profile)
+        return profile_step(
+            step, self.config.trainer.profile if self.first else (), self.directory.profile
+        )
 
     def trained(self, step: int, rollouts: Sequence[Rollout], training: Training) -> None:
-        """Writes the finished step's metrics, and its rollouts with scores and weights in place of their chunks."""
+        """Writes the finished step's metrics, and has its rollouts written, with scores, in place of their chunks.
+
+        Raises what has kept the rollouts of the step before from being written.
+        """
         seconds = self.progress.take_seconds()
         seconds_of_ranks = self._gathered(seconds)
+        memory_of_ranks = self._gathered(memory_of_process())
         if self._writer is None:
             return
+        self.settle()  # host memory holds the rollouts of one step that is being written, not of many
+        self._writing = self._rollout_thread.submit(self._write_rollouts, step, rollouts, training)
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        peak = peak_tflops(device, self.config.trainer.peak_tflops)
+        metrics = step_metrics(
+            rollouts,
+            training,
+            seconds,
+            num_ranks=self.world,
+            peak_tflops=peak,
+            seconds_of_ranks=seconds_of_ranks,
+            memory_of_ranks=memory_of_ranks,
+        )
+        self._writer.write(step, metrics)
+        self.progress.step_done(step, metrics, seconds)
+        self._count_idle(step, training, metrics)
+        self._estimate_time_left(step)
+        if step % SUMMARY_EVERY == 0 and step < self.config.trainer.steps:
+            self._summarise()
+
+    def settle(self) -> None:
+        """Waits until the rollouts of every finished step are on disk. Raises what has kept them from it.
+
+        A checkpoint that counts a step must not be on disk before the step's rollouts are.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write_rollouts(self, step: int, rollouts: Sequence[Rollout], training: Training) -> None:
         write_rollouts(
             self.directory.rollouts(step),
             rollouts,
@@ -133,29 +233,77 @@ class Reporter:
             weights=training.weights,
             minibatches=self._minibatches(rollouts),
         )
-        for chunk in self.directory.chunks(step):
-            chunk.unlink()
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        peak = peak_tflops(device, self.config.trainer.peak_tflops)
-        metrics = step_metrics(
-            rollouts, training, seconds, num_ranks=self.world, peak_tflops=peak, seconds_of_ranks=seconds_of_ranks
+        self._drop_rollouts(
+            step
+        )  # the chunks only now: a kill in between leaves the one or the other
+
+    def _estimate_time_left(self, step: int) -> None:
+        """Says once, after the first steps of this life, how long the others will take."""
+        if len(self._step_times) > PACE_STEPS:
+            return
+        self._step_times.append(time.monotonic())
+        left = self.config.trainer.steps - step
+        if len(self._step_times) != PACE_STEPS + 1 or not left:
+            return
+        # The first step is left out: it compiles and warms up.
+        pace = (self._step_times[-1] - self._step_times[0]) / PACE_STEPS
+        self.progress.say(
+            f"about {duration(pace * left)} left for {left} steps at the pace of the last {PACE_STEPS}"
         )
-        self._writer.write(step, metrics)
-        self.progress.step_done(step, metrics, seconds)
+
+    def _summarise(self) -> None:
+        rollout = self.config.rollout
+        for line in summary_lines(
+            self.directory, rollouts_per_step=rollout.num_prompts * rollout.group_size
+        ):
+            self.progress.say(line)
+
+    def _drop_rollouts(self, step: int) -> None:
+        """The chunks of a step that is written as a whole, and steps that the configuration does not keep."""
+        keep, keep_every = self.config.rollout.keep_steps, self.config.rollout.keep_every
+        doomed = self.directory.chunks(step)
+        if keep:
+            doomed += [
+                file
+                for number, file in self.directory.kept_rollouts()
+                if number <= step - keep and not (keep_every and number % keep_every == 0)
+            ]
+        for file in doomed:
+            try:
+                file.unlink()
+            except OSError as error:  # a file too many harms nothing: a chunk says what it is of
+                self.progress.say(f"WARNING: {file.name} could not be deleted: {error}")
+
+    def _count_idle(self, step: int, training: Training, metrics: Mapping[str, float]) -> None:
+        """Warns of steps whose rollouts had no weight: at the 1st, 2nd, 4th, 8th, ... of them."""
+        self._steps += 1
+        if any(weight != 0 for weight in training.weights):
+            return
+        self._idle += 1
+        if self._idle & (self._idle - 1) == 0:
+            self.progress.say(
+                f"WARNING: step {step} taught nothing, like {self._idle} of {self._steps} steps so far: no rollout had "
+                f"a weight ({metrics['solved_share']:.0%} of the groups all right, "
+                f"{metrics['one_class_share']:.0%} of one label, {metrics['excluded_share']:.0%} of the rollouts "
+                "excluded)"
+            )
 
     def skipped(self, step: int, update: int, rollouts: Sequence[Rollout]) -> None:
         """Keeps the batch of a skipped update for replay, and says so."""
         if self.first:
             dump = self.directory.dump(step, update)
             write_rollouts(dump.rollouts(1), rollouts, step=step)
+            groups = len({r.group for r in rollouts})
             self.progress.say(
                 f"step {step} update {update}: loss or gradient is not finite; skipped. "
-                f"Its batch can be looked into by rollout.replay={dump.path} trainer.steps=1"
+                f"Its batch can be looked into by rollout.replay={dump.path} trainer.steps=1 "
+                f"rollout.num_prompts={groups} batch.minibatch_prompts={groups}"
             )
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         """Writes and shows an evaluation."""
-        seconds = sum(self.progress.take_seconds().values())
+        # What the step did after its own row was written is counted by the next row, not here.
+        seconds = sum(self.progress.take_seconds(only=_STAGES_OF_EVALUATION).values())
         if self._writer is None:
             return
         row = {f"heldout/{name}": float(value) for name, value in evaluation.figures().items()}
@@ -165,21 +313,49 @@ class Reporter:
         )
         self._draw()  # so that an interrupted run has curves too
 
-    def finish(self) -> None:
-        """Draws the curves and says where everything is."""
+    def finish(self, warning: str = "") -> None:
+        """Draws the curves and says where everything is. `warning`: something of the end that did not go well."""
         if self._writer is None:
             return
+        self.settle()
         self._writer.close()
         self._draw()
-        self.say_status("finished")
+        reasons = [warning] if warning else []
+        if self._steps and self._idle == self._steps:
+            reasons.append(
+                f"none of the {self._steps} steps taught anything: no rollout had a weight"
+            )
+        for reason in reasons:
+            self.progress.say(f"WARNING: {reason}")
+        self.say_status("finished", "; ".join(reasons))
+        self._summarise()
         self.progress.say(f"run directory  {self.directory.path}")
         self.progress.say(f"curves         {self.directory.curves}")
         if self.directory.weights.exists():
             self.progress.say(f"HF weights     {self.directory.weights}")
+        for line in next_commands(self.directory):
+            self.progress.say(line)
 
     def _draw(self) -> None:
         where = self.directory
-        plot_curves(where.metrics, where.evaluations, where.curves, title=where.path.name)
+        try:
+            plot_curves(where.metrics, where.evaluations, where.curves, title=self._title())
+        except Exception as error:  # a picture ends no run, whatever the plotting library raises
+            self.progress.say(f"WARNING: {where.curves.name} could not be drawn: {error}")
+
+    def _title(self) -> str:
+        """The run, and the settings that matter most, for its curves."""
+        config = self.config
+        settings = [config.objective.name]
+        if hasattr(config.objective, "tau"):
+            settings.append(f"tau {config.objective.tau:g}")
+        settings += [
+            f"lr {config.optimizer.lr:g}",
+            f"{config.rollout.num_prompts} prompts x {config.rollout.group_size} rollouts",
+            f"minibatches of {config.batch.minibatch_prompts}",
+            f"seed {config.trainer.seed}",
+        ]
+        return f"{self.directory.path.name}: {', '.join(settings)}"
 
     def _minibatches(self, rollouts: Sequence[Rollout]) -> list[int]:
         """[rollouts] number of the update, from 1, that trained on each: groups are cut in order of appearance."""

@@ -1,19 +1,35 @@
-"""Rollouts on disk: one JSON object per line, exact enough to be trained on again.
+"""Rollouts on disk: a parquet file a step, exact enough to be trained on again (columns.py has its columns).
 
-Floats survive bit for bit (Python writes the shortest decimal that reads back the same). Not kept: the prompt's
-metadata and the seconds of its check, which training does not need.
+A chunk, a part of a step that is not finished, also says what it was drawn under (rollout/origin.py). Earlier versions
+wrote a JSON object a line, in files named .jsonl; those are still read. Loadable without torch.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from megatron_real.disk import whole_file
-from megatron_real.records import EXCLUDED, NEGATIVE, POSITIVE, Completion, Prompt, Rollout, Status, Verdict
+import numpy
+
+from megatron_real.disk import whole_binary_file
+from megatron_real.records import Completion, Logprobs, Rollout
+from megatron_real.runs.columns import (
+    header_of,
+    plain_rows,
+    read_table,
+    rollout_of,
+    rollouts_of,
+    write_table,
+)
+from megatron_real.runs.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from megatron_real.rollout.origin import Origin
+
+_ORIGIN = "drawn_under"
 
 
 def write_rollouts(
@@ -28,91 +44,183 @@ def write_rollouts(
     """Writes all rollouts of a step. The file is replaced as a whole: readers see the old one or the new one.
 
     Args:
-        scores, weights, minibatches: [rollouts] once they are known; null in the file until then, and where not finite.
+        path: the file.
+        rollouts: of the step, in order.
+        step: its number.
+        scores, weights, minibatches: [rollouts] once they are known; null in the file until then.
 
     Raises:
         ValueError: one of them is not as long as `rollouts`.
     """
-    columns = {"score": scores, "weight": weights, "minibatch": minibatches}
-    for name, values in columns.items():
+    figures = {"score": scores, "weight": weights, "minibatch": minibatches}
+    for name, values in figures.items():
         if values is not None and len(values) != len(rollouts):
-            raise ValueError(f"{len(values)} values of {name} for {len(rollouts)} rollouts; give one for each")
-    with whole_file(path, errors="surrogatepass") as file:  # a model may emit half a surrogate pair
-        for i, rollout in enumerate(rollouts):
-            found = {name: None if values is None else _finite(values[i]) for name, values in columns.items()}
-            row = {"step": step, **found, **_row(rollout)}
-            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            raise ValueError(
+                f"{len(values)} values of {name} for {len(rollouts)} rollouts; give one for each"
+            )
+    with whole_binary_file(path) as file:
+        write_table(file, rollouts, step=step, figures=figures, header={})
+
+
+def write_chunk(path: Path, rollouts: Sequence[Rollout], *, step: int, origin: Origin) -> None:
+    """Writes a part of an unfinished step, and what it was drawn under."""
+    header = {_ORIGIN: json.dumps(origin.to_plain())}
+    with whole_binary_file(path) as file:
+        write_table(file, rollouts, step=step, figures={}, header=header)
 
 
 def read_rollouts(path: Path) -> list[Rollout]:
-    """The rollouts of a file written by `write_rollouts`.
+    """The rollouts of a step's file, of this or of an earlier version.
 
     Raises:
-        ValueError: the file is missing, or a line is broken; names it.
+        ValueError: the file is missing or damaged; names it.
     """
     if not path.is_file():
         raise ValueError(f"there are no saved rollouts at {path}; {_saved_steps(path.parent)}")
-    rollouts = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    return _read(path)[1]
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Each rollout of a step's file as a JSON object: with its score, weight and minibatch where they are known.
+
+    Raises:
+        ValueError: the file is damaged; names it.
+    """
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            yield _row_of(path, number, line)
+        return
+    try:
+        yield from plain_rows(read_table(path.read_bytes()))
+    except ValueError as error:
+        raise _damaged(path, error) from error
+
+
+def read_minibatches(path: Path) -> list[tuple[int, int | None]]:
+    """The group of each rollout of a step's file, and the number of the update that trained on it, if there is one.
+
+    Raises:
+        ValueError: the file is damaged; names it.
+    """
+    if path.suffix == ".jsonl":
+        rows = list(read_rows(path))
+    else:
         try:
-            rollouts.append(_rollout(json.loads(line.decode("utf-8", "surrogatepass"))))
-        except (ValueError, KeyError, TypeError) as error:  # ValueError covers broken JSON and broken UTF-8
-            raise ValueError(
-                f"{path}:{number} is not a saved rollout ({type(error).__name__}: {error}); the file may be cut"
-            ) from error
+            rows = read_table(path.read_bytes(), ["group", "minibatch"]).to_pylist()
+        except ValueError as error:
+            raise _damaged(path, error) from error
+    if not rows:
+        raise ValueError(f"{path} is empty; it holds no rollout to train on")
+    return [(row["group"], row.get("minibatch")) for row in rows]
+
+
+def read_chunk(path: Path) -> tuple[Origin | None, list[Rollout]]:
+    """What a chunk was drawn under, None where it does not say so, and its rollouts.
+
+    Raises:
+        ValueError: it is damaged; names it.
+    """
+    plain, rollouts = _read(path)
+    if plain is None:
+        return None, rollouts
+    from megatron_real.rollout.origin import Origin  # which needs torch
+
+    try:
+        return Origin.from_plain(plain), rollouts
+    except ValueError:
+        return None, rollouts  # of another version of this program: as good as not said
+
+
+def _read(path: Path) -> tuple[Mapping[str, Any] | None, list[Rollout]]:
+    """What a file was drawn under, None where it does not say so, and its rollouts."""
+    data = path.read_bytes()
+    if path.suffix == ".jsonl":
+        plain, rollouts = _read_lines(path, data)
+    else:
+        try:
+            table = read_table(data)
+            header = header_of(table)
+            plain = json.loads(header[_ORIGIN]) if _ORIGIN in header else None
+            rollouts = rollouts_of(table)
+        except ValueError as error:
+            raise _damaged(path, error) from error
     if not rollouts:
         raise ValueError(f"{path} is empty; it holds no rollout to train on")
-    return rollouts
+    return plain, rollouts
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    said = " ".join(str(error).split())
+    return ValueError(f"{path} is not a whole file of rollouts ({said}); it may be cut")
 
 
 def _saved_steps(folder: Path) -> str:
-    steps = sorted(int(p.stem.removeprefix("step-")) for p in folder.glob("step-*.jsonl"))
+    steps = RunDirectory(folder.parent).saved_steps()
     if not steps:
         return "rollout.replay takes the directory of an earlier run"
     return f"that run saved steps {steps[0]} to {steps[-1]}, so set trainer.steps to at most {steps[-1]}"
 
 
-def _row(rollout: Rollout) -> dict[str, Any]:
-    prompt, completion, verdict = rollout.prompt, rollout.completion, rollout.verdict
-    return {
-        "uid": prompt.uid,
-        "group": rollout.group,
-        "sample": rollout.sample,
-        "source": prompt.source,
-        "prompt": prompt.text,
-        "completion": completion.text,
-        "answers": list(prompt.answers),
-        "status": verdict.status,
-        "label": verdict.label,
-        "reason": verdict.reason,
-        "reward": None if verdict.reward is None else _finite(verdict.reward),
-        "finished": completion.finished,
-        "refills": rollout.refills,
-        "prompt_token_ids": list(prompt.token_ids),
-        "token_ids": list(completion.token_ids),
-        "logprobs": [_finite(p) for p in completion.logprobs],
-    }
+# ---- files of earlier versions: a JSON object a line, the first line of a chunk being what it was drawn under ----
 
 
-def _rollout(row: dict[str, Any]) -> Rollout:
-    token_ids, logprobs = row["token_ids"], row["logprobs"]
-    if len(token_ids) != len(logprobs):
-        raise ValueError(f"{len(token_ids)} token_ids but {len(logprobs)} logprobs")
-    if row["label"] not in (POSITIVE, NEGATIVE, EXCLUDED):
-        raise ValueError(f"label {row['label']!r} is not {POSITIVE}, {NEGATIVE} or {EXCLUDED}")
-    if row["status"] not in get_args(Status):
-        raise ValueError(f"status {row['status']!r} is not one of {', '.join(get_args(Status))}")
-    prompt = Prompt(
-        row["uid"], row["prompt"], _ints(row["prompt_token_ids"]), tuple(row["answers"]), source=row["source"]
+def _read_lines(path: Path, data: bytes) -> tuple[Mapping[str, Any] | None, list[Rollout]]:
+    rows = [_row_of(path, number, line) for number, line in enumerate(data.splitlines(), 1)]
+    plain = None
+    first = 1
+    if rows and _ORIGIN in rows[0]:
+        plain = rows.pop(0)[_ORIGIN]
+        first = 2
+    rollouts = []
+    for number, row in enumerate(rows, first):
+        try:
+            rollouts.append(_rollout_of_line(row))
+        except (ValueError, KeyError, TypeError) as error:
+            raise _broken(path, number, error) from error
+    return plain, rollouts
+
+
+def _row_of(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8", "surrogatepass"))
+    except ValueError as error:  # of broken JSON and of broken UTF-8
+        raise _broken(path, number, error) from error
+    if not isinstance(row, dict):
+        raise _broken(path, number, TypeError(f"{row!r} is not an object"))
+    return row
+
+
+def _broken(path: Path, number: int, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path}:{number} is not a saved rollout ({type(error).__name__}: {error}); the file may be cut"
     )
+
+
+def _rollout_of_line(row: Mapping[str, Any]) -> Rollout:
     completion = Completion(
-        _ints(token_ids),
-        tuple(math.nan if p is None else float(p) for p in logprobs),
+        _ints(row["token_ids"]),
+        [_number(p) for p in row["logprobs"]],
         row["completion"],
         bool(row["finished"]),
     )
-    verdict = Verdict(row["status"], row["label"], row["reward"], reason=row.get("reason", ""))
-    return Rollout(prompt, row["group"], row["sample"], completion, verdict, row.get("refills", 0))
+    reference: Logprobs | None = None
+    if row.get("reference_logprobs") is not None:
+        reference = numpy.array(
+            [_number(p) for p in row["reference_logprobs"]], dtype=numpy.float64
+        )
+        narrow = reference.astype(numpy.float32)
+        # Only a model that computes in float64 has values that float32 cannot hold.
+        if numpy.array_equal(narrow, reference, equal_nan=True):
+            reference = narrow
+        if len(reference) != len(completion.token_ids):
+            raise ValueError(
+                f"{len(completion.token_ids)} token_ids but {len(reference)} reference_logprobs"
+            )
+    return rollout_of(row, _ints(row["prompt_token_ids"]), completion, reference)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _ints(values: Sequence[Any]) -> tuple[int, ...]:
@@ -120,8 +228,3 @@ def _ints(values: Sequence[Any]) -> tuple[int, ...]:
     if wrong is not None:
         raise ValueError(f"token id {wrong!r} is not a whole number")
     return tuple(values)
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN and no infinity."""
-    return value if math.isfinite(value) else None

@@ -1,77 +1,157 @@
-"""The rollouts of a step, drawn chunk by chunk; a whole chunk is kept on disk and never drawn again.
-
-A chunk is a run of a draw's prompts. What it draws depends on the run's seed, the step, the draw and its prompts: a
-step that is taken up draws the missing chunks only, and its refills ask for the same prompts as before.
-"""
+"""The chunks of an unfinished step on disk: RUN/rollouts/chunk-STEP-DRAW-FIRST.parquet (rollout/source.py draws them)."""
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from megatron_real.prompts import PromptCursor
+from megatron_real.config import Config, to_plain
+from megatron_real.config.sources import data_sources
 from megatron_real.records import Prompt, Rollout
-from megatron_real.rollout.spread import ExpectedLengths
+from megatron_real.rollout.origin import Origin
+from megatron_real.rollout.source import ChunkName
+from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.ranks import Ranks
-from megatron_real.runs.reporter import Reporter
-from megatron_real.runs.rollouts import read_rollouts, write_rollouts
+from megatron_real.runs.rollouts import read_chunk, write_chunk
+
+# Settings of the sections `rollout` and `labels` that do not change what is drawn or how it is labelled: how fast, where
+# and in which pieces. Whatever is not named here counts, so that a new setting is not forgotten.
+_WITHOUT_EFFECT_ON_ROLLOUTS = frozenset(
+    (
+        "rollout.num_servers",
+        "rollout.servers",
+        "rollout.server_host",
+        "rollout.server_start_seconds",
+        "rollout.request_timeout_seconds",
+        "rollout.kv_cache_mib",
+        "rollout.max_sequences",
+        "rollout.max_lag",
+        "rollout.sleep_level",
+        "rollout.offload_optimizer",
+        "rollout.sync",
+        "rollout.num_prompts",
+        "rollout.allow_truncated_sampling",
+        "rollout.batch_size",
+        "rollout.mismatch_bound",
+        "rollout.retries",
+        "rollout.refill_rounds",
+        "rollout.chunk_prompts",
+        "rollout.keep_steps",
+        "rollout.keep_every",
+        "rollout.replay",
+        "labels.workers",
+        "labels.sandbox",
+        "labels.max_failed_share",
+        "labels.permute",
+    )
+)
 
 
-@dataclass(frozen=True)
-class Draws:
-    """The draws of one step. Every rank makes them together."""
+class ChunkFiles:
+    """Keeps whole chunks, and hands them out again only where they were drawn as they would be drawn now."""
 
-    step: int
-    """Number of the step."""
-    cursor: PromptCursor
-    """Where prompts come from."""
-    lengths: ExpectedLengths
-    """Learns from chunks that are read instead of sampled."""
-    sample: Callable[[Sequence[Prompt], int, int], list[Rollout]]
-    """Labelled rollouts of some prompts, for the draw of that number and its first prompt."""
-    chunk_prompts: int
-    """Prompts of a chunk; 0: all of a draw."""
-    reuse: bool
-    """Whether chunks on disk are still good: not when the weights that generated them may be gone."""
-    reporter: Reporter
-    """Knows where chunks are kept."""
-    ranks: Ranks
-    """All processes of the job."""
-    seam: Callable[[], None]
-    """Called after each chunk; may end the run by an exception."""
+    def __init__(
+        self,
+        directory: RunDirectory,
+        ranks: Ranks,
+        say: Callable[[str], None],
+        *,
+        begun_step: int | None = None,
+    ) -> None:
+        """`begun_step`: one that an earlier life has made updates of; its chunks came back with the checkpoint."""
+        self._directory = directory
+        self._ranks = ranks
+        self._say = say
+        self._begun_step = begun_step
 
-    def draw(self, num_prompts: int, number: int) -> list[Rollout]:
-        """Draw `number` of the step: the labelled rollouts of so many fresh prompts.
+    def read(
+        self, name: ChunkName, prompts: Sequence[Prompt], origin: Origin
+    ) -> list[Rollout] | None:
+        """The kept rollouts of a chunk, on every rank; None where they are to be drawn. Collective.
+
+        The first rank alone looks for the file and judges it: all ranks must go the same way.
 
         Raises:
-            ValueError: a kept chunk answers other prompts.
+            ValueError: of a step that is partly trained on, the file is damaged or the prompts are others now.
         """
-        prompts = self.cursor.next_batch(num_prompts)
-        size = self.chunk_prompts or num_prompts
-        return [
-            dataclasses.replace(rollout, group=first + rollout.group)
-            for first in range(0, num_prompts, size)
-            for rollout in self._chunk(prompts[first : first + size], number, first)
-        ]
+        return self._ranks.on_first(lambda: self._read(name, prompts, origin))
 
-    def _chunk(self, prompts: Sequence[Prompt], number: int, first: int) -> list[Rollout]:
-        file = self.reporter.directory.chunk(self.step, number, first)
-        if self.reuse and self.ranks.shared(file.exists()):
-            return self._kept(file, prompts)
-        rollouts = self.sample(prompts, number, first)
-        if self.ranks.first:
-            write_rollouts(file, rollouts, step=self.step)
-        self.seam()
-        return rollouts
+    def write(self, name: ChunkName, origin: Origin, rollouts: Sequence[Rollout]) -> None:
+        """Keeps a chunk. The first rank writes."""
+        if self._ranks.first:
+            file = self._directory.chunk(name.step, name.draw, name.first_prompt)
+            write_chunk(file, rollouts, step=name.step, origin=origin)
 
-    def _kept(self, file: Path, prompts: Sequence[Prompt]) -> list[Rollout]:
-        rollouts = read_rollouts(file)
-        if {r.group: r.prompt.uid for r in rollouts} != {i: p.uid for i, p in enumerate(prompts)}:
-            raise ValueError(
-                f"{file} answers other prompts than step {self.step} asks; delete it and start the same command again"
+    def _read(
+        self, name: ChunkName, prompts: Sequence[Prompt], origin: Origin
+    ) -> list[Rollout] | None:
+        file = self._directory.saved_chunk(name.step, name.draw, name.first_prompt)
+        if not file.is_file():
+            return None
+        try:
+            before, rollouts = read_chunk(file)
+        except ValueError as error:
+            if name.step == self._begun_step:
+                raise  # what the step has been trained on cannot be drawn again
+            self._say(f"step {name.step}: {error}; its rollouts are drawn again")
+            return None
+        if name.step == self._begun_step:
+            # These rollouts are partly trained on: the weights have moved since, and what they were drawn and labelled
+            # under stays. Only their prompts must be those that the rest of the step counts on.
+            if [p.token_ids for p in prompts] != _questions(rollouts):
+                raise ValueError(
+                    f"{file} answers other prompts than step {name.step} asks, and the step is partly "
+                    "trained on; use the same data"
+                )
+            changed = []
+        else:
+            changed = ["nothing says under what"] if before is None else before.differences(origin)
+
+        if changed:
+            self._say(
+                f"step {name.step}: {len(rollouts)} rollouts on disk were drawn otherwise, and are drawn again: "
+                f"{'; '.join(changed)}"
             )
-        self.reporter.progress.say(f"step {self.step}: {len(rollouts)} rollouts are on disk and not sampled again")
-        self.lengths.learn(rollouts)
+            return None
+        self._say(f"step {name.step}: {len(rollouts)} rollouts are on disk and not sampled again")
         return rollouts
+
+
+def _questions(rollouts: Sequence[Rollout]) -> list[tuple[int, ...]]:
+    """[groups] the tokens of each group's prompt."""
+    by_group = {rollout.group: rollout.prompt.token_ids for rollout in rollouts}
+    return [by_group[group] for group in sorted(by_group)]
+
+
+def settings_of_rollouts(config: Config) -> dict[str, Any]:
+    """What a draw's rollouts and their labels depend on, by the names of the configuration; plain JSON values.
+
+    A verifier of the user's own counts by what its file holds. A value that was given as an interpolation, such as
+    `${oc.env:NAME}`, may be a secret and changes with the environment: it stands here as it was given, and as a digest.
+    """
+    written = to_plain(config)
+    settings: dict[str, Any] = {}
+    for section in ("rollout", "labels"):
+        values = json.loads(json.dumps(asdict(getattr(config, section))))
+        for name, value in values.items():
+            given = written[section][name]
+            settings[f"{section}.{name}"] = value if value == given else f"{given} {_digest(value)}"
+    for name in _WITHOUT_EFFECT_ON_ROLLOUTS:
+        settings.pop(name, None)
+    own = Path(config.labels.verifier.rpartition(":")[0])
+    if own.is_file():
+        settings["the file of labels.verifier"] = _digest(own.read_text(encoding="utf-8"))
+    for name, source in data_sources(config.data).items():
+        if source.verifier:
+            file = Path(source.verifier.rpartition(":")[0])
+            held = _digest(file.read_text(encoding="utf-8")) if file.is_file() else ""
+            settings[f"data.sources.{name}.verifier"] = f"{source.verifier} {held}".strip()
+    return settings
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]

@@ -11,7 +11,8 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,17 @@ from megatron_real.disk import fsync, write_whole
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _NAME = re.compile(r"step_(\d+)(?:_update_(\d+))?")
-_UNFINISHED, _DAMAGED = ".partial", ".damaged"
+_UNFINISHED = ".partial"
+"""Ends the name of a checkpoint that is being written."""
+_DOOMED = ".deleted"
+"""Ends the name of a checkpoint that is being deleted: half of one must not look like a whole."""
+_DAMAGED = ".damaged"
+_STALE_SECONDS = 60.0
+"""How long another machine may take to show a file that the first rank sees: an NFS client keeps attributes so long."""
+
+
+class Unreadable(ValueError):
+    """A checkpoint is there and cannot be read now. It may be whole, so nothing of it is touched."""
 
 
 @dataclass(frozen=True, order=True)
@@ -47,34 +58,88 @@ class Saved:
     """Where in the run it was taken."""
 
     def manifest(self) -> dict[str, Any]:
-        """What was written when it was complete; {} where there is none or it is cut."""
-        try:
-            found = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
+        """What was written when it was complete; {} where there is none or it is cut.
 
-    def damage(self, *, part: int = 0, parts: int = 1) -> str:
-        """What is wrong with it, "" if nothing. Every `parts`-th file is read, so that ranks can share the work."""
-        files: Mapping[str, Sequence[Any]] = self.manifest().get("files", {})
+        Raises:
+            Unreadable: it is there and cannot be read.
+        """
+        try:
+            manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
+        except OSError as error:
+            raise _unreadable(self.path / MANIFEST, error) from error
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+            return {}
+        return manifest
+
+    def incomplete(self) -> str:
+        """What is wrong with the names and sizes of its files, "" if nothing.
+
+        Raises:
+            Unreadable: a file is there and its size cannot be read.
+        """
+        files = self.manifest().get("files", {})
         if not files:
             return f"{MANIFEST} is missing or cut"
-        for name in sorted(files)[part::parts]:
-            size, digest = files[name]
+        for name, (size, _) in sorted(files.items()):
             try:
-                if (self.path / name).stat().st_size != size:
-                    return f"{name} has {(self.path / name).stat().st_size} bytes instead of {size}"
-                if checksum(self.path / name) != digest:
-                    return f"{name} has another checksum than when it was written"
+                present = (self.path / name).stat().st_size
+            except FileNotFoundError:
+                return f"{name} is missing"
             except OSError as error:
-                return f"{name}: {error.strerror}"
+                raise _unreadable(self.path / name, error) from error
+            if present != size:
+                return f"{name} has {present} bytes instead of {size}"
         return ""
+
+    def corrupt(self, files: Mapping[str, Sequence[Any]], *, part: int = 0, parts: int = 1) -> str:
+        """Which file has another content than when it was written, "" if none.
+
+        Args:
+            files: of the manifest, all of them there according to `incomplete`.
+            part, parts: every `parts`-th file is read, so that ranks can share the work.
+
+        Raises:
+            Unreadable: a file cannot be read, or this machine does not see it.
+        """
+        for name in sorted(files)[part::parts]:
+            _wait_for(self.path / name)
+            try:
+                digest = checksum(self.path / name)
+            except OSError as error:
+                raise _unreadable(self.path / name, error) from error
+            if digest != files[name][1]:
+                return f"{name} has another checksum than when it was written"
+        return ""
+
+    def damage(self) -> str:
+        """What is wrong with it, "" if nothing. Reads every file."""
+        return self.incomplete() or self.corrupt(self.manifest()["files"])
+
+
+def _unreadable(file: Path, error: OSError) -> Unreadable:
+    return Unreadable(
+        f"{file} cannot be read ({error.strerror or error}); nothing was changed: see to it that this process may "
+        "read it, then start the same command again"
+    )
+
+
+def _wait_for(file: Path) -> None:
+    """Waits while this machine does not see a file that another one sees."""
+    ends = time.monotonic() + _STALE_SECONDS
+    while not file.exists() and time.monotonic() < ends:
+        time.sleep(0.2)
 
 
 def checksum(file: Path) -> str:
     """SHA-256 of a file's content."""
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
+        return (
+            hashlib.file_digest(stream, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _sha256(stream)
+        )
 
 
 def _sha256(stream: Any) -> str:
@@ -86,29 +151,39 @@ def _sha256(stream: Any) -> str:
 
 
 def saved(folder: Path) -> list[Saved]:
-    """The checkpoints of a folder, the newest first, whole or not."""
-    names = [(path, _NAME.fullmatch(path.name)) for path in (folder.iterdir() if folder.is_dir() else ())]
-    found = [Saved(path, Position(int(m[1]), int(m[2] or 0))) for path, m in names if m and path.is_dir()]
-    return sorted(found, key=lambda one: one.position, reverse=True)
+    """The checkpoints of a folder, the newest first, whole or not.
 
-
-def newest_whole(
-    folder: Path, damage: Callable[[Saved], str], say: Callable[[str], None], *, first: bool = True
-) -> Saved | None:
-    """The newest checkpoint that `damage` finds nothing wrong with. The others are set aside, which is said.
-
-    Args:
-        first: this is the rank that renames and says; every rank gets the same answer from `damage`.
+    Raises:
+        Unreadable: the folder is there and cannot be listed.
     """
-    for one in saved(folder):
-        wrong = damage(one)
-        if not wrong:
-            return one
-        if first:
-            aside = _free_name(one.path.with_name(one.path.name + _DAMAGED))
-            one.path.rename(aside)
-            say(f"WARNING: checkpoint {one.position} is damaged: {wrong}. It is now {aside.name}; using an older one")
-    return None
+    try:
+        paths = list(folder.iterdir())
+        return _named_checkpoints(paths)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _named_checkpoints(paths: Iterable[Path]) -> list[Saved]:
+    checkpoints = []
+    for path in paths:
+        name = _NAME.fullmatch(path.name)
+        if name and path.is_dir():
+            checkpoints.append(Saved(path, Position(int(name[1]), int(name[2] or 0))))
+    return sorted(checkpoints, key=lambda one: one.position, reverse=True)
+
+
+def set_aside(one: Saved) -> Path:
+    """Gives a damaged checkpoint another name, which is returned; nothing of it is deleted."""
+    aside = _free_name(one.path.with_name(one.path.name + _DAMAGED))
+    one.path.rename(aside)
+    return aside
+
+
+def set_aside_before(folder: Path) -> list[str]:
+    """The names of damaged checkpoints that earlier lives have set aside."""
+    return sorted(path.name for path in folder.glob(f"step_*{_DAMAGED}*"))
 
 
 def temporary(folder: Path, position: Position) -> Path:
@@ -116,15 +191,33 @@ def temporary(folder: Path, position: Position) -> Path:
     return folder / f"{position}{_UNFINISHED}"
 
 
-def clean(folder: Path) -> list[str]:
-    """Deletes what a writer that died has left behind, and returns the names."""
-    left = sorted(folder.glob(f"step_*{_UNFINISHED}")) if folder.is_dir() else []
-    for path in left:
-        shutil.rmtree(path)
-    return [path.name for path in left]
+def left_behind(folder: Path) -> list[Path]:
+    """What writers and deleters that died have left."""
+    return sorted([*folder.glob(f"step_*{_UNFINISHED}"), *folder.glob(f"step_*{_DOOMED}*")])
 
 
-def commit(folder: Path, position: Position, digests: Mapping[str, Sequence[Any]], header: Mapping[str, Any]) -> Saved:
+def clean(folder: Path) -> tuple[list[str], list[str]]:
+    """Deletes what `left_behind` finds.
+
+    Returns:
+        The names that are gone, and a sentence for each that could not be deleted.
+    """
+    deleted, failures = [], []
+    for path in left_behind(folder):
+        failure = _delete(path)
+        if failure:
+            failures.append(failure)
+        else:
+            deleted.append(path.name)
+    return deleted, failures
+
+
+def commit(
+    folder: Path,
+    position: Position,
+    digests: Mapping[str, Sequence[Any]],
+    header: Mapping[str, Any],
+) -> Saved:
     """Gives a completely written checkpoint its name.
 
     Args:
@@ -132,32 +225,81 @@ def commit(folder: Path, position: Position, digests: Mapping[str, Sequence[Any]
         header: what else the manifest holds.
     """
     partial, final = temporary(folder, position), folder / str(position)
-    write_whole(partial / MANIFEST, json.dumps({**header, "files": {k: list(v) for k, v in digests.items()}}, indent=1))
+    write_whole(
+        partial / MANIFEST,
+        json.dumps({**header, "files": {k: list(v) for k, v in digests.items()}}, indent=1),
+    )
     fsync(partial)
-    if final.exists():  # the same position, reached again after a resume from before it
-        shutil.rmtree(final)
-    partial.rename(final)
-    write_whole(folder / LATEST, f"{position}\n")
+    if final.is_symlink() or final.exists():
+        # The same position, reached again after a resume from before it.
+        doomed = _free_name(final.with_name(f"{final.name}{_DOOMED}"))
+        final.rename(doomed)
+        partial.rename(final)
+        _delete(doomed)
+    else:
+        partial.rename(final)
+    fsync(folder)
     return Saved(final, position)
 
 
-def retire(folder: Path, *, keep: int, keep_every: int, keep_best: bool) -> list[Position]:
-    """Deletes the checkpoints that need not be kept, and returns their positions.
+def name_latest(folder: Path, position: Position) -> None:
+    """Writes the name of the newest checkpoint, for people and scripts; a run itself looks at the checkpoints."""
+    write_whole(folder / LATEST, f"{position}\n")
 
-    Kept are the `keep` newest, those after every `keep_every`-th step (0: none for that reason), and the one with the
-    best held-out accuracy, the newest of equals.
+
+def retire(
+    folder: Path, *, keep: int, keep_every: int, keep_best: bool
+) -> tuple[list[Position], list[str]]:
+    """Deletes the checkpoints that need not be kept.
+
+    Kept are the `keep` newest, those after every `keep_every`-th step (0: none for that reason), the one with the best
+    held-out accuracy, the newest of equals, and links: whoever moved a checkpoint elsewhere wants to keep it.
+
+    Returns:
+        The positions that are gone, and a sentence for each that could not be deleted.
     """
     present = saved(folder)
     kept = {one.position for one in present[:keep]}
-    kept |= {p.position for p in present if keep_every and not p.position.update and p.position.step % keep_every == 0}
-    rated = [(float(rating), one.position) for one in present if (rating := one.manifest().get("accuracy")) is not None]
-    kept |= {max(rated)[1]} if rated and keep_best else set()
-    gone = [one for one in present if one.position not in kept]
-    for one in gone:
-        doomed = one.path.with_name(f"{one.path.name}{_UNFINISHED}")  # half deleted, it must not look like a checkpoint
-        one.path.rename(doomed)
-        shutil.rmtree(doomed)
-    return [one.position for one in gone]
+    ratings = []
+    for one in present:
+        position = one.position
+        if one.path.is_symlink():
+            kept.add(position)
+        if keep_every and not position.update and position.step % keep_every == 0:
+            kept.add(position)
+        rating = one.manifest().get("accuracy")
+        if rating is not None:
+            ratings.append((float(rating), position))
+    if ratings and keep_best:
+        kept.add(max(ratings)[1])
+
+    gone, failures = [], []
+    for one in present:
+        if one.position in kept:
+            continue
+        doomed = _free_name(one.path.with_name(f"{one.path.name}{_DOOMED}"))
+        try:
+            one.path.rename(doomed)
+        except OSError as error:
+            failures.append(f"{one.path.name} could not be deleted: {error}")
+            continue
+        gone.append(one.position)
+        failure = _delete(doomed)
+        if failure:
+            failures.append(failure)
+    return gone, failures
+
+
+def _delete(path: Path) -> str:
+    """Deletes a directory, or a link but not what it points to; why that failed, or ""."""
+    try:
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+    except OSError as error:
+        return f"{path.name} could not be deleted: {error}"
+    return ""
 
 
 def sync_files(files: Iterable[Path]) -> None:
@@ -168,7 +310,8 @@ def sync_files(files: Iterable[Path]) -> None:
 
 
 def _free_name(path: Path) -> Path:
-    number = 1
-    while (free := path if number == 1 else path.with_name(f"{path.name}-{number}")).exists():
+    free, number = path, 1
+    while free.exists() or free.is_symlink():
         number += 1
+        free = path.with_name(f"{path.name}-{number}")
     return free

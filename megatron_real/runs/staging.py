@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from megatron_real.pinned import host_copies
+
 
 class Staging:
     """Memory that a state is copied to, kept from one save to the next."""
@@ -43,7 +46,7 @@ class Staging:
         """`replicas`: the ranks that hold the same parameters; they share the writing of them."""
         self._replicas = replicas
         self._shares: ShardDistribution | None = None
-        self._copies: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._copies: list[Tensor] = []
 
     def copy(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """(this rank's share of the sharded state, copied; the rest of it, the same on every rank). Collective."""
@@ -51,30 +54,43 @@ class Staging:
         if self._replicas.size() > 1:
             if self._shares is None:  # the same for every save
                 self._shares = determine_main_replica_uniform_distribution(sharded, self._replicas)
-            distribute_main_replicas_with_precomputed_distribution(sharded, self._replicas, self._shares)
-        for leaf in _leaves(sharded):
-            if isinstance(leaf, ShardedTensor):
-                leaf.data = self._copied(leaf) if is_main_replica(leaf.replica_id) else None
+            distribute_main_replicas_with_precomputed_distribution(
+                sharded, self._replicas, self._shares
+            )
+        tensors = [leaf for leaf in _leaves(sharded) if isinstance(leaf, ShardedTensor)]
+        own = [leaf for leaf in tensors if is_main_replica(leaf.replica_id)]
+        if not self._copies:  # the same tensors in the same order at every save
+            self._copies = host_copies([leaf.data for leaf in own])
+        for leaf, copy in zip(own, self._copies, strict=True):
+            leaf.data = copy.copy_(leaf.data.detach(), non_blocking=True)
+        for leaf in tensors:
+            if not is_main_replica(leaf.replica_id):
+                leaf.data = None
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(
+            sharded, keep_only_main_replica=True
+        )
         return by_key, common
 
-    def _copied(self, leaf: ShardedTensor) -> Tensor:
-        data = leaf.data.detach()
-        key = (leaf.key, tuple(leaf.global_offset))
-        if key not in self._copies:
-            self._copies[key] = torch.empty(
-                data.shape, dtype=data.dtype, device="cpu", pin_memory=torch.cuda.is_available()
-            )
-        return self._copies[key].copy_(data, non_blocking=True)
+
+def writing_thread() -> ThreadPoolExecutor:
+    """A thread for `write`, on this rank's GPU: CUDA's current device is a thread's own, the first GPU in a new one."""
+    return ThreadPoolExecutor(
+        1,
+        thread_name_prefix="checkpoint",
+        initializer=torch.cuda.set_device,
+        initargs=(torch.cuda.current_device(),),
+    )
 
 
 def write(folder: Path, by_key: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
     """Writes what `Staging.copy` gave, and fsyncs it. Collective over `group`, and safe in a thread."""
     save(
         mcore_to_pyt_state_dict(dict(by_key)),
-        storage_writer=FileSystemWriter(folder, sync_files=True),
+        # Without copying ahead: that loader waits for the thread's CUDA stream after each 10 MB, and so makes a context
+        # on GPU 0 for a thread of any rank, though all that it writes lies on the host.
+        storage_writer=FileSystemWriter(folder, sync_files=True, per_thread_copy_ahead=0),
         planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         process_group=group,
         no_dist=group is None,
@@ -85,7 +101,9 @@ def write_common(folder: Path, common: Mapping[str, Any]) -> None:
     """Writes what dist_checkpointing.load reads beside the shards. By the first rank."""
     torch.save(dict(common), folder / "common.pt")
     backend = {"sharded_backend": "torch_dist", "common_backend": "torch"}
-    (folder / "metadata.json").write_text(json.dumps(backend | {f"{name}_version": 1 for name in backend}))
+    (folder / "metadata.json").write_text(
+        json.dumps(backend | {f"{name}_version": 1 for name in backend})
+    )
 
 
 def _leaves(state: Any) -> Iterator[ShardedTensor | ShardedObject]:

@@ -1,8 +1,11 @@
-"""torch.save files without loading them: where each tensor's bytes lie, and files laid out before their bytes exist.
+"""torch.save files without loading them: where each tensor's bytes lie, and files laid out before
+their bytes exist.
 
-A torch.save file is a zip archive of uncompressed records: `data.pkl`, a pickle of the object in which each storage is
-a reference, and `data/0`, `data/1`, ... with the bytes. Reading runs no code of the file: a class of the pickle becomes
-a record of ours or an inert stand-in, and a class outside the allow-list refuses the file.
+A torch.save file is a zip archive of uncompressed records: `data.pkl`, a pickle of the object in
+which each storage is a reference, and `data/0`, `data/1`, ... with the bytes. Reading runs no code
+of the file and imports nothing: a class or function of the pickle becomes a record of ours or an
+inert stand-in. Checkpoints bring their training's arguments, so that any class may be among them;
+but a file that names what only an attack needs is refused.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import io
 import pickle
 import struct
 import zipfile
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,12 +26,44 @@ from megatron_real.weights.stored import DTYPE_BYTES, TORCH_NAMES, Chunk, Stored
 # The pickle of a checkpoint's structure; that of a 70B model in 8 parts is 20 MB.
 LARGEST_PICKLE = 2**28
 
-_STORAGES = {"BFloat16Storage": "BF16", "HalfStorage": "F16", "FloatStorage": "F32", "DoubleStorage": "F64"}
+_STORAGES = {
+    "BFloat16Storage": "BF16",
+    "HalfStorage": "F16",
+    "FloatStorage": "F32",
+    "DoubleStorage": "F64",
+}
 _DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
+TORCH_DTYPES = frozenset(
+    [
+        "float64",
+        "float32",
+        "float16",
+        "bfloat16",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "float8_e4m3fnuz",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+        "complex64",
+        "complex128",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint64",
+        "uint32",
+        "uint16",
+        "uint8",
+        "bool",
+    ]
+)
+"""The names of torch that are dtypes."""
 
 
 class Record:
-    """An inert stand-in for an object of a pickle: its constructor's arguments and its state, nothing run."""
+    """An inert stand-in for an object of a pickle: its constructor's arguments and its state,
+    nothing run.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args = args
@@ -40,9 +76,16 @@ class Record:
             self.state = state
 
     def append(self, *_: Any) -> None:
-        """Items of a stood-in list are dropped."""
+        """Items of a stood-in list, set or table are dropped."""
 
-    extend = __setitem__ = append
+    add = extend = __setitem__ = append
+
+
+class TorchName(str):
+    """Another name of torch: a dtype or layout is its name, a function or class gives a Record."""
+
+    def __call__(self, *args: Any) -> Record:
+        return Record(*args)
 
 
 @dataclass(frozen=True)
@@ -65,7 +108,7 @@ class TorchFile:
     """A torch.save file, or one that lies within another file.
 
     Raises:
-        WeightsError: not such a file, a corrupt one, or one whose pickle holds classes outside the allow-list.
+        WeightsError: not such a file, a corrupt one, or one whose pickle is an attack.
     """
 
     def __init__(self, file: Path, offset: int = 0, length: int | None = None) -> None:
@@ -75,12 +118,21 @@ class TorchFile:
                 size = stream.seek(0, io.SEEK_END)
                 self.length = size - offset if length is None else length
                 if offset < 0 or self.length < 0 or offset + self.length > size:
-                    raise WeightsError(f"{file} has {size} bytes, but its index points to {offset + self.length}")
+                    raise WeightsError(
+                        f"{file} has {size} bytes, but its index points to {offset + self.length}"
+                    )
                 self._parse(io.BufferedReader(_Window(stream, offset, self.length)))
         except WeightsError:
             raise
         # NotImplementedError is zipfile's word for a compression that it does not know.
-        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, struct.error, EOFError) as error:
+        except (
+            OSError,
+            ValueError,
+            zipfile.BadZipFile,
+            NotImplementedError,
+            struct.error,
+            EOFError,
+        ) as error:
             raise WeightsError(
                 f"{file} is not a torch.save archive or is corrupt ({error}); copy it again, or load it with torch "
                 f"and save it as safetensors"
@@ -106,17 +158,22 @@ class TorchFile:
         header = window.read(30)
         offset = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
         if info.compress_type != zipfile.ZIP_STORED or offset + info.file_size > self.length:
-            raise zipfile.BadZipFile(f"record {info.filename} is compressed or reaches beyond the file")
+            raise zipfile.BadZipFile(
+                f"record {info.filename} is compressed or reaches beyond the file"
+            )
         return offset
 
     def stored(self, name: str, tensor: PickledTensor) -> StoredTensor:
         """Where `tensor` lies.
 
         Raises:
-            WeightsError: its bytes are not in the file, not contiguous, or of a dtype that weights do not have.
+            WeightsError: its bytes are not in the file, not contiguous, or of a dtype that weights
+                do not have.
         """
         if tensor.dtype not in DTYPE_BYTES:
-            raise WeightsError(f"{self.file}: {name} has dtype {tensor.dtype}; supported are {', '.join(DTYPE_BYTES)}")
+            raise WeightsError(
+                f"{self.file}: {name} has dtype {tensor.dtype}; supported are {', '.join(DTYPE_BYTES)}"
+            )
         size = DTYPE_BYTES[tensor.dtype]
         begin, num_bytes = self.storages.get(tensor.key, (0, -1))
         contiguous, numel = True, 1
@@ -124,44 +181,109 @@ class TorchFile:
             contiguous &= length == 1 or stride == numel
             numel *= length
         if not contiguous or tensor.start < 0 or min((*tensor.shape, 0)) < 0:
-            raise WeightsError(f"{self.file}: {name} is not stored as one contiguous tensor; save it again")
+            raise WeightsError(
+                f"{self.file}: {name} is not stored as one contiguous tensor; save it again"
+            )
         if (tensor.start + numel) * size > num_bytes:
             raise WeightsError(f"{self.file}: the data of {name} is missing; copy the file again")
         rows = tensor.shape[0] if tensor.shape else 1
-        chunk = Chunk(self.file, self.offset + begin + tensor.start * size, 0, 0, rows, numel // rows if rows else 0)
+        chunk = Chunk(
+            self.file,
+            self.offset + begin + tensor.start * size,
+            0,
+            0,
+            rows,
+            numel // rows if rows else 0,
+        )
         return StoredTensor(name, tensor.dtype, tensor.shape, (chunk,))
 
 
-def load_pickle(data: bytes, file: Path) -> Any:
-    """The object of a pickle, with inert records in place of classes.
+def tensors_of(table: dict[Any, Any], file: Path) -> dict[str, PickledTensor]:
+    """The tensors of a table of weights. Empty states beside them are left out.
 
     Raises:
-        WeightsError: corrupt, or a class outside the allow-list.
+        WeightsError: an object of a class that is not read stands where a tensor should.
+    """
+    tensors = {}
+    for name, value in table.items():
+        if isinstance(value, PickledTensor):
+            tensors[str(name)] = value
+        elif isinstance(value, Record) and str(name).endswith((".weight", ".bias")):
+            kind = f"{type(value).__module__}.{type(value).__name__}"
+            raise WeightsError(
+                f"{file}: {name} is a {kind}, not a plain tensor; load it where that class is "
+                f"installed, and save plain tensors"
+            )
+    return tensors
+
+
+def load_pickle(data: bytes, file: Path, *, only: Container[tuple[str, str]] | None = None) -> Any:
+    """The object of a pickle, with inert records in place of classes.
+
+    Args:
+        data: the pickle.
+        file: where it is from, for messages.
+        only: (module, name) of everything that it may name; None allows all that is no attack,
+            because nothing is imported here. Give it where another reader loads the file next.
+
+    Raises:
+        WeightsError: corrupt, or it names what it must not.
     """
     try:
-        return _Reader(io.BytesIO(data)).load()
+        return _Reader(io.BytesIO(data), only).load()
     except WeightsError as error:
         raise WeightsError(f"{file}: {error}") from error
     except Exception as error:  # a hostile pickle can fail in any way; none of them ran code
-        raise WeightsError(f"{file}: its pickle is corrupt ({type(error).__name__}: {error})") from error
+        raise WeightsError(
+            f"{file}: its pickle is corrupt ({type(error).__name__}: {error})"
+        ) from error
 
 
 class _Reader(pickle._Unpickler):
-    """Turns tensors into PickledTensor, containers into themselves, all else that is known into Record.
+    """Turns tensors into PickledTensor, containers into themselves, all else into Record.
 
-    The unpickler in Python, at 8 MB/s: the one in C allocates what a hostile memo index asks for, 32 GB by 5 bytes.
+    The unpickler in Python, at 8 MB/s: the one in C allocates what a hostile memo index asks for,
+    32 GB by 5 bytes.
     """
 
+    def __init__(self, stream: io.BytesIO, only: Container[tuple[str, str]] | None) -> None:
+        super().__init__(stream)
+        self._only = only
+
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return self._enum_member
+
+        allowed = self._only is None or (module, name) in self._only
+        if not allowed or _is_attack(module, name):
+            raise WeightsError(
+                f"its pickle names {module}.{name}, which no checkpoint of weights needs; do not trust it"
+            )
         known = _KNOWN.get((module, name))
         if known is not None:
             return known
         if module == "torch":
-            return _STORAGES.get(name) or _DTYPES.get(name) or _named(name)
-        package = module.split(".")[0]
-        if package in ("torch", "megatron", "numpy", "transformer_engine") or (module, name) in _INERT:
-            return type(name, (Record,), {})
-        raise WeightsError(f"its pickle names {module}.{name}, which no checkpoint of weights needs; do not trust it")
+            if name.endswith("Storage"):
+                return _STORAGES.get(name, name)
+            if name[:1].isupper():
+                return type(name, (Record,), {})
+            return _DTYPES.get(name) or TorchName(name)
+        return type(name.rpartition(".")[2] or "Record", (Record,), {"__module__": module})
+
+    def _enum_member(self, enum: Any, name: Any) -> Record:
+        """A member of an enum, which Python 3.11.2 pickles as getattr(the enum, the member's name).
+
+        Where another reader loads the file next, its getattr is the real one: of the classes that
+        it may name then, some have methods (PosixPath.unlink), and none of them is in capitals.
+        """
+        is_class = isinstance(enum, type) and issubclass(enum, Record)
+        is_member = isinstance(name, str) and (self._only is None or name.isupper())
+        if not is_class or not is_member:
+            raise WeightsError(
+                f"its pickle asks for the attribute {name!r:.100} of {enum!r:.100}, which no "
+                f"checkpoint of weights needs; do not trust it"
+            )
+        return enum(name)
 
     def persistent_load(self, reference: Any) -> tuple[str, str]:
         """A storage: its record's key and its dtype."""
@@ -171,12 +293,9 @@ class _Reader(pickle._Unpickler):
         return key, dtype
 
 
-def _named(name: str) -> Any:
-    """Another name of torch: a dtype or layout stays its name, a class becomes inert."""
-    return type(name, (Record,), {}) if name[:1].isupper() and not name.endswith("Storage") else name
-
-
-def _rebuild_tensor(storage: tuple[str, str], start: int, shape: Any, strides: Any, *_: Any) -> PickledTensor:
+def _rebuild_tensor(
+    storage: tuple[str, str], start: int, shape: Any, strides: Any, *_: Any
+) -> PickledTensor:
     key, dtype = storage
     sizes, steps = tuple(shape), tuple(strides)
     if not all(type(number) is int for number in (start, *sizes, *steps)):
@@ -187,6 +306,8 @@ def _rebuild_tensor(storage: tuple[str, str], start: int, shape: Any, strides: A
 _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
+    ("torch._tensor", "_rebuild_from_type_v2"): lambda rebuild, _, args, *__: rebuild(*args),
     ("torch", "Size"): lambda sizes=(): tuple(sizes),
     ("torch.serialization", "_get_layout"): lambda name: name,
     ("collections", "OrderedDict"): collections.OrderedDict,
@@ -194,13 +315,49 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("__builtin__", "set"): lambda items=(): list(items),
     ("_codecs", "encode"): lambda text, *_: text,
 }
-_INERT = {
-    ("argparse", "Namespace"),
-    ("types", "SimpleNamespace"),
-    ("pathlib", "PosixPath"),
-    ("signal", "Signals"),
-    ("_io", "BytesIO"),
-}
+# Modules whose names a pickle holds only to run something. They would be inert here like all
+# others: the refusal tells the user what was sent.
+_RUNNERS = frozenset(
+    [
+        "os",
+        "posix",
+        "nt",
+        "subprocess",
+        "sys",
+        "importlib",
+        "runpy",
+        "code",
+        "codeop",
+        "pty",
+        "shutil",
+        "socket",
+        "ctypes",
+        "pickle",
+        "_pickle",
+        "marshal",
+        "webbrowser",
+        "multiprocessing",
+        "threading",
+        "_thread",
+        "asyncio",
+        "inspect",
+        "timeit",
+        "pdb",
+        "cProfile",
+        "profile",
+        "pip",
+    ]
+)
+_RUNNING_BUILTINS = frozenset(
+    ["eval", "exec", "execfile", "compile", "open", "__import__", "input", "breakpoint", "apply"]
+)
+
+
+def _is_attack(module: str, name: str) -> bool:
+    """Whether a name of a pickle can only be there to run something."""
+    if module in ("builtins", "__builtin__"):
+        return name in _RUNNING_BUILTINS
+    return module.split(".")[0] in _RUNNERS
 
 
 @dataclass(frozen=True)
@@ -228,7 +385,10 @@ class Layout:
 
 
 def layout(obj: Any) -> Layout:
-    """The file that torch.save(obj) writes, with room for the tensors' bytes; their memory is never touched."""
+    """The file that torch.save(obj) writes, with room for the tensors' bytes.
+
+    Their memory is never touched.
+    """
     import torch
 
     recorder = _Recorder()
@@ -238,10 +398,13 @@ def layout(obj: Any) -> Layout:
     central = [at + i for at, data in literals for i in _central_entries(data)]
     slots = []
     for offset, num_bytes in recorder.gaps:
-        # After the data comes its descriptor, signature then CRC; the central directory repeats the CRC.
+        # After the data comes its descriptor, signature then CRC; the central directory repeats the
+        # CRC.
         entry = next(at for at in central if _record_end(literals, at) == offset)
         slots.append(Slot(offset, num_bytes, (offset + num_bytes + 4, entry + 16)))
-    return Layout(recorder.position, tuple((at, bytes(data)) for at, data in literals), tuple(slots))
+    return Layout(
+        recorder.position, tuple((at, bytes(data)) for at, data in literals), tuple(slots)
+    )
 
 
 class _Recorder:
@@ -274,7 +437,10 @@ class _Recorder:
 
 
 def _central_entries(data: bytes | bytearray) -> list[int]:
-    """Offsets in `data` of the central directory's entries; it ends the archive, entry after entry."""
+    """Offsets in `data` of the central directory's entries.
+
+    It ends the archive, entry after entry.
+    """
     end = data.rfind(b"PK\x06\x06") if b"PK\x06\x06" in data else data.rfind(b"PK\x05\x06")
     if end < 0:
         return []

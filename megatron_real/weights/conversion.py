@@ -9,28 +9,42 @@ No model, process group, GPU or transformers; memory is a few blocks whatever th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
+from megatron_real.weights.arguments import check_arguments
 from megatron_real.weights.hf import (
     INDEX,
+    SINGLE,
     HfFile,
     HfWeights,
     file_of_header,
+    has_weights,
     hf_files,
     hf_side_files,
+    index_of,
+    open_model,
     parse_header,
     read_header,
+    side_files,
+    weight_index,
 )
-from megatron_real.weights.mapping import HF_EMBEDDING, HF_OUTPUT, entries, hf_shapes
-from megatron_real.weights.stored import OpenFiles, Piece, whole
-from megatron_real.weights.torch_dist import METADATA, TorchDistWeights, plan_torch_dist
+from megatron_real.weights.mapping import HF_EMBEDDING, entries, hf_shapes
+from megatron_real.weights.stored import OpenFiles, Piece, same_bytes, torch_dtype
+from megatron_real.weights.torch_dist import CONFIG, METADATA, TorchDistWeights, plan_torch_dist
 from megatron_real.weights.torch_legacy import TorchLegacyWeights, plan_torch_legacy
 from megatron_real.weights.transfer import Limits, Output, Target, check_target, write_directory
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TRACKER, RELEASE, HF = "latest_checkpointed_iteration.txt", "release", "hf"
 _HEADER = ".header"
@@ -52,7 +66,8 @@ class LegacyLayout:
     pp: int = 1
     """Pipeline stages."""
     layers: Literal["te", "local"] = "te"
-    """Whose parameter names: TransformerEngine's layer spec, Megatron-LM's default, or the local one."""
+    """Whose parameter names: TransformerEngine's layer spec, Megatron-LM's default, or the local
+    one."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +97,8 @@ def hf_to_megatron(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Converted:
-    """Writes HF weights as a torch_dist checkpoint, which loads into any TP, PP and VPP, or in the older format.
+    """Writes HF weights as a torch_dist checkpoint, which loads into any TP, PP and VPP, or in the
+    older format.
 
     Args:
         source: HF directory.
@@ -95,17 +111,21 @@ def hf_to_megatron(
         progress: called for each tensor that is done.
 
     Raises:
-        WeightsError: the source cannot be converted, `out` exists, or the disk is too small; in one sentence.
+        WeightsError: the source cannot be converted, `out` exists, or the disk is too small; in one
+            sentence.
     """
-    check_target(out, overwrite=overwrite)
-    architecture, weights = Architecture.read(source), HfWeights(source)
-    check_names(weights, architecture)
+    check_target(out, overwrite=overwrite, sources=[source])
+    architecture, weights = open_model(source)
     prefix = f"{RELEASE}/"
     if layout is None:
-        plan = plan_torch_dist(weights, architecture, dtype=dtype, tp_chunks=tp_chunks, prefix=prefix)
+        plan = plan_torch_dist(
+            weights, architecture, dtype=dtype, tp_chunks=tp_chunks, prefix=prefix
+        )
     else:
         sizes = {"tp": layout.tp, "pp": layout.pp}
-        plan = plan_torch_legacy(weights, architecture, dtype=dtype, layers=layout.layers, prefix=prefix, **sizes)
+        plan = plan_torch_legacy(
+            weights, architecture, dtype=dtype, layers=layout.layers, prefix=prefix, **sizes
+        )
     plan.add_file(TRACKER, RELEASE.encode())
     for name, data in _record_of(source, weights, dtype).items():
         plan.add_file(f"{HF}/{name}", data)
@@ -123,31 +143,30 @@ def megatron_to_hf(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Converted:
-    """Writes a Megatron checkpoint, of any layout and with or without an optimizer, as an HF directory.
+    """Writes a Megatron checkpoint, of any layout and with or without an optimizer, as an HF
+    directory.
 
     Args:
         source: checkpoint, or directory of checkpoints whose tracker names the latest.
         out: directory to make.
-        hf_config: HF directory with config.json and tokenizer; None: the one that the conversion recorded.
+        hf_config: HF directory with config.json and tokenizer; None: the one that the conversion
+            recorded.
         dtype: key of stored.DTYPE_BYTES; None: that of the checkpoint's matrices, for all tensors.
-        max_shard_bytes: largest file; None: the files that the weights came from, where they were recorded and the
-            dtype is kept, else 5 GB.
+        max_shard_bytes: largest file; None: the files that the weights came from, where they were
+            recorded and the dtype is kept, else 5 GB.
         limits: threads and memory.
         overwrite: replace `out`.
         progress: called for each tensor that is done.
 
     Raises:
-        WeightsError: the source cannot be converted, `out` exists, or the disk is too small; in one sentence.
+        WeightsError: the source cannot be converted, `out` exists, or the disk is too small; in one
+            sentence.
     """
-    check_target(out, overwrite=overwrite)
+    check_target(out, overwrite=overwrite, sources=[source, *([hf_config] if hf_config else [])])
     config = hf_config or recorded_hf(source)
     architecture = Architecture.read(config)
     weights = open_megatron(source, architecture)
-    if weights.unmapped:
-        raise WeightsError(
-            f"{source} has {weights.unmapped[0]}, for which {config}/config.json has no place; "
-            f"give the config of this model by --hf-config"
-        )
+    check_mapped(weights, config)
     chosen = dtype or weights.dtype
     files, index = None, None
     if max_shard_bytes is None:
@@ -162,39 +181,139 @@ def megatron_to_hf(
     dtypes = {n: e["dtype"] for f in files for n, e in parse_header(f.header, Path(f.name)).items()}
     pieces = hf_pieces(weights, dtypes)
     plan.targets = [
-        Target(f.name, at, pieces[name]) for f in files for name, at in sorted(f.offsets.items(), key=_second)
+        Target(f.name, at, pieces[name])
+        for f in files
+        for name, at in sorted(f.offsets.items(), key=_second)
     ]
     for name, data in hf_side_files(config, dtype=chosen, index=index).items():
         plan.add_file(name, data)
     return _write(plan, out, chosen, limits, overwrite, progress)
 
 
+def open_start(
+    path: str | Path, start: str | Path = ""
+) -> tuple[Architecture, HfWeights | MegatronWeights]:
+    """Opens the model of a run, and judges it as `convert` would.
+
+    Args:
+        path: HF directory with config and tokenizer, and with weights unless `start` has them.
+        start: Megatron checkpoint that training starts from; "" for the weights in `path`.
+
+    Raises:
+        WeightsError: config, weights and side files do not belong together; in one sentence.
+    """
+    directory = Path(path)
+    if not start:
+        return open_model(directory)
+    architecture = Architecture.read(directory)
+    side_files(directory)
+    weights = open_megatron(Path(start), architecture)
+    check_mapped(weights, directory)
+    return architecture, weights
+
+
+def check_model(path: str | Path, start: str | Path = "", *, required: bool = True) -> Architecture:
+    """What train, eval, serve and plan ask of a model before they begin: see `open_start`.
+
+    Args:
+        path, start: as of `open_start`.
+        required: refuse an HF directory without weights, which is enough for a plan.
+    """
+    directory = Path(path)
+    try:
+        if required or start or has_weights(directory):
+            architecture, _ = open_start(directory, start)
+            return architecture
+        architecture = Architecture.read(directory)
+        side_files(directory)
+    except OSError as error:
+        raise WeightsError(
+            f"{error.filename or directory} cannot be read ({error.strerror})"
+        ) from error
+    return architecture
+
+
+def check_mapped(weights: MegatronWeights, config: Path) -> None:
+    """Raises WeightsError where a checkpoint has a tensor that the model has no place for."""
+    if weights.unmapped:
+        raise WeightsError(
+            f"{weights.directory} has {weights.unmapped[0]}, for which {config}/config.json has no "
+            f"place; give the config of this model by --hf-config"
+        )
+
+
 def open_megatron(source: Path, architecture: Architecture) -> MegatronWeights:
-    """The weights of a Megatron checkpoint, of either format."""
-    checkpoint = checkpoint_of(source)
-    if (checkpoint / METADATA).is_file():
-        return TorchDistWeights(checkpoint, architecture)
-    return TorchLegacyWeights(checkpoint, architecture)
+    """The weights of a Megatron checkpoint, of either format.
+
+    Raises:
+        WeightsError: it is corrupt, hostile, in parts lost, or of another model than `architecture`
+            in its arguments or in tensors that must be copies of others.
+    """
+    try:
+        checkpoint = checkpoint_of(source)
+        weights: MegatronWeights
+        if (checkpoint / METADATA).is_file():
+            weights = TorchDistWeights(checkpoint, architecture)
+        else:
+            weights = TorchLegacyWeights(checkpoint, architecture)
+        check_arguments(weights.arguments, architecture, checkpoint)
+        for name, piece, original in weights.copies():
+            if not same_bytes(piece, original):
+                raise WeightsError(
+                    f"{checkpoint}: {name} differs from {original.name}, of which it must be a copy "
+                    f"in this model; it is a checkpoint of another model, or damaged"
+                )
+    except OSError as error:
+        raise WeightsError(
+            f"{error.filename or source} cannot be read ({error.strerror})"
+        ) from error
+    return weights
 
 
 def checkpoint_of(directory: Path) -> Path:
     """The checkpoint itself: `directory`, or the one in it that its tracker names.
 
     Raises:
-        WeightsError: there is none.
+        WeightsError: there is none, or one of a format that is not read.
     """
     if (directory / METADATA).is_file() or any(directory.glob("mp_rank_*")):
         return directory
+    _refuse_other_format(directory)
     tracker = directory / TRACKER
-    if not tracker.is_file():
-        raise WeightsError(f"{directory} has neither {METADATA} nor {TRACKER}; give a Megatron checkpoint")
-    latest = tracker.read_text(errors="replace").strip()
-    if latest != RELEASE and not latest.isdecimal():
-        raise WeightsError(f"{tracker} says {latest[:40]!r}, which is neither {RELEASE!r} nor an iteration")
+    try:
+        latest = tracker.read_bytes().decode(errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise WeightsError(
+            f"{directory} has neither {METADATA} nor {TRACKER}; give a Megatron checkpoint"
+        ) from error
+    except OSError as error:
+        raise WeightsError(f"{tracker} cannot be read ({error.strerror})") from error
+    if latest != RELEASE and not re.fullmatch(r"\d{1,12}", latest, re.ASCII):
+        raise WeightsError(
+            f"{tracker} says {latest[:40]!r}, which is neither {RELEASE!r} nor an iteration"
+        )
     named = directory / (latest if latest == RELEASE else f"iter_{int(latest):07d}")
     if not named.is_dir():
-        raise WeightsError(f"{tracker} says {latest!r}, but there is no {named}; copy the checkpoint again")
+        raise WeightsError(
+            f"{tracker} says {latest!r}, but there is no {named}; copy the checkpoint again"
+        )
+    _refuse_other_format(named)
     return named
+
+
+def _refuse_other_format(checkpoint: Path) -> None:
+    """Refuses by its name a checkpoint that megatron-core wrote in another format than torch_dist."""
+    backend = None
+    # Without this file it is of another kind, which the caller looks at.
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
+        backend = json.loads((checkpoint / CONFIG).read_bytes()).get("sharded_backend")
+    if backend is None and any(checkpoint.glob("*/.zarray")):
+        backend = "zarr"
+    if backend not in (None, "torch_dist"):
+        raise WeightsError(
+            f"{checkpoint} is a checkpoint of megatron-core's format {str(backend)[:40]!r}, which "
+            f"is not read; load it in Megatron-LM and save it with --ckpt-format torch_dist"
+        )
 
 
 def recorded_hf(source: Path) -> Path:
@@ -206,44 +325,51 @@ def recorded_hf(source: Path) -> Path:
     for directory in (source / HF, checkpoint_of(source).parent / HF):
         if (directory / "config.json").is_file():
             return directory
-    raise WeightsError(f"{source} has no {HF}/config.json; give the directory of the model's config by --hf-config")
+    raise WeightsError(
+        f"{source} has no {HF}/config.json; give the directory of the model's config by --hf-config"
+    )
 
 
 def hf_pieces(weights: MegatronWeights, dtypes: dict[str, str] | None = None) -> dict[str, Piece]:
-    """HF name -> that tensor, made of the checkpoint, in the checkpoint's dtypes or in `dtypes`; in forward order."""
+    """HF name -> that tensor, made of the checkpoint, in the checkpoint's dtypes or in `dtypes`.
+
+    In forward order.
+    """
     pieces = {}
     for entry in entries(weights.architecture):
         tensor = weights.tensor(entry)
         for part, name in enumerate(entry.parts):
-            pieces[name] = entry.to_hf(tensor, part, tensor.dtype if dtypes is None else dtypes[name])
+            pieces[name] = entry.to_hf(
+                tensor, part, tensor.dtype if dtypes is None else dtypes[name]
+            )
     return pieces
 
 
-def check_names(weights: HfWeights, architecture: Architecture) -> None:
-    """Raises WeightsError where the files have too few tensors, or one that the model has no place for."""
-    shapes = hf_shapes(architecture)
-    missing = [name for name in shapes if name not in weights.tensors]
-    if missing:
-        raise WeightsError(f"{weights.directory} lacks {missing[0]} ({len(missing)} tensors in all); download it again")
-    for name in weights.tensors.keys() - shapes.keys():
-        if name.endswith(".rotary_emb.inv_freq"):
-            continue  # a buffer that old Llama checkpoints carry; the rotary base says the same
-        if name == HF_OUTPUT and architecture.tied:
-            if not same_bytes(whole(weights.tensor(name)), whole(weights.tensor(HF_EMBEDDING))):
-                raise WeightsError(f"{weights.directory}: {name} differs from the embedding, but config.json ties them")
-            continue
-        raise WeightsError(f"{weights.directory} has {name}, for which its config.json has no place")
+def hf_tensors(
+    weights: HfWeights | MegatronWeights, architecture: Architecture
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields every HF (name, tensor) of an HF directory or a Megatron checkpoint, one at a time, on
+    the CPU.
+    """
+    if isinstance(weights, HfWeights):
+        for name in hf_shapes(architecture):
+            yield name, weights.read(name)
+        return
+    import torch
 
-
-def same_bytes(a: Piece, b: Piece) -> bool:
-    """Whether two pieces of one dtype are equal bit by bit."""
-    with OpenFiles() as files:
-        blocks = zip(a.blocks(files, 2**20), b.blocks(files, 2**20), strict=True)
-        return a.shape == b.shape and a.dtype == b.dtype and all(x == y for x, y in blocks)
+    files = OpenFiles()
+    for name, piece in hf_pieces(weights).items():
+        values = torch.frombuffer(piece.read(files), dtype=torch_dtype(piece.dtype))
+        yield name, values.reshape(piece.shape)
 
 
 def _write(
-    plan: Output, out: Path, dtype: str, limits: Limits | None, overwrite: bool, progress: Progress | None
+    plan: Output,
+    out: Path,
+    dtype: str,
+    limits: Limits | None,
+    overwrite: bool,
+    progress: Progress | None,
 ) -> Converted:
     total = plan.num_bytes
 
@@ -251,12 +377,16 @@ def _write(
         if progress is not None:
             progress(num_bytes, total)
 
-    resumed = write_directory(plan, out, limits=limits or Limits(), overwrite=overwrite, progress=advance)
+    resumed = write_directory(
+        plan, out, limits=limits or Limits(), overwrite=overwrite, progress=advance
+    )
     return Converted(out, total, resumed, len(plan.targets), dtype)
 
 
 def _record_of(source: Path, weights: HfWeights, dtype: str | None) -> dict[str, bytes]:
-    """What export needs: the side files, and of safetensors the headers, which say how the weights were cut."""
+    """What export needs: the side files, and of safetensors the headers, which say how the weights
+    were cut.
+    """
     record = hf_side_files(source, dtype=dtype or weights.dtype)
     if dtype is None and all(file.suffix == ".safetensors" for file in weights.files):
         record |= {f"{file.name}{_HEADER}": read_header(file) for file in weights.files}
@@ -268,8 +398,9 @@ def _record_of(source: Path, weights: HfWeights, dtype: str | None) -> dict[str,
 def _recorded_files(
     config: Path, architecture: Architecture, dtype: str, *, all_tensors: bool
 ) -> tuple[list[HfFile] | None, bytes | None]:
-    """The files that the weights came from, where they were recorded and hold this model in this dtype: its matrices,
-    or all of its tensors."""
+    """The files that the weights came from, where they were recorded and hold this model in this
+    dtype: its matrices, or all of its tensors.
+    """
     headers = sorted(config.glob(f"*{_HEADER}"))
     files = [file_of_header(file.name.removesuffix(_HEADER), file.read_bytes()) for file in headers]
     held: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -279,10 +410,19 @@ def _recorded_files(
     shapes = {name: shape for name, (_, shape) in held.items()}
     if not files or shapes != hf_shapes(architecture):
         return None, None
+    if len(files) == 1:  # a single file of another name is not read without an index
+        files = [dataclasses.replace(files[0], name=SINGLE)]
     if {held[name][0] for name in (held if all_tensors else [HF_EMBEDDING])} != {dtype}:
         return None, None
-    index = config / INDEX
-    return files, index.read_bytes() if index.is_file() else None
+    if len(files) == 1:
+        return files, None
+    # The source's own index keeps its bytes; shards that came without one, or with a wrong one,
+    # get one, because transformers reads no shards without it.
+    index = index_of(files)
+    recorded = config / INDEX
+    if recorded.is_file() and weight_index(config) == json.loads(index)["weight_map"]:
+        index = recorded.read_bytes()
+    return files, index
 
 
 def _second(pair: tuple[str, int]) -> int:

@@ -1,12 +1,16 @@
 """Directories of HF weights: where each tensor's bytes lie, and the files of a directory to write.
 
-Read are safetensors, one or many, with or without an index, hub snapshots whose files are links, and
-pytorch_model*.bin. Headers and indices are checked before they are believed: they may come from anywhere.
+Read are safetensors, one or many, with or without an index, hub snapshots whose files are links,
+and pytorch_model*.bin. Headers and indices are checked before they are believed: they may come from
+anywhere. `open_model` is how every command opens a model: what one refuses, all refuse, in the same
+words.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import os
 import re
 import stat
@@ -18,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_real.weights import WeightsError
-from megatron_real.weights.containers import PickledTensor, TorchFile
-from megatron_real.weights.mapping import HF_EMBEDDING, Entry
+from megatron_real.weights.architecture import Architecture
+from megatron_real.weights.containers import TorchFile, tensors_of
+from megatron_real.weights.mapping import HF_EMBEDDING, HF_OUTPUT, Entry, hf_shapes
 from megatron_real.weights.stored import (
     DTYPE_BYTES,
     TORCH_NAMES,
@@ -28,6 +33,7 @@ from megatron_real.weights.stored import (
     Piece,
     StoredTensor,
     check_stored,
+    same_bytes,
     stored_dtype,
     torch_dtype,
     whole,
@@ -37,14 +43,34 @@ from megatron_real.weights.transfer import MANIFEST
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-# What makes a directory complete for transformers and vLLM besides the weights.
-_SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+# What makes a directory complete for transformers and vLLM besides the weights, and its licence.
+_SIDE_FILES = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+)
 _SIDE_LIMIT = 2**28
 # safetensors' own limit.
 _LARGEST_HEADER = 100_000_000
 # Dtypes of safetensors that weights do not have but other tensors of a file may.
-_OTHER_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2}
+_OTHER_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "I16": 2,
+    "U16": 2,
+}
 _OTHER_BYTES |= {"I32": 4, "U32": 4, "I64": 8, "U64": 8, "C64": 8}
+
+logger = logging.getLogger(__name__)
 
 
 class HfWeights:
@@ -56,48 +82,30 @@ class HfWeights:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
+        index = weight_index(self.directory)
+        self.files = _weight_files(self.directory, index)
+        """The files that hold the weights."""
         self.tensors: dict[str, StoredTensor] = {}
         """Name -> where it lies, in the files' order."""
         for file in self.files:
-            found = _bin_tensors(file) if file.suffix == ".bin" else _safetensors(file)
-            for name, tensor in found.items():
+            held = _bin_tensors(file) if file.suffix == ".bin" else _safetensors(file)
+            for name, tensor in held.items():
                 if name in self.tensors:
-                    raise WeightsError(f"{name} is in two files of {self.directory}; remove the one that is not needed")
+                    raise WeightsError(
+                        f"{name} is in two files of {self.directory}; remove the one that is not needed"
+                    )
                 self.tensors[name] = tensor
-        missing = sorted(name for name in self._index if name not in self.tensors)
+        missing = sorted(name for name in index if name not in self.tensors)
         if missing:
-            raise WeightsError(f"the index of {self.directory} names {missing[0]}, which none of its files has")
+            raise WeightsError(
+                f"the index of {self.directory} names {missing[0]}, which none of its files has"
+            )
         self._open = OpenFiles()
 
     @property
     def names(self) -> list[str]:
         """All tensor names."""
         return list(self.tensors)
-
-    @property
-    def _index(self) -> dict[str, str]:
-        """Name -> file, as the index says; empty without an index."""
-        for name in (INDEX, BIN_INDEX):
-            file = self.directory / name
-            if file.is_file() and not (name == BIN_INDEX and (self.directory / SINGLE).is_file()):
-                return _read_index(file)
-        return {}
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that hold the weights."""
-        index = self._index
-        names = sorted(set(index.values()))
-        if not index:
-            single = [name for name in (SINGLE, BIN_SINGLE) if (self.directory / name).exists()]
-            names = single[:1] or sorted(file.name for file in self.directory.glob("*.safetensors"))
-        if not names:
-            raise WeightsError(
-                f"{str(self.directory)!r} has no {SINGLE}, {INDEX} or {BIN_SINGLE}; give a directory of HF weights"
-            )
-        for name in names:
-            _check_regular(self.directory / name)
-        return [self.directory / name for name in names]
 
     @property
     def dtype(self) -> str:
@@ -111,11 +119,17 @@ class HfWeights:
             WeightsError: it is not there.
         """
         if name not in self.tensors:
-            raise WeightsError(f"{str(self.directory)!r} has no tensor {name}; the download may be incomplete")
+            raise WeightsError(
+                f"{str(self.directory)!r} has no tensor {name}; the download may be incomplete"
+            )
         return self.tensors[name]
 
-    def megatron_piece(self, entry: Entry, ranges: Sequence[tuple[int, int]], columns: tuple[int, int]) -> Piece:
-        """The rectangle `ranges` x `columns` of a Megatron parameter, in the widest dtype of its HF tensors."""
+    def megatron_piece(
+        self, entry: Entry, ranges: Sequence[tuple[int, int]], columns: tuple[int, int]
+    ) -> Piece:
+        """The rectangle `ranges` x `columns` of a Megatron parameter, in the widest dtype of its HF
+        tensors.
+        """
         parts = [self.tensor(name) for name in entry.parts]
         for part, shape in zip(parts, entry.shapes, strict=True):
             check_stored(part, shape)
@@ -131,6 +145,91 @@ class HfWeights:
             data = whole(stored).read(self._open)
             tensor.copy_(torch.frombuffer(data, dtype=tensor.dtype).reshape(stored.shape))
         return tensor
+
+
+def open_model(directory: str | Path) -> tuple[Architecture, HfWeights]:
+    """Opens an HF directory and judges config, weights and the files beside them together.
+
+    Only headers are read, except of tensors that may be copies of others.
+
+    Raises:
+        WeightsError: a part is missing, corrupt or hostile, or the parts do not belong together.
+    """
+    directory = Path(directory)
+    try:
+        architecture = Architecture.read(directory)
+        _refuse_adapter(directory)
+        weights = HfWeights(directory)
+        check_names(weights, architecture)
+        for name, shape in hf_shapes(architecture).items():
+            check_stored(weights.tensor(name), shape)
+        side_files(directory)
+    except OSError as error:
+        raise WeightsError(
+            f"{error.filename or directory} cannot be read ({error.strerror})"
+        ) from error
+    return architecture, weights
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether an HF directory has files of weights, or an index that names some."""
+    patterns = ("*.safetensors", INDEX, BIN_SINGLE, BIN_INDEX)
+    return any(any(directory.glob(pattern)) for pattern in patterns)
+
+
+def check_names(weights: HfWeights, architecture: Architecture) -> None:
+    """Checks that the files have the model's tensors, and no other but copies of them.
+
+    A tied model whose file kept only the output layer has its embedding there.
+
+    Raises:
+        WeightsError: a tensor is missing, has no place in the model, or differs from what it must
+            be a copy of.
+    """
+    tensors = weights.tensors
+    if architecture.tied and HF_EMBEDDING not in tensors and HF_OUTPUT in tensors:
+        tensors[HF_EMBEDDING] = dataclasses.replace(tensors.pop(HF_OUTPUT), name=HF_EMBEDDING)
+    shapes = hf_shapes(architecture)
+    missing = [name for name in shapes if name not in tensors]
+    if missing:
+        raise WeightsError(
+            f"{weights.directory} lacks {missing[0]} ({len(missing)} tensors in all); download it again"
+        )
+    for name in tensors.keys() - shapes.keys():
+        if name.endswith(".rotary_emb.inv_freq"):
+            _check_frequencies(weights, name, architecture)
+        elif name == HF_OUTPUT and architecture.tied:
+            if not same_bytes(whole(tensors[name]), whole(tensors[HF_EMBEDDING])):
+                raise WeightsError(
+                    f"{weights.directory}: {name} differs from the embedding, but config.json ties them"
+                )
+        else:
+            raise WeightsError(
+                f"{weights.directory} has {name}, for which its config.json has no place"
+            )
+
+
+def _check_frequencies(weights: HfWeights, name: str, architecture: Architecture) -> None:
+    """Checks a buffer that old Llama files carry against the rotary base, which says the same."""
+    stored = weights.tensor(name)
+    expected = architecture.rope_frequencies
+    check_stored(stored, (len(expected),))
+    values = weights.read(name).tolist()
+    # Rounded to bfloat16 they are off by 2^-9; another base is off by far more.
+    if any(abs(a - b) > 2**-8 * b for a, b in zip(values, expected, strict=True)):
+        raise WeightsError(
+            f"{weights.directory}: {name} is of another rotary embedding than config.json's "
+            f"(rope_theta {architecture.rope_theta:g}); they do not belong together"
+        )
+
+
+def _refuse_adapter(directory: Path) -> None:
+    """transformers with peft would add the adapter to the weights, and we would not."""
+    file = directory / "adapter_config.json"
+    if file.exists():
+        raise WeightsError(
+            f"{file} makes the directory an adapter, not a model; merge it into its base model"
+        )
 
 
 @dataclass(frozen=True)
@@ -150,7 +249,9 @@ class HfFile:
 def hf_files(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, max_shard_bytes: int = 5 * 10**9
 ) -> tuple[list[HfFile], bytes | None]:
-    """The files for `tensors` (name -> dtype, shape; in this order) and the index, None for a single file.
+    """The files for `tensors` (name -> dtype, shape.
+
+    In this order) and the index, None for a single file.
 
     Names, headers and order are those that transformers and safetensors write.
     """
@@ -165,15 +266,25 @@ def hf_files(
         held += size
     if len(shards) == 1:
         return [_file(SINGLE, shards[0])], None
-    files = [_file(f"model-{i:05d}-of-{len(shards):05d}.safetensors", shard) for i, shard in enumerate(shards, 1)]
-    total = sum(prod(shape) * DTYPE_BYTES[dtype] for dtype, shape in tensors.values())
+    files = [
+        _file(f"model-{i:05d}-of-{len(shards):05d}.safetensors", shard)
+        for i, shard in enumerate(shards, 1)
+    ]
+    return files, index_of(files)
+
+
+def index_of(files: Sequence[HfFile]) -> bytes:
+    """model.safetensors.index.json of these files, as transformers writes it."""
+    total = sum(file.size - len(file.header) for file in files)
     weight_map = {name: file.name for file in files for name in file.offsets}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return files, json.dumps(index, indent=2).encode() + b"\n"
+    return json.dumps(index, indent=2).encode() + b"\n"
 
 
 def _file(name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> HfFile:
-    ordered = sorted(tensors, key=lambda t: (-DTYPE_BYTES[tensors[t][0]], t))  # safetensors': alignment, then name
+    ordered = sorted(
+        tensors, key=lambda t: (-DTYPE_BYTES[tensors[t][0]], t)
+    )  # safetensors': alignment, then name
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for tensor in ordered:
@@ -213,7 +324,8 @@ def read_header(file: Path) -> bytes:
 
 
 def parse_header(header: bytes, file: Path) -> dict[str, dict[str, Any]]:
-    """Name -> {dtype, shape, data_offsets} of a header, checked: sizes agree and offsets tile the data from 0.
+    """Name -> {dtype, shape, data_offsets} of a header, checked: sizes agree and offsets tile the
+    data from 0.
 
     Raises:
         WeightsError: they do not.
@@ -221,7 +333,9 @@ def parse_header(header: bytes, file: Path) -> dict[str, dict[str, Any]]:
     try:
         entries = json.loads(header[8:], object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{file} has a header that is not JSON ({error}); download it again") from error
+        raise WeightsError(
+            f"{file} has a header that is not JSON ({error}); download it again"
+        ) from error
     if not isinstance(entries, dict) or header[8:9] != b"{":
         raise WeightsError(f"{file} has a header that is not a table of tensors; download it again")
     words = entries.pop("__metadata__", {})
@@ -232,21 +346,88 @@ def parse_header(header: bytes, file: Path) -> dict[str, dict[str, Any]]:
         begin, end = _span(entry, name, file)
         if begin != at:
             kind = "overlaps another" if begin < at else "leaves a hole before it"
-            raise WeightsError(f"{file}: {name} at bytes {begin} to {end} {kind}; the header is corrupt")
+            raise WeightsError(
+                f"{file}: {name} at bytes {begin} to {end} {kind}; the header is corrupt"
+            )
         at = end
     return entries
 
 
 def hf_side_files(directory: Path, *, dtype: str, index: bytes | None = None) -> dict[str, bytes]:
-    """What makes an HF directory of weights in `dtype` complete: name -> bytes of config, tokenizer and `index`."""
-    found = {} if index is None else {INDEX: index}
-    for pattern in _SIDE_FILES:
-        for file in sorted(directory.glob(pattern)):
-            if file.name not in (INDEX, BIN_INDEX, MANIFEST) and _check_regular(file) <= _SIDE_LIMIT:
-                found[file.name] = file.read_bytes()
-    if "config.json" in found:
-        found["config.json"] = _config_with_dtype(found["config.json"], stored_dtype(dtype))
-    return found
+    """What makes an HF directory of weights in `dtype` complete, besides the weights.
+
+    Args:
+        directory: where they are taken from.
+        dtype: of the weights, which config.json names.
+        index: the weights' index, where they have one.
+
+    Returns:
+        Relative path -> bytes.
+
+    Raises:
+        WeightsError: one of them is missing, no regular file, or a link out of the directory.
+    """
+    contents = {} if index is None else {INDEX: index}
+    for file in side_files(directory):
+        contents[str(file.relative_to(directory))] = file.read_bytes()
+    if "config.json" in contents:
+        contents["config.json"] = _config_with_dtype(contents["config.json"], stored_dtype(dtype))
+    return contents
+
+
+def side_files(directory: Path) -> list[Path]:
+    """The files of a model that an export copies as they are: config, tokenizer, templates, code.
+
+    Raises:
+        WeightsError: one of them is no regular file, or a link out of the directory.
+    """
+    files = {file for pattern in _SIDE_FILES for file in directory.glob(pattern)}
+    if any(_names_code(file) for file in files if file.parent == directory):
+        files |= set(directory.glob("*.py"))
+    kept = []
+    for file in sorted(files):
+        if file.name.endswith(".index.json") or file.name == MANIFEST:
+            continue
+        _refuse_link_outside(file, directory)
+        if _check_regular(file) <= _SIDE_LIMIT:
+            kept.append(file)
+        else:
+            logger.warning("%s is too large for a model's side file; exports leave it out", file)
+    return kept
+
+
+def _names_code(file: Path) -> bool:
+    """Whether a JSON file has an `auto_map`: classes in Python files beside it (trust_remote_code)."""
+    if file.suffix != ".json" or _check_regular(file) > _SIDE_LIMIT:
+        return False
+    data = file.read_bytes()
+    if b'"auto_map"' not in data:
+        return False
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        return False  # it is copied as it is; who needs it will say what is wrong
+    return isinstance(values, dict) and bool(values.get("auto_map"))
+
+
+def _refuse_link_outside(file: Path, directory: Path) -> None:
+    """Refuses what would put a file from elsewhere on this machine into an export.
+
+    A snapshot of the hub's cache is made of links, all to the blobs of its own repository.
+    """
+    root = directory.resolve()
+    try:
+        target = file.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise WeightsError(f"{file} is a link that leads nowhere; remove it") from error
+    homes = [root]
+    if root.parent.name == "snapshots":
+        homes.append(root.parent.parent / "blobs")
+    if not any(target.is_relative_to(home) for home in homes):
+        raise WeightsError(
+            f"{file} is a link to {target}, outside the model's directory; an export would publish "
+            f"that file: put a copy in its place, or remove the link"
+        )
 
 
 def _config_with_dtype(config: bytes, dtype: str) -> bytes:
@@ -262,7 +443,9 @@ def _config_with_dtype(config: bytes, dtype: str) -> bytes:
 def _span(entry: Any, name: str, file: Path) -> tuple[int, int]:
     """data_offsets of a header's entry, after checking it by itself."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise WeightsError(f"{file}: {name} lacks dtype, shape or data_offsets; the header is corrupt")
+        raise WeightsError(
+            f"{file}: {name} lacks dtype, shape or data_offsets; the header is corrupt"
+        )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     bytes_each = {**DTYPE_BYTES, **_OTHER_BYTES}.get(dtype) if isinstance(dtype, str) else None
     if bytes_each is None:
@@ -275,10 +458,14 @@ def _span(entry: Any, name: str, file: Path) -> tuple[int, int]:
         and all(type(number) is int and 0 <= number < 2**63 for number in (*shape, *offsets))
     )
     if not whole:
-        raise WeightsError(f"{file}: {name} has the shape {shape!r} and offsets {offsets!r}; the header is corrupt")
+        raise WeightsError(
+            f"{file}: {name} has the shape {shape!r} and offsets {offsets!r}; the header is corrupt"
+        )
     begin, end = offsets
     if end - begin != prod(shape) * bytes_each:
-        raise WeightsError(f"{file}: {name} of shape {shape} and dtype {dtype} does not fill bytes {begin} to {end}")
+        raise WeightsError(
+            f"{file}: {name} of shape {shape} and dtype {dtype} does not fill bytes {begin} to {end}"
+        )
     return begin, end
 
 
@@ -291,7 +478,9 @@ def _safetensors(file: Path) -> dict[str, StoredTensor]:
     begin, size = len(header), file.stat().st_size
     end = begin + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if end != size:
-        raise WeightsError(f"{file} has {size} bytes where its header says {end}; it is truncated: download it again")
+        raise WeightsError(
+            f"{file} has {size} bytes where its header says {end}; it is truncated: download it again"
+        )
     found = {}
     for name, entry in entries.items():
         shape = tuple(entry["shape"])
@@ -305,11 +494,56 @@ def _bin_tensors(file: Path) -> dict[str, StoredTensor]:
     archive = TorchFile(file)
     if not isinstance(archive.object, dict):
         raise WeightsError(f"{file} holds no table of tensors; it is not a file of HF weights")
-    return {
-        str(name): archive.stored(str(name), tensor)
-        for name, tensor in archive.object.items()
-        if isinstance(tensor, PickledTensor)
-    }
+    tensors = tensors_of(archive.object, file)
+    return {name: archive.stored(name, tensor) for name, tensor in tensors.items()}
+
+
+def weight_index(directory: Path) -> dict[str, str]:
+    """Tensor name -> file name, as the index says that transformers would read; {} without one.
+
+    Raises:
+        WeightsError: it is no index, or weights beside it make it unclear which ones are meant.
+    """
+    for single, name in ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX)):
+        has_single, has_index = (directory / single).exists(), (directory / name).exists()
+        index = _read_index(directory / name) if has_index else {}
+        others = sorted(set(index.values()) - {single})
+        # transformers reads the single file, vLLM the index, and the two may be different models.
+        if has_single and others:
+            raise WeightsError(
+                f"{directory} has both {single} and {name}, which names {others[0]}; remove the "
+                f"weights that are not meant"
+            )
+        if has_single or has_index:
+            return index
+    return {}
+
+
+def _weight_files(directory: Path, index: Mapping[str, str]) -> list[Path]:
+    """The files that hold the weights: the index's, the single one, or all shards.
+
+    Raises:
+        WeightsError: there are none, one cannot be read, or it is unclear which are meant.
+    """
+    names = sorted(set(index.values()))
+    shards = sorted(file.name for file in directory.glob("*.safetensors"))
+    if not names and (directory / SINGLE).exists():
+        names = [SINGLE]
+    elif not names and (directory / BIN_SINGLE).exists():
+        names = [BIN_SINGLE]
+    if shards and names and names[0].endswith(".bin"):
+        raise WeightsError(
+            f"{directory} has both {names[0]} and {shards[0]} without an index, which transformers "
+            f"does not read; remove the weights that are not meant"
+        )
+    names = names or shards
+    if not names:
+        raise WeightsError(
+            f"{str(directory)!r} has no {SINGLE}, {INDEX} or {BIN_SINGLE}; give a directory of HF weights"
+        )
+    for name in names:
+        _check_regular(directory / name)
+    return [directory / name for name in names]
 
 
 def _read_index(file: Path) -> dict[str, str]:
@@ -318,10 +552,16 @@ def _read_index(file: Path) -> dict[str, str]:
         weight_map = json.loads(file.read_bytes(), object_pairs_hook=_unique)["weight_map"]
         items = list(weight_map.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{file} is not an index of weights ({error!r}); download it again") from error
+        raise WeightsError(
+            f"{file} is not an index of weights ({error!r}); download it again"
+        ) from error
     for name, target in items:
-        if not isinstance(target, str) or not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", target, re.ASCII):
-            raise WeightsError(f"{file}: {name} lies in {target!r}, which is not a file name of weights")
+        if not isinstance(target, str) or not re.fullmatch(
+            r"[\w.-]+\.(safetensors|bin)", target, re.ASCII
+        ):
+            raise WeightsError(
+                f"{file}: {name} lies in {target!r}, which is not a file name of weights"
+            )
     return dict(items)
 
 
@@ -335,7 +575,9 @@ def _check_regular(file: Path) -> int:
         status = file.stat()
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "a loop of links"
-        raise WeightsError(f"{file} cannot be read ({reason}); the download may be incomplete") from error
+        raise WeightsError(
+            f"{file} cannot be read ({reason}); the download may be incomplete"
+        ) from error
     if not stat.S_ISREG(status.st_mode):
         raise WeightsError(f"{file} is not a regular file")
     return status.st_size

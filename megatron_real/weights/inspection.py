@@ -11,10 +11,15 @@ from typing import Any
 
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.containers import TorchFile
 from megatron_real.weights.conversion import checkpoint_of, open_megatron, recorded_hf
 from megatron_real.weights.hf import HfWeights
-from megatron_real.weights.torch_dist import COMMON, CONFIG, METADATA, TorchDistWeights, read_metadata
+from megatron_real.weights.torch_dist import (
+    CONFIG,
+    METADATA,
+    TorchDistWeights,
+    common_state,
+    read_metadata,
+)
 from megatron_real.weights.verify import is_hf
 
 
@@ -34,11 +39,16 @@ def describe(directory: Path, hf_config: Path | None = None) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
     if (checkpoint / METADATA).is_file():
         return _describe_torch_dist(checkpoint, architecture) | {"bytes": size}
-    found: dict[str, Any] = {"format": "Megatron torch, one file a rank", "checkpoint": str(checkpoint)}
+    found: dict[str, Any] = {
+        "format": "Megatron torch, one file a rank",
+        "checkpoint": str(checkpoint),
+    }
     if architecture is not None:
         weights = open_megatron(checkpoint, architecture)
         assert not isinstance(weights, TorchDistWeights), "it has no .metadata"
-        found |= {"dtype": weights.dtype, "layout": {"tp": weights.tp, "pp": weights.pp}} | _model(architecture)
+        found |= {"dtype": weights.dtype, "layout": {"tp": weights.tp, "pp": weights.pp}} | _model(
+            architecture
+        )
     return found | {"bytes": size}
 
 
@@ -56,22 +66,31 @@ def _describe_hf(directory: Path) -> dict[str, Any]:
 
 
 def _describe_torch_dist(checkpoint: Path, architecture: Architecture | None) -> dict[str, Any]:
-    shapes, chunks = read_metadata(checkpoint)
-    ours = {key: value for key, value in shapes.items() if not key.startswith(("optimizer.", "chained_"))}
+    metadata = read_metadata(checkpoint)
+    shapes, chunks = metadata.shapes, metadata.chunks
+    ours = {
+        key: value
+        for key, value in shapes.items()
+        if not key.startswith(("optimizer.", "chained_"))
+    }
     dtypes = collections.Counter(dtype for _, dtype in ours.values())
-    common = TorchFile(checkpoint / COMMON).object if (checkpoint / COMMON).is_file() else {}
+    iteration = common_state(checkpoint, metadata).get("iteration")
     return {
         "format": "Megatron torch_dist",
         "versions": _versions(checkpoint),
         "checkpoint": str(checkpoint),
         "written_by": "megatron-core with optimizer" if len(ours) < len(shapes) else "weights only",
-        "iteration": common.get("iteration", "unknown") if isinstance(common, dict) else "unknown",
+        "iteration": iteration if isinstance(iteration, int) else "unknown",
         "tensors": len(ours),
         "chunks": sum(len(chunks.get(key, [])) for key in ours),
         "dtypes": dict(dtypes),
         "parameters": sum(prod(shape) for shape, _ in ours.values()),
         "layout": "any TP, PP and VPP",
-        **({} if architecture is None else {k: v for k, v in _model(architecture).items() if k != "parameters"}),
+        **(
+            {}
+            if architecture is None
+            else {k: v for k, v in _model(architecture).items() if k != "parameters"}
+        ),
     }
 
 
@@ -85,4 +104,7 @@ def _versions(checkpoint: Path) -> dict[str, Any]:
 
 
 def _model(architecture: Architecture) -> dict[str, Any]:
-    return {"parameters": architecture.num_parameters, "architecture": dataclasses.asdict(architecture)}
+    return {
+        "parameters": architecture.num_parameters,
+        "architecture": dataclasses.asdict(architecture),
+    }

@@ -1,7 +1,7 @@
 """The one mapping between HF and Megatron weights: names, shapes, and which row goes where.
 
-Conversion, loading, weight sync and export all walk `entries(architecture)`. An entry ties one Megatron parameter to
-the one to three HF tensors it is made of, always as whole rows (`runs`):
+Conversion, loading, weight sync and export all walk `entries(architecture)`. An entry ties one
+Megatron parameter to the one to three HF tensors it is made of, always as whole rows (`runs`):
 
     linear_qkv   per KV group: its q rows, its k rows, its v rows       <- q_proj, k_proj, v_proj   split over rows
     linear_fc1   gate rows, then up rows, each split over TP ranks      <- gate_proj, up_proj       split over rows
@@ -9,7 +9,8 @@ the one to three HF tensors it is made of, always as whole rows (`runs`):
     linear_proj, linear_fc2                                             <- o_proj, down_proj        split over columns
     norms, and the biases of linear_proj and linear_fc2                 <- one to one               replicated
 
-A new architecture is a line in architecture.SUPPORTED, its traits, and rows of LAYER that hold for a trait.
+A new architecture is a line in architecture.SUPPORTED, its traits, and rows of LAYER that hold for
+a trait.
 """
 
 from __future__ import annotations
@@ -29,10 +30,16 @@ Kind = Literal["qkv", "gate_up", "vocab", "columns", "replicated"]
 
 Rows = tuple[str, Kind, tuple[tuple[str, ...], ...], str]
 
-# Megatron name, kind, (HF name, its dimensions) of each part, the trait of the architecture that it needs. A name is
-# the one in the checkpoint, where a norm belongs to the linear after it, as TransformerEngine fuses them.
+# Megatron name, kind, (HF name, its dimensions) of each part, the trait of the architecture that it
+# needs. A name is the one in the checkpoint, where a norm belongs to the linear after it, as
+# TransformerEngine fuses them.
 LAYER: tuple[Rows, ...] = (
-    ("self_attention.linear_qkv.layer_norm_weight", "replicated", (("input_layernorm.weight", "hidden"),), ""),
+    (
+        "self_attention.linear_qkv.layer_norm_weight",
+        "replicated",
+        (("input_layernorm.weight", "hidden"),),
+        "",
+    ),
     (
         "self_attention.linear_qkv.weight",
         "qkv",
@@ -46,14 +53,43 @@ LAYER: tuple[Rows, ...] = (
     (
         "self_attention.linear_qkv.bias",
         "qkv",
-        (("self_attn.q_proj.bias", "q"), ("self_attn.k_proj.bias", "kv"), ("self_attn.v_proj.bias", "kv")),
+        (
+            ("self_attn.q_proj.bias", "q"),
+            ("self_attn.k_proj.bias", "kv"),
+            ("self_attn.v_proj.bias", "kv"),
+        ),
         "qkv_bias",
     ),
-    ("self_attention.q_layernorm.weight", "replicated", (("self_attn.q_norm.weight", "head"),), "qk_norm"),
-    ("self_attention.k_layernorm.weight", "replicated", (("self_attn.k_norm.weight", "head"),), "qk_norm"),
-    ("self_attention.linear_proj.weight", "columns", (("self_attn.o_proj.weight", "hidden", "q"),), ""),
-    ("self_attention.linear_proj.bias", "replicated", (("self_attn.o_proj.bias", "hidden"),), "linear_bias"),
-    ("mlp.linear_fc1.layer_norm_weight", "replicated", (("post_attention_layernorm.weight", "hidden"),), ""),
+    (
+        "self_attention.q_layernorm.weight",
+        "replicated",
+        (("self_attn.q_norm.weight", "head"),),
+        "qk_norm",
+    ),
+    (
+        "self_attention.k_layernorm.weight",
+        "replicated",
+        (("self_attn.k_norm.weight", "head"),),
+        "qk_norm",
+    ),
+    (
+        "self_attention.linear_proj.weight",
+        "columns",
+        (("self_attn.o_proj.weight", "hidden", "q"),),
+        "",
+    ),
+    (
+        "self_attention.linear_proj.bias",
+        "replicated",
+        (("self_attn.o_proj.bias", "hidden"),),
+        "linear_bias",
+    ),
+    (
+        "mlp.linear_fc1.layer_norm_weight",
+        "replicated",
+        (("post_attention_layernorm.weight", "hidden"),),
+        "",
+    ),
     (
         "mlp.linear_fc1.weight",
         "gate_up",
@@ -85,7 +121,8 @@ class Entry:
     """One Megatron parameter and the HF tensors it is made of."""
 
     key: str
-    """Key in a torch_dist checkpoint: without a layer number, as all layers are one tensor there."""
+    """Key in a torch_dist checkpoint: without a layer number, as all layers are one tensor
+    there."""
     layer: int | None
     """Layer in the whole model, counted from 0; None outside the layers."""
     kind: Kind
@@ -99,12 +136,15 @@ class Entry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Parameter names with the global layer number: TransformerEngine's layer spec and the local one."""
+        """Parameter names with the global layer number: TransformerEngine's layer spec and the
+        local one.
+        """
         if self.layer is None:
             return (self.key,)
         rest = self.key.removeprefix("decoder.layers.")
         return tuple(
-            f"decoder.layers.{self.layer}.{name}" for name in dict.fromkeys([rest, LOCAL_NAMES.get(rest, rest)])
+            f"decoder.layers.{self.layer}.{name}"
+            for name in dict.fromkeys([rest, LOCAL_NAMES.get(rest, rest)])
         )
 
     @property
@@ -123,10 +163,16 @@ class Entry:
         if self.kind != "qkv":
             return [(part, 0, shape[0]) for part, shape in enumerate(self.shapes)]
         heights = [shape[0] // self.groups for shape in self.shapes]
-        return [(part, g * rows, rows) for g in range(self.groups) for part, rows in enumerate(heights)]
+        return [
+            (part, g * rows, rows) for g in range(self.groups) for part, rows in enumerate(heights)
+        ]
 
-    def local_ranges(self, tp_rank: int, tp: int, *, padded_rows: int) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-        """The rows [first, last) at TP 1, in local order, and the columns [first, last), that a rank holds."""
+    def local_ranges(
+        self, tp_rank: int, tp: int, *, padded_rows: int
+    ) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+        """The rows [first, last) at TP 1, in local order, and the columns [first, last), that a
+        rank holds.
+        """
         columns = (0, self.columns)
         if self.kind == "replicated":
             return [(0, self.shape[0])], columns
@@ -141,21 +187,35 @@ class Entry:
         return [(tp_rank * part, (tp_rank + 1) * part)], columns
 
     def from_hf(
-        self, hf: Sequence[StoredTensor], dtype: str, ranges: Sequence[tuple[int, int]], columns: tuple[int, int]
+        self,
+        hf: Sequence[StoredTensor],
+        dtype: str,
+        ranges: Sequence[tuple[int, int]],
+        columns: tuple[int, int],
     ) -> Piece:
         """The rectangle `ranges` x `columns` of the Megatron parameter, made of its HF tensors."""
         runs = row_ranges([Run(hf[part], row, rows) for part, row, rows in self.runs], ranges)
         return self._piece(runs, dtype, ranges, columns)
 
     def from_megatron(
-        self, megatron: StoredTensor, dtype: str, ranges: Sequence[tuple[int, int]], columns: tuple[int, int]
+        self,
+        megatron: StoredTensor,
+        dtype: str,
+        ranges: Sequence[tuple[int, int]],
+        columns: tuple[int, int],
     ) -> Piece:
-        """The rectangle `ranges` x `columns` of the Megatron parameter, out of a checkpoint of any layout."""
+        """The rectangle `ranges` x `columns` of the Megatron parameter, out of a checkpoint of any
+        layout.
+        """
         runs = row_ranges([Run(megatron, 0, self.shape[0])], ranges)
         return self._piece(runs, dtype, ranges, columns)
 
     def _piece(
-        self, runs: tuple[Run, ...], dtype: str, ranges: Sequence[tuple[int, int]], columns: tuple[int, int]
+        self,
+        runs: tuple[Run, ...],
+        dtype: str,
+        ranges: Sequence[tuple[int, int]],
+        columns: tuple[int, int],
     ) -> Piece:
         height, width = sum(last - first for first, last in ranges), columns[1] - columns[0]
         shape = (height, width) if len(self.shape) > 1 else (height,)
@@ -171,7 +231,9 @@ class Entry:
         return Piece(self.parts[part], dtype, self.shapes[part], tuple(runs), 0, self.columns)
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """The HF tensors, out of every tensor-parallel rank's live parameter in rank order; a vocabulary is padded.
+        """The HF tensors, out of every tensor-parallel rank's live parameter in rank order.
+
+        A vocabulary is padded.
 
         What is whole on one rank is a view of its parameter.
         """
@@ -206,12 +268,17 @@ class Weights(Protocol):
     def dtype(self) -> str:
         """Key of DTYPE_BYTES: the embedding's dtype, which stands for all matrices."""
 
-    def megatron_piece(self, entry: Entry, ranges: Sequence[tuple[int, int]], columns: tuple[int, int]) -> Piece:
+    def megatron_piece(
+        self, entry: Entry, ranges: Sequence[tuple[int, int]], columns: tuple[int, int]
+    ) -> Piece:
         """The rectangle of a Megatron parameter, in the files' own dtype."""
 
 
 def entries(architecture: Architecture) -> Iterator[Entry]:
-    """Every parameter of the model once, in forward order. A tied output weight has no entry: it is the embedding."""
+    """Every parameter of the model once, in forward order.
+
+    A tied output weight has no entry: it is the embedding.
+    """
     a = architecture
     sizes = {
         "hidden": a.hidden_size,
@@ -233,11 +300,22 @@ def entries(architecture: Architecture) -> Iterator[Entry]:
                     shapes=tuple(tuple(sizes[size] for size in dims) for _, *dims in parts),
                     groups=a.num_kv_heads,
                 )
-    yield Entry("decoder.final_layernorm.weight", None, "replicated", ("model.norm.weight",), ((a.hidden_size,),), 1)
+    yield Entry(
+        "decoder.final_layernorm.weight",
+        None,
+        "replicated",
+        ("model.norm.weight",),
+        ((a.hidden_size,),),
+        1,
+    )
     if not a.tied:
         yield Entry(OUTPUT, None, "vocab", (HF_OUTPUT,), (table,), 1)
 
 
 def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """HF name -> shape of every tensor of the model, in forward order."""
-    return {name: shape for e in entries(architecture) for name, shape in zip(e.parts, e.shapes, strict=True)}
+    return {
+        name: shape
+        for e in entries(architecture)
+        for name, shape in zip(e.parts, e.shapes, strict=True)
+    }

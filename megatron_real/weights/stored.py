@@ -1,8 +1,9 @@
-"""Tensors as byte ranges of files, and new tensors made of their rows, block by block in constant memory.
+"""Tensors as byte ranges of files, and new tensors made of their rows, block by block in constant
+memory.
 
-Every conversion is a rearrangement of rows: a weight of one format is some rows of the weights of the other, one below
-the other, perhaps cut to some columns. So nothing here knows a model, needs torch for bytes that stay as they are, or
-holds more than a block.
+Every conversion is a rearrangement of rows: a weight of one format is some rows of the weights of
+the other, one below the other, perhaps cut to some columns. So nothing here knows a model, needs
+torch for bytes that stay as they are, or holds more than a block.
 
     StoredTensor   a matrix in files: rectangles, each contiguous in its file       (a vector is a matrix of 1 column)
     Piece          a tensor to make: runs of rows of stored tensors, cut to a range of columns
@@ -68,7 +69,10 @@ class StoredTensor:
         """Raises WeightsError where the chunks overlap or leave something out."""
         rows, columns = self.shape[0], self.columns
         inside = all(
-            c.row >= 0 and c.column >= 0 and c.row + c.rows <= rows and c.column + c.columns <= columns
+            c.row >= 0
+            and c.column >= 0
+            and c.row + c.rows <= rows
+            and c.column + c.columns <= columns
             for c in self.chunks
         )
         overlap = any(_overlap(a, b) for i, a in enumerate(self.chunks) for b in self.chunks[:i])
@@ -142,7 +146,9 @@ class Piece:
     def read(self, files: OpenFiles, block_bytes: int = 2**24) -> bytearray:
         """All of its bytes."""
         data = bytearray()
-        for block in self.blocks(files, block_bytes):  # each is overwritten by the next: never collect them
+        for block in self.blocks(
+            files, block_bytes
+        ):  # each is overwritten by the next: never collect them
             data += block
         return data
 
@@ -167,7 +173,9 @@ class OpenFiles:
             except OSError as error:
                 raise WeightsError(f"{file}: cannot be read ({error.strerror})") from error
             if not count:
-                raise WeightsError(f"{file} ends at byte {offset + done}, before its data; copy or download it again")
+                raise WeightsError(
+                    f"{file} ends at byte {offset + done}, before its data; copy or download it again"
+                )
             done += count
 
     def _descriptor(self, file: Path) -> int:
@@ -196,7 +204,9 @@ def whole(tensor: StoredTensor, dtype: str | None = None) -> Piece:
 
 
 def check_stored(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
-    """Raises WeightsError where a tensor has another shape than its model's, or a dtype that weights do not have."""
+    """Raises WeightsError where a tensor has another shape than its model's, or a dtype that
+    weights do not have.
+    """
     if tensor.shape != shape:
         raise WeightsError(
             f"{tensor.name} has the shape {list(tensor.shape)} where config.json asks for {list(shape)}; "
@@ -206,6 +216,15 @@ def check_stored(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
         raise WeightsError(
             f"{tensor.name} has the dtype {tensor.dtype}; supported are {', '.join(DTYPE_BYTES)}, not quantised weights"
         )
+
+
+def same_bytes(a: Piece, b: Piece) -> bool:
+    """Whether two pieces of one dtype are equal bit by bit."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    with OpenFiles() as files:
+        blocks = zip(a.blocks(files, 2**20), b.blocks(files, 2**20), strict=True)
+        return all(x == y for x, y in blocks)
 
 
 def widest(dtypes: Sequence[str]) -> str:
@@ -220,7 +239,13 @@ def _overlap(a: Chunk, b: Chunk) -> bool:
 
 
 def _read(
-    tensor: StoredTensor, files: OpenFiles, block: memoryview, row: int, rows: int, column: int, columns: int
+    tensor: StoredTensor,
+    files: OpenFiles,
+    block: memoryview,
+    row: int,
+    rows: int,
+    column: int,
+    columns: int,
 ) -> None:
     """Fills `block` with the rectangle [row, row + rows) x [column, column + columns) of `tensor`."""
     size = DTYPE_BYTES[tensor.dtype]
@@ -276,7 +301,9 @@ def _cast(block: memoryview, source: str, target: str, name: str) -> memoryview:
 
 
 def torch_dtype(name: str) -> Any:
-    """torch's dtype of a key of DTYPE_BYTES, or of its spelling in configurations (bf16, fp16, fp32, fp64)."""
+    """torch's dtype of a key of DTYPE_BYTES, or of its spelling in configurations (bf16, fp16,
+    fp32, fp64).
+    """
     import torch
 
     return getattr(torch, TORCH_NAMES[stored_dtype(name)])
@@ -288,7 +315,10 @@ def stored_dtype(name: str) -> str:
 
 
 def row_ranges(runs: Sequence[Run], ranges: Sequence[tuple[int, int]]) -> tuple[Run, ...]:
-    """The rows [first, last) of each range, out of the rows that `runs` make; what lies below the last run is zeros."""
+    """The rows [first, last) of each range, out of the rows that `runs` make.
+
+    What lies below the last run is zeros.
+    """
     taken = []
     for first, last in ranges:
         top = 0

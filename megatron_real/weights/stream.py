@@ -5,7 +5,7 @@ Process groups are arguments; every function that takes them is collective over 
 
 from __future__ import annotations
 
-import os
+import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_real.collective import on_every_rank
 from megatron_real.disk import fsync
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
@@ -24,9 +25,13 @@ from megatron_real.weights.stored import OpenFiles, Piece, stored_dtype, torch_d
 
 _BLOCK_BYTES = 2**24
 
+logger = logging.getLogger(__name__)
+
 
 def global_parameters(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
-    """This rank's parameters by their global name: a layer's number in the whole model, not in its stage."""
+    """This rank's parameters by their global name: a layer's number in the whole model, not in its
+    stage.
+    """
     named: dict[str, nn.Parameter] = {}
     for chunk in chunks:
         decoder: Any = chunk.decoder
@@ -40,20 +45,59 @@ def global_parameters(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
 
 
 def load_weights(
-    chunks: Sequence[nn.Module], weights: Weights, architecture: Architecture, *, tp_rank: int, tp: int
+    chunks: Sequence[nn.Module],
+    weights: Weights,
+    architecture: Architecture,
+    *,
+    tp_rank: int,
+    tp: int,
+    replicas: dist.ProcessGroup | None = None,
 ) -> None:
-    """Fills this rank's parameters, reading only its own slices; nothing is communicated.
+    """Fills this rank's parameters with its own slices, which one rank of `replicas` reads and
+    sends to the others.
 
     Args:
         chunks: the model chunks of this rank.
         weights: an HF directory or a Megatron checkpoint.
         architecture: the model.
         tp_rank, tp: which tensor-parallel part this rank holds, of how many.
+        replicas: the ranks that hold the same parameters, over which this is collective; None where
+            every rank reads.
 
     Raises:
-        WeightsError: a tensor is missing, has another shape, or a parameter of the model was not filled.
+        WeightsError: a tensor is missing, has another shape, or a parameter of the model was not
+            filled.
     """
     parameters = global_parameters(chunks)
+
+    def read() -> None:
+        _read_weights(parameters, weights, architecture, tp_rank=tp_rank, tp=tp)
+
+    if replicas is None or dist.get_world_size(replicas) == 1:
+        read()
+        return
+    reads = dist.get_rank(replicas) == 0
+    # A file that cannot be read is said by every rank, instead of leaving the others in the first
+    # broadcast.
+    on_every_rank(
+        lambda: read() if reads else None,
+        group=replicas,
+        expected=WeightsError,
+        raises=WeightsError,
+    )
+    source = dist.get_global_rank(replicas, 0)
+    for parameter in parameters.values():
+        dist.broadcast(parameter.data, src=source, group=replicas)
+
+
+def _read_weights(
+    parameters: dict[str, nn.Parameter],
+    weights: Weights,
+    architecture: Architecture,
+    *,
+    tp_rank: int,
+    tp: int,
+) -> None:
     unfilled = set(parameters)
     padded_rows = architecture.padded_vocab(tp)
     with OpenFiles() as files:
@@ -95,9 +139,9 @@ def stream_hf(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields every HF (name, tensor) of the model on every rank, holding one parameter at a time.
 
-    Collective over `tp_group` (all-gather of the shards) and `pp_group` (broadcast from the stage that owns it): all
-    ranks must consume the whole stream together. Tensors keep the model's dtype and may be views of its parameters:
-    copy what outlives an update. A tied lm_head is not in it.
+    Collective over `tp_group` (all-gather of the shards) and `pp_group` (broadcast from the stage
+    that owns it): all ranks must consume the whole stream together. Tensors keep the model's dtype
+    and may be views of its parameters: copy what outlives an update. A tied lm_head is not in it.
     """
     parameters = global_parameters(chunks)
     owners = _owners(parameters, pp_group)
@@ -110,21 +154,28 @@ def stream_hf(
             yield name, tensor[: shape[0]]  # without the vocabulary's padding
 
 
-def write_hf(directory: str | Path, tensors: Iterable[tuple[str, Tensor]], *, source: str | Path, dtype: str) -> None:
-    """Writes a complete HF directory: `tensors` in `dtype`, config and tokenizer of the HF directory `source`.
+def write_hf(
+    directory: str | Path, tensors: Iterable[tuple[str, Tensor]], *, source: str | Path, dtype: str
+) -> None:
+    """Writes a complete HF directory: `tensors` in `dtype`, config and tokenizer of the HF
+    directory `source`.
 
-    The stream may come in any order; one tensor is held at a time. The directory appears when it is complete.
+    The stream may come in any order; one tensor is held at a time. The directory appears when it
+    is complete and on disk; an older one is there until then.
 
     Raises:
-        WeightsError: the stream lacks a tensor of the model, or has another one.
+        WeightsError: the stream lacks a tensor of the model, or has another one, or a file of
+            `source` cannot be copied.
     """
     target = Path(directory)
+    shapes = hf_shapes(Architecture.read(source))
+    files, index = hf_files({name: (stored_dtype(dtype), shape) for name, shape in shapes.items()})
+    contents = hf_side_files(Path(source), dtype=dtype, index=index)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    shapes = hf_shapes(Architecture.read(source))
-    files, index = hf_files({name: (stored_dtype(dtype), shape) for name, shape in shapes.items()})
-    for name, data in hf_side_files(Path(source), dtype=dtype, index=index).items():
+    for name, data in contents.items():
+        (partial / name).parent.mkdir(exist_ok=True)
         (partial / name).write_bytes(data)
     for file in files:
         with open(partial / file.name, "wb") as stream:
@@ -133,17 +184,49 @@ def write_hf(directory: str | Path, tensors: Iterable[tuple[str, Tensor]], *, so
     places = {name: (file.name, offset) for file in files for name, offset in file.offsets.items()}
     for name, tensor in tensors:
         if name not in places:
-            raise WeightsError(f"the weights to export have {name} twice, or the model has no such tensor")
+            raise WeightsError(
+                f"the weights to export have {name} twice, or the model has no such tensor"
+            )
         path, offset = places.pop(name)
         with open(partial / path, "r+b") as stream:
             stream.seek(offset)
             stream.write(_bytes(tensor.to(torch_dtype(dtype))))
     if places:
         raise WeightsError(f"the weights to export have nothing for {', '.join(sorted(places))}")
-    for file_name in os.listdir(partial):
-        fsync(partial / file_name)
-    shutil.rmtree(target, ignore_errors=True)
+    for file_name in partial.rglob("*"):
+        fsync(file_name)
+    fsync(partial)
+    _replace(target, partial)
+
+
+def _replace(target: Path, partial: Path) -> None:
+    """Gives `partial` the name `target`. An old directory of that name is there until then.
+
+    It is deleted afterwards, unless somebody has put other files there: then it is set aside.
+    """
+    old = target.with_name(f".{target.name}.old")
+    if target.exists():
+        _set_aside(old)
+        target.rename(old)
     partial.rename(target)
+    fsync(target.parent)
+    strange = {path.relative_to(old) for path in old.rglob("*")} - {
+        path.relative_to(target) for path in target.rglob("*")
+    }
+    if strange:
+        logger.warning("%s held %s; it is kept as %s", target, min(strange), _set_aside(old))
+    else:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_aside(old: Path) -> Path:
+    """Renames a replaced export that must not be deleted; returns its new name."""
+    number = 1
+    while (kept := old.with_name(f"{old.name.strip('.')}-{number}")).exists():
+        number += 1
+    if old.exists():
+        old.rename(kept)
+    return kept
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -153,9 +236,14 @@ def _bytes(tensor: Tensor) -> memoryview:
 def _owners(
     parameters: dict[str, nn.Parameter], pp_group: dist.ProcessGroup
 ) -> dict[str, tuple[int, torch.Size, torch.dtype]]:
-    """Parameter name -> (pipeline stage, shape, dtype) over all stages; the first stage that has it."""
+    """Parameter name -> (pipeline stage, shape, dtype) over all stages.
+
+    The first stage that has it.
+    """
     mine = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
-    stages: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{} for _ in range(dist.get_world_size(pp_group))]
+    stages: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [
+        {} for _ in range(dist.get_world_size(pp_group))
+    ]
     dist.all_gather_object(stages, mine, group=pp_group)
     owners: dict[str, tuple[int, torch.Size, torch.dtype]] = {}
     for stage, named in enumerate(stages):
@@ -164,7 +252,9 @@ def _owners(
     return owners
 
 
-def _broadcast(shard: Tensor | None, owner: tuple[int, torch.Size, torch.dtype], pp_group: dist.ProcessGroup) -> Tensor:
+def _broadcast(
+    shard: Tensor | None, owner: tuple[int, torch.Size, torch.dtype], pp_group: dist.ProcessGroup
+) -> Tensor:
     stage, shape, dtype = owner
     if dist.get_world_size(pp_group) == 1:
         assert shard is not None, "a single pipeline stage owns every parameter"

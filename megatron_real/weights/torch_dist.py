@@ -1,36 +1,55 @@
-"""Megatron's torch_dist checkpoints: where each weight's bytes lie, and a checkpoint laid out from HF weights.
+"""Megatron's torch_dist checkpoints: where each weight's bytes lie, and a checkpoint laid out from
+HF weights.
 
-The format is torch.distributed.checkpoint's: `.metadata` is a pickle that says, for each key, the global shape and the
-chunks that tile it, and for each chunk its file and range there; a range holds one torch.save archive. The keys do not
-depend on TP, PP or the layer spec: all layers are one tensor with the layer as its first dimension, so a checkpoint
-written without a layout loads into any. (megatron/core/dist_checkpointing/strategies/torch.py, read in 0.16.1 and
-0.19.2.) The optimizer's keys are never opened.
+The format is torch.distributed.checkpoint's: `.metadata` is a pickle that says, for each key, the
+global shape and the chunks that tile it, and for each chunk its file and range there; a range holds
+one torch.save archive. The keys do not depend on TP, PP or the layer spec: all layers are one
+tensor with the layer as its first dimension, so a checkpoint written without a layout loads into
+any. (megatron/core/dist_checkpointing/strategies/torch.py, read in 0.16.1 and 0.19.2.) The
+optimizer's keys are never opened.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import io
 import json
 import pickle
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.containers import LARGEST_PICKLE, Layout, PickledTensor, TorchFile, layout, load_pickle
+from megatron_real.weights.arguments import megatron_args
+from megatron_real.weights.containers import (
+    LARGEST_PICKLE,
+    Layout,
+    PickledTensor,
+    TorchFile,
+    layout,
+    load_pickle,
+)
 from megatron_real.weights.mapping import EMBEDDING, LOCAL_NAMES, OUTPUT, Entry, Weights, entries
-from megatron_real.weights.stored import DTYPE_BYTES, Chunk, Piece, StoredTensor, torch_dtype, widest
+from megatron_real.weights.stored import (
+    DTYPE_BYTES,
+    Chunk,
+    Piece,
+    StoredTensor,
+    torch_dtype,
+    widest,
+)
 from megatron_real.weights.transfer import Output, Target
 
 METADATA, CONFIG, COMMON = ".metadata", "metadata.json", "common.pt"
 _CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _CONFIG |= {"common_backend": "torch", "common_backend_version": 1}
-# What megatron-core asks for beside the weights of a layer: TransformerEngine's state of a module, empty without fp8.
-# TransformerEngine's layers have all five, the local ones the linears; a superset is ignored.
+# What megatron-core asks for beside the weights of a layer: TransformerEngine's state of a module,
+# empty without fp8. TransformerEngine's layers have all five, the local ones the linears; a
+# superset is ignored.
 EXTRA_STATE = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
@@ -50,7 +69,10 @@ class TorchDistWeights:
 
     def __init__(self, directory: Path, architecture: Architecture) -> None:
         self.directory, self.architecture = directory, architecture
-        self.shapes, self._chunks = read_metadata(directory)
+        metadata = read_metadata(directory)
+        self.shapes, self._chunks = metadata.shapes, metadata.chunks
+        self.arguments = common_state(directory, metadata).get("args")
+        """Megatron-LM's arguments that the checkpoint was trained with; None where it has none."""
 
     @property
     def dtype(self) -> str:
@@ -60,8 +82,14 @@ class TorchDistWeights:
     @property
     def unmapped(self) -> list[str]:
         """Keys of tensors that no HF tensor stands for; the optimizer's are not listed."""
-        known = {key for entry in entries(self.architecture) for key in _spellings(entry)} | {OUTPUT}
-        return sorted(k for k in self.shapes if k not in known and not k.startswith(("optimizer.", "chained_")))
+        known = {key for entry in entries(self.architecture) for key in _spellings(entry)} | {
+            OUTPUT
+        }
+        return sorted(
+            k
+            for k in self.shapes
+            if k not in known and not k.startswith(("optimizer.", "chained_"))
+        )
 
     def tensor(self, entry: Entry) -> StoredTensor:
         """Where a parameter lies, of one layer, without the vocabulary's padding.
@@ -69,13 +97,25 @@ class TorchDistWeights:
         Raises:
             WeightsError: it is not there, incomplete, or has another shape than the model's.
         """
-        key = next((key for key in _spellings(entry) if key in self.shapes), None)
-        if key is None:
-            raise WeightsError(f"{self.directory} has no tensor {entry.key}; it is not a checkpoint of this model")
+        keys = [key for key in dict.fromkeys(_spellings(entry)) if key in self.shapes]
+        if not keys:
+            raise WeightsError(
+                f"{self.directory} has no tensor {entry.key}; it is not a checkpoint of this model"
+            )
+        if len(keys) > 1:
+            raise WeightsError(
+                f"{self.directory} has one parameter twice, as {keys[0]} and {keys[1]}; it is "
+                f"unclear which is meant"
+            )
+        key = keys[0]
         shape, dtype = self._key(key)
         stacked = "layers." in key and f".{entry.layer}." not in key
         expected = ((self.architecture.num_layers,) if stacked else ()) + entry.shape
-        same = shape[1:] == expected[1:] and shape[0] >= expected[0] if entry.kind == "vocab" else shape == expected
+        same = (
+            shape[1:] == expected[1:] and shape[0] >= expected[0]
+            if entry.kind == "vocab"
+            else shape == expected
+        )
         if not same:
             raise WeightsError(
                 f"{self.directory}: {key} is {list(shape)} {dtype} where the model's config.json asks for "
@@ -85,21 +125,37 @@ class TorchDistWeights:
         if stacked and entry.layer is not None:
             wanted = [c for c in wanted if c.offsets[0] <= entry.layer < c.offsets[0] + c.sizes[0]]
         chunks = tuple(self._chunk(key, dtype, c, entry.layer if stacked else None) for c in wanted)
-        whole = StoredTensor(f"{key}[{entry.layer}]", dtype, shape[1:] if stacked else shape, chunks)
+        whole = StoredTensor(
+            f"{key}[{entry.layer}]", dtype, shape[1:] if stacked else shape, chunks
+        )
         whole.check_tiling()
         return whole
 
-    def megatron_piece(self, entry: Entry, ranges: Sequence[tuple[int, int]], columns: tuple[int, int]) -> Piece:
+    def copies(self) -> Iterator[tuple[str, Piece, Piece]]:
+        """(name, tensor, the one it should be a copy of) of what is not read from the checkpoint."""
+        if self.architecture.tied and OUTPUT in self.shapes:
+            embedding = next(entries(self.architecture))
+            output = dataclasses.replace(embedding, key=OUTPUT)
+            pieces = [e.to_hf(t, 0, t.dtype) for e in (output, embedding) for t in [self.tensor(e)]]
+            yield OUTPUT, pieces[0], pieces[1]
+
+    def megatron_piece(
+        self, entry: Entry, ranges: Sequence[tuple[int, int]], columns: tuple[int, int]
+    ) -> Piece:
         """The rectangle `ranges` x `columns` of a parameter, in the checkpoint's dtype."""
         tensor = self.tensor(entry)
         return entry.from_megatron(tensor, tensor.dtype, ranges, columns)
 
     def _key(self, key: str) -> tuple[tuple[int, ...], str]:
         if key not in self.shapes:
-            raise WeightsError(f"{self.directory} has no tensor {key}; it is not a checkpoint of a GPT model")
+            raise WeightsError(
+                f"{self.directory} has no tensor {key}; it is not a checkpoint of a GPT model"
+            )
         shape, dtype = self.shapes[key]
         if dtype not in DTYPE_BYTES:
-            raise WeightsError(f"{self.directory}: {key} has dtype {dtype}; supported are {', '.join(DTYPE_BYTES)}")
+            raise WeightsError(
+                f"{self.directory}: {key} has dtype {dtype}; supported are {', '.join(DTYPE_BYTES)}"
+            )
         return shape, dtype
 
     def _chunk(self, key: str, dtype: str, chunk: DistChunk, layer: int | None) -> Chunk:
@@ -110,7 +166,9 @@ class TorchDistWeights:
             raise WeightsError(f"{file}: the chunk of {key} at {offsets} is not a {dtype} tensor")
         stored = archive.stored(key, archive.object)
         if prod(stored.shape) != prod(sizes):
-            raise WeightsError(f"{file}: the chunk of {key} at {offsets} has the shape {stored.shape}, not {sizes}")
+            raise WeightsError(
+                f"{file}: the chunk of {key} at {offsets} has the shape {stored.shape}, not {sizes}"
+            )
         begin = stored.chunks[0].offset
         if layer is not None:
             begin += (layer - offsets[0]) * prod(sizes[1:]) * DTYPE_BYTES[dtype]
@@ -134,8 +192,20 @@ class DistChunk(NamedTuple):
     """Bytes of the archive."""
 
 
-def read_metadata(directory: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, list[DistChunk]]]:
-    """Key -> (shape, dtype), and key -> its chunks. A chunk without data is left to the tiling's check.
+@dataclass(frozen=True)
+class DistMetadata:
+    """What `.metadata` says."""
+
+    shapes: dict[str, tuple[tuple[int, ...], str]]
+    """Key of a tensor -> its global shape and dtype."""
+    chunks: dict[str, list[DistChunk]]
+    """Key of a tensor -> its chunks. One without data is left to the tiling's check."""
+    objects: dict[str, tuple[str, int, int]]
+    """Key of an object -> its file, and first byte and length of its archive there."""
+
+
+def read_metadata(directory: Path) -> DistMetadata:
+    """Reads `.metadata`.
 
     Raises:
         WeightsError: missing, corrupt or hostile.
@@ -143,17 +213,26 @@ def read_metadata(directory: Path) -> tuple[dict[str, tuple[tuple[int, ...], str
     file = directory / METADATA
     try:
         if file.stat().st_size > LARGEST_PICKLE:
-            raise WeightsError(f"{file} has {file.stat().st_size:,} bytes; no checkpoint needs that many")
+            raise WeightsError(
+                f"{file} has {file.stat().st_size:,} bytes; no checkpoint needs that many"
+            )
         metadata = load_pickle(file.read_bytes(), file)
     except OSError as error:
-        raise WeightsError(f"{file} cannot be read ({error.strerror}); it is not a torch_dist checkpoint") from error
+        raise WeightsError(
+            f"{file} cannot be read ({error.strerror}); it is not a torch_dist checkpoint"
+        ) from error
     try:
-        ranges: dict[Any, tuple[str, int, int]] = {
-            (index.fqn, _numbers(index.offset)): (_file_name(info.relative_path), int(info.offset), int(info.length))
-            for index, info in metadata.storage_data.items()
-            if getattr(index, "offset", None) is not None
+        ranges: dict[Any, tuple[str, int, int]] = {}
+        objects: dict[str, tuple[str, int, int]] = {}
+        for index, info in metadata.storage_data.items():
+            place = (_file_name(info.relative_path), int(info.offset), int(info.length))
+            if getattr(index, "offset", None) is None:
+                objects[str(index.fqn)] = place
+            else:
+                ranges[index.fqn, _numbers(index.offset)] = place
+        tensors = {
+            str(key): t for key, t in metadata.state_dict_metadata.items() if hasattr(t, "chunks")
         }
-        tensors = {str(key): t for key, t in metadata.state_dict_metadata.items() if hasattr(t, "chunks")}
         shapes = {key: (_numbers(t.size), str(t.properties.state[0])) for key, t in tensors.items()}
         chunks = {
             key: [
@@ -163,18 +242,45 @@ def read_metadata(directory: Path) -> tuple[dict[str, tuple[tuple[int, ...], str
             ]
             for key, tensor in tensors.items()
         }
-        if any(not len(c.offsets) == len(c.sizes) == len(shapes[key][0]) for key in chunks for c in chunks[key]):
+        if any(
+            not len(c.offsets) == len(c.sizes) == len(shapes[key][0])
+            for key in chunks
+            for c in chunks[key]
+        ):
             raise ValueError("a chunk has other dimensions than its tensor")
-        return shapes, chunks
+        return DistMetadata(shapes, chunks, objects)
     except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
         if isinstance(error, WeightsError):
             raise
-        raise WeightsError(f"{file} is not the metadata of a torch_dist checkpoint ({error!r})") from error
+        raise WeightsError(
+            f"{file} is not the metadata of a torch_dist checkpoint ({error!r})"
+        ) from error
+
+
+def common_state(checkpoint: Path, metadata: DistMetadata) -> dict[str, Any]:
+    """What all ranks share: arguments, iteration. megatron-core 0.19 may have it in the shards.
+
+    Raises:
+        WeightsError: it is corrupt or hostile.
+    """
+    file = checkpoint / COMMON
+    place = metadata.objects.get("common_state/shard_0_1")
+    if file.is_file():
+        state = TorchFile(file).object
+    elif place is not None:
+        state = TorchFile(checkpoint / place[0], *place[1:]).object
+    else:
+        return {}
+    if isinstance(state, list) and len(state) == 1:
+        (state,) = state
+    return state if isinstance(state, dict) else {}
 
 
 def _file_name(name: Any) -> str:
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
-        raise WeightsError(f"the metadata name the file {name!r}, which is not one of the checkpoint")
+        raise WeightsError(
+            f"the metadata name the file {name!r}, which is not one of the checkpoint"
+        )
     return name
 
 
@@ -187,8 +293,8 @@ def plan_torch_dist(
         weights: where they come from.
         architecture: the model.
         dtype: key of DTYPE_BYTES; None keeps the source's.
-        tp_chunks: chunks a tensor that tensor parallelism splits is cut into. megatron-core reads whole chunks, so a
-            rank of TP n reads n times its part of a tensor in one chunk.
+        tp_chunks: chunks a tensor that tensor parallelism splits is cut into. megatron-core reads
+            whole chunks, so a rank of TP n reads n times its part of a tensor in one chunk.
         prefix: directory of the checkpoint within the output, with its slash.
 
     Raises:
@@ -200,8 +306,14 @@ def plan_torch_dist(
     for entry in entries(architecture):
         by_key.setdefault(entry.key, []).append(entry)
     for layers in by_key.values():
-        parts = [(entry, ranges, columns) for entry in layers for ranges, columns in _cuts(entry, tp_chunks)]
-        pieces = [weights.megatron_piece(entry, ranges, columns) for entry, ranges, columns in parts]
+        parts = [
+            (entry, ranges, columns)
+            for entry in layers
+            for ranges, columns in _cuts(entry, tp_chunks)
+        ]
+        pieces = [
+            weights.megatron_piece(entry, ranges, columns) for entry, ranges, columns in parts
+        ]
         chosen = dtype or widest([piece.dtype for piece in pieces])
         for (entry, ranges, columns), piece in zip(parts, pieces, strict=True):
             writer.add(entry, len(layers), ranges[0][0], columns[0], piece.cast(chosen))
@@ -219,7 +331,9 @@ class _Writer:
     def __init__(self, prefix: str) -> None:
         self.output, self.prefix = Output(), prefix
         self._layouts: dict[tuple[str, tuple[int, ...]], Layout] = {}
-        self._tensors: dict[str, tuple[str, tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]] = {}
+        self._tensors: dict[
+            str, tuple[str, tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]
+        ] = {}
         self._objects: list[str] = []
         self._ranges: list[tuple[str, tuple[int, ...] | None, int, str, int, int]] = []
         self._file, self._at = -1, _FILE_BYTES
@@ -290,7 +404,10 @@ class _Writer:
             key: TensorStorageMetadata(
                 TensorProperties(dtype=torch_dtype(dtype)),
                 torch.Size(shape),
-                [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in chunks],
+                [
+                    ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+                    for offsets, sizes in chunks
+                ],
             )
             for key, (dtype, shape, chunks) in self._tensors.items()
         }
@@ -311,7 +428,10 @@ def _tensor_layout(dtype: str, shape: tuple[int, ...]) -> Layout:
 
 
 def _cuts(entry: Entry, parts: int) -> Iterator[tuple[list[tuple[int, int]], tuple[int, int]]]:
-    """The chunks of a parameter: (row range, column range). A vocabulary keeps its uneven rows in the last one."""
+    """The chunks of a parameter: (row range, column range).
+
+    A vocabulary keeps its uneven rows in the last one.
+    """
     rows, columns = entry.shape[0], (0, entry.columns)
     if entry.kind == "replicated" or parts == 1:
         yield [(0, rows)], columns
@@ -325,14 +445,20 @@ def _cuts(entry: Entry, parts: int) -> Iterator[tuple[list[tuple[int, int]], tup
 
 
 def _check_chunks(architecture: Architecture, parts: int) -> None:
-    sizes = {"num_key_value_heads": architecture.num_kv_heads, "intermediate_size": architecture.ffn_size}
+    sizes = {
+        "num_key_value_heads": architecture.num_kv_heads,
+        "intermediate_size": architecture.ffn_size,
+    }
     for name, size in sizes.items():
         if parts < 1 or size % parts:
             raise WeightsError(f"--tp-chunks {parts} does not divide the model's {name} {size}")
 
 
 def _spellings(entry: Entry) -> Iterator[str]:
-    """Keys under which a parameter may be saved: all layers in one, or each by itself; the norms' two names."""
+    """Keys under which a parameter may be saved: all layers in one, or each by itself.
+
+    The norms' two names.
+    """
     yield entry.key
     if entry.layer is not None:
         rest = entry.key.removeprefix("decoder.layers.")
@@ -349,38 +475,6 @@ def _common_state(architecture: Architecture) -> dict[str, Any]:
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {},
     }
-
-
-def megatron_args(a: Architecture, **parallel: int) -> argparse.Namespace:
-    """The model as Megatron-LM's command-line arguments."""
-    return argparse.Namespace(
-        num_layers=a.num_layers,
-        hidden_size=a.hidden_size,
-        ffn_hidden_size=a.ffn_size,
-        num_attention_heads=a.num_heads,
-        group_query_attention=True,
-        num_query_groups=a.num_kv_heads,
-        kv_channels=a.head_dim,
-        max_position_embeddings=a.max_positions,
-        position_embedding_type="rope",
-        rotary_base=int(a.rope_theta),
-        use_rope_scaling=a.rope_factor is not None,
-        rope_scaling_factor=a.rope_factor or 8.0,
-        rotary_percent=1.0,
-        normalization="RMSNorm",
-        norm_epsilon=a.norm_eps,
-        swiglu=True,
-        add_bias_linear=a.linear_bias,
-        add_qkv_bias=a.qkv_bias,
-        qk_layernorm=a.qk_norm,
-        untie_embeddings_and_output_weights=not a.tied,
-        vocab_size=a.vocab_size,
-        padded_vocab_size=a.padded_vocab(parallel.get("tensor_model_parallel_size", 1)),
-        make_vocab_size_divisible_by=128,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        **{"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, **parallel},
-    )
 
 
 def _numbers(values: Any) -> tuple[int, ...]:

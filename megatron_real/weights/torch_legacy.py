@@ -1,14 +1,17 @@
-"""Megatron's older `torch` checkpoints: one torch.save file for each tensor- and pipeline-parallel rank.
+"""Megatron's older `torch` checkpoints: one torch.save file for each tensor- and pipeline-parallel
+rank.
 
     mp_rank_TT/model_optim_rng.pt          TT the tensor-parallel rank
     mp_rank_TT_PPP/model_optim_rng.pt      PPP the pipeline stage, where there are several
 
-A file holds {"args", "model": parameter name -> tensor}, or "model0", "model1", ... with virtual stages. Names are
-those of the layer spec, layers are numbered from 0 in each stage. The optimizer is never opened.
+A file holds {"args", "model": parameter name -> tensor}, or "model0", "model1", ... with virtual
+stages. Names are those of the layer spec, layers are numbered from 0 in each stage; stages may hold
+unequal numbers of them. The optimizer is never opened.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -17,14 +20,63 @@ from typing import Any, Literal
 
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.containers import PickledTensor, TorchFile, layout
+from megatron_real.weights.arguments import megatron_args
+from megatron_real.weights.containers import PickledTensor, TorchFile, layout, tensors_of
 from megatron_real.weights.mapping import EMBEDDING, OUTPUT, Entry, Weights, entries
-from megatron_real.weights.stored import DTYPE_BYTES, Chunk, Piece, StoredTensor, torch_dtype
-from megatron_real.weights.torch_dist import EXTRA_STATE, megatron_args
+from megatron_real.weights.stored import (
+    DTYPE_BYTES,
+    Chunk,
+    Piece,
+    StoredTensor,
+    torch_dtype,
+    whole,
+)
+from megatron_real.weights.torch_dist import EXTRA_STATE
 from megatron_real.weights.transfer import Output, Target
 
 FILE = "model_optim_rng.pt"
+_LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.", re.ASCII)
 _RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+
+
+class _RankState:
+    """One rank's file.
+
+    Raises:
+        WeightsError: it is corrupt or hostile, or holds no model.
+    """
+
+    def __init__(self, file: TorchFile) -> None:
+        self.file = file
+        state = file.object if isinstance(file.object, dict) else {}
+        self.arguments = state.get("args")
+        keys = [key for key in ("model", *(f"model{i}" for i in range(1000))) if key in state]
+        if "model" in keys and len(keys) > 1:
+            raise WeightsError(
+                f"{file.file} has both model and {keys[1]}; it is unclear which is meant"
+            )
+        self.chunks: list[dict[str, PickledTensor]] = []
+        """Of each virtual chunk: parameter name in the chunk -> tensor."""
+        for key in keys:
+            if not isinstance(state[key], dict):
+                raise WeightsError(f"{file.file}: its {key} is no table of tensors; copy it again")
+            self.chunks.append(tensors_of(state[key], file.file))
+        if not self.chunks:
+            raise WeightsError(f"{file.file} has no model; it is not a checkpoint of Megatron-LM")
+
+    def layers(self, chunk: int) -> int:
+        """How many layers a virtual chunk has.
+
+        Raises:
+            WeightsError: they are not numbered from 0.
+        """
+        numbers = {int(m[1]) for name in self.chunks[chunk] if (m := _LAYER.match(name))}
+        if numbers != set(range(len(numbers))):
+            raise WeightsError(
+                f"{self.file.file}: its layers are numbered {sorted(numbers)}, not from 0 on; it is "
+                f"incomplete, or was not written by Megatron-LM"
+            )
+        return len(numbers)
 
 
 class TorchLegacyWeights:
@@ -36,36 +88,65 @@ class TorchLegacyWeights:
 
     def __init__(self, directory: Path, architecture: Architecture) -> None:
         self.directory, self.architecture = directory, architecture
-        ranks = sorted(match.groups() for path in directory.iterdir() if (match := _RANK.fullmatch(path.name)))
+        ranks = sorted(
+            match.groups() for path in directory.iterdir() if (match := _RANK.fullmatch(path.name))
+        )
         self.tp = 1 + max((int(tp) for tp, _ in ranks), default=0)
         self.pp = 1 + max((int(pp or 0) for _, pp in ranks), default=0)
         if len(ranks) != self.tp * self.pp:
             raise WeightsError(
                 f"{directory} has {len(ranks)} of {self.tp} x {self.pp} mp_rank directories; copy it again"
             )
-        self._parameters: list[dict[str, tuple[TorchFile, PickledTensor]]] = [{} for _ in range(self.tp)]
+        states: dict[tuple[int, int], _RankState] = {}
         for tp, pp in ranks:
             suffix = "" if pp is None else f"_{pp}"
             file = TorchFile(directory / f"mp_rank_{tp}{suffix}" / FILE)
-            self._parameters[int(tp)] |= self._stage(file, int(pp or 0))
+            states[int(tp), int(pp or 0)] = _RankState(file)
+        self.arguments = states[0, 0].arguments
+        """Megatron-LM's arguments that the checkpoint was trained with; None where it has none."""
+        first_layers = self._first_layers(states)
+        self._parameters: list[dict[str, tuple[TorchFile, PickledTensor]]] = []
+        """Of each tensor-parallel rank: parameter name in the whole model -> file and tensor."""
+        for rank in range(self.tp):
+            parameters = {}
+            for (stage, chunk), first in first_layers.items():
+                state = states[rank, stage]
+                for name, tensor in state.chunks[chunk].items():
+                    parameters[_renumbered(name, first)] = (state.file, tensor)
+            self._parameters.append(parameters)
 
-    def _stage(self, file: TorchFile, stage: int) -> dict[str, tuple[TorchFile, PickledTensor]]:
-        """A rank's parameters by their names in the whole model."""
-        state = file.object if isinstance(file.object, dict) else {}
-        chunks = [
-            state[key] for key in ("model", *(f"model{i}" for i in range(1000))) if isinstance(state.get(key), dict)
-        ]
-        if not chunks:
-            raise WeightsError(f"{file.file} has no model; it is not a checkpoint of Megatron-LM")
-        per_chunk = self.architecture.num_layers // (self.pp * len(chunks))
-        found = {}
-        for i, chunk in enumerate(chunks):
-            first = (i * self.pp + stage) * per_chunk
-            for name, tensor in chunk.items():
-                if isinstance(tensor, PickledTensor):
-                    whole = re.sub(r"(?<=decoder\.layers\.)\d+", lambda m: str(int(m[0]) + first), str(name))  # noqa: B023
-                    found[whole] = (file, tensor)
-        return found
+    def _first_layers(
+        self, states: dict[tuple[int, int], _RankState]
+    ) -> dict[tuple[int, int], int]:
+        """(stage, virtual chunk) -> number in the whole model of its first layer.
+
+        Layers go through all stages before they come back to the first one's next chunk.
+
+        Raises:
+            WeightsError: the ranks disagree, or there are more or fewer layers than the model has.
+        """
+        if len({len(state.chunks) for state in states.values()}) > 1:
+            raise WeightsError(
+                f"{self.directory}: its ranks have unequal numbers of virtual chunks"
+            )
+        firsts = {}
+        layers = 0
+        for chunk in range(len(states[0, 0].chunks)):
+            for stage in range(self.pp):
+                heights = {states[rank, stage].layers(chunk) for rank in range(self.tp)}
+                if len(heights) > 1:
+                    raise WeightsError(
+                        f"{self.directory}: the tensor-parallel ranks of pipeline stage {stage} "
+                        f"have unequal numbers of layers; copy it again"
+                    )
+                firsts[stage, chunk] = layers
+                layers += heights.pop()
+        if layers != self.architecture.num_layers:
+            raise WeightsError(
+                f"{self.directory} has {layers} layers where config.json asks for "
+                f"{self.architecture.num_layers}; they do not belong together"
+            )
+        return firsts
 
     @property
     def dtype(self) -> str:
@@ -76,7 +157,9 @@ class TorchLegacyWeights:
     def unmapped(self) -> list[str]:
         """Parameters that no HF tensor stands for."""
         known = {name for entry in entries(self.architecture) for name in entry.names} | {OUTPUT}
-        held = {name for rank in self._parameters for name in rank if not name.endswith("._extra_state")}
+        held = {
+            name for rank in self._parameters for name in rank if not name.endswith("._extra_state")
+        }
         return sorted(held - known)
 
     def tensor(self, entry: Entry) -> StoredTensor:
@@ -85,14 +168,22 @@ class TorchLegacyWeights:
         Raises:
             WeightsError: a rank lacks it, or its shape is not the model's.
         """
-        name = next((name for name in entry.names if name in self._parameters[0]), None)
+        names = [name for name in entry.names if name in self._parameters[0]]
+        if len(names) > 1:
+            raise WeightsError(
+                f"{self.directory} has one parameter twice, as {names[0]} and {names[1]}; it is "
+                f"unclear which is meant"
+            )
+        name = names[0] if names else None
         if name is None or any(name not in rank for rank in self._parameters):
             raise WeightsError(
                 f"{self.directory} has no tensor {entry.names[-1]}; it is not a checkpoint of this model"
             )
         chunks: list[Chunk] = []
         rows = 0
-        for rank, parameters in enumerate(self._parameters if entry.kind != "replicated" else self._parameters[:1]):
+        for rank, parameters in enumerate(
+            self._parameters if entry.kind != "replicated" else self._parameters[:1]
+        ):
             file, tensor = parameters[name]
             stored = file.stored(name, tensor)
             if entry.kind == "vocab":
@@ -103,7 +194,36 @@ class TorchLegacyWeights:
         found.check_tiling()
         return found
 
-    def _chunks(self, entry: Entry, stored: StoredTensor, rank: int, padded_rows: int) -> Iterator[Chunk]:
+    def copies(self) -> Iterator[tuple[str, Piece, Piece]]:
+        """(name, tensor, the one it should be a copy of) of what is not read from the checkpoint.
+
+        The last stage's output layer of a tied model, and what every tensor-parallel rank holds
+        whole.
+        """
+        if self.architecture.tied and OUTPUT in self._parameters[0]:
+            embedding = next(entries(self.architecture))
+            output = self.tensor(dataclasses.replace(embedding, key=OUTPUT))
+            table = self.tensor(embedding)
+            yield (
+                OUTPUT,
+                embedding.to_hf(output, 0, output.dtype),
+                embedding.to_hf(table, 0, table.dtype),
+            )
+        for entry in entries(self.architecture):
+            if entry.kind != "replicated":
+                continue
+            held = [n for n in entry.names if all(n in rank for rank in self._parameters)]
+            if not held:
+                continue  # `tensor` names what is missing
+            name = held[0]
+            kept, *others = (rank[name] for rank in self._parameters)
+            for file, tensor in others:
+                other = file.stored(f"{name} of {file.file.parent.name}", tensor)
+                yield other.name, whole(other), whole(kept[0].stored(name, kept[1]))
+
+    def _chunks(
+        self, entry: Entry, stored: StoredTensor, rank: int, padded_rows: int
+    ) -> Iterator[Chunk]:
         """A rank's parameter as rectangles of the whole one."""
         (local,) = stored.chunks
         ranges, (left, right) = entry.local_ranges(rank, self.tp, padded_rows=padded_rows)
@@ -119,7 +239,9 @@ class TorchLegacyWeights:
             yield Chunk(local.file, offset, first, left, last - first, right - left)
             offset += (last - first) * row_bytes
 
-    def megatron_piece(self, entry: Entry, ranges: Sequence[tuple[int, int]], columns: tuple[int, int]) -> Piece:
+    def megatron_piece(
+        self, entry: Entry, ranges: Sequence[tuple[int, int]], columns: tuple[int, int]
+    ) -> Piece:
         """The rectangle `ranges` x `columns` of a parameter, in the checkpoint's dtype."""
         tensor = self.tensor(entry)
         return entry.from_megatron(tensor, tensor.dtype, ranges, columns)
@@ -150,10 +272,21 @@ def plan_torch_legacy(
     """
     _check_layout(architecture, tp, pp)
     output = Output()
-    args = megatron_args(architecture, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    args = megatron_args(
+        architecture, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
+    )
     for rank in range(tp):
         for stage in range(pp):
-            pieces = _pieces(weights, architecture, dtype=dtype, tp=tp, rank=rank, stage=stage, pp=pp, layers=layers)
+            pieces = _pieces(
+                weights,
+                architecture,
+                dtype=dtype,
+                tp=tp,
+                rank=rank,
+                stage=stage,
+                pp=pp,
+                layers=layers,
+            )
             file = f"{prefix}mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else "") + f"/{FILE}"
             state = _empty(pieces) | _extra_state(pieces, layers)
             plan = layout({"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": state})
@@ -198,22 +331,41 @@ def _empty(pieces: dict[str, Piece]) -> OrderedDict[str, Any]:
     """A state dict of these shapes, whose memory is never touched."""
     import torch
 
-    return OrderedDict((name, torch.empty(p.shape, dtype=torch_dtype(p.dtype))) for name, p in pieces.items())
+    return OrderedDict(
+        (name, torch.empty(p.shape, dtype=torch_dtype(p.dtype))) for name, p in pieces.items()
+    )
 
 
 def _extra_state(pieces: dict[str, Piece], layers: Literal["te", "local"]) -> OrderedDict[str, Any]:
     """The empty states of modules that a strict load_state_dict asks for."""
     skipped = () if layers == "te" else ("self_attention.core_attention",)
-    prefixes = sorted({match[0] for name in pieces if (match := re.match(r"decoder\.layers\.\d+\.", name))})
-    modules = [prefix + module for prefix in prefixes for module in EXTRA_STATE if module not in skipped]
+    prefixes = sorted(
+        {match[0] for name in pieces if (match := re.match(r"decoder\.layers\.\d+\.", name))}
+    )
+    modules = [
+        prefix + module for prefix in prefixes for module in EXTRA_STATE if module not in skipped
+    ]
     modules += ["output_layer"] if OUTPUT in pieces else []
     return OrderedDict((f"{module}._extra_state", None) for module in modules)
 
 
 def _check_layout(architecture: Architecture, tp: int, pp: int) -> None:
-    sizes = {"num_key_value_heads": architecture.num_kv_heads, "intermediate_size": architecture.ffn_size}
+    sizes = {
+        "num_key_value_heads": architecture.num_kv_heads,
+        "intermediate_size": architecture.ffn_size,
+    }
     for name, size in sizes.items():
         if tp < 1 or size % tp:
             raise WeightsError(f"--tp {tp} does not divide the model's {name} {size}")
     if pp < 1 or architecture.num_layers % pp:
-        raise WeightsError(f"--pp {pp} does not divide the model's {architecture.num_layers} layers")
+        raise WeightsError(
+            f"--pp {pp} does not divide the model's {architecture.num_layers} layers"
+        )
+
+
+def _renumbered(name: str, first: int) -> str:
+    """A stage's parameter name under the whole model's layer numbers.
+
+    The stage begins at layer `first`.
+    """
+    return re.sub(r"(?<=decoder\.layers\.)\d+", lambda m: str(int(m[0]) + first), name)

@@ -1,7 +1,10 @@
-"""Checks a directory of weights, HF or Megatron, or compares two, tensor by tensor in constant memory."""
+"""Checks a directory of weights, HF or Megatron, or compares two, tensor by tensor in constant
+memory.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +12,23 @@ from typing import Any
 
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.conversion import check_names, hf_pieces, open_megatron, recorded_hf
-from megatron_real.weights.hf import HfWeights
-from megatron_real.weights.mapping import hf_shapes
-from megatron_real.weights.stored import DTYPE_BYTES, OpenFiles, Piece, check_stored, torch_dtype, whole, widest
+from megatron_real.weights.conversion import (
+    HF,
+    checkpoint_of,
+    hf_pieces,
+    open_megatron,
+    recorded_hf,
+)
+from megatron_real.weights.hf import open_model
+from megatron_real.weights.mapping import Weights, hf_shapes
+from megatron_real.weights.stored import (
+    DTYPE_BYTES,
+    OpenFiles,
+    Piece,
+    torch_dtype,
+    whole,
+    widest,
+)
 from megatron_real.weights.transfer import MANIFEST, check_manifest
 
 _BLOCK_BYTES = 2**22
@@ -24,6 +40,8 @@ class Report:
 
     problems: list[str] = field(default_factory=list)
     """One sentence each."""
+    descriptions: list[str] = field(default_factory=list)
+    """Those of the problems that are about the two config.json."""
     tensors: int = 0
     """HF tensors looked at."""
     num_bytes: int = 0
@@ -48,6 +66,10 @@ class Opened:
     """`HF` or `Megatron`."""
     config: Path
     """Directory of its config.json."""
+    architecture: Architecture
+    """What that one says."""
+    weights: Weights
+    """The same tensors, as our model loads them."""
     pieces: dict[str, Piece]
     """HF name -> tensor, in forward order."""
     unmapped: list[str]
@@ -60,25 +82,36 @@ def is_hf(directory: Path) -> bool:
 
 
 def open_as_hf(directory: Path, hf_config: Path | None = None) -> Opened:
-    """Raises WeightsError where a tensor is missing, cut short or of another shape, or where two share bytes."""
+    """Raises WeightsError where a tensor is missing, cut short or of another shape, or where two
+    share bytes.
+    """
     if is_hf(directory):
-        weights, architecture = HfWeights(directory), Architecture.read(directory)
-        check_names(weights, architecture)
-        pieces = {}
-        for name, shape in hf_shapes(architecture).items():
-            check_stored(weights.tensor(name), shape)
-            pieces[name] = whole(weights.tensor(name))
-        opened = Opened(directory, "HF", directory, pieces, [])
+        architecture, weights = open_model(directory)
+        pieces = {name: whole(weights.tensor(name)) for name in hf_shapes(architecture)}
+        opened = Opened(directory, "HF", directory, architecture, weights, pieces, [])
     else:
         config = hf_config or recorded_hf(directory)
-        megatron = open_megatron(directory, Architecture.read(config))
-        opened = Opened(directory, "Megatron", config, hf_pieces(megatron), megatron.unmapped)
+        architecture = Architecture.read(config)
+        megatron = open_megatron(directory, architecture)
+        opened = Opened(
+            directory,
+            "Megatron",
+            config,
+            architecture,
+            megatron,
+            hf_pieces(megatron),
+            megatron.unmapped,
+        )
     _check_disjoint(opened)
     return opened
 
 
 def verify(
-    a: Opened, b: Opened | None, *, atol: float = 0.0, progress: Callable[[int, int], None] | None = None
+    a: Opened,
+    b: Opened | None,
+    *,
+    atol: float = 0.0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Checks `a` by itself and, where given, against `b`.
 
@@ -90,10 +123,13 @@ def verify(
     report = Report()
     for opened in (a, b) if b else (a,):
         report.problems += [
-            f"{opened.directory} has {name}, which the model has no place for" for name in opened.unmapped
+            f"{opened.directory} has {name}, which the model has no place for"
+            for name in opened.unmapped
         ]
-        roots = [path for path in (opened.directory, opened.directory.parent) if (path / MANIFEST).is_file()]
-        report.problems += check_manifest(roots[0]) if roots else []
+        report.problems += _checksums(opened)
+    if b is not None:
+        report.descriptions = _descriptions(a, b)
+        report.problems += report.descriptions
     if b and a.pieces.keys() != b.pieces.keys():
         for name in sorted(a.pieces.keys() ^ b.pieces.keys()):
             report.problems.append(f"{name} is only in {(a if name in a.pieces else b).directory}")
@@ -106,7 +142,38 @@ def verify(
     return report
 
 
-def _compare(report: Report, name: str, a: Piece, b: Piece | None, files: OpenFiles, atol: float) -> None:
+def _checksums(opened: Opened) -> list[str]:
+    """What the manifest says of the directory, or of the checkpoint in it that was opened.
+
+    Megatron-LM may have gone on saving there: then the tracker names a later checkpoint, which no
+    manifest covers, and the converted one need not be there any more.
+    """
+    roots = [opened.directory, opened.directory.parent]
+    covered = [root for root in roots if (root / MANIFEST).is_file()]
+    if not covered:
+        return []
+    if opened.kind == "HF":
+        return check_manifest(covered[0])
+    parts = (f"{checkpoint_of(opened.directory).resolve().name}/", f"{HF}/")
+    return check_manifest(covered[0], skip=lambda path: not path.startswith(parts))
+
+
+def _descriptions(a: Opened, b: Opened) -> list[str]:
+    """A sentence for each number of config.json that differs and that tensors do not show."""
+    left, right = dataclasses.asdict(a.architecture), dataclasses.asdict(b.architecture)
+    problems = []
+    for name in ("num_heads", "num_kv_heads", "head_dim", "norm_eps", "rope_theta", "rope_factor"):
+        if left[name] != right[name]:
+            problems.append(
+                f"the models differ: {name} is {left[name]} in {a.config}/config.json and "
+                f"{right[name]} in {b.config}/config.json"
+            )
+    return problems
+
+
+def _compare(
+    report: Report, name: str, a: Piece, b: Piece | None, files: OpenFiles, atol: float
+) -> None:
     """Adds one tensor to the report."""
     report.tensors += 1
     report.num_bytes += a.num_bytes
@@ -137,7 +204,9 @@ def _compare(report: Report, name: str, a: Piece, b: Piece | None, files: OpenFi
         report.problems.append(f"{name} differs in the sign of zeros or the bits of NaNs")
 
 
-def _aligned(a: Iterator[memoryview], b: Iterator[memoryview], alone: bool) -> Iterator[tuple[memoryview, memoryview]]:
+def _aligned(
+    a: Iterator[memoryview], b: Iterator[memoryview], alone: bool
+) -> Iterator[tuple[memoryview, memoryview]]:
     """Equal stretches of two streams of blocks; with `alone`, of the first and itself."""
     if alone:
         yield from ((block, block) for block in a)
@@ -166,5 +235,7 @@ def _check_disjoint(opened: Opened) -> None:
     end, last = 0, None
     for chunk, dtype, _ in sorted(chunks, key=lambda found: (found[0].file, found[0].offset)):
         if chunk.file == last and chunk.offset < end:
-            raise WeightsError(f"{chunk.file}: two tensors share the bytes from {chunk.offset} on; it is corrupt")
+            raise WeightsError(
+                f"{chunk.file}: two tensors share the bytes from {chunk.offset} on; it is corrupt"
+            )
         last, end = chunk.file, chunk.offset + chunk.rows * chunk.columns * DTYPE_BYTES[dtype]

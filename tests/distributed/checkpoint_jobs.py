@@ -13,7 +13,9 @@ from tests.distributed.jobs import new_policy, rollouts_of
 from tests.distributed.reference import Sample
 
 
-def trained_and_saved(config: Config, samples: list[Sample], folder: str, live: bool = False) -> dict[str, Any]:
+def trained_and_saved(
+    config: Config, samples: list[Sample], folder: str, live: bool = False
+) -> dict[str, Any]:
     """Three updates, a copy of the state, three more, and only then the write of the copy.
 
     Args:
@@ -28,7 +30,7 @@ def trained_and_saved(config: Config, samples: list[Sample], folder: str, live: 
         policy.update(batch)
     found = state_of(policy)
     if live:
-        staging.Staging._copied = lambda self, leaf: leaf.data.detach()
+        staging.host_copies = lambda like: [tensor.detach() for tensor in like]  # type: ignore[assignment]
     store = staging.Staging(policy.groups.dp_cp)
     by_key, common = store.copy(sharded_state(policy))
     schedule = schedule_state(policy)
@@ -38,20 +40,25 @@ def trained_and_saved(config: Config, samples: list[Sample], folder: str, live: 
     if first:
         Path(folder).mkdir()
     dist.barrier()
-    staging.write(Path(folder), by_key, dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None)
+    staging.write(
+        Path(folder), by_key, dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+    )
     if first:
         staging.write_common(Path(folder), common)
     return {**found, "schedule": schedule, "later": state_of(policy)["weights"]}
 
 
-def resumed(config: Config, samples: list[Sample], folder: str, schedule: dict[str, int]) -> dict[str, Any]:
+def resumed(
+    config: Config, samples: list[Sample], folder: str, schedule: dict[str, int]
+) -> dict[str, Any]:
     """The state read back in this layout, and the weights three updates later."""
-    from megatron.core import dist_checkpointing
-
-    from megatron_real.policy.state import load_schedule_state, load_sharded_state, sharded_state
+    from megatron_real.policy.state import load_schedule_state, load_sharded_state
+    from megatron_real.weights.unpickling import check_metadata, weights_only
 
     policy = new_policy(config, config.model.path)
-    load_sharded_state(policy, dist_checkpointing.load(sharded_state(policy), folder))
+    check_metadata(Path(folder))
+    with weights_only(Path(folder)):
+        load_sharded_state(policy, Path(folder))
     load_schedule_state(policy, schedule)
     found = state_of(policy)
     for batch in policy.prepare(rollouts_of(samples)):
@@ -86,7 +93,9 @@ def stopped_within_a_step(config: Config, samples: list[Sample], done: int) -> d
     }
 
 
-def taken_up(config: Config, samples: list[Sample], begun: dict[str, Any], done: int) -> dict[str, Any]:
+def taken_up(
+    config: Config, samples: list[Sample], begun: dict[str, Any], done: int
+) -> dict[str, Any]:
     """The same rest, in this layout, from `begun`; the updates before it are made again to have the same weights."""
     from megatron_real.policy.state import Unfinished, prepare
 
@@ -96,7 +105,10 @@ def taken_up(config: Config, samples: list[Sample], begun: dict[str, Any], done:
     batches, updates = prepare(policy, rollouts_of(samples), Unfinished.from_state_dict(begun))
     assert len(updates) == done
     rest = [policy.update(batch) for batch in batches[done:]]
-    return {"scores": [u.gradient.score_R for u in rest], "stats": policy.token_stats(batches).means()}
+    return {
+        "scores": [u.gradient.score_R for u in rest],
+        "stats": policy.token_stats(batches).means(),
+    }
 
 
 def assembled(ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -8,17 +8,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_real.batching import minibatches
 from megatron_real.config import Config, ModelConfig
 from megatron_real.records import Completion, Prompt, Rollout, Verdict
 
 
 def _policy(config: Config) -> Any:
     from megatron_real.policy.layout import set_up
-    from megatron_real.policy.policy import Policy
+    from megatron_real.policy.policy import Policy, PolicySettings
     from megatron_real.weights.architecture import Architecture
+    from megatron_real.weights.hf import HfWeights
 
-    return Policy(config, Architecture.read(config.model.path), set_up(config.parallel), num_updates=100)
+    path = config.model.path
+    return Policy(
+        PolicySettings.of(config),
+        Architecture.read(path),
+        HfWeights(path),
+        set_up(config.parallel),
+        num_updates=100,
+    )
 
 
 def _sharded(policy: Any) -> dict[str, Any]:
@@ -40,13 +47,15 @@ def _load_by_megatron(policy: Any, checkpoint: str) -> None:
         file = Path(checkpoint) / f"mp_rank_{groups.tp.rank():02d}{suffix}/model_optim_rng.pt"
         loaded = torch.load(file, weights_only=False)
     for i, chunk in enumerate(policy.chunks):
-        chunk.load_state_dict(loaded["model" if len(policy.chunks) == 1 else f"model{i}"], strict=True)
+        chunk.load_state_dict(
+            loaded["model" if len(policy.chunks) == 1 else f"model{i}"], strict=True
+        )
 
 
 def logits_of_checkpoint(config: Config, checkpoint: str, tokens: list[int]) -> Any:
     """Logits [T, V] of tokens[:-1] (one rank of the last stage), after megatron-core and we loaded alike."""
     from megatron_real.weights.conversion import open_megatron
-    from megatron_real.weights.stream import global_parameters, load_weights
+    from megatron_real.weights.stream import global_parameters
 
     policy = _policy(config)
     parameters = list(global_parameters(policy.chunks).items())
@@ -55,9 +64,7 @@ def logits_of_checkpoint(config: Config, checkpoint: str, tokens: list[int]) -> 
     with torch.no_grad():
         for _, parameter in parameters:
             parameter.fill_(float("nan"))
-    weights = open_megatron(Path(checkpoint), policy.architecture)
-    ranks = {"tp_rank": policy.groups.tp.rank(), "tp": policy.groups.tp.size()}
-    load_weights(policy.chunks, weights, policy.architecture, **ranks)
+    policy.load_parameters(open_megatron(Path(checkpoint), policy.architecture))
     for name, parameter in parameters:
         assert torch.equal(parameter, by_megatron[name]), f"our loader fills {name} otherwise"
     return _logits(policy, tokens)
@@ -70,8 +77,7 @@ def _logits(policy: Any, tokens: list[int]) -> Any:
     completion = Completion(tuple(tokens[1:]), (0.0,) * (len(tokens) - 1), "", True)
     prompt = Prompt("0", "", tuple(tokens[:1]), ("",))
     rollouts = [Rollout(prompt, 0, i, completion, Verdict("ok", i, float(i))) for i in range(2)]
-    (cut,) = minibatches(rollouts, groups_per_minibatch=1, one_class_groups="skip")
-    batch = policy.pack(cut, needs_scores=True)
+    batch = policy.whole(rollouts)
     if not policy.groups.is_last_stage:
         policy.step.old_logprobs(batch)
         return None
@@ -86,10 +92,7 @@ def save_by_megatron(config: Config, out: str, *, steps: int) -> dict[str, Any] 
     the gathered HF tensors of the first rank."""
     from megatron.core import dist_checkpointing
 
-    from megatron_real.weights.hf import HfWeights
-
     policy = _policy(config)
-    policy.load(HfWeights(config.model.path))
     for step in range(steps):
         torch.manual_seed(step)  # the same on all ranks: replicas must not drift apart
         for chunk in policy.ddp:
@@ -98,6 +101,7 @@ def save_by_megatron(config: Config, out: str, *, steps: int) -> dict[str, Any] 
                 parameter.main_grad.copy_(torch.randn(parameter.shape) * 0.01)
         done, _, _ = policy.optimizer.step()
         assert done
+    policy.gather_parameters()  # the next forward pass would, under overlap_param_gather
     state = _sharded(policy)
     state["optimizer"] = policy.optimizer.sharded_state_dict(
         state, metadata={"distrib_optim_sharding_type": "fully_reshardable"}
@@ -126,11 +130,21 @@ def load_by_megatron_lm(path: str, checkpoint: str, ckpt_format: str) -> dict[st
     config = Config(model=ModelConfig(path=path, dtype="fp32", layers="local"))
     policy = _policy(config)
     sizes = policy.architecture
-    given = {"--num-layers": sizes.num_layers, "--hidden-size": sizes.hidden_size, "--seq-length": 64}
-    given |= {"--num-attention-heads": sizes.num_heads, "--max-position-embeddings": sizes.max_positions}
+    given = {
+        "--num-layers": sizes.num_layers,
+        "--hidden-size": sizes.hidden_size,
+        "--seq-length": 64,
+    }
+    given |= {
+        "--num-attention-heads": sizes.num_heads,
+        "--max-position-embeddings": sizes.max_positions,
+    }
     given |= {"--micro-batch-size": 1, "--load": checkpoint, "--ckpt-format": ckpt_format}
     flags = ["--finetune", "--no-load-optim", "--no-load-rng", "--use-checkpoint-args"]
-    before, sys.argv = sys.argv, ["pretrain_gpt.py", *(str(word) for pair in given.items() for word in pair), *flags]
+    before, sys.argv = (
+        sys.argv,
+        ["pretrain_gpt.py", *(str(word) for pair in given.items() for word in pair), *flags],
+    )
     try:
         args = parse_args()
     finally:

@@ -49,6 +49,13 @@ def reported(*, run_dir: Path) -> list[Finding]:
         write_mb, read_mb = true(file)
         return write_mb + 1e6 * (rank // 2), read_mb
 
-    place = {"SLURMD_NODENAME": f"n{rank // 2}", "LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"}
-    with mock.patch.dict(os.environ, place), mock.patch.object(machine, "_written_and_read", measured):
+    place = {
+        "SLURMD_NODENAME": f"n{rank // 2}",
+        "LOCAL_RANK": str(rank % 2),
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    with (
+        mock.patch.dict(os.environ, place),
+        mock.patch.object(machine, "_written_and_read", measured),
+    ):
         return report(run_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,22 +20,33 @@ def rollouts_of(samples: list[Sample]) -> list[Rollout]:
             prompt=Prompt(uid=str(s.group), text="", token_ids=s.prompt, answers=("",)),
             group=s.group,
             sample=i,
-            completion=Completion(s.response, (0.0,) * len(s.response), "", True),
+            completion=completion_of(s),
             verdict=Verdict("ok", s.label, float(s.label)),
         )
         for i, s in enumerate(samples)
     ]
 
 
+def completion_of(sample: Sample) -> Completion:
+    """The engine's log-probs are 0, and NaN where no token is trained: nothing may read those."""
+    trained = sample.trained or (True,) * len(sample.response)
+    logprobs = [0.0 if one else math.nan for one in trained]
+    return Completion(sample.response, logprobs, "", True, trained)
+
+
 def new_policy(config: Config, path: str, num_updates: int = 100) -> Any:
     from megatron_real.policy.layout import set_up
-    from megatron_real.policy.policy import Policy
+    from megatron_real.policy.policy import Policy, PolicySettings
     from megatron_real.weights.architecture import Architecture
     from megatron_real.weights.hf import HfWeights
 
-    policy = Policy(config, Architecture.read(path), set_up(config.parallel), num_updates=num_updates)
-    policy.load(HfWeights(path))
-    return policy
+    return Policy(
+        PolicySettings.of(config),
+        Architecture.read(path),
+        HfWeights(path),
+        set_up(config.parallel),
+        num_updates=num_updates,
+    )
 
 
 def gradient(config: Config, old_path: str | None, samples: list[Sample]) -> dict[str, Any]:
@@ -56,15 +68,14 @@ def gradient(config: Config, old_path: str | None, samples: list[Sample]) -> dic
 def prepared(policy: Any, old_path: str | None, samples: list[Sample]) -> Any:
     """The minibatch as one batch; with `old_path`, its old log-probs are those of the weights there."""
     from megatron_real.weights.hf import HfWeights
-    from megatron_real.weights.stream import load_weights
 
-    (cut,) = minibatches(rollouts_of(samples), groups_per_minibatch=1000, one_class_groups="skip")
-    batch = policy.pack(cut, needs_scores=old_path is not None)
+    settings = policy.settings
+    (cut,) = minibatches(rollouts_of(samples), settings.objective, groups_per_minibatch=1000)
+    batch = policy.packer.pack(cut, off_policy=old_path is not None)
     if old_path is not None:
-        ranks = {"tp_rank": policy.groups.tp.rank(), "tp": policy.groups.tp.size()}
-        load_weights(policy.chunks, HfWeights(old_path), policy.architecture, **ranks)
+        policy.load_parameters(HfWeights(old_path))
         policy.step.old_logprobs(batch)
-        load_weights(policy.chunks, HfWeights(policy.config.model.path), policy.architecture, **ranks)
+        policy.load_parameters(HfWeights(settings.model.path))
     return batch
 
 
@@ -79,19 +90,28 @@ def gradients_of(policy: Any) -> dict[str, Any] | None:
 
 def naive_gradient(config: Config, old_path: str, samples: list[Sample]) -> dict[str, Any]:
     """Each micro-batch's loss over its own rollouts alone, averaged over micro-batches."""
-    from megatron_real.objective import real_loss
+    from megatron_real.objective import real_loss, sequence_scores
 
     policy = new_policy(config, config.model.path)
     batch = prepared(policy, old_path, samples)
-    step, count = policy.step, len(batch.micro_batches)
+    count = len(batch.micro_batches)
     assert count > 1, "the control needs groups that are cut"
 
-    def naive(micro: Any, logprob_T: torch.Tensor) -> torch.Tensor:
-        own = list(micro.positions)
-        score_R = step._partial_scores(micro, logprob_T)
-        return real_loss(score_R, batch.label_R[own], batch.group_R[own], one_class_groups="keep") / count
+    def naive(index: int, outputs: Any) -> torch.Tensor:
+        micro, old_T = batch.micro_batches[index], batch.results[index].old_logprob_T
+        used = slice(0, micro.num_used)
+        score_R = sequence_scores(
+            outputs.logprob_T[used],
+            old_T[used],
+            mask=micro.target_T[used] >= 0,
+            cu_seqlens=micro.cu_seqlens,
+        )
+        label_R = batch.facts.label_R[micro.position_R]
+        group_R = batch.facts.group_R[micro.position_R]
+        return real_loss(score_R, label_R, group_R, one_class_groups="keep") / count
 
-    step._run(batch.micro_batches, naive, forward_only=False)
+    policy.zero_gradients()
+    policy.passes.forward_backward(batch.micro_batches, naive)
     return {"gradients": gradients_of(policy)}
 
 
@@ -135,8 +155,8 @@ def poisoned_update(config: Config, samples: list[Sample]) -> dict[str, Any]:
     policy = new_policy(config, config.model.path)
     batches = policy.prepare(rollouts_of(samples))
     poisoned, sound = batches[1], batches[2]
-    for micro in poisoned.micro_batches:
-        micro.old_logprob_T[micro.target_T >= 0] = torch.nan
+    for micro, results in zip(poisoned.micro_batches, poisoned.results, strict=True):
+        results.old_logprob_T[micro.kept_K] = torch.nan
     start = {name: tensor.clone() for name, tensor in policy.stream()}
     done = [policy.update(poisoned) for _ in range(2)]
     unchanged = all(torch.equal(tensor, start[name]) for name, tensor in policy.stream())
@@ -151,16 +171,15 @@ def poisoned_update(config: Config, samples: list[Sample]) -> dict[str, Any]:
 def logprobs(config: Config, samples: list[Sample]) -> torch.Tensor | None:
     """Log-probs of all response tokens in sample order, on the ranks that have them."""
     policy = new_policy(config, config.model.path)
-    (cut,) = minibatches(rollouts_of(samples), groups_per_minibatch=1000, one_class_groups="keep")
-    batch = policy.pack(cut, needs_scores=True)
+    batch = policy.whole(rollouts_of(samples))
     policy.step.old_logprobs(batch)
     if not policy.groups.is_last_stage:
         return None
     found: dict[int, torch.Tensor] = {}
-    for micro in batch.micro_batches:
+    for micro, results in zip(batch.micro_batches, batch.results, strict=True):
         for k, position in enumerate(micro.positions):
             own = slice(int(micro.cu_seqlens[k]), int(micro.cu_seqlens[k + 1]))
-            found[position] = micro.old_logprob_T[own][micro.target_T[own] >= 0]
+            found[position] = results.old_logprob_T[own][micro.target_T[own] >= 0]
     return torch.cat([found[i] for i in sorted(found)])
 
 

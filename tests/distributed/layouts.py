@@ -49,7 +49,17 @@ class Layout:
     def __str__(self) -> str:
         names = [f"{k}{getattr(self, k)}" for k in ("tp", "pp", "vpp", "cp", "dp")]
         flags = [k for k in ("sp", "first") if getattr(self, k)]
-        return "-".join([*names, *flags, self.placement, self.packing, str(self.max_tokens), self.model, self.logprobs])
+        return "-".join(
+            [
+                *names,
+                *flags,
+                self.placement,
+                self.packing,
+                str(self.max_tokens),
+                self.model,
+                self.logprobs,
+            ]
+        )
 
 
 LEVELS = {name: get_args(hint) for name, hint in get_type_hints(Layout).items()}
@@ -72,7 +82,9 @@ def pairwise_cover() -> list[Layout]:
     """Greedy: of 300 random layouts always the one with the most new pairs, until none is missing."""
     draw, missing, rows = random.Random(1), set(possible_pairs()), []
     while missing:
-        best = max((random_layout(draw) for _ in range(300)), key=lambda row: len(row.pairs & missing))
+        best = max(
+            (random_layout(draw) for _ in range(300)), key=lambda row: len(row.pairs & missing)
+        )
         if best.pairs & missing:
             rows.append(best)
             missing -= best.pairs

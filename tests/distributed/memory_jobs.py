@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_real.batching import minibatches
 from megatron_real.config import Config
+from megatron_real.objective import make_objective
 from tests.distributed import jobs
 from tests.distributed.reference import Sample
 
@@ -23,8 +24,12 @@ def measured(config: Config, samples: list[Sample]) -> dict[str, int]:
     """
     before = living_bytes()
     policy = jobs.new_policy(config, config.model.path)
-    (cut,) = minibatches(jobs.rollouts_of(samples), groups_per_minibatch=1000, one_class_groups="keep")
-    batch = policy.pack(cut, needs_scores=False)
+    (cut,) = minibatches(
+        jobs.rollouts_of(samples),
+        make_objective("real", one_class_groups="keep"),
+        groups_per_minibatch=1000,
+    )
+    batch = policy.packer.pack(cut, off_policy=False)
     policy.update(batch)
     held = living_bytes() - before
     buffers = [buffer for chunk in policy.ddp for buffer in chunk.buffers]
@@ -32,7 +37,9 @@ def measured(config: Config, samples: list[Sample]) -> dict[str, int]:
         "parameters": sum(p.numel() for chunk in policy.chunks for p in chunk.parameters()),
         "gradients": sum(b.grad_data.nbytes for b in buffers),
         "held": held,
-        "update": peak_bytes(lambda: policy.update(batch)),  # no old log-probs yet: forward and backward alone
+        "update": peak_bytes(
+            lambda: policy.update(batch)
+        ),  # no old log-probs yet: forward and backward alone
         "old_logprobs": peak_bytes(lambda: policy.step.old_logprobs(batch)),
     }
 
@@ -59,7 +66,9 @@ def _peak(run: Callable[[], Any]) -> int:
     ours: dict[int, int] = {}  # what was there before is released in here, too
     live = peak = 0
     for address, size in _allocations(recorded):
-        live -= ours.pop(address, 0)  # also where the release was missed: the address is given out again
+        live -= ours.pop(
+            address, 0
+        )  # also where the release was missed: the address is given out again
         if size > 0:
             ours[address] = size
             live += size

@@ -22,13 +22,22 @@ class Sample:
     response: tuple[int, ...]
     label: int
     group: int
+    trained: tuple[bool, ...] | None = None
+    """Of each response token; None: all are. The others are context, as a tool's output is."""
 
 
 def minibatch(seed: int, vocab: int) -> list[Sample]:
     """Unequal lengths, groups of unequal size and label counts, an excluded rollout, a one-class group, a wholly
-    excluded group, a one-token response; in shuffled order."""
+    excluded group, a one-token response; in shuffled order. With an even seed, longer responses have spans in
+    their middle that are not trained, and some end with one."""
     generator = torch.Generator().manual_seed(seed)
-    labels = {3: (1, 0, 0, 1, 0), 7: (1, -1, 0), 1: (1, 1, 1), 4: (-1, -1), 9: (0, 1, 0, 0, 0, 0, 1)}
+    labels = {
+        3: (1, 0, 0, 1, 0),
+        7: (1, -1, 0),
+        1: (1, 1, 1),
+        4: (-1, -1),
+        9: (0, 1, 0, 0, 0, 0, 1),
+    }
 
     def tokens(n: int) -> tuple[int, ...]:
         return tuple(torch.randint(0, vocab, (n,), generator=generator).tolist())
@@ -39,9 +48,24 @@ def minibatch(seed: int, vocab: int) -> list[Sample]:
     samples = []
     for group, members in labels.items():
         prompt = tokens(length(2, 9))
-        samples += [Sample(prompt, tokens(1 if i == 1 else length(2, 15)), y, group) for i, y in enumerate(members)]
+        for i, label in enumerate(members):
+            response = tokens(1 if i == 1 else length(2, 15))
+            trained = _masked(len(response)) if seed % 2 == 0 else None
+            samples.append(Sample(prompt, response, label, group, trained))
     order = torch.randperm(len(samples), generator=generator).tolist()
     return [samples[i] for i in order]
+
+
+def _masked(length: int) -> tuple[bool, ...]:
+    """Trained tokens at both ends of a response of 4 and more, one in the middle of a longer one."""
+    trained = [True] * length
+    if length >= 4:
+        trained[1 : length - 1] = [False] * (length - 2)
+    if length >= 7:
+        trained[length // 2] = True
+    if length >= 10:
+        trained[-2:] = [True, False]
+    return tuple(trained)
 
 
 def load(path: Path, dtype: torch.dtype = torch.float64) -> Any:
@@ -51,7 +75,9 @@ def load(path: Path, dtype: torch.dtype = torch.float64) -> Any:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
     if dtype == torch.float64:
         inv_freq = model.model.rotary_emb.inv_freq.double()
-        model.model.rotary_emb.forward = lambda _, position_ids: _cos_sin(position_ids[..., None] * inv_freq)
+        model.model.rotary_emb.forward = lambda _, position_ids: _cos_sin(
+            position_ids[..., None] * inv_freq
+        )
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = partial(_rms_norm, module)
@@ -67,10 +93,11 @@ def _rms_norm(module: Any, x: Tensor) -> Tensor:
 
 
 def logprobs(model: Any, sample: Sample) -> Tensor:
-    """[n] log pi of each response token, logits divided by the sampling temperature."""
+    """[n] log pi of each trained response token, logits divided by the sampling temperature."""
     ids = torch.tensor([sample.prompt + sample.response])
     logits = model(ids).logits[0, len(sample.prompt) - 1 : -1] / TEMPERATURE
-    return logits.log_softmax(-1).gather(1, torch.tensor(sample.response)[:, None])[:, 0]
+    logprob = logits.log_softmax(-1).gather(1, torch.tensor(sample.response)[:, None])[:, 0]
+    return logprob if sample.trained is None else logprob[torch.tensor(sample.trained)]
 
 
 def loss(scores: list[Tensor], samples: list[Sample]) -> Tensor:
@@ -89,7 +116,9 @@ def loss(scores: list[Tensor], samples: list[Sample]) -> Tensor:
     return total / len(groups)
 
 
-def gradient(path: Path, old_path: Path | None, samples: list[Sample]) -> tuple[float, dict[str, Tensor]]:
+def gradient(
+    path: Path, old_path: Path | None, samples: list[Sample]
+) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradient of every parameter at the weights of `path`, rollouts drawn by those of `old_path` (None: by
     `path` itself)."""
     model = load(path)

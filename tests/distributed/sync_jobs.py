@@ -15,7 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_real.config import BatchConfig, Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig, SyncConfig
+from megatron_real.config import (
+    BatchConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+    SyncConfig,
+)
 from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Sampling, Verdict
 
 TEMPERATURE = 0.8
@@ -24,7 +32,11 @@ Stream = Iterator[tuple[str, Tensor]]
 
 
 def config_of(
-    path: Path, *, sync: dict[str, Any] | None = None, rollout: dict[str, Any] | None = None, **parallel: Any
+    path: Path,
+    *,
+    sync: dict[str, Any] | None = None,
+    rollout: dict[str, Any] | None = None,
+    **parallel: Any,
 ):
     """fp32, with sharp bounds and a checksum at every sync."""
     checks = {"checksum_every": 1, "probe_bound": 1e-4, "probe_tokens": 12, "timeout_seconds": 60.0}
@@ -58,7 +70,8 @@ def complete(path: Path) -> Path:
 def prompts(number: int, *, tokens: int = 6) -> list[Prompt]:
     draw = random.Random(tokens)
     return [
-        Prompt(f"p/{i}", "", tuple(draw.randrange(2, VOCAB) for _ in range(tokens + i)), ("",)) for i in range(number)
+        Prompt(f"p/{i}", "", tuple(draw.randrange(2, VOCAB) for _ in range(tokens + i)), ("",))
+        for i in range(number)
     ]
 
 
@@ -74,7 +87,11 @@ class Pair:
         self.engine: Any = build_engine(config, say=lambda _: None)
         tied = self.policy.architecture.tied
         self.sync = WeightSync(
-            self.engine, config.rollout.sync, tied=tied, probe=prompts(1)[0], temperature=TEMPERATURE
+            self.engine,
+            config.rollout.sync,
+            tied=tied,
+            probe=prompts(1)[0],
+            temperature=TEMPERATURE,
         )
         self._moves = 0
 
@@ -114,10 +131,7 @@ class Pair:
 
     def largest(self, rollouts: list[Rollout]) -> float:
         """max |log-prob in trainer - in engine| over all tokens (nats)."""
-        from megatron_real.batching import minibatches
-
-        (cut,) = minibatches(rollouts, groups_per_minibatch=len(rollouts), one_class_groups="keep")
-        batch = self.policy.pack(cut, needs_scores=True)
+        batch = self.policy.whole(rollouts)
         self.policy.step.old_logprobs(batch)
         return float(self.policy.token_stats([batch]).means()["mismatch_max_abs"])
 
@@ -141,7 +155,9 @@ def doubled(stream: Stream, name: str) -> Stream:
             yield found, tensor
 
 
-def damaged_on_the_way(pair: Pair, damage: Callable[[Stream], Stream], *, rank: int | None = None) -> Any:
+def damaged_on_the_way(
+    pair: Pair, damage: Callable[[Stream], Stream], *, rank: int | None = None
+) -> Any:
     """The engine's loading, except that on `rank` (None: on all) the tensors are damaged after they were sent."""
     load = pair.engine.prepare_for_inference
     here = rank is None or dist.get_rank() == rank
@@ -159,12 +175,20 @@ def one_element(name: str, value: float = 1e-3) -> Callable[[Stream], Stream]:
     return damage
 
 
-def mismatch(config: Config, answers: list[tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]]) -> list[float]:
+def mismatch(
+    config: Config, answers: list[tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]]
+) -> list[float]:
     """The policy's mean |difference| to given log-probs."""
     from tests.distributed.jobs import new_policy
 
     rollouts = [
-        Rollout(Prompt(str(i), "", prompt, ("",)), i, 0, Completion(tokens, logprobs, "", True), Verdict("ok", 1, 1.0))
+        Rollout(
+            Prompt(str(i), "", prompt, ("",)),
+            i,
+            0,
+            Completion(tokens, logprobs, "", True),
+            Verdict("ok", 1, 1.0),
+        )
         for i, (prompt, tokens, logprobs) in enumerate(answers)
     ]
     return new_policy(config, config.model.path).mismatch(rollouts)
@@ -192,7 +216,9 @@ def damages(config: Config, name: str) -> dict[str, str]:
     found["twice"] = pair.synced(doubled(stream(), name))
     pair.sync.config = dataclasses.replace(pair.sync.config, checksum_every=0)
     pair.move()
-    pair.engine.prepare_for_inference = damaged_on_the_way(pair, one_element("model.norm.weight", 1.0), rank=last)
+    pair.engine.prepare_for_inference = damaged_on_the_way(
+        pair, one_element("model.norm.weight", 1.0), rank=last
+    )
     found["probe"] = pair.synced()
     pair.engine.prepare_for_inference = load
     found["again"] = pair.synced()

@@ -10,9 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_real.config import BatchConfig, Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig
+from megatron_real.config import (
+    BatchConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+)
 from megatron_real.weights.conversion import LegacyLayout, hf_to_megatron, megatron_to_hf
 from megatron_real.weights.hf import HfWeights
+from tests.amount import cover
 from tests.distributed import conversion_jobs
 from tests.distributed.world import World
 
@@ -28,15 +36,30 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("llama", {}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-head-dim": ("llama", {"head_dim": 16, "num_attention_heads": 8}),
-    "smollm2": ("llama", {"tie_word_embeddings": True, "num_attention_heads": 12, "hidden_size": 48}),
+    "smollm2": (
+        "llama",
+        {"tie_word_embeddings": True, "num_attention_heads": 12, "hidden_size": 48},
+    ),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3-tied": ("qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
 }
 # (TP, PP, VPP)
-LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (4, 1, 1), (4, 2, 1), (1, 2, 2), (2, 2, 2), (4, 2, 2)]
+LAYOUTS = [
+    (1, 1, 1),
+    (2, 1, 1),
+    (1, 2, 1),
+    (2, 2, 1),
+    (4, 1, 1),
+    (4, 2, 1),
+    (1, 2, 2),
+    (2, 2, 2),
+    (4, 2, 2),
+]
 NUM_TOKENS, BOUND = 512, 2e-5
 HAS_MEGATRON_LM = importlib.util.find_spec("megatron.training") is not None
-TOKENS = torch.randint(0, 101, (NUM_TOKENS + 1,), generator=torch.Generator().manual_seed(7)).tolist()
+TOKENS = torch.randint(
+    0, 101, (NUM_TOKENS + 1,), generator=torch.Generator().manual_seed(7)
+).tolist()
 
 
 def model_of(tiny_model: Callable[..., Path], name: str) -> Path:
@@ -49,7 +72,9 @@ def config_of(path: Path, *, tp: int, pp: int, vpp: int, dtype: str = "fp32") ->
     return Config(
         model=ModelConfig(path=str(path), dtype=dtype, layers="local"),  # type: ignore[arg-type]
         data=DataConfig(max_prompt_tokens=64),
-        rollout=RolloutConfig(num_prompts=1, group_size=2, max_response_tokens=NUM_TOKENS, temperature=1.0),
+        rollout=RolloutConfig(
+            num_prompts=1, group_size=2, max_response_tokens=NUM_TOKENS, temperature=1.0
+        ),
         batch=BatchConfig(minibatch_prompts=1, max_tokens=1200),
         parallel=ParallelConfig(tp=tp, pp=pp, vpp=vpp),
     )
@@ -64,10 +89,13 @@ def transformers_logits(path: Path) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "layout"), cover(list(MODELS), LAYOUTS))
 def test_logits_of_a_converted_checkpoint(
-    world: World, tiny_model: Callable[..., Path], tmp_path: Path, name: str, layout: tuple[int, int, int]
+    world: World,
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    name: str,
+    layout: tuple[int, int, int],
 ) -> None:
     """megatron-core's loader and ours fill the same parameters, and the logits are transformers'."""
     tp, pp, vpp = layout
@@ -83,35 +111,57 @@ def test_logits_of_a_converted_checkpoint(
 def logits_of(world: World, config: Config, checkpoint: Path) -> torch.Tensor:
     size = config.parallel.tp * config.parallel.pp
     answers = world.run(
-        conversion_jobs.logits_of_checkpoint, size, config=config, checkpoint=str(checkpoint), tokens=TOKENS
+        conversion_jobs.logits_of_checkpoint,
+        size,
+        config=config,
+        checkpoint=str(checkpoint),
+        tokens=TOKENS,
     )
     return torch.tensor(next(answer for answer in answers if answer is not None))
 
 
-def test_logits_tell_models_apart(world: World, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_logits_tell_models_apart(
+    world: World, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     """The control: the same weights with another rope pass every check of bytes and fail this one."""
     path = model_of(tiny_model, "llama3-rope")
     plain = model_of(tiny_model, "llama2")
-    assert all(torch.equal(HfWeights(path).read(n), HfWeights(plain).read(n)) for n in HfWeights(path).names)
+    assert all(
+        torch.equal(HfWeights(path).read(n), HfWeights(plain).read(n))
+        for n in HfWeights(path).names
+    )
     out = hf_to_megatron(path, tmp_path / "megatron").out
     found = logits_of(world, config_of(path, tp=1, pp=1, vpp=1), out / "release")
     assert (found - transformers_logits(plain)).abs().max() > 100 * BOUND
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2), (4, 1), (1, 4)])
-@pytest.mark.parametrize("name", ["qwen2-tied", "llama-biases", "qwen3"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    cover(["qwen2-tied", "llama-biases", "qwen3"], [(1, 1), (2, 2), (4, 1), (1, 4)]),
+)
 def test_the_older_format_loads_strictly(
-    world: World, tiny_model: Callable[..., Path], tmp_path: Path, name: str, tp: int, pp: int
+    world: World,
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    name: str,
+    layout: tuple[int, int],
 ) -> None:
+    tp, pp = layout
     path = model_of(tiny_model, name)
-    out = hf_to_megatron(path, tmp_path / "megatron", layout=LegacyLayout(tp=tp, pp=pp, layers="local")).out
+    out = hf_to_megatron(
+        path, tmp_path / "megatron", layout=LegacyLayout(tp=tp, pp=pp, layers="local")
+    ).out
     found = logits_of(world, config_of(path, tp=tp, pp=pp, vpp=1), out / "release")
     assert (found - transformers_logits(path)).abs().max() < BOUND
 
 
 @pytest.mark.parametrize(
     ("name", "tp", "pp", "vpp", "dp", "dtype"),
-    [("qwen2-tied", 2, 2, 1, 2, "bf16"), ("qwen2", 2, 2, 2, 1, "fp32"), ("qwen3", 4, 1, 1, 1, "fp32")],
+    [
+        ("qwen2-tied", 2, 2, 1, 2, "bf16"),
+        ("qwen2", 2, 2, 2, 1, "fp32"),
+        ("qwen3", 4, 1, 1, 1, "fp32"),
+    ],
     ids=str,
 )
 def test_trained_checkpoints_export(
@@ -129,26 +179,45 @@ def test_trained_checkpoints_export(
     path = model_of(tiny_model, name)
     config = config_of(path, tp=tp, pp=pp, vpp=vpp, dtype=dtype)
     saved = tmp_path / "iter_0000003"
-    gathered = world.run(conversion_jobs.save_by_megatron, tp * pp * dp, config=config, out=str(saved), steps=3)[0]
-    exported, before = HfWeights(megatron_to_hf(saved, tmp_path / "hf", hf_config=path).out), HfWeights(path)
+    gathered = world.run(
+        conversion_jobs.save_by_megatron, tp * pp * dp, config=config, out=str(saved), steps=3
+    )[0]
+    exported, before = (
+        HfWeights(megatron_to_hf(saved, tmp_path / "hf", hf_config=path).out),
+        HfWeights(path),
+    )
     assert exported.tensors.keys() == gathered.keys() == before.tensors.keys()
     for tensor_name, tensor in gathered.items():
         assert torch.equal(exported.read(tensor_name), tensor), tensor_name
-        assert not torch.equal(tensor.float(), before.read(tensor_name)), f"{tensor_name} was not trained"
+        assert not torch.equal(tensor.float(), before.read(tensor_name)), (
+            f"{tensor_name} was not trained"
+        )
 
 
-@pytest.mark.skipif(not HAS_MEGATRON_LM, reason="this megatron-core comes without Megatron-LM's training package")
+@pytest.mark.skipif(
+    not HAS_MEGATRON_LM, reason="this megatron-core comes without Megatron-LM's training package"
+)
 @pytest.mark.parametrize(
-    ("ckpt_format", "layout"), [("torch_dist", None), ("torch", LegacyLayout(layers="local"))], ids=["dist", "torch"]
+    ("ckpt_format", "layout"),
+    [("torch_dist", None), ("torch", LegacyLayout(layers="local"))],
+    ids=["dist", "torch"],
 )
 def test_megatron_lm_loads_it(
-    world: World, tiny_model: Callable[..., Path], tmp_path: Path, ckpt_format: str, layout: LegacyLayout | None
+    world: World,
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    ckpt_format: str,
+    layout: LegacyLayout | None,
 ) -> None:
     """Its load_checkpoint, strict, finds the release, the model's arguments and every weight."""
     path = model_of(tiny_model, "qwen2")
     out = hf_to_megatron(path, tmp_path / "megatron", layout=layout).out
     (held,) = world.run(
-        conversion_jobs.load_by_megatron_lm, 1, path=str(path), checkpoint=str(out), ckpt_format=ckpt_format
+        conversion_jobs.load_by_megatron_lm,
+        1,
+        path=str(path),
+        checkpoint=str(out),
+        ckpt_format=ckpt_format,
     )
     weights = HfWeights(path)
     assert held.keys() == weights.tensors.keys()

@@ -10,13 +10,17 @@ import pytest
 from tests.distributed import doctor_jobs
 from tests.distributed.world import World
 
+pytestmark = pytest.mark.one_version
+
 
 @pytest.mark.parametrize(("ahead", "verdict"), [(0.0, "ok"), (3.0, "warn"), (-3.0, "warn")])
 def test_clock_skew_is_measured(world: World, ahead: float, verdict: str) -> None:
     findings = world.run(doctor_jobs.clocks, 4, nodes=2, ahead=ahead)
     assert len(set(findings)) == 1
     assert findings[0].verdict == verdict
-    skew, error = (float(figure) for figure in re.findall(r"[-+]?[\d.]+(?= ms|\))", findings[0].found))
+    skew, error = (
+        float(figure) for figure in re.findall(r"[-+]?[\d.]+(?= ms|\))", findings[0].found)
+    )
     assert skew == pytest.approx(1e3 * ahead, abs=10 + error)
     assert "on n1 against n0" in findings[0].found
 
@@ -28,7 +32,9 @@ def test_one_node_has_one_clock(world: World) -> None:
 def test_a_directory_that_nodes_do_not_share_fails(world: World, tmp_path: Path) -> None:
     shared, own = tmp_path / "shared", tmp_path / "own"
     shared.mkdir(), own.mkdir()
-    assert {f.verdict for f in world.run(doctor_jobs.shared_directory, 2, directories=[shared, shared])} == {"ok"}
+    assert {
+        f.verdict for f in world.run(doctor_jobs.shared_directory, 2, directories=[shared, shared])
+    } == {"ok"}
     findings = world.run(doctor_jobs.shared_directory, 2, directories=[shared, own])
     assert {f.verdict for f in findings} == {"fail"}
     assert all(f.found.startswith("ranks [1] do not see") for f in findings)

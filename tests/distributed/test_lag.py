@@ -22,8 +22,8 @@ ModelMaker = Callable[..., Path]
 
 def old_logprobs(batches: list[Any]) -> list[torch.Tensor]:
     """On the ranks that have them."""
-    micros = [micro for batch in batches for micro in batch.micro_batches]
-    return [micro.old_logprob_T for micro in micros if micro.old_logprob_T is not None]
+    results = [results for batch in batches for results in batch.results]
+    return [r.old_logprob_T for r in results if r.has("old_logprob_T")]
 
 
 def all_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
@@ -34,7 +34,11 @@ def lagging(config: Config, samples: list[Sample]) -> dict[str, Any]:
     """Two steps of updates; after each, the old log-probs under the weights before it."""
     from megatron_real.policy.snapshot import Snapshot
 
-    policy, rollouts, found = jobs.new_policy(config, config.model.path), jobs.rollouts_of(samples), {}
+    policy, rollouts, found = (
+        jobs.new_policy(config, config.model.path),
+        jobs.rollouts_of(samples),
+        {},
+    )
     snapshot = Snapshot(policy)
     for step in (1, 2):
         snapshot.take()
@@ -46,7 +50,9 @@ def lagging(config: Config, samples: list[Sample]) -> dict[str, Any]:
             batches = policy.prepare(rollouts, lagging=True)
         found[f"lagged {step}"] = all_equal(old_logprobs(batches), before)
         found[f"restored {step}"] = all_equal([tensor for _, tensor in policy.stream()], present)
-        found[f"present {step}"] = all_equal(old_logprobs(policy.prepare(rollouts, lagging=True)), before)
+        found[f"present {step}"] = all_equal(
+            old_logprobs(policy.prepare(rollouts, lagging=True)), before
+        )
     found["scores"] = policy.gradient(batches[0]).score_R.abs().max().item()
     return found
 
@@ -62,10 +68,14 @@ def test_old_log_probs_are_those_of_the_weights_that_generated(
     for found in ranks:
         assert all(found[f"{what} {step}"] for what in ("lagged", "restored") for step in (1, 2))
         assert found["scores"] > 1e-4, "the weights moved since"
-    assert not any(ranks[-1][f"present {step}"] for step in (1, 2)), "the last rank has log-probs in every layout"
+    assert not any(ranks[-1][f"present {step}"] for step in (1, 2)), (
+        "the last rank has log-probs in every layout"
+    )
 
 
-def lagged_gradient(config: Config, old_path: str, samples: list[Sample], lag: bool) -> dict[str, Any]:
+def lagged_gradient(
+    config: Config, old_path: str, samples: list[Sample], lag: bool
+) -> dict[str, Any]:
     """The gradient under the weights of the configuration, of rollouts that those of `old_path` generated."""
     from megatron_real.policy.snapshot import Snapshot
     from megatron_real.weights.hf import HfWeights
@@ -86,18 +96,24 @@ def lagged_gradient(config: Config, old_path: str, samples: list[Sample], lag: b
 
 
 @pytest.mark.parametrize("layout", ["plain", "pp2-dp2"])
-def test_the_gradient_is_that_of_the_printed_equation(world: World, tiny_model: ModelMaker, layout: str) -> None:
+def test_the_gradient_is_that_of_the_printed_equation(
+    world: World, tiny_model: ModelMaker, layout: str
+) -> None:
     """Eq. 8 by transformers in float64, with the old log-probs of other weights. Control: the shortcut of the first
     minibatch, which takes them to be the same, is off by far."""
     path, old_path = model_paths(tiny_model, "qwen2")
     samples, (size, options) = reference.minibatch(1, vocab=101), LAYOUTS[layout]
     config = config_of(path, **options)
     config = replace(
-        config, model=replace(config.model, dtype="fp64"), batch=BatchConfig(max_tokens=96, minibatch_prompts=6)
+        config,
+        model=replace(config.model, dtype="fp64"),
+        batch=BatchConfig(max_tokens=96, minibatch_prompts=6),
     )
     loss, gradients = reference.gradient(path, old_path, samples)
     lagged, shortcut = (
-        world.run(lagged_gradient, size, config=config, old_path=str(old_path), samples=samples, lag=lag)[0]
+        world.run(
+            lagged_gradient, size, config=config, old_path=str(old_path), samples=samples, lag=lag
+        )[0]
         for lag in (True, False)
     )
     assert lagged["loss"] == pytest.approx(loss, rel=1e-10)

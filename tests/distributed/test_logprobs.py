@@ -9,7 +9,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_real.policy.logprobs import NO_TARGET, linear_logprobs, vocab_parallel_logprobs
+from tests.amount import cover
 from tests.distributed.world import World
+
+pytestmark = pytest.mark.one_version
 
 TOKENS, HIDDEN, VOCAB, PER_RANK, TEMPERATURE = 24, 16, 101, 48, 0.6
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
@@ -25,7 +28,12 @@ def inputs(dtype: torch.dtype, tp: int) -> dict[str, torch.Tensor]:
     target = torch.randint(0, VOCAB, (TOKENS,), generator=draw)
     target[::5] = NO_TARGET
     upstream = torch.randn(TOKENS, generator=draw, dtype=torch.float64)
-    return {"hidden": hidden.to(dtype), "weight": weight.to(dtype), "target": target, "upstream": upstream}
+    return {
+        "hidden": hidden.to(dtype),
+        "weight": weight.to(dtype),
+        "target": target,
+        "upstream": upstream,
+    }
 
 
 def expected(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -49,7 +57,12 @@ def sharded(case: str, dtype: torch.dtype, chunk: int, sp: bool) -> dict[str, to
     x = inputs(dtype, tp)
     columns = len(x["weight"]) // tp
     weight = x["weight"][rank * columns : (rank + 1) * columns].clone().requires_grad_()
-    options: dict[str, Any] = {"tp_group": group, "temperature": TEMPERATURE, "vocab_size": VOCAB, "chunk_size": chunk}
+    options: dict[str, Any] = {
+        "tp_group": group,
+        "temperature": TEMPERATURE,
+        "vocab_size": VOCAB,
+        "chunk_size": chunk,
+    }
     if case == "linear":
         hidden = (x["hidden"].chunk(tp)[rank] if sp else x["hidden"]).clone().requires_grad_()
         logprob = linear_logprobs(hidden, weight, x["target"], sequence_parallel=sp, **options)
@@ -64,7 +77,11 @@ def sharded(case: str, dtype: torch.dtype, chunk: int, sp: bool) -> dict[str, to
     logprob, entropy = vocab_parallel_logprobs(logits, x["target"], return_entropy=True, **options)
     (logprob * x["upstream"]).sum().backward()
     assert torch.equal(logits.detach(), kept), "the logits were written to"
-    return {"logprob": logprob.detach(), "entropy": entropy, "logits": whole(logits.grad.t().contiguous()).t()}
+    return {
+        "logprob": logprob.detach(),
+        "entropy": entropy.detach(),
+        "logits": whole(logits.grad.t().contiguous()).t(),
+    }
 
 
 def whole(shard: torch.Tensor) -> torch.Tensor:
@@ -73,11 +90,13 @@ def whole(shard: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("chunk", [7, 1000], ids=["chunks", "one-chunk"])
-@pytest.mark.parametrize("tp", [1, 2, 4], ids="tp{}".format)
-@pytest.mark.parametrize("case", ["linear", "linear-sp", "logits"])
-def test_equal_to_log_softmax(world: World, case: str, tp: int, chunk: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("case", "tp", "chunk", "dtype"),
+    cover(["linear", "linear-sp", "logits"], [2, 4, 1], [7, 1000], list(TOLERANCE)),
+)
+def test_equal_to_log_softmax(
+    world: World, case: str, tp: int, chunk: int, dtype: torch.dtype
+) -> None:
     function, sp = case.removesuffix("-sp"), case.endswith("-sp")
     reference = expected(inputs(dtype, tp))
     for found in world.run(sharded, tp, case=function, dtype=dtype, chunk=chunk, sp=sp):
@@ -93,7 +112,9 @@ def without_targets(sp: bool) -> tuple[float, ...]:
     hidden = torch.randn(8 // (tp if sp else 1), HIDDEN, requires_grad=True)
     weight = torch.randn(VOCAB // tp, HIDDEN, requires_grad=True)
     target = torch.full((8,), NO_TARGET)
-    logprob = linear_logprobs(hidden, weight, target, tp_group=dist.group.WORLD, sequence_parallel=sp)
+    logprob = linear_logprobs(
+        hidden, weight, target, tp_group=dist.group.WORLD, sequence_parallel=sp
+    )
     logits = (weight @ weight.t())[:8].detach().requires_grad_()
     from_logits = vocab_parallel_logprobs(logits, target, tp_group=dist.group.WORLD)
     assert isinstance(from_logits, torch.Tensor)
@@ -114,7 +135,11 @@ def plain_all_reduce_gradient(_: None = None) -> float:
     weight = x["weight"][dist.get_rank() * columns :][:columns]
     hidden = x["hidden"].clone().requires_grad_()
     logits = hidden @ weight.t()
-    options: dict[str, Any] = {"tp_group": dist.group.WORLD, "temperature": TEMPERATURE, "vocab_size": VOCAB}
+    options: dict[str, Any] = {
+        "tp_group": dist.group.WORLD,
+        "temperature": TEMPERATURE,
+        "vocab_size": VOCAB,
+    }
     logprob = vocab_parallel_logprobs(logits, x["target"], **options)
     assert isinstance(logprob, torch.Tensor)
     (logprob * x["upstream"]).sum().backward()

@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from megatron_real.config import BatchConfig, Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig
+from megatron_real.config import (
+    BatchConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+)
 from megatron_real.plan.memory import Shapes, StageMemory, stage_memory
 from megatron_real.weights.architecture import Architecture
 from tests.distributed import memory_jobs
@@ -29,7 +36,16 @@ SIZES = {
 SEQUENCES, LENGTH = 8, 128
 
 # name -> (ranks, options); max_tokens in sequences, so that pipelines have micro-batches to fill. CORE runs always.
-CORE = ("plain", "selective", "tied", "tp2-sp-full", "cp2", "pp2-tied", "pp2-vpp2", "tp2-sp-pp2-dp2")
+CORE = (
+    "plain",
+    "selective",
+    "tied",
+    "tp2-sp-full",
+    "cp2",
+    "pp2-tied",
+    "pp2-vpp2",
+    "tp2-sp-pp2-dp2",
+)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "plain": (1, {}),
     "fp32": (1, {"dtype": "fp32"}),
@@ -59,8 +75,14 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def samples() -> list[Sample]:
     draw = random.Random(0)
-    tokens = [tuple(draw.randrange(SIZES["vocab_size"]) for _ in range(LENGTH + 1)) for _ in range(SEQUENCES)]
-    return [Sample(prompt=t[:8], response=t[8:], label=i % 2, group=i // 2) for i, t in enumerate(tokens)]
+    tokens = [
+        tuple(draw.randrange(SIZES["vocab_size"]) for _ in range(LENGTH + 1))
+        for _ in range(SEQUENCES)
+    ]
+    return [
+        Sample(prompt=t[:8], response=t[8:], label=i % 2, group=i // 2)
+        for i, t in enumerate(tokens)
+    ]
 
 
 def config_of(
@@ -84,28 +106,40 @@ def foretold(config: Config, ranks: int) -> list[StageMemory]:
     return stage_memory(Architecture.read(config.model.path), config, dp=dp, shapes=shapes)
 
 
-def measure(world: World, tiny_model: ModelMaker, layout: str) -> tuple[Config, list[dict[str, int]]]:
+def measure(
+    world: World, tiny_model: ModelMaker, layout: str
+) -> tuple[Config, list[dict[str, int]]]:
     """The configuration of a layout, and for each pipeline stage the rank that allocated most."""
     ranks, options = LAYOUTS[layout]
     options = dict(options)
     model = MODELS[options.pop("model", "qwen2")]
     config = config_of(tiny_model(**model, dtype="bfloat16", **SIZES), **options)
     found = world.run(memory_jobs.measured, ranks, config=config, samples=samples())
-    per_stage = ranks // config.parallel.pp  # megatron-core's order of ranks: pipeline stages are the slowest axis
+    per_stage = (
+        ranks // config.parallel.pp
+    )  # megatron-core's order of ranks: pipeline stages are the slowest axis
     stages = [found[i : i + per_stage] for i in range(0, ranks, per_stage)]
     return config, [{key: max(rank[key] for rank in stage) for key in stage[0]} for stage in stages]
 
 
-@pytest.mark.parametrize("layout", [n if n in CORE else pytest.param(n, marks=pytest.mark.grid) for n in LAYOUTS])
-def test_foretold_memory_is_what_is_allocated(world: World, tiny_model: ModelMaker, layout: str) -> None:
+@pytest.mark.parametrize(
+    "layout", [n if n in CORE else pytest.param(n, marks=pytest.mark.grid) for n in LAYOUTS]
+)
+def test_foretold_memory_is_what_is_allocated(
+    world: World, tiny_model: ModelMaker, layout: str
+) -> None:
     config, measured = measure(world, tiny_model, layout)
     for stage, rank in zip(foretold(config, LAYOUTS[layout][0]), measured, strict=True):
         resident = stage.resident
         assert resident.parameters == rank["parameters"], f"stage {stage.stage}"
-        assert resident.gradients == pytest.approx(rank["gradients"], rel=0.01), f"stage {stage.stage}"
+        assert resident.gradients == pytest.approx(rank["gradients"], rel=0.01), (
+            f"stage {stage.stage}"
+        )
         assert resident.total == pytest.approx(rank["held"], rel=0.1), f"stage {stage.stage}"
         assert stage.update.total == pytest.approx(rank["update"], rel=0.2), f"stage {stage.stage}"
-        assert stage.old_logprobs.total == pytest.approx(rank["old_logprobs"], rel=0.2), f"stage {stage.stage}"
+        assert stage.old_logprobs.total == pytest.approx(rank["old_logprobs"], rel=0.2), (
+            f"stage {stage.stage}"
+        )
 
 
 def test_the_bounds_tell_layouts_apart(world: World, tiny_model: ModelMaker) -> None:

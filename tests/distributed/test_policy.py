@@ -10,8 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_real.config import BatchConfig, Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig
+from megatron_real.config import (
+    BatchConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+)
 from megatron_real.config import OptimizerConfig as Optimizer
+from megatron_real.weights import WeightsError
+from tests.amount import cover
 from tests.distributed import jobs, reference
 from tests.distributed.world import World
 
@@ -24,7 +33,9 @@ def config_of(
     return Config(
         model=ModelConfig(path=str(path), dtype="fp32"),
         data=DataConfig(max_prompt_tokens=16),
-        rollout=RolloutConfig(max_response_tokens=16, temperature=reference.TEMPERATURE, num_prompts=6),
+        rollout=RolloutConfig(
+            max_response_tokens=16, temperature=reference.TEMPERATURE, num_prompts=6
+        ),
         batch=BatchConfig(max_tokens=96, minibatch_prompts=2),
         parallel=ParallelConfig(**parallel),
         optimizer=Optimizer(lr=1e-3, distributed=distributed),
@@ -48,8 +59,9 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "plain"])
+@pytest.mark.parametrize(
+    ("layout", "tied"), cover([name for name in LAYOUTS if name != "plain"], [False, True])
+)
 def test_three_updates_agree(world: World, tiny_model: ModelMaker, layout: str, tied: bool) -> None:
     """Parameters move by about 3e-3 (lr 1e-3, three updates); layouts differ by fp32 rounding, which Adam amplifies
     where a gradient is nearly 0. Stale weights under overlap_param_gather would differ by the whole movement."""
@@ -58,7 +70,9 @@ def test_three_updates_agree(world: World, tiny_model: ModelMaker, layout: str, 
     outcomes = []
     for name in ("plain", layout):
         size, options = LAYOUTS[name]
-        outcomes.append(world.run(jobs.updates, size, config=config_of(path, **options), samples=samples)[0])
+        outcomes.append(
+            world.run(jobs.updates, size, config=config_of(path, **options), samples=samples)[0]
+        )
     plain, other = outcomes
     assert other["losses"] == pytest.approx(plain["losses"], rel=1e-4)
     assert other["grad_norms"] == pytest.approx(plain["grad_norms"], rel=1e-4)
@@ -70,7 +84,9 @@ def test_three_updates_agree(world: World, tiny_model: ModelMaker, layout: str, 
 
 def test_a_batch_that_is_not_finite_is_skipped(world: World, tiny_model: ModelMaker) -> None:
     config = config_of(tiny_model("qwen2"))
-    (found,) = world.run(jobs.poisoned_update, 1, config=config, samples=reference.minibatch(1, vocab=101))
+    (found,) = world.run(
+        jobs.poisoned_update, 1, config=config, samples=reference.minibatch(1, vocab=101)
+    )
     assert found == {"skipped": [True, True, False], "in_a_row": [1, 2, 0], "unchanged": True}
 
 
@@ -82,7 +98,13 @@ def offloaded(config: Config, samples: list[reference.Sample]) -> dict[str, Any]
         for batch in policy.prepare(rollouts):
             policy.update(batch)
         policy.make_room()
-        held.append(sum(buffer.grad_data.untyped_storage().size() for chunk in policy.ddp for buffer in chunk.buffers))
+        held.append(
+            sum(
+                buffer.grad_data.untyped_storage().size()
+                for chunk in policy.ddp
+                for buffer in chunk.buffers
+            )
+        )
         policy.mismatch(rollouts)
         policy.take_room_back()
     return {"weights": dict(policy.stream()), "held": held}
@@ -93,7 +115,10 @@ def test_lent_memory_changes_nothing(world: World, tiny_model: ModelMaker, layou
     """To the bit; and the gradient buffers are really gone in between."""
     size, options = LAYOUTS[layout]
     config = config_of(tiny_model("qwen2"), **options)
-    config, samples = replace(config, model=replace(config.model, dtype="bf16")), reference.minibatch(1, vocab=101)
+    config, samples = (
+        replace(config, model=replace(config.model, dtype="bf16")),
+        reference.minibatch(1, vocab=101),
+    )
     kept, lent = (
         world.run(
             offloaded,
@@ -104,17 +129,34 @@ def test_lent_memory_changes_nothing(world: World, tiny_model: ModelMaker, layou
         for lend in (False, True)
     )
     assert min(kept["held"]) > 0 and lent["held"] == [0, 0]
-    assert all(torch.equal(tensor, lent["weights"][name]) for name, tensor in kept["weights"].items())
+    assert all(
+        torch.equal(tensor, lent["weights"][name]) for name, tensor in kept["weights"].items()
+    )
 
 
 # The six R1-Distills scaled down: heads, KV heads and their ratio, head size and biases kept in kind.
 R1_DISTILL = {
-    "qwen-1.5b": ("qwen2", {"num_attention_heads": 12, "num_key_value_heads": 2, "hidden_size": 48}),
+    "qwen-1.5b": (
+        "qwen2",
+        {"num_attention_heads": 12, "num_key_value_heads": 2, "hidden_size": 48},
+    ),
     "qwen-7b": ("qwen2", {"num_attention_heads": 28, "num_key_value_heads": 4, "hidden_size": 112}),
-    "qwen-14b": ("qwen2", {"num_attention_heads": 40, "num_key_value_heads": 8, "hidden_size": 160}),
-    "qwen-32b": ("qwen2", {"num_attention_heads": 40, "num_key_value_heads": 8, "hidden_size": 80, "head_dim": 4}),
-    "llama-8b": ("llama", {"num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 128}),
-    "llama-70b": ("llama", {"num_attention_heads": 64, "num_key_value_heads": 8, "hidden_size": 128}),
+    "qwen-14b": (
+        "qwen2",
+        {"num_attention_heads": 40, "num_key_value_heads": 8, "hidden_size": 160},
+    ),
+    "qwen-32b": (
+        "qwen2",
+        {"num_attention_heads": 40, "num_key_value_heads": 8, "hidden_size": 80, "head_dim": 4},
+    ),
+    "llama-8b": (
+        "llama",
+        {"num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 128},
+    ),
+    "llama-70b": (
+        "llama",
+        {"num_attention_heads": 64, "num_key_value_heads": 8, "hidden_size": 128},
+    ),
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -122,13 +164,22 @@ LLAMA3_ROPE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", [(1, {}), (4, {"tp": 2, "sp": True, "pp": 2})], ids=["plain", "tp2-sp-pp2"])
-@pytest.mark.parametrize("shape", R1_DISTILL)
-def test_logprobs_equal_transformers(world: World, tiny_model: ModelMaker, shape: str, layout: Any) -> None:
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    cover(list(R1_DISTILL), [(1, {}), (4, {"tp": 2, "sp": True, "pp": 2})]),
+)
+def test_logprobs_equal_transformers(
+    world: World, tiny_model: ModelMaker, shape: str, layout: Any
+) -> None:
     family, sizes = R1_DISTILL[shape]
     rope = {"rope_parameters": LLAMA3_ROPE} if family == "llama" else {}
-    path = tiny_model(family, dtype="float32", num_hidden_layers=2, max_position_embeddings=1024, **sizes, **rope)
-    samples = [reference.Sample(tuple(range(5)), tuple((7 * i) % 101 for i in range(n)), 1, 0) for n in (300, 9)]
+    path = tiny_model(
+        family, dtype="float32", num_hidden_layers=2, max_position_embeddings=1024, **sizes, **rope
+    )
+    samples = [
+        reference.Sample(tuple(range(5)), tuple((7 * i) % 101 for i in range(n)), 1, 0)
+        for n in (300, 9)
+    ]
     model = reference.load(path, torch.float32)
     with torch.no_grad():
         expected = torch.cat([reference.logprobs(model, s) for s in samples])
@@ -138,16 +189,22 @@ def test_logprobs_equal_transformers(world: World, tiny_model: ModelMaker, shape
         batch=BatchConfig(max_tokens=512, minibatch_prompts=2),
         model=ModelConfig(str(path), "fp32"),
     )
-    found = next(r for r in world.run(jobs.logprobs, size, config=config, samples=samples) if r is not None)
+    found = next(
+        r for r in world.run(jobs.logprobs, size, config=config, samples=samples) if r is not None
+    )
     assert (found - expected).abs().max() <= 2e-4
 
 
-@pytest.mark.parametrize("layout", [(1, {}), (8, {"tp": 4, "pp": 2})], ids=["plain", "tp4-pp2"])
-@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen2-tied"])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    cover(["qwen2", "llama", "qwen2-tied"], [(1, {}), (8, {"tp": 4, "pp": 2})]),
+)
 def test_export_gives_back_the_file(
     world: World, tiny_model: ModelMaker, tmp_path: Path, family: str, layout: Any
 ) -> None:
-    path = tiny_model(family.split("-")[0], dtype="bfloat16", tie_word_embeddings=family.endswith("tied"))
+    path = tiny_model(
+        family.split("-")[0], dtype="bfloat16", tie_word_embeddings=family.endswith("tied")
+    )
     size, parallel = layout
     config = replace(config_of(path, **parallel), model=ModelConfig(str(path), "bf16"))
     world.run(jobs.export, size, config=config, out=str(tmp_path / "out"))
@@ -162,9 +219,58 @@ def test_the_own_loop_example_learns() -> None:
     import sys
 
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "examples/own_megatron_loop.py"]
-    out = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200, check=True).stdout
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "examples/own_megatron_loop.py",
+    ]
+    out = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, timeout=200, check=True
+    ).stdout
     losses = [float(x) for x in re.findall(r"loss (\S+)", out)]
     assert len(losses) == 20 and losses[-1] < 0.1 * losses[0]
     source = (root / "examples/own_megatron_loop.py").read_text().splitlines()
     assert len(source) < 80
+
+
+class Watched:
+    """Weights that count what is read of them; with a `fault`, no piece of them can be read."""
+
+    def __init__(self, weights: Any, fault: str = "") -> None:
+        self.weights, self.fault, self.pieces = weights, fault, 0
+
+    def megatron_piece(self, *args: Any) -> Any:
+        self.pieces += 1
+        if self.fault:
+            raise WeightsError(self.fault)
+        return self.weights.megatron_piece(*args)
+
+
+def loaded_by_replicas(config: Config, other: str) -> tuple[int, dict[str, float], str]:
+    """Pieces that this rank read, sums of its parameters afterwards, and what it says of files that are cut."""
+    from megatron_real.weights.hf import HfWeights
+    from megatron_real.weights.stream import global_parameters
+
+    policy = jobs.new_policy(config, config.model.path)
+    watched = Watched(HfWeights(other))
+    policy.load_parameters(watched)
+    sums = {n: float(p.double().sum()) for n, p in global_parameters(policy.chunks).items()}
+    try:
+        policy.load_parameters(Watched(HfWeights(other), fault="a file is cut"))
+    except WeightsError as error:
+        return watched.pieces, sums, str(error)
+    return watched.pieces, sums, "nothing"
+
+
+def test_one_replica_reads_the_weights_for_all(world: World, tiny_model: ModelMaker) -> None:
+    """Two replicas of two tensor-parallel parts: ranks 0 and 1 read their parts, 2 and 3 get them from there."""
+    path, other = tiny_model(), tiny_model(seed=1)
+    config = config_of(path, tp=2)
+    answers = world.run(loaded_by_replicas, 4, config=config, other=str(other))
+    pieces, sums, sentences = zip(*answers, strict=True)
+    assert pieces[0] == pieces[1] > 0 and pieces[2:] == (0, 0)
+    assert sums[0] == sums[2] and sums[1] == sums[3] and sums[0] != sums[1]
+    assert sentences == ("a file is cut",) * 4

@@ -13,12 +13,15 @@ import pytest
 import torch.distributed as dist
 
 from megatron_real.labels import Labeller, TooManyFailedChecks
+from megatron_real.objective import make_objective
 from megatron_real.prompts import PromptCursor
 from megatron_real.records import EXCLUDED, Completion, Prompt, Rollout, Sampling
 from megatron_real.rollout.engine import EngineFailed
 from megatron_real.rollout.refill import refill
 from megatron_real.rollout.stage import RolloutStage
 from tests.distributed.world import World
+
+pytestmark = pytest.mark.one_version
 
 SAMPLING = Sampling(num_samples=4, temperature=1.0, max_tokens=8)
 PROMPTS = [Prompt(f"p/{i}", f"{i}+1=", (i,), (str(i + 1),)) for i in range(24)]
@@ -43,7 +46,9 @@ class Adder:
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
         draw = random.Random(str(seeds))
-        answers = [[self.answer(prompt, draw) for _ in range(sampling.num_samples)] for prompt in prompts]
+        answers = [
+            [self.answer(prompt, draw) for _ in range(sampling.num_samples)] for prompt in prompts
+        ]
         for k in range(sampling.num_samples):
             for i, row in enumerate(answers):
                 if (completion := row[k]) is not None:
@@ -51,7 +56,9 @@ class Adder:
 
     def answer(self, prompt: Prompt, draw: random.Random) -> Completion | None:
         number = int(prompt.answers[0]) + (draw.random() < 1 / 3)
-        return Completion((dist.get_rank(), draw.getrandbits(20)), (0.0, 0.0), f"\\boxed{{{number}}}", True)
+        return Completion(
+            (dist.get_rank(), draw.getrandbits(20)), (0.0, 0.0), f"\\boxed{{{number}}}", True
+        )
 
 
 class Watched(Adder):
@@ -72,6 +79,8 @@ class Watched(Adder):
 
 VERIFIER = """
 import os, tempfile
+TRUSTED = True  # it writes files
+
 def judge(text, answers, metadata):
     tempfile.mkstemp(dir=f"FOLDER/{os.environ['RANK']}")
     return text == "\\\\boxed{" + answers[0] + "}"
@@ -98,14 +107,21 @@ class Leaky(Adder):
 
 
 def stage_of(
-    engine: Callable[[], Adder], retries: int, max_failed_share: float = 1.0, verifier: str = "exact"
+    engine: Callable[[], Adder],
+    retries: int,
+    max_failed_share: float = 1.0,
+    verifier: str = "exact",
 ) -> RolloutStage:
-    labeller = Labeller(verifier, workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=max_failed_share)
+    labeller = Labeller(
+        verifier, workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=max_failed_share
+    )
     rank, world = dist.get_rank(), dist.get_world_size()
     return RolloutStage(engine(), labeller, rank=rank, world=world, retries=retries)
 
 
-def one_step(engine: Callable[[], Adder], retries: int = 1, prompts: int = 6, **options: Any) -> list[Rollout]:
+def one_step(
+    engine: Callable[[], Adder], retries: int = 1, prompts: int = 6, **options: Any
+) -> list[Rollout]:
     stage = stage_of(engine, retries, **options)
     try:
         chosen = PROMPTS[:prompts]
@@ -115,13 +131,24 @@ def one_step(engine: Callable[[], Adder], retries: int = 1, prompts: int = 6, **
 
 
 def known(rollouts: list[Rollout]) -> list[Any]:
-    """All of the rollouts but the clock's."""
-    return [(r.prompt.uid, r.group, r.sample, r.completion, r.verdict.status, r.label, r.refills) for r in rollouts]
+    """All of the rollouts but the clock's and the weight version."""
+    return [
+        (r.prompt.uid, r.group, r.sample, drawn(r), r.verdict.status, r.label, r.refills)
+        for r in rollouts
+    ]
+
+
+def drawn(rollout: Rollout) -> tuple[Any, ...]:
+    completion = rollout.completion
+    tokens = tuple(completion.token_ids.tolist())
+    return tokens, tuple(completion.logprobs.tolist()), completion.text, completion.finished
 
 
 def alike(ranks: list[list[Rollout]]) -> list[Rollout]:
     """The rollouts, which all ranks must know alike, complete and in order."""
-    assert all(rank == ranks[0] for rank in ranks), "seconds and all: each verdict is made once and gathered"
+    assert all(rank == ranks[0] for rank in ranks), (
+        "seconds and all: each verdict is made once and gathered"
+    )
     assert [(r.group, r.sample) for r in ranks[0]] == [(i, k) for i in range(6) for k in range(4)]
     return ranks[0]
 
@@ -130,12 +157,16 @@ def test_completions_are_verified_while_others_are_generated(world: World, tmp_p
     """Each rank generates 12; while it waits with the last one, the verifier has begun with the 11th."""
     file = tmp_path / "own.py"
     file.write_text(VERIFIER.replace("FOLDER", str(tmp_path)))
-    streamed = alike(world.run(one_step, 2, engine=partial(Watched, tmp_path), verifier=f"{file}:judge"))
+    streamed = alike(
+        world.run(one_step, 2, engine=partial(Watched, tmp_path), verifier=f"{file}:judge")
+    )
     at_once = alike(world.run(one_step, 2, engine=Adder))
     assert known(streamed) == known(at_once), "the order of arrival changes nothing"
     assert sum(r.verdict.early for r in streamed) >= 2 * 10
     for r in streamed:
-        assert (r.verdict.status == "ok") == (r.completion.text == f"\\boxed{{{r.prompt.answers[0]}}}")
+        assert (r.verdict.status == "ok") == (
+            r.completion.text == f"\\boxed{{{r.prompt.answers[0]}}}"
+        )
     assert {r.verdict.status for r in streamed} == {"ok", "wrong"}
 
 
@@ -149,8 +180,12 @@ def test_what_a_dying_engine_lost_is_drawn_by_another(world: World) -> None:
     rollouts = alike(world.run(one_step, 2, engine=Dying))
     assert {r.verdict.status for r in rollouts} == {"ok", "wrong"}
     drawn_by = [r.completion.token_ids[0] for r in rollouts]
-    assert drawn_by.count(1) == 5 and all(drawn_by[r.group * 4 + r.sample] == 0 for r in rollouts if r.group % 2 == 0)
-    assert len({r.completion for r in rollouts}) == len(rollouts), "drawn anew, not copied"
+    assert drawn_by.count(1) == 5 and all(
+        drawn_by[r.group * 4 + r.sample] == 0 for r in rollouts if r.group % 2 == 0
+    )
+    assert len({r.completion.token_ids.tobytes() for r in rollouts}) == len(rollouts), (
+        "drawn anew, not copied"
+    )
 
 
 def test_what_is_lost_every_time_is_excluded_and_counted(world: World) -> None:
@@ -158,7 +193,11 @@ def test_what_is_lost_every_time_is_excluded_and_counted(world: World) -> None:
     lost = [r for r in rollouts if r.verdict.status == "lost"]
     assert {r.prompt.uid for r in lost} == {"p/3", "p/4"} and len(lost) == 8
     for r in lost:
-        assert (r.label, r.completion.token_ids, r.verdict.reason) == (EXCLUDED, (), "the engine did not return it")
+        assert (r.label, len(r.completion.token_ids), r.verdict.reason) == (
+            EXCLUDED,
+            0,
+            "the engine did not return it",
+        )
     without_retry = alike(world.run(one_step, 2, engine=Dying, retries=0))
     lost = [r for r in without_retry if r.verdict.status == "lost"]
     assert len(lost) == 12 - 5 and {r.verdict.reason for r in lost} == {"its server is gone"}
@@ -174,7 +213,9 @@ def test_every_rank_stops_for_the_same_reason(world: World) -> None:
     """Rank 0 lost 4 of its 12, rank 1 lost 4 of its 12: the share is that of the whole step."""
     first, second = world.run(refusal, 2, max_failed_share=0.3)
     assert first == second
-    assert first.startswith("8 of 24 checks failed (8 lost), more than labels.max_failed_share = 0.3; most often: the")
+    assert first.startswith(
+        "8 of 24 checks failed (8 lost), more than labels.max_failed_share = 0.3; most often: the"
+    )
 
 
 def more_ranks_than_prompts() -> int:
@@ -193,9 +234,11 @@ def refilled(rounds: int) -> tuple[list[Any], dict[str, Any]]:
 
         def draw(num_prompts: int, number: int, step: int = step) -> list[Rollout]:
             prompts = cursor.next_batch(num_prompts)
-            return stage.label(prompts, stage.generate(prompts, SAMPLING, seed=step + (number << 40)))
+            return stage.label(
+                prompts, stage.generate(prompts, SAMPLING, seed=step + (number << 40))
+            )
 
-        steps.append(known(refill(draw(6, 0), rounds=rounds, draw=draw)))
+        steps.append(known(refill(draw(6, 0), make_objective("real"), rounds=rounds, draw=draw)))
     stage.labeller.close()
     return steps, cursor.state_dict()
 
@@ -208,10 +251,90 @@ def test_dynamic_sampling_on_two_ranks(world: World) -> None:
     assert world.run(refilled, 2, rounds=4)[0] == (on, after_on), "the same seed, the same draws"
     assert one_class(off[0]) and not one_class(on[0])
     kept = [r for r in on[0] if not r[6]]
-    assert kept == [r for r in off[0] if r[1] not in one_class(off[0])], "groups of two classes stay as they were drawn"
+    assert kept == [r for r in off[0] if r[1] not in one_class(off[0])], (
+        "groups of two classes stay as they were drawn"
+    )
     assert after_on["position"] > after_off["position"]
     assert len({r[3] for r in on[0] + on[1]}) == 48, "each draw has a seed of its own"
 
 
 def one_class(rollouts: list[Any]) -> list[int]:
     return [group for group in range(6) if len({r[5] for r in rollouts if r[1] == group}) < 2]
+
+
+class BySeed(Adder):
+    """Each answer follows from its own seed alone, as an engine with a seed for each request gives it."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, int, Completion]]:
+        for i, seed in enumerate(seeds):
+            for k in range(sampling.num_samples):
+                self.count += 1
+                token = (seed + k) % 2**31
+                yield i, k, Completion((token,), (0.0,), f"\\boxed{{{token}}}", True)
+
+    count = 0
+
+
+def spread_groups() -> tuple[list[Any], int]:
+    """The answers to two prompts, and how many this rank's engine gave."""
+    engine = BySeed()
+    stage = stage_of(lambda: engine, retries=1)
+    prompts = PROMPTS[:2]
+    try:
+        return known(stage.label(prompts, stage.generate(prompts, SAMPLING, seed=3))), engine.count
+    finally:
+        stage.labeller.close()
+
+
+def test_groups_are_spread_over_engines_without_other_answers(world: World) -> None:
+    """Two prompts of four samples on one engine, and on four, of which two would idle if groups stayed whole."""
+    ((alone, count),) = world.run(spread_groups, 1)
+    assert count == 8
+    spread = world.run(spread_groups, 4)
+    assert [count for _, count in spread] == [2, 2, 2, 2]
+    assert all(answers == alone for answers, _ in spread)
+
+
+class Mortal(Adder):
+    """Its process on the last rank ends after five completions; until it is brought back it gives none."""
+
+    alive = True
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, int, Completion]]:
+        for count, found in enumerate(super().generate(prompts, sampling, seeds=seeds)):
+            if dist.get_rank() == dist.get_world_size() - 1 and count == 5:
+                self.alive = False
+            if not self.alive:
+                raise EngineFailed("its server is gone")
+            yield found
+
+
+def brought_back(bring_back: bool) -> tuple[int, int]:
+    """Completions that are lost for good where one engine alone answers, and how often it was to be brought back."""
+    engine, calls = Mortal(), []
+
+    def before_retry() -> None:
+        calls.append(True)
+        engine.alive = engine.alive or bring_back
+
+    stage = stage_of(lambda: engine, retries=1)
+    prompts = PROMPTS[:2]
+    try:
+        sampled = stage.generate(prompts, SAMPLING, seed=3)
+        rollouts = stage.label(prompts, sampled, before_retry)
+        return sum(r.verdict.status == "lost" for r in rollouts), len(calls)
+    finally:
+        stage.labeller.close()
+
+
+@pytest.mark.parametrize(
+    ("bring_back", "lost"), [pytest.param(True, 0, id="back"), pytest.param(False, 3, id="gone")]
+)
+def test_an_engine_is_brought_back_before_its_answers_are_drawn_again(
+    world: World, bring_back: bool, lost: int
+) -> None:
+    assert world.run(brought_back, 1, bring_back=bring_back) == [(lost, 1)]

@@ -5,7 +5,6 @@ The same with vLLM: tests/integration/test_vllm.py.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from megatron_real.rollout.checksum import checksum
+from tests import zygote
 from tests.distributed import sync_jobs
 from tests.distributed.world import World
 
@@ -74,7 +74,9 @@ def test_damage_is_named(world: World, tiny_model: ModelMaker, layout: str) -> N
     size, parallel, tied = LAYOUTS[layout]
     path = sync_jobs.complete(tiny_model("qwen2", dtype="float32", tie_word_embeddings=tied))
     name = "lm_head.weight" if layout == "dp2" else NAME
-    for found in world.run(sync_jobs.damages, size, config=sync_jobs.config_of(path, **parallel), name=name):
+    for found in world.run(
+        sync_jobs.damages, size, config=sync_jobs.config_of(path, **parallel), name=name
+    ):
         assert found["good"] == found["again"] == ""
         assert f"{name} on ranks 0, 1" in found["element"]
         assert f"{name} on rank 1" in found["element-on-one-rank"]
@@ -86,8 +88,12 @@ def test_damage_is_named(world: World, tiny_model: ModelMaker, layout: str) -> N
         assert "the engine of rank 1 does not compute with the trainer's weights" in found["probe"]
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tp": 2, "pp": 2}, {"cp": 2}, {"pp": 2, "vpp": 2}], ids=str)
-def test_the_mismatch_of_each_rollout(world: World, tiny_model: ModelMaker, parallel: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "parallel", [{}, {"tp": 2, "pp": 2}, {"cp": 2}, {"pp": 2, "vpp": 2}], ids=str
+)
+def test_the_mismatch_of_each_rollout(
+    world: World, tiny_model: ModelMaker, parallel: dict[str, int]
+) -> None:
     """Against transformers in fp32: the given log-probs are its own, moved by a known amount for each rollout."""
     from transformers import AutoModelForCausalLM
 
@@ -102,14 +108,21 @@ def test_the_mismatch_of_each_rollout(world: World, tiny_model: ModelMaker, para
         sampled = logprobs_LV[3 + i : -1].gather(1, ids[4 + i :, None]).squeeze(1)
         offsets = 0.1 * torch.randn(length, generator=draw)
         answers.append(
-            (tuple(ids[: 4 + i].tolist()), tuple(ids[4 + i :].tolist()), tuple((sampled + offsets).tolist()))
+            (
+                tuple(ids[: 4 + i].tolist()),
+                tuple(ids[4 + i :].tolist()),
+                tuple((sampled + offsets).tolist()),
+            )
         )
         moved.append(float(offsets.abs().mean()))
     size = 4 if parallel else 2
-    for found in world.run(sync_jobs.mismatch, size, config=sync_jobs.config_of(path, **parallel), answers=answers):
+    for found in world.run(
+        sync_jobs.mismatch, size, config=sync_jobs.config_of(path, **parallel), answers=answers
+    ):
         assert found == pytest.approx(moved, abs=1e-5)
 
 
+@pytest.mark.one_version
 def test_a_hanging_sync_says_where_each_rank_stands(tiny_model: ModelMaker, tmp_path: Path) -> None:
     path = sync_jobs.complete(tiny_model("qwen2", dtype="float32"))
     script = tmp_path / "hang.py"
@@ -121,11 +134,24 @@ def test_a_hanging_sync_says_where_each_rank_stands(tiny_model: ModelMaker, tmp_
         f"config = sync_jobs.config_of(Path({str(path)!r}), tp=2)\n"
         f"sync_jobs.hang(config, {NAME!r})\n"
     )
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    done = zygote.run(
+        command, capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
     assert done.returncode != 0
     assert "weight sync 2 did not finish in 8 s (rollout.sync.timeout_seconds)" in done.stderr
     # The norm has no shards, so rank 0 goes past it; the next tensor's all-gather needs rank 1.
-    assert "rank 0 waits for model.layers.4.self_attn.q_proj.weight" in done.stderr, done.stderr[-3000:]
+    assert "rank 0 waits for model.layers.4.self_attn.q_proj.weight" in done.stderr, done.stderr[
+        -3000:
+    ]
     assert "rank 1 waits for model.layers.4.input_layernorm.weight" in done.stderr

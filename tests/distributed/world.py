@@ -8,32 +8,36 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-SECONDS = 90
-"""Longest that one call may take; a layout needs about one second."""
+from tests.ports import free_port
+
+SECONDS = 300
+"""Longest that one call may take: for ranks that hang. A layout of twenty cases needs ten on an idle machine, and a
+busy one has needed a hundred."""
 
 
 class World:
     """`run(function, size, **arguments)` calls function(**arguments) on `size` ranks and returns their results."""
 
-    def __init__(self) -> None:
+    def __init__(self, preload: str = "tests.distributed.preload") -> None:
         self._context = mp.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.distributed.preload"])
+        self._context.set_forkserver_preload([preload])
 
     def run(self, function: Callable[..., Any], size: int, **arguments: Any) -> list[Any]:
         """Raises AssertionError with the ranks' tracebacks, TimeoutError where a rank does not answer."""
-        port, ranks = _free_port(), {}
+        port, ranks = free_port(), {}
         processes = []
         for rank in range(size):
             ours, theirs = self._context.Pipe()
             # Not a daemon: megatron-core's checkpoint writer starts processes of its own.
-            process = self._context.Process(target=_serve, args=(theirs, function, rank, size, port, arguments))
+            process = self._context.Process(
+                target=_serve, args=(theirs, function, rank, size, port, arguments)
+            )
             process.start()
             theirs.close()
             ranks[ours] = rank
@@ -49,7 +53,9 @@ class World:
         if failures:
             raise AssertionError("\n".join(failures))
         if len(answers) < size:
-            raise TimeoutError(f"{function.__name__}: only ranks {sorted(answers)} of {size} answered in {SECONDS} s")
+            raise TimeoutError(
+                f"{function.__name__}: only ranks {sorted(answers)} of {size} answered in {SECONDS} s"
+            )
         return [answers[rank][1] for rank in range(size)]
 
 
@@ -69,15 +75,13 @@ def _answers(ranks: dict[Connection, int]) -> dict[int, tuple[bool, Any]]:
     return answers
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
-
-
 def _serve(
-    pipe: Connection, function: Callable[..., Any], rank: int, size: int, port: int, arguments: dict[str, Any]
+    pipe: Connection,
+    function: Callable[..., Any],
+    rank: int,
+    size: int,
+    port: int,
+    arguments: dict[str, Any],
 ) -> None:
     import torch.distributed as dist
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_real.config import Config, TrainerConfig
+from megatron_real.config import Config, Given, TrainerConfig
 from megatron_real.policy.layout import join_world
 from megatron_real.records import Sampling
 from megatron_real.rollout.engine import EngineFailed, completed
@@ -27,6 +27,7 @@ from tests.distributed import sync_jobs
 from tests.distributed.sync_jobs import Pair, prompts
 from tests.integration.vllm_job import NAMES, parity
 
+SECRET = "canary-of-the-server-test"  # an argument of the server that was given as ${oc.env:...}
 SAMPLING = Sampling(3, sync_jobs.TEMPERATURE, 16)
 
 
@@ -79,12 +80,16 @@ def refused(pair: Pair) -> str:
 
 
 def leaks(pair: Pair) -> list[str]:
-    """Files of the run, and command lines of this machine, that have the key in them."""
-    files = [*Path(pair.policy.config.trainer.run_dir).rglob("*.*"), *Path("/proc").glob("[0-9]*/cmdline")]
+    """Files of the run, and command lines of this machine, that have the key or the other secret in them."""
+    files = [
+        *Path(pair.engine._config.trainer.run_dir).rglob("*.*"),
+        *Path("/proc").glob("[0-9]*/cmdline"),
+    ]
     found = []
     for file in files:
         with contextlib.suppress(OSError):  # a process has ended meanwhile
-            if file.is_file() and pair.engine._key.encode() in file.read_bytes():
+            content = file.read_bytes() if file.is_file() else b""
+            if pair.engine._key.encode() in content or SECRET.encode() in content:
                 found.append(str(file))
     return found
 
@@ -136,16 +141,20 @@ def killed(pair: Pair) -> dict[str, Any]:
             yield found
 
     asked, engine.generate = prompts(12), dying
-    with Labeller("exact", workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=1.0) as labeller:
+    with Labeller(
+        "exact", workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=1.0
+    ) as labeller:
         stage = RolloutStage(engine, labeller, rank=dist.get_rank(), world=dist.get_world_size())
         share = stage.generate(asked, SAMPLING, seed=3)
         engine.generate = generate
         rollouts = stage.label(asked, share)
     found = {
-        "lost": [d.verdict.result().reason for d in share.drawn if d.verdict.result().status == "lost"],
+        "lost": [
+            d.verdict.result().reason for d in share.drawn if d.verdict.result().status == "lost"
+        ],
         "statuses": sorted({r.verdict.status for r in rollouts}),
         "rollouts": len(rollouts),
-        "largest": pair.largest([r for r in rollouts if r.completion.token_ids]),
+        "largest": pair.largest([r for r in rollouts if r.completion.num_trained]),
     }
     pair.move()
     return found | {
@@ -156,18 +165,32 @@ def killed(pair: Pair) -> dict[str, Any]:
 
 
 def main() -> None:
-    path, tp, servers, out = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    path, tp, servers, out = (
+        Path(sys.argv[1]),
+        int(sys.argv[2]),
+        int(sys.argv[3]),
+        Path(sys.argv[4]),
+    )
     join_world(timeout_minutes=5)
     chosen = {"engine": "vllm-server", "tp": tp, "num_servers": servers, "max_sequences": 4}
     config: Config = sync_jobs.config_of(path, rollout=chosen, sync={"timeout_seconds": 200.0})
-    config = dataclasses.replace(config, trainer=TrainerConfig(run_dir=str(out.parent)))
+    config = dataclasses.replace(
+        config,
+        trainer=TrainerConfig(run_dir=str(out.parent)),
+        rollout=dataclasses.replace(config.rollout, vllm={"hf_token": SECRET}),
+        given={"rollout.vllm.hf_token": Given(text="${oc.env:TOKEN}", value=SECRET)},
+    )
     pair = Pair(config)
     found: dict[str, Any] = {
         "early": early(pair),
         "first": pair.synced(),
         "held": sorted(pair.engine.held()),
     }
-    jobs = (key, refused, leaks, parity, damages, one_fails, patience, killed) if servers > 1 else (parity, damages)
+    jobs = (
+        (key, refused, leaks, parity, damages, one_fails, patience, killed)
+        if servers > 1
+        else (parity, damages)
+    )
     found |= {job.__name__: job(pair) for job in jobs}
     out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))
     dist.barrier()

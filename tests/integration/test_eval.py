@@ -9,12 +9,12 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import zygote
 from tests.integration.conftest import ROOT
 
 
@@ -28,21 +28,43 @@ def benches(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return {name: folder / f"{name}.jsonl" for name in ("sums", "more")}
 
 
-def command(base: Path, benches: dict[str, Path], out: Path, *words: str, processes: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+def command(
+    base: Path, benches: dict[str, Path], out: Path, *words: str, processes: int = 1
+) -> list[str]:
+    launcher = (
+        ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    )
     asked = [word for name, path in benches.items() for word in ("--bench", f"{name}={path}")]
     # Words after these replace them.
     options = ["--samples", "8", "--temperature", "1.0", "--max-tokens", "8", "--out", str(out)]
-    keys = ["data.max_prompt_tokens=16", "model.dtype=fp32", "evaluation.chunk_problems=8", "labels.workers=1"]
-    keys.append("rollout.engine=transformers")  # starts in half of vLLM's time; the six benchmarks below have vLLM
-    return [sys.executable, *launcher, "-m", "megatron_real", "eval", str(base), *asked, *options, *keys, *words]
+    keys = [
+        "data.max_prompt_tokens=16",
+        "model.dtype=fp32",
+        "evaluation.chunk_problems=8",
+        "labels.workers=1",
+    ]
+    keys.append(
+        "rollout.engine=transformers"
+    )  # starts in half of vLLM's time; the six benchmarks below have vLLM
+    return [
+        sys.executable,
+        *launcher,
+        "-m",
+        "megatron_real",
+        "eval",
+        str(base),
+        *asked,
+        *options,
+        *keys,
+        *words,
+    ]
 
 
 def evaluate(
     base: Path, benches: dict[str, Path], out: Path, *words: str, processes: int = 1
 ) -> subprocess.CompletedProcess[str]:
     run = command(base, benches, out, *words, processes=processes)
-    return subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return zygote.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def completions(out: Path, name: str) -> list[dict[str, Any]]:
@@ -51,7 +73,9 @@ def completions(out: Path, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def straight(base: Path, benches: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def straight(
+    base: Path, benches: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """An evaluation that nothing disturbed."""
     out = tmp_path_factory.mktemp("eval") / "straight"
     done = evaluate(base, benches, out)
@@ -70,13 +94,23 @@ def test_figures_follow_from_the_completions(straight: Path) -> None:
             texts[row["problem"]].append(row["completion"])
             (golds[row["problem"]],) = row["golds"]
         assert len(texts) == problems and {len(t) for t in texts.values()} == {8}
-        correct = {p: sum(t == f"\\boxed{{{golds[p]}}}" for t in found) for p, found in texts.items()}
-        votes = {p: Counter(t for t in found if t.endswith("}")).most_common() for p, found in texts.items()}
+        correct = {
+            p: sum(t == f"\\boxed{{{golds[p]}}}" for t in found) for p, found in texts.items()
+        }
+        votes = {
+            p: Counter(t for t in found if t.endswith("}")).most_common()
+            for p, found in texts.items()
+        }
         winners = {p: [t for t, n in counted if n == counted[0][1]] for p, counted in votes.items()}
         figures = published["benchmarks"][name]
         assert figures["pass_at_1"] == pytest.approx(sum(correct.values()) / 8 / problems)
-        assert figures["pass_at_8"] == pytest.approx(sum(c > 0 for c in correct.values()) / problems)
-        won = [sum(t == f"\\boxed{{{golds[p]}}}" for t in w) / len(w) if w else 0 for p, w in winners.items()]
+        assert figures["pass_at_8"] == pytest.approx(
+            sum(c > 0 for c in correct.values()) / problems
+        )
+        won = [
+            sum(t == f"\\boxed{{{golds[p]}}}" for t in w) / len(w) if w else 0
+            for p, w in winners.items()
+        ]
         assert figures["majority"] == pytest.approx(sum(won) / problems)
     assert 0.1 < published["average"]["pass_at_1"] < 0.9, "the base model knows it by half"
 
@@ -87,14 +121,20 @@ def test_killed_in_the_middle_it_ends_with_the_same_figures(
     out = tmp_path / "out"
     for stop in (signal.SIGKILL, signal.SIGINT):
         before = len(list(out.glob("samples/*/*.jsonl")))
-        heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         run = command(base, benches, out)
-        process = subprocess.Popen(
-            run, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=heeding
+        process = zygote.Popen(
+            run,
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
         )
         try:
             deadline = time.monotonic() + 120
-            while len(list(out.glob("samples/*/*.jsonl"))) < before + 2 and time.monotonic() < deadline:
+            while (
+                len(list(out.glob("samples/*/*.jsonl"))) < before + 2
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.005)
             os.kill(process.pid, stop)
             _, errors = process.communicate(timeout=60)
@@ -103,7 +143,11 @@ def test_killed_in_the_middle_it_ends_with_the_same_figures(
         kept = {path: path.read_bytes() for path in out.glob("samples/*/*.jsonl")}
         assert before + 2 <= len(kept) < 9, "it was stopped in the middle"
         assert not (out / "results.json").exists()
-    assert process.returncode == 130 and "the same command goes on" in errors and "Traceback" not in errors
+    assert (
+        process.returncode == 130
+        and "the same command goes on" in errors
+        and "Traceback" not in errors
+    )
 
     done = evaluate(base, benches, out)
     assert done.returncode == 0, done.stderr
@@ -113,7 +157,9 @@ def test_killed_in_the_middle_it_ends_with_the_same_figures(
         assert (out / name).read_bytes() == (straight / name).read_bytes()
 
 
-def test_finished_it_only_shows_the_figures(straight: Path, base: Path, benches: dict[str, Path]) -> None:
+def test_finished_it_only_shows_the_figures(
+    straight: Path, base: Path, benches: dict[str, Path]
+) -> None:
     before = (straight / "results.json").read_bytes()
     done = evaluate(base, benches, straight)
     assert done.returncode == 0 and "chunk" not in done.stdout and "average" in done.stdout
@@ -125,8 +171,14 @@ def test_finished_it_only_shows_the_figures(straight: Path, base: Path, benches:
     [
         (["--temperature", "0.7"], "begun with evaluation.temperature = 1.0, and now it is 0.7"),
         (["--seed", "7"], "begun with trainer.seed = 1234, and now it is 7"),
-        (["labels.verifier=exact"], "begun with labels.verifier = 'math_verify', and now it is 'exact'"),
-        (["--suffix", "Think: \\boxed{}."], "begun with data.suffix = '', and now it is 'Think: \\\\boxed{}.'"),
+        (
+            ["labels.verifier=exact"],
+            "begun with labels.verifier = 'math_verify', and now it is 'exact'",
+        ),
+        (
+            ["--suffix", "Think: \\boxed{}."],
+            "begun with data.suffix = '', and now it is 'Think: \\\\boxed{}.'",
+        ),
     ],
     ids=["temperature", "seed", "verifier", "suffix"],
 )
@@ -138,7 +190,9 @@ def test_other_settings_are_refused(
     assert message in done.stderr
 
 
-def test_other_weights_are_refused(straight: Path, base: Path, benches: dict[str, Path], tmp_path: Path) -> None:
+def test_other_weights_are_refused(
+    straight: Path, base: Path, benches: dict[str, Path], tmp_path: Path
+) -> None:
     """One element in the last bit of the last tensor."""
     other = tmp_path / "other"
     other.mkdir()
@@ -159,20 +213,28 @@ def test_two_processes(base: Path, benches: dict[str, Path], tmp_path: Path) -> 
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("average") == 1, "one process speaks"
     one, same, other = (completions(out, "sums") for out in outs)
-    assert one == same and [row["completion"] for row in one] != [row["completion"] for row in other]
+    assert one == same and [row["completion"] for row in one] != [
+        row["completion"] for row in other
+    ]
     figures = [json.loads((out / "results.json").read_text())["average"] for out in outs]
     error = (figures[0]["standard_error"] ** 2 + figures[2]["standard_error"] ** 2) ** 0.5
     assert abs(figures[0]["pass_at_1"] - figures[2]["pass_at_1"]) < 4 * error
 
 
-def test_a_configuration_gives_the_settings(base: Path, benches: dict[str, Path], tmp_path: Path) -> None:
+def test_a_configuration_gives_the_settings(
+    base: Path, benches: dict[str, Path], tmp_path: Path
+) -> None:
     run = [
         sys.executable, "-m", "megatron_real", "eval", "examples/configs/quickstart.yaml", f"model.path={base}",
         "--bench", f"sums={benches['sums']}", "--samples", "1", "--out", str(tmp_path), "evaluation.max_problems=5",
     ]  # fmt: skip
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = zygote.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("pass@") == 1 and "maj@" not in done.stdout and "average" not in done.stdout
+    assert (
+        done.stdout.count("pass@") == 1
+        and "maj@" not in done.stdout
+        and "average" not in done.stdout
+    )
     published = json.loads((tmp_path / "results.json").read_text())
     settings = published["settings"]
     assert (settings["evaluation.samples"], settings["trainer.seed"], settings["rollout.max_response_tokens"]) == (
@@ -181,14 +243,28 @@ def test_a_configuration_gives_the_settings(base: Path, benches: dict[str, Path]
     assert published["benchmarks"]["sums"]["problems"] == 5
 
 
-def test_figures_are_not_trusted_where_the_checks_failed(base: Path, benches: dict[str, Path], tmp_path: Path) -> None:
+def test_figures_are_not_trusted_where_the_checks_failed(
+    base: Path, benches: dict[str, Path], tmp_path: Path
+) -> None:
     """A verifier that dies on every sum: everything is written, and the exit code says that it means nothing."""
-    (tmp_path / "own.py").write_text("import os\n\ndef judge(text, answers, metadata):\n    os._exit(3)\n")
-    words = [f"labels.verifier={tmp_path / 'own.py'}:judge", "evaluation.max_problems=2", "--samples", "2"]
+    (tmp_path / "own.py").write_text(
+        "import os\n\ndef judge(text, answers, metadata):\n    os._exit(3)\n"
+    )
+    words = [
+        f"labels.verifier={tmp_path / 'own.py'}:judge",
+        "evaluation.max_problems=2",
+        "--samples",
+        "2",
+    ]
     done = evaluate(base, {"sums": benches["sums"]}, tmp_path / "out", *words)
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     assert "100% of the checks of sums failed and count as wrong" in done.stderr
-    assert json.loads((tmp_path / "out/results.json").read_text())["benchmarks"]["sums"]["failed_checks"] == 4
+    assert (
+        json.loads((tmp_path / "out/results.json").read_text())["benchmarks"]["sums"][
+            "failed_checks"
+        ]
+        == 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,12 +272,18 @@ def test_figures_are_not_trusted_where_the_checks_failed(base: Path, benches: di
     [
         (["--bench", "aime24"], "--bench 'aime24' is not understood; write NAME=FILE"),
         (["--bench", "sums=nowhere.jsonl"], "each name once"),
-        (["--bench", "other=nowhere.jsonl"], "there is no data file 'nowhere.jsonl'; tools/prepare_data.py makes"),
+        (
+            ["--bench", "other=nowhere.jsonl"],
+            "there is no data file 'nowhere.jsonl'; tools/prepare_data.py makes",
+        ),
         (["--bench", "../up=README.md"], "is not understood"),
         (["--samples", "0"], "evaluation.samples is 0; it must be above 0"),
         (["--top-p", "2"], "evaluation.top_p is 2.0; it must lie in (0, 1]"),
         (["--max-tokens", "9999"], "exceeds the model's max_position_embeddings"),
-        (["model.weights=checkpoints/7"], "by `megatron-real convert to-hf`, or set model.weights="),
+        (
+            ["model.weights=checkpoints/7"],
+            "checkpoints/7 has neither .metadata nor latest_checkpointed_iteration.txt",
+        ),
         (["evaluation.sample=3"], "unknown key evaluation.sample; did you mean samples?"),
     ],
     ids=["no file", "twice", "missing", "path", "samples", "top_p", "long", "megatron", "key"],
@@ -223,9 +305,21 @@ def test_the_example_of_the_six_benchmarks(base: Path, tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text("".join(lines[3 * i : 3 * i + 3]))
     environment = os.environ | {"DATA": str(tmp_path), "PROCESSES": "2"}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
-    words = ["--max-tokens", "8", "--suffix", "", "--out", str(tmp_path / "out"), "data.max_prompt_tokens=16"]
-    done = subprocess.run(
-        ["bash", "examples/eval.sh", str(base), *words], cwd=ROOT, env=environment, capture_output=True, timeout=300
+    words = [
+        "--max-tokens",
+        "8",
+        "--suffix",
+        "",
+        "--out",
+        str(tmp_path / "out"),
+        "data.max_prompt_tokens=16",
+    ]
+    done = zygote.run(
+        ["bash", "examples/eval.sh", str(base), *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr.decode()
     published = json.loads((tmp_path / "out/results.json").read_text())

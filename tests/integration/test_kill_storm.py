@@ -6,19 +6,25 @@ import collections
 import json
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import zygote
 from tests.integration.conftest import ROOT, command, rows, train
 from tests.integration.killed_job import WRITING
 from tests.integration.test_resume import DEADLINE, WORDS, assert_same_run
 
 STAGES = ("sync", "rollout", "label", "old_logprobs", "update", "evaluation", "checkpoint", WRITING)
 KILLS, LEAST = 30, 3
-STORM = (*WORDS, "trainer.steps=60", "evaluation.every=2", "checkpoint.every=2", "checkpoint.keep=1")
+STORM = (
+    *WORDS,
+    "trainer.steps=60",
+    "evaluation.every=2",
+    "checkpoint.every=2",
+    "checkpoint.keep=1",
+)
 
 
 @pytest.mark.grid
@@ -35,7 +41,10 @@ def test_a_storm_of_kills(base: Path, tmp_path: Path) -> None:
         plan = {"stage": stage, "steps": draw.choice((0, 0, 1, 2)), "seconds": seconds}
         hits[killed(base, run_dir, tmp_path, plan)] += 1
         latest = run_dir / "checkpoints/latest"
-        print(f"{stage} hit; newest checkpoint {latest.read_text().strip() if latest.exists() else 'none'}", flush=True)
+        print(
+            f"{stage} hit; newest checkpoint {latest.read_text().strip() if latest.exists() else 'none'}",
+            flush=True,
+        )
     assert sum(hits.values()) == KILLS and all(hits[stage] >= LEAST for stage in STAGES), hits
     done = train(base, run_dir, *STORM, processes=1)
     assert done.returncode == 0, done.stderr
@@ -47,7 +56,9 @@ def killed(base: Path, run_dir: Path, tmp_path: Path, plan: dict[str, object]) -
     """Starts the run and lets it kill itself; the stage that was hit."""
     hit, file = tmp_path / "hit", tmp_path / "plan.json"
     hit.unlink(missing_ok=True)
-    file.write_text(json.dumps({**plan, "hit": str(hit), "checkpoints": str(run_dir / "checkpoints")}))
+    file.write_text(
+        json.dumps({**plan, "hit": str(hit), "checkpoints": str(run_dir / "checkpoints")})
+    )
     train_words = command(base, run_dir, *STORM, processes=1)
     words = [
         sys.executable,
@@ -56,6 +67,8 @@ def killed(base: Path, run_dir: Path, tmp_path: Path, plan: dict[str, object]) -
         str(file),
         *train_words[train_words.index("train") :],
     ]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=5 * DEADLINE)
-    assert done.returncode == -signal.SIGKILL and hit.exists(), f"{plan}: {done.stdout}{done.stderr}"
+    done = zygote.run(words, cwd=ROOT, capture_output=True, text=True, timeout=5 * DEADLINE)
+    assert done.returncode == -signal.SIGKILL and hit.exists(), (
+        f"{plan}: {done.stdout}{done.stderr}"
+    )
     return hit.read_text()

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_real.runs.rollouts import read_rows
+from tests import zygote
 from tests.integration.conftest import ROOT, command, rows, train
+from tests.ports import free_port
 
 WORDS = (
     "trainer.steps=12", "rollout.num_prompts=16", "rollout.chunk_prompts=8", "batch.minibatch_prompts=4",
@@ -41,13 +43,15 @@ def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
 def start(base: Path, run_dir: Path, *words: str, processes: int) -> subprocess.Popen[str]:
     run = command(base, run_dir, *WORDS, *words, processes=processes)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(run, cwd=ROOT, text=True, start_new_session=True, **streams)  # type: ignore[call-overload]
+    return zygote.Popen(run, cwd=ROOT, text=True, start_new_session=True, **streams)  # type: ignore[call-overload]
 
 
 def wait_for_row(process: subprocess.Popen[str], run_dir: Path, number: int) -> None:
     """Until the run has written its `number`-th row of metrics, or has ended."""
     ends, metrics = time.monotonic() + DEADLINE, run_dir / "metrics.jsonl"
-    while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < number):
+    while process.poll() is None and (
+        not metrics.exists() or metrics.read_bytes().count(b"\n") < number
+    ):
         assert time.monotonic() < ends, f"no row {number} of metrics in {DEADLINE} s"
         time.sleep(0.01)
 
@@ -59,7 +63,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    timed = ("seconds", "tokens_per_second", "tflops", "checked_early_share")
+    timed = ("seconds", "memory", "tokens_per_second", "tflops", "checked_early_share")
     return {name: value for name, value in row.items() if not any(word in name for word in timed)}
 
 
@@ -71,10 +75,11 @@ def assert_same_run(found: Path, expected: Path) -> None:
             assert without_times(mine) == without_times(theirs), name
     files = sorted(p.name for p in (expected / "rollouts").iterdir())
     assert files == sorted(p.name for p in (found / "rollouts").iterdir())
-    whole = [f"step-{row['step']:05d}.jsonl" for row in rows(expected / "metrics.jsonl")]
+    whole = [f"step-{row['step']:05d}.parquet" for row in rows(expected / "metrics.jsonl")]
     assert files == whole, "whole steps, and no chunk of one"
     for file in files:
-        assert rows(found / "rollouts" / file) == rows(expected / "rollouts" / file), file
+        mine = list(read_rows(found / "rollouts" / file))
+        assert mine == list(read_rows(expected / "rollouts" / file)), file
     weights = load_file(expected / "hf/model.safetensors")
     for name, tensor in load_file(found / "hf/model.safetensors").items():
         assert torch.equal(tensor, weights[name]), name
@@ -116,12 +121,21 @@ def test_a_signal_saves_at_the_next_seam_and_exits_with_75(
     words = command(base, run_dir, *WORDS, processes=1)
     words = words[words.index("train") :]
     for name, stage, number, position in STOPS:
-        run = [sys.executable, "-m", "tests.integration.stopped_job", name, stage, str(number), *words]
-        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
+        run = [
+            sys.executable,
+            "-m",
+            "tests.integration.stopped_job",
+            name,
+            stage,
+            str(number),
+            *words,
+        ]
+        done = zygote.run(run, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
         assert done.returncode == 75, done.stderr
         assert f"for the signal {name}" in done.stderr and "Traceback" not in done.stderr
         assert json.loads((run_dir / "status.json").read_text())["state"] == "stopped"
-        assert not (run_dir / "lock").exists()
+        *_, last = sorted((run_dir / "owners").iterdir(), key=lambda file: int(file.name))
+        assert json.loads(last.read_text())["ended"], "the directory is given back"
         assert (run_dir / "checkpoints/latest").read_text().strip() == position
         chunks = len(list((run_dir / "rollouts").glob("chunk-*")))
         assert chunks == {"label": 1, "update": 2 * ("update" in position)}.get(stage, 0)
@@ -142,7 +156,7 @@ def test_a_killed_rank_ends_the_job_in_seconds_and_it_resumes(
         environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         run = command(base, run_dir, *WORDS, processes=1)
         streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        ranks.append(subprocess.Popen(run, cwd=ROOT, text=True, env=environment, **streams))
+        ranks.append(zygote.Popen(run, cwd=ROOT, text=True, env=environment, **streams))
     try:
         wait_for_row(ranks[0], run_dir, 4)
         ranks[1].kill()
@@ -182,8 +196,10 @@ def test_what_changed_is_said_and_what_may_not_is_refused(
     before = rows(run_dir / "metrics.jsonl")
     done = train(base, run_dir, *WORDS, "trainer.steps=13", "optimizer.lr=1e-5")
     assert done.returncode == 0, done.stderr
-    assert "trainer.steps: 12 -> 13" in done.stdout and "optimizer.lr: 5e-05 -> 1e-05" in done.stdout
-    assert "layout" in done.stdout and "not bit for bit" in done.stdout
+    assert (
+        "trainer.steps: 12 -> 13" in done.stdout and "optimizer.lr: 5e-05 -> 1e-05" in done.stdout
+    )
+    assert "layout" in done.stdout and "training agrees to rounding" in done.stdout
     found = rows(run_dir / "metrics.jsonl")
     assert found[:12] == before and [row["step"] for row in found] == list(range(1, 14))
 
@@ -195,7 +211,10 @@ def test_two_runs_do_not_share_a_directory(base: Path, tmp_path: Path) -> None:
         wait_for_row(process, run_dir, 1)
         done = train(base, run_dir, *WORDS, processes=1)
         assert done.returncode == 2
-        assert f"{run_dir} is in use by process {process.pid}" in done.stderr and "Traceback" not in done.stderr
+        assert (
+            f"{run_dir} is in use by process {process.pid}" in done.stderr
+            and "Traceback" not in done.stderr
+        )
         assert process.poll() is None
     finally:
         kill(process)
@@ -206,18 +225,33 @@ def test_a_full_disk_costs_a_warning_or_the_run(base: Path, tmp_path: Path) -> N
     limited = ["bash", "-c", 'ulimit -f 600; exec "$@"', "limited"]
     for choice, code in (("go_on", 0), ("stop", 1)):
         run_dir = tmp_path / choice
-        words = [*WORDS, "trainer.steps=8", "trainer.export=false", f"checkpoint.on_failure={choice}"]
+        words = [
+            *WORDS,
+            "trainer.steps=8",
+            "trainer.export=false",
+            f"checkpoint.on_failure={choice}",
+        ]
         run = [*limited, *command(base, run_dir, *words, processes=1)]
-        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
+        done = zygote.run(run, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
         assert done.returncode == code, done.stderr
-        assert "WARNING: checkpoint step_3 could not be saved" in done.stdout and "File too large" in done.stdout
+        assert (
+            "WARNING: checkpoint step_3 could not be saved" in done.stdout
+            and "File too large" in done.stdout
+        )
         assert "Traceback" not in done.stderr
         assert not list((run_dir / "checkpoints").glob("step_*"))
         assert ("start the same command again" in done.stderr) == (choice == "stop")
 
 
 def test_a_time_budget_stops_the_run(base: Path, tmp_path: Path) -> None:
-    done = train(base, tmp_path / "run", *WORDS, "trainer.steps=100000", f"trainer.max_hours={8 / 3600}", processes=1)
+    done = train(
+        base,
+        tmp_path / "run",
+        *WORDS,
+        "trainer.steps=100000",
+        f"trainer.max_hours={8 / 3600}",
+        processes=1,
+    )
     assert done.returncode == 75, done.stderr
     assert "for trainer.max_hours is over" in done.stderr
 
@@ -225,9 +259,3 @@ def test_a_time_budget_stops_the_run(base: Path, tmp_path: Path) -> None:
 def copied(run_dir: Path, tmp_path: Path) -> Path:
     shutil.copytree(run_dir, tmp_path / "run")
     return tmp_path / "run"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -13,39 +13,67 @@ from typing import Any
 
 import pytest
 
+from tests import zygote
 from tests.distributed import sync_jobs
 from tests.integration.test_train import ROOT, heldout, rows, train
 from tests.integration.test_vllm import _missing
 from tests.integration.vllm_job import NAMES
 
-pytestmark = pytest.mark.skipif(bool(_missing()), reason=_missing())
+pytestmark = [
+    pytest.mark.skipif(bool(_missing()), reason=_missing()),
+    pytest.mark.xdist_group("vllm"),
+]
 
-CASES = [pytest.param((1, 2), id="a server for each rank"), pytest.param((2, 1), id="tp2", marks=pytest.mark.grid)]
+CASES = [
+    pytest.param((1, 2), id="a server for each rank"),
+    pytest.param((2, 1), id="tp2", marks=pytest.mark.grid),
+]
 Found = tuple[tuple[int, int], list[dict[str, Any]], str]
 
 
 @pytest.fixture(scope="session", params=CASES)
 def found(
-    request: pytest.FixtureRequest, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tiny_model: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Found:
     """The answers of both ranks and the servers' logs."""
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 512,
+    }
     path = sync_jobs.complete(tiny_model("qwen2", dtype="float32", **sizes))
     out = tmp_path_factory.mktemp("server") / "found.json"
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launcher = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+    ]
     words = [str(path), *map(str, request.param), str(out)]
     command = [*launcher, "-m", "tests.integration.server_job", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    done = zygote.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     logs = "".join(log.read_text() for log in out.parent.glob("servers/*.log"))
-    return request.param, [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(2)], done.stdout + logs
+    return (
+        request.param,
+        [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(2)],
+        done.stdout + logs,
+    )
 
 
 def test_log_probs_agree_after_every_sync(found: Found) -> None:
     for answer in found[1]:
         assert answer["first"] == "" and answer["parity"]["problems"] == [""] * 4
         assert max(answer["parity"]["synced"]) <= 1e-4
-        assert min(answer["parity"]["stale"]) > 0.05, "the weights moved, and without a sync it shows"
+        assert min(answer["parity"]["stale"]) > 0.05, (
+            "the weights moved, and without a sync it shows"
+        )
 
 
 def test_damage_is_named(found: Found) -> None:
@@ -58,7 +86,10 @@ def test_damage_is_named(found: Found) -> None:
         assert f"{name} on workers 0, 1" in damages["dropped"]
         assert f"the engine got nothing for {name}" in damages["missing"]
         if tp == 1:
-            assert f"1 tensors in the engine are not what the trainer sent: {name} on worker 1" in damages["last"]
+            assert (
+                f"1 tensors in the engine are not what the trainer sent: {name} on worker 1"
+                in damages["last"]
+            )
 
 
 def two_servers(found: Found) -> list[dict[str, Any]]:
@@ -70,7 +101,9 @@ def two_servers(found: Found) -> list[dict[str, Any]]:
 def test_nothing_answers_without_the_key(found: Found) -> None:
     for answer in two_servers(found):
         assert len(answer["key"]) == 10 and set(answer["key"].values()) == {401}
-        assert answer["leaks"] == [] and "does not take the key in VLLM_API_KEY" in answer["refused"]
+        assert (
+            answer["leaks"] == [] and "does not take the key in VLLM_API_KEY" in answer["refused"]
+        )
 
 
 def test_nothing_is_answered_without_weights(found: Found) -> None:
@@ -127,7 +160,7 @@ def test_servers_end_with_a_run_that_is_killed() -> None:
         "print(child.pid, flush=True)\n"
         "time.sleep(600)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE, text=True) as run:
+    with zygote.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         said = {run.stdout.readline() for _ in range(2)} - {"up\n"}
         group = int(said.pop())
@@ -137,7 +170,11 @@ def test_servers_end_with_a_run_that_is_killed() -> None:
 
 
 def run(base: Path, run_dir: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    server = ["rollout.engine=vllm-server", "rollout.kv_cache_mib=64", "rollout.sync.probe_bound=1e-3"]
+    server = [
+        "rollout.engine=vllm-server",
+        "rollout.kv_cache_mib=64",
+        "rollout.sync.probe_bound=1e-3",
+    ]
     return train(base, run_dir, *server, *words)
 
 
@@ -152,7 +189,13 @@ def test_held_out_accuracy_rises(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_server_that_does_not_start_is_one_sentence(base: Path, tmp_path: Path) -> None:
-    done = train(base, tmp_path / "run", "rollout.engine=vllm-server", "rollout.vllm.enforce_eagre=true", processes=1)
+    done = train(
+        base,
+        tmp_path / "run",
+        "rollout.engine=vllm-server",
+        "rollout.vllm.enforce_eagre=true",
+        processes=1,
+    )
     assert done.returncode == 2
     assert "unrecognized arguments: --enforce-eagre" in done.stderr
     assert "Traceback" not in done.stderr
@@ -163,7 +206,9 @@ def test_rollouts_of_the_next_step_are_generated_ahead(base: Path, tmp_path: Pat
     run stops after two steps and goes on; its third step has nothing ahead."""
     words = ["rollout.max_lag=1", "optimizer.lr=1e-3", "checkpoint.every=2", "evaluation.every=1"]
     for steps in (2, 4):
-        done = run(base, tmp_path / "run", *words, f"trainer.steps={steps}", "evaluation.max_problems=16")
+        done = run(
+            base, tmp_path / "run", *words, f"trainer.steps={steps}", "evaluation.max_problems=16"
+        )
         assert done.returncode == 0, done.stderr
     assert "this life's first ones are of the present weights" in done.stdout
     found = rows(tmp_path / "run/metrics.jsonl")

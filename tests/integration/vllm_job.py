@@ -76,7 +76,9 @@ def damages(pair: Pair) -> dict[str, str]:
             ("dropped", lambda stream, name=name: sync_jobs.without(stream, name), None),
         ):
             pair.move()
-            pair.engine.prepare_for_inference = sync_jobs.damaged_on_the_way(pair, damage, rank=rank)
+            pair.engine.prepare_for_inference = sync_jobs.damaged_on_the_way(
+                pair, damage, rank=rank
+            )
             found[f"{where}-{case}"] = pair.synced()
             pair.engine.prepare_for_inference = load
         found[f"{where}-missing"] = pair.synced(sync_jobs.without(pair.policy.stream(), name))
@@ -93,7 +95,9 @@ def spread(pair: Pair) -> dict[str, Any]:
 
     asked, sampling = prompts(7), Sampling(3, sync_jobs.TEMPERATURE, 16, top_p=0.95)
     with Labeller("exact", workers=1, timeout_seconds=10, memory_mib=512) as labeller:
-        stage = RolloutStage(pair.engine, labeller, rank=dist.get_rank(), world=dist.get_world_size())
+        stage = RolloutStage(
+            pair.engine, labeller, rank=dist.get_rank(), world=dist.get_world_size()
+        )
         share = stage.generate(asked, sampling, seed=3)
         rollouts = stage.label(asked, share)
     seeds = [prompt_seed(3, 0, (i, 0), prompt) for i, prompt in enumerate(asked)]
@@ -101,8 +105,8 @@ def spread(pair: Pair) -> dict[str, Any]:
     return {
         "places": [drawn.place for drawn in share.drawn],
         "equal": all(r.completion == alone[r.group][r.sample] for r in rollouts),
-        "different_samples": all(len({c.token_ids for c in row}) > 1 for row in alone),
-        "answers": [r.completion.token_ids for r in rollouts],
+        "different_samples": all(len({c.token_ids.tobytes() for c in row}) > 1 for row in alone),
+        "answers": [r.completion.token_ids.tolist() for r in rollouts],
     }
 
 

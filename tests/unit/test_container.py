@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+}
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+    return subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=400
+    )
 
 
 def test_the_linter_finds_nothing() -> None:
@@ -42,8 +48,21 @@ def test_the_image_holds_what_it_copies_and_nothing_of_the_user() -> None:
     assert lines[1] == "*"
     copied = [w for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith("COPY ")
               for w in line.split()[1:-1]]  # fmt: skip
-    assert sorted(f"!{name}" for name in copied) == sorted(line for line in lines if line.startswith("!"))
+    assert sorted(f"!{name}" for name in copied) == sorted(
+        line for line in lines if line.startswith("!")
+    )
     assert all((ROOT / name).exists() for name in copied)
+
+
+def test_no_secret_and_no_root_is_in_its_layers() -> None:
+    """What an ARG or ENV is given can be read out of every layer below it."""
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    users = [line.split()[1] for line in lines if line.startswith("USER ")]
+    assert users[-1].isdecimal() and int(users[-1]) > 0
+    names = re.findall(r"^(?:ARG|ENV) (\w+)", "\n".join(lines), flags=re.MULTILINE)
+    assert "BASE" in names
+    assert not [n for n in names if re.search(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", n)]
+    assert not [line for line in lines if "type=secret" in line or "type=ssh" in line]
 
 
 def test_the_pins_exist_and_fit_together() -> None:

@@ -61,14 +61,18 @@ def test_round_trip_is_the_identical_file(
 def test_blocks_smaller_than_a_row_and_many_workers(source: Path, tmp_path: Path) -> None:
     limits = Limits(workers=7, max_memory=1)
     there = hf_to_megatron(source, tmp_path / "megatron", tp_chunks=2, limits=limits)
-    assert files_of(megatron_to_hf(there.out, tmp_path / "hf", limits=limits).out) == files_of(source)
+    assert files_of(megatron_to_hf(there.out, tmp_path / "hf", limits=limits).out) == files_of(
+        source
+    )
 
 
 def test_many_files_come_back_as_they_were(source: Path, tmp_path: Path) -> None:
     """transformers cuts the weights into shards; the export has the same ones, and the same index."""
     from transformers import AutoModelForCausalLM
 
-    AutoModelForCausalLM.from_pretrained(source, dtype="auto").save_pretrained(tmp_path / "cut", max_shard_size="50KB")
+    AutoModelForCausalLM.from_pretrained(source, dtype="auto").save_pretrained(
+        tmp_path / "cut", max_shard_size="50KB"
+    )
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 3
     there = hf_to_megatron(tmp_path / "cut", tmp_path / "megatron")
     assert files_of(megatron_to_hf(there.out, tmp_path / "hf").out) == files_of(tmp_path / "cut")
@@ -97,7 +101,10 @@ def test_bin_and_snapshot_sources(source: Path, tmp_path: Path) -> None:
     names = list(tensors)
     weight_map = {}
     for i, part in enumerate((names[::2], names[1::2])):
-        torch.save({name: torch.nn.Parameter(tensors[name]) for name in part}, parts / f"pytorch_model-{i}.bin")
+        torch.save(
+            {name: torch.nn.Parameter(tensors[name]) for name in part},
+            parts / f"pytorch_model-{i}.bin",
+        )
         weight_map |= dict.fromkeys(part, f"pytorch_model-{i}.bin")
     (parts / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (tmp_path / "blob").write_bytes((source / "model.safetensors").read_bytes())
@@ -114,19 +121,25 @@ def test_casts(source: Path, tmp_path: Path, dtype: str, torch_dtype: torch.dtyp
     back = megatron_to_hf(there.out, tmp_path / "hf").out
     before, after = HfWeights(source), HfWeights(back)
     assert all(torch.equal(after.read(n), before.read(n).to(torch_dtype)) for n in before.names)
-    assert json.loads((back / "config.json").read_text())["dtype"] == str(torch_dtype).removeprefix("torch.")
+    assert json.loads((back / "config.json").read_text())["dtype"] == str(torch_dtype).removeprefix(
+        "torch."
+    )
     narrow = HfWeights(megatron_to_hf(there.out, tmp_path / "narrow", dtype="BF16").out)
     assert all(narrow.tensor(name).dtype == "BF16" for name in narrow.names)
 
 
 def test_a_value_that_does_not_fit_is_refused(source: Path, tmp_path: Path) -> None:
     directory = edited(source, tmp_path, **{"model.norm.weight": lambda t: t * 1e6})
-    with pytest.raises(WeightsError, match=r"final_layernorm.* which F16 cannot hold; take another --dtype"):
+    with pytest.raises(
+        WeightsError, match=r"final_layernorm.* which F16 cannot hold; take another --dtype"
+    ):
         hf_to_megatron(directory, tmp_path / "out", dtype="F16")
     assert not (tmp_path / "out").exists()
 
 
-def edited(source: Path, tmp_path: Path, **changes: Callable[[torch.Tensor], torch.Tensor | None]) -> Path:
+def edited(
+    source: Path, tmp_path: Path, **changes: Callable[[torch.Tensor], torch.Tensor | None]
+) -> Path:
     """A copy of an HF directory with tensors changed; None drops one."""
     from safetensors.torch import save_file
 
@@ -148,7 +161,10 @@ def edited(source: Path, tmp_path: Path, **changes: Callable[[torch.Tensor], tor
     [
         ({"model.norm.weight": lambda t: None}, "lacks model.norm.weight"),
         ({"model.extra": lambda t: t}, "has model.extra, for which its config.json has no place"),
-        ({"model.norm.weight": lambda t: t[:-1]}, r"shape \[31\] where config.json asks for \[32\]"),
+        (
+            {"model.norm.weight": lambda t: t[:-1]},
+            r"shape \[31\] where config.json asks for \[32\]",
+        ),
         ({"model.norm.weight": lambda t: t.to(torch.int8)}, "dtype I8; supported are"),
     ],
     ids=["missing", "extra", "shape", "quantised"],
@@ -175,7 +191,9 @@ def test_a_copy_of_the_tied_embedding(tiny_model: Callable[..., Path], tmp_path:
 def test_verify_finds_one_changed_element(source: Path, tmp_path: Path) -> None:
     there = hf_to_megatron(source, tmp_path / "megatron").out
     report = verify(open_as_hf(there), open_as_hf(source))
-    assert not report.problems and report.identical == report.tensors == len(HfWeights(source).names)
+    assert not report.problems and report.identical == report.tensors == len(
+        HfWeights(source).names
+    )
 
     def change(tensor: torch.Tensor) -> torch.Tensor:
         tensor[3, 5] += 0.25
@@ -198,13 +216,17 @@ def test_verify_counts_nans_and_widens(source: Path, tmp_path: Path) -> None:
         tensor[1] = float("nan")
         return tensor
 
-    report = verify(open_as_hf(edited(source, tmp_path, **{"model.norm.weight": spoil})), open_as_hf(source))
+    report = verify(
+        open_as_hf(edited(source, tmp_path, **{"model.norm.weight": spoil})), open_as_hf(source)
+    )
     assert report.nans == 1
     assert "1 NaN values" in report.problems[0] and "differs by up to inf" in report.problems[1]
 
 
 @pytest.mark.parametrize("position", [0.3, 0.6, 0.9])
-def test_a_flipped_bit_is_found_by_the_manifest(source: Path, tmp_path: Path, position: float) -> None:
+def test_a_flipped_bit_is_found_by_the_manifest(
+    source: Path, tmp_path: Path, position: float
+) -> None:
     out = hf_to_megatron(source, tmp_path / "megatron").out
     file = out / "release/__0_0.distcp"
     data = bytearray(file.read_bytes())
@@ -218,8 +240,12 @@ def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
     there, back = str(tmp_path / "megatron"), str(tmp_path / "hf")
     assert main(["convert", "to-megatron", str(source), there, "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary["bytes"] == sum(t.shape[0] * t.columns * 2 for t in HfWeights(source).tensors.values())
-    assert main(["convert", "to-hf", there, back, "--max-shard-size", "60KB", "--dtype", "fp32"]) == 0
+    assert summary["bytes"] == sum(
+        t.shape[0] * t.columns * 2 for t in HfWeights(source).tensors.values()
+    )
+    assert (
+        main(["convert", "to-hf", there, back, "--max-shard-size", "60KB", "--dtype", "fp32"]) == 0
+    )
     assert main(["convert", "verify", there, back]) == 0
     capsys.readouterr()
     assert main(["convert", "inspect", there, "--json"]) == 0
@@ -235,7 +261,10 @@ def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["to-megatron", "{source}", "{source}"], "exists already"),
         (["to-megatron", "{tmp}/none", "{tmp}/out"], "no config.json"),
         (["to-megatron", "{source}", "{tmp}/out", "--tp", "2"], "are of --format torch"),
-        (["to-megatron", "{source}", "{tmp}/out", "--layers", "local"], "--layers is of --format torch"),
+        (
+            ["to-megatron", "{source}", "{tmp}/out", "--layers", "local"],
+            "--layers is of --format torch",
+        ),
         (
             ["to-megatron", "{source}", "{tmp}/out", "--format", "torch", "--tp-chunks", "2"],
             "--tp-chunks is of --format torch_dist",
@@ -244,7 +273,10 @@ def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
             ["to-megatron", "{source}", "{tmp}/out", "--tp-chunks", "3"],
             "does not divide the model's num_key_value_heads",
         ),
-        (["to-megatron", "{source}", "{tmp}/out", "--format", "torch", "--pp", "3"], "--pp 3 does not divide"),
+        (
+            ["to-megatron", "{source}", "{tmp}/out", "--format", "torch", "--pp", "3"],
+            "--pp 3 does not divide",
+        ),
         (["to-megatron", "{source}", "{tmp}/out", "--workers", "0"], "--workers is 0"),
         (["to-hf", "{source}", "{tmp}/out"], "give a Megatron checkpoint"),
         (["verify", "{tmp}/none"], "give a Megatron checkpoint"),
@@ -271,7 +303,9 @@ def test_refusals(
 def test_a_checkpoint_with_parts_lost_is_one_sentence(
     source: Path, tmp_path: Path, lost: list[str], message: str
 ) -> None:
-    there = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout(tp=2, pp=1, layers="te")).out
+    there = hf_to_megatron(
+        source, tmp_path / "megatron", layout=LegacyLayout(tp=2, pp=1, layers="te")
+    ).out
     for name in lost:
         shutil.rmtree(there / name)
     with pytest.raises(WeightsError, match=message):
@@ -286,16 +320,25 @@ def test_an_explicit_dtype_is_that_of_all_tensors(source: Path, tmp_path: Path) 
         tensors[name] = tensor.float() if "norm" in name else tensor
     save_file(tensors, mixed / "model.safetensors", metadata={"format": "pt"})
     there = hf_to_megatron(mixed, tmp_path / "megatron").out
-    kept, cast = (megatron_to_hf(there, tmp_path / str(dtype), dtype=dtype).out for dtype in (None, "BF16"))
-    assert {t.dtype for t in load_file(kept / "model.safetensors").values()} == {torch.bfloat16, torch.float32}
+    kept, cast = (
+        megatron_to_hf(there, tmp_path / str(dtype), dtype=dtype).out for dtype in (None, "BF16")
+    )
+    assert {t.dtype for t in load_file(kept / "model.safetensors").values()} == {
+        torch.bfloat16,
+        torch.float32,
+    }
     assert {t.dtype for t in load_file(cast / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def test_verify_finds_tensors_that_share_bytes(source: Path, tmp_path: Path) -> None:
     """Two norms of one shape on one storage: every element of both is read from the same place."""
     tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.0.input_layernorm.weight"] = tensors["model.layers.1.input_layernorm.weight"]
-    shared = shutil.copytree(source, tmp_path / "shared", ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors["model.layers.0.input_layernorm.weight"] = tensors[
+        "model.layers.1.input_layernorm.weight"
+    ]
+    shared = shutil.copytree(
+        source, tmp_path / "shared", ignore=shutil.ignore_patterns("*.safetensors")
+    )
     torch.save(tensors, shared / "pytorch_model.bin")
     with pytest.raises(WeightsError, match="two tensors share the bytes"):
         verify(open_as_hf(shared), None)
@@ -310,7 +353,9 @@ def test_checkpoints_without_a_config_ask_for_one(source: Path, tmp_path: Path) 
     assert files_of(back)["model.safetensors"] == files_of(source)["model.safetensors"]
 
 
-def test_another_models_config_is_refused(tiny_model: Callable[..., Path], source: Path, tmp_path: Path) -> None:
+def test_another_models_config_is_refused(
+    tiny_model: Callable[..., Path], source: Path, tmp_path: Path
+) -> None:
     there = hf_to_megatron(source, tmp_path / "megatron").out
     with pytest.raises(WeightsError, match="they do not belong together"):
         megatron_to_hf(there, tmp_path / "hf", hf_config=tiny_model("qwen2", intermediate_size=128))
@@ -320,8 +365,7 @@ def test_another_models_config_is_refused(tiny_model: Callable[..., Path], sourc
 
 def test_overwrite_replaces(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "megatron"
-    out.mkdir()
-    (out / "old").write_text("old")
+    hf_to_megatron(source, out, layout=LegacyLayout(tp=2))
     hf_to_megatron(source, out, overwrite=True)
-    assert not (out / "old").exists() and (out / "release").is_dir()
+    assert not (out / "release/mp_rank_00").exists() and (out / "release/.metadata").is_file()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["megatron"]

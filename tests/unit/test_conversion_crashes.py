@@ -25,7 +25,12 @@ MOMENTS = 20
 
 @pytest.fixture(scope="module")
 def source(tiny_model: Callable[..., Path]) -> Path:
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 4000, "num_hidden_layers": 6}
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "vocab_size": 4000,
+        "num_hidden_layers": 6,
+    }
     return tiny_model("qwen2", dtype="bfloat16", **sizes)
 
 
@@ -45,7 +50,9 @@ def changes(convert: Callable[[Path, Path], Converted], source: Path, out: Path)
     return next(count)
 
 
-def kill(convert: Callable[[Path, Path], Converted], source: Path, out: Path, *, after: int) -> None:
+def kill(
+    convert: Callable[[Path, Path], Converted], source: Path, out: Path, *, after: int
+) -> None:
     """Runs the conversion in a process of its own, which kills itself after so many changes of the disk."""
     child = os.fork()
     if not child:
@@ -74,7 +81,9 @@ def _count_changes(patch: pytest.MonkeyPatch, *, last: int) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("convert", [to_megatron, to_hf])
-def test_kills_at_random_moments(convert: Callable[[Path, Path], Converted], source: Path, tmp_path: Path) -> None:
+def test_kills_at_random_moments(
+    convert: Callable[[Path, Path], Converted], source: Path, tmp_path: Path
+) -> None:
     given = hf_to_megatron(source, tmp_path / "given").out if convert is to_hf else source
     out, kept = tmp_path / "out", set()
     total = changes(convert, given, out)
@@ -116,10 +125,14 @@ def test_a_resumed_run_copies_only_what_is_missing(
     assert check_manifest(tmp_path / "out") == []
 
 
-def test_a_spoilt_partial_is_made_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spoilt_partial_is_made_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A journal that promises what the disk lost, as after a power cut: the checksum finds it."""
     monkeypatch.setattr(transfer, "_finish", _full_disk)
-    with pytest.raises(WeightsError, match="is full; free some space and run the same command again"):
+    with pytest.raises(
+        WeightsError, match="is full; free some space and run the same command again"
+    ):
         to_megatron(source, tmp_path / "out")
     monkeypatch.undo()
     (file,) = (tmp_path / ".out.partial/release").glob("*.distcp")
@@ -152,7 +165,9 @@ def _full_disk(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_another_source_starts_anew(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_source_starts_anew(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(transfer, "_finish", _full_disk)
     with pytest.raises(WeightsError, match="is full"):
         to_megatron(source, tmp_path / "out")
@@ -162,7 +177,9 @@ def test_another_source_starts_anew(source: Path, tmp_path: Path, monkeypatch: p
     assert to_megatron(copy, tmp_path / "out").resumed_bytes == 0
 
 
-def test_too_small_a_disk_is_found_before(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_small_a_disk_is_found_before(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(transfer.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(WeightsError, match=r"bytes are needed in .*, which has [\d,]+ too few"):

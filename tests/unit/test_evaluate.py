@@ -13,14 +13,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_real.benchmark_command import results_name
-from megatron_real.evaluate import Evaluation, Judged, majority, pass_at_k, standard_error, summarise
+from megatron_real.commands.subject import results_name
+from megatron_real.evaluate import (
+    Evaluation,
+    Judged,
+    majority,
+    pass_at_k,
+    standard_error,
+    summarise,
+)
 from megatron_real.labels.equivalence import Given, answer_classes
 from megatron_real.records import Completion, Prompt, Rollout, Verdict
 from megatron_real.runs.evaluated import BENCH, Chunk, EvaluationDirectory, average
 
 
-def judge(problem: str, correct: bool, answer: int | None, *, status: str = "", tokens: int = 4) -> Judged:
+def judge(
+    problem: str, correct: bool, answer: int | None, *, status: str = "", tokens: int = 4
+) -> Judged:
     return Judged(problem, status or ("ok" if correct else "wrong"), correct, tokens, answer)
 
 
@@ -30,7 +39,9 @@ def test_pass_at_k_is_the_share_of_all_subsets(samples: int) -> None:
         marks = [True] * correct + [False] * (samples - correct)
         for k in range(1, samples + 1):
             drawn = [any(subset) for subset in combinations(marks, k)]
-            assert pass_at_k(correct, samples, k) == pytest.approx(Fraction(sum(drawn), len(drawn)), abs=1e-15)
+            assert pass_at_k(correct, samples, k) == pytest.approx(
+                Fraction(sum(drawn), len(drawn)), abs=1e-15
+            )
 
 
 def test_pass_at_k_of_many_samples() -> None:
@@ -53,7 +64,9 @@ VOTES = {
 @pytest.mark.parametrize("case", VOTES)
 def test_majority_by_hand(case: str) -> None:
     votes, expected = VOTES[case]
-    assert majority([judge("p", correct, answer) for correct, answer in votes]) == pytest.approx(expected)
+    assert majority([judge("p", correct, answer) for correct, answer in votes]) == pytest.approx(
+        expected
+    )
 
 
 def test_figures_by_hand() -> None:
@@ -105,7 +118,9 @@ def test_unequal_samples_are_refused() -> None:
 def test_standard_error_is_that_of_the_textbook(shares: list[float]) -> None:
     import statistics
 
-    assert standard_error(shares) == pytest.approx(statistics.stdev(shares) / math.sqrt(len(shares)), abs=1e-12)
+    assert standard_error(shares) == pytest.approx(
+        statistics.stdev(shares) / math.sqrt(len(shares)), abs=1e-12
+    )
 
 
 def halves(one: str, other: str) -> bool:
@@ -125,10 +140,20 @@ def test_answers_that_say_the_same_are_one_class() -> None:
 @pytest.mark.parametrize(
     ("given", "classes"),
     [
-        ([Given("7", False), Given("07", False), Given("8", False), Given("-7", False)], [0, 0, 1, 2]),
+        (
+            [Given("7", False), Given("07", False), Given("8", False), Given("-7", False)],
+            [0, 0, 1, 2],
+        ),
         ([Given("x+1", True), Given("1+x", True), Given("x", False)], [0, 0, 1]),
         ([Given(None, False), Given("7", False), Given(None, False)], [None, 0, None]),
-        ([Given("9^9", False, comparable=False), Given("x", False), Given("9^9", False, comparable=False)], [0, 1, 0]),
+        (
+            [
+                Given("9^9", False, comparable=False),
+                Given("x", False),
+                Given("9^9", False, comparable=False),
+            ],
+            [0, 1, 0],
+        ),
     ],
     ids=["whole numbers", "one gold", "no answer", "the check failed"],
 )
@@ -143,12 +168,26 @@ def test_right_and_wrong_never_vote_together_and_several_golds_are_compared() ->
 
 def rollout(uid: str, sample: int, label: int, text: str) -> Rollout:
     verdict = Verdict("ok" if label else "wrong", label, float(label))
-    return Rollout(Prompt(uid, "", (1,), ("5",)), 0, sample, Completion((7, 8), (0.0, 0.0), text, True), verdict)
+    return Rollout(
+        Prompt(uid, "", (1,), ("5",)),
+        0,
+        sample,
+        Completion((7, 8), (0.0, 0.0), text, True),
+        verdict,
+    )
 
 
-ROLLOUTS = [rollout("a/0", 0, 1, "\\boxed{5}"), rollout("a/0", 1, 0, "half a pair \ud83d and \u2028 \\boxed{6}")]
+ROLLOUTS = [
+    rollout("a/0", 0, 1, "\\boxed{5}"),
+    rollout("a/0", 1, 0, "half a pair \ud83d and \u2028 \\boxed{6}"),
+]
 CHUNK = Chunk("a", 0, [ROLLOUTS[0].prompt])
-SETTINGS = {"evaluation.temperature": 0.6, "labels.overlong": "negative", "of two": (1, 2), f"{BENCH}a": "12ab"}
+SETTINGS = {
+    "evaluation.temperature": 0.6,
+    "labels.overlong": "negative",
+    "of two": (1, 2),
+    f"{BENCH}a": "12ab",
+}
 
 
 def test_a_chunk_reads_back(tmp_path: Path) -> None:
@@ -160,7 +199,10 @@ def test_a_chunk_reads_back(tmp_path: Path) -> None:
         Judged("a/0", "ok", True, 2, 0),
         Judged("a/0", "wrong", False, 2, 1),
     ]
-    (row, other) = [json.loads(line) for line in (tmp_path / "samples/a/chunk-0000.jsonl").read_text().splitlines()]
+    (row, other) = [
+        json.loads(line)
+        for line in (tmp_path / "samples/a/chunk-0000.jsonl").read_text().splitlines()
+    ]
     assert (row["completion"], row["answer"], row["golds"]) == ("\\boxed{5}", "5", ["5"])
     assert other["completion"] == ROLLOUTS[1].completion.text
 
@@ -179,11 +221,15 @@ def test_another_setting_is_refused_by_name(tmp_path: Path) -> None:
     directory.check(SETTINGS)
     directory.claim(SETTINGS)
     directory.check(SETTINGS)
-    with pytest.raises(ValueError, match=r"begun with evaluation.temperature = 0.6, and now it is 1.0"):
+    with pytest.raises(
+        ValueError, match=r"begun with evaluation.temperature = 0.6, and now it is 1.0"
+    ):
         directory.check({**SETTINGS, "evaluation.temperature": 1.0})
     with pytest.raises(ValueError, match=r"begun with problems of a = '12ab', and now it is '99'"):
         directory.check({**SETTINGS, f"{BENCH}a": "99"})
-    with pytest.raises(ValueError, match=r"begun with labels.overlong = 'negative', and now it is None"):
+    with pytest.raises(
+        ValueError, match=r"begun with labels.overlong = 'negative', and now it is None"
+    ):
         directory.check({k: v for k, v in SETTINGS.items() if k != "labels.overlong"})
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
@@ -196,7 +242,11 @@ def test_another_benchmark_may_join(tmp_path: Path) -> None:
     other = {**{k: v for k, v in SETTINGS.items() if k != f"{BENCH}a"}, f"{BENCH}b": "34cd"}
     directory.check(other)
     directory.claim(other)
-    assert json.loads(directory.settings.read_text()) == {**SETTINGS, "of two": [1, 2], f"{BENCH}b": "34cd"}
+    assert json.loads(directory.settings.read_text()) == {
+        **SETTINGS,
+        "of two": [1, 2],
+        f"{BENCH}b": "34cd",
+    }
 
 
 def evaluation(pass_at_1: float, error: float, problems: int) -> Evaluation:
@@ -220,6 +270,8 @@ def test_the_average_counts_benchmarks_alike(tmp_path: Path) -> None:
     assert rows[1]["pass_at_2"] == "0.8" and rows[2]["standard_error"] == ""
 
 
-@pytest.mark.parametrize(("model", "name"), [("models/R1-Distill", "R1-Distill"), ("runs/first/hf", "first")])
+@pytest.mark.parametrize(
+    ("model", "name"), [("models/R1-Distill", "R1-Distill"), ("runs/first/hf", "first")]
+)
 def test_two_runs_do_not_share_a_directory_of_results(model: str, name: str) -> None:
     assert results_name(Path(model)) == name

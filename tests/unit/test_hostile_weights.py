@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -23,9 +24,17 @@ from megatron_real.weights import WeightsError
 from megatron_real.weights.containers import load_pickle
 from megatron_real.weights.conversion import hf_to_megatron, megatron_to_hf
 from megatron_real.weights.hf import HfWeights
+from megatron_real.weights.unpickling import check_metadata, weights_only
+from tests.amount import examples
 
-SAFE = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
-TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4).to(torch.bfloat16), "c": torch.zeros(0, 2)}
+SAFE = settings(
+    deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
+)
+TENSORS = {
+    "a": torch.arange(6.0).reshape(2, 3),
+    "b": torch.arange(4).to(torch.bfloat16),
+    "c": torch.zeros(0, 2),
+}
 
 
 @contextmanager
@@ -46,14 +55,21 @@ def read_all(directory: Path) -> dict[str, torch.Tensor] | None:
     """The tensors, or None where the directory was refused."""
     try:
         weights = HfWeights(directory)
-        return {name: weights.read(name) for name in weights.names if weights.tensor(name).dtype in ("F32", "BF16")}
+        return {
+            name: weights.read(name)
+            for name in weights.names
+            if weights.tensor(name).dtype in ("F32", "BF16")
+        }
     except WeightsError as error:
         assert str(error) and "\n" not in str(error)
         return None
 
 
 numbers = st.one_of(
-    st.integers(-2, 60), st.sampled_from([2**31, 2**32, 2**62, 2**63, 2**64, 10**30, -(2**63)]), st.floats(), st.none()
+    st.integers(-2, 60),
+    st.sampled_from([2**31, 2**32, 2**62, 2**63, 2**64, 10**30, -(2**63)]),
+    st.floats(),
+    st.none(),
 )
 fields = st.one_of(
     st.sampled_from(["F32", "BF16", "I64", "F8_E4M3", "Q4", "", 3, None]),
@@ -84,12 +100,15 @@ def headers(draw: st.DrawFn, plain_header: bytes) -> bytes:
 
 @pytest.mark.parametrize("part", range(2))
 def test_fuzzed_safetensors_headers(plain: bytes, tmp_path: Path, part: int) -> None:
-    """8,000 cases; what is accepted is what the safetensors library reads, byte for byte."""
+    """4,000 cases with --all; what is accepted is what the safetensors library reads, byte for byte."""
     length = struct.unpack("<Q", plain[:8])[0]
     accepted = [0]
 
-    @settings(SAFE, max_examples=4000)
-    @given(headers(plain[8 : 8 + length]), st.one_of(st.just(0), st.integers(-9, 9), st.sampled_from([2**40, 2**63])))
+    @settings(SAFE, max_examples=examples(4000))
+    @given(
+        headers(plain[8 : 8 + length]),
+        st.one_of(st.just(0), st.integers(-9, 9), st.sampled_from([2**40, 2**63])),
+    )
     def check(header: bytes, lie: int) -> None:
         claimed = max(len(header) + (lie if part else 0), 0)
         file = tmp_path / "model.safetensors"
@@ -105,15 +124,24 @@ def test_fuzzed_safetensors_headers(plain: bytes, tmp_path: Path, part: int) -> 
 
     with memory_stays_small():
         check()
-    assert accepted[0] > 3, "some mutations must still be valid, or the comparison tests nothing"
+    assert accepted[0] > 0, "some mutations must still be valid, or the comparison tests nothing"
 
 
 def test_fuzzed_indices(plain: bytes, tmp_path: Path) -> None:
-    """3,000 cases of an index of two files."""
+    """3,000 cases with --all, of an index of two files."""
     for name in ("model-1.safetensors", "model-2.safetensors"):
         (tmp_path / name).write_bytes(plain)
     targets = st.one_of(
-        st.sampled_from(["model-1.safetensors", "../x.safetensors", "/etc/passwd", "model-3.safetensors", ".", "a\0b"]),
+        st.sampled_from(
+            [
+                "model-1.safetensors",
+                "../x.safetensors",
+                "/etc/passwd",
+                "model-3.safetensors",
+                ".",
+                "a\0b",
+            ]
+        ),
         fields,
     )
     tables = st.dictionaries(st.sampled_from(["a", "b", "c", "d", "../a"]), targets, max_size=4)
@@ -123,13 +151,15 @@ def test_fuzzed_indices(plain: bytes, tmp_path: Path) -> None:
         fields,
     )
 
-    @settings(SAFE, max_examples=3000)
+    @settings(SAFE, max_examples=examples(3000))
     @given(documents)
     def check(document: Any) -> None:
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(document))
         found = read_all(tmp_path)
         if found is not None:
-            assert document["weight_map"] and set(document["weight_map"].values()) == {"model-1.safetensors"}
+            assert document["weight_map"] and set(document["weight_map"].values()) == {
+                "model-1.safetensors"
+            }
             assert torch.equal(found["a"], TENSORS["a"])
 
     with memory_stays_small():
@@ -139,12 +169,18 @@ def test_fuzzed_indices(plain: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", ["release/.metadata", "release/__0_0.distcp"])
 def test_fuzzed_checkpoints(tiny_model: Callable[..., Path], tmp_path: Path, file: str) -> None:
     """1,500 cases of a few changed bytes: refused, or exported without touching anything else."""
-    source = tiny_model("llama", dtype="bfloat16", num_hidden_layers=1, hidden_size=8, intermediate_size=8)
+    source = tiny_model(
+        "llama", dtype="bfloat16", num_hidden_layers=1, hidden_size=8, intermediate_size=8
+    )
     there = hf_to_megatron(source, tmp_path / "megatron").out
     good = (there / file).read_bytes()
 
-    @settings(SAFE, max_examples=1500)
-    @given(st.lists(st.tuples(st.integers(0, len(good) - 1), st.integers(0, 255)), min_size=1, max_size=4))
+    @settings(SAFE, max_examples=examples(1500))
+    @given(
+        st.lists(
+            st.tuples(st.integers(0, len(good) - 1), st.integers(0, 255)), min_size=1, max_size=4
+        )
+    )
     def check(changes: list[tuple[int, int]]) -> None:
         data = bytearray(good)
         for position, value in changes:
@@ -207,7 +243,10 @@ def test_tensors_that_are_not_rows_in_a_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("metadata", "message"),
-    [("../../etc/passwd", "is not one of the checkpoint"), ("/etc/passwd", "is not one of the checkpoint")],
+    [
+        ("../../etc/passwd", "is not one of the checkpoint"),
+        ("/etc/passwd", "is not one of the checkpoint"),
+    ],
 )
 def test_metadata_that_leaves_the_directory(
     tiny_model: Callable[..., Path], tmp_path: Path, metadata: str, message: str
@@ -242,15 +281,142 @@ def test_loops_pipes_and_missing_files(plain: bytes, tmp_path: Path) -> None:
 
 
 def test_a_missing_chunk_is_named(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    there = hf_to_megatron(tiny_model("qwen2", dtype="bfloat16"), tmp_path / "megatron", tp_chunks=2).out
+    there = hf_to_megatron(
+        tiny_model("qwen2", dtype="bfloat16"), tmp_path / "megatron", tp_chunks=2
+    ).out
     file = there / "release/.metadata"
     table = pickle.loads(file.read_bytes())
-    gone = next(i for i in table.storage_data if i.fqn.endswith("linear_fc2.weight") and i.offset[0] == 3)
+    gone = next(
+        i for i in table.storage_data if i.fqn.endswith("linear_fc2.weight") and i.offset[0] == 3
+    )
     del table.storage_data[gone]
     file.write_bytes(pickle.dumps(table))
-    with pytest.raises(WeightsError, match=r"linear_fc2.weight\[3\]: its 1 shards do not tile its shape"):
+    with pytest.raises(
+        WeightsError, match=r"linear_fc2.weight\[3\]: its 1 shards do not tile its shape"
+    ):
         megatron_to_hf(there, tmp_path / "hf")
     (there / "release/__0_0.distcp").write_bytes(b"short")
     file.write_bytes(pickle.dumps(table))
     with pytest.raises(WeightsError, match="has 5 bytes, but its index points to"):
         megatron_to_hf(there, tmp_path / "hf")
+
+
+class Planted:
+    """What an attacker pickles: its reading calls a function."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def saved_by_torch(folder: Path) -> Path:
+    """A torch_dist checkpoint as torch's writer makes it: a tensor, and an object."""
+    from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, save
+
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    state = {"a": torch.arange(6.0).bfloat16(), "b._extra_state": {"plain": [1, "x"]}}
+    save(state, storage_writer=FileSystemWriter(folder), planner=planner, no_dist=True)
+    return folder
+
+
+@pytest.mark.parametrize("where", ["metadata", "object"])
+def test_resuming_runs_nothing_of_a_checkpoint(tmp_path: Path, where: str) -> None:
+    """torch's reader calls what .metadata and the objects in the shards name; ours is before it."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+    folder, ran = saved_by_torch(tmp_path / "checkpoint"), tmp_path / "ran"
+
+    def read() -> dict[str, Any]:
+        state: dict[str, Any] = {"a": torch.zeros(6).bfloat16(), "b._extra_state": None}
+        planner = DefaultLoadPlanner(flatten_state_dict=False)
+        load(state, storage_reader=FileSystemReader(folder), planner=planner, no_dist=True)
+        return state
+
+    def guarded() -> dict[str, Any]:
+        check_metadata(folder)
+        with weights_only(folder):
+            return read()
+
+    # What an honest checkpoint holds is read as before, and the guard is gone afterwards.
+    assert guarded()["a"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    if where == "metadata":
+        metadata.planner_data = Planted(os.mkdir, str(ran))
+    else:
+        stream = io.BytesIO()
+        torch.save(Planted(os.mkdir, str(ran)), stream)
+        (folder / "planted.distcp").write_bytes(stream.getvalue())
+        for index, info in metadata.storage_data.items():
+            if index.fqn == "b._extra_state":
+                info.relative_path, info.offset = "planted.distcp", 0
+                info.length = len(stream.getvalue())
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(WeightsError, match=r"names (posix|os)\.mkdir|not plain data"):
+        guarded()
+    assert not ran.exists()
+    read()
+    assert ran.exists(), "without the guard it runs, so that the test can fail"
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"ctorch.hub\nload\n.",
+        b"cnumpy\nload\n.",
+        b"cmegatron.core.utils\nx\n.",
+        b"cbuiltins\ngetattr\n(cpathlib\nPosixPath\nS'unlink'\ntR.",
+        b"cbuiltins\ngetattr\n(ctorch\nfloat32\nS'TO'\ntR.",
+        b"cbuiltins\nsetattr\n.",
+        b"cargparse\nNamespace\n.",
+        b"ctorch\nload\n.",
+        b"\x82\x01.",
+        b"\x80\x04\x8c\x05torch\x8c\x08hub.load\x93.",
+    ],
+    ids=[
+        "torch.hub",
+        "numpy",
+        "megatron",
+        "method",
+        "attribute-of-an-object",
+        "setattr",
+        "Namespace",
+        "torch.load",
+        "ext",
+        "dotted",
+    ],
+)
+def test_metadata_name_only_their_own_classes(tmp_path: Path, payload: bytes) -> None:
+    """The list is of names, not of packages: torch alone has a hundred ways to run something."""
+    (tmp_path / ".metadata").write_bytes(payload)
+    with pytest.raises(WeightsError, match=r"do not trust it|corrupt"):
+        check_metadata(tmp_path)
+
+
+def test_both_ways_to_pickle_a_member_of_an_enum_are_read(tmp_path: Path) -> None:
+    """Python 3.11.2 pickles it as getattr(class, name), 3.11.7 as class(value)."""
+    enum = b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n"
+    for payload in (
+        b"cbuiltins\ngetattr\n(" + enum + b"S'TORCH_CONTIGUOUS_FORMAT'\ntR.",
+        enum + b"(I0\ntR.",
+    ):
+        (tmp_path / ".metadata").write_bytes(payload)
+        check_metadata(tmp_path)
+
+
+def test_metadata_of_one_rank_are_refused(tmp_path: Path) -> None:
+    """torch falls back on them, by pickle.load, where it fails on those of all ranks."""
+    (tmp_path / ".metadata").write_bytes(pickle.dumps({}))
+    check_metadata(tmp_path)
+    (tmp_path / "__0.metadata").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(WeightsError, match=r"__0\.metadata beside \.metadata"):
+        check_metadata(tmp_path)
+
+
+def test_metadata_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"cannot be read \(No such file"):
+        check_metadata(tmp_path)

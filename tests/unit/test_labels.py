@@ -19,8 +19,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_real.labels import Labeller, RewardNeedsThreshold, TooManyFailedChecks
-from megatron_real.labels.pool import Check, VerifierPool
-from megatron_real.labels.verifiers import final_answer, load
+from megatron_real.labels.answers import final_answer
+from megatron_real.labels.pool import Check, VerifierPool, _Clock, _Worker
+from megatron_real.labels.verifiers import load
 from megatron_real.prompts import read_rows
 from megatron_real.records import EXCLUDED, NEGATIVE, POSITIVE, Completion, Prompt
 
@@ -33,14 +34,18 @@ def box(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[VerifierPool]:
-    with VerifierPool("math_verify", workers=2, timeout_seconds=TIMEOUT, memory_mib=1024) as verifiers:
+    with VerifierPool(
+        "math_verify", workers=2, timeout_seconds=TIMEOUT, memory_mib=1024
+    ) as verifiers:
         yield verifiers
 
 
 @pytest.fixture
 def fresh_pool() -> Iterator[VerifierPool]:
     """Its two processes run and have checked nothing yet."""
-    with VerifierPool("math_verify", workers=2, timeout_seconds=TIMEOUT, memory_mib=1024) as verifiers:
+    with VerifierPool(
+        "math_verify", workers=2, timeout_seconds=TIMEOUT, memory_mib=1024
+    ) as verifiers:
         yield verifiers
 
 
@@ -48,26 +53,31 @@ def statuses(pool: VerifierPool, *texts: str, golds: tuple[str, ...] = ("5",)) -
     return [outcome.status for outcome in pool.run([Check(text, golds) for text in texts])]
 
 
+SLOW = box("\\sin(10^{10^{9}})")
+"""An answer that no comparison ends on: a value of it takes a thousand million digits."""
 # Gold answer is 5 throughout. Numbers of this size take minutes and gigabytes: the wall clock ends them.
 HOSTILE = {
     # arithmetic that never ends
     box("9^9^9^9"): "wrong",
-    box("100000000!"): "timeout",
-    box("\\binom{10^7}{5\\cdot10^6}"): "timeout",
+    box("100000000!"): "wrong",
+    box("\\binom{10^7}{5\\cdot10^6}"): "wrong",
+    SLOW: "timeout",
+    box("\\lfloor 10^{10^{8}}\\sqrt{2} \\rfloor"): "timeout",
     # size and shape
     box("{" * 500_000 + "}" * 500_000): "unparsable",
     box("1" * 10_000): "unparsable",
     box("1" * 999): "wrong",
     "\\boxed{" * 100_000: "unparsable",
-    box("5") + "{" * 1_000_000: "ok",
+    box("5") + "{" * 100_000: "ok",
+    box("5") + "{" * 1_000_000: "unparsable",
     "\\boxed{" * 7 + box("5"): "ok",
     # NUL bytes, half a surrogate pair, digits of other scripts
-    box("5\0"): "wrong",
-    box("\0"): "wrong",
+    box("5\0"): "unparsable",
+    box("\0"): "unparsable",
     f"\0\0{box('5')}\0": "ok",
-    box("\ud835"): "wrong",
-    box("\N{ARABIC-INDIC DIGIT FIVE}"): "wrong",
-    box("\N{FULLWIDTH DIGIT FIVE}"): "wrong",
+    box("\ud835"): "unparsable",
+    box("\N{ARABIC-INDIC DIGIT FIVE}"): "unparsable",
+    box("\N{FULLWIDTH DIGIT FIVE}"): "unparsable",
     box("\N{CIRCLED DIGIT FIVE}"): "wrong",
     box("5\N{SUPERSCRIPT TWO}"): "wrong",
     # LaTeX that is not balanced
@@ -75,7 +85,7 @@ HOSTILE = {
     box("5") + " \\boxed{": "ok",
     box("\\left( 5"): "ok",
     box("\\frac{5"): "unparsable",
-    box("\\}5\\{"): "wrong",
+    box("\\}5\\{"): "unparsable",
     # thinking is no answer
     f"<think>{box('5')}</think> done": "unparsable",
     f"<think>{box('5')}": "unparsable",
@@ -112,12 +122,16 @@ HONEST = {
 def test_table(pool: VerifierPool, table: dict[str, str]) -> None:
     started = time.monotonic()
     found = dict(zip(table, statuses(pool, *table), strict=True))
-    assert {text[:60]: status for text, status in found.items()} == {t[:60]: status for t, status in table.items()}
+    assert {text[:60]: status for text, status in found.items()} == {
+        t[:60]: status for t, status in table.items()
+    }
     assert found == table
     assert time.monotonic() - started < 10 * TIMEOUT
 
 
-@pytest.mark.parametrize("gold", ["1" * 10_000, "100000000!", "{" * 1000, "\0", "\\frac{"], ids=lambda gold: gold[:9])
+@pytest.mark.parametrize(
+    "gold", ["1" * 10_000, "100000000!", "{" * 1000, "\0", "\\frac{"], ids=lambda gold: gold[:9]
+)
 def test_gold_answers_may_be_hostile_too(pool: VerifierPool, gold: str) -> None:
     assert statuses(pool, box("5"), golds=(gold,))[0] in ("wrong", "timeout")
     assert statuses(pool, box("5"), golds=("5", gold)) == ["ok"]
@@ -137,7 +151,9 @@ GOLDS = {
 def test_gold_is_text_a_number_or_a_list_of_them(pool: VerifierPool, tmp_path: Path) -> None:
     """As the columns of the datasets have it: read by the prompts, judged by the verifier."""
     file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(json.dumps({"problem": "?", "answer": gold}) for gold in GOLDS.values()))
+    file.write_text(
+        "\n".join(json.dumps({"problem": "?", "answer": gold}) for gold in GOLDS.values())
+    )
     rows = read_rows(file)
     assert [row.answers for row in rows] == [
         ("5",), ("142",), ("0.5",), ("\\frac{1}{2}",), ("1", "2", "3"), ("1000",), ("$7$",),
@@ -156,8 +172,15 @@ READING = {
 
 @pytest.mark.parametrize("options", READING)
 def test_where_the_answer_is_read(options: str) -> None:
-    texts = [box("5"), f"thinking</think>{box('5')}", "<think>6</think> The answer is 5.", "<think>5"]
-    verify = load("math_verify", require_think=options == "require_think", require_boxed=options != "no box")
+    texts = [
+        box("5"),
+        f"thinking</think>{box('5')}",
+        "<think>6</think> The answer is 5.",
+        "<think>5",
+    ]
+    verify = load(
+        "math_verify", require_think=options == "require_think", require_boxed=options != "no box"
+    )
     assert [verify(text, ["5"], {})[0] for text in texts] == READING[options]
 
 
@@ -167,7 +190,9 @@ def test_letter_by_letter() -> None:
     assert boxed(box("5.0"), ["5", "five"], {}) == ("wrong", 0.0)
     assert boxed("five", ["five"], {}) == ("unparsable", None)
     assert free(" five\n", ["five"], {}) == ("ok", 1.0)
-    assert free("x" * 5000, ["x" * 1000], {}) == ("ok", 1.0), "the end of the text, no more of it than of a box"
+    assert free("x" * 5000, ["x" * 1000], {}) == ("ok", 1.0), (
+        "the end of the text, no more of it than of a box"
+    )
 
 
 def hostile_batch() -> tuple[list[tuple[Prompt, Completion]], list[int | None]]:
@@ -186,10 +211,25 @@ def hostile_batch() -> tuple[list[tuple[Prompt, Completion]], list[int | None]]:
     return items, labels
 
 
-def seconds_lost(reasons: Iterable[str]) -> float:
-    """What the checks without an answer were given, of whichever clock ended them: no machine's speed is in it."""
-    found = [re.match(r"no answer within (\S+) s", reason) for reason in reasons]
-    return sum(float(match[1]) for match in found if match)
+def processor_seconds_lost(reasons: Iterable[str]) -> float:
+    """The processor time that was granted to the checks which used it up.
+
+    On a busy machine the wall clock ends some of them before; those say nothing about the grant.
+    """
+    matches = [re.match(r"no answer within (\S+) s of processor time", r) for r in reasons]
+    return sum(float(match[1]) for match in matches if match)
+
+
+def test_each_timeout_among_the_last_checks_cuts_the_next_ones_processor_time() -> None:
+    clock = _Clock(6.0)
+    grants = []
+    for _ in range(7):
+        grants.append(clock.processor_seconds())
+        clock.count(timeout=True)
+    assert grants == [6.0, 3.0, 2.0, 1.5, 1.2, 1.0, 1.0]
+    for _ in range(99):
+        clock.count(timeout=False)
+    assert clock.processor_seconds() == 3.0, "one of the last hundred"
 
 
 def test_a_batch_with_hostile_answers_ends_in_time_and_every_honest_one_is_right() -> None:
@@ -201,11 +241,14 @@ def test_a_batch_with_hostile_answers_ends_in_time_and_every_honest_one_is_right
         before, started = trainer.memory_info().rss, time.monotonic()
         verdicts = label(items)
         seconds = time.monotonic() - started
-        workers = [psutil.Process(w._process.pid).memory_info() for w in label._pool._workers if w._process]
+        (pool,) = label._pools.values()
+        workers = [worker_process(w).memory_info() for w in pool._workers if w._process]
     assert sum(v.status == "timeout" for v in verdicts) > 10
-    assert seconds_lost(v.reason for v in verdicts) / 2 < 4 * timeout
+    assert processor_seconds_lost(v.reason for v in verdicts) / 2 < 4 * timeout
     assert seconds < 20 * timeout, "however busy the machine is"
-    wrong = [i for i, label in enumerate(expected) if label is not None and verdicts[i].label != label]
+    wrong = [
+        i for i, label in enumerate(expected) if label is not None and verdicts[i].label != label
+    ]
     assert not wrong
     assert {v.status for v in verdicts} == {"ok", "wrong", "unparsable", "timeout"}
     assert trainer.memory_info().rss - before < 64 << 20
@@ -214,13 +257,16 @@ def test_a_batch_with_hostile_answers_ends_in_time_and_every_honest_one_is_right
 
 def test_a_policy_that_writes_nothing_but_factorials_cannot_freeze_a_step() -> None:
     """They would take 8 x 4 s on one worker, were each given its whole time."""
-    checks = [Check(box("100000000!"), ["5"]), Check(box("5"), ["5"])] * 8
+    checks = [Check(SLOW, ["5"]), Check(box("5"), ["5"])] * 8
     with VerifierPool("math_verify", workers=1, timeout_seconds=4, memory_mib=1024) as pool:
         outcomes = pool.run(checks)
     assert [o.status for o in outcomes] == ["timeout", "ok"] * 8
     assert outcomes[0].reason.startswith("no answer within 4 s")
-    assert outcomes[-2].reason == "no answer within 1 s of processor time"
-    assert seconds_lost(o.reason for o in outcomes) < 16
+    assert outcomes[-2].reason in (
+        "no answer within 1 s of processor time",
+        "no answer within 4 s",  # the machine was too busy to spend that second
+    )
+    assert processor_seconds_lost(o.reason for o in outcomes) < 16
 
 
 def test_a_worker_that_died_while_idle_costs_nothing(fresh_pool: VerifierPool) -> None:
@@ -231,24 +277,45 @@ def test_a_worker_that_died_while_idle_costs_nothing(fresh_pool: VerifierPool) -
     assert statuses(fresh_pool, *[box("5")] * 20) == ["ok"] * 20
 
 
+def test_signals_to_the_whole_tree_leave_the_verifiers_alive(fresh_pool: VerifierPool) -> None:
+    """Slurm's scancel and a terminal's Ctrl-C reach every process of a job; the run needs its verdicts to its seam."""
+    started = [worker._process for worker in fresh_pool._workers]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for worker in fresh_pool._workers:
+            assert worker._process is not None
+            supervisor = psutil.Process(worker._process.pid)
+            for process in [supervisor, *supervisor.children(recursive=True)]:
+                process.send_signal(number)
+    assert statuses(fresh_pool, *[box("5")] * 4) == ["ok"] * 4
+    assert [worker._process for worker in fresh_pool._workers] == started
+
+
 def test_the_clock_also_runs_while_a_worker_does_not_read(fresh_pool: VerifierPool) -> None:
     """More text than a pipe holds, for a process that is stopped."""
     for worker in fresh_pool._workers:
-        assert worker._process is not None
-        os.kill(worker._process.pid, signal.SIGSTOP)
+        worker_process(worker).suspend()
     started = time.monotonic()
     assert statuses(fresh_pool, *["x" * 1_000_000] * 2) == ["timeout"] * 2
     assert time.monotonic() - started < 3 * TIMEOUT
     assert statuses(fresh_pool, box("5")) == ["ok"]
 
 
+def worker_process(worker: _Worker) -> psutil.Process:
+    """The process that checks: the last below the supervisor, which is what the pool starts."""
+    assert worker._process is not None
+    return psutil.Process(worker._process.pid).children(recursive=True)[-1]
+
+
 @pytest.fixture
 def own(tmp_path: Path) -> Callable[[str], str]:
-    """The name of a verifier with this body."""
+    """The name of a trusted verifier with this body; tests/unit/test_sandbox.py has those that are not trusted."""
 
     def make(body: str) -> str:
         file = tmp_path / "own.py"
-        file.write_text(f"import os, sys, time\nkept = []\ndef judge(text, answers, metadata):\n    {body}\n")
+        file.write_text(
+            "import os, sys, time\nTRUSTED = True\nkept = []\n"
+            f"def judge(text, answers, metadata):\n    {body}\n"
+        )
         return f"{file}:judge"
 
     return make
@@ -262,7 +329,11 @@ OWN = {
     "print('[1.0]'); return 0.25": ("score", 0.25, ""),
     "return float('nan')": ("crashed", None, "the verifier gave the reward nan"),
     "return answers[7]": ("crashed", None, "IndexError: list index out of range"),
-    "return None": ("crashed", None, "TypeError: float() argument must be a string or a real number, not 'NoneType'"),
+    "return None": (
+        "crashed",
+        None,
+        "TypeError: float() argument must be a string or a real number, not 'NoneType'",
+    ),
     "sys.exit(3)": ("crashed", None, "the verifier process ended with code 3"),
     "os.abort()": ("crashed", None, "the verifier process ended with code -6"),
     "return len('x' * (2 << 30)) == 1": ("crashed", None, "MemoryError: "),
@@ -281,8 +352,12 @@ def test_own_verifier(own: Callable[[str], str], body: str) -> None:
             assert (outcome.status, outcome.reward, outcome.reason) == OWN[body]
 
 
-def test_a_worker_killed_in_the_middle_of_a_check_costs_that_check(own: Callable[[str], str], tmp_path: Path) -> None:
-    body = "text == 'slow' and (open('PID', 'w').write(str(os.getpid())), time.sleep(60)); return True"
+def test_a_worker_killed_in_the_middle_of_a_check_costs_that_check(
+    own: Callable[[str], str], tmp_path: Path
+) -> None:
+    body = (
+        "text == 'slow' and (open('PID', 'w').write(str(os.getpid())), time.sleep(60)); return True"
+    )
     pid = tmp_path / "pid"
     with VerifierPool(own(body.replace("PID", str(pid))), **(OPTIONS | {"workers": 2})) as pool:
         futures = [pool.submit(Check(text, []), lambda o: o) for text in ["slow"] + ["fast"] * 20]
@@ -295,8 +370,12 @@ def test_a_worker_killed_in_the_middle_of_a_check_costs_that_check(own: Callable
     assert [o.status for o in others] == ["ok"] * 20
 
 
-def test_a_worker_whose_memory_grows_is_replaced_before_it_meets_its_limit(own: Callable[[str], str]) -> None:
-    with VerifierPool(own("kept.append(bytearray(64 << 20)); return os.getpid()"), **OPTIONS) as pool:
+def test_a_worker_whose_memory_grows_is_replaced_before_it_meets_its_limit(
+    own: Callable[[str], str],
+) -> None:
+    with VerifierPool(
+        own("kept.append(bytearray(64 << 20)); return os.getpid()"), **OPTIONS
+    ) as pool:
         outcomes = pool.run([Check("", [])] * 20)
     assert {o.status for o in outcomes} == {"score"}
     assert 3 <= len({o.reward for o in outcomes}) <= 10, "not one process, nor one a check"
@@ -315,8 +394,12 @@ def test_workers_check_at_the_same_time(own: Callable[[str], str], tmp_path: Pat
 
 
 def test_outcomes_are_in_order(own: Callable[[str], str]) -> None:
-    with VerifierPool(own("time.sleep(0.02 if float(text) % 3 else 0); return float(text)"), **OPTIONS) as pool:
-        assert [o.reward for o in pool.run([Check(str(i), []) for i in range(30)])] == list(range(30))
+    with VerifierPool(
+        own("time.sleep(0.02 if float(text) % 3 else 0); return float(text)"), **OPTIONS
+    ) as pool:
+        assert [o.reward for o in pool.run([Check(str(i), []) for i in range(30)])] == list(
+            range(30)
+        )
 
 
 BROKEN = {
@@ -335,7 +418,9 @@ def test_a_verifier_that_cannot_be_loaded_is_one_sentence(tmp_path: Path, name: 
 
 
 def test_unknown_verifier_is_refused() -> None:
-    with pytest.raises(ValueError, match="'magic'; it takes one of math_verify, exact, reasoning_gym"):
+    with pytest.raises(
+        ValueError, match="'magic'; it takes one of math_verify, exact, reasoning_gym"
+    ):
         load("magic")
 
 
@@ -351,15 +436,19 @@ def test_reasoning_gym_scores_its_own_tasks() -> None:
     assert (unknown.status, unknown.reason) == ("crashed", "KeyError: 'source_dataset'")
 
 
-def completion(text: str, *, finished: bool = True, tokens: int = 3, gold: str = "5") -> tuple[Prompt, Completion]:
-    return Prompt("p", "", (1,), (gold, "five")), Completion((7,) * tokens, (0.0,) * tokens, text, finished)
+def completion(
+    text: str, *, finished: bool = True, tokens: int = 3, gold: str = "5"
+) -> tuple[Prompt, Completion]:
+    return Prompt("p", "", (1,), (gold, "five")), Completion(
+        (7,) * tokens, (0.0,) * tokens, text, finished
+    )
 
 
 EACH = {
     "ok": completion(box("five")),
     "wrong": completion(box("6")),
     "unparsable": completion("?"),
-    "timeout": completion(box("100000000!")),
+    "timeout": completion(SLOW),
     "crashed": completion("crash"),
     "overlong": completion(box("5"), finished=False),
     "empty": completion("", tokens=0),
@@ -368,19 +457,26 @@ DEFAULT = [POSITIVE, NEGATIVE, NEGATIVE, EXCLUDED, EXCLUDED, NEGATIVE, EXCLUDED]
 CONFIGURED: list[tuple[dict[str, Any], list[int]]] = [
     ({}, DEFAULT),
     ({"excluded": []}, [POSITIVE, *[NEGATIVE] * 5, EXCLUDED]),
-    ({"excluded": ["wrong", "unparsable"]}, [POSITIVE, EXCLUDED, EXCLUDED, NEGATIVE, NEGATIVE, NEGATIVE, EXCLUDED]),
+    (
+        {"excluded": ["wrong", "unparsable"]},
+        [POSITIVE, EXCLUDED, EXCLUDED, NEGATIVE, NEGATIVE, NEGATIVE, EXCLUDED],
+    ),
     ({"overlong": "excluded"}, [*DEFAULT[:5], EXCLUDED, EXCLUDED]),
 ]
 
 
 @pytest.mark.parametrize(("options", "labels"), CONFIGURED, ids=str)
-def test_statuses_to_labels(own: Callable[[str], str], options: dict[str, Any], labels: list[int]) -> None:
+def test_statuses_to_labels(
+    own: Callable[[str], str], options: dict[str, Any], labels: list[int]
+) -> None:
     """By a verifier of one's own that calls ours, and crashes where the text says so."""
     body = (
         "from megatron_real.labels.verifiers import load; text == 'crash' and os.abort(); "
         "status = load('math_verify')(text, answers, metadata)[0]; return status == 'ok'"
     )
-    settings = OPTIONS | {"timeout_seconds": 3, "memory_mib": 1024, "max_failed_share": 1.0} | options
+    settings = (
+        OPTIONS | {"timeout_seconds": 3, "memory_mib": 1024, "max_failed_share": 1.0} | options
+    )
     with Labeller(own(body), **settings) as label:
         verdicts = label(list(EACH.values()))
     # A verifier of one's own gives a verdict or none: what it could not read is wrong.
@@ -403,7 +499,9 @@ def test_failed_checks_are_excluded_and_too_many_stop_the_run(own: Callable[[str
             match=r"1 of 4 checks failed \(1 crashed\), more than labels.max_failed_share = 0.2; most often: KeyError: "
             "'crash'",
         ):
-            label(items[:4] + items[5:])  # the truncated ones were not checked and do not dilute the share
+            label(
+                items[:4] + items[5:]
+            )  # the truncated ones were not checked and do not dilute the share
 
 
 def test_scores_need_a_threshold(own: Callable[[str], str]) -> None:
@@ -424,7 +522,10 @@ PIECES = [
 ]  # fmt: skip
 
 
-@given(st.lists(st.sampled_from(PIECES), max_size=25).map("".join), st.lists(st.sampled_from(PIECES), max_size=8))
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=25).map("".join),
+    st.lists(st.sampled_from(PIECES), max_size=8),
+)
 @settings(max_examples=300, deadline=None)
 @example("\\boxed{\\begin{pmatrix}1", ["\\end{pmatrix}"])
 def test_fuzzed_answers_end_in_a_status(pool: VerifierPool, text: str, gold: list[str]) -> None:
@@ -437,7 +538,11 @@ def test_fuzzed_answers_end_in_a_status(pool: VerifierPool, text: str, gold: lis
 @given(st.text(st.characters(), max_size=200), st.booleans(), st.booleans())
 @settings(max_examples=300)
 def test_reading_never_raises(text: str, think: bool, boxed: bool) -> None:
-    assert load("exact", require_think=think, require_boxed=boxed)(text, ["5"], {})[0] in ("ok", "wrong", "unparsable")
+    assert load("exact", require_think=think, require_boxed=boxed)(text, ["5"], {})[0] in (
+        "ok",
+        "wrong",
+        "unparsable",
+    )
 
 
 @given(st.text(alphabet="{}\\ab 5", max_size=60))

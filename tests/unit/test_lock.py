@@ -8,129 +8,150 @@ import queue
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from megatron_real.runs.lock import RunLock
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from megatron_real.runs.lock import RunLock
-RunLock(Path(sys.argv[1]), lease=600.0, beat=0.1).take()
-print("held", flush=True)
-time.sleep(60)
-"""
+from megatron_real.runs.lock import Owner, RunLock
+from tests.faults.lock import HOLDER, last
 
 
-def hold(file: Path, **environment: str) -> subprocess.Popen[str]:
+@contextmanager
+def held(folder: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the lock."""
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(file)], stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        [sys.executable, "-c", HOLDER, str(folder), "600"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
     )
-    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    return holder
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        yield holder
+    finally:
+        holder.kill()
+        holder.wait()
 
 
-def elsewhere(file: Path) -> None:
-    """Makes the owner a process of another machine, of which nothing is known but the file."""
-    owner = json.loads(file.read_text())
-    file.write_text(json.dumps({**owner, "host": "another-machine"}))
+def dead_owner(folder: Path, **changes: object) -> None:
+    """A lock whose owner was killed. With changes it is, for a newcomer, somebody else."""
+    with held(folder):
+        pass
+    file = last(folder)
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def newcomer(folder: Path, *, lease: float = 600.0) -> RunLock:
+    return RunLock(folder, lease=lease, beat=0.1)
 
 
 def test_a_living_owner_is_respected(tmp_path: Path) -> None:
-    holder = hold(tmp_path / "lock")
-    try:
-        started = time.monotonic()
-        with pytest.raises(ValueError, match=rf"is in use by process {holder.pid} on "):
-            RunLock(tmp_path / "lock", lease=600.0, beat=0.1).take()
-        assert time.monotonic() - started < 2, "a sign of life is enough"
-    finally:
-        holder.kill()
+    with (
+        held(tmp_path / "owners") as holder,
+        pytest.raises(ValueError, match=rf"is in use by process {holder.pid} on "),
+    ):
+        newcomer(tmp_path / "owners").take()
+
+
+def test_a_lock_goes_from_one_owner_to_the_next(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        lock, said = newcomer(tmp_path / "owners"), list[str]()
+        lock.take(said.append)
+        assert last(tmp_path / "owners").name == str(number) and not said
+        lock.release()
+    assert [json.loads(file.read_text())["ended"] for file in (tmp_path / "owners").iterdir()] == [
+        True
+    ] * 3
 
 
 def test_a_dead_owner_of_this_machine_is_seen_at_once(tmp_path: Path) -> None:
-    holder = hold(tmp_path / "lock")
-    holder.kill()
-    holder.wait()
-    said: list[str] = []
-    started = time.monotonic()
-    lock = RunLock(tmp_path / "lock", lease=600.0, beat=0.1)
+    dead_owner(tmp_path / "owners")
+    lock, said = newcomer(tmp_path / "owners"), list[str]()
     lock.take(said.append)
-    assert time.monotonic() - started < 2
     assert "which is gone; taking over" in said[0]
     lock.release()
-    assert not (tmp_path / "lock").exists()
 
 
-def test_a_silent_owner_of_another_machine_loses_it_after_the_lease(tmp_path: Path) -> None:
-    holder = hold(tmp_path / "lock")
-    holder.kill()
-    holder.wait()
-    elsewhere(tmp_path / "lock")
-    started, lock = time.monotonic(), RunLock(tmp_path / "lock", lease=1.0, beat=0.1)
-    lock.take()
-    assert time.monotonic() - started >= 1.0
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"host": "another-machine"}, id="another machine"),
+        pytest.param({"boot": "of a clone"}, id="another machine of the same name"),
+        pytest.param({"namespaces": "pid:[1] time:[1]"}, id="another container of this machine"),
+        pytest.param({"namespaces": ""}, id="a container that does not know its own"),
+    ],
+)
+def test_a_process_table_says_nothing_about_processes_elsewhere(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    """Its number is not in this table, and it may live all the same: the lease decides."""
+    dead_owner(tmp_path / "owners", **changes)
+    lock, said = newcomer(tmp_path / "owners", lease=0.5), list[str]()
+    lock.take(said.append)
+    assert "waiting up to 0.5 s" in said[0] and "no sign of life for 0.5 s" in said[1]
     lock.release()
 
 
-def test_a_requeued_job_takes_its_own_lock_back(tmp_path: Path) -> None:
-    holder = hold(tmp_path / "lock", SLURM_JOB_ID="17")
-    holder.kill()
-    holder.wait()
-    elsewhere(tmp_path / "lock")
-    os.environ.update(SLURM_JOB_ID="17", SLURM_RESTART_COUNT="1")
-    try:
-        started, lock = time.monotonic(), RunLock(tmp_path / "lock", lease=600.0, beat=0.1)
-        lock.take()
-        assert time.monotonic() - started < 2
-        lock.release()
-    finally:
-        del os.environ["SLURM_JOB_ID"], os.environ["SLURM_RESTART_COUNT"]
+def test_a_requeued_job_takes_its_own_lock_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead_owner(tmp_path / "owners", host="another-machine", job="17", cluster="one")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    owner, _ = newcomer(tmp_path / "owners")._read(1)
+    for cluster, gone in (("one", True), ("another", False)):
+        monkeypatch.setenv("SLURM_CLUSTER_NAME", cluster)
+        assert owner.is_gone(Owner.of_this_process()) == gone
 
 
-def test_of_many_that_want_a_dead_owners_lock_one_gets_it(tmp_path: Path) -> None:
-    holder = hold(tmp_path / "lock")
-    holder.kill()
-    holder.wait()
-    contenders = [
-        subprocess.Popen(
-            [sys.executable, "-c", HOLDER, str(tmp_path / "lock")],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )
-        for _ in range(4)
-    ]  # fmt: skip
-    try:
-        deadline = time.monotonic() + 30
-        while sum(c.poll() is None for c in contenders) > 1 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        living = [c for c in contenders if c.poll() is None]
-        assert len(living) == 1
-        assert json.loads((tmp_path / "lock").read_text())["pid"] == living[0].pid
-    finally:
-        for contender in contenders:
-            contender.kill()
+def test_a_process_that_cannot_be_seen_is_not_taken_for_dead(tmp_path: Path) -> None:
+    """/proc may hide other users' processes, and a file of no owner of ours names none."""
+    me = Owner.of_this_process()
+    assert not Owner.parse(me.text()).is_gone(me)
+    assert not Owner.parse(json.dumps({**json.loads(me.text()), "started": ""})).is_gone(me)
+    for text in ("", "{}", "[]", '{"pid": "7"}', "\x00"):
+        assert not Owner.parse(text).is_gone(me)
 
 
 def test_an_owner_that_lost_its_lock_hears_of_it(tmp_path: Path) -> None:
     """A process that slept through its lease must not write on."""
-    holder = hold(tmp_path / "other")
-    holder.kill()
-    holder.wait()
     heard: queue.Queue[str] = queue.Queue()
-    lock = RunLock(tmp_path / "lock", lease=600.0, beat=0.1, lost=heard.put)
+    lock = RunLock(tmp_path / "owners", lease=600.0, beat=0.1, lost=heard.put)
     lock.take()
-    (tmp_path / "other").replace(tmp_path / "lock")
-    assert f"now belongs to process {holder.pid}" in heard.get(timeout=60)
+    dead_owner(tmp_path / "other")
+    other = last(tmp_path / "other")
+    pid = json.loads(other.read_text())["pid"]
+    other.replace(tmp_path / "owners/2")
+    assert f"now belongs to process {pid}" in heard.get(timeout=60)
     lock.release()
-    assert (tmp_path / "lock").exists(), "the other's lock stays"
+    assert not json.loads((tmp_path / "owners/2").read_text())["ended"], "the other's lock stays"
 
 
 def test_an_owner_whose_lock_is_removed_hears_of_it(tmp_path: Path) -> None:
     heard: queue.Queue[str] = queue.Queue()
-    lock = RunLock(tmp_path / "lock", lease=600.0, beat=0.1, lost=heard.put)
+    lock = RunLock(tmp_path / "owners", lease=600.0, beat=0.1, lost=heard.put)
     lock.take()
-    (tmp_path / "lock").unlink()
-    assert f"{tmp_path}/lock is gone: " in heard.get(timeout=60)
+    (tmp_path / "owners/1").unlink()
+    assert f"{tmp_path}/owners/1 is gone: " in heard.get(timeout=60)
     lock.release()
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "owners").touch()
+    with pytest.raises(ValueError, match=r"cannot be taken for this run: .*File exists"):
+        newcomer(tmp_path / "owners").take()
+
+
+def test_a_release_that_hangs_does_not_keep_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_real.runs.lock._RELEASE_SECONDS", 0.1)
+    monkeypatch.setattr(os, "utime", lambda _: time.sleep(5))
+    lock = newcomer(tmp_path / "owners")
+    lock.take()
+    time.sleep(0.3)
+    started = time.monotonic()
+    lock.release()
+    assert time.monotonic() - started < 4

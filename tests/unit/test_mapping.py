@@ -15,7 +15,9 @@ from megatron_real.weights.mapping import Entry, entries, hf_shapes
 from megatron_real.weights.stored import OpenFiles, torch_dtype
 
 
-def shard(entry: Entry, weights: HfWeights, architecture: Architecture, rank: int, tp: int) -> Tensor:
+def shard(
+    entry: Entry, weights: HfWeights, architecture: Architecture, rank: int, tp: int
+) -> Tensor:
     """What tensor-parallel rank `rank` of `tp` loads."""
     ranges, columns = entry.local_ranges(rank, tp, padded_rows=architecture.padded_vocab(tp))
     piece = weights.megatron_piece(entry, ranges, columns)
@@ -40,8 +42,13 @@ def test_every_tensor_once_and_back(
 ) -> None:
     weights = HfWeights(tiny_model(family, num_key_value_heads=4, num_hidden_layers=2, **sizes))
     architecture = Architecture.read(weights.directory)
-    assert {name: tensor.shape for name, tensor in weights.tensors.items()} == hf_shapes(architecture)
-    assert sum(tensor.shape[0] * tensor.columns for tensor in weights.tensors.values()) == architecture.num_parameters
+    assert {name: tensor.shape for name, tensor in weights.tensors.items()} == hf_shapes(
+        architecture
+    )
+    assert (
+        sum(tensor.shape[0] * tensor.columns for tensor in weights.tensors.values())
+        == architecture.num_parameters
+    )
     seen = []
     for entry in entries(architecture):
         shards = [shard(entry, weights, architecture, rank, tp) for rank in range(tp)]
@@ -54,9 +61,16 @@ def test_every_tensor_once_and_back(
 
 def test_qkv_rows_are_grouped_by_kv_head() -> None:
     """2 KV heads, 4 query heads of size 1: per group two q rows, then k, then v."""
-    numbers = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 4, "intermediate_size": 4}
+    numbers = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 4,
+        "intermediate_size": 4,
+    }
     rest = {"num_hidden_layers": 1, "vocab_size": 8, "max_position_embeddings": 8}
-    architecture = Architecture.from_config({"architectures": ["Qwen2ForCausalLM"], **numbers, **rest})
+    architecture = Architecture.from_config(
+        {"architectures": ["Qwen2ForCausalLM"], **numbers, **rest}
+    )
     entry = next(e for e in entries(architecture) if e.key.endswith("linear_qkv.bias"))
     assert entry.runs == [(0, 0, 2), (1, 0, 1), (2, 0, 1), (0, 2, 2), (1, 1, 1), (2, 1, 1)]
     joined = entry.join([torch.tensor([1.0, 2, 10, 100, 3, 4, 20, 200])])
@@ -77,7 +91,9 @@ def test_a_rank_reads_only_its_own_slices(tiny_model: Callable[..., Path]) -> No
     for rank in range(2):
         with Counting() as files:
             for entry in entries(architecture):
-                ranges, columns = entry.local_ranges(rank, 2, padded_rows=architecture.padded_vocab(2))
+                ranges, columns = entry.local_ranges(
+                    rank, 2, padded_rows=architecture.padded_vocab(2)
+                )
                 for _ in weights.megatron_piece(entry, ranges, columns).blocks(files, 2**16):
                     pass
     norms = (2 * architecture.num_layers + 1) * architecture.hidden_size
@@ -85,12 +101,16 @@ def test_a_rank_reads_only_its_own_slices(tiny_model: Callable[..., Path]) -> No
     assert read[0] > read[1], "the vocabulary of 101 is padded to 256: rank 1 has zeros only"
 
 
-def test_missing_and_truncated_files_are_named(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_missing_and_truncated_files_are_named(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"has no model.safetensors"):
         HfWeights(tmp_path)
     whole = (tiny_model("qwen2") / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"model.safetensors has \d+ bytes where its header says \d+"):
+    with pytest.raises(
+        ValueError, match=r"model.safetensors has \d+ bytes where its header says \d+"
+    ):
         HfWeights(tmp_path)
     with pytest.raises(ValueError, match="has no tensor lm_tail"):
         HfWeights(tiny_model("qwen2")).read("lm_tail")

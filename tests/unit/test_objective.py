@@ -26,7 +26,9 @@ NAN, INF = math.nan, math.inf
 TAU = 0.5
 
 
-def printed_loss(score, label, group, *, tau=TAU, variant="anchored", one_class_groups="skip", num_groups=None):
+def printed_loss(
+    score, label, group, *, tau=TAU, variant="anchored", one_class_groups="skip", num_groups=None
+):
     """Eq. 8, 2 and 11 letter by letter, in Python floats, one group at a time. Shares no code with the library."""
     total, counted = 0.0, 0
     for g in set(group):
@@ -47,7 +49,9 @@ def printed_loss(score, label, group, *, tau=TAU, variant="anchored", one_class_
     return total / (num_groups or counted or 1)
 
 
-def batch(*groups: tuple[list[float], list[int]], ids: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def batch(
+    *groups: tuple[list[float], list[int]], ids: list[int] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(score_R, label_R, group_R) of groups given as (scores, labels)."""
     ids = ids or list(range(len(groups)))
     score = [s for scores, _ in groups for s in scores]
@@ -73,7 +77,11 @@ NUM_LABELLED_GROUPS = 5
 def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
     """Any label pattern, the members of a group anywhere in the batch."""
     rows = draw(
-        st.lists(st.tuples(st.floats(-3, 3), st.sampled_from([1, 0, -1]), st.integers(-2, 3)), min_size=1, max_size=14)
+        st.lists(
+            st.tuples(st.floats(-3, 3), st.sampled_from([1, 0, -1]), st.integers(-2, 3)),
+            min_size=1,
+            max_size=14,
+        )
     )
     score, label, group = zip(*rows, strict=True)
     return torch.tensor(score, dtype=torch.float64), torch.tensor(label), torch.tensor(group)
@@ -85,34 +93,46 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("variant", "expected"),
     [
-        pytest.param("anchored", 2.48490665, id="anchored: log(1 + 2) + log(1 + 3) = log 3 + log 4"),
+        pytest.param(
+            "anchored", 2.48490665, id="anchored: log(1 + 2) + log(1 + 3) = log 3 + log 4"
+        ),
         pytest.param("vanilla", 1.94591015, id="vanilla: log(1 + 2 * 3) = log 7"),
         pytest.param("bce", 3.46573590, id="bce: 5 * log 2"),
     ],
 )
 def test_two_correct_three_wrong_on_policy(variant, expected):
     score, label, group = batch(([0.0] * 5, [1, 1, 0, 0, 0]))
-    assert real_loss(score, label, group, variant=variant).item() == pytest.approx(expected, abs=1e-8)
+    assert real_loss(score, label, group, variant=variant).item() == pytest.approx(
+        expected, abs=1e-8
+    )
 
 
 @pytest.mark.parametrize(
     ("variant", "expected"),
     [
         # s = (tau log 2, tau log 3): e^(-s/tau) = 1/2 of the positive, e^(s/tau) = 3 of the negative.
-        pytest.param("anchored", math.log(1.5) + math.log(4), id="anchored: log(1 + 1/2) + log(1 + 3)"),
+        pytest.param(
+            "anchored", math.log(1.5) + math.log(4), id="anchored: log(1 + 1/2) + log(1 + 3)"
+        ),
         pytest.param("vanilla", math.log(2.5), id="vanilla: log(1 + 3/2)"),
-        pytest.param("bce", math.log(1.5) + math.log(4), id="bce: as anchored for a group of one each"),
+        pytest.param(
+            "bce", math.log(1.5) + math.log(4), id="bce: as anchored for a group of one each"
+        ),
     ],
 )
 def test_off_policy_by_hand(variant, expected):
     score, label, group = batch(([TAU * math.log(2), TAU * math.log(3)], [1, 0]))
-    assert real_loss(score, label, group, variant=variant).item() == pytest.approx(expected, abs=1e-12)
+    assert real_loss(score, label, group, variant=variant).item() == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_weights_by_hand():
     # Positives: e^(-s/tau) = 1/2 and 4, so p = 1/11 and 8/11. Negatives: e^(s/tau) = 3 and 1, so p = 3/5 and 1/5.
     # |w| = p / tau = 2 p.
-    score, label, group = batch(([TAU * math.log(2), -TAU * math.log(4), TAU * math.log(3), 0.0], [1, 1, 0, 0]))
+    score, label, group = batch(
+        ([TAU * math.log(2), -TAU * math.log(4), TAU * math.log(3), 0.0], [1, 1, 0, 0])
+    )
     expected = torch.tensor([-2 / 11, -16 / 11, 6 / 5, 2 / 5], dtype=torch.float64)
     torch.testing.assert_close(real_weights(score, label, group), expected, atol=1e-14, rtol=0)
 
@@ -123,7 +143,7 @@ def test_weights_by_hand():
 def test_on_policy_weights_are_the_analytic_ones(dtype, num_plus, num_minus, tau):
     label = torch.tensor([1] * num_plus + [0] * num_minus)
     score, group = torch.zeros(len(label), dtype=dtype), torch.zeros_like(label)
-    analytic = {  # DESIGN.md section 1: (positive, negative)
+    analytic = {  # dL/ds at score 0: (positive, negative)
         "anchored": (-1 / (tau * (1 + num_plus)), 1 / (tau * (1 + num_minus))),
         "vanilla": (
             -num_minus / (tau * (1 + num_plus * num_minus)),
@@ -135,7 +155,9 @@ def test_on_policy_weights_are_the_analytic_ones(dtype, num_plus, num_minus, tau
         expected = torch.tensor([plus] * num_plus + [minus] * num_minus, dtype=dtype)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-6
         weight = real_weights(score, label, group, tau=tau, variant=variant)
-        torch.testing.assert_close(weight, expected, atol=0, rtol=tolerance, msg=lambda m, v=variant: f"{v}: {m}")
+        torch.testing.assert_close(
+            weight, expected, atol=0, rtol=tolerance, msg=lambda m, v=variant: f"{v}: {m}"
+        )
 
 
 @pytest.mark.parametrize("one_class_groups", RULES)
@@ -154,7 +176,9 @@ def test_loss_is_the_printed_equation_for_any_labels(rows, variant, one_class_gr
     score, label, group = rows
     options = {"variant": variant, "one_class_groups": one_class_groups}
     expected = printed_loss(score.tolist(), label.tolist(), group.tolist(), **options)
-    assert real_loss(score, label, group, **options).item() == pytest.approx(expected, rel=1e-10, abs=1e-13)
+    assert real_loss(score, label, group, **options).item() == pytest.approx(
+        expected, rel=1e-10, abs=1e-13
+    )
 
 
 # Gradients
@@ -165,7 +189,12 @@ def test_loss_is_the_printed_equation_for_any_labels(rows, variant, one_class_gr
 @pytest.mark.parametrize("num_groups", [None, 13])
 def test_closed_form_is_autograd_is_finite_differences(variant, one_class_groups, num_groups):
     score, label, group = MIXED
-    options = {"tau": 0.4, "variant": variant, "one_class_groups": one_class_groups, "num_groups": num_groups}
+    options = {
+        "tau": 0.4,
+        "variant": variant,
+        "one_class_groups": one_class_groups,
+        "num_groups": num_groups,
+    }
     weight = real_weights(score, label, group, **options)
 
     leaf = score.clone().requires_grad_()
@@ -176,16 +205,28 @@ def test_closed_form_is_autograd_is_finite_differences(variant, one_class_groups
         return printed_loss(values.tolist(), label.tolist(), group.tolist(), **options)
 
     step = 1e-6
-    differences = [(printed(score + step * e) - printed(score - step * e)) / (2 * step) for e in torch.eye(len(score))]
-    torch.testing.assert_close(weight, torch.tensor(differences, dtype=torch.float64), atol=1e-8, rtol=1e-6)
+    differences = [
+        (printed(score + step * e) - printed(score - step * e)) / (2 * step)
+        for e in torch.eye(len(score))
+    ]
+    torch.testing.assert_close(
+        weight, torch.tensor(differences, dtype=torch.float64), atol=1e-8, rtol=1e-6
+    )
     assert weight.abs().max() > 0.01, "a test of zeros proves nothing"
 
 
 @settings(max_examples=60, deadline=None)
-@given(batches(), st.sampled_from(VARIANTS), st.sampled_from(RULES), st.sampled_from([0.05, 0.5, 3.0]))
+@given(
+    batches(), st.sampled_from(VARIANTS), st.sampled_from(RULES), st.sampled_from([0.05, 0.5, 3.0])
+)
 def test_weights_are_autograd_signed_and_bounded(rows, variant, one_class_groups, tau):
     score, label, group = rows
-    options = {"tau": tau, "variant": variant, "one_class_groups": one_class_groups, "num_groups": 1}
+    options = {
+        "tau": tau,
+        "variant": variant,
+        "one_class_groups": one_class_groups,
+        "num_groups": 1,
+    }
     leaf = score.clone().requires_grad_()
     (autograd,) = torch.autograd.grad(real_loss(leaf, label, group, **options), leaf)
     weight = real_weights(score, label, group, **options)
@@ -203,7 +244,9 @@ def test_weights_as_eq_9_and_10_are_printed():
         if label[k] == -1:
             continue
         sign = -1 if label[k] == 1 else 1  # positives e^(-s/tau), negatives e^(s/tau)
-        others = [i for i in range(len(score)) if i != k and group[i] == group[k] and label[i] == label[k]]
+        others = [
+            i for i in range(len(score)) if i != k and group[i] == group[k] and label[i] == label[k]
+        ]
         c = 1 + sum(math.exp(sign * score[i] / TAU) for i in others)
         expected = sign / TAU / (1 + c * math.exp(-sign * score[k] / TAU))
         assert weight[k].item() == pytest.approx(expected, rel=1e-12)
@@ -213,21 +256,30 @@ def test_bound_is_reached_by_a_hopeless_mistake():
     score, label, group = batch(([-50.0, 50.0], [1, 0]))
     for variant in VARIANTS:
         weight = real_weights(score, label, group, variant=variant)
-        torch.testing.assert_close(weight, torch.tensor([-2.0, 2.0], dtype=torch.float64), atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            weight, torch.tensor([-2.0, 2.0], dtype=torch.float64), atol=1e-12, rtol=0
+        )
 
 
 def test_naive_split_of_a_group_is_wrong():
     """Negative control: the loss couples a group, so averaging it piecewise is another gradient altogether."""
-    score, label, group = batch(([0.3, -0.2, 0.1, 0.7, -0.4, 0.2, -0.1, 0.0], [1, 0, 1, 0, 1, 1, 0, 0]))
+    score, label, group = batch(
+        ([0.3, -0.2, 0.1, 0.7, -0.4, 0.2, -0.1, 0.0], [1, 0, 1, 0, 1, 1, 0, 0])
+    )
     whole = real_weights(score, label, group)
-    halves = torch.cat([real_weights(score[h], label[h], group[h]) for h in (slice(0, 4), slice(4, 8))]) / 2
+    halves = (
+        torch.cat([real_weights(score[h], label[h], group[h]) for h in (slice(0, 4), slice(4, 8))])
+        / 2
+    )
     assert (halves - whole).norm() / whole.norm() > 0.1
 
 
 def test_surrogate_has_the_gradient_of_the_loss():
     """Backward of sum_k w_k * s_k, piece by piece and out of order, is that of the loss in the parameters."""
     _, label, group = MIXED
-    features = torch.randn(len(label), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    features = torch.randn(
+        len(label), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     theta = torch.tensor([0.2, -0.1, 0.3], dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(real_loss(features @ theta, label, group), theta)
     weight = real_weights(features @ theta, label, group)
@@ -249,7 +301,9 @@ def test_one_class_group(variant, label):
     kept = real_loss(*rows, variant=variant, one_class_groups="keep").item()
     expected = printed_loss(*(r.tolist() for r in rows), variant=variant, one_class_groups="keep")
     assert kept == pytest.approx(expected, rel=1e-12)
-    assert (kept > 0) == (variant != "vanilla"), "Eq. 2 multiplies the sides: one of them empty leaves log(1 + 0)"
+    assert (kept > 0) == (variant != "vanilla"), (
+        "Eq. 2 multiplies the sides: one of them empty leaves log(1 + 0)"
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -306,7 +360,9 @@ def test_nothing_to_learn_is_exactly_zero_and_still_differentiable(variant, labe
 
 
 @settings(max_examples=40, deadline=None)
-@given(batches(), st.randoms(use_true_random=False), st.sampled_from(VARIANTS), st.sampled_from(RULES))
+@given(
+    batches(), st.randoms(use_true_random=False), st.sampled_from(VARIANTS), st.sampled_from(RULES)
+)
 def test_order_and_group_names_do_not_matter(rows, random, variant, one_class_groups):
     score, label, group = rows
     options = {"variant": variant, "one_class_groups": one_class_groups}
@@ -314,9 +370,14 @@ def test_order_and_group_names_do_not_matter(rows, random, variant, one_class_gr
     names = dict(zip(range(-2, 4), random.sample(range(-(10**9), 10**9), 6), strict=True))
     renamed = torch.tensor([names[g] for g in group.tolist()])
     moved = (score[order], label[order], renamed[order])
-    torch.testing.assert_close(real_loss(*moved, **options), real_loss(*rows, **options), atol=1e-14, rtol=1e-12)
     torch.testing.assert_close(
-        real_weights(*moved, **options), real_weights(*rows, **options)[order], atol=1e-14, rtol=1e-12
+        real_loss(*moved, **options), real_loss(*rows, **options), atol=1e-14, rtol=1e-12
+    )
+    torch.testing.assert_close(
+        real_weights(*moved, **options),
+        real_weights(*rows, **options)[order],
+        atol=1e-14,
+        rtol=1e-12,
     )
 
 
@@ -335,10 +396,13 @@ def test_parts_with_the_global_denominator_add_up(variant):
     part = (group == 7) | (group == 4)
     whole = real_loss(score, label, group, variant=variant)
     parts = [
-        real_loss(score[p], label[p], group[p], variant=variant, num_groups=NUM_LABELLED_GROUPS) for p in (part, ~part)
+        real_loss(score[p], label[p], group[p], variant=variant, num_groups=NUM_LABELLED_GROUPS)
+        for p in (part, ~part)
     ]
     torch.testing.assert_close(sum(parts), whole, atol=1e-15, rtol=1e-13)
-    averaged = torch.stack([real_loss(score[p], label[p], group[p], variant=variant) for p in (part, ~part)]).mean()
+    averaged = torch.stack(
+        [real_loss(score[p], label[p], group[p], variant=variant) for p in (part, ~part)]
+    ).mean()
     assert abs(averaged / whole - 1) > 0.1, "negative control: an average of averages"
 
 
@@ -358,7 +422,9 @@ def test_training_rollouts_are_those_with_a_weight(variant, one_class_groups, si
     assert torch.equal(trains, (label != -1) & ~torch.isin(group, torch.tensor(silent_groups)))
     assert torch.equal(trains, real_weights(score, label, group, **options) != 0)
     assert num_groups == NUM_LABELLED_GROUPS
-    dropped = real_weights(score[trains], label[trains], group[trains], **options, num_groups=num_groups)
+    dropped = real_weights(
+        score[trains], label[trains], group[trains], **options, num_groups=num_groups
+    )
     assert torch.equal(dropped, real_weights(score, label, group, **options)[trains])
 
 
@@ -402,7 +468,9 @@ def test_float32_weights_are_accurate_far_from_zero(variant):
     leaf = score.float().requires_grad_()
     (gradient,) = torch.autograd.grad(real_loss(leaf, label, group, variant=variant), leaf)
     torch.testing.assert_close(gradient.double(), expected, atol=0, rtol=1e-6)
-    torch.testing.assert_close(real_weights(leaf, label, group, variant=variant).double(), expected, atol=0, rtol=1e-6)
+    torch.testing.assert_close(
+        real_weights(leaf, label, group, variant=variant).double(), expected, atol=0, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -422,7 +490,9 @@ def test_low_precision_scores_are_computed_in_float32(dtype):
     low = score.to(dtype)
     assert torch.equal(real_loss(low, label, group), real_loss(low.float(), label, group))
     assert torch.equal(real_weights(low, label, group), real_weights(low.float(), label, group))
-    assert real_loss(low, label, group).dtype == real_weights(low, label, group).dtype == torch.float32
+    assert (
+        real_loss(low, label, group).dtype == real_weights(low, label, group).dtype == torch.float32
+    )
 
 
 # Errors
@@ -437,9 +507,19 @@ def test_low_precision_scores_are_computed_in_float32(dtype):
         pytest.param({"tau": NAN}, "tau must be finite and > 0, got nan.", id="tau nan"),
         pytest.param({"tau": INF}, "tau must be finite and > 0, got inf.", id="tau inf"),
         pytest.param({"num_groups": 0}, "num_groups must be > 0, got 0.", id="num_groups zero"),
-        pytest.param({"num_groups": -2}, "num_groups must be > 0, got -2.", id="num_groups negative"),
-        pytest.param({"variant": "dpo"}, "variant must be one of anchored, vanilla, bce, got 'dpo'.", id="variant"),
-        pytest.param({"one_class_groups": "drop"}, "one_class_groups must be skip or keep, got 'drop'.", id="rule"),
+        pytest.param(
+            {"num_groups": -2}, "num_groups must be > 0, got -2.", id="num_groups negative"
+        ),
+        pytest.param(
+            {"variant": "dpo"},
+            "variant must be one of anchored, vanilla, bce, got 'dpo'.",
+            id="variant",
+        ),
+        pytest.param(
+            {"one_class_groups": "drop"},
+            "one_class_groups must be skip or keep, got 'drop'.",
+            id="rule",
+        ),
         pytest.param(
             {"label_R": torch.tensor([1, 0, 2])},
             "label_R must hold 1 (correct), 0 (wrong) or -1 (excluded), got 2 at index 2.",
@@ -455,7 +535,11 @@ def test_low_precision_scores_are_computed_in_float32(dtype):
             "label_R must hold 1 (correct), 0 (wrong) or -1 (excluded), got nan at index 1.",
             id="label nan",
         ),
-        pytest.param({"group_R": torch.zeros(3)}, "group_R must hold integers, got torch.float32.", id="group float"),
+        pytest.param(
+            {"group_R": torch.zeros(3)},
+            "group_R must hold integers, got torch.float32.",
+            id="group float",
+        ),
         pytest.param(
             {"group_R": torch.zeros(2).long()},
             "label_R and group_R must both be [R], got [3] and [2].",
@@ -474,7 +558,11 @@ def test_low_precision_scores_are_computed_in_float32(dtype):
     ],
 )
 def test_bad_arguments_are_named(function, change, message):
-    rows = {"score_R": torch.zeros(3), "label_R": torch.tensor([1, 0, 0]), "group_R": torch.zeros(3).long()}
+    rows = {
+        "score_R": torch.zeros(3),
+        "label_R": torch.tensor([1, 0, 0]),
+        "group_R": torch.zeros(3).long(),
+    }
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         function(**(rows | change))
 

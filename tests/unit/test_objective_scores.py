@@ -21,7 +21,9 @@ def test_by_hand():
     old = torch.tensor([[-1.1, -2.3, 0.0], [0.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
     mask = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 0]])
     expected = torch.tensor([0.2, -0.5, 0.0])
-    torch.testing.assert_close(sequence_scores(logprob, old, mask=mask), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        sequence_scores(logprob, old, mask=mask), expected, atol=1e-6, rtol=0
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -29,7 +31,11 @@ def test_by_hand():
 def test_packed_is_padded_is_a_loop(lengths, seed, with_mask):
     generator = torch.Generator().manual_seed(seed)
     logprob, old = torch.randn(2, sum(lengths), dtype=torch.float64, generator=generator)
-    keep = torch.rand(sum(lengths), generator=generator) < 0.6 if with_mask else torch.ones(sum(lengths)).bool()
+    keep = (
+        torch.rand(sum(lengths), generator=generator) < 0.6
+        if with_mask
+        else torch.ones(sum(lengths)).bool()
+    )
     expected = []
     for chunk, chosen in zip((logprob - old).split(lengths), keep.split(lengths), strict=True):
         values = chunk[chosen].tolist()
@@ -40,8 +46,13 @@ def test_packed_is_padded_is_a_loop(lengths, seed, with_mask):
     packed = sequence_scores(logprob, old, mask=keep if with_mask else None, cu_seqlens=cu_seqlens)
     torch.testing.assert_close(packed, expected, atol=1e-14, rtol=1e-12)
 
-    padded = [torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True) for x in (logprob, old, keep)]
-    torch.testing.assert_close(sequence_scores(*padded[:2], mask=padded[2]), expected, atol=1e-14, rtol=1e-12)
+    padded = [
+        torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True)
+        for x in (logprob, old, keep)
+    ]
+    torch.testing.assert_close(
+        sequence_scores(*padded[:2], mask=padded[2]), expected, atol=1e-14, rtol=1e-12
+    )
 
 
 def test_gradient_is_one_over_n_at_response_tokens():
@@ -79,17 +90,24 @@ def test_nan_of_a_response_token_is_not_hidden():
 
 def test_shards_of_the_tokens_add_up():
     """Context parallelism: each rank holds some tokens of each sequence and divides by the global count."""
-    logprob, old = torch.randn(2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logprob, old = torch.randn(
+        2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     whole = sequence_scores(logprob, old, cu_seqlens=torch.tensor([0, 4, 10]))
     num_tokens = torch.tensor([4, 6])
     # Rank 0: one token of the first sequence and five of the second; rank 1: the others, three and one.
     shards = [([0, 5, 6, 7, 8, 9], [0, 1, 6]), ([1, 2, 3, 4], [0, 3, 4])]
     parts = [
-        sequence_scores(logprob[i], old[i], cu_seqlens=torch.tensor(offsets), num_tokens_R=num_tokens)
+        sequence_scores(
+            logprob[i], old[i], cu_seqlens=torch.tensor(offsets), num_tokens_R=num_tokens
+        )
         for i, offsets in shards
     ]
     torch.testing.assert_close(sum(parts), whole, atol=1e-15, rtol=1e-13)
-    naive = [sequence_scores(logprob[i], old[i], cu_seqlens=torch.tensor(offsets)) for i, offsets in shards]
+    naive = [
+        sequence_scores(logprob[i], old[i], cu_seqlens=torch.tensor(offsets))
+        for i, offsets in shards
+    ]
     assert ((sum(naive) / 2 - whole).abs() > 0.01).all(), "negative control: a mean of means"
 
 
@@ -105,7 +123,9 @@ def test_low_precision_is_summed_in_float32():
     ("arguments", "message"),
     [
         pytest.param(
-            {}, "logprob must be [R, S] with a mask or [T] with cu_seqlens, got [6] with no mask.", id="no layout"
+            {},
+            "logprob must be [R, S] with a mask or [T] with cu_seqlens, got [6] with no mask.",
+            id="no layout",
         ),
         pytest.param(
             {"mask": torch.ones(6)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,13 @@ class LetterTokenizer:
         assert not add_special_tokens, "the template has written the special tokens"
         return {"input_ids": [ord(c) for c in text]}
 
-    def apply_chat_template(self, chat: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
-        return "".join(f"[{m['role']}]{m['content']}" for m in chat) + "[assistant]" * add_generation_prompt
+    def apply_chat_template(
+        self, chat: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool, **_: Any
+    ) -> str:
+        return (
+            "".join(f"[{m['role']}]{m['content']}" for m in chat)
+            + "[assistant]" * add_generation_prompt
+        )
 
 
 DEEPSCALER: dict[str, Any] = {
@@ -67,12 +73,17 @@ def test_parquet_and_saved_datasets_read_like_jsonl(tmp_path: Path) -> None:
         pa.ipc.new_stream(sink, table.schema) as out,
     ):
         out.write_table(table)
-    expected = [(r.answers, r.messages, r.metadata) for r in read_rows(write(tmp_path / "d.jsonl", [DEEPSCALER] * 3))]
+    expected = [
+        (r.answers, r.messages, r.metadata)
+        for r in read_rows(write(tmp_path / "d.jsonl", [DEEPSCALER] * 3))
+    ]
     for path in (tmp_path / "d.parquet", tmp_path / "saved"):
         assert [(r.answers, r.messages, dict(r.metadata)) for r in read_rows(path)] == expected
 
 
-def test_rows_without_an_answer_are_counted_and_all_of_them_refused(tmp_path: Path, caplog: Any) -> None:
+def test_rows_without_an_answer_are_counted_and_all_of_them_refused(
+    tmp_path: Path, caplog: Any
+) -> None:
     rows = [{"problem": "a"}, {"problem": "b", "answer": "1"}, {"answer": "2"}]
     assert len(read_rows(write(tmp_path / "d.jsonl", rows))) == 1
     assert "skipped 2 of 3 rows" in caplog.text
@@ -123,5 +134,222 @@ def test_a_resumed_cursor_goes_on() -> None:
     assert [p.uid for p in resumed.next_batch(9)] == [p.uid for p in straight.next_batch(9)]
     with pytest.raises(ValueError, match="has seed 1, this run has 2"):
         PromptCursor(PROMPTS, seed=2).load_state_dict(straight.state_dict())
-    with pytest.raises(ValueError, match="fingerprint"):
-        PromptCursor(PROMPTS[:9], seed=1).load_state_dict(straight.state_dict())
+
+
+def test_a_resumed_cursor_says_what_is_different_about_the_prompts() -> None:
+    saved = PromptCursor(PROMPTS, seed=1).state_dict()
+
+    def changed(*numbers: int, **values: Any) -> PromptCursor:
+        prompts = [
+            dataclasses.replace(p, **values) if int(p.uid) in numbers else p for p in PROMPTS
+        ]
+        return PromptCursor(prompts, seed=1)
+
+    moved = [dataclasses.replace(p, uid=f"elsewhere/{p.uid}") for p in PROMPTS]
+    assert PromptCursor(moved, seed=1).load_state_dict(saved) == [], (
+        "what a file is called is no matter"
+    )
+    assert changed(4, answers=("2",)).load_state_dict(saved) == [
+        "the gold answers of 4 have changed"
+    ]
+    assert changed(2, 4, 9, answers=("2", "3")).load_state_dict(saved) == [
+        "the gold answers of 3 of 10 prompts (the first of them is 2) have changed"
+    ]
+    with pytest.raises(ValueError, match=r"of 10 prompts, and data.train now has 9"):
+        PromptCursor(PROMPTS[:9], seed=1).load_state_dict(saved)
+    with pytest.raises(
+        ValueError, match=r"2 of 10 prompts \(the first of them is 3\) have changed"
+    ):
+        changed(3, 5, token_ids=(77,)).load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"10 of 10 prompts \(the first of them is 9\) have"):
+        PromptCursor(PROMPTS[::-1], seed=1).load_state_dict(saved)
+    with pytest.raises(ValueError, match="of an earlier version"):
+        changed().load_state_dict({"epoch": 0, "position": 0, "seed": 1, "fingerprint": "a"})
+
+
+def dataset(folder: Path, *names: str) -> Path:
+    """Parquet or arrow files by name below a folder, each of one row that is called like its file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    for name in names:
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = pyarrow.table({"problem": [name], "answer": ["5"]})
+        if file.suffix == ".parquet":
+            pyarrow.parquet.write_table(rows, file)
+        else:
+            with pyarrow.ipc.new_stream(str(file), rows.schema) as stream:
+                stream.write_table(rows)
+    return folder
+
+
+# Files of a folder, and the splits that they are of.
+SPLITS = {
+    "parquet of the hub": (
+        ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet"],
+        {"train": 2, "test": 1},
+    ),
+    "DatasetDict": (
+        ["train/data-00000-of-00001.arrow", "test/data-00000-of-00001.arrow", "train/cache-1f.arrow"],
+        {"train": 1, "test": 1},
+    ),
+    "plain names": (["train.parquet", "validation.parquet"], {"train": 1, "validation": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_folder_with_several_splits_is_read_by_the_name_of_one(tmp_path: Path, name: str) -> None:
+    files, counts = SPLITS[name]
+    folder = dataset(tmp_path / "d", *files)
+    with pytest.raises(
+        ValueError, match=r"has several splits \(.*train.*name one, as data.train_split"
+    ):
+        read_rows(folder)
+    with pytest.raises(ValueError, match="has no split 'other'; it has"):
+        read_rows(folder, split="other")
+    assert {split: len(read_rows(folder, split=split)) for split in counts} == counts
+
+
+def test_caches_of_map_are_no_rows(tmp_path: Path) -> None:
+    files = ["data-00000-of-00001.arrow", "cache-00ff.arrow", "cache-00ff_00001_of_00002.arrow"]
+    (row,) = read_rows(dataset(tmp_path / "d", *files))
+    assert row.messages[0]["content"] == files[0]
+
+
+def test_golds_that_are_none_are_no_answers(tmp_path: Path) -> None:
+    """NaN of a parquet column, bytes and objects; the rows are skipped and counted."""
+    import pyarrow
+    import pyarrow.parquet
+
+    file = tmp_path / "d.parquet"
+    rows = pyarrow.table({"problem": ["a", "b"], "answer": [float("nan"), 3.0]})
+    pyarrow.parquet.write_table(rows, file)
+    assert [row.answers for row in read_rows(file)] == [("3",)]
+    pyarrow.parquet.write_table(pyarrow.table({"problem": ["a"], "answer": [b"5"]}), file)
+    with pytest.raises(ValueError, match=r"\(1 have no answer\)"):
+        read_rows(file)
+
+
+LINES = {
+    "null": r"d.jsonl:2 is no object but null",
+    "[1]": r"d.jsonl:2 is no object but \[1\]",
+    '"x"': r'd.jsonl:2 is no object but "x"',
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_lines_that_are_no_object_are_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "d.jsonl").write_text(f'{{"problem": "?", "answer": 5}}\n{line}\n')
+    with pytest.raises(ValueError, match=LINES[line]):
+        read_rows(tmp_path / "d.jsonl")
+
+
+def test_odd_columns_are_read_or_counted(tmp_path: Path, caplog: Any) -> None:
+    """extra_info and reward_model as JSON text, a blank line, half a surrogate pair, an image, a message that is none."""
+    rows = [
+        {"problem": "?", "reward_model": '{"ground_truth": "7"}', "extra_info": '{"level": 2}'},
+        {"problem": "\ud835", "answer": "5"},
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "5"},
+        {"prompt": ["what?"], "answer": "5"},
+        {"problem": "?", "answer": {"value": 5}, "reward_model": "a text"},
+    ]
+    (tmp_path / "d.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    (row,) = read_rows(tmp_path / "d.jsonl")
+    assert (row.answers, row.metadata) == (("7",), {"level": 2})
+    assert "skipped 4 of 5 rows" in caplog.text
+    assert "half a surrogate" in caplog.text and "1 have no answer" in caplog.text
+
+
+def test_times_of_extra_info_are_text(tmp_path: Path) -> None:
+    import datetime
+
+    import pyarrow
+    import pyarrow.parquet
+
+    info = {"when": datetime.datetime(2026, 1, 2), "level": [1, 2]}
+    table = pyarrow.table({"problem": ["?"], "answer": ["5"], "extra_info": [info]})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    (row,) = read_rows(tmp_path / "d.parquet")
+    assert row.metadata == {"when": "2026-01-02T00:00:00", "level": [1, 2]}
+    assert json.dumps(row.metadata)
+
+
+class Template:
+    """A tokenizer with a chat template of jinja's, as transformers renders it."""
+
+    chat_template = "there is one"
+
+    def __init__(self, source: str) -> None:
+        import jinja2
+
+        def refuse(message: str) -> None:
+            raise jinja2.exceptions.TemplateError(message)
+
+        environment = jinja2.Environment()
+        environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: "today"}
+        self._template = environment.from_string(source)
+
+    def apply_chat_template(self, chat: Any, **named: Any) -> str:
+        return str(self._template.render(messages=chat, **named))
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": list(text.encode())}
+
+
+def test_the_date_of_a_template_does_not_move(tmp_path: Path) -> None:
+    """By transformers itself, whose templates know strftime_now as today's."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    (tmp_path / "d.jsonl").write_text('{"problem": "?", "answer": 5}\n')
+    model = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0]['content'] }}"
+    (prompt,) = load_prompts(tmp_path / "d.jsonl", tokenizer, max_tokens=100)
+    assert prompt.text == "26 Jul 2024: ?"
+
+
+def test_a_template_that_refuses_a_role_is_one_sentence(tmp_path: Path) -> None:
+    rows = {
+        "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "?"}],
+        "answer": 5,
+    }
+    (tmp_path / "d.jsonl").write_text(json.dumps(rows))
+    tokenizer = Template("{{ raise_exception('no system role') }}")
+    with pytest.raises(
+        ValueError, match=r"refuses the row d/0 with the roles system, user \(no system role\)"
+    ):
+        load_prompts(tmp_path / "d.jsonl", tokenizer, max_tokens=100)
+
+
+def test_a_suffix_joins_the_parts_of_a_content(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "3?"}]
+    row = {"prompt": [{"role": "user", "content": parts}], "answer": 5}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row))
+    tokenizer = Template("{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}")
+    (prompt,) = load_prompts(tmp_path / "d.jsonl", tokenizer, suffix="Think.", max_tokens=100)
+    assert prompt.text == "2+3? Think."
+    tokenizer.chat_template = ""
+    (bare,) = load_prompts(tmp_path / "d.jsonl", tokenizer, suffix="Think.", max_tokens=100)
+    assert bare.text == "2+3? Think."
+
+
+def test_golds_that_nobody_can_match_are_counted(tmp_path: Path, caplog: Any) -> None:
+    golds = ["5", "9. Anya climbs one floor; Vanya five floors."]
+    rows = [{"problem": "?", "answer": gold} for gold in golds]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    load_prompts(tmp_path / "d.jsonl", Template("x"), max_tokens=100)
+    assert (
+        "1 of 2 problems have a gold answer that no completion is likely to match, the first d/1"
+        in caplog.text
+    )
+
+
+def test_brackets_tell_questions_apart_and_braces_around_nothing_do_not() -> None:
+    from megatron_real.prompts.overlap import identity
+
+    assert identity("\\sqrt{16}+9") != identity("\\sqrt{16+9}")
+    assert identity("2(3+4)") != identity("2 * 3 + 4")
+    assert identity("x^{2} \\text{ if } n") == identity("x^2 if n")

@@ -13,12 +13,16 @@ from megatron_real.runs.curves import plot_curves
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.metrics import MetricsWriter, rollout_metrics, score_metrics
 from megatron_real.runs.peak import peak_tflops
-from megatron_real.runs.rollouts import read_rollouts, write_rollouts
+from megatron_real.runs.rollouts import read_rollouts, read_rows, write_rollouts
 
 
-def rollout(group: int, label: int, tokens: int, *, status: str = "ok", finished: bool = True) -> Rollout:
+def rollout(
+    group: int, label: int, tokens: int, *, status: str = "ok", finished: bool = True
+) -> Rollout:
     logprobs = tuple(-0.1 * (i + 1) for i in range(tokens))
-    prompt = Prompt(f"d/{group}", "2+3=\n\N{GREEK SMALL LETTER PI}", (1, 2), ("5", "five"), source="aime")
+    prompt = Prompt(
+        f"d/{group}", "2+3=\n\N{GREEK SMALL LETTER PI}", (1, 2), ("5", "five"), source="aime"
+    )
     completion = Completion((7,) * tokens, logprobs, "so\u2028\\boxed{5}", finished)
     return Rollout(prompt, group, 0, completion, Verdict(status, label, float(label == 1)))  # type: ignore[arg-type]
 
@@ -31,22 +35,22 @@ STEP = [
 
 
 def test_rollouts_read_back_exactly(tmp_path: Path) -> None:
-    path = tmp_path / "rollouts" / "step-00001.jsonl"
+    path = tmp_path / "rollouts" / "step-00001.parquet"
     write_rollouts(path, STEP, step=1, scores=[0.5, math.nan, 0, 0, 0, 0], weights=[-0.1] * 6)
     assert read_rollouts(path) == STEP
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    rows = list(read_rows(path))
     assert (rows[0]["score"], rows[1]["score"], rows[0]["weight"]) == (0.5, None, -0.1)
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_cut_file_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "r.jsonl"
+    path = tmp_path / "r.parquet"
     write_rollouts(path, STEP, step=1)
-    path.write_text(path.read_text(encoding="utf-8")[:-40], encoding="utf-8")
-    with pytest.raises(ValueError, match=r"r.jsonl:6 is not a saved rollout"):
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"r.parquet is not a whole file of rollouts"):
         read_rollouts(path)
     with pytest.raises(ValueError, match="no saved rollouts"):
-        read_rollouts(tmp_path / "nothing.jsonl")
+        read_rollouts(tmp_path / "nothing.parquet")
 
 
 def test_rollout_metrics() -> None:
@@ -73,7 +77,7 @@ def test_peak_of_known_devices() -> None:
 
 def test_metrics_rows_and_curves(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    run.claim()
+    run.path.mkdir()
     writer = MetricsWriter(run, tensorboard=True, wandb=None)
     for step in (1, 2):
         writer.write(step, {"reward_mean": 0.5, "loss": math.nan, "grad_norm": 1.0})
@@ -84,5 +88,3 @@ def test_metrics_rows_and_curves(tmp_path: Path) -> None:
     assert list(run.tensorboard.iterdir())
     plot_curves(run.metrics, run.evaluations, run.curves)
     assert run.curves.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="holds a run already"):
-        run.claim()

@@ -1,8 +1,8 @@
 """The metrics of a step against values worked out by hand, and the files they end in."""
 
-import builtins
 import json
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from megatron_real.runs.metrics import (
     step_metrics,
 )
 from megatron_real.runs.peak import PEAK_TFLOPS, peak_tflops
+from megatron_real.runs.trackers import check_wandb
 
 
 def rollout(group, label, length, status="ok", reward=None, finished=True):
@@ -52,6 +53,10 @@ def training(**changes):
         "lr": 1e-6,
         "skipped": [],
         "token_means": {"entropy": 0.3},
+        "kl": [0.25, 0.75],
+        "clipped_low_share": [0.0, 0.5],
+        "clipped_high_share": [0.125, 0.125],
+        "equal_groups": 2,
         "lag": 0.0,
         "tokens": 18,
         "flops": 6e12,
@@ -90,7 +95,9 @@ def test_rollout_metrics_golden():
 def test_checks_refills_and_lost_completions_golden():
     checked = [
         replace(r, verdict=replace(r.verdict, seconds=s, early=early), refills=refills)
-        for r, s, early, refills in zip(STEP[:3], [0.5, 2.0, 0.25], [True, False, True], [0, 0, 2], strict=True)
+        for r, s, early, refills in zip(
+            STEP[:3], [0.5, 2.0, 0.25], [True, False, True], [0, 0, 2], strict=True
+        )
     ]
     lost = rollout(2, EXCLUDED, 0, "lost", finished=False)
     found = rollout_metrics([*checked, lost])
@@ -98,7 +105,9 @@ def test_checks_refills_and_lost_completions_golden():
     assert found["check_seconds_max"] == 2.0
     assert found["refilled_share"] == 1 / 3  # group 1 of 0, 1, 2
     assert (found["status/lost"], found["excluded_share"]) == (1, 1 / 4)
-    assert (found["truncated_share"], found["response_tokens_mean"]) == (0, 4), "what never came was not cut"
+    assert (found["truncated_share"], found["response_tokens_mean"]) == (0, 4), (
+        "what never came was not cut"
+    )
 
 
 def test_an_empty_response_is_not_labelled_whatever_its_label():
@@ -107,7 +116,9 @@ def test_an_empty_response_is_not_labelled_whatever_its_label():
 
 
 def test_reward_mean_is_of_rewards_where_a_threshold_makes_the_labels():
-    found = rollout_metrics([rollout(0, POSITIVE, 1, reward=0.75), rollout(0, NEGATIVE, 1, reward=0.25)])
+    found = rollout_metrics(
+        [rollout(0, POSITIVE, 1, reward=0.75), rollout(0, NEGATIVE, 1, reward=0.25)]
+    )
     assert found["reward_mean"] == 0.5
 
 
@@ -117,9 +128,18 @@ def test_nothing_labelled_and_nothing_at_all_are_nan_and_no_error():
 
 
 def test_score_metrics_leave_out_what_was_not_scored_and_what_is_not_finite():
-    rollouts = [rollout(0, POSITIVE, 1), rollout(0, POSITIVE, 1), rollout(0, POSITIVE, 1), rollout(0, NEGATIVE, 1)]
+    rollouts = [
+        rollout(0, POSITIVE, 1),
+        rollout(0, POSITIVE, 1),
+        rollout(0, POSITIVE, 1),
+        rollout(0, NEGATIVE, 1),
+    ]
     found = score_metrics(rollouts, [1.0, 99.0, math.nan, math.inf], [-0.5, 0.0, math.nan, 0.5])
-    assert (found["score_positive_mean"], found["score_positive_p5"], found["score_positive_p95"]) == (1.0, 1.0, 1.0)
+    assert (
+        found["score_positive_mean"],
+        found["score_positive_p5"],
+        found["score_positive_p95"],
+    ) == (1.0, 1.0, 1.0)
     assert math.isnan(found["score_negative_mean"]) and math.isnan(found["score_negative_p5"])
 
 
@@ -140,7 +160,9 @@ def test_percentile_is_numpys(percent, size):
 def test_speed_metrics_golden():
     # 1200 tokens and 60 TFLOP in 3 s on 2 ranks: 200 tokens/s and 10 TFLOP/s a rank, a tenth of the peak of 100
     found = speed_metrics(1200, 60e12, 6.0, 100.0)
-    assert found == pytest.approx({"tokens_per_second_per_rank": 200, "tflops_per_rank": 10, "mfu": 0.1})
+    assert found == pytest.approx(
+        {"tokens_per_second_per_rank": 200, "tflops_per_rank": 10, "mfu": 0.1}
+    )
     assert "mfu" not in speed_metrics(1200, 60e12, 6.0, None)
 
 
@@ -153,6 +175,10 @@ def test_step_metrics_golden():
         "lr": 1e-6,
         "skipped_updates": 0,
         "max_abs_weight_tau": 0.75,
+        "kl": 0.5,  # means over the two updates
+        "clipped_low_share": 0.25,
+        "clipped_high_share": 0.125,
+        "equal_groups": 2.0,
         "entropy": 0.3,
         "score_positive_mean": 0.25,
         "score_negative_mean": -0.5,
@@ -199,45 +225,51 @@ def test_rows_are_on_disk_at_once_and_what_is_not_finite_is_null(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[0] == {"step": 1, "loss": 0.1 + 0.2, "score_positive_mean": None, "grad_norm": None}
     assert [row["step"] for row in rows] == [1, 2]
-    assert json.loads((tmp_path / "evaluations.jsonl").read_text()) == {"step": 2, "heldout/pass_at_1": 0.5}
+    assert json.loads((tmp_path / "evaluations.jsonl").read_text()) == {
+        "step": 2,
+        "heldout/pass_at_1": 0.5,
+    }
 
 
 def test_tensorboard_gets_the_finite_values_before_the_run_ends(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     directory = RunDirectory(tmp_path)
-    writer = MetricsWriter(directory, tensorboard=True, wandb=None)
+    writer = MetricsWriter(
+        directory, tensorboard=True, wandb=None, config={"objective": {"tau": 0.5}, "steps": 3}
+    )
     writer.write(3, {"loss": 0.25, "grad_norm": math.nan})
     writer.write_evaluation(3, {"heldout/pass_at_1": 0.5})
     events = EventAccumulator(str(directory.tensorboard)).Reload()
-    assert sorted(events.Tags()["scalars"]) == ["heldout/pass_at_1", "loss"]
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(3, 0.25)]
+    assert sorted(events.Tags()["scalars"]) == ["heldout/pass_at_1", "objective/loss"]
+    assert [(e.step, e.value) for e in events.Scalars("objective/loss")] == [(3, 0.25)]
+    (text,) = events.Tensors("configuration/text_summary")
+    assert b"objective.tau: 0.5" in text.tensor_proto.string_val[0]
     writer.close()
 
 
-def test_wandb_that_is_not_installed_is_one_clear_sentence(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without_wandb(name, *rest, **named):
-        if name == "wandb":
-            raise ImportError("No module named 'wandb'")
-        return real(name, *rest, **named)
-
-    monkeypatch.setattr(builtins, "__import__", without_wandb)
-    with pytest.raises(ValueError, match=r"trainer\.wandb=true, but wandb is not installed; pip install wandb"):
-        MetricsWriter(RunDirectory(tmp_path), tensorboard=True, wandb={})
-    assert list(tmp_path.iterdir()) == [], "it is refused before anything is written"
+def test_wandb_that_is_not_installed_is_one_clear_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it could not be found
+    with pytest.raises(
+        ValueError, match=r"trainer\.wandb=true, but wandb is not installed; pip install wandb"
+    ):
+        check_wandb()
 
 
 def test_wandb_gets_one_log_call_per_row(tmp_path, monkeypatch):
-    import sys
     from types import SimpleNamespace
 
     logged, ended = [], []
-    run = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: ended.append(True))
+    run = SimpleNamespace(
+        log=logged.append, finish=lambda: ended.append(True), define_metric=lambda *_, **__: None
+    )
     client = SimpleNamespace(init=lambda **named: logged.append(named["config"]) or run)
     monkeypatch.setitem(sys.modules, "wandb", client)
-    writer = MetricsWriter(RunDirectory(tmp_path), tensorboard=False, wandb={"trainer": {"steps": 5}})
+    writer = MetricsWriter(
+        RunDirectory(tmp_path), tensorboard=False, wandb={"trainer": {"steps": 5}}
+    )
     writer.write(1, {"loss": 0.5, "grad_norm": math.nan})
     writer.close()
-    assert logged == [{"trainer": {"steps": 5}}, (1, {"loss": 0.5})] and ended == [True]
+    assert logged == [{"trainer": {"steps": 5}}, {"objective/loss": 0.5, "step": 1}] and ended == [
+        True
+    ]

@@ -63,12 +63,14 @@ def test_a_plain_log_is_one_line_a_step_without_control_characters():
         "step  1  reward 0.500  held-out -  loss 1.250  solved 0.25  one-class 0.38  tokens 32  grad -"
         "  |  rollout 1.3  update 0.5 s",
         "held-out accuracy after 1 steps: 0.625 +- 0.030 on 300 problems (2.0 s)",
-        "step  2  reward 0.500  held-out 0.625  loss 1.250  solved 0.25  one-class 0.38  tokens 32  grad -"
+        "step  2  reward 0.500  held-out 0.625@1  loss 1.250  solved 0.25  one-class 0.38  tokens 32  grad -"
         "  |  rollout 1.0 s",
     ]
 
 
-@pytest.mark.parametrize("width, stages", [pytest.param(140, True, id="wide"), pytest.param(85, False, id="narrow")])
+@pytest.mark.parametrize(
+    "width, stages", [pytest.param(140, True, id="wide"), pytest.param(85, False, id="narrow")]
+)
 def test_a_terminal_gets_columns_under_one_heading_and_the_present_stage(clock, width, stages):
     file = io.StringIO()
     console = Console(file=file, width=width, force_terminal=True, color_system=None)
@@ -85,7 +87,9 @@ def test_a_terminal_gets_columns_under_one_heading_and_the_present_stage(clock, 
     heading = next(line for line in lines if "one-class" in line)
     first = next(line for line in lines if line.startswith("    1  "))
     for name, value in (("one-class", "0.38"), ("grad", "-"), ("seconds", "7.5")):
-        assert heading.index(name) + len(name) == first.rindex(value) + len(value), f"column {name} lines up"
+        assert heading.index(name) + len(name) == first.rindex(value) + len(value), (
+            f"column {name} lines up"
+        )
     assert heading.split()[8:] == (["rollout", "update", "seconds"] if stages else ["seconds"])
     assert first.split()[8:] == (["7.0", "0.5", "7.5"] if stages else ["7.5"])
 
@@ -112,7 +116,9 @@ def test_every_line_is_kept_in_the_log_with_its_time(tmp_path):
     progress = RunProgress(2, shown=True, log=log, console=Console(file=file))
     progress.say("[bold] is text :smile:")
     assert file.getvalue() == "[bold] is text :smile:\n"
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  \[bold\] is text :smile:\n", log.read_text())
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  \[bold\] is text :smile:\n", log.read_text()
+    )
 
 
 def test_the_trace_of_a_chosen_step_has_a_range_for_each_stage(tmp_path):
@@ -125,3 +131,42 @@ def test_the_trace_of_a_chosen_step_has_a_range_for_each_stage(tmp_path):
     assert [p.name for p in (tmp_path / "profile").iterdir()] == ["step-00002.json"]
     trace = json.loads((tmp_path / "profile" / "step-00002.json").read_text())
     assert {"rollout", "update"} <= {event.get("name") for event in trace["traceEvents"]}
+
+
+def test_the_log_is_the_same_whatever_terminal_there_was(tmp_path):
+    logs = []
+    for terminal in (True, False):
+        log = tmp_path / f"{terminal}.log"
+        console = Console(file=io.StringIO(), width=80, force_terminal=terminal, color_system=None)
+        with RunProgress(2, shown=True, log=log, console=console) as progress:
+            progress.evaluation_done(0, 0.25, 0.01, 10, 1.0)
+            progress.step_done(1, METRICS, {"rollout": 1.0})
+        logs.append([line[21:] for line in log.read_text().splitlines()])
+    assert logs[0] == logs[1]
+    assert "held-out 0.250@0" in logs[0][1]
+
+
+def test_a_terminal_of_80_columns_holds_a_row_and_its_heading_comes_again():
+    file = io.StringIO()
+    console = Console(file=file, width=80, force_terminal=True, color_system=None)
+    with RunProgress(1000, shown=True, console=console) as progress:
+        progress.evaluation_done(1000, 0.25, 0.01, 10, 1.0)
+        for step in range(1, 42):
+            progress.step_done(step, METRICS, {"rollout": 1000.0})
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
+    lines = [line.rpartition("\r")[2] for line in text.split("\n")]
+    headings = [line for line in lines if "one-class" in line]
+    assert len(headings) == 3
+    assert max(len(line.rstrip()) for line in lines if "0.250@1000" in line) <= 80
+
+
+def test_a_long_stage_says_what_it_has_done(monkeypatch):
+    monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.05)
+    file = io.StringIO()
+    with RunProgress(2, shown=True, console=Console(file=file)) as progress:
+        progress.detail = lambda: "3 of 8 rollouts"
+        with progress.stage("rollout"):
+            ended = module.time.monotonic() + 10
+            while "3 of 8" not in file.getvalue() and module.time.monotonic() < ended:
+                module.time.sleep(0.01)
+    assert file.getvalue().startswith("rollout 0 s: 3 of 8 rollouts\n")

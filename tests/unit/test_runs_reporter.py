@@ -1,18 +1,19 @@
 """One run's files as the loop makes them."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
 
 import pytest
 
-from megatron_real.config import BatchConfig, Config, RolloutConfig, TrainerConfig, load
+from megatron_real.config import BatchConfig, Config, Given, RolloutConfig, TrainerConfig, load
 from megatron_real.evaluate import Evaluation
 from megatron_real.records import NEGATIVE, POSITIVE, Completion, Prompt, Rollout, Verdict
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.reporter import Reporter, Training
-from megatron_real.runs.rollouts import read_rollouts
+from megatron_real.runs.rollouts import read_rollouts, read_rows
 
 
 def accuracy(pass_at_1=0.5):
@@ -36,7 +37,11 @@ def rollout(group, sample, label):
     return Rollout(prompt, group, sample, Completion((7, 8), (-0.5, -0.25), "2", True), verdict)
 
 
-ROLLOUTS = [rollout(group, sample, label) for group in (0, 1) for sample, label in ((0, POSITIVE), (1, NEGATIVE))]
+ROLLOUTS = [
+    rollout(group, sample, label)
+    for group in (0, 1)
+    for sample, label in ((0, POSITIVE), (1, NEGATIVE))
+]
 TRAINING = Training(
     losses=[1.0, math.nan],
     scores=[0.1, -0.1, math.nan, math.nan],
@@ -47,17 +52,34 @@ TRAINING = Training(
     skipped=[2],
     token_means={"entropy": 0.375, "mismatch_mean_abs": math.nan},
     lag=0.0,
+    kl=[math.nan, math.nan],
+    clipped_low_share=[0.0, math.nan],
+    clipped_high_share=[0.0, math.nan],
+    equal_groups=0,
     tokens=16,
     flops=1e9,
 )
 
 
+CANARY = "canary-9012"  # a secret that the configuration has from the environment
+
+
 def config_of(path, **trainer):
     return Config(
         trainer=TrainerConfig(run_dir=str(path), steps=1, **trainer),
-        rollout=RolloutConfig(num_prompts=2, group_size=2, max_response_tokens=8),
+        rollout=RolloutConfig(
+            num_prompts=2, group_size=2, max_response_tokens=8, vllm={"hf_token": CANARY}
+        ),
         batch=BatchConfig(minibatch_prompts=1),
+        given={"rollout.vllm.hf_token": Given("${oc.env:TOKEN}", CANARY)},
     )
+
+
+def begun(config, **options):
+    """A reporter whose run directory is its own."""
+    reporter = Reporter(config, **options)
+    reporter.begin()
+    return reporter
 
 
 def one_step(reporter):
@@ -77,40 +99,58 @@ def done(tmp_path_factory):
     """A whole run's directory and what it said."""
     path = tmp_path_factory.mktemp("runs") / "run"
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        one_step(Reporter(config_of(path, profile=(1,)), rank=0, world=2))
+        one_step(begun(config_of(path, profile=(1,)), rank=0, world=2))
     return path, out.getvalue()
 
 
 def test_a_run_leaves_its_files_and_says_where(done):
     path, out = done
-    names = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and "tensorboard" not in p.parts}
+    names = {
+        str(p.relative_to(path))
+        for p in path.rglob("*")
+        if p.is_file() and "tensorboard" not in p.parts
+    }
     assert names == {
         "config.yaml",
+        "lives/life-0001.json",
         "metrics.jsonl",
         "evaluations.jsonl",
         "curves.png",
         "status.json",
         "logs/run.log",
         "profile/step-00001.json",
-        "rollouts/step-00001.jsonl",
-        "dumps/step-00001-update-2/rollouts/step-00001.jsonl",
+        "rollouts/step-00001.parquet",
+        "dumps/step-00001-update-2/rollouts/step-00001.parquet",
     }
     assert list((path / "tensorboard").iterdir())
     row = json.loads((path / "metrics.jsonl").read_text())
-    assert (row["step"], row["reward_mean"], row["skipped_updates"], row["mismatch_mean_abs"]) == (1, 0.5, 1.0, None)
+    assert (row["step"], row["reward_mean"], row["skipped_updates"], row["mismatch_mean_abs"]) == (
+        1,
+        0.5,
+        1.0,
+        None,
+    )
     assert row["loss"] == 1.0 and "mfu" not in row
     assert f"run directory  {path}" in out and f"curves         {path / 'curves.png'}" in out
 
 
 def test_saved_rollouts_carry_scores_weights_and_the_update_that_used_them(done):
     path, _ = done
-    rows = [json.loads(line) for line in (path / "rollouts" / "step-00001.jsonl").read_text().splitlines()]
+    rows = list(read_rows(path / "rollouts" / "step-00001.parquet"))
     assert [(r["step"], r["minibatch"], r["score"], r["weight"]) for r in rows] == [
         (1, 1, 0.1, -0.5),
         (1, 1, -0.1, 0.5),
         (1, 2, None, None),
         (1, 2, None, None),
     ]
+
+
+def test_no_file_of_a_run_has_a_secret_in_it(done):
+    path, out = done
+    assert "hf_token: ${oc.env:TOKEN}" in (path / "config.yaml").read_text()
+    for file in path.rglob("*"):
+        assert not file.is_file() or CANARY.encode() not in file.read_bytes(), file
+    assert CANARY not in out
 
 
 def test_the_batch_of_a_skipped_update_can_be_replayed(done):
@@ -120,29 +160,24 @@ def test_the_batch_of_a_skipped_update_can_be_replayed(done):
     assert read_rollouts(dump.rollouts(1)) == ROLLOUTS[2:]
 
 
-def test_a_second_run_in_the_same_directory_is_refused(done):
-    path, _ = done
-    before = (path / "config.yaml").read_bytes()
-    with pytest.raises(ValueError, match="holds a run already"):
-        Reporter(config_of(path, seed=99), rank=0, world=1)
-    assert (path / "config.yaml").read_bytes() == before
-
-
 def test_the_saved_configuration_is_that_of_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_real.config.check_model", lambda config: None)  # there is no model here
+    monkeypatch.setattr(
+        "megatron_real.config.checks.check_model", lambda config: None
+    )  # there is no model here
+    monkeypatch.setenv("TOKEN", CANARY)
     config = config_of(tmp_path, tensorboard=False, profile=(3, 5))
-    Reporter(config, rank=0, world=1)
+    begun(config, rank=0, world=1)
     assert load(tmp_path / "config.yaml") == config
 
 
 def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
-    one_step(Reporter(config_of(tmp_path / "run", profile=(1,)), rank=1, world=2))
+    one_step(begun(config_of(tmp_path / "run", profile=(1,)), rank=1, world=2))
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
 
 
 def test_evaluation_seconds_do_not_leak_into_the_next_step_on_any_rank(tmp_path):
     for rank in (0, 1):
-        reporter = Reporter(config_of(tmp_path / str(rank), tensorboard=False), rank=rank, world=2)
+        reporter = begun(config_of(tmp_path / str(rank), tensorboard=False), rank=rank, world=2)
         with reporter.progress.stage("evaluation"):
             pass
         reporter.evaluated(0, accuracy())
@@ -150,7 +185,49 @@ def test_evaluation_seconds_do_not_leak_into_the_next_step_on_any_rank(tmp_path)
 
 
 def test_an_evaluation_is_written_with_every_figure(tmp_path):
-    Reporter(config_of(tmp_path, tensorboard=False), rank=0, world=1).evaluated(0, accuracy())
+    begun(config_of(tmp_path, tensorboard=False), rank=0, world=1).evaluated(0, accuracy())
     row = json.loads((tmp_path / "evaluations.jsonl").read_text())
-    assert (row["heldout/pass_at_1"], row["heldout/pass_at_2"], row["heldout/unanswered_share"]) == (0.5, 0.75, 0.25)
+    assert (
+        row["heldout/pass_at_1"],
+        row["heldout/pass_at_2"],
+        row["heldout/unanswered_share"],
+    ) == (0.5, 0.75, 0.25)
     assert "heldout/majority" not in row, "validation holds no vote"
+
+
+def test_a_step_s_rollouts_take_the_place_of_its_chunks_when_they_are_written(
+    tmp_path, monkeypatch
+):
+    """What fails in the writing thread is raised where a checkpoint would count the step."""
+    path = tmp_path / "run"
+    directory = RunDirectory(path)
+    reporter = begun(config_of(path), rank=0, world=1)
+    chunk = directory.chunk(1, 0, 0)
+    chunk.parent.mkdir(parents=True)
+    chunk.touch()
+
+    def full(*_, **__):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as broken, reporter.progress:
+        broken.setattr("megatron_real.runs.reporter.write_rollouts", full)
+        reporter.trained(1, ROLLOUTS, TRAINING)
+        with pytest.raises(OSError, match="no space left"):
+            reporter.settle()
+    assert chunk.exists() and directory.saved_steps() == []
+
+    with reporter.progress:
+        reporter.trained(1, ROLLOUTS, TRAINING)
+        reporter.settle()
+    assert not chunk.exists() and directory.saved_steps() == [1]
+
+
+def test_the_newest_steps_and_every_so_many_keep_their_rollouts(tmp_path):
+    config = config_of(tmp_path / "run")
+    rollout = dataclasses.replace(config.rollout, keep_steps=2, keep_every=3)
+    reporter = begun(dataclasses.replace(config, rollout=rollout), rank=0, world=1)
+    with reporter.progress:
+        for step in range(1, 9):
+            reporter.trained(step, ROLLOUTS, TRAINING)
+        reporter.settle()
+    assert RunDirectory(tmp_path / "run").saved_steps() == [3, 6, 7, 8]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_real.runs import saved
-from megatron_real.runs.changes import check_changes, same_rollouts
-from megatron_real.runs.saved import Position, Saved
+from megatron_real.runs.changes import check_changes
+from megatron_real.runs.saved import Position, Saved, Unreadable
 
 
 def make(folder: Path, step: int, update: int = 0, accuracy: float | None = None) -> Saved:
@@ -31,10 +31,8 @@ def test_a_whole_checkpoint_is_found(tmp_path: Path) -> None:
     for step in (9, 10, 100):
         make(tmp_path, step)
     make(tmp_path, 10, update=3)
-    assert (tmp_path / "latest").read_text() == "step_10_update_3\n"
     assert positions(tmp_path) == ["step_100", "step_10_update_3", "step_10", "step_9"]
-    found = saved.newest_whole(tmp_path, lambda one: one.damage(), pytest.fail)
-    assert found is not None and found.position == Position(100)
+    assert [one.damage() for one in saved.saved(tmp_path)] == ["", "", "", ""]
 
 
 def cut(file: Path) -> None:
@@ -52,37 +50,95 @@ def flip(file: Path) -> None:
     [
         (cut, "a.distcp", "a.distcp has 1899 bytes instead of 1900"),
         (flip, "a.distcp", "a.distcp has another checksum"),
-        (Path.unlink, "state.pt", "state.pt: No such file or directory"),
+        (Path.unlink, "state.pt", "state.pt is missing"),
         (cut, "manifest.json", "manifest.json is missing or cut"),
         (Path.unlink, "manifest.json", "manifest.json is missing or cut"),
     ],
     ids=["cut", "one bit", "missing", "manifest cut", "manifest missing"],
 )
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, harm, name: str, words: str) -> None:  # type: ignore[no-untyped-def]
+def test_damage_is_named_and_set_aside(tmp_path: Path, harm, name: str, words: str) -> None:  # type: ignore[no-untyped-def]
     make(tmp_path, 10)
-    harm(make(tmp_path, 20).path / name)
-    said: list[str] = []
-    found = saved.newest_whole(tmp_path, lambda one: one.damage(), said.append)
-    assert found is not None and found.position == Position(10)
-    assert len(said) == 1 and words in said[0] and "step_20" in said[0]
-    assert (tmp_path / "step_20.damaged").is_dir(), "it is kept, under another name"
+    damaged = make(tmp_path, 20)
+    harm(damaged.path / name)
+    assert words in damaged.damage()
+    assert saved.set_aside(damaged) == tmp_path / "step_20.damaged"
+    assert positions(tmp_path) == ["step_10"]
+    assert saved.set_aside_before(tmp_path) == ["step_20.damaged"], "it is kept, by another name"
     make(tmp_path, 20)
     assert positions(tmp_path) == ["step_20", "step_10"]
+
+
+@pytest.mark.parametrize("name", ["a.distcp", "manifest.json"])
+def test_what_cannot_be_read_is_not_damaged(tmp_path: Path, name: str) -> None:
+    """A link that leads to itself errs for every user, root too: ELOOP, as EACCES or EIO would be."""
+    one = make(tmp_path, 10)
+    content = (one.path / name).read_bytes()
+    (one.path / name).unlink()
+    (one.path / name).symlink_to(name)
+    with pytest.raises(Unreadable, match=r"symbolic links.*nothing was changed"):
+        one.damage()
+    (one.path / name).unlink()
+    (one.path / name).write_bytes(content)
+    assert one.damage() == ""
+
+
+def test_what_is_unreadable_at_a_checksum_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(file: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    one = make(tmp_path, 10)
+    monkeypatch.setattr(saved, "checksum", denied)
+    with pytest.raises(Unreadable, match=r"a\.distcp cannot be read \(Permission denied\)"):
+        one.damage()
 
 
 def test_ranks_share_the_reading(tmp_path: Path) -> None:
     one = make(tmp_path, 1)
     flip(one.path / "state.pt")
-    found = [one.damage(part=rank, parts=2) for rank in range(2)]
+    files = one.manifest()["files"]
+    found = [one.corrupt(files, part=rank, parts=2) for rank in range(2)]
     assert found[0] == "" and "state.pt" in found[1]
 
 
 def test_what_a_dead_writer_left_is_deleted(tmp_path: Path) -> None:
     make(tmp_path, 1)
     (saved.temporary(tmp_path, Position(2)) / "deep").mkdir(parents=True)
-    assert saved.newest_whole(tmp_path, lambda one: one.damage(), pytest.fail) is not None, "it is not a checkpoint"
-    assert saved.clean(tmp_path) == ["step_2.partial"]
-    assert positions(tmp_path) == ["step_1"] and not saved.temporary(tmp_path, Position(2)).exists()
+    (tmp_path / "step_3.deleted").mkdir()
+    assert positions(tmp_path) == ["step_1"], "neither is a checkpoint"
+    assert saved.clean(tmp_path) == (["step_2.partial", "step_3.deleted"], [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1"]
+
+
+def test_what_cannot_be_deleted_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(path: Path) -> None:
+        raise OSError(16, "Device or resource busy", str(path))
+
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    monkeypatch.setattr(saved.shutil, "rmtree", busy)
+    gone, failures = saved.retire(tmp_path, keep=2, keep_every=0, keep_best=False)
+    assert gone == [Position(1)] and "step_1.deleted could not be deleted" in failures[0]
+    assert positions(tmp_path) == ["step_3", "step_2"]
+    assert saved.clean(tmp_path)[1] == failures, "a later start says it again, and goes on"
+    make(tmp_path, 1)
+    gone, failures = saved.retire(tmp_path, keep=2, keep_every=0, keep_best=False)
+    assert gone == [Position(1)] and "step_1.deleted-2" in failures[0]
+
+
+def test_a_checkpoint_that_was_moved_and_linked_is_kept(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "other_disk"
+    for step in (1, 2, 3):
+        make(folder, step)
+    (folder / "step_1").rename(elsewhere)
+    (folder / "step_1").symlink_to(elsewhere)
+    assert saved.retire(folder, keep=1, keep_every=0, keep_best=False) == ([Position(2)], [])
+    assert positions(folder) == ["step_3", "step_1"]
+    assert saved.saved(folder)[1].damage() == ""
+    make(folder, 1)
+    assert not (folder / "step_1").is_symlink(), "the same position again takes the link's place"
+    assert (elsewhere / "state.pt").exists(), "and leaves alone what it pointed to"
 
 
 def test_the_same_position_again_replaces_it(tmp_path: Path) -> None:
@@ -108,20 +164,30 @@ def test_retention(tmp_path: Path, options: dict[str, int], kept: list[str]) -> 
     for step, accuracy in ((10, 0.8), (20, None), (30, 0.8), (40, 0.1), (50, None)):
         make(tmp_path, step, accuracy=accuracy)
     make(tmp_path, 40, update=1)
-    gone = saved.retire(tmp_path, **options)  # type: ignore[arg-type]
+    gone, failures = saved.retire(tmp_path, **options)  # type: ignore[arg-type]
     assert positions(tmp_path) == kept
-    assert len(gone) == 6 - len(kept)
-    assert not list(tmp_path.glob("*.partial"))
+    assert len(gone) == 6 - len(kept) and not failures
+    assert not saved.left_behind(tmp_path)
 
 
 def test_changes_are_said_or_refused() -> None:
-    before = {"trainer": {"seed": 1, "steps": 10}, "optimizer": {"lr": 1.0}, "batch": {"minibatch_prompts": 4}}
+    before = {
+        "trainer": {"seed": 1, "steps": 10},
+        "optimizer": {"lr": 1.0},
+        "batch": {"minibatch_prompts": 4},
+    }
     now = json.loads(json.dumps(before))
     now["optimizer"]["lr"] = 2.0
     now["trainer"]["steps"] = 20
-    assert check_changes(before, now, within_a_step=False) == ["trainer.steps: 10 -> 20", "optimizer.lr: 1.0 -> 2.0"]
+    assert check_changes(before, now, within_a_step=False) == [
+        "trainer.steps: 10 -> 20",
+        "optimizer.lr: 1.0 -> 2.0",
+    ]
     now["trainer"]["seed"] = 2
-    with pytest.raises(ValueError, match=r"trainer.seed was 1 and is now 2.*order of the prompts.*set trainer.seed=1"):
+    with pytest.raises(
+        ValueError,
+        match=r"trainer.seed was 1 and is now 2.*order of the prompts.*set trainer.seed=1",
+    ):
         check_changes(before, now, within_a_step=False)
 
 
@@ -130,9 +196,3 @@ def test_a_step_that_is_begun_is_ended_as_it_was_begun() -> None:
     assert check_changes(before, now, within_a_step=False) == ["batch.minibatch_prompts: 4 -> 8"]
     with pytest.raises(ValueError, match="in the middle of a step"):
         check_changes(before, now, within_a_step=True)
-
-
-def test_rollouts_outlive_changes_that_do_not_concern_them() -> None:
-    before = {"rollout": {"temperature": 0.6}, "optimizer": {"lr": 1.0}}
-    assert same_rollouts(before, {"rollout": {"temperature": 0.6}, "optimizer": {"lr": 2.0}})
-    assert not same_rollouts(before, {"rollout": {"temperature": 0.7}, "optimizer": {"lr": 1.0}})

@@ -34,7 +34,11 @@ GOLD = "58 + 67 = 125"
         ("58 + 67 = 125.5", False, False),
         ("58 + 67 = 1,125", False, False),
         ("58 + 67 = 0125", False, False),
-        ("58 + 67 = \u0661\u0662\u0665", False, False),  # 125 in Arabic digits: the last ASCII number is 67
+        (
+            "58 + 67 = \u0661\u0662\u0665",
+            False,
+            False,
+        ),  # 125 in Arabic digits: the last ASCII number is 67
         ("", False, False),
         ("I do not know.", False, False),
         ("1" * 100_000, False, False),
@@ -42,7 +46,9 @@ GOLD = "58 + 67 = 125"
 )
 def test_verifiers(text: str, strict: bool, lenient: bool) -> None:
     assert load("exact", require_boxed=False)(text, [GOLD], {})[0] == _status(text, strict)
-    assert load(f"{EXAMPLE}:lenient")(text, [GOLD], {}) == (("ok", 1.0) if lenient else ("wrong", 0.0))
+    assert load(f"{EXAMPLE}:lenient")(text, [GOLD], {}) == (
+        ("ok", 1.0) if lenient else ("wrong", 0.0)
+    )
 
 
 def _status(text: str, right: bool) -> str:
@@ -66,7 +72,9 @@ def test_held_out_pairs_and_their_mirrors_are_not_trained_on(example: Any, tmp_p
         name: [r.messages[-1]["content"] for r in read_rows(tmp_path / f"{name}.jsonl")]
         for name in ("train", "heldout")
     }
-    pairs = {name: [frozenset(text.split(" + ")) for text in texts] for name, texts in asked.items()}
+    pairs = {
+        name: [frozenset(text.split(" + ")) for text in texts] for name, texts in asked.items()
+    }
     assert len(set(asked["heldout"])) == len(set(pairs["heldout"])) == 400
     assert not set(pairs["train"]) & set(pairs["heldout"])
     # 8,100 ordered pairs; of the 400 held-out ones, those of two different numbers take their mirror with them.
@@ -74,11 +82,15 @@ def test_held_out_pairs_and_their_mirrors_are_not_trained_on(example: Any, tmp_p
     assert len(set(asked["train"])) == len(asked["train"]) == 8100 - 400 - different
 
 
-def test_the_answer_is_the_sum_and_the_worked_example_is_right(example: Any, tmp_path: Path) -> None:
+def test_the_answer_is_the_sum_and_the_worked_example_is_right(
+    example: Any, tmp_path: Path
+) -> None:
     example.write_problems(tmp_path)
     for row in read_rows(tmp_path / "heldout.jsonl"):
         question, shown, asked = (m["content"] for m in row.messages[1:])
-        assert shown.startswith(f"{question} = ") and eval(question) == int(shown.rpartition("=")[2])
+        assert shown.startswith(f"{question} = ") and eval(question) == int(
+            shown.rpartition("=")[2]
+        )
         assert row.answers == (f"{asked} = {eval(asked)}",)
 
 
@@ -89,8 +101,13 @@ def test_comparison_has_figures_and_answers_of_both(example: Any, tmp_path: Path
             samples.mkdir(parents=True)
             results = {"benchmarks": {"heldout": {"pass_at_1": figure, "standard_error": 0.0125}}}
             (tmp_path / name / verifier / "results.json").write_text(json.dumps(results))
-            rows = [{"golds": [GOLD], "sample": k, "completion": said if k == 0 else "no"} for k in range(2)]
-            (samples / "chunk-0000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            rows = [
+                {"golds": [GOLD], "sample": k, "completion": said if k == 0 else "no"}
+                for k in range(2)
+            ]
+            (samples / "chunk-0000.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in rows)
+            )
     shown = example.side_by_side(tmp_path / "before", tmp_path / "after")
     assert shown.splitlines() == [
         "held-out pass@1   before                  after",

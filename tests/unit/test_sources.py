@@ -22,7 +22,11 @@ SAMPLES = ROOT / "tests/samples"
 
 # form -> (source, gold answers that must come out, dropped rows by reason)
 FORMS: dict[str, tuple[str, list[Any], dict[str, int]]] = {
-    "agentica-org--DeepScaleR-Preview-Dataset.json": ("deepscaler", ["58", "\\frac{3}{4}"], {"no answer": 1}),
+    "agentica-org--DeepScaleR-Preview-Dataset.json": (
+        "deepscaler",
+        ["58", "\\frac{3}{4}"],
+        {"no answer": 1},
+    ),
     "BytedTsinghua-SIA--DAPO-Math-17k.jsonl": ("dapo", ["72", "20"], {"duplicate": 3}),
     "open-r1--DAPO-Math-17k-Processed.jsonl": ("dapo", ["72"], {}),
     "HuggingFaceH4--aime_2024.jsonl": ("aime24", ["534", "1"], {}),
@@ -63,7 +67,12 @@ def test_every_sample_is_tested_and_every_layout_has_one() -> None:
         used |= {
             form
             for row in published
-            for form in [next((f for f in BY_NAME[name].layouts if f.question in row and f.answer in row), None)]
+            for form in [
+                next(
+                    (f for f in BY_NAME[name].layouts if f.question in row and f.answer in row),
+                    None,
+                )
+            ]
             if form
         }
     assert {f for s in SOURCES for f in s.layouts if "." not in f.answer} <= used
@@ -81,14 +90,18 @@ def test_published_forms(form: str, tmp_path: Path) -> None:
     assert {row["data_source"] for row in found} == {name}
     for row in found:
         text = row["prompt"][-1]["content"]
-        assert "Answer:" not in text and "step by step" not in text, "the publisher's instruction must go"
+        assert "Answer:" not in text and "step by step" not in text, (
+            "the publisher's instruction must go"
+        )
     # What is written is what training and evaluation read.
     read = read_rows(tmp_path / f"{name}.jsonl")
     assert [list(r.answers) for r in read] == [g if isinstance(g, list) else [g] for g in golds]
     assert read[0].source == name and read[0].uid == f"{name}/0"
 
 
-@pytest.mark.parametrize("form", ["BytedTsinghua-SIA--DAPO-Math-17k.jsonl", "Hothan--OlympiadBench.jsonl"])
+@pytest.mark.parametrize(
+    "form", ["BytedTsinghua-SIA--DAPO-Math-17k.jsonl", "Hothan--OlympiadBench.jsonl"]
+)
 def test_parquet_and_folders_read_like_jsonl(form: str, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -99,7 +112,9 @@ def test_parquet_and_folders_read_like_jsonl(form: str, tmp_path: Path) -> None:
     prepare({name: str(tmp_path / "in")}, tmp_path / "out")
     prepare({name: str(SAMPLES / form)}, tmp_path / "expected")
     assert rows(tmp_path / f"out/{name}.jsonl") == rows(tmp_path / f"expected/{name}.jsonl")
-    assert [row["reward_model"]["ground_truth"] for row in rows(tmp_path / f"out/{name}.jsonl")] == golds
+    assert [
+        row["reward_model"]["ground_truth"] for row in rows(tmp_path / f"out/{name}.jsonl")
+    ] == golds
 
 
 def test_the_context_goes_before_the_question(tmp_path: Path) -> None:
@@ -110,7 +125,14 @@ def test_the_context_goes_before_the_question(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "whole"),
-    [("033", "33"), (33, "33"), (33.0, "33"), ("$33$", "33"), ("33^{\\circ}", "33"), ("33\N{DEGREE SIGN}", "33")],
+    [
+        ("033", "33"),
+        (33, "33"),
+        (33.0, "33"),
+        ("$33$", "33"),
+        ("33^{\\circ}", "33"),
+        ("33\N{DEGREE SIGN}", "33"),
+    ],
     ids=str,
 )
 def test_whole_numbers(answer: Any, whole: str) -> None:
@@ -151,16 +173,28 @@ def test_what_changes_the_question_counts(one: str, other: str) -> None:
 def test_near_questions_by_hand() -> None:
     """Ten letters have 8 trigrams; changing the last letter leaves 7 of 8, changing the fifth leaves 5 of 8."""
     index = Index({"b/0": "a b c d e f g h i j"}, size=3, share=5 / 8)
-    shares = {q: index.closest(q) for q in ("a b c d e f g h i z", "a b c d z f g h i j", "a b z d e f z h i j")}
-    assert [m and m.share for m in shares.values()] == [7 / 8, 5 / 8, None]  # the last one keeps 2 of 8
+    shares = {
+        q: index.closest(q)
+        for q in ("a b c d e f g h i z", "a b c d z f g h i j", "a b z d e f z h i j")
+    }
+    assert [m and m.share for m in shares.values()] == [
+        7 / 8,
+        5 / 8,
+        None,
+    ]  # the last one keeps 2 of 8
     part = index.closest("c d e f g")
-    assert part is not None and part.share == 1, "the shorter one counts: it is wholly part of the other"
+    assert part is not None and part.share == 1, (
+        "the shorter one counts: it is wholly part of the other"
+    )
     assert index.closest("a b") is None, "too short to be near"
     same = index.closest("A, B c d e f g h i j!")
     assert same is not None and (same.name, same.share) == ("b/0", 1)
 
 
-@given(st.lists(st.sampled_from("abcdef"), min_size=3, max_size=20), st.lists(st.sampled_from("abcdef"), max_size=20))
+@given(
+    st.lists(st.sampled_from("abcdef"), min_size=3, max_size=20),
+    st.lists(st.sampled_from("abcdef"), max_size=20),
+)
 def test_overlap_equals_brute_force(one: list[str], other: list[str]) -> None:
     def grams(letters: list[str]) -> set[str]:
         return {"".join(letters[i : i + 3]) for i in range(len(letters) - 2)}
@@ -185,7 +219,9 @@ TRAIN = [
 def test_duplicates_disagreement_and_leaks(tmp_path: Path) -> None:
     sources = {
         "deepscaler": str(write(tmp_path / "train.jsonl", TRAIN)),
-        "math500": str(write(tmp_path / "test.jsonl", [(LONG, "5"), (LONG, "5"), ("Halve nine.", "4.5")])),
+        "math500": str(
+            write(tmp_path / "test.jsonl", [(LONG, "5"), (LONG, "5"), ("Halve nine.", "4.5")])
+        ),
     }
     done = prepare(sources, tmp_path / "out")
     counts = done.counts["deepscaler"]
@@ -194,7 +230,9 @@ def test_duplicates_disagreement_and_leaks(tmp_path: Path) -> None:
         "duplicate": 1, "answers of equal questions disagree": 2, "asked by a benchmark": 1,
         "near a benchmark's question": 1,
     }  # fmt: skip
-    assert (done.counts["math500"].kept, done.counts["math500"].repeated) == (3, 1), "a benchmark keeps its questions"
+    assert (done.counts["math500"].kept, done.counts["math500"].repeated) == (3, 1), (
+        "a benchmark keeps its questions"
+    )
     assert [(leak.train, leak.benchmark) for leak in done.leaks] == [
         ("deepscaler/0", "math500/0"),
         ("deepscaler/1", "math500/0"),
@@ -202,7 +240,10 @@ def test_duplicates_disagreement_and_leaks(tmp_path: Path) -> None:
     assert rows(tmp_path / "out/leaks.jsonl")[1]["train_question"] == TRAIN[1][0]
     assert "aime24" in done.unchecked and "math500" not in done.unchecked
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert report["sources"]["deepscaler"]["dropped"] == counts.dropped and report["leaks"]["found"] == 2
+    assert (
+        report["sources"]["deepscaler"]["dropped"] == counts.dropped
+        and report["leaks"]["found"] == 2
+    )
 
     kept = prepare(sources, tmp_path / "kept", keep_leaks=True)
     assert (kept.counts["deepscaler"].kept, len(kept.leaks)) == (3, 2)
@@ -220,7 +261,12 @@ def test_the_command(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "3 duplicate" in done.stdout and "not compared with aime24, math500" in done.stdout
-    assert {p.name for p in tmp_path.iterdir()} == {"aime25.jsonl", "dapo.jsonl", "leaks.jsonl", "report.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "aime25.jsonl",
+        "dapo.jsonl",
+        "leaks.jsonl",
+        "report.json",
+    }
 
 
 @pytest.mark.parametrize(
@@ -230,7 +276,10 @@ def test_the_command(tmp_path: Path) -> None:
         (["aime24=nowhere.jsonl"], "there is no data file 'nowhere.jsonl'"),
         (["aime24=tests/samples/README.md"], "is no JSON"),
         (["aime24=tests/unit"], "holds no .arrow or .parquet file"),
-        (["aime24=tests/samples/Hothan--OlympiadBench.jsonl"], "has no usable row for aime24 (5 no question"),
+        (
+            ["aime24=tests/samples/Hothan--OlympiadBench.jsonl"],
+            "has no usable row for aime24 (5 no question",
+        ),
         (["--gram-share", "0", "aime24=tests/samples/math-ai--aime24.jsonl"], "a share in (0, 1]"),
     ],
     ids=lambda v: v[-1] if isinstance(v, list) else "",
@@ -242,12 +291,17 @@ def test_bad_input_is_one_sentence(words: list[str], message: str, tmp_path: Pat
     assert not (tmp_path / "out").exists(), "nothing is written"
 
 
-def test_without_a_network_the_remedy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_remedy_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
     done = command("--out", str(tmp_path / "out"), "aime24")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "cannot get the dataset HuggingFaceH4/aime_2024 from the hub" in done.stderr and "aime24=FILE" in done.stderr
+    assert (
+        "cannot get the dataset HuggingFaceH4/aime_2024 from the hub" in done.stderr
+        and "aime24=FILE" in done.stderr
+    )
 
 
 def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

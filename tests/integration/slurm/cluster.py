@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from tests.ports import free_port
+
 T = TypeVar("T")
 
 NODES = ("n1", "n2")
@@ -62,7 +64,9 @@ def missing() -> str:
     """Why there can be no cluster on this machine; "" if there can."""
     absent = [name for name in _NEEDED if shutil.which(name, path=_PATH) is None]
     return (
-        f"no {', '.join(absent)} here: apt-get install slurm-wlm munge (tests/run.sh does it as root)" if absent else ""
+        f"no {', '.join(absent)} here: apt-get install slurm-wlm munge (tests/run.sh does it as root)"
+        if absent
+        else ""
     )
 
 
@@ -92,7 +96,9 @@ class Cluster:
             self._start("slurmctld", "-D", "-i")
             for node in NODES:
                 self.start_node(node)
-            self.wait_for(lambda: set(self.run("sinfo", "-h", "-o", "%T").split()) == {"idle"}, "idle nodes")
+            self.wait_for(
+                lambda: set(self.run("sinfo", "-h", "-o", "%T").split()) == {"idle"}, "idle nodes"
+            )
             undone.pop_all()
         return self
 
@@ -105,10 +111,14 @@ class Cluster:
             for name in reversed(list(self._processes)):
                 self.kill(name, signal.SIGTERM)
 
-    def run(self, *words: str, check: bool = True, environment: Mapping[str, str] | None = None) -> str:
+    def run(
+        self, *words: str, check: bool = True, environment: Mapping[str, str] | None = None
+    ) -> str:
         """Runs a command of Slurm and returns what it printed."""
         together = {**self.environment, **(environment or {})}
-        done = subprocess.run(words, env=together, capture_output=True, text=True, timeout=120, cwd=_ROOT)
+        done = subprocess.run(
+            words, env=together, capture_output=True, text=True, timeout=120, cwd=_ROOT
+        )
         assert not check or done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
         return done.stdout
 
@@ -138,14 +148,17 @@ class Cluster:
 
     def story(self) -> str:
         """The queue and the last lines of the daemons' logs, for a failed test."""
-        logs = [file.read_text(errors="replace").splitlines()[-8:] for file in sorted(self.folder.glob("slurm*.log"))]
+        logs = [
+            file.read_text(errors="replace").splitlines()[-8:]
+            for file in sorted(self.folder.glob("slurm*.log"))
+        ]
         queue = self.run("squeue", check=False) if (self.folder / "slurm.conf").exists() else ""
         return "\n".join([queue, *(line for lines in logs for line in lines)])
 
     def _configure(self) -> None:
         for name in ("state", *(f"spool-{node}" for node in NODES)):
             (self.folder / name).mkdir()
-        controller, *ports = free_ports(1 + len(NODES))
+        controller, *ports = (free_port() for _ in range(1 + len(NODES)))
         nodes = "\n".join(
             f"NodeName={node} NodeHostName={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} CPUs=2 "
             "RealMemory=1000 Gres=gpu:8"
@@ -169,11 +182,19 @@ class Cluster:
         assert path, f"there is no {program}"
         with (self.folder / f"{name or program}.out").open("ab") as out:
             self._processes[name or program] = subprocess.Popen(
-                [path, *words], env=self.environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                [path, *words],
+                env=self.environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def _jobs(self) -> list[str]:
-        return self.run("squeue", "-h", "-o", "%i", check=False).split() if "slurmctld" in self._processes else []
+        return (
+            self.run("squeue", "-h", "-o", "%i", check=False).split()
+            if "slurmctld" in self._processes
+            else []
+        )
 
 
 _ROOT = Path(__file__).parents[3]
@@ -186,13 +207,3 @@ def with_deadline(happened: Callable[[], T], seconds: float) -> T | None:
     while not (found := happened()) and time.monotonic() < ends:
         time.sleep(0.1)
     return found or None
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nothing listens on."""
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    try:
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import zygote
 from tests.integration.conftest import ROOT
 from tests.integration.slurm import cluster as slurm
 from tests.integration.slurm.cluster import Cluster
@@ -19,7 +19,8 @@ from tests.integration.slurm.cluster import Cluster
 OVERRIDES = (
     "model.dtype=fp32", "rollout.engine=transformers", "trainer.steps=12", "trainer.tensorboard=false", "data.suffix=",
     "data.max_prompt_tokens=16", "rollout.num_prompts=16", "rollout.chunk_prompts=8", "rollout.temperature=1.0",
-    "rollout.max_response_tokens=8", "labels.workers=1", "batch.minibatch_prompts=4", "batch.max_tokens=2048",
+    "rollout.max_response_tokens=8", "labels.workers=1",
+    "labels.require_think=false", "batch.minibatch_prompts=4", "batch.max_tokens=2048",
     "optimizer.lr=5e-5", "evaluation.every=5", "evaluation.max_problems=20", "evaluation.samples=1",
     "checkpoint.every=3", "parallel.tp=1", "parallel.sp=false",
 )  # fmt: skip
@@ -71,9 +72,14 @@ class Run:
     def wait_for_row(self, number: int) -> None:
         """Until the run has written its `number`-th row of metrics."""
         metrics = self.directory / "metrics.jsonl"
-        self.wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= number, f"row {number}")
+        self.wait_for(
+            lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= number,
+            f"row {number}",
+        )
 
-    def wait_for(self, happened: Callable[[], object], what: str, seconds: float = START_SECONDS) -> None:
+    def wait_for(
+        self, happened: Callable[[], object], what: str, seconds: float = START_SECONDS
+    ) -> None:
         """As Cluster.wait_for; shows the job's log where nothing happens."""
         try:
             self.cluster.wait_for(happened, what, seconds=seconds)
@@ -84,13 +90,17 @@ class Run:
         """Until Slurm has no more to do for the job."""
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
         self.cluster.wait_for(
-            lambda: self.cluster.fields(job)["JobState"] in ends, f"end of {job}", seconds=RUN_SECONDS
+            lambda: self.cluster.fields(job)["JobState"] in ends,
+            f"end of {job}",
+            seconds=RUN_SECONDS,
         )
         assert self.cluster.fields(job)["JobState"] == state, self.said()
 
     def wait_for_restart(self, job: str, number: int, *, seconds: float = START_SECONDS) -> None:
         """Until Slurm has started the job again so often, or is about to."""
-        self.wait_for(lambda: self.restarts(job) == number, f"restart {number} of job {job}", seconds)
+        self.wait_for(
+            lambda: self.restarts(job) == number, f"restart {number} of job {job}", seconds
+        )
 
     def wait_for_life(self, life: str) -> None:
         """Until status.json is of this job and restart."""
@@ -146,11 +156,15 @@ def run(cluster: Cluster, base: Path, tmp_path: Path) -> Run:
 def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run by two processes that nobody disturbs, without Slurm and from the HF weights."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    paths = (f"model.path={base}", f"data.train={base}/train.jsonl", f"data.heldout={base}/heldout.jsonl")
+    paths = (
+        f"model.path={base}",
+        f"data.train={base}/train.jsonl",
+        f"data.heldout={base}/heldout.jsonl",
+    )
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "megatron_real", "train",
         "examples/configs/real_7b.yaml", f"trainer.run_dir={run_dir}", *paths, *OVERRIDES,
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_SECONDS)
+    done = zygote.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_SECONDS)
     assert done.returncode == 0, done.stderr
     return run_dir

@@ -17,11 +17,17 @@ def test_a_run_that_is_asked_to_stop_saves_and_is_requeued(run: Run, undisturbed
     run.wait_for_end(job)
     assert run.restarts(job) == 1
     said = run.said()
-    assert "the run has stopped early, everything is saved; requeueing" in said and "resuming after step" in said
+    assert (
+        "the run has stopped early, everything is saved; requeueing" in said
+        and "resuming after step" in said
+    )
     assert said.count("converting ") == 1 and "Traceback" not in said
     assert_same_run(run.directory, undisturbed)
     assert (run.directory / "curves.png").stat().st_size > 10_000
-    logs = {file.relative_to(run.directory / "logs/ranks").parts[:2] for file in run.directory.rglob("stderr.log")}
+    logs = {
+        file.relative_to(run.directory / "logs/ranks").parts[:2]
+        for file in run.directory.rglob("stderr.log")
+    }
     assert logs == {(f"{job}.{life}", node) for life in (0, 1) for node in ("n1", "n2")}
 
 
@@ -32,7 +38,10 @@ def test_two_jobs_on_one_run_directory(cluster: Cluster, base: Path, tmp_path: P
     run.wait_for_row(1)
     second = run.submit("--nodes=1", "--nodelist=n2")
     run.wait_for_end(second, "FAILED")
-    assert f"{run.directory} is in use by process" in run.said() and f"(Slurm job {first})" in run.said()
+    assert (
+        f"{run.directory} is in use by process" in run.said()
+        and f"(Slurm job {first})" in run.said()
+    )
     assert run.cluster.fields(first)["JobState"] == "RUNNING" and '"running"' in run.status()
     run.cluster.run("scancel", first)
     run.wait_for_end(first, "CANCELLED")

@@ -40,7 +40,9 @@ def test_preempted_by_a_higher_partition(run: Run, undisturbed: Path) -> None:
     """The night's job takes both nodes; within the grace time the run saves, and it goes on when the nodes are free."""
     job = run.submit()
     run.wait_for_row(5)
-    night = run.cluster.run("sbatch", "--parsable", "--partition=night", "--nodes=2", "--exclusive", "--wrap=sleep 5")
+    night = run.cluster.run(
+        "sbatch", "--parsable", "--partition=night", "--nodes=2", "--exclusive", "--wrap=sleep 5"
+    )
     run.wait_for_end(night.strip())
     run.wait_for_end(job)
     assert run.restarts(job) == 1
@@ -69,7 +71,10 @@ def test_a_rank_that_gives_no_sign_of_life(run: Run, undisturbed: Path) -> None:
     os.kill(run.ranks()[1], signal.SIGSTOP)
     run.wait_for_restart(job, 1, seconds=300)
     run.wait_for_end(job)
-    assert "has given no sign of life for" in run.said() and "a fault ended the run; requeueing" in run.said()
+    assert (
+        "has given no sign of life for" in run.said()
+        and "a fault ended the run; requeueing" in run.said()
+    )
     assert_same_run(run.directory, undisturbed)
 
 
@@ -90,11 +95,15 @@ def test_the_next_job_of_a_chain_takes_over_from_a_killed_one(run: Run, undistur
     assert run.cluster.fields(second)["JobState"] == "PENDING"
     run.kill(script=True)
     run.wait_for_end(second)
-    assert run.cluster.fields(first)["JobState"] != "COMPLETED" and "resuming after step" in run.said()
+    assert (
+        run.cluster.fields(first)["JobState"] != "COMPLETED" and "resuming after step" in run.said()
+    )
     assert_same_run(run.directory, undisturbed)
 
 
-def test_three_faults_without_progress_end_the_chain(cluster: Cluster, base: Path, tmp_path: Path) -> None:
+def test_three_faults_without_progress_end_the_chain(
+    cluster: Cluster, base: Path, tmp_path: Path
+) -> None:
     """A fault that comes again and again at the same place does not hold nodes for ever."""
     run = Run(cluster, base, tmp_path / "run", "checkpoint.every=1000", "trainer.steps=1000")
     job = run.submit()
@@ -105,7 +114,9 @@ def test_three_faults_without_progress_end_the_chain(cluster: Cluster, base: Pat
     assert "3 last faults came without a new checkpoint" in run.said()
 
 
-def test_slurmd_killed_while_a_checkpoint_is_written(cluster: Cluster, base: Path, tmp_path: Path) -> None:
+def test_slurmd_killed_while_a_checkpoint_is_written(
+    cluster: Cluster, base: Path, tmp_path: Path
+) -> None:
     """Slurm gives the node up and takes the job away from the other one; when slurmd is back the run goes on."""
     words = ("rollout.num_prompts=64", "checkpoint.every=2")
     whole, run = (Run(cluster, base, tmp_path / name, *words) for name in ("undisturbed", "run"))

@@ -1,0 +1,173 @@
+"""Bounds of settings, written where the setting is declared. This module imports nothing of the project.
+
+    tau: Annotated[float, Positive] = 0.5
+    top_p: Annotated[float, Share] = 1.0
+    clip_high: Annotated[float, AtLeast(1.0)] = 1.28
+    max_length: Annotated[int | None, Positive] = None         # None is always within its bound
+
+`check_bounds` reads them from any dataclass, sections within sections included, so that a setting that is added needs
+no second place that knows its limits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class Bound(Protocol):
+    """What a setting's value must satisfy."""
+
+    def holds(self, value: Any) -> bool:
+        """Whether `value`, which has the setting's type, is within the bound."""
+
+    @property
+    def demand(self) -> str:
+        """The second half of an error's sentence, for example `must be above 0`."""
+
+
+@dataclass(frozen=True)
+class Above:
+    """Finite numbers above `low`."""
+
+    low: float
+    """Not included."""
+
+    def holds(self, value: float) -> bool:
+        return math.isfinite(value) and value > self.low
+
+    @property
+    def demand(self) -> str:
+        return f"must be above {self.low:g}"
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """Finite numbers from `low` on."""
+
+    low: float
+    """Included."""
+    meaning: str = ""
+    """What `low` itself stands for, for example `off`."""
+
+    def holds(self, value: float) -> bool:
+        return math.isfinite(value) and value >= self.low
+
+    @property
+    def demand(self) -> str:
+        meaning = f" ({self.meaning})" if self.meaning else ""
+        return f"must be {self.low:g}{meaning} or above"
+
+
+@dataclass(frozen=True)
+class Between:
+    """Numbers from `low` to `high`."""
+
+    low: float
+    """Included unless `above_low`."""
+    high: float
+    """Included unless `below_high`."""
+    above_low: bool = False
+    """Leaves out `low` itself."""
+    below_high: bool = False
+    """Leaves out `high` itself."""
+
+    def holds(self, value: float) -> bool:
+        from_low = value > self.low if self.above_low else value >= self.low
+        to_high = value < self.high if self.below_high else value <= self.high
+        return from_low and to_high
+
+    @property
+    def demand(self) -> str:
+        left = "(" if self.above_low else "["
+        right = ")" if self.below_high else "]"
+        return f"must lie in {left}{self.low:g}, {self.high:g}{right}"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A few values, where they come from a table and a Literal would repeat it."""
+
+    choices: Sequence[Any]
+    """The values."""
+
+    def holds(self, value: Any) -> bool:
+        return value in self.choices
+
+    @property
+    def demand(self) -> str:
+        return f"takes one of {', '.join(map(str, self.choices))}"
+
+
+Positive = Above(0)
+"""Finite and above 0."""
+
+NonNegative = AtLeast(0)
+"""Finite, 0 or above."""
+
+ZeroIsOff = AtLeast(0, "off")
+"""Finite, 0 or above, where 0 switches something off."""
+
+Share = Between(0, 1, above_low=True)
+"""In (0, 1]."""
+
+
+def check_bounds(section: Any, prefix: str = "") -> None:
+    """Checks every setting of the dataclass `section`, and of the dataclasses below it, against its bounds.
+
+    Args:
+        section: an instance of a dataclass whose fields are annotated as in this module's docstring.
+        prefix: what comes before a field's name in errors, for example `rollout.`.
+
+    Raises:
+        ValueError: a setting is out of bounds; names it, its value and what it must be.
+    """
+    cls: Any = type(section)
+    bounds = _bounds(cls)
+    for field in dataclasses.fields(section):
+        value, name = getattr(section, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            check_bounds(value, f"{name}.")
+            continue
+        for bound in bounds.get(field.name, ()):
+            if value is not None and not bound.holds(value):
+                null = ", or null" if _optional(cls, field.name) else ""
+                raise ValueError(f"{name} is {value}; it {bound.demand}{null}")
+
+
+def plain_hint(hint: Any) -> Any:
+    """The type in an annotation, without its bounds."""
+    return hint.__origin__ if hasattr(hint, "__metadata__") else hint
+
+
+def hints(cls: Any) -> dict[str, Any]:
+    """Field of the dataclass `cls` -> its annotation, bounds included."""
+    return _hints(cls)
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(cls)}
+    every_hint = typing.get_type_hints(cls, include_extras=True)
+    return {name: hint for name, hint in every_hint.items() if name in names}
+
+
+@functools.cache
+def _bounds(cls: Any) -> dict[str, tuple[Bound, ...]]:
+    """Field -> the bounds in its annotation."""
+    return {name: tuple(_metadata(hint)) for name, hint in hints(cls).items()}
+
+
+def _metadata(hint: Any) -> Iterator[Bound]:
+    for marker in getattr(hint, "__metadata__", ()):
+        if hasattr(marker, "holds"):
+            yield marker
+
+
+def _optional(cls: Any, name: str) -> bool:
+    return type(None) in typing.get_args(plain_hint(hints(cls)[name]))

@@ -1,0 +1,226 @@
+"""`megatron-real compare SWEEP.yaml`: trains variants of a configuration with several seeds, and compares them.
+
+Everything is checked before the first run starts. docs/compare.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from megatron_real.commands.terminal import INTERRUPTED, refuse, say, table
+from megatron_real.compare.execute import Executor, sweep_lock
+from megatron_real.compare.results import Outcome, RunResult, read_result
+from megatron_real.compare.sweep import Sweep, load_sweep
+from megatron_real.runs.stop import EXIT_AGAIN
+from megatron_real.runs.summary import duration
+
+SUMMARY = "train variants of a configuration with several seeds, and compare them"
+EXAMPLES = """\
+examples:
+  megatron-real compare examples/configs/compare/quickstart.yaml --nproc 2
+  megatron-real compare sweep.yaml --list                the runs, and the command of each
+  megatron-real compare sweep.yaml --table --json        what is there so far; starts nothing
+  sbatch --array=0-17 examples/compare.sh                the same runs as jobs of a cluster
+
+The same command goes on where the sweep was stopped. A run that diverged or
+failed is counted and not started again; delete its directory for another try.
+
+exit codes: 0 all runs have finished; 1 some diverged or failed, or (--table) are
+not finished; 2 the input was refused; 75 stopped early, start the same command
+again; 130 interrupted
+"""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument("sweep", help="YAML file with base, out, seeds, budget and variants")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="replaces a value in all runs"
+    )
+    parser.add_argument(
+        "--nproc", type=int, metavar="N", help="processes of each run; default: one"
+    )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--list", action="store_true", help="number the runs and show their commands"
+    )
+    instead.add_argument(
+        "--table", action="store_true", help="show what there is so far; start nothing"
+    )
+    instead.add_argument(
+        "--describe",
+        type=int,
+        metavar="NUMBER",
+        help="print one run as NAME=VALUE lines, for examples/compare.sh",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the table, and every run, as JSON"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the sweep; returns the exit code."""
+    try:
+        sweep = _checked(options)
+        if options.describe is not None:
+            print(_description(sweep, options.describe))
+            return 0
+    except ValueError as error:
+        return refuse(error)
+
+    if options.list:
+        print(_listed(sweep))
+        return 0
+    if options.table:
+        results = [read_result(run) for run in sweep.runs]
+        _show(sweep, results, as_json=options.json)
+        return 0 if all(result.outcome == Outcome.FINISHED for result in results) else 1
+    try:
+        return _execute(sweep, options)
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on with the sweep")
+        return INTERRUPTED
+
+
+def _checked(options: argparse.Namespace) -> Sweep:
+    # A run in this process, before, leaves a world of one.
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "compare starts its own processes, but torchrun or srun has started this one as one of "
+            f"{os.environ['WORLD_SIZE']}; start it alone, with --nproc"
+        )
+    if options.nproc is not None and options.nproc < 1:
+        raise ValueError(f"--nproc is {options.nproc}; it must be 1 or above")
+    # A single run of an array is laid out by its job, whose processes are not known here.
+    check_layout = options.describe is None and not options.list and not options.table
+    num_ranks = options.nproc or 1
+    return load_sweep(
+        options.sweep, options.overrides, num_ranks=num_ranks if check_layout else None
+    )
+
+
+def _execute(sweep: Sweep, options: argparse.Namespace) -> int:
+    """Starts what is not done yet, run by run."""
+    # What the table needs, scipy among it, is missing now or never.
+    import megatron_real.compare.table  # noqa: F401
+
+    results: list[RunResult] = []
+    with (
+        sweep_lock(sweep.out, say) as lock,
+        Executor(sweep.out / "logs", lock, num_ranks=options.nproc, say=say) as executor,
+    ):
+        for number, run in enumerate(sweep.runs, 1):
+            if executor.asked_to_stop:
+                return _stopped()
+            result = read_result(run)
+            if result.outcome == Outcome.UNFINISHED:
+                say(f"run {number} of {len(sweep.runs)}: {run.name} (log: {executor.log(run)})")
+                code = executor.execute(run)
+                result = read_result(run)
+                if code == INTERRUPTED:
+                    raise KeyboardInterrupt
+                if code == EXIT_AGAIN or (executor.asked_to_stop and _unfinished(result)):
+                    return _stopped()
+                if _unfinished(result):
+                    result = _failed_now(result, code, executor.log(run))
+            say(_in_words(result))
+            results.append(result)
+            if len(results) < len(sweep.runs) and not options.json:
+                _print_table(sweep, results, file=sys.stderr)
+
+    _show(sweep, results, as_json=options.json)
+    unsuccessful = [r for r in results if r.outcome != Outcome.FINISHED]
+    return 1 if unsuccessful else 0
+
+
+def _unfinished(result: RunResult) -> bool:
+    return result.outcome == Outcome.UNFINISHED
+
+
+def _stopped() -> int:
+    say("the sweep has stopped early; the same command goes on with it")
+    return EXIT_AGAIN
+
+
+def _failed_now(result: RunResult, code: int, log: Path) -> RunResult:
+    """A run that ended without a word of its own: the next start of the sweep tries it again."""
+    ended = f"exit code {code}" if code >= 0 else f"signal {-code}"
+    reason = f"it ended with {ended}; {_last_line(log)}"
+    return dataclasses.replace(result, outcome=Outcome.FAILED, reason=reason)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = [line for line in lines if line.strip()]
+    return lines[-1].removeprefix("megatron-real: ") if lines else f"{log} is empty"
+
+
+def _in_words(result: RunResult) -> str:
+    if result.outcome != Outcome.FINISHED:
+        return f"{result.name}: {result.outcome} after {result.steps} steps: {result.reason}"
+    return (
+        f"{result.name}: finished, accuracy {result.accuracy:.3f}, reward {result.reward:.3f}, "
+        f"{duration(result.seconds)} in steps"
+    )
+
+
+def _show(sweep: Sweep, results: Sequence[RunResult], *, as_json: bool) -> None:
+    """Writes the table's files and prints it."""
+    from megatron_real.compare import table as tables
+
+    if sweep.out.is_dir():  # not where nothing has begun
+        tables.write_table(sweep, results)
+    if as_json:
+        print(json.dumps(tables.as_json(sweep, results), indent=2))
+        return
+    _print_table(sweep, results)
+    for result in results:
+        if result.outcome in (Outcome.DIVERGED, Outcome.FAILED):
+            print(_in_words(result))
+    if sweep.out.is_dir():
+        print(f"the same with every run: {sweep.out}/table.json and table.csv")
+
+
+def _print_table(sweep: Sweep, results: Sequence[RunResult], file: TextIO | None = None) -> None:
+    from megatron_real.compare.table import FIGURES, figure_table, runs_table, variant_rows
+
+    rows = variant_rows(sweep, results)
+    tables = [runs_table(rows), *(figure_table(figure, rows) for figure in FIGURES)]
+    text = "\n\n".join(table(cells) for cells in tables if cells)
+    print(f"{text}\n", file=file or sys.stdout, flush=True)
+
+
+def _listed(sweep: Sweep) -> str:
+    """The runs by number, each as the command that is started for it."""
+    lines = []
+    for number, run in enumerate(sweep.runs):
+        command = shlex.join(["megatron-real", "train", str(run.base), *run.words])
+        lines.append(f"{number}  {command}")
+    return "\n".join(lines)
+
+
+def _description(sweep: Sweep, number: int) -> str:
+    """One run in the variables of the Slurm scripts; OVERRIDES is read by examples/slurm/words.sh."""
+    if not 0 <= number < len(sweep.runs):
+        raise ValueError(
+            f"there is no run {number}; the sweep has {len(sweep.runs)}, from 0: "
+            f"sbatch --array=0-{len(sweep.runs) - 1}"
+        )
+    run = sweep.runs[number]
+    values = {
+        "CONFIG": str(run.base),
+        "RUN_DIR": run.config.trainer.run_dir,
+        "MODEL": run.config.model.path,
+        "TRAIN": run.config.data.train,
+        "HELDOUT": run.config.data.heldout,
+        "OVERRIDES": shlex.join(run.words),
+    }
+    return "\n".join(f"{name}={value}" for name, value in values.items())

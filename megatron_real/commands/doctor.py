@@ -1,0 +1,102 @@
+"""`megatron-real doctor [CONFIG] [--run-dir DIR]`: by itself, or under torchrun or srun on the nodes of a job.
+
+Exit codes: 0 nothing failed (warnings allowed), 1 something did, 2 the configuration was refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import socket
+from pathlib import Path
+
+from megatron_real import config as configuration
+from megatron_real.commands.terminal import hanging, is_first_rank, refuse
+from megatron_real.doctor.finding import Finding
+from megatron_real.doctor.report import report
+from megatron_real.runs.disk_needs import DiskNeeds, disk_needs
+from megatron_real.weights.architecture import Architecture
+
+SUMMARY = "say what a run will use on this machine, and what would break it"
+EXAMPLES = """\
+examples:
+  megatron-real doctor
+  megatron-real doctor my.yaml
+  srun megatron-real doctor --run-dir /shared/runs      on the nodes of a job
+
+exit codes: 0 nothing failed (warnings allowed), 1 something did, 2 the input was refused
+"""
+
+_JOIN_MINUTES = 3.0
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument(
+        "config", nargs="?", help="YAML file of the run, whose disk space is counted then"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file"
+    )
+    parser.add_argument(
+        "--run-dir", metavar="DIR", help="where the run would write (default: CONFIG's, or here)"
+    )
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs `doctor`; returns the exit code, the same on every rank."""
+    from megatron_real.policy.layout import join_world, leave_world
+
+    first = is_first_rank()
+    try:
+        run_dir, needs = _run_of(options)
+    except ValueError as error:
+        return refuse(error)
+    try:
+        join_world(_JOIN_MINUTES)
+        findings = report(run_dir, needs)
+        leave_world()
+    except (
+        RuntimeError
+    ) as error:  # each rank says which node failed: rank 0 may be the one that never answers
+        said = " ".join(str(error).split())
+        findings, first = (
+            [Finding("fail", "process group", f"{socket.gethostname()}: {said}", _PROCESS_GROUP)],
+            True,
+        )
+    if first:
+        print(
+            json.dumps([dataclasses.asdict(f) for f in findings], indent=2)
+            if options.json
+            else _text(findings)
+        )
+    return 1 if any(finding.verdict == "fail" for finding in findings) else 0
+
+
+_PROCESS_GROUP = (
+    "check MASTER_ADDR, MASTER_PORT and the firewall between nodes; NCCL_DEBUG=INFO says more"
+)
+
+
+def _run_of(options: argparse.Namespace) -> tuple[Path, DiskNeeds | None]:
+    """Where the run would write, and how much of it; None where no configuration says."""
+    if options.config is None:
+        return Path(options.run_dir or "."), None
+    config = configuration.load(options.config, options.overrides)
+    needs = disk_needs(config, Architecture.read(config.model.path))
+    return Path(options.run_dir or config.trainer.run_dir or "."), needs
+
+
+def _text(findings: list[Finding]) -> str:
+    counts = {
+        verdict: sum(f.verdict == verdict for f in findings) for verdict in ("ok", "warn", "fail")
+    }
+    lines = [hanging(str(finding), _INDENT) for finding in findings]
+    lines.append(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    return "\n".join(lines)
+
+
+_INDENT = 28
+"""Where a finding's words begin, after its verdict and its name."""

@@ -1,0 +1,82 @@
+"""`megatron-real train --dry-run`: what a run would do, where, and how much memory and disk it needs. Nothing is begun."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from megatron_real.config import Config, check_world, to_plain
+from megatron_real.plan.memory import Shapes, StageMemory, stage_memory
+from megatron_real.runs.changes import check_changes
+from megatron_real.runs.claim import Earlier
+from megatron_real.runs.directory import RunDirectory
+from megatron_real.runs.disk_needs import disk_needs
+from megatron_real.runs.saved import saved
+from megatron_real.weights.architecture import Architecture
+
+
+def description(config: Config, num_ranks: int) -> str:
+    """Returns the lines that are shown.
+
+    Raises:
+        ValueError: the run directory is another run's, or a setting changed that may not.
+    """
+    architecture = Architecture.read(config.model.path)
+    dp = check_world(config, num_ranks)
+    rollout, parallel = config.rollout, config.parallel
+    updates = rollout.num_prompts // config.batch.minibatch_prompts
+    objective = config.objective.name
+    rows = {
+        "run": _beginning(config),
+        "model": f"{config.model.path}, {architecture.num_parameters:,} parameters, in {config.model.dtype}",
+        "processes": f"{num_ranks}: tp {parallel.tp}, pp {parallel.pp}, cp {parallel.cp}, dp {dp}",
+        "data": ", ".join(filter(None, (config.data.train, config.data.heldout))) or "-",
+        "a step": f"{rollout.num_prompts} prompts x {rollout.group_size} rollouts by {rollout.engine}, "
+        f"{updates} updates of {objective}",
+        "steps": f"{config.trainer.steps}",
+        "memory": _memory(config, architecture, dp),
+        "disk": _disk(config, architecture),
+        "time": "`megatron-real plan` estimates it for GPUs; a run says it after its first steps",
+    }
+    return "\n".join(f"{name:<10} {text}" for name, text in rows.items())
+
+
+def _beginning(config: Config) -> str:
+    """What would become of the run directory."""
+    directory = RunDirectory(config.trainer.run_dir)
+    earlier = Earlier.read(directory)
+    if earlier.config is None:
+        return f"{directory.path}, new"
+    changed = check_changes(earlier.config, to_plain(config), within_a_step=False)
+    whole = [one for one in saved(directory.checkpoints) if not one.incomplete()]
+    text = f"{directory.path}, goes on from {whole[0].position if whole else 'the start'}"
+    return f"{text}; changed: {'; '.join(changed)}" if changed else text
+
+
+def _memory(config: Config, architecture: Architecture, dp: int) -> str:
+    """Of the process with the most to hold, its rollout engine aside."""
+    shapes = Shapes(1, "local" if config.model.layers == "local" else "te")
+    fullest = max(stage_memory(architecture, config, dp=dp, shapes=shapes), key=_training_bytes)
+    resident = fullest.resident
+    return (
+        f"{_gib(_training_bytes(fullest))} GiB a process in training: weights {_gib(resident.weights)}, "
+        f"gradients {_gib(resident.gradients)}, optimizer {_gib(resident.optimizer)}, "
+        f"activations {_gib(fullest.update.total)}"
+    )
+
+
+def _training_bytes(stage: StageMemory) -> int:
+    resident = stage.resident
+    return resident.weights + resident.gradients + resident.optimizer + stage.update.total
+
+
+def _disk(config: Config, architecture: Architecture) -> str:
+    needs = disk_needs(config, architecture)
+    folder = Path(config.trainer.run_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return f"up to {_gib(needs.total)} GiB; {_gib(shutil.disk_usage(folder).free)} GiB are free"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"

@@ -1,0 +1,147 @@
+"""Runs a sweep's runs one after the other, each as a process of its own.
+
+signal                  the run that is at work            the sweep
+Ctrl-C                  hears it from the terminal too     ends with 130
+SIGTERM, SIGUSR1        gets it, saves and stops           ends with 75; the same command goes on
+SIGKILL to the sweep    gets SIGTERM, saves and stops      the next start waits for it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+from megatron_real.compare.sweep import SweepRun
+from megatron_real.runs.rows import read_rows
+
+_POLL_SECONDS = 0.2
+_PARTS = 10
+"""A run says how far it is after each tenth of its steps."""
+_PR_SET_PDEATHSIG = 1
+"""linux/prctl.h."""
+
+
+class Executor:
+    """Starts runs, and passes on to them what is asked of the sweep.
+
+    Example:
+        with sweep_lock(out, say) as lock, Executor(...) as executor:
+            code = executor.execute(run)
+    """
+
+    def __init__(
+        self,
+        logs: Path,
+        lock: int,
+        *,
+        num_ranks: int | None,
+        say: Callable[[str], None],
+    ) -> None:
+        """`lock`: descriptor of the sweep's lock, which a run inherits. `num_ranks`: None for one process alone."""
+        self._logs = logs
+        self._lock = lock
+        self._num_ranks = num_ranks
+        self._say = say
+        self._process: subprocess.Popen[bytes] | None = None
+        self.asked_to_stop = False
+
+    def __enter__(self) -> Executor:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._pass_on)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+
+    def execute(self, run: SweepRun) -> int:
+        """Trains a run, or goes on with it; returns its exit code, negative for a signal that killed it."""
+        log = self.log(run)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                self._command(run),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=(self._lock,),
+                preexec_fn=_stop_with_parent,
+            )
+        try:
+            self._follow(run, self._process)
+        except KeyboardInterrupt:
+            self._process.wait()
+            raise
+        code = self._process.returncode
+        self._process = None
+        return code
+
+    def log(self, run: SweepRun) -> Path:
+        """Returns the file that has what a run printed."""
+        return self._logs / f"{run.variant}-seed-{run.seed}.log"
+
+    def _command(self, run: SweepRun) -> list[str]:
+        command = [sys.executable, "-m", "megatron_real", "train", str(run.base), *run.words]
+        if self._num_ranks is not None:
+            command += ["--nproc", str(self._num_ranks)]
+        return command
+
+    def _follow(self, run: SweepRun, process: subprocess.Popen[bytes]) -> None:
+        """Waits for the end of a run, and says meanwhile how far it is."""
+        steps = run.config.trainer.steps
+        part = max(1, steps // _PARTS)
+        size = shown = 0
+        while process.poll() is None:
+            time.sleep(_POLL_SECONDS)
+            metrics = run.directory.metrics
+            grown = metrics.stat().st_size if metrics.exists() else 0
+            if grown == size:
+                continue
+            size = grown
+            rows, _ = read_rows(metrics)
+            if rows and (len(rows) // part != shown // part):
+                shown = len(rows)
+                reward = rows[-1].get("reward_mean")
+                of_step = f", reward {reward:.3f}" if reward is not None else ""
+                self._say(f"{run.name}: step {shown} of {steps}{of_step}")
+
+    def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+        self.asked_to_stop = True
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
+
+def _stop_with_parent() -> None:
+    """A run whose sweep was killed saves and stops, where the kernel can tell it (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def sweep_lock(out: Path, say: Callable[[str], None]) -> Iterator[int]:
+    """Holds the sweep's lock; waits while another start of it, or a run that one has left behind, is at work.
+
+    A run inherits the descriptor: the kernel holds the lock until the last process that has it is gone.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(
+                f"another start of the sweep in {out}, or a run of it, is at work; waiting for its end"
+            )
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)

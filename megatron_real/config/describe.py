@@ -1,0 +1,123 @@
+"""Every setting with its type, default, bounds and meaning, as the code declares them.
+
+`megatron-real config` prints them, and the reference of the documentation is made of them.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from megatron_real.bounds import hints, plain_hint
+from megatron_real.config.schema import Config
+from megatron_real.objective.registry import OBJECTIVES, make_objective
+
+_KINDS = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting, for a reader."""
+
+    path: str
+    """Its name, as on the command line."""
+    kind: str
+    """What it takes, bounds included."""
+    default: str
+    """Its default, as YAML has it."""
+    meaning: str
+    """The docstring under its field."""
+    objectives: tuple[str, ...] = ()
+    """The objectives that have it; empty for every other setting."""
+
+
+def every_setting() -> list[Setting]:
+    """Returns all settings in the order of the sections.
+
+    Those of several objectives once for each meaning.
+    """
+    settings = []
+    for setting in _settings_of(Config(), ""):
+        if setting.path == "objective":
+            settings += _settings_of_objectives()
+        else:
+            settings.append(setting)
+    return settings
+
+
+def _settings_of(section: Any, prefix: str) -> Iterator[Setting]:
+    """The settings of a dataclass with its defaults, and of those within it."""
+    meanings = meanings_of(type(section))
+    for name, hint in hints(type(section)).items():
+        value, path = getattr(section, name), f"{prefix}{name}"
+        if path == "given":
+            continue  # says where settings come from, and is none
+        if dataclasses.is_dataclass(value) and path != "objective":
+            yield from _settings_of(value, f"{path}.")
+        else:
+            yield Setting(path, _kind(hint), _default(value), meanings.get(name, ""))
+
+
+def _settings_of_objectives() -> list[Setting]:
+    names = Setting("objective.name", f"one of {', '.join(OBJECTIVES)}", "real", "The loss.")
+    owners: dict[Setting, list[str]] = {}
+    for objective in OBJECTIVES:
+        for setting in _settings_of(make_objective(objective), "objective."):
+            owners.setdefault(setting, []).append(objective)
+    others = [
+        dataclasses.replace(setting, objectives=tuple(objectives))
+        for setting, objectives in owners.items()
+    ]
+    return [names, *others]
+
+
+def meanings_of(cls: type) -> dict[str, str]:
+    """Field of a dataclass, those of its bases included -> the docstring under it."""
+    meanings: dict[str, str] = {}
+    for owner in reversed(cls.__mro__[:-1]):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        assert isinstance(tree, ast.ClassDef), "the source of a class is a class"
+        for field, after in zip(tree.body, tree.body[1:], strict=False):
+            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+                continue
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                meanings[field.target.id] = " ".join(str(after.value.value).split())
+    return meanings
+
+
+def _kind(hint: Any) -> str:
+    """What a setting takes, in words."""
+    plain = plain_hint(hint)
+    if get_origin(plain) is Literal:
+        return f"one of {', '.join(map(str, get_args(plain)))}"
+    bounds = [marker.demand for marker in getattr(hint, "__metadata__", ())]
+    return ", ".join(
+        [_type(plain), *(b.removeprefix("must be ").removeprefix("must ") for b in bounds)]
+    )
+
+
+def _type(plain: Any) -> str:
+    choices = get_args(plain)
+    if type(None) in choices:
+        return f"{_type(choices[0])} or null"
+    if get_origin(plain) is tuple:
+        return f"list of: {_kind(choices[0])}"
+    return _KINDS.get(plain, "keys and values")
+
+
+def _default(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    return str(value) if value != "" else '""'
+
+
+def default_in_yaml(value: Any) -> Any:
+    """A default as YAML and JSON hold it."""
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,89 @@
+"""Minibatch -> this rank's packed micro-batches: the plan over all ranks, laid out on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_real.batching import Layout, Minibatch, plan
+from megatron_real.config import BatchConfig, ParallelConfig
+from megatron_real.objective import Objective
+from megatron_real.policy.layout import Groups
+from megatron_real.policy.microbatch import Alignment, micro_batch
+from megatron_real.policy.train_step import Batch
+from megatron_real.weights.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Packs minibatches for one layout. Every rank plans alike and builds its own part."""
+
+    architecture: Architecture
+    """Its FLOPs weigh sequences against each other."""
+    objective: Objective
+    """Its reach says where a group may lie."""
+    batch: BatchConfig
+    """Token budget, packed or padded, placement."""
+    parallel: ParallelConfig
+    """The layout."""
+    groups: Groups
+    """This rank's place in it."""
+    bounds_on_host: bool = True
+    """The layers read the sequences' bounds on the host (MicroBatch.packed)."""
+
+    def with_placement(self, placement: Literal["auto", "intact", "dp", "split"]) -> Packer:
+        """Returns the same packer with another placement of groups."""
+        batch = dataclasses.replace(self.batch, placement=placement)
+        return dataclasses.replace(self, batch=batch)
+
+    def pack(self, minibatch: Minibatch, *, off_policy: bool) -> Batch:
+        """Plans the minibatch over all ranks and builds this rank's micro-batches.
+
+        Args:
+            minibatch: what is trained on.
+            off_policy: the weights will have moved since the rollouts were generated.
+
+        Raises:
+            ValueError: a sequence exceeds the token budget, or the groups do not fit the placement.
+        """
+        parallel, rollouts = self.parallel, minibatch.rollouts
+        alignment = Alignment(
+            cp=parallel.cp,
+            cp_rank=self.groups.cp.rank(),
+            tp=parallel.tp if parallel.sp else 1,
+            padded=self.batch.layout == "padded",
+        )
+        free = self.objective.free_first_minibatch and not off_policy
+        needs_scores = self.objective.gathers_scores and not free
+        placement = self.batch.placement
+        if needs_scores and self.objective.reach == "minibatch":
+            placement = "split"  # no micro-batch holds all scores
+        planned = plan(
+            [alignment.length(rollouts[i]) for i in minibatch.kept],
+            [rollouts[i].group for i in minibatch.kept],
+            layout=Layout(
+                dp=self.groups.dp.size(),
+                max_tokens=alignment.up(self.batch.max_tokens),
+                padded=alignment.padded,
+                pp=parallel.pp,
+                count_multiple=parallel.pp if parallel.vpp > 1 else 1,
+            ),
+            placement=placement,
+            needs_scores=needs_scores,
+            cost=lambda length: length * self.architecture.flops_per_token(length / 2),
+        )
+        own = planned.micro_batches[self.groups.dp.rank()]
+        return Batch(
+            minibatch=minibatch,
+            plan=planned,
+            micro_batches=tuple(
+                micro_batch(
+                    rollouts,
+                    [minibatch.kept[k] for k in members],
+                    alignment,
+                    bounds_on_host=self.bounds_on_host,
+                )
+                for members in own
+            ),
+        )

@@ -1,0 +1,420 @@
+"""Counts what a GPU would do: bytes, FLOPs, kernels and device synchronisations with the lines that cause them.
+
+A dispatch mode under FakeTensorMode, whose tensors have shapes and no memory. Small tensors (labels, targets, bounds of
+sequences) carry their values on the CPU beside the fake, through every operation whose inputs all have them. So what
+depends on values (nonzero, unique, item) has a true answer where the run itself would know it without a network or a
+matrix product, and a constant where only a GPU would (a loss, a norm); each such guess is listed.
+"""
+
+# mypy: disable-error-code="attr-defined,method-assign,assignment"
+# Fake tensors carry an attribute of ours.
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as outside_modes
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils.flop_counter import flop_registry
+
+from megatron_real.rehearsal import device as cuda_device
+
+aten = torch.ops.aten
+
+_LARGEST_KNOWN = 1 << 20
+"""Elements up to which a tensor's values are kept."""
+_LARGEST_GUESS = 1 << 16
+"""Elements up to which an unknown floating-point tensor is taken as 0, so that what depends on it has a shape."""
+_GRANULE = 512
+"""Bytes to which torch's CUDA allocator rounds each block."""
+
+_BY_VALUE = frozenset(
+    {
+        aten.nonzero.default, aten._unique2.default, aten.masked_select.default,
+        aten.bincount.default, aten.repeat_interleave.Tensor, aten.unique_consecutive.default,
+        aten.unique_dim.default,
+    }
+)  # fmt: skip
+"""Operations whose output's shape depends on values: on a GPU each waits for the device."""
+
+_NO_KERNEL = ("aten.empty", "aten.detach", "aten.new_empty", "aten.alias", "aten.lift")
+
+_OWN = {str(Path(__file__)), str(Path(__file__).with_name("world.py"))}
+_FLASH = aten._scaled_dot_product_flash_attention
+_FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_backward
+
+
+def call_site(depth: int = 1) -> str:
+    """The innermost lines of the running program that are neither torch's nor the rehearsal's, innermost first."""
+    frame: Any = sys._getframe(1)
+    lines: list[str] = []
+    while frame is not None and len(lines) < depth:
+        name = frame.f_code.co_filename
+        foreign = (
+            "/torch/" in name or name in _OWN or "contextlib" in name or name.endswith("device.py")
+        )
+        if not foreign:
+            lines.append(f"{_short(name)}:{frame.f_lineno}")
+        frame = frame.f_back
+    return " < ".join(lines) or "?"
+
+
+def _short(file: str) -> str:
+    _, found, rest = file.rpartition("site-packages/")
+    if found:
+        return rest
+    _, found, rest = file.rpartition("megatron_real/")
+    return f"megatron_real/{rest}" if found else file
+
+
+def _within_layer() -> bool:
+    """Whether the running operation belongs to a transformer layer's forward pass."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("transformer/transformer_layer.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+@dataclass
+class _Known:
+    """The values of a fake tensor."""
+
+    real: Tensor
+    """On the CPU."""
+    valid: list[bool]
+    """[1] shared by all views of a storage: False once it was written to without its values being followed."""
+
+
+class Meter(TorchDispatchMode):
+    """Runs the operations within it on fake tensors, and counts. Enter it inside FakeTensorMode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        """Bytes on the device now."""
+        self.peak = 0
+        """The most since the last `restart`."""
+        self.holders: dict[str, int] = {}
+        """Line that allocated -> bytes, at the peak."""
+        self.pinned_host = 0
+        """Bytes of pinned host memory allocated since the last `restart`."""
+        self.flops: Counter[str] = Counter()
+        self.kernels: Counter[str] = Counter()
+        self.syncs: Counter[str] = Counter()
+        self.syncs_in_layers = 0
+        self.guesses: Counter[str] = Counter()
+
+        self._pinned: set[int] = set()
+        self._sizes: dict[int, int] = {}
+        self._owners: dict[int, str] = {}
+        self._by_owner: Counter[str] = Counter()
+        self._noted_peak = 0
+
+    def __enter__(self) -> Meter:
+        cuda_device.on_synchronize.append(self._sync)
+        resize = torch.UntypedStorage.resize_
+
+        def resize_and_count(storage: Any, size: int) -> Any:
+            resized = resize(storage, size)
+            if storage._cdata in self._sizes:
+                self._hold(storage)
+            return resized
+
+        def pin(tensor: Tensor, *_: Any) -> Tensor:
+            """A copy in pinned memory, which only a driver can give; its values stay known."""
+            pinned = tensor.clone()
+            self._note_pinned(pinned)
+            return pinned
+
+        torch.UntypedStorage.resize_ = resize_and_count
+        Tensor.pin_memory = pin
+        Tensor.is_pinned = lambda tensor, *_: self._is_pinned(tensor)
+        FakeTensor.tolist = lambda tensor: self._tolist(tensor)
+        super().__enter__()
+        return self
+
+    def restart(self) -> None:
+        """Forgets the counts; what lives lives on."""
+        for counter in (self.flops, self.kernels, self.syncs, self.guesses):
+            counter.clear()
+        self.syncs_in_layers = self.pinned_host = 0
+        self.peak = self._noted_peak = self.live
+        self.holders = dict(self._by_owner)
+
+    # Values ------------------------------------------------------------------------------------
+
+    @staticmethod
+    def values(tensor: Tensor) -> Tensor | None:
+        """The values of a tensor as far as they are known."""
+        known: _Known | None = getattr(tensor, "_known", None)
+        return known.real if known is not None and known.valid[0] else None
+
+    def known(self, real: Tensor, device: torch.device) -> Tensor:
+        """A fake tensor on a device with these values."""
+        with outside_modes():
+            real = real.clone()
+        fake = torch.empty(tuple(real.shape), dtype=real.dtype, device=device)
+        fake._known = _Known(real, [True])
+        return fake
+
+    def _tolist(self, tensor: Tensor) -> Any:
+        if tensor.device.type == "cuda":
+            self._sync("tolist")
+        real = self.values(tensor)
+        if real is None:
+            self.guesses[f"tolist of {tuple(tensor.shape)} @ {call_site()}"] += 1
+            with outside_modes():
+                return torch.full(tensor.shape, self._guess(tensor)).tolist()
+        with outside_modes():
+            return real.tolist()
+
+    def _item(self, tensor: Tensor) -> Any:
+        if tensor.device.type == "cuda":
+            self._sync("item")
+        real = self.values(tensor)
+        if real is None:
+            self.guesses[f"item @ {call_site()}"] += 1
+            return self._guess(tensor)
+        with outside_modes():
+            return real.item()
+
+    @staticmethod
+    def _guess(tensor: Tensor) -> float | int | bool:
+        if tensor.is_floating_point():
+            return 0.5
+        return True if tensor.dtype == torch.bool else 1
+
+    def _equal(self, tensors: Sequence[Tensor]) -> bool:
+        if any(tensor.device.type == "cuda" for tensor in tensors):
+            self._sync("equal")
+        reals = [self.values(tensor) for tensor in tensors]
+        if any(real is None for real in reals):
+            return True
+        with outside_modes():
+            return torch.equal(*reals)  # type: ignore[arg-type]
+
+    def _index_by_mask(self, args: Sequence[Any]) -> Tensor:
+        source, indices = args[0], []
+        for index in args[1]:
+            if not isinstance(index, Tensor) or index.dtype != torch.bool:
+                indices.append(index)
+                continue
+            if index.device.type == "cuda":
+                self._sync("index by mask")
+            real = self.values(index)
+            if real is None:
+                raise RuntimeError(
+                    f"a mask whose values a rehearsal does not know, at {call_site(3)}"
+                )
+            with outside_modes():
+                positions = real.nonzero().unbind(1)
+            indices += [self.known(position, index.device) for position in positions]
+        return aten.index.Tensor(source, indices)
+
+    def _real_arguments(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """The same arguments on the CPU; None where a tensor's values are not known."""
+        flat, spec = tree_flatten((args, kwargs))
+        reals = []
+        for value in flat:
+            if isinstance(value, FakeTensor):
+                value = self.values(value)
+                if value is None:
+                    return None
+            elif isinstance(value, Tensor):
+                if value.numel() > _LARGEST_KNOWN or value.device.type != "cpu":
+                    return None
+            elif isinstance(value, torch.device):
+                value = torch.device("cpu")
+            reals.append(value)
+        real_args, real_kwargs = tree_unflatten(reals, spec)
+        real_kwargs.pop("generator", None)
+        if "pin_memory" in real_kwargs:
+            real_kwargs["pin_memory"] = False
+        return real_args, real_kwargs
+
+    def _follow(self, func: Any, args: Any, tensors: Sequence[Tensor], out: Any, real: Any) -> None:
+        """Gives the outputs their values, or marks them and what was written to as unknown."""
+        outputs = [o for o in tree_leaves(out) if isinstance(o, FakeTensor)]
+        if real is not None and outputs and all(o.numel() <= _LARGEST_KNOWN for o in outputs):
+            try:
+                with outside_modes():
+                    computed = func(*real[0], **real[1])
+            except (RuntimeError, NotImplementedError, TypeError) as error:
+                self.guesses[f"{func} on a CPU: {str(error).splitlines()[0][:80]}"] += 1
+            else:
+                results = [r for r in tree_leaves(computed) if isinstance(r, Tensor)]
+                for output, result in zip(outputs, results, strict=False):
+                    if output.shape == result.shape and getattr(output, "_known", None) is None:
+                        output._known = _Known(result, self._shared_validity(output, tensors))
+                return
+
+        written = [
+            arg
+            for arg, declared in zip(args, func._schema.arguments, strict=False)
+            if declared.alias_info is not None and declared.alias_info.is_write
+        ]
+        for tensor in tree_leaves(written):
+            if getattr(tensor, "_known", None) is not None:
+                tensor._known.valid[0] = False
+        for output in outputs:
+            small = output.is_floating_point() and output.numel() <= _LARGEST_GUESS
+            if small and not func.is_view and self.values(output) is None:
+                with outside_modes():
+                    zeros = torch.zeros(tuple(output.shape), dtype=output.dtype)
+                output._known = _Known(zeros, [True])
+
+    @staticmethod
+    def _shared_validity(output: Tensor, inputs: Sequence[Tensor]) -> list[bool]:
+        """That of an input with the same storage, of which the output is a view."""
+        storage = output.untyped_storage()._cdata
+        for tensor in inputs:
+            known = getattr(tensor, "_known", None)
+            if known is not None and tensor.untyped_storage()._cdata == storage:
+                return known.valid
+        return [True]
+
+    # Counts ------------------------------------------------------------------------------------
+
+    def _sync(self, kind: str) -> None:
+        self.syncs[f"{kind} @ {call_site(2)}"] += 1
+        self.syncs_in_layers += _within_layer()
+
+    def _hold(self, storage: Any) -> None:
+        """Counts the storage of a tensor on the device at its present size; a fake one says "meta" of itself."""
+        key = storage._cdata
+        size = -(-storage.nbytes() // _GRANULE) * _GRANULE
+        if key not in self._sizes:
+            weakref.finalize(storage, self._release, key)
+            self._owners[key] = call_site()
+        grown = size - self._sizes.get(key, 0)
+        if not grown:
+            self._sizes[key] = size
+            return
+        self._sizes[key] = size
+        self.live += grown
+        self._by_owner[self._owners[key]] += grown
+        if self.live > self.peak:
+            self.peak = self.live
+            # Noting every new peak would copy the table at each allocation.
+            if self.peak > 1.01 * self._noted_peak or not self.holders:
+                self._noted_peak = self.peak
+                self.holders = dict(self._by_owner)
+
+    def _release(self, key: int) -> None:
+        size = self._sizes.pop(key, 0)
+        self.live -= size
+        self._by_owner[self._owners.pop(key, "?")] -= size
+
+    def _count_transfer(self, func: Any, args: Any, kwargs: Any) -> None:
+        """A copy between host and device makes the host wait, unless it was asked not to and the memory is pinned."""
+        if func is aten._to_copy.default:
+            target = kwargs.get("device")
+            if target is None:
+                return
+            source, target_type = args[0], torch.device(target).type
+            asked_not_to = kwargs.get("non_blocking", False)
+            pinned = target_type == "cuda" and self._is_pinned(source)
+        elif func is aten.copy_.default:
+            source, target_type = args[1], args[0].device.type
+            asked_not_to = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+            pinned = self._is_pinned(source if target_type == "cuda" else args[0])
+        else:
+            return
+        if {source.device.type, target_type} == {"cpu", "cuda"} and not (asked_not_to and pinned):
+            memory = "" if pinned else "pageable "
+            self._sync(f"{memory}copy {source.device.type} to {target_type}")
+
+    def _is_pinned(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._pinned
+
+    def pinned(self, memory: Tensor, size: int) -> Tensor:
+        """In place of the driver's registration of host memory (pinned.py): counts exactly these bytes."""
+        storage = memory.untyped_storage()
+        self._pinned.add(storage._cdata)
+        weakref.finalize(storage, self._pinned.discard, storage._cdata)
+        self.pinned_host += size
+        return memory[:size]
+
+    def _note_pinned(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._pinned.add(storage._cdata)
+        weakref.finalize(storage, self._pinned.discard, storage._cdata)
+        # torch's CachingHostAllocator hands out powers of two.
+        self.pinned_host += 1 << max(storage.nbytes() - 1, 0).bit_length()
+
+    def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        on_device = [
+            o for o in tree_leaves(out) if isinstance(o, Tensor) and o.device.type == "cuda"
+        ]
+        for tensor in on_device:
+            self._hold(tensor.untyped_storage())
+        if not on_device:
+            return
+        packet = func._overloadpacket
+        self.flops[str(packet)] += self._flops(packet, args, kwargs, out)
+        if not func.is_view and not str(func).startswith(_NO_KERNEL):
+            self.kernels[str(packet)] += 1
+
+    @staticmethod
+    def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
+        # Causal attention computes half of the square; backward is five products for forward's two.
+        if packet is _FLASH:
+            query_BALD, key_BKLD = args[0], args[1]
+            return 4 * query_BALD.numel() * key_BKLD.shape[2] // 2
+        if packet is _FLASH_BACKWARD:
+            query_BALD, key_BKLD = args[1], args[2]
+            return 10 * query_BALD.numel() * key_BKLD.shape[2] // 2
+        if packet in flop_registry:
+            return int(flop_registry[packet](*args, **kwargs, out_val=out))
+        return 0
+
+    # Dispatch ----------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        if func is aten._local_scalar_dense.default:
+            return self._item(tensors[0])
+        if func is aten.equal.default:
+            return self._equal(tensors)
+        if func is aten.index.Tensor and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1]
+        ):
+            return self._index_by_mask(args)
+
+        real = self._real_arguments(args, kwargs)
+        if func in _BY_VALUE:
+            if any(tensor.device.type == "cuda" for tensor in tensors):
+                self._sync(str(func._overloadpacket))
+            if real is None:
+                raise RuntimeError(
+                    f"{func} needs values that a rehearsal does not know, at {call_site(3)}"
+                )
+            with outside_modes():
+                result = func(*real[0], **real[1])
+            device = tensors[0].device
+            out = tree_map(
+                lambda leaf: self.known(leaf, device) if isinstance(leaf, Tensor) else leaf, result
+            )
+            self._count(func, args, kwargs, out)
+            return out
+
+        self._count_transfer(func, args, kwargs)
+        out = func(*args, **kwargs)
+        self._count(func, args, kwargs, out)
+        if kwargs.get("pin_memory") and isinstance(out, Tensor) and out.device.type == "cpu":
+            self._note_pinned(out)
+        self._follow(func, args, tensors, out, real)
+        return out

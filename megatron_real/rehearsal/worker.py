@@ -1,0 +1,82 @@
+"""The process that rehearses: reads requests, forks once for each, writes reports.
+
+    python -m megatron_real.rehearsal.worker < requests.json > reports.jsonl
+
+A JSON list of requests comes on standard input; of each, in order, one line with its report goes to standard output.
+Libraries are imported once (7 s); a fork has a fresh megatron-core, whose parallel state can be set up only once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+from megatron_real.rehearsal.report import RankReport, Request
+
+
+def main() -> int:
+    """Returns 0, whatever the rehearsals find; 2 where the device cannot be made."""
+    from megatron_real.rehearsal import device
+
+    requests = json.loads(sys.stdin.read())
+    # Libraries print; the reports have the stream to themselves.
+    reports = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    try:
+        device.load()
+    except device.NoDevice as error:
+        print(f"megatron-real: {error}", file=sys.stderr)
+        return 2
+
+    import logging
+    import warnings
+
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    # Before megatron: it keeps functions of torch.distributed and asks torch.cuda when it is imported.
+    device.install(requests[0]["gpu"] if requests else "h100-80g")
+    from megatron_real.rehearsal.world import World
+
+    world = World()
+    world.install()
+    from megatron_real.rehearsal.rank import rehearse
+
+    for values in requests:
+        request = Request(**{**values, "overrides": tuple(values["overrides"])})
+        reports.write(_in_a_fork(rehearse, request, world) + "\n")
+        reports.flush()
+    return 0
+
+
+def _in_a_fork(rehearse: Any, request: Request, world: Any) -> str:
+    """The report as a line of JSON, of a rehearsal that ends its process too."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        try:
+            report = rehearse(request, world)
+        except BaseException:  # of whatever kind: the parent waits for a line
+            report = RankReport(request.rank, {}, {}, fault=traceback.format_exc())
+        with os.fdopen(write, "w", encoding="utf-8") as pipe:
+            pipe.write(json.dumps(report.to_json()))
+        os._exit(0)
+
+    os.close(write)
+    with os.fdopen(read, encoding="utf-8") as pipe:
+        line = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if line:
+        return line
+    fault = f"the process of rank {request.rank} ended by itself, status {status}"
+    return json.dumps(RankReport(request.rank, {}, {}, fault=fault).to_json())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""The rollouts that a page carries: whole groups, of evenly spaced steps, within a limit of bytes.
+
+Nothing of a rollout is interpreted here. Characters that a terminal or a browser would act on, NUL and changes of the
+direction of writing among them, are replaced by visible ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_real.report.variants import Run
+from megatron_real.runs.rollouts import read_rows
+
+MAX_STEPS = 40
+"""Steps of a run whose rollouts are read, where none are asked for."""
+MAX_TEXT = 4000
+"""Characters of a prompt or an answer that are kept: three quarters from its beginning, the rest from its end."""
+MAX_SHADED = 400
+"""Tokens of an answer that are kept with their log-probs."""
+
+_SEED = 0
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+_VISIBLE |= {0x7F: 0x2421}
+# Halves of surrogate pairs, which no browser can show and some cannot copy.
+_VISIBLE |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
+_DIRECTIONS = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_TABLE: dict[int, int | str] = {**_VISIBLE, **{code: f"<U+{code:04X}>" for code in _DIRECTIONS}}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is shown of one run."""
+
+    run: str
+    """Its name."""
+    groups: Sequence[Mapping[str, Any]]
+    """Each with its step, prompt, gold answers and rollouts; plain values for JSON."""
+    num_rollouts: int
+    """Rollouts in `groups`."""
+    num_read: int
+    """Rollouts of the steps that were read."""
+    num_steps: int
+    """Steps that were read."""
+    num_saved_steps: int
+    """Steps whose rollouts are on disk."""
+
+
+def sample_of(run: Run, *, max_bytes: int, steps: Sequence[int] = ()) -> Sample:
+    """Chooses the groups of a run that a page carries: at random, with a fixed seed, an equal share of each step.
+
+    Args:
+        max_bytes: of their JSON.
+        steps: the steps to show; none for at most MAX_STEPS of all, the first and the last among them.
+
+    Raises:
+        ValueError: a step has no rollouts on disk, or its file is damaged.
+    """
+    saved = run.records.steps()
+    if missing := [step for step in steps if step not in saved]:
+        kept = f"it has steps {saved[0]} to {saved[-1]}" if saved else "it has none"
+        raise ValueError(f"{run.name} has no rollouts of step {missing[0]} on disk; {kept}")
+
+    chosen = list(steps) or spaced(saved, MAX_STEPS)
+    decode = _decoder(run)
+    groups: list[Mapping[str, Any]] = []
+    num_read = 0
+    left = max_bytes
+    for i, step in enumerate(chosen):
+        # What earlier steps did not use is shared by the later ones.
+        share = left / (len(chosen) - i)
+        rows = list(read_rows(run.records.directory.saved_rollouts(step)))
+        num_read += len(rows)
+        for group in _groups(rows, decode, seed=step):
+            size = len(json.dumps(group))
+            if size > share:
+                continue
+            share -= size
+            left -= size
+            groups.append(group)
+    shown = sum(len(group["rollouts"]) for group in groups)
+    return Sample(run.name, groups, shown, num_read, len(chosen), len(saved))
+
+
+def spaced(steps: Sequence[int], limit: int) -> list[int]:
+    """Returns at most `limit` of the steps, evenly spaced, the first and the last among them."""
+    if len(steps) <= limit:
+        return list(steps)
+    return [steps[round(i * (len(steps) - 1) / (limit - 1))] for i in range(limit)]
+
+
+def visible(text: str) -> str:
+    """Returns a text whose control characters can be seen, and which is cut in the middle where it is long."""
+    if len(text) > MAX_TEXT:
+        head = text[: MAX_TEXT * 3 // 4]
+        tail = text[-MAX_TEXT // 4 :]
+        text = f"{head}\n[... {len(text) - MAX_TEXT:,} characters are left out ...]\n{tail}"
+    return text.translate(_TABLE)
+
+
+def _groups(
+    rows: Sequence[Mapping[str, Any]], decode: Any, *, seed: int
+) -> Iterator[Mapping[str, Any]]:
+    """The groups of a step in random order, which is the same at every report."""
+    members: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        members.setdefault(row["group"], []).append(row)
+    order = list(members)
+    random.Random(_SEED + seed).shuffle(order)
+    for group in order:
+        first = members[group][0]
+        yield {
+            "step": first["step"],
+            "group": group,
+            "uid": visible(str(first["uid"])),
+            "prompt": visible(first["prompt"]),
+            "gold": [visible(answer) for answer in first["answers"]],
+            "rollouts": [_rollout(row, decode) for row in members[group]],
+        }
+
+
+def _rollout(row: Mapping[str, Any], decode: Any) -> dict[str, Any]:
+    rollout = {
+        "sample": row["sample"],
+        "text": visible(row["completion"]),
+        "status": str(row["status"]),
+        "label": int(row["label"]),
+        "reason": visible(row.get("reason") or ""),
+        "reward": _rounded(row.get("reward")),
+        "score": _rounded(row.get("score")),
+        "weight": _rounded(row.get("weight")),
+        "length": len(row["token_ids"]),
+        "finished": bool(row["finished"]),
+    }
+    if decode is not None:
+        rollout["tokens"] = [visible(text) for text in decode(row["token_ids"][:MAX_SHADED])]
+        rollout["logprobs"] = [_rounded(p, 2) for p in row["logprobs"][:MAX_SHADED]]
+    return rollout
+
+
+def _decoder(run: Run) -> Any:
+    """A function from token ids to the text of each, by the tokenizer of the run's model; None where there is none.
+
+    A character of several tokens is shown as replacement characters.
+    """
+    file = Path(str(run.config.get("model", {}).get("path", ""))) / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception:  # the library raises Exception itself; a report without shading is still one
+        return None
+
+    def decode(token_ids: Sequence[int]) -> list[str]:
+        return list(
+            tokenizer.decode_batch([[token] for token in token_ids], skip_special_tokens=False)
+        )
+
+    return decode
+
+
+def _rounded(value: float | None, digits: int = 5) -> float | None:
+    """JSON has no NaN and no infinity."""
+    if value is None or not math.isfinite(value):
+        return None
+    return round(float(value), digits)

@@ -1,0 +1,165 @@
+"use strict";
+// The page's behaviour. Whatever a model wrote is set by textContent, never as markup.
+
+const byId = (id) => document.getElementById(id);
+const GROUPS_A_PAGE = 10;
+
+// ---- light and dark ----
+
+const root = document.documentElement;
+if (matchMedia("(prefers-color-scheme: dark)").matches) root.classList.add("dark");
+byId("theme").addEventListener("click", () => root.classList.toggle("dark"));
+
+// ---- the axis of the curves: every data source has a column of each, and draws the column x ----
+
+function setAxis(axis) {
+  for (const doc of Bokeh.documents) {
+    for (const source of doc._all_models.values()) {
+      if (source.name === "curves") source.data = { ...source.data, x: source.data[axis] };
+    }
+    for (const plot of doc._all_models.values()) {
+      if (plot.name !== "curve") continue;
+      for (const ruler of plot.below) ruler.axis_label = axis;
+      plot.reset.emit();
+    }
+  }
+}
+for (const button of document.querySelectorAll("input[name=axis]")) {
+  button.addEventListener("change", () => setAxis(button.value));
+}
+
+// ---- the browser of rollouts ----
+
+const samples = JSON.parse(byId("samples").textContent);
+const LABELS = { "1": "right", "0": "wrong", "-1": "excluded" };
+let page = 0;
+
+function fill(select, values, first) {
+  const before = select.value;
+  select.replaceChildren();
+  if (first) select.append(new Option(first, ""));
+  for (const [value, text] of values) select.append(new Option(text, value));
+  if ([...select.options].some((option) => option.value === before)) select.value = before;
+}
+
+const groupsOfRun = () => samples.length ? samples[Number(byId("run").value) || 0].groups : [];
+
+function fillFilters() {
+  const groups = groupsOfRun();
+  const steps = [...new Set(groups.map((group) => group.step))];
+  const statuses = new Set(groups.flatMap((group) => group.rollouts.map((one) => one.status)));
+  fill(byId("step"), steps.map((step) => [step, step]), "any");
+  fill(byId("status"), [...statuses].sort().map((status) => [status, status]), "any");
+}
+
+function matches(rollout, group) {
+  const label = byId("label").value;
+  const status = byId("status").value;
+  const words = byId("search").value.toLowerCase();
+  return (label === "" || String(rollout.label) === label)
+    && (status === "" || rollout.status === status)
+    && (words === "" || rollout.text.toLowerCase().includes(words)
+        || group.prompt.toLowerCase().includes(words));
+}
+
+function key(rollout, name) {
+  const value = name === "weight" && rollout.weight !== null ? Math.abs(rollout.weight) : rollout[name];
+  return value === null ? -Infinity : value;
+}
+
+function selected() {
+  const step = byId("step").value;
+  const name = byId("sort").value;
+  const sign = byId("descending").checked ? -1 : 1;
+  const found = groupsOfRun()
+    .filter((group) => step === "" || String(group.step) === step)
+    .map((group) => ({ group, hits: group.rollouts.filter((one) => matches(one, group)) }))
+    .filter((entry) => entry.hits.length > 0);
+  if (name !== "") {
+    // A group stands where its foremost rollout stands.
+    const foremost = (entry) => {
+      const keys = entry.hits.map((one) => key(one, name));
+      return sign < 0 ? Math.max(...keys) : Math.min(...keys);
+    };
+    found.sort((a, b) => {
+      const [one, other] = [foremost(a), foremost(b)];
+      return one === other ? 0 : sign * (one < other ? -1 : 1);
+    });
+  }
+  return found;
+}
+
+function element(tag, className, text) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+const figure = (value) => value === null || value === undefined ? "-" : String(Number(value.toPrecision(4)));
+
+function answerText(rollout) {
+  const body = element("pre");
+  if (!byId("shade").checked || !rollout.tokens) {
+    body.textContent = rollout.text;
+    return body;
+  }
+  rollout.tokens.forEach((text, i) => {
+    const token = element("span", "token", text);
+    const logprob = rollout.logprobs[i];
+    if (logprob !== null) {
+      token.style.backgroundColor = `rgba(var(--shade), ${(Math.min(5, -logprob) / 5 * 0.85).toFixed(3)})`;
+      token.title = `${logprob} nats`;
+    }
+    body.append(token);
+  });
+  if (rollout.length > rollout.tokens.length) {
+    body.append(element("span", "quiet", `[... ${rollout.length - rollout.tokens.length} more tokens]`));
+  }
+  return body;
+}
+
+function answer(rollout, hit) {
+  const label = LABELS[String(rollout.label)];
+  const box = element("div", `answer ${label}${hit ? "" : " hidden-by-filter"}`);
+  const cut = rollout.finished ? "" : ", cut at the limit";
+  box.append(element("strong", "", `${rollout.sample}: ${label}, ${rollout.status}`));
+  box.append(element("p", "quiet",
+    `reward ${figure(rollout.reward)}, score ${figure(rollout.score)}, weight ${figure(rollout.weight)}, `
+    + `${rollout.length} tokens${cut}${rollout.reason ? `; ${rollout.reason}` : ""}`));
+  box.append(answerText(rollout));
+  return box;
+}
+
+function card({ group, hits }) {
+  const box = element("div", "card");
+  box.append(element("h3", "", `step ${group.step}, group ${group.group}: ${group.uid}`));
+  box.append(element("pre", "", group.prompt));
+  box.append(element("p", "quiet", `gold: ${group.gold.join("  or  ")}`));
+  const answers = element("div", "answers");
+  for (const rollout of group.rollouts) answers.append(answer(rollout, hits.includes(rollout)));
+  box.append(answers);
+  return box;
+}
+
+function show() {
+  const found = selected();
+  const pages = Math.max(1, Math.ceil(found.length / GROUPS_A_PAGE));
+  page = Math.min(page, pages - 1);
+  byId("list").replaceChildren(
+    ...found.slice(page * GROUPS_A_PAGE, (page + 1) * GROUPS_A_PAGE).map(card));
+  const hits = found.reduce((sum, entry) => sum + entry.hits.length, 0);
+  byId("place").textContent = `${hits} rollouts in ${found.length} groups, page ${page + 1} of ${pages}`;
+  byId("previous").disabled = page === 0;
+  byId("next").disabled = page >= pages - 1;
+  byId("scale").hidden = !byId("shade").checked;
+}
+
+fill(byId("run"), samples.map((sample, i) => [i, sample.run]), "");
+fillFilters();
+byId("run").addEventListener("change", fillFilters);
+byId("filters").addEventListener("input", () => { page = 0; show(); });
+byId("filters").addEventListener("submit", (event) => event.preventDefault());
+byId("previous").addEventListener("click", () => { page -= 1; show(); });
+byId("next").addEventListener("click", () => { page += 1; show(); });
+show();

@@ -1,0 +1,206 @@
+"""The tables of a report: what ran and what differs, time by rank, faults and restarts, and evaluations."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_real.records import Status
+from megatron_real.report.variants import Run
+from megatron_real.runs.summary import duration
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts."""
+
+    head: Sequence[str]
+    """[columns] names."""
+    rows: Sequence[Sequence[str]]
+    """[rows][columns] cells."""
+
+
+def overview(runs: Sequence[Run]) -> Table:
+    """What ran, and how far it came."""
+    head = ["run", "state", "steps", "objective", "model", "reward, last steps", "time in steps"]
+    return Table(head, [_overview_row(run) for run in runs])
+
+
+def _overview_row(run: Run) -> list[str]:
+    rewards = [row["reward_mean"] for row in run.steps[-5:] if row.get("reward_mean") is not None]
+    reward = _number(math.fsum(rewards) / len(rewards)) if rewards else "-"
+    seconds = math.fsum(
+        row[name] or 0.0 for row in run.steps for name in row if name.startswith("seconds/")
+    )
+    asked = _setting(run.config, "trainer.steps")
+    done = run.steps[-1]["step"] if run.steps else 0
+    return [
+        run.name,
+        str(run.status.get("state", "")),
+        f"{done} of {asked}",
+        str(_setting(run.config, "objective.name")),
+        str(_setting(run.config, "model.path")),
+        reward,
+        duration(seconds),
+    ]
+
+
+def differences(runs: Sequence[Run]) -> Table:
+    """The settings in which the runs differ, a column for each run."""
+    flat = [flattened(run.config) for run in runs]
+    names = list(dict.fromkeys(name for settings in flat for name in settings))
+    rows = []
+    for name in names:
+        values = [_text(settings.get(name)) for settings in flat]
+        if len(set(values)) > 1:
+            rows.append([name, *values])
+    return Table(["setting", *(run.name for run in runs)], rows)
+
+
+def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns every setting under its dotted name."""
+    settings: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            settings |= flattened(value, f"{prefix}{name}.")
+        else:
+            settings[f"{prefix}{name}"] = value
+    return settings
+
+
+def rank_times(runs: Sequence[Run]) -> Table:
+    """Time of each stage over the ranks, a mean over the steps, and which rank was the slowest most often."""
+    rows = []
+    for run in runs:
+        names = dict.fromkeys(name for row in run.steps for name in row)
+        for name in names:
+            if name.startswith("rank_seconds/") and name.endswith("_max"):
+                rows.append(_rank_row(run, name.removesuffix("_max")))
+    return Table(
+        ["run", "stage", "fastest rank (s)", "mean (s)", "slowest (s)", "most often"], rows
+    )
+
+
+def _rank_row(run: Run, stem: str) -> list[str]:
+    means = [_number(_mean(run.steps, f"{stem}_{which}")) for which in ("min", "mean", "max")]
+    slowest = Counter(row[f"{stem}_slowest"] for row in run.steps if f"{stem}_slowest" in row)
+    rank, times = slowest.most_common(1)[0] if slowest else (None, 0)
+    often = "-" if rank is None else f"rank {rank:.0f} ({times / len(run.steps):.0%} of the steps)"
+    return [run.name, stem.removeprefix("rank_seconds/"), *means, often]
+
+
+def exchange(runs: Sequence[Run]) -> Table:
+    """How far trainer and engine were apart, and what bringing the weights over cost."""
+    of_mismatch = ("mismatch_mean_abs", "mismatch_k3", "mismatch_share", "mismatch_max_abs")
+    names = (*of_mismatch, "seconds/sync", "lag")
+    rows = []
+    for run in runs:
+        for name in names:
+            values = [row[name] for row in run.steps if row.get(name) is not None]
+            if values:
+                figures = (math.fsum(values) / len(values), max(values), values[-1])
+                rows.append([run.name, name, *map(_number, figures)])
+    return Table(["run", "figure", "mean over the steps", "largest", "last step"], rows)
+
+
+def events(runs: Sequence[Run]) -> Table:
+    """Starts and restarts, skipped updates, checks and completions that failed, and the end."""
+    rows = []
+    for run in runs:
+        for number, life in enumerate(run.lives, 1):
+            changed = "; ".join(map(str, life.get("changed") or []))
+            what = f"start {number}: {life.get('processes')} processes, from {life.get('from')}"
+            rows.append(
+                [run.name, str(life.get("time", "")), what + (f"; {changed}" if changed else "")]
+            )
+        rows += [[run.name, f"step {step}", what] for step, what in _faults(run)]
+        state, reason = run.status.get("state"), run.status.get("reason")
+        rows.append(
+            [run.name, str(run.status.get("time", "")), f"{state}{f': {reason}' if reason else ''}"]
+        )
+    return Table(["run", "when", "what"], rows)
+
+
+def _faults(run: Run) -> list[tuple[int, str]]:
+    failed = [f"status/{status}" for status in Status if status.failed]
+    faults = []
+    for row in run.steps:
+        if skipped := row.get("skipped_updates"):
+            faults.append(
+                (row["step"], f"{skipped:.0f} updates skipped: loss or gradient not finite")
+            )
+        counts = {name.removeprefix("status/"): row.get(name) or 0 for name in failed}
+        lost = ", ".join(f"{count:.0f} {name}" for name, count in counts.items() if count)
+        if lost:
+            faults.append((row["step"], f"rollouts without a verdict: {lost}"))
+    return faults
+
+
+def held_out(runs: Sequence[Run]) -> Table:
+    """The first, best and last accuracy on held-out problems, with standard errors."""
+    rows = []
+    for run in runs:
+        name = "heldout/pass_at_1"
+        figures = [row for row in run.evaluations if row.get(name) is not None]
+        if not figures:
+            continue
+        best = max(figures, key=lambda row: float(row[name]))
+        cells = [_accuracy(row) for row in (figures[0], best, figures[-1])]
+        rows.append([run.name, *cells, f"{figures[-1].get('heldout/problems') or 0:.0f}"])
+    return Table(["run", "first", "best", "last", "problems"], rows)
+
+
+def _accuracy(row: Mapping[str, Any]) -> str:
+    error = row.get("heldout/standard_error")
+    spread = "" if error is None else f" \N{PLUS-MINUS SIGN} {error:.4f}"
+    return f"{row['heldout/pass_at_1']:.4f}{spread} (step {row['step']})"
+
+
+def benchmarks(directories: Sequence[str]) -> Table:
+    """The results of `megatron-real eval`, with standard errors.
+
+    Raises:
+        ValueError: a directory has no results.
+    """
+    rows = []
+    for directory in directories:
+        file = Path(directory) / "results.json"
+        try:
+            results = json.loads(file.read_text(encoding="utf-8"))
+            of_benchmarks = {**results["benchmarks"], "average": results["average"]}
+            for name, row in of_benchmarks.items():
+                error = row.get("standard_error")
+                spread = "" if error is None else f" \N{PLUS-MINUS SIGN} {error:.4f}"
+                figures = [f"{row['pass_at_1']:.4f}{spread}", _number(row.get("majority"))]
+                sizes = [str(row.get("problems", "")), str(row.get("samples", ""))]
+                rows.append([str(results["model"]), name, *figures, *sizes])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{file} holds no results ({type(error).__name__}: {error}); "
+                "give the --out of a finished `megatron-real eval`"
+            ) from error
+    return Table(["model", "benchmark", "pass@1", "majority", "problems", "samples"], rows)
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _number(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:.4g}"
+
+
+def _setting(config: Mapping[str, Any], name: str) -> Any:
+    return flattened(config).get(name, "-")
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None else json.dumps(value, default=str).strip('"')

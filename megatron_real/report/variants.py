@@ -1,0 +1,104 @@
+"""What a report needs of run directories: the runs, and the variants that runs with different seeds are of."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_real.runs.run_records import RunRecords
+
+_OF_ONE_RUN = (("trainer", "seed"), ("trainer", "run_dir"))
+"""Settings in which runs of one variant may differ."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory, read once."""
+
+    name: str
+    """Its directory's name."""
+    records: RunRecords
+    """Its files."""
+    config: Mapping[str, Any]
+    """config.yaml, of the newest life."""
+    status: Mapping[str, Any]
+    """status.json."""
+    steps: Sequence[Mapping[str, Any]]
+    """One row for each step that is done, in order."""
+    evaluations: Sequence[Mapping[str, Any]]
+    """One row for each evaluation on held-out problems, in order."""
+    lives: Sequence[Mapping[str, Any]]
+    """What each life was started with, in order."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Runs whose configurations differ in nothing but the seed."""
+
+    name: str
+    """Its run's name; of several runs, what their names begin with."""
+    runs: Sequence[Run]
+    """[1..] runs."""
+
+
+def read_run(path: str) -> Run:
+    """Reads a run directory.
+
+    Raises:
+        ValueError: it is none, or has no readable config.yaml.
+    """
+    import yaml
+
+    records = RunRecords(path)
+    directory = records.directory
+    try:
+        config = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{directory.config} cannot be read ({' '.join(str(error).split())}); "
+            "give the directory of a run that has begun"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{directory.config} is no configuration; the file may be cut")
+    return Run(
+        name=directory.path.resolve().name,
+        records=records,
+        config=config,
+        status=records.status(),
+        steps=[row for row in records.metrics() if isinstance(row.get("step"), int)],
+        evaluations=[row for row in records.evaluations() if isinstance(row.get("step"), int)],
+        lives=[
+            life for path in sorted(directory.lives.glob("life-*.json")) for life in _life(path)
+        ],
+    )
+
+
+def variants_of(runs: Sequence[Run]) -> list[Variant]:
+    """Returns the variants in the order of their first runs."""
+    members: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = json.loads(json.dumps(run.config, default=str))
+        for section, name in _OF_ONE_RUN:
+            settings.get(section, {}).pop(name, None)
+        members.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
+    return [Variant(_name(same), same) for same in members.values()]
+
+
+def _name(runs: Sequence[Run]) -> str:
+    if len(runs) == 1:
+        return runs[0].name
+    # Of characters, as names end with the seed.
+    common = os.path.commonprefix([run.name for run in runs]).rstrip("-_.")  # noqa: RUF071
+    return f"{common or runs[0].name} ({len(runs)} runs)"
+
+
+def _life(path: Path) -> list[Mapping[str, Any]]:
+    try:
+        life = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []  # it is being written, or was cut: the report is of what can be read
+    return [life] if isinstance(life, dict) else []

@@ -1,0 +1,106 @@
+"""What a draw of rollouts depends on, written beside them: rollouts are used again only where all of it is the same.
+
+A file on disk cannot be judged by the run's configuration, which somebody may have rewritten since. So it says of itself
+which weights drew it, by which settings, for which prompts and answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megatron_real.records import Prompt
+from megatron_real.rollout.checksum import checksum
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What some rollouts were drawn under. Equal origins: the same rollouts, as far as the engine repeats itself."""
+
+    weights: str
+    """Digest of every tensor of the policy that generated them, the same on any layout."""
+    questions: str
+    """Digest of the prompts' tokens, in order."""
+    answers: str
+    """Digest of their gold answers, in order."""
+    seed: int
+    """Of the draw."""
+    settings: Mapping[str, Any]
+    """Every setting that sampling and labels depend on, by its name in the configuration; plain JSON values."""
+
+    def differences(self, now: Origin) -> list[str]:
+        """What is different `now`, in words; empty where nothing is."""
+        words = {
+            "weights": "the policy's weights have changed",
+            "questions": "the prompts have changed",
+            "answers": "gold answers have changed",
+            "seed": "the draw has another seed",
+        }
+        changed = [
+            text for name, text in words.items() if getattr(self, name) != getattr(now, name)
+        ]
+        for name in {**self.settings, **now.settings}:
+            before, after = self.settings.get(name), now.settings.get(name)
+            if before != after:
+                changed.append(f"{name} was {before!r} and is {after!r}")
+        return changed
+
+    def to_plain(self) -> dict[str, Any]:
+        """Values that JSON takes."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> Origin:
+        """The inverse of `to_plain`.
+
+        Raises:
+            ValueError: `values` are something else.
+        """
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"it does not say what it was drawn under ({error})") from error
+
+
+def digest_of_questions(prompts: Sequence[Prompt]) -> str:
+    """Digest of the tokens of each prompt, in order. What its row is called does not count."""
+    return _digest(prompt.token_ids for prompt in prompts)
+
+
+def digest_of_answers(prompts: Sequence[Prompt]) -> str:
+    """Digest of the gold answers of each prompt, in order."""
+    return _digest(prompt.answers for prompt in prompts)
+
+
+def _digest(values: Iterable[tuple[Any, ...]]) -> str:
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(repr(value).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
+
+
+class WeightsDigest:
+    """Passes a stream of HF tensors on, and knows its digest once it has ended.
+
+    Example:
+        weights = WeightsDigest(policy.stream())
+        sync.run(weights, policy.mismatch)
+        weights.hexdigest()
+    """
+
+    def __init__(self, stream: Iterable[tuple[str, Tensor]]) -> None:
+        self._stream = stream
+        self._tensors: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self._stream:
+            self._tensors[name] = f"{tensor.dtype} {tuple(tensor.shape)} {checksum(tensor)}"
+            yield name, tensor
+
+    def hexdigest(self) -> str:
+        """Digest of all tensors that have passed; their order, which depends on the layout, does not count."""
+        return _digest(sorted(self._tensors.items()))

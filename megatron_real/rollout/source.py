@@ -1,0 +1,377 @@
+"""Where a step's rollouts come from: drawn within the step, drawn one step ahead, or read from a saved run.
+
+    take(step)    weights to the engine -> chunks of prompts -> completions -> verdicts -> mismatch filter
+                  -> groups of one class drawn again -> the engine gives its room back
+
+`Fresh` does all of it within the step. `OneStepAhead` lets the engine generate the next step's rollouts while this one
+trains (ahead.py has the times): its rollouts lag one step behind, which nobody above needs to know. `Replay` reads.
+
+What a draw depends on (the run's seed, the step, the draw's number and its prompts) does not depend on the layout or on
+earlier interruptions. A whole chunk is kept on disk; a step that is taken up again draws the missing chunks only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy
+from torch import Tensor
+
+from megatron_real.objective import Objective
+from megatron_real.prompts import PromptCursor
+from megatron_real.records import UNKNOWN_VERSION, Completion, Prompt, Rollout, Sampling
+from megatron_real.rollout.ahead import Ahead
+from megatron_real.rollout.engine import EngineFailed
+from megatron_real.rollout.origin import (
+    Origin,
+    WeightsDigest,
+    digest_of_answers,
+    digest_of_questions,
+)
+from megatron_real.rollout.refill import refill
+from megatron_real.rollout.stage import RolloutStage, permuted_labels, without_mismatch
+from megatron_real.rollout.sync import WeightSync
+
+logger = logging.getLogger(__name__)
+
+StageTimer = Callable[[str], AbstractContextManager[None]]
+"""Measures a stage by its name while it is entered."""
+
+
+@dataclass(frozen=True)
+class StepRollouts:
+    """The rollouts of one step."""
+
+    rollouts: list[Rollout]
+    """Labelled, in order of group and sample; the same on every rank."""
+    lag: float = 0.0
+    """Steps between the weights that generated them and those that the step begins with."""
+    generating_weights: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Within it the policy has the weights that generated them. To be entered once, before the step's first update."""
+
+
+class Source(Protocol):
+    """One step's rollouts after the other."""
+
+    def take(self, step: int) -> StepRollouts:
+        """The rollouts of a step, from 1. Collective over all ranks; steps come in order, each once."""
+
+
+class TrainedPolicy(Protocol):
+    """What a source asks of the policy. All of it is collective over all ranks."""
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Every HF (name, tensor), one at a time."""
+
+    def mismatch(self, rollouts: Sequence[Rollout]) -> Sequence[float]:
+        """Mean |log-prob here - in the engine| (nats) of each rollout, under the present weights."""
+
+    def make_room(self) -> None:
+        """Frees what generation has no use for."""
+
+    def take_room_back(self) -> None:
+        """Undoes `make_room`."""
+
+
+class EarlierWeights(Protocol):
+    """A copy of the policy's weights as they were (policy/snapshot.py)."""
+
+    def take(self) -> None:
+        """Copies them as they are now."""
+
+    def swapped_in(self) -> AbstractContextManager[None]:
+        """Within, the policy has the copied weights."""
+
+
+@dataclass(frozen=True)
+class ChunkName:
+    """Which part of a run some rollouts are."""
+
+    step: int
+    """Number of the step, from 1."""
+    draw: int
+    """0, or the round of refills that it was drawn for."""
+    first_prompt: int
+    """Position of its first prompt among those of the draw."""
+
+
+class Chunks(Protocol):
+    """Where the rollouts of an unfinished step are kept."""
+
+    def read(
+        self, name: ChunkName, prompts: Sequence[Prompt], origin: Origin
+    ) -> list[Rollout] | None:
+        """The rollouts of a chunk, on every rank; None where there are none that were drawn under `origin`."""
+
+    def write(self, name: ChunkName, origin: Origin, rollouts: Sequence[Rollout]) -> None:
+        """Keeps them."""
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """How a step's rollouts are drawn."""
+
+    sampling: Sampling
+    """Of the engine."""
+    num_prompts: int
+    """Groups of a step."""
+    chunk_prompts: int
+    """Prompts of a chunk; 0: all of a draw."""
+    refill_rounds: int
+    """Rounds in which groups that teach nothing are drawn again."""
+    exclude_mismatch: float | None
+    """Bound (nats) of a rollout's mismatch; None: no bound."""
+    permute_labels: bool
+    """The control experiment: the step's verdicts are dealt to other rollouts."""
+    seed: int
+    """The run's."""
+    settings: Mapping[str, Any]
+    """What the rollouts depend on, by name: the settings of their `Origin`."""
+    objective: Objective
+    """It says which groups teach nothing."""
+
+    def draw_seed(self, step: int, draw: int = 0, first_prompt: int = 0) -> int:
+        """Seed of a chunk's sampling."""
+        return self.seed * 1_000_003 + step + (draw << 40) + (first_prompt << 48)
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Engine and verifier, and the policy whose weights the engine gets."""
+
+    policy: TrainedPolicy
+    """Trained by others; still while the engine is awake."""
+    stage: RolloutStage
+    """Engine and verifier."""
+    sync: WeightSync
+    """Brings the weights into the engine."""
+    timed: StageTimer
+    """Measures what each stage takes."""
+    check_weights: Callable[[], None] = lambda: None
+    """Called before each sync; may raise where the weights are not worth it. Collective over all ranks."""
+
+    @contextmanager
+    def awake(self) -> Iterator[str]:
+        """Within, the engine has the policy's present weights, and the policy has made room. Gives their digest."""
+        with self.timed("sync"):
+            self.check_weights()
+            self.policy.make_room()
+            weights = WeightsDigest(self.policy.stream())
+            self.sync.run(weights, self.policy.mismatch)
+        yield weights.hexdigest()
+        self.stage.engine.finish_inference()
+        self.policy.take_room_back()
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[Rollout]:
+        """Labelled rollouts of the prompts. Collective over all ranks."""
+        with self.timed("rollout"):
+            sampled = self.stage.generate(prompts, sampling, seed=seed)
+        with self.timed("label"):
+            return self.stage.label(prompts, sampled, self._bring_back)
+
+    def _bring_back(self) -> None:
+        """Starts again what has ended while it generated, and gives it the weights that the others have.
+
+        What cannot be brought back now is left to the next sync: other engines draw what it has lost.
+        """
+        try:
+            ended = self.stage.engine.revive()
+        except EngineFailed as error:  # on every rank alike
+            logger.warning("%s; other engines draw what it has lost", error)
+            return
+        if ended:
+            self.sync.run(self.policy.stream())
+
+
+class Fresh:
+    """Draws a step's rollouts when they are wanted, from the weights that train on them."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        cursor: PromptCursor,
+        options: DrawOptions,
+        chunks: Chunks,
+        *,
+        seam: Callable[[], None],
+    ) -> None:
+        """`seam`: called after each chunk that was drawn; may end the run by an exception."""
+        self.generator = generator
+        self.cursor = cursor
+        self.options = options
+        self._chunks = chunks
+        self._seam = seam
+
+    def awake(self) -> AbstractContextManager[str]:
+        """Lends the engine with the policy's present weights, for example to an evaluation."""
+        return self.generator.awake()
+
+    def take(self, step: int) -> StepRollouts:
+        """See `Source`."""
+        with self.awake() as weights:
+            rollouts = self._rollouts(step, weights)
+        return StepRollouts(rollouts)
+
+    def _rollouts(self, step: int, weights: str) -> list[Rollout]:
+        """The step's rollouts, by an engine that has the weights of that digest."""
+
+        def draw(num_prompts: int, number: int) -> list[Rollout]:
+            return self._draw(step, number, num_prompts, weights)
+
+        options = self.options
+        rollouts = refill(
+            draw(options.num_prompts, 0),
+            options.objective,
+            rounds=options.refill_rounds,
+            draw=draw,
+        )
+        if options.permute_labels:
+            return permuted_labels(rollouts, seed=options.draw_seed(step))
+        return rollouts
+
+    def _draw(self, step: int, draw: int, num_prompts: int, weights: str) -> list[Rollout]:
+        """One draw of a step: the rollouts of so many fresh prompts, chunk by chunk."""
+        prompts = self.cursor.next_batch(num_prompts)
+        size = self.options.chunk_prompts or num_prompts
+        rollouts: list[Rollout] = []
+        for first in range(0, num_prompts, size):
+            chunk = self._chunk(
+                ChunkName(step, draw, first), prompts[first : first + size], weights
+            )
+            rollouts += [dataclasses.replace(r, group=first + r.group) for r in chunk]
+        return rollouts
+
+    def _chunk(self, name: ChunkName, prompts: Sequence[Prompt], weights: str) -> list[Rollout]:
+        """The chunk's rollouts, from the disk if they are there; groups count from 0."""
+        seed = self.options.draw_seed(name.step, name.draw, name.first_prompt)
+        origin = Origin(
+            weights,
+            digest_of_questions(prompts),
+            digest_of_answers(prompts),
+            seed,
+            self.options.settings,
+        )
+        kept = self._chunks.read(name, prompts, origin)
+        if kept is not None:
+            self.generator.stage.lengths.learn(kept)
+            return kept
+
+        rollouts = sampled_by(self._sample(prompts, seed), version=name.step - self._lag)
+        if self.options.exclude_mismatch is not None:
+            with self.generator.timed("mismatch"), self._generating_weights():
+                mismatch = self.generator.policy.mismatch
+                bound = self.options.exclude_mismatch
+                rollouts = without_mismatch(rollouts, mismatch, bound=bound)
+        with self.generator.timed("write"):
+            self._chunks.write(name, origin, rollouts)
+        self._seam()
+        return rollouts
+
+    def _sample(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
+        return self.generator.sample(prompts, self.options.sampling, seed=seed)
+
+    @property
+    def _lag(self) -> int:
+        """Steps between the weights that generate the rollouts at hand and the present ones."""
+        return 0
+
+    def _generating_weights(self) -> AbstractContextManager[None]:
+        """Within, the policy has the weights that generated the rollouts at hand: here it has them anyway."""
+        return nullcontext()
+
+
+class OneStepAhead(Fresh):
+    """Draws a step's rollouts while the step before trains: from the weights that the engine got then.
+
+    The first step of each life of the run is drawn as `Fresh` does it.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        cursor: PromptCursor,
+        options: DrawOptions,
+        chunks: Chunks,
+        *,
+        seam: Callable[[], None],
+        earlier: EarlierWeights,
+        last_step: int,
+    ) -> None:
+        """`earlier` is filled by this class alone; after `last_step` nothing is drawn ahead."""
+        super().__init__(generator, cursor, options, chunks, seam=seam)
+        self._earlier = earlier
+        self._last_step = last_step
+        self._ahead = Ahead(generator.stage, options.sampling)
+        self._lagging = False
+        self._generated_by = ""
+
+    @contextmanager
+    def awake(self) -> Iterator[str]:
+        """Lends the engine once what it was asked for ahead is there."""
+        with self.generator.timed("rollout"):
+            self._lagging = self._ahead.settle()
+        with self.generator.awake() as weights:
+            yield weights
+
+    def take(self, step: int) -> StepRollouts:
+        """See `Source`."""
+        with self.awake() as weights:
+            lagging = self._lagging
+            rollouts = self._rollouts(step, self._generated_by if lagging else weights)
+            if step < self._last_step:
+                prompts = self.cursor.peek(self.options.num_prompts)
+                self._ahead.begin(prompts, seed=self.options.draw_seed(step + 1))
+                self._generated_by = weights
+        return StepRollouts(rollouts, float(lagging), partial(self._hand_over, lagging))
+
+    def _sample(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
+        rollouts = self._ahead.take(prompts)
+        return super()._sample(prompts, seed) if rollouts is None else rollouts
+
+    @property
+    def _lag(self) -> int:
+        return int(self._lagging)
+
+    def _generating_weights(self) -> AbstractContextManager[None]:
+        return self._earlier.swapped_in() if self._lagging else nullcontext()
+
+    @contextmanager
+    def _hand_over(self, lagging: bool) -> Iterator[None]:
+        """Within, the weights that generated the step's rollouts; afterwards the present ones are the earlier ones.
+
+        The engine has them, and generates the next step's rollouts with them while this step's updates are made.
+        """
+        with self._earlier.swapped_in() if lagging else nullcontext():
+            yield
+        self._earlier.take()
+
+
+class Replay:
+    """Reads the rollouts that an earlier run has saved; no engine is needed."""
+
+    def __init__(self, read: Callable[[int], list[Rollout]]) -> None:
+        """`read`: the rollouts of a step, in any order."""
+        self._read = read
+
+    def take(self, step: int) -> StepRollouts:
+        """See `Source`."""
+        return StepRollouts(sorted(self._read(step), key=lambda r: (r.group, r.sample)))
+
+
+def sampled_by(rollouts: Sequence[Rollout], *, version: int) -> list[Rollout]:
+    """The rollouts, whose trained tokens know the weight version that sampled them; the others have none."""
+    return [
+        dataclasses.replace(rollout, completion=_versioned(rollout.completion, version))
+        for rollout in rollouts
+    ]
+
+
+def _versioned(completion: Completion, version: int) -> Completion:
+    versions = numpy.where(completion.trained, version, UNKNOWN_VERSION)
+    return dataclasses.replace(completion, weight_version=versions)

@@ -1,0 +1,325 @@
+"""Rollouts as the columns of a parquet file, and as plain rows. Loadable without torch.
+
+Values survive bit for bit. Not kept: the prompt's metadata and the seconds of its check, which training does not need.
+Every page of a file has a checksum, so that damage is found wherever it is.
+
+A text that is not UTF-8, because a model emitted half a surrogate pair, stands in its column with a replacement
+character, and exactly in `not_utf8`, a JSON object by column.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
+
+import numpy
+import pyarrow
+import pyarrow.parquet
+from numpy.typing import NDArray
+
+from megatron_real.records import (
+    UNKNOWN_VERSION,
+    Completion,
+    Label,
+    Logprobs,
+    Prompt,
+    Rollout,
+    Status,
+    Verdict,
+)
+
+FIGURES = {"score": pyarrow.float64(), "weight": pyarrow.float64(), "minibatch": pyarrow.int32()}
+"""What training adds to each rollout; null until it is known."""
+
+_SCALARS = {
+    "uid": pyarrow.string(),
+    "group": pyarrow.int32(),
+    "sample": pyarrow.int32(),
+    "source": pyarrow.string(),
+    "prompt": pyarrow.string(),
+    "completion": pyarrow.string(),
+    "answers": pyarrow.list_(pyarrow.string()),
+    "status": pyarrow.string(),
+    "label": pyarrow.int8(),
+    "reason": pyarrow.string(),
+    "reward": pyarrow.float64(),
+    "finished": pyarrow.bool_(),
+    "refills": pyarrow.int32(),
+}
+_ROWS_OF_A_GROUP = 512
+"""Rollouts that are compressed together; a reader of a few needs no more memory than theirs."""
+
+
+def write_table(
+    file: BinaryIO,
+    rollouts: Sequence[Rollout],
+    *,
+    step: int,
+    figures: Mapping[str, Sequence[float] | None],
+    header: Mapping[str, str],
+) -> None:
+    """Writes rollouts as one parquet file.
+
+    Args:
+        file: opened for writing.
+        rollouts: of one step, in order.
+        step: its number.
+        figures: [rollouts] by a name of FIGURES, or None where they are not known.
+        header: texts that the file says of itself.
+    """
+    columns: dict[str, Any] = {
+        "step": pyarrow.array(numpy.full(len(rollouts), step, dtype=numpy.int32))
+    }
+    for name, dtype in FIGURES.items():
+        values = figures.get(name)
+        if values is None:
+            columns[name] = pyarrow.nulls(len(rollouts), dtype)
+        else:
+            columns[name] = pyarrow.array(list(values), type=dtype)
+    columns |= _scalar_columns([_scalars(rollout) for rollout in rollouts])
+    columns |= _token_columns(rollouts)
+    table = pyarrow.table(columns)
+    table = table.replace_schema_metadata({**header})
+
+    # Neighbouring floats share their first bytes: split by byte, they compress better.
+    floats = [
+        f"{field.name}.list.element"
+        for field in table.schema
+        if pyarrow.types.is_list(field.type) and pyarrow.types.is_floating(field.type.value_type)
+    ]
+    leaves = ["token_ids", "prompt_token_ids", "trained", "weight_version"]
+    pyarrow.parquet.write_table(
+        table,
+        file,
+        row_group_size=_ROWS_OF_A_GROUP,
+        compression="zstd",
+        use_dictionary=[name for name in _SCALARS if name != "answers"]
+        + [f"{name}.list.element" for name in leaves if name != "trained"],
+        use_byte_stream_split=floats,
+        write_page_checksum=True,
+    )
+
+
+def read_table(data: bytes, columns: Sequence[str] | None = None) -> pyarrow.Table:
+    """Reads what `write_table` wrote.
+
+    Args:
+        data: the file's bytes.
+        columns: the names of those to read; None: all.
+
+    Raises:
+        ValueError: the bytes are no whole parquet file, or are damaged.
+    """
+    try:
+        return pyarrow.parquet.read_table(
+            pyarrow.BufferReader(data),
+            columns=None if columns is None else list(columns),
+            page_checksum_verification=True,
+            use_threads=False,
+        )
+    # A wrong checksum is an OSError of pyarrow's; the file itself has been read already.
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(str(error)) from error
+
+
+def header_of(table: pyarrow.Table) -> dict[str, str]:
+    """The texts that the file says of itself."""
+    metadata = table.schema.metadata or {}
+    return {name.decode(): value.decode() for name, value in metadata.items()}
+
+
+def rollouts_of(table: pyarrow.Table) -> list[Rollout]:
+    """The rollouts of a table, in order. Their arrays are views of the table's memory.
+
+    Raises:
+        ValueError: a column is missing, or has a value that no rollout has.
+    """
+    names = ["step", *_SCALARS, "not_utf8", "prompt_token_ids", "token_ids", "logprobs"]
+    missing = [
+        name
+        for name in [*names, "trained", "weight_version", "reference_logprobs"]
+        if name not in table.column_names
+    ]
+    if missing:
+        raise ValueError(f"it has no column {missing[0]!r}")
+    scalars = table.select([*_SCALARS, "not_utf8"]).to_pylist()
+    prompts = _rows_of(table, "prompt_token_ids")
+    tokens = _rows_of(table, "token_ids")
+    logprobs = _rows_of(table, "logprobs")
+    trained = _rows_of(table, "trained")
+    versions = _rows_of(table, "weight_version")
+    references = _rows_of(table, "reference_logprobs")
+    rollouts = []
+    for i, row in enumerate(scalars):
+        row |= json.loads(row["not_utf8"]) if row["not_utf8"] else {}
+        completion = Completion(
+            _present(tokens[i]),
+            _present(logprobs[i]),
+            row["completion"],
+            row["finished"],
+            _present(trained[i]),
+            _present(versions[i]),
+        )
+        rollouts.append(rollout_of(row, _present(prompts[i]).tolist(), completion, references[i]))
+    return rollouts
+
+
+def rollout_of(
+    row: Mapping[str, Any],
+    prompt_token_ids: Sequence[int],
+    completion: Completion,
+    reference_logprobs: Logprobs | None,
+) -> Rollout:
+    """A rollout from its arrays and the other values of its row, which are checked.
+
+    Raises:
+        ValueError: a label or a status that does not exist.
+    """
+    if row["label"] not in set(Label):
+        raise ValueError(f"label {row['label']!r} is not 1, 0 or -1")
+    if row["status"] not in set(Status):
+        raise ValueError(f"status {row['status']!r} is not one of {', '.join(Status)}")
+    prompt = Prompt(
+        row["uid"],
+        row["prompt"],
+        tuple(prompt_token_ids),
+        tuple(row["answers"]),
+        source=row["source"],
+    )
+    verdict = Verdict(
+        Status(row["status"]), Label(row["label"]), row["reward"], reason=row.get("reason", "")
+    )
+    return Rollout(
+        prompt,
+        row["group"],
+        row["sample"],
+        completion,
+        verdict,
+        row.get("refills", 0),
+        reference_logprobs,
+    )
+
+
+def plain_rows(table: pyarrow.Table) -> Iterator[dict[str, Any]]:
+    """Each rollout as values that JSON can hold: what is not a finite number is None."""
+    figures = table.select(["step", *FIGURES]).to_pylist()
+    for rollout, known in zip(rollouts_of(table), figures, strict=True):
+        row = known | _scalars(rollout) | _plain_tokens(rollout)
+        yield {name: _finite(value) for name, value in row.items()}
+
+
+def _plain_tokens(rollout: Rollout) -> dict[str, Any]:
+    """Columns [n] that say the same of every token, or nothing, are one value, or left out."""
+    completion, reference = rollout.completion, rollout.reference_logprobs
+    columns: dict[str, Any] = {
+        "prompt_token_ids": list(rollout.prompt.token_ids),
+        "token_ids": completion.token_ids.tolist(),
+        "logprobs": [_finite(p) for p in completion.logprobs.tolist()],
+    }
+    if not completion.trained.all():
+        columns["trained"] = completion.trained.astype(int).tolist()
+    versions = numpy.unique(completion.weight_version).tolist()
+    if len(versions) == 1 and versions != [UNKNOWN_VERSION]:
+        columns["weight_version"] = versions[0]
+    elif len(versions) > 1:
+        columns["weight_version"] = completion.weight_version.tolist()
+    if reference is not None:
+        columns["reference_logprobs"] = [_finite(p) for p in reference.tolist()]
+    return columns
+
+
+def _scalars(rollout: Rollout) -> dict[str, Any]:
+    prompt, completion, verdict = rollout.prompt, rollout.completion, rollout.verdict
+    return {
+        "uid": prompt.uid,
+        "group": rollout.group,
+        "sample": rollout.sample,
+        "source": prompt.source,
+        "prompt": prompt.text,
+        "completion": completion.text,
+        "answers": list(prompt.answers),
+        "status": verdict.status.value,
+        "label": int(verdict.label),
+        "reason": verdict.reason,
+        "reward": verdict.reward,
+        "finished": completion.finished,
+        "refills": rollout.refills,
+    }
+
+
+def _scalar_columns(rows: Sequence[dict[str, Any]]) -> dict[str, pyarrow.Array]:
+    exact: list[str | None] = []
+    readable = []
+    for row in rows:
+        changed = {name: _utf8(value) for name, value in row.items()}
+        odd = {name: value for name, value in row.items() if changed[name] != value}
+        # NaN is not equal to itself.
+        odd = {name: value for name, value in odd.items() if not isinstance(value, float)}
+        exact.append(json.dumps(odd) if odd else None)
+        readable.append(changed)
+    columns = {
+        name: pyarrow.array([row[name] for row in readable], type=dtype)
+        for name, dtype in _SCALARS.items()
+    }
+    return {**columns, "not_utf8": pyarrow.array(exact, type=pyarrow.string())}
+
+
+def _utf8(value: Any) -> Any:
+    """The value with what UTF-8 cannot say replaced."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, list):
+        return [_utf8(one) for one in value]
+    return value
+
+
+def _token_columns(rollouts: Sequence[Rollout]) -> dict[str, pyarrow.Array]:
+    completions = [rollout.completion for rollout in rollouts]
+    references = [rollout.reference_logprobs for rollout in rollouts]
+    wide = any(one is not None and one.dtype == numpy.float64 for one in references)
+    prompts = [numpy.array(r.prompt.token_ids, dtype=numpy.int32) for r in rollouts]
+    return {
+        "prompt_token_ids": _lists(prompts, numpy.int32),
+        "token_ids": _lists([c.token_ids for c in completions], numpy.int32),
+        "logprobs": _lists([c.logprobs for c in completions], numpy.float32),
+        "trained": _lists([c.trained for c in completions], numpy.bool_),
+        "weight_version": _lists([c.weight_version for c in completions], numpy.int32),
+        "reference_logprobs": _lists(references, numpy.float64 if wide else numpy.float32),
+    }
+
+
+def _lists(arrays: Sequence[NDArray[Any] | None], dtype: type[numpy.generic]) -> pyarrow.ListArray:
+    """A column whose rows are these arrays; null where there is none."""
+    lengths = [0 if array is None else len(array) for array in arrays]
+    offsets = numpy.zeros(len(arrays) + 1, dtype=numpy.int32)
+    numpy.cumsum(lengths, out=offsets[1:])
+    present = [array.astype(dtype, copy=False) for array in arrays if array is not None]
+    values = numpy.concatenate(present) if present else numpy.zeros(0, dtype=dtype)
+    absent = pyarrow.array([array is None for array in arrays], type=pyarrow.bool_())
+    return pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(values), mask=absent)
+
+
+def _rows_of(table: pyarrow.Table, name: str) -> list[NDArray[Any] | None]:
+    """[rows] the arrays of a column of lists, without a copy but for masks."""
+    rows: list[NDArray[Any] | None] = []
+    for part in table.column(name).chunks:
+        offsets = part.offsets.to_numpy()
+        values = part.values.to_numpy(zero_copy_only=False)
+        values.setflags(write=False)
+        valid = part.is_valid().to_numpy(zero_copy_only=False)
+        for i in range(len(part)):
+            rows.append(values[offsets[i] : offsets[i + 1]] if valid[i] else None)
+    return rows
+
+
+def _present(array: NDArray[Any] | None) -> NDArray[Any]:
+    if array is None:
+        raise ValueError("a rollout has no tokens")
+    return array
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,60 @@
+"""Where a thread of this process stands: the line of code, and whether it waits there for other ranks."""
+
+from __future__ import annotations
+
+import linecache
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+_COLLECTIVES = "/torch/distributed/"
+# A collective that was begun earlier, or work of the GPU, which may be one: Python stands at the call that waits for it.
+_WAITS = re.compile(r"\.(wait|synchronize|item|tolist|cpu|numpy)\(|\b(float|int|bool)\(")
+_PACKAGE = str(Path(__file__).parents[1])
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line that a thread executes."""
+
+    where: str = "an unknown place"
+    """Such as "train_step.py:213 in _reduce"."""
+    waits: bool = False
+    """It probably waits for other ranks there, in a collective or for a GPU."""
+
+    def __str__(self) -> str:
+        return self.where + (", in a collective" if self.waits else "")
+
+
+def place_of(thread: int) -> Place:
+    """Where a thread stands now, by its identifier: its innermost line, and the line of this project that led there."""
+    frame = sys._current_frames().get(thread)
+    if frame is None:
+        return Place()
+    stack = []
+    while frame is not None:
+        stack.append(frame)
+        frame = frame.f_back
+    innermost = stack[0]
+    ours = next((f for f in stack if f.f_code.co_filename.startswith(_PACKAGE)), innermost)
+    where = _line(ours) if ours is innermost else f"{_line(innermost)}, from {_line(ours)}"
+    return Place(where, waits=any(map(_is_collective, stack)) or _waits(innermost))
+
+
+def _line(frame: FrameType) -> str:
+    name = Path(frame.f_code.co_filename).name
+    return f"{name}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _is_collective(frame: FrameType) -> bool:
+    return _COLLECTIVES in frame.f_code.co_filename
+
+
+def _waits(frame: FrameType) -> bool:
+    # A frame that another thread is just leaving may have no line number.
+    number: int | None = frame.f_lineno
+    if number is None:
+        return False
+    return bool(_WAITS.search(linecache.getline(frame.f_code.co_filename, number)))

@@ -1,0 +1,52 @@
+"""Weights that no longer compute: found before they reach an engine, a checkpoint or an export.
+
+A diverging update may leave every weight finite and still so large that the model's output is not. An engine then fails
+in a way that looks like an accident, and a checkpoint of such weights would be taken up again and again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from megatron_real.policy.policy import Policy
+from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Status, Verdict
+from megatron_real.runs.ranks import Ranks
+
+_PROBE_TOKENS = 8
+
+
+class NonFinite(RuntimeError):
+    """The policy is ruined: its weights, its output, or too many updates in a row were not finite."""
+
+
+def ruin(policy: Policy, ranks: Ranks) -> str:
+    """What of the policy is not finite, "" if it is sound. Collective; the same on every rank.
+
+    Reads all weights once and computes the log-probs of a few tokens.
+    """
+    policy.gather_parameters()
+    names, finite = [], []
+    for chunk in policy.chunks:
+        for name, parameter in chunk.named_parameters():
+            names.append(name)
+            finite.append(torch.isfinite(parameter).all())
+    # One copy to the host for all of them.
+    broken = [
+        name for name, sound in zip(names, torch.stack(finite).tolist(), strict=True) if not sound
+    ]
+    answers = ranks.gathered(f"{broken[0]} on rank {ranks.rank}" if broken else "")
+    weight = next(filter(None, answers), "")
+    if weight:
+        return f"the weight {weight}"
+    # Any tokens will do: what overflows does so whatever is asked.
+    (difference,) = policy.mismatch([_probe(policy.architecture.vocab_size)])
+    return "" if math.isfinite(difference) else "the log-probs that its weights give"
+
+
+def _probe(vocabulary: int) -> Rollout:
+    tokens = tuple(i % vocabulary for i in range(_PROBE_TOKENS))
+    prompt = Prompt("probe", "", tokens, ("",))
+    completion = Completion(tokens, (0.0,) * len(tokens), "", True)
+    return Rollout(prompt, 0, 0, completion, Verdict(Status.OK, POSITIVE, None))

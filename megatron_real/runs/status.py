@@ -1,0 +1,91 @@
+"""status.json of a run directory: what became of the last start, for scripts. Loadable without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_real.disk import write_whole
+
+State = Literal["running", "stopped", "finished", "failed", "crashed"]
+"""What became of the last start of a run."""
+
+STATES: Mapping[State, str] = {
+    "running": "A process is at work, or was killed without a word.",
+    "stopped": "It ended early with everything saved. The same command goes on.",
+    "finished": "All steps are done.",
+    "failed": "It was refused, or has failed in a way that the same command would repeat.",
+    "crashed": "It ended by an accident, after which the same command may succeed.",
+}
+"""State -> what it says."""
+
+_MAX_REASON = 2000
+"""Characters of a reason that are kept: the file then stays within its first block on disk."""
+
+_OF_THE_RUN = ("state", "reason", "time", "life", "diverged")
+"""What a start that was refused leaves of the run's own status."""
+
+
+def life_of_this_process() -> str:
+    """The Slurm job and its restart, JOB.RESTART; ".0" outside of Slurm."""
+    return f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+
+
+def read_status(file: Path) -> dict[str, Any]:
+    """The status as it was written; {} where there is none or it cannot be read as one."""
+    try:
+        status = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def write_status(
+    file: Path,
+    state: State,
+    reason: str = "",
+    *,
+    diverged: bool = False,
+    before: Mapping[str, Any] | None = None,
+) -> None:
+    """Replaces the status, on a full disk too.
+
+    Args:
+        diverged: the run failed because its weights or updates were not finite.
+        before: the status that the run itself has, where this one is only of a start that was refused.
+
+    Raises:
+        OSError: the file can neither be replaced nor overwritten.
+    """
+    status: dict[str, Any] = {
+        "state": state,
+        "reason": reason[:_MAX_REASON],
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "life": life_of_this_process(),
+    }
+    if diverged:
+        status["diverged"] = True
+    if before:
+        status["before"] = {name: before[name] for name in _OF_THE_RUN if name in before}
+    line = json.dumps(status) + "\n"
+    try:
+        write_whole(file, line)
+    except OSError:
+        # A full disk has no block for a new file. The old one's block is still there, and longer
+        # than a status.
+        _overwrite(file, line)
+
+
+def _overwrite(file: Path, text: str) -> None:
+    descriptor = os.open(file, os.O_WRONLY)
+    try:
+        os.pwrite(descriptor, text.encode(), 0)
+        os.truncate(descriptor, len(text.encode()))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    file.with_name(f"{file.name}.new").unlink(missing_ok=True)

@@ -1,0 +1,32 @@
+"""How much is tried by default, and how much with --all."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+ALL = "MEGATRON_REAL_TESTS_ALL"
+"""Environment variable that tests/conftest.py sets for --all, so that each lane of pytest-xdist has it too."""
+
+
+def examples(number: int) -> int:
+    """Returns `number` with --all, and an eighth of it by default."""
+    return number if os.environ.get(ALL) else max(1, number // 8)
+
+
+def cover(*axes: Sequence[Any]) -> list[Any]:
+    """Returns parameters for all combinations; by default each value of each axis occurs, the rest is of the grid.
+
+    The core is a diagonal: its row i has the value i of each axis, from the beginning again where an axis is short.
+    """
+    core = {tuple(i % len(axis) for axis in axes) for i in range(max(len(axis) for axis in axes))}
+    rows = []
+    for places in itertools.product(*(range(len(axis)) for axis in axes)):
+        values = [axis[place] for axis, place in zip(axes, places, strict=True)]
+        marks = () if places in core else (pytest.mark.grid,)
+        rows.append(pytest.param(*values, id="-".join(map(str, values)), marks=marks))
+    return rows

@@ -1,0 +1,221 @@
+"""Every objective under every layout of the cover: loss and gradients are those of the paper's formula.
+
+The reference (reference_objectives.py) differentiates the printed formula through transformers' model in float64. One
+run of a layout takes all objectives in turn over one megatron-core model. Micro-batches, data-parallel ranks and, where
+CP is 2, the sequences themselves are cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_real.objective import make_objective
+from megatron_real.objective.registry import OBJECTIVES
+from tests.distributed import objective_jobs, reference
+from tests.distributed import reference_objectives as formulas
+from tests.distributed.layouts import LEVELS, Layout, pairwise_cover
+from tests.distributed.test_invariance import PLAIN, TOLERANCE, config_of, model_paths, worst_error
+from tests.distributed.world import World
+
+ROWS = pairwise_cover()
+ModelMaker = Callable[..., Path]
+Expected = Callable[[str, int, bool, str], tuple[float, dict[str, torch.Tensor]]]
+
+
+def reference_path(tiny_model: ModelMaker, model: str) -> Path:
+    """The weights that the KL is measured against: neither the policy's nor those that drew the rollouts."""
+    family, tied = model.split("-")[0], model.endswith("tied")
+    return tiny_model(family, moved=-0.02, tie_word_embeddings=tied)
+
+
+def logprobs_and_entropies(
+    model: Any, sample: reference.Sample
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.tensor([sample.prompt + sample.response])
+    logits = model(ids).logits[0, len(sample.prompt) - 1 : -1] / reference.TEMPERATURE
+    every_logprob = logits.log_softmax(-1)
+    picked = every_logprob.gather(1, torch.tensor(sample.response)[:, None])[:, 0]
+    entropy = -(every_logprob.exp() * every_logprob).sum(-1)
+    if sample.trained is None:
+        return picked, entropy
+    trained = torch.tensor(sample.trained)
+    return picked[trained], entropy[trained]
+
+
+@pytest.fixture(scope="session")
+def expected(tiny_model: ModelMaker) -> Expected:
+    """Loss and gradients by formula, once per model, order, kind of minibatch and case."""
+
+    @cache
+    def computed(model: str, order: int, first: bool) -> tuple[Any, list[formulas.Sequence]]:
+        path, old_path = model_paths(tiny_model, model)
+        policy = reference.load(path)
+        old = policy if first else reference.load(old_path)
+        frozen = reference.load(reference_path(tiny_model, model))
+        sequences = []
+        for sample in reference.minibatch(order, vocab=101):
+            if sample.label == -1:
+                continue
+            logprob, entropy = logprobs_and_entropies(policy, sample)
+            with torch.no_grad():
+                old_logprob = reference.logprobs(old, sample)
+                reference_logprob = reference.logprobs(frozen, sample)
+            sequences.append(
+                formulas.Sequence(
+                    logprob, old_logprob, reference_logprob, entropy, sample.label, sample.group
+                )
+            )
+        return policy, sequences
+
+    @cache
+    def compute(
+        model: str, order: int, first: bool, case: str
+    ) -> tuple[float, dict[str, torch.Tensor]]:
+        policy, sequences = computed(model, order, first)
+        loss = formulas.CASES[case].formula(sequences)
+        names, parameters = zip(*policy.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+        return float(loss), dict(zip(names, gradients, strict=True))
+
+    return compute
+
+
+def described(cases: list[str]) -> dict[str, tuple[str, Any, Any]]:
+    """Cases as plain values that travel to the workers."""
+    rows = {case: formulas.CASES[case] for case in cases}
+    return {case: (row.name, dict(row.settings), row.kl) for case, row in rows.items()}
+
+
+def run(
+    world: World, tiny_model: ModelMaker, layout: Layout, dtype: str, cases: list[str]
+) -> dict[str, Any]:
+    path, old_path = model_paths(tiny_model, layout.model)
+    config = config_of(layout, path, dtype)
+    # A model that computes entropies serves every case; those without a bonus ignore them.
+    config = replace(config, objective=make_objective("real", entropy_bonus=0.1))
+    results = world.run(
+        objective_jobs.gradients,
+        layout.size,
+        config=config,
+        old_path=None if layout.first else str(old_path),
+        reference_path=str(reference_path(tiny_model, layout.model)),
+        samples=reference.minibatch(layout.order, vocab=101),
+        cases=described(cases),
+    )
+    for case in cases:
+        assert len({r[case]["loss"] for r in results}) == 1, f"every rank knows the loss of {case}"
+    return dict(results[0])
+
+
+def rows_of(case: str) -> list[int]:
+    """Rows in which a case meets every level of every factor; the next case begins to look one row further on."""
+    start = list(formulas.CASES).index(case)
+    met: set[tuple[str, Any]] = set()
+    rows = []
+    for offset in range(len(ROWS)):
+        number = (start + offset) % len(ROWS)
+        levels = {(factor, getattr(ROWS[number], factor)) for factor in LEVELS}
+        if not levels <= met:
+            met |= levels
+            rows.append(number)
+    return rows
+
+
+def cases_of(number: int) -> list[str]:
+    """The cases that are run in a row of the cover by default."""
+    return [case for case in formulas.CASES if number in rows_of(case)]
+
+
+def check(
+    world: World,
+    tiny_model: ModelMaker,
+    expected: Expected,
+    layout: Layout,
+    dtype: str,
+    cases: list[str],
+) -> None:
+    found = run(world, tiny_model, layout, dtype, cases)
+    for case in cases:
+        loss, gradients = expected(layout.model, layout.order, layout.first, case)
+        error, name = worst_error(found[case]["gradients"], gradients)
+        assert error <= TOLERANCE[dtype], f"{case}: gradient of {name}"
+        assert found[case]["loss"] == pytest.approx(
+            loss, rel=TOLERANCE[dtype], abs=TOLERANCE[dtype]
+        ), case
+
+
+def test_every_objective_has_a_case() -> None:
+    assert {case.name for case in formulas.CASES.values()} == set(OBJECTIVES)
+
+
+def test_every_case_meets_every_level() -> None:
+    for case in formulas.CASES:
+        rows = [ROWS[number] for number in rows_of(case)]
+        for factor, levels in LEVELS.items():
+            assert {getattr(row, factor) for row in rows} == set(levels), f"{case}: {factor}"
+
+
+@pytest.mark.parametrize("number", range(len(ROWS)), ids=lambda i: str(ROWS[i]))
+def test_float64(world: World, tiny_model: ModelMaker, expected: Expected, number: int) -> None:
+    check(world, tiny_model, expected, ROWS[number], "fp64", cases_of(number))
+
+
+@pytest.mark.one_version
+@pytest.mark.parametrize("number", range(3), ids=lambda i: str(ROWS[i]))
+def test_float32(world: World, tiny_model: ModelMaker, expected: Expected, number: int) -> None:
+    check(world, tiny_model, expected, ROWS[number], "fp32", cases_of(number))
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
+@pytest.mark.parametrize("layout", ROWS, ids=str)
+def test_every_case_on_every_row(
+    world: World, tiny_model: ModelMaker, expected: Expected, layout: Layout, dtype: str
+) -> None:
+    check(world, tiny_model, expected, layout, dtype, list(formulas.CASES))
+
+
+def test_clips_bite_on_both_sides(world: World, tiny_model: ModelMaker) -> None:
+    """Otherwise the rows above would prove little: ratios must leave the trust regions above and below 1."""
+    layout = replace(PLAIN, dp=2, cp=2)
+    found = run(world, tiny_model, layout, "fp64", ["grpo", "dapo", "gspo", "real", "sapo"])
+    for case in ("grpo", "dapo", "gspo"):
+        assert min(found[case]["clipped"]) > 0.005, case
+    for case in ("real", "sapo"):
+        assert found[case]["clipped"] == (0.0, 0.0), case
+
+
+def test_the_mismatch_does_not_depend_on_the_objective(
+    world: World, tiny_model: ModelMaker
+) -> None:
+    """The weight sync's probe measures it before there are any old log-probs."""
+    path, _ = model_paths(tiny_model, PLAIN.model)
+    samples = reference.minibatch(1, vocab=101)
+    config = config_of(replace(PLAIN, dp=2), path, "fp64")
+    found = world.run(objective_jobs.mismatches, 2, config=config, samples=samples)[0]
+    assert all(mean > 0 for mean in found["real"])
+    for name in OBJECTIVES:
+        assert found[name] == found["real"], name
+
+
+def test_control_a_mean_per_micro_batch_is_caught(
+    world: World, tiny_model: ModelMaker, expected: Expected
+) -> None:
+    """DAPO's denominator counted in each micro-batch by itself: the gradient is off by more than 2 %."""
+    path, old_path = model_paths(tiny_model, PLAIN.model)
+    (gradients,) = world.run(
+        objective_jobs.averaged_per_micro_batch,
+        1,
+        config=config_of(PLAIN, path, "fp64"),
+        old_path=str(old_path),
+        samples=reference.minibatch(PLAIN.order, vocab=101),
+    )
+    _, right = expected(PLAIN.model, PLAIN.order, False, "dapo")
+    assert worst_error(gradients, right)[0] > 0.02

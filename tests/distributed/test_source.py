@@ -1,0 +1,313 @@
+"""Where a step's rollouts come from, on two ranks: kept chunks and what they were drawn under, one step ahead, replay."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_real.config import SyncConfig
+from megatron_real.labels import Labeller
+from megatron_real.objective import make_objective
+from megatron_real.prompts import PromptCursor
+from megatron_real.records import Completion, Prompt, Rollout, Sampling
+from megatron_real.rollout.engine import EngineFailed, Held
+from megatron_real.rollout.source import DrawOptions, Fresh, Generator, OneStepAhead, Replay
+from megatron_real.rollout.stage import RolloutStage
+from megatron_real.rollout.sync import WeightSync
+from megatron_real.runs.directory import RunDirectory
+from megatron_real.runs.ranks import EveryRankError, Ranks
+from megatron_real.runs.sampling import ChunkFiles
+from tests.distributed.test_stage import PROMPTS, SAMPLING, Adder, known
+from tests.distributed.world import World
+
+pytestmark = pytest.mark.one_version
+
+OPTIONS = DrawOptions(
+    SAMPLING,
+    6,
+    4,
+    1,
+    None,
+    permute_labels=False,
+    seed=3,
+    settings={"rollout.temperature": 1.0},
+    objective=make_objective("real"),
+)
+"""Two chunks of 4 and 2 prompts, then a round of refills."""
+
+
+class Counting(Adder):
+    """Takes one tensor, and counts the prompts that it is asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def held(self) -> dict[str, Any]:
+        return {"weight": Held((4,), {})}
+
+    def revive(self) -> bool:
+        return False
+
+    def prepare_for_inference(self, weights: Any) -> None:
+        assert len(list(weights)) == 1
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, int, Completion]]:
+        self.asked += len(prompts)
+        yield from super().generate(prompts, sampling, seeds=seeds)
+
+
+class Weights:
+    """A policy of one tensor, and a copy of it: also what the source asks to be swapped in."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        self.present = torch.full((4,), value)
+        self.earlier = torch.full((4,), -1.0)
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        yield "weight", self.present
+
+    def mismatch(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """Below any bound under the weights that generated, which are 0 in these tests, and beyond it otherwise."""
+        return [float(self.present.abs().max())] * len(rollouts)
+
+    def make_room(self) -> None: ...
+
+    def take_room_back(self) -> None: ...
+
+    def take(self) -> None:
+        self.earlier = self.present.clone()
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        self.present, self.earlier = self.earlier, self.present
+        yield
+        self.present, self.earlier = self.earlier, self.present
+
+
+class Job:
+    """A source over real files, as a life of a run has it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        labeller: Labeller,
+        options: DrawOptions = OPTIONS,
+        prompts: Sequence[Prompt] = PROMPTS,
+        weights: float = 0.0,
+        begun_step: int | None = None,
+        ahead: bool = False,
+    ) -> None:
+        ranks = Ranks.of_all(timedelta(minutes=1))
+        self.said: list[str] = []
+        self.engine, self.weights = Counting(), Weights(weights)
+        stage = RolloutStage(self.engine, labeller, rank=ranks.rank, world=ranks.world)
+        unchecked = SyncConfig(checksum_every=0, probe_every=0)
+        sync = WeightSync(self.engine, unchecked, tied=False, probe=prompts[0], temperature=1.0)
+        generator = Generator(self.weights, stage, sync, timed=lambda _: nullcontext())
+        chunks = ChunkFiles(RunDirectory(folder), ranks, self.said.append, begun_step=begun_step)
+        self.cursor = PromptCursor(prompts, seed=1)
+        drawing: tuple[Any, ...] = (generator, self.cursor, options, chunks)
+        self.source = Fresh(*drawing, seam=lambda: None)
+        if ahead:
+            self.source = OneStepAhead(
+                *drawing, seam=lambda: None, earlier=self.weights, last_step=3
+            )
+
+    def first_step(self) -> list[Any]:
+        """What the first step's rollouts are."""
+        return known(self.source.take(1).rollouts)
+
+
+def new_labeller() -> Labeller:
+    """One for all lives of a test: its processes take longer to start than all they do here."""
+    return Labeller("exact", workers=1, timeout_seconds=10, memory_mib=512)
+
+
+def changed(prompt: Prompt, **values: Any) -> Prompt:
+    return dataclasses.replace(prompt, **values) if prompt.uid in ("p/3", "p/7") else prompt
+
+
+OTHER_ANSWERS = [changed(p, answers=("1000",)) for p in PROMPTS]
+OTHER_QUESTIONS = [changed(p, token_ids=(99,)) for p in PROMPTS]
+COOLER = dataclasses.replace(OPTIONS, settings={"rollout.temperature": 0.3})
+
+
+def lives(folder: Path) -> dict[str, Any]:
+    """The same step by several lives of a run, each after the first with the chunks of the one before on disk."""
+    life = partial(Job, folder, new_labeller())
+    first = life()
+    drawn = first.first_step()
+    found: dict[str, Any] = {"asked at first": first.engine.asked}
+
+    again = life()
+    found["the same"] = again.first_step() == drawn and again.engine.asked == 0
+    for name, options in (
+        ("settings", {"options": COOLER}),
+        ("weights", {"weights": 1.0}),
+        ("answers", {"prompts": OTHER_ANSWERS}),
+        ("questions", {"prompts": OTHER_QUESTIONS}),
+    ):
+        job = life(**options)  # type: ignore[arg-type]
+        job.first_step()
+        found[name] = (job.engine.asked > 0, job.said[:1])
+        life().first_step()  # the chunks are those of the first life again
+
+    dist.barrier()
+    if dist.get_rank() == 0:
+        cut = RunDirectory(folder).chunks(1)[0]
+        cut.write_bytes(cut.read_bytes()[:-7])
+    dist.barrier()
+    job = life()
+    found["a cut chunk"] = (job.first_step() == drawn, job.engine.asked, job.said)
+    return found
+
+
+def test_a_kept_chunk_is_used_only_where_it_would_be_drawn_so_again(
+    world: World, tmp_path: Path
+) -> None:
+    """Other settings, weights, answers or prompts: drawn again, with a word on what has changed; the same on both."""
+    ranks = world.run(lives, 2, folder=tmp_path)
+    assert sum(rank["asked at first"] for rank in ranks) >= 6
+    assert all(rank["the same"] for rank in ranks)
+    words = {
+        "settings": "rollout.temperature was 1.0 and is 0.3",
+        "weights": "the policy's weights have changed",
+        "answers": "gold answers have changed",
+        "questions": "the prompts have changed",
+    }
+    same, _, said = ranks[0]["a cut chunk"]
+    asked_again = sum(rank["a cut chunk"][1] for rank in ranks)
+    assert same and 0 < asked_again < sum(rank["asked at first"] for rank in ranks)
+    assert [s for s in said if "is not a whole file of rollouts" in s and "drawn again" in s]
+    for name, sentence in words.items():
+        asked, said = ranks[0][name]
+        assert asked and said[0].startswith("step 1: ") and said[0].endswith(sentence), said
+        assert ranks[1][name] == (True, []), "the first rank speaks"
+
+
+def partly_trained(folder: Path) -> tuple[bool, int, str]:
+    """A step that is begun keeps its chunks under moved weights and other settings, but not for other prompts."""
+    life = partial(Job, folder, new_labeller())
+    drawn = life().first_step()
+    moved = life(options=COOLER, weights=1.0, begun_step=1)
+    same = moved.first_step() == drawn
+    with pytest.raises(EveryRankError) as refusal:
+        life(prompts=OTHER_QUESTIONS, begun_step=1).first_step()
+    return same, moved.engine.asked, str(refusal.value)
+
+
+def test_a_step_that_is_partly_trained_on_keeps_its_rollouts(world: World, tmp_path: Path) -> None:
+    for same, asked, refusal in world.run(partly_trained, 2, folder=tmp_path):
+        assert same and asked == 0
+        assert "answers other prompts than step 1 asks" in refusal
+
+
+def versions(rollout: Rollout) -> list[int]:
+    return rollout.completion.weight_version.tolist()
+
+
+def ahead_of_time(folder: Path, bound: float | None) -> dict[str, Any]:
+    """Three steps one step ahead, the weights moving between them; and an evaluation's loan of the engine."""
+    options = dataclasses.replace(OPTIONS, chunk_prompts=0, refill_rounds=0, exclude_mismatch=bound)
+    labeller = new_labeller()
+    lagging = Job(folder / "lagging", labeller, options, ahead=True)
+    fresh = Job(folder / "fresh", labeller, dataclasses.replace(options, exclude_mismatch=None))
+    found: dict[str, Any] = {"lags": [], "weights": [], "same": [], "statuses": set()}
+    found["versions"] = []
+    for step in (1, 2, 3):
+        taken = lagging.source.take(step)
+        with taken.generating_weights():
+            found["weights"].append(float(lagging.weights.present[0]))
+        assert float(lagging.weights.present[0]) == step - 1, "the present ones are back"
+        found["lags"].append(taken.lag)
+        found["versions"].append({v for r in taken.rollouts for v in versions(r)})
+        found["same"].append(known(taken.rollouts) == known(fresh.source.take(step).rollouts))
+        found["statuses"] |= {r.verdict.status for r in taken.rollouts if step < 3}
+        lagging.weights.present = lagging.weights.present + 1  # the step's updates
+        with lagging.source.awake():
+            pass
+    return found
+
+
+def test_one_step_ahead_hands_over_the_weights_that_generated(world: World, tmp_path: Path) -> None:
+    """The draws are those of `Fresh`, seed for seed; the mismatch is that of the generating weights, 0 up to step 2."""
+    for found in world.run(ahead_of_time, 2, folder=tmp_path, bound=0.5):
+        assert found["lags"] == [0.0, 1.0, 1.0]
+        assert found["versions"] == [{1}, {1}, {2}], "the step that began with those weights"
+        assert found["weights"] == [0.0, 0.0, 1.0]
+        assert found["same"] == [True, True, False], "in the third, all are beyond the bound"
+        assert "mismatch" not in found["statuses"]
+
+
+def test_a_replay_reads_steps_in_order_of_group_and_sample() -> None:
+    rollouts = [
+        Rollout(PROMPTS[0], group, sample, Completion((1,), (0.0,), "", True), None)  # type: ignore[arg-type]
+        for group, sample in ((1, 0), (0, 1), (0, 0))
+    ]
+    taken = Replay({7: rollouts}.__getitem__).take(7)
+    assert [(r.group, r.sample) for r in taken.rollouts] == [(0, 0), (0, 1), (1, 0)]
+    assert taken.lag == 0.0
+
+
+class Mortal(Counting):
+    """Its server ends after two completions, and takes the policy's weights again once it is back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.syncs = True, 0
+
+    def revive(self) -> bool:
+        ended, self.alive = not self.alive, True
+        return ended
+
+    def prepare_for_inference(self, weights: Any) -> None:
+        super().prepare_for_inference(weights)
+        self.syncs += 1
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, int, Completion]]:
+        for count, found in enumerate(super().generate(prompts, sampling, seeds=seeds)):
+            if count == 2 and self.syncs == 1:
+                self.alive = False
+                raise EngineFailed("its server is gone")
+            yield found
+
+
+def synced_within_the_step() -> tuple[int, int]:
+    """Syncs of a draw whose server ends in the middle of it, and completions that are lost for good."""
+    engine, policy = Mortal(), Weights()
+    labeller = Labeller(
+        "exact", workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=1.0
+    )
+    stage = RolloutStage(engine, labeller, rank=0, world=1)
+    sync = WeightSync(
+        engine,
+        SyncConfig(checksum_every=0, probe_every=0),
+        tied=False,
+        probe=PROMPTS[0],
+        temperature=1.0,
+    )
+    generator = Generator(policy, stage, sync, timed=lambda name: nullcontext())
+    try:
+        with generator.awake():
+            rollouts = generator.sample(PROMPTS[:2], SAMPLING, seed=3)
+    finally:
+        labeller.close()
+    return engine.syncs, sum(r.verdict.status == "lost" for r in rollouts)
+
+
+def test_a_server_that_ends_within_a_step_is_synced_within_it(world: World) -> None:
+    assert world.run(synced_within_the_step, 1) == [(2, 0)]

@@ -1,0 +1,93 @@
+"""A cable that is cut between two network namespaces, as between two machines: no process hears of it."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.faults.lifeline import start, wait_until_ready
+
+HOST = socket.gethostname()
+FIRST, SECOND = "10.213.0.1", "10.213.0.2"
+
+
+def missing() -> str:
+    """Why this machine makes no network namespaces, "" where it does."""
+    for tool in ("unshare", "nsenter", "ip"):
+        if shutil.which(tool) is None:
+            return f"{tool} is not installed"
+    made = subprocess.run(["unshare", "-n", "ip", "link", "show", "lo"], capture_output=True)
+    return made.stderr.decode().strip()
+
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Two network namespaces with a cable between them, each kept by a process that sleeps."""
+
+    pids: tuple[int, int]
+
+    def inside(self, machine: int) -> list[str]:
+        """What runs a command on that machine."""
+        return ["nsenter", "-t", str(self.pids[machine]), "-n"]
+
+    def run(self, machine: int, *words: str) -> None:
+        subprocess.run([*self.inside(machine), *words], check=True, capture_output=True)
+
+    def cut(self) -> None:
+        self.run(1, "ip", "link", "set", "cable1", "down")
+
+
+@pytest.fixture
+def machines() -> Iterator[Machines]:
+    with ExitStack() as stack:
+        keepers = []
+        for _ in range(2):
+            keeper = subprocess.Popen(
+                ["unshare", "-n", "sh", "-c", "echo made; exec sleep 600"], stdout=subprocess.PIPE
+            )
+            stack.callback(keeper.wait)
+            stack.callback(keeper.kill)
+            assert keeper.stdout is not None and keeper.stdout.readline() == b"made\n"
+            keepers.append(keeper.pid)
+        one, other = map(str, keepers)
+        link = ["ip", "link", "add", "cable0", "netns", one, "type", "veth"]
+        made = subprocess.run(
+            [*link, "peer", "name", "cable1", "netns", other], capture_output=True, text=True
+        )
+        if made.returncode:
+            pytest.skip(f"this machine makes no pair of network devices: {made.stderr.strip()}")
+        found = Machines((keepers[0], keepers[1]))
+        for machine, address in enumerate((FIRST, SECOND)):
+            found.run(machine, "ip", "addr", "add", f"{address}/24", "dev", f"cable{machine}")
+            found.run(machine, "ip", "link", "set", f"cable{machine}", "up")
+        yield found
+
+
+def test_both_sides_of_a_cut_cable_end(machines: Machines, tmp_path: Path) -> None:
+    """No packet says that anything has ended; only the other side's silence does, on each side."""
+    ranks = [
+        start(rank, "silence", tmp_path, *machines.inside(min(rank, 1)), host=FIRST)
+        for rank in range(3)
+    ]
+    try:
+        wait_until_ready(ranks)
+        machines.cut()
+        said = [process.communicate(timeout=20)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+    assert f" on {HOST} has given no sign of life for" in said[0]
+    for words in said[1:]:
+        assert f"rank 0 on {HOST} has given no sign of life for" in words
+    assert [process.returncode for process in ranks] == [1] * 3

@@ -1,0 +1,117 @@
+"""The proof that both ends of a socket know the run's secret."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import pytest
+
+from megatron_real import challenge
+from megatron_real.challenge import Door, NotProven, connect, new_secret
+
+
+def listener() -> socket.socket:
+    return socket.create_server(("127.0.0.1", 0))
+
+
+def address(door: Door) -> tuple[str, int]:
+    host, port = door._listener.getsockname()
+    return str(host), int(port)
+
+
+def test_both_ends_know_it() -> None:
+    secret = new_secret()
+    with Door(listener(), secret, purpose="test") as door:
+        ours = connect(address(door), secret, purpose="test")
+        theirs = door.next(10)
+        ours.sendall(b"hello")
+        assert theirs.recv(5) == b"hello"
+        ours.close()
+        theirs.close()
+
+
+@pytest.mark.parametrize(("secret", "purpose"), [("other", "test"), ("right", "another")])
+def test_another_secret_or_purpose_is_refused(secret: str, purpose: str) -> None:
+    with Door(listener(), "right", purpose="test") as door:
+        with pytest.raises(NotProven):
+            connect(address(door), secret, purpose=purpose)
+        with pytest.raises(TimeoutError):
+            door.next(0.1)
+
+
+def impostor(answer: Callable[[socket.socket], None]) -> tuple[str, int]:
+    """Listens on a port in place of ours, and answers once."""
+    server = listener()
+
+    def serve() -> None:
+        connection, _ = server.accept()
+        with connection, server:
+            answer(connection)
+
+    threading.Thread(target=serve, daemon=True).start()
+    host, port = server.getsockname()
+    return str(host), int(port)
+
+
+def reflect(connection: socket.socket) -> None:
+    """Sends back what it gets, in the hope that a proof is good for both directions."""
+    connection.sendall(bytes(32))
+    said = connection.recv(64, socket.MSG_WAITALL)
+    connection.sendall(said[32:])
+
+
+IMPOSTORS: dict[str, Callable[[socket.socket], None]] = {
+    "silent": lambda connection: time.sleep(1),
+    "junk": lambda connection: connection.sendall(bytes(64)),
+    "closes": lambda connection: None,
+    "reflects": reflect,
+}
+
+
+@pytest.mark.parametrize("kind", IMPOSTORS)
+def test_whoever_listens_has_to_prove_it_too(kind: str) -> None:
+    heard: list[bytes] = []
+
+    def answer(connection: socket.socket) -> None:
+        IMPOSTORS[kind](connection)
+        connection.setblocking(False)
+        with suppress(BlockingIOError):
+            heard.append(connection.recv(4096))
+
+    with pytest.raises((NotProven, ConnectionError)):
+        connect(impostor(answer), "right", purpose="test", seconds=0.5)
+    assert all(b"right" not in said for said in heard)
+
+
+def test_an_old_proof_is_worth_nothing() -> None:
+    """What was once said is said again, to a listener with another number."""
+    recorded: list[bytes] = []
+
+    def record(connection: socket.socket) -> None:
+        connection.sendall(bytes(32))
+        recorded.append(connection.recv(64, socket.MSG_WAITALL))
+
+    with pytest.raises((NotProven, ConnectionError)):
+        connect(impostor(record), "right", purpose="test", seconds=1)
+    with Door(listener(), "right", purpose="test") as door:
+        with socket.create_connection(address(door)) as replay:
+            replay.sendall(recorded[0])
+            replay.settimeout(5)
+            answer = replay.recv(4096)
+            assert answer[32:] == b"" and replay.recv(4096) == b""
+        with pytest.raises(TimeoutError):
+            door.next(0.1)
+
+
+def test_silent_strays_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(challenge, "HANDSHAKE_SECONDS", 1.0)
+    with Door(listener(), "right", purpose="test") as door:
+        strays = [socket.create_connection(address(door)) for _ in range(300)]
+        connect(address(door), "right", purpose="test").close()
+        door.next(20).close()
+        for stray in strays:
+            stray.close()

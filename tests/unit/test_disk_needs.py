@@ -1,0 +1,63 @@
+"""What a run will take on disk, counted by hand for the shipped recipe of the 7B model."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_real.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
+from megatron_real.runs.disk_needs import disk_needs
+
+SEVEN_B: Any = SimpleNamespace(num_parameters=7_600_000_000)
+
+
+def recipe(**rollout: Any) -> Config:
+    """As examples/configs/real_7b.yaml has it."""
+    return Config(
+        trainer=TrainerConfig(run_dir="run", steps=1000),
+        data=DataConfig(train="train.jsonl", heldout="heldout.jsonl"),
+        rollout=RolloutConfig(**rollout),
+        checkpoint=CheckpointConfig(every=10, keep=2, keep_every=100),
+    )
+
+
+def test_the_recipe_of_7b() -> None:
+    """14 bytes a parameter. Kept: 100, 200, ... 1000, 990, the best one; and one that is being written."""
+    needs = disk_needs(recipe(), SEVEN_B)
+    assert needs.checkpoint == 106_400_000_000
+    assert needs.num_checkpoints == 10 + 1 + 1 + 1
+    assert needs.rollouts == 1000 * 128 * 8 * 4096 * 8
+    assert needs.export == 15_200_000_000
+    assert needs.total == 13 * needs.checkpoint + needs.rollouts + needs.export
+
+
+def test_a_retention_of_rollouts_counts() -> None:
+    needs = disk_needs(recipe(keep_steps=20), SEVEN_B, mean_response=1000)
+    assert needs.rollouts == 20 * 128 * 8 * 1000 * 8
+    needs = disk_needs(recipe(keep_steps=20, keep_every=50), SEVEN_B, mean_response=1000)
+    assert needs.rollouts == (20 + 19) * 128 * 8 * 1000 * 8, "50, 100, ... 950 too"
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "kept"),
+    [
+        ({"every": 0}, 0),
+        ({"every": 500, "keep": 5}, 2),
+        ({"every": 300, "keep": 1, "keep_best": False}, 1),
+        ({"every": 300, "keep": 1, "keep_every": 300, "keep_best": False}, 4),
+    ],
+    ids=["none", "all", "newest", "every one and the last"],
+)
+def test_retention(checkpoint: dict[str, Any], kept: int) -> None:
+    """Saved at 300, 600, 900 and 1000, for example."""
+    config = dataclasses.replace(recipe(), checkpoint=CheckpointConfig(**checkpoint))
+    assert disk_needs(config, SEVEN_B).num_checkpoints == kept + 1

@@ -1,0 +1,150 @@
+"""Each emulated kernel of TransformerEngine against an operator of torch that computes the same in another way."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.emulated_te import kernels
+
+CU = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
+"""Three packed sequences of 3, 0 and 5 tokens."""
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("zero_centered", [False, True])
+def test_rmsnorm(zero_centered: bool) -> None:
+    x, weight = torch.randn(5, 16, requires_grad=True), torch.randn(16, requires_grad=True)
+    expected = torch.nn.functional.rms_norm(x, (16,), weight + float(zero_centered), eps=1e-5)
+    upstream = torch.randn(5, 16)
+    expected.backward(upstream)
+
+    data = x.detach(), weight.detach()
+    out, _, inverse = kernels.rmsnorm_fwd(*data, 1e-5, None, None, None, 0, zero_centered)
+    grad_x, grad_weight = kernels.rmsnorm_bwd(upstream, data[0], inverse, data[1], 0, zero_centered)
+    assert_close(out, expected.detach())
+    assert_close(grad_x, x.grad)
+    assert_close(grad_weight, weight.grad)
+
+
+def gemm(a: torch.Tensor, transa: bool, b: torch.Tensor, transb: bool, **options: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "out": None, "quantizer": None, "out_dtype": kernels.DType.kFloat32, "bias": None,
+        "bias_type": None, "gelu": False, "gelu_in": None, "grad": False,
+        "workspace": torch.empty(0), "workspace_size": 0, "accumulate": False,
+        "use_split_accumulator": False,
+    }  # fmt: skip
+    return kernels.generic_gemm(a, transa, b, transb, **(arguments | options))
+
+
+def test_gemm_is_a_linear_layer_and_its_gradients() -> None:
+    """The three forms in which TransformerEngine's Linear calls it."""
+    linear = torch.nn.Linear(6, 4)
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    upstream = torch.randn(2, 3, 4)
+    expected = linear(x)
+    expected.backward(upstream)
+    weight, bias = linear.weight.detach(), linear.bias.detach()
+
+    out, *_ = gemm(weight, True, x.detach(), False, bias=bias)
+    grad_x, *_ = gemm(weight, False, upstream, False)
+    main_grad = torch.ones(4, 6)
+    _, grad_bias, *_ = gemm(
+        x.detach(), False, upstream, True, out=main_grad, accumulate=True, grad=True, bias=bias
+    )
+    assert_close(out, expected.detach())
+    assert_close(grad_x, x.grad)
+    assert_close(main_grad - 1, linear.weight.grad)
+    assert_close(grad_bias, linear.bias.grad)
+
+
+def test_fused_attention_is_softmax_of_each_sequence() -> None:
+    q, k, v = (torch.randn(8, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    out = torch.zeros(8, 4, 8)
+    for start, end in ((0, 3), (3, 8)):
+        length = end - start
+        hidden = torch.ones(length, length).triu(1).bool()
+        for head in range(4):
+            key, value = k[start:end, head // 2], v[start:end, head // 2]
+            scores = (q[start:end, head] @ key.t() * 0.3).masked_fill(hidden, -torch.inf)
+            out = out.clone()
+            out[start:end, head] = scores.softmax(-1) @ value
+    upstream = torch.randn(8, 4, 8)
+    out.backward(upstream)
+
+    data = [x.detach() for x in (q, k, v)]
+    mask = types.SimpleNamespace(name="NVTE_PADDING_CAUSAL_MASK")
+    none = [None] * 4
+    result, *_ = kernels.fused_attn_fwd(
+        5, 5, True, 0.3, 0.0, True, *none, mask, None, None, None, CU, CU, *data
+    )
+    grads = kernels.fused_attn_bwd(
+        5, 5, 0.3, 0.0, True, *none, None, None, None, mask, None, None, None, False, CU, CU,
+        *data, result, upstream,
+    )  # fmt: skip
+    assert_close(result, out.detach())
+    for grad, x in zip(grads, (q, k, v), strict=False):
+        assert_close(grad, x.grad)
+
+
+def test_rope_turns_pairs_as_complex_numbers() -> None:
+    t = torch.randn(8, 2, 6)
+    frequencies = torch.randn(5, 3)
+    freqs = torch.cat([frequencies, frequencies], -1).view(5, 1, 1, 6)
+    out = kernels.fused_rope_forward(t, freqs, None, None, False, CU, 1, 0)
+    places = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4])
+    turn = torch.polar(torch.ones(8, 1, 3), frequencies[places][:, None])
+    expected = torch.complex(t[..., :3], t[..., 3:]) * turn
+    assert_close(out, torch.cat([expected.real, expected.imag], -1))
+    assert_close(kernels.fused_rope_backward(out, freqs, None, None, False, CU, 1, 0), t)
+
+
+def test_packed_and_padded_forms_are_pad_sequence() -> None:
+    t = torch.randn(8, 2, 3)
+    parts = [t[:3], t[3:3], t[3:]]
+    padded = kernels.convert_thd_to_bshd(t, CU, 3, 5)
+    assert_close(padded, torch.nn.utils.rnn.pad_sequence(parts, batch_first=True))
+    assert_close(kernels.convert_bshd_to_thd(padded, CU, 8), t)
+
+
+def test_lists_of_tensors() -> None:
+    tensors = [torch.randn(3), torch.randn(2, 4)]
+    norm, each = kernels.multi_tensor_l2norm(0, torch.zeros(1), [tensors], True)
+    assert_close(norm[0], torch.cat([t.flatten() for t in tensors]).norm())
+    assert each is not None
+    assert_close(each, torch.stack([t.norm() for t in tensors]))
+    halves = [torch.empty_like(t) for t in tensors]
+    kernels.multi_tensor_scale(0, torch.zeros(1), [tensors, halves], 0.5)
+    assert_close(halves, [t / 2 for t in tensors])
+
+
+@pytest.mark.parametrize(("mode", "optimizer"), [(0, torch.optim.Adam), (1, torch.optim.AdamW)])
+def test_adam(mode: int, optimizer: Any) -> None:
+    start, gradients = torch.randn(7), torch.randn(3, 7)
+    parameter = torch.nn.Parameter(start.clone())
+    reference = optimizer([parameter], lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.2)
+    value, moment, square = start.clone(), torch.zeros(7), torch.zeros(7)
+    for step, gradient in enumerate(gradients, 1):
+        parameter.grad = gradient.clone()
+        reference.step()
+        lists = [[gradient.clone()], [value], [moment], [square]]
+        kernels.multi_tensor_adam(0, torch.zeros(1), lists, 0.1, 0.8, 0.9, 1e-3, step, mode, 1, 0.2)
+    assert_close(value, parameter.detach())
+
+
+def test_every_kernel_has_a_test_here_and_the_rest_says_that_it_is_missing() -> None:
+    assert {kernel.__name__ for kernel in kernels.KERNELS} == {
+        "rmsnorm_fwd", "rmsnorm_bwd", "generic_gemm", "get_fused_attn_backend", "fused_attn_fwd",
+        "fused_attn_bwd", "fused_rope_forward", "fused_rope_backward", "convert_thd_to_bshd",
+        "convert_bshd_to_thd", "multi_tensor_l2norm", "multi_tensor_scale", "multi_tensor_adam",
+    }  # fmt: skip
+    with pytest.raises(NotImplementedError, match=r"transformer_engine_torch\.swiglu is not emul"):
+        kernels.module().swiglu(torch.zeros(1))

@@ -1,0 +1,109 @@
+"""Imports run one way: a module imports its own package and what lies below it, and nothing else of this project."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "megatron_real"
+
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("records", "disk", "numerics", "cpu", "pinned", "collective", "challenge", "bounds"),
+    ("objective",),
+    ("config",),
+    ("labels", "batching"),
+    ("prompts",),
+    ("weights",),
+    ("policy", "rollout"),
+    ("evaluate",),
+    ("runs",),
+    ("job", "benchmark", "doctor", "plan", "launcher", "compare", "report"),
+    ("loop", "rehearsal"),
+    ("session",),
+    ("commands",),
+    ("cli",),
+    ("__main__",),
+)
+"""From the bottom up. Packages and modules of one layer do not know each other."""
+
+KNOWN = {
+    ("config", "weights"): (
+        "the checks of a layout ask the one reader of config.json, weights/architecture.py; it knows neither torch nor "
+        "the configuration, and belongs below the two"
+    ),
+}
+"""(importing, imported) pairs that break the rule, each with the reason why it still does."""
+
+
+def layer_of(name: str) -> int:
+    """The number of a package's or module's layer."""
+    for number, names in enumerate(LAYERS):
+        if name in names:
+            return number
+    raise AssertionError(f"megatron_real.{name} is in no layer of {__file__}; add it to LAYERS")
+
+
+def imported(source: str) -> Iterator[tuple[int, str]]:
+    """(line, top-level name) of everything of this project that a source imports, inside functions too."""
+    for node in ast.walk(ast.parse(source)):
+        modules: list[str] = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "megatron_real":
+            modules = [f"megatron_real.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute in this project"
+            modules = [node.module or ""]
+        for module in modules:
+            parts = module.split(".")
+            if parts[0] == "megatron_real" and len(parts) > 1:
+                yield node.lineno, parts[1]
+
+
+def violations(name: str, source: str) -> list[str]:
+    """A line for each import of `source`, a file of `name`, that does not run downwards."""
+    return [
+        f"line {line} imports megatron_real.{other}"
+        for line, other in imported(source)
+        if other != name and layer_of(other) >= layer_of(name) and (name, other) not in KNOWN
+    ]
+
+
+FILES = sorted(file.relative_to(PACKAGE) for file in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("folder", sorted({file.parts[0] for file in FILES}))
+def test_imports_run_downwards(folder: str) -> None:
+    if folder == "__init__.py":
+        return  # the package's own face: it shows names of any layer, and nothing imports it
+    files = [file for file in FILES if file.parts[0] == folder]
+    name = folder.removesuffix(".py")
+    for file in files:
+        wrong = violations(name, (PACKAGE / file).read_text(encoding="utf-8"))
+        assert not wrong, f"megatron_real/{file}: {'; '.join(wrong)}; its layer is {layer_of(name)}"
+
+
+def test_the_known_violations_still_exist() -> None:
+    """An entry that has been mended goes."""
+    for name, other in KNOWN:
+        files = [file for file in FILES if file.parts[0].removesuffix(".py") == name]
+        sources = [(PACKAGE / file).read_text(encoding="utf-8") for file in files]
+        found = {imported_name for source in sources for _, imported_name in imported(source)}
+        assert other in found, f"{name} no longer imports {other}; take the entry out of KNOWN"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from megatron_real.runs.directory import RunDirectory",
+        "import megatron_real.cli",
+        "def late():\n    from megatron_real import loop",
+        "from megatron_real.policy.policy import Policy",
+    ],
+)
+def test_an_import_upwards_or_sideways_is_seen(source: str) -> None:
+    assert violations("rollout", source)
+    assert not violations("rollout", "from megatron_real.weights.mapping import Weights")

@@ -1,0 +1,69 @@
+"""A forked command line is what a new process would be, as far as tests look at one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import zygote
+from tests.amount import cover
+
+PROGRAM = """
+import os, sys, threading, atexit
+atexit.register(print, "the end")
+print(sys.argv[1:], __name__, sys.stdin.read(), os.getcwd(), sorted(os.environ), os.getsid(0) == os.getpid())
+print("a warning", file=sys.stderr)
+threading.Thread(target=print, args=["a thread"]).start()
+sys.exit({code!r})
+"""
+
+
+@pytest.mark.parametrize("code", [0, 3, "a sentence"])
+def test_it_is_like_a_new_process(tmp_path: Path, code: object) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(code=code))
+    answers = []
+    for start in (subprocess.Popen, zygote.Popen):
+        process: subprocess.Popen[str] = start(  # type: ignore[operator]
+            [sys.executable, str(program), "one", "two"],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"], "HOME": "/", "LC_CTYPE": "C.UTF-8"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        output = process.communicate("what it reads", timeout=60)
+        answers.append((process.returncode, *output))
+    assert answers[0] == answers[1]
+    assert answers[0][0] == (code if isinstance(code, int) else 1)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 1)],
+)
+def test_signals_end_it(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """SIGINT is an exception, as in a process whose parent does not ignore it."""
+    program = tmp_path / "program.py"
+    program.write_text("import time\nprint('up', flush=True)\ntime.sleep(600)\n")
+    process: Any = zygote.Popen([sys.executable, str(program)], stdout=-1, stderr=-1, text=True)
+    assert process.stdout.readline() == "up\n" and process.poll() is None
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert ("KeyboardInterrupt" in errors) == (number == signal.SIGINT)
+
+
+def test_a_cover_has_each_value_by_default() -> None:
+    rows = cover("ab", "cde")
+    core = [row.values for row in rows if not row.marks]
+    assert core == [("a", "c"), ("a", "e"), ("b", "d")]
+    assert len(rows) == 6

@@ -1,0 +1,224 @@
+"""What a rank does beside the model, which must not grow with ranks or steps: planning, prompts, shares of engines.
+
+    python tools/bench_bookkeeping.py
+    python tools/bench_bookkeeping.py --before 37a47e0      # the planner of that commit beside today's
+    python tools/bench_bookkeeping.py --steps 10000         # and that many steps of a run of 64 ranks
+
+One process does what each rank of a run does alike. Lengths of answers are exponential with a mean of 3,000 tokens, cut
+at 8,192, under a budget of 10,240; groups of 8. A plan with the planner of an earlier commit is given up after --patience
+seconds.
+
+The run of 64 ranks draws 32 prompts of 40,000 a step in groups of 8, shares them out, cuts minibatches, plans, learns
+lengths, and takes the state that a checkpoint would save. Its memory and its time a step must stay flat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import multiprocessing as mp
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from bench_machine import add_options, apply_options, show
+
+from megatron_real.batching import Layout, minibatches, placement, plan
+from megatron_real.objective import make_objective
+from megatron_real.prompts import PromptCursor
+from megatron_real.records import Completion, Prompt, Rollout, Verdict
+from megatron_real.rollout.spread import ExpectedLengths, samples_together, spread
+
+MAX_TOKENS = 10240
+GROUP = 8
+SIZES = ((256, 16), (1024, 64), (1024, 512), (16384, 512), (16384, 4096))
+"""Rollouts of a plan, data-parallel ranks."""
+
+
+def cost(length: int) -> float:
+    """Of a sequence, about as a model of 1.5B computes it."""
+    return length * (3e9 + 5e4 * length)
+
+
+def drawn_lengths(count: int) -> list[int]:
+    """Tokens of so many rollouts."""
+    draw = random.Random(0)
+    return [256 + min(8192, int(draw.expovariate(1 / 3000)) + 1) for _ in range(count)]
+
+
+def planner_of(commit: str) -> ModuleType:
+    """batching/placement.py as it was at a commit."""
+    source = subprocess.run(
+        ["git", "show", f"{commit}:megatron_real/batching/placement.py"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "placement_before.py"
+        file.write_text(source, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("placement_before", file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    return module
+
+
+def timed_plan(module: Any, count: int, dp: int) -> tuple[float, float, str]:
+    """Seconds of a plan, its estimate, and where groups lie."""
+    lengths = drawn_lengths(count)
+    groups = [i // GROUP for i in range(count)]
+    layout = module.Layout(dp=dp, max_tokens=MAX_TOKENS)
+    started = time.perf_counter()
+    made = module.plan(
+        lengths, groups, layout=layout, placement="auto", needs_scores=True, cost=cost
+    )
+    return time.perf_counter() - started, made.seconds, made.placement
+
+
+def patient_plan(module: Any, count: int, dp: int, patience: float) -> tuple[float, float] | None:
+    """Seconds and estimate of a plan in a process of its own; None where it takes longer than `patience`."""
+    context = mp.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=lambda: theirs.send(timed_plan(module, count, dp)[:2]))
+    process.start()
+    answer: tuple[float, float] | None = ours.recv() if ours.poll(patience) else None
+    process.kill()
+    process.join()
+    return answer
+
+
+def plans(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each size."""
+    before = planner_of(options.before) if options.before else None
+    rows = []
+    for count, dp in SIZES:
+        rounds = [timed_plan(placement, count, dp) for _ in range(1 + options.rounds)]
+        seconds, estimate, chosen = min(rounds[1:])
+        row = {"rollouts": count, "DP": dp, "placement": chosen, "seconds": seconds}
+        if before is not None:
+            earlier = patient_plan(before, count, dp, options.patience)
+            row["before, seconds"] = earlier[0] if earlier else f"over {options.patience:.0f}"
+            row["plan / before"] = estimate / earlier[1] if earlier else "-"
+        rows.append(row)
+    return rows
+
+
+def made_prompts(count: int) -> list[Prompt]:
+    """Prompts of 128 tokens."""
+    return [Prompt(f"p/{i}", "", tuple(range(i, i + 128)), (str(i),)) for i in range(count)]
+
+
+def cursors(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds of the prompts' order, at two sizes of the data."""
+    rows = []
+    for count in options.prompts:
+        prompts = made_prompts(count)
+        started = time.perf_counter()
+        cursor = PromptCursor(prompts, seed=0)
+        built = time.perf_counter() - started
+        started = time.perf_counter()
+        for _ in range(100):
+            cursor.next_batch(8)
+            cursor.peek(8)
+            cursor.state_dict()
+        each = (time.perf_counter() - started) / 100
+        rows.append(
+            {"prompts": count, "start, seconds": built, "draw, peek and save, ms": 1e3 * each}
+        )
+    return rows
+
+
+class Bookkeeping:
+    """A run's steps without engines and model."""
+
+    def __init__(self, *, ranks: int, prompts: int = 40_000, num_prompts: int = 32) -> None:
+        self.cursor = PromptCursor(made_prompts(prompts), seed=0)
+        self.lengths = ExpectedLengths()
+        self.ranks, self.num_prompts = ranks, num_prompts
+        self.objective = make_objective("real")
+        self.draw = random.Random(0)
+        self.completions = [_completion(n) for n in range(1, 65)]
+        """Shared: the tokens themselves are not what is measured."""
+
+    def step(self) -> int:
+        """One step; returns the micro-batches of a rank."""
+        prompts = self.cursor.next_batch(self.num_prompts)
+        together = samples_together(len(prompts), GROUP, self.ranks)
+        parts = [prompt for prompt in prompts for _ in range(GROUP // together)]
+        assert len(spread(self.lengths.costs(parts, together), self.ranks)) == self.ranks
+        rollouts = [
+            Rollout(prompt, i, k, self.draw.choice(self.completions), self._verdict())
+            for i, prompt in enumerate(prompts)
+            for k in range(GROUP)
+        ]
+        self.lengths.learn(rollouts)
+        (minibatch,) = minibatches(rollouts, self.objective, groups_per_minibatch=len(prompts))
+        made = plan(
+            [rollouts[i].num_tokens for i in minibatch.kept],
+            [rollouts[i].group for i in minibatch.kept],
+            layout=Layout(dp=self.ranks, max_tokens=256),
+            placement="auto",
+            needs_scores=True,
+        )
+        self.cursor.peek(self.num_prompts)
+        self.cursor.state_dict()
+        self.lengths.state_dict()
+        return len(made.micro_batches[0])
+
+    def _verdict(self) -> Verdict:
+        label = self.draw.randint(0, 1)
+        return Verdict("ok", label, float(label))  # type: ignore[arg-type]
+
+
+def _completion(tokens: int) -> Completion:
+    return Completion((5,) * tokens, (0.0,) * tokens, "", True)
+
+
+def resident_mib() -> float:
+    """Of this process, now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def simulated(steps: int) -> list[dict[str, Any]]:
+    """Memory and time of a tenth of the steps at a time, of a run of 64 ranks."""
+    run = Bookkeeping(ranks=64)
+    rows = []
+    for tenth in range(10):
+        clock = time.process_time()
+        for _ in range(steps // 10):
+            run.step()
+        each = (time.process_time() - clock) / (steps // 10)
+        done = (tenth + 1) * (steps // 10)
+        rows.append({"steps": done, "ms a step": 1e3 * each, "resident MiB": resident_mib()})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--before", default="", help="a commit whose planner is measured too")
+    parser.add_argument("--patience", type=float, default=60, help="seconds for each of its plans")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[40_000, 400_000])
+    parser.add_argument("--steps", type=int, default=0, help="steps of the run of 64 ranks")
+    add_options(parser, rounds=3)
+    options = parser.parse_args()
+    apply_options(options)
+    show("One plan, seconds", plans(options), options)
+    show("The order of the prompts", cursors(options), options)
+    if options.steps:
+        show("Steps of 64 ranks", simulated(options.steps), options)
+
+
+if __name__ == "__main__":
+    main()
