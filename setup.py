@@ -14,6 +14,9 @@ NOTEBOOK = ["pandas", "nbclient", "ipykernel"]
 REPORT = ["bokeh>=3.7,<4", "jinja2>=3"]
 """What `megatron-real report` needs."""
 
+TRACKERS = ["wandb", "mlflow-skinny"]
+"""What the tests of trackers run; each is an extra of its own."""
+
 setup(
     name="megatron_real",
     version="0.1.0",
@@ -74,12 +77,14 @@ setup(
             "gguf",
             "accelerate",
             "mkdocs-material>=9",
+            *TRACKERS,
             *REPORT,
             *NOTEBOOK,
         ],
         "notebook": NOTEBOOK,
         "report": REPORT,
         "wandb": ["wandb"],
+        "mlflow": ["mlflow-skinny"],
         "completion": ["argcomplete>=3"],
         "docs": ["mkdocs-material>=9"],
     },

@@ -37,8 +37,8 @@ def metrics_page() -> str:
         "# Metrics\n",
         NOTE,
         "`metrics.jsonl` of a run directory has a row for each step, and `evaluations.jsonl` one for each evaluation.",
-        "TensorBoard and Weights & Biases show the same figures in groups. A figure of nothing, such as the mean score of",
-        "right answers where there were none, is null in the files and left out elsewhere.",
+        "Trackers (TensorBoard, Weights & Biases, MLflow) show the same figures in groups. A figure of nothing, such as the",
+        "mean score of right answers where there were none, is null in the files and left out elsewhere.",
     ]
     group = ""
     for metric in METRICS:

@@ -1,62 +1,259 @@
-"""`megatron-real rollouts`: a run's rollouts as JSON lines.
+"""`megatron-real rollouts`: a run's rollouts, as JSON lines for programs or as a page of text for people.
 
-    megatron-real rollouts RUN_DIR [--steps 12 20-29 ...] [--without-tokens]
+    megatron-real rollouts RUN_DIR [--steps 12 20-29 ...] [--without-tokens]     JSON lines (docs/checkpoints.md)
+    megatron-real rollouts RUN_DIR --step 40 --label wrong | less                one step, group by group, to be read
 
-A line has the prompt, the completion, its label, reward, score, weight and tokens (docs/checkpoints.md). It reads only,
-and needs neither torch nor a GPU.
+It reads only, and needs neither torch nor a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
 
 from megatron_real.commands.terminal import refuse
+from megatron_real.records import Label, Status
+from megatron_real.report.browser import token_decoder, visible
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.rollouts import read_rows
 
-SUMMARY = "print a run's rollouts as JSON lines"
+SUMMARY = "print a run's rollouts, as JSON lines or to be read"
 EXAMPLES = """\
 examples:
+  megatron-real rollouts runs/my-run --step 40 --label wrong | less
+  megatron-real rollouts runs/my-run --step 40 --sort weight --limit 20
+  megatron-real rollouts runs/my-run --step 40 --shade weight | less -R
   megatron-real rollouts runs/my-run --steps 12 --without-tokens | head -3
   megatron-real rollouts runs/my-run --steps 1-100 | jq 'select(.label == 0) | .completion'
 """
+
+LABELS = {"right": Label.POSITIVE, "wrong": Label.NEGATIVE, "excluded": Label.EXCLUDED}
+"""The words for labels, as in the report."""
+SHADES = {"logprob": "logprobs", "ratio": "log_ratios", "weight": "token_weights"}
+"""What tokens are shaded by -> the column that has it."""
 
 _TOKEN_COLUMNS = (
     "prompt_token_ids",
     "token_ids",
     "logprobs",
     "reference_logprobs",
+    "log_ratios",
+    "token_weights",
     "trained",
     "weight_version",
 )
+_SORTS: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "reward": lambda row: row["reward"],
+    "length": lambda row: len(row["token_ids"]),
+    "score": lambda row: row["score"],
+    "weight": lambda row: None if row["weight"] is None else abs(row["weight"]),
+}
+_FULL = {"logprob": 5.0, "ratio": math.log(2)}
+"""The figure of the strongest colour (nats); of a weight it is the largest one of the group."""
+# Backgrounds of a terminal with 256 colours, from weak to strong: blue for what became or is made likelier, else orange.
+_UP = (17, 18, 19, 20, 26)
+_DOWN = (52, 94, 130, 166, 202)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the run's directory")
+    steps = parser.add_mutually_exclusive_group()
+    steps.add_argument(
+        "--steps",
+        nargs="+",
+        metavar="STEP",
+        help="as JSON lines: steps, such as 12 or 20-29; default: all",
+    )
+    steps.add_argument("--step", metavar="STEP", help="to be read: one step, group by group")
+    parser.add_argument("--label", choices=LABELS, help="only rollouts of this label")
     parser.add_argument(
-        "--steps", nargs="+", metavar="STEP", help="steps, such as 12 or 20-29; default: all"
+        "--status", choices=[status.value for status in Status], help="only rollouts that ended so"
     )
     parser.add_argument(
-        "--without-tokens", action="store_true", help="leave out token ids and their log-probs"
+        "--search", default="", metavar="TEXT", help="only where prompt or answer has this text"
+    )
+    parser.add_argument(
+        "--sort", choices=_SORTS, help="largest first, weights by size; default: by group"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=0, metavar="N", help="at most so many rollouts"
+    )
+    parser.add_argument(
+        "--shade",
+        choices=SHADES,
+        help="with --step: colour each token by its log-prob, its ratio to the old policy or its weight in the loss",
+    )
+    parser.add_argument(
+        "--without-tokens", action="store_true", help="leave out token ids and their figures"
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """Prints the rollouts, or returns 2 and says in one sentence why not."""
     try:
+        if options.limit < 0:
+            raise ValueError(f"--limit is {options.limit}; it must be at least 0 (all)")
+        if options.shade and options.step is None:
+            raise ValueError("--shade colours what is to be read; give --step too")
         directory = RunDirectory(options.run_dir)
-        for step in _steps(directory, options.steps):
-            for row in read_rows(directory.saved_rollouts(step)):
-                if options.without_tokens:
-                    row = {name: row[name] for name in row if name not in _TOKEN_COLUMNS}
-                # ASCII alone: a model may emit half a surrogate pair, or control a terminal.
-                print(json.dumps(row))
+        steps = _steps(directory, options.steps if options.step is None else [options.step])
+        rows = _selected(
+            (row for step in steps for row in read_rows(directory.saved_rollouts(step))), options
+        )
+        if options.step is None:
+            _print_json(rows, options.without_tokens)
+        else:
+            _print_text(list(rows), directory, options)
     except ValueError as error:
         return refuse(error)
     return 0
+
+
+def _selected(
+    rows: Iterable[Mapping[str, Any]], options: argparse.Namespace
+) -> Iterator[Mapping[str, Any]]:
+    """The rows that the filters leave, in the order that is asked for."""
+    words = options.search.casefold()
+    matching: Iterator[Mapping[str, Any]] = (
+        row
+        for row in rows
+        if (options.label is None or row["label"] == LABELS[options.label])
+        and (options.status is None or row["status"] == options.status)
+        and (words in row["completion"].casefold() or words in row["prompt"].casefold())
+    )
+    if options.sort:
+        key = _SORTS[options.sort]
+
+        def last_without_figure(row: Mapping[str, Any]) -> float:
+            value = key(row)
+            return -math.inf if value is None else value
+
+        matching = iter(sorted(matching, key=last_without_figure, reverse=True))
+    for number, row in enumerate(matching):
+        if options.limit and number >= options.limit:
+            return
+        yield row
+
+
+def _print_json(rows: Iterable[Mapping[str, Any]], without_tokens: bool) -> None:
+    for row in rows:
+        if without_tokens:
+            row = {name: row[name] for name in row if name not in _TOKEN_COLUMNS}
+        # ASCII alone: a model may emit half a surrogate pair, or control a terminal.
+        print(json.dumps(row))
+
+
+def _print_text(
+    rows: Sequence[Mapping[str, Any]], directory: RunDirectory, options: argparse.Namespace
+) -> None:
+    """Prints rollouts under their prompts. What a terminal would act on is replaced by visible characters."""
+    write = _writer()
+    if not rows:
+        write("no rollout of this step is as asked for\n")
+        return
+    decode = _decoder(directory, options.shade, rows) if options.shade else None
+    group = None
+    for row in rows:
+        if row["group"] != group:
+            group = row["group"]
+            gold = "  or  ".join(_shown(answer) for answer in row["answers"])
+            write(f"=== step {row['step']}, group {group}: {_shown(str(row['uid']))}\n")
+            write(f"{_indented(_shown(row['prompt']))}\n    gold: {gold}\n")
+        write(f"\n--- {_headline(row)}\n")
+        if decode is None:
+            write(f"{_indented(_shown(row['completion']))}\n")
+        else:
+            same_group = [other for other in rows if other["group"] == group]
+            write(f"{_shaded(row, same_group, options.shade, decode)}\n")
+    write(f"\n{len(rows)} rollouts\n")
+
+
+def _writer() -> Callable[[str], object]:
+    """A function that writes text in whatever a terminal or a file can hold."""
+    encoding = sys.stdout.encoding or "ascii"
+
+    def write(text: str) -> None:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+    return write
+
+
+def _shown(text: str) -> str:
+    return visible(text, max_text=sys.maxsize)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.split("\n"))
+
+
+def _headline(row: Mapping[str, Any]) -> str:
+    label = next(word for word, label in LABELS.items() if label == row["label"])
+    figures = [
+        f"{name} {_number(row[name])}" for name in ("reward", "score", "weight") if name in row
+    ]
+    cut = "" if row["finished"] else ", cut at the limit"
+    reason = f"; {_shown(row['reason'])}" if row.get("reason") else ""
+    return (
+        f"sample {row['sample']}: {label}, {row['status']}; {', '.join(figures)}, "
+        f"{len(row['token_ids'])} tokens{cut}{reason}"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _decoder(
+    directory: RunDirectory, shade: str, rows: Sequence[Mapping[str, Any]]
+) -> Callable[[Sequence[int]], list[str]]:
+    if not any(row.get(SHADES[shade]) for row in rows):
+        raise ValueError(
+            f"{directory.path} has no {shade} of single tokens in this step; a run keeps them with "
+            "trainer.keep_token_weights=true"
+        )
+    try:
+        config = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        config = {}
+    decode = token_decoder(config if isinstance(config, dict) else {})
+    if decode is None:
+        raise ValueError(
+            f"--shade needs the tokenizer.json of the run's model, which {directory.config} does not lead to"
+        )
+    return decode
+
+
+def _shaded(
+    row: Mapping[str, Any],
+    group: Sequence[Mapping[str, Any]],
+    shade: str,
+    decode: Callable[[Sequence[int]], list[str]],
+) -> str:
+    """The answer, each token on a background as strong as its figure."""
+    column = SHADES[shade]
+    figures = row.get(column) or [None] * len(row["token_ids"])
+    full = _FULL.get(shade)
+    if full is None:
+        sizes = (abs(w) for other in group for w in other.get(column) or () if w is not None)
+        full = max(sizes, default=0.0)
+    parts = []
+    for text, value in zip(decode(row["token_ids"]), figures, strict=True):
+        strength = 0 if value is None or not full else round(min(1.0, abs(value) / full) * 5)
+        shown = _shown(text)
+        if strength:
+            # The gradient of the loss lowers what it is positive of.
+            raised = value < 0 if shade == "weight" else shade == "ratio" and value > 0
+            background = (_UP if raised else _DOWN)[strength - 1]
+            shown = f"\x1b[97;48;5;{background}m{shown}\x1b[0m"
+        parts.append(shown)
+    return _indented("".join(parts))
 
 
 def _steps(directory: RunDirectory, wanted: Sequence[str] | None) -> list[int]:

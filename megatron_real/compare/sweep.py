@@ -59,6 +59,7 @@ _WITHOUT_EFFECT = (
     "trainer.export",
     "trainer.hang_minutes",
     "trainer.max_hours",
+    "trainer.mlflow",
     "trainer.peak_tflops",
     "trainer.profile",
     "trainer.tensorboard",

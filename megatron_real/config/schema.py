@@ -334,10 +334,18 @@ class TrainerConfig:
     """Stop after so many updates in a row were skipped for a non-finite loss or gradient."""
     profile: tuple[int, ...] = ()
     """Steps of which a torch profiler trace is written."""
+    keep_token_weights: bool = False
+    """Keep with the rollouts what each token got: log pi - log pi_old at its update, and the weight
+    that the objective gave it. At most 8 bytes a token more; `megatron-real report` shades by
+    them."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     wandb: bool = False
-    """Log to Weights & Biases (must be installed)."""
+    """Log to Weights & Biases (must be installed); WANDB_MODE=offline keeps it in the run
+    directory."""
+    mlflow: bool = False
+    """Log to MLflow (mlflow-skinny must be installed), at MLFLOW_TRACKING_URI, else in files below
+    the run directory."""
     export: bool = True
     """Write the trained weights as an HF directory at the end."""
     max_hours: Annotated[float, ZeroIsOff] = 0.0

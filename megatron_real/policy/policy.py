@@ -81,6 +81,8 @@ class PolicySettings:
     """|log-prob here - in the engine| (nats) beyond which a token counts in mismatch_share."""
     offload_optimizer: bool
     """The optimizer's state leaves the device while the engine is awake."""
+    keep_token_weights: bool = False
+    """Updates leave each token's ratio and weight in the batch."""
 
     @classmethod
     def of(cls, config: Config) -> PolicySettings:
@@ -95,6 +97,7 @@ class PolicySettings:
             temperature=config.rollout.temperature,
             mismatch_bound=config.rollout.mismatch_bound,
             offload_optimizer=config.rollout.offload_optimizer,
+            keep_token_weights=config.trainer.keep_token_weights,
         )
 
 
@@ -146,7 +149,11 @@ class Policy:
             bounds_on_host=not uses_transformer_engine(settings.model.layers),
         )
         self.step = TrainStep(
-            self.passes, groups, settings.objective, mismatch_bound=settings.mismatch_bound
+            self.passes,
+            groups,
+            settings.objective,
+            mismatch_bound=settings.mismatch_bound,
+            keep_token_weights=settings.keep_token_weights,
         )
         self.skipped_in_a_row = 0
         """Updates skipped since the last one that was made."""

@@ -111,6 +111,10 @@ class PassResults:
     """[R] mean old log-prob of its sequences, where the objective asks for it."""
     weight_R = Computed()
     """[R] dL / dscore of its sequences."""
+    log_ratio_T = Computed()
+    """[T] log pi - log pi_old at the update (nats), where token figures are kept."""
+    token_weight_T = Computed()
+    """[T] dL / dlog pi, the entropy bonus aside, where token figures are kept."""
 
     def has(self, name: str) -> bool:
         """Whether a pass has computed it."""
@@ -142,6 +146,8 @@ class Batch:
     """The old log-probs were computed; if not, the weights still are those that generated the rollouts."""
     tokens: TokenFigures = field(init=False)
     """Token-level figures of this rank's micro-batches, complete on the ranks that write log-probs."""
+    has_token_weights: bool = False
+    """The update has left ratio and weight of every token in `results`; on all ranks alike."""
 
     @property
     def device(self) -> torch.device:
@@ -194,10 +200,20 @@ class TrainStep:
         objective: Objective,
         *,
         mismatch_bound: float,
+        keep_token_weights: bool = False,
     ) -> None:
-        """`mismatch_bound`: of |d| (nats), beyond which a token counts in mismatch_share."""
+        """Prepares the passes.
+
+        Args:
+            passes: over this rank's model.
+            groups: its place in the layout.
+            objective: the loss.
+            mismatch_bound: of |d| (nats), beyond which a token counts in mismatch_share.
+            keep_token_weights: updates leave each token's ratio and weight in the batch's results.
+        """
         self.passes, self.groups, self.objective = passes, groups, objective
         self.mismatch_bound = mismatch_bound
+        self.keep_token_weights = keep_token_weights
         # REAL without a penalty has no term in single tokens, and pays for none.
         self._has_token_terms = not objective.has_scores or objective.regularises
 
@@ -233,9 +249,15 @@ class TrainStep:
             values=torch.zeros(6, dtype=torch.float64, device=batch.device),
             weight_R=torch.zeros_like(batch.token_facts.advantage_R),
         )
-        self.passes.forward_backward(
-            batch.micro_batches, lambda i, outputs: self._surrogate(batch, i, outputs, sums)
-        )
+
+        def loss(index: int, outputs: Outputs) -> Tensor:
+            surrogate = self._surrogate(batch, index, outputs, sums)
+            if self.keep_token_weights:
+                self._keep_token_weights(batch, index, outputs, surrogate)
+            return surrogate
+
+        self.passes.forward_backward(batch.micro_batches, loss)
+        batch.has_token_weights = self.keep_token_weights
         return self._summary(batch, sums)
 
     def _prepare_weights(self, batch: Batch) -> None:
@@ -322,6 +344,16 @@ class TrainStep:
             sums.values[2] += bonus.detach()
             surrogate = surrogate - bonus
         return surrogate
+
+    def _keep_token_weights(
+        self, batch: Batch, index: int, outputs: Outputs, surrogate: Tensor
+    ) -> None:
+        """Keeps what each token got: the surrogate is linear in log-probs, so its gradient there is the weights."""
+        results = batch.results[index]
+        # Elementwise: the graph between the surrogate and the log-probs knows nothing of the model.
+        (weight_T,) = torch.autograd.grad(surrogate, outputs.logprob_T, retain_graph=True)
+        results.token_weight_T = weight_T
+        results.log_ratio_T = outputs.logprob_T.detach() - results.old_logprob_T
 
     def _keep_old(self, batch: Batch, index: int, outputs: Outputs) -> None:
         batch.results[index].old_logprob_T = outputs.logprob_T.detach()

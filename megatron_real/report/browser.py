@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ MAX_STEPS = 40
 MAX_TEXT = 4000
 """Characters of a prompt or an answer that are kept: three quarters from its beginning, the rest from its end."""
 MAX_SHADED = 400
-"""Tokens of an answer that are kept with their log-probs."""
+"""Tokens of an answer that are kept with their figures."""
 
 _SEED = 0
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
@@ -30,7 +30,9 @@ _VISIBLE |= {0x7F: 0x2421}
 # Halves of surrogate pairs, which no browser can show and some cannot copy.
 _VISIBLE |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
 _DIRECTIONS = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-_TABLE: dict[int, int | str] = {**_VISIBLE, **{code: f"<U+{code:04X}>" for code in _DIRECTIONS}}
+# The second set of control characters: a terminal takes U+009B for ESC [.
+_NAMED = [*_DIRECTIONS, *range(0x80, 0xA0)]
+_TABLE: dict[int, int | str] = {**_VISIBLE, **{code: f"<U+{code:04X}>" for code in _NAMED}}
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def sample_of(run: Run, *, max_bytes: int, steps: Sequence[int] = ()) -> Sample:
         raise ValueError(f"{run.name} has no rollouts of step {missing[0]} on disk; {kept}")
 
     chosen = list(steps) or spaced(saved, MAX_STEPS)
-    decode = _decoder(run)
+    decode = token_decoder(run.config)
     groups: list[Mapping[str, Any]] = []
     num_read = 0
     left = max_bytes
@@ -94,12 +96,17 @@ def spaced(steps: Sequence[int], limit: int) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / (limit - 1))] for i in range(limit)]
 
 
-def visible(text: str) -> str:
-    """Returns a text whose control characters can be seen, and which is cut in the middle where it is long."""
-    if len(text) > MAX_TEXT:
-        head = text[: MAX_TEXT * 3 // 4]
-        tail = text[-MAX_TEXT // 4 :]
-        text = f"{head}\n[... {len(text) - MAX_TEXT:,} characters are left out ...]\n{tail}"
+def visible(text: str, max_text: int = MAX_TEXT) -> str:
+    """Returns a text whose control characters can be seen, and which is cut in the middle where it is long.
+
+    Args:
+        text: what a model wrote.
+        max_text: characters that are kept.
+    """
+    if len(text) > max_text:
+        head = text[: max_text * 3 // 4]
+        tail = text[-max_text // 4 :]
+        text = f"{head}\n[... {len(text) - max_text:,} characters are left out ...]\n{tail}"
     return text.translate(_TABLE)
 
 
@@ -140,15 +147,21 @@ def _rollout(row: Mapping[str, Any], decode: Any) -> dict[str, Any]:
     if decode is not None:
         rollout["tokens"] = [visible(text) for text in decode(row["token_ids"][:MAX_SHADED])]
         rollout["logprobs"] = [_rounded(p, 2) for p in row["logprobs"][:MAX_SHADED]]
+        if row.get("token_weights") is not None:
+            rollout["ratios"] = [_rounded(r, 3) for r in row["log_ratios"][:MAX_SHADED]]
+            rollout["weights"] = [_significant(w) for w in row["token_weights"][:MAX_SHADED]]
     return rollout
 
 
-def _decoder(run: Run) -> Any:
-    """A function from token ids to the text of each, by the tokenizer of the run's model; None where there is none.
+def token_decoder(config: Mapping[str, Any]) -> Callable[[Sequence[int]], list[str]] | None:
+    """Returns a function from token ids to the text of each, by the tokenizer of a run's model; None where it is gone.
 
     A character of several tokens is shown as replacement characters.
+
+    Args:
+        config: the run's configuration.
     """
-    file = Path(str(run.config.get("model", {}).get("path", ""))) / "tokenizer.json"
+    file = Path(str(config.get("model", {}).get("path", ""))) / "tokenizer.json"
     if not file.is_file():
         return None
     try:
@@ -164,6 +177,13 @@ def _decoder(run: Run) -> Any:
         )
 
     return decode
+
+
+def _significant(value: float | None) -> float | None:
+    """Three digits: weights of tokens are small, and only their sizes beside each other matter."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.3g}")
 
 
 def _rounded(value: float | None, digits: int = 5) -> float | None:

@@ -98,18 +98,49 @@ function element(tag, className, text) {
 
 const figure = (value) => value === null || value === undefined ? "-" : String(Number(value.toPrecision(4)));
 
-function answerText(rollout) {
+// How a figure of a token becomes a colour: `full` is the value of the strongest one.
+const SHADES = {
+  logprobs: {
+    words: "The darker a token, the less likely it was to the engine that sampled it: 0 nats is clear, -5 and less is "
+      + "the darkest.",
+    unit: "nats",
+    full: () => 5,
+  },
+  ratios: {
+    words: "Blue tokens had become likelier than under the old policy when their update was made, orange ones less "
+      + "likely; a factor of 2 is the darkest.",
+    unit: "= log of the ratio",
+    full: () => Math.log(2),
+  },
+  weights: {
+    words: "The objective makes blue tokens likelier and orange ones less likely; the darker, the more. The darkest "
+      + "token of a group has its largest weight.",
+    unit: "= dL / d log-prob",
+    full: (group) => Math.max(1e-30, ...group.rollouts.flatMap((one) => (one.weights || []).map(Math.abs))),
+  },
+};
+
+function colour(name, value, full) {
+  // The gradient of the loss lowers what it is positive of.
+  const raised = name === "weights" ? value < 0 : name === "ratios" && value > 0;
+  const strength = Math.min(1, Math.abs(value) / full) * 0.75;
+  return `rgba(var(--${raised ? "up" : "down"}), ${strength.toFixed(3)})`;
+}
+
+function answerText(rollout, group) {
   const body = element("pre");
-  if (!byId("shade").checked || !rollout.tokens) {
+  const name = byId("shade").value;
+  const figures = rollout[name];
+  if (name === "" || !rollout.tokens || !figures) {
     body.textContent = rollout.text;
     return body;
   }
+  const full = SHADES[name].full(group);
   rollout.tokens.forEach((text, i) => {
     const token = element("span", "token", text);
-    const logprob = rollout.logprobs[i];
-    if (logprob !== null) {
-      token.style.backgroundColor = `rgba(var(--shade), ${(Math.min(5, -logprob) / 5 * 0.85).toFixed(3)})`;
-      token.title = `${logprob} nats`;
+    if (figures[i] !== null) {
+      token.style.backgroundColor = colour(name, figures[i], full);
+      token.title = `${figures[i]} ${SHADES[name].unit}`;
     }
     body.append(token);
   });
@@ -119,7 +150,7 @@ function answerText(rollout) {
   return body;
 }
 
-function answer(rollout, hit) {
+function answer(rollout, hit, group) {
   const label = LABELS[String(rollout.label)];
   const box = element("div", `answer ${label}${hit ? "" : " hidden-by-filter"}`);
   const cut = rollout.finished ? "" : ", cut at the limit";
@@ -127,7 +158,7 @@ function answer(rollout, hit) {
   box.append(element("p", "quiet",
     `reward ${figure(rollout.reward)}, score ${figure(rollout.score)}, weight ${figure(rollout.weight)}, `
     + `${rollout.length} tokens${cut}${rollout.reason ? `; ${rollout.reason}` : ""}`));
-  box.append(answerText(rollout));
+  box.append(answerText(rollout, group));
   return box;
 }
 
@@ -137,7 +168,9 @@ function card({ group, hits }) {
   box.append(element("pre", "", group.prompt));
   box.append(element("p", "quiet", `gold: ${group.gold.join("  or  ")}`));
   const answers = element("div", "answers");
-  for (const rollout of group.rollouts) answers.append(answer(rollout, hits.includes(rollout)));
+  for (const rollout of group.rollouts) {
+    answers.append(answer(rollout, hits.includes(rollout), group));
+  }
   box.append(answers);
   return box;
 }
@@ -152,9 +185,16 @@ function show() {
   byId("place").textContent = `${hits} rollouts in ${found.length} groups, page ${page + 1} of ${pages}`;
   byId("previous").disabled = page === 0;
   byId("next").disabled = page >= pages - 1;
-  byId("scale").hidden = !byId("shade").checked;
+  const shade = byId("shade").value;
+  byId("scale").hidden = shade === "";
+  byId("scale").textContent = shade === "" ? "" : SHADES[shade].words;
 }
 
+// What no rollout of the page has cannot be chosen.
+for (const option of byId("shade").options) {
+  option.disabled = option.value !== "" && !samples.some((sample) => sample.groups.some(
+    (group) => group.rollouts.some((one) => one[option.value])));
+}
 fill(byId("run"), samples.map((sample, i) => [i, sample.run]), "");
 fillFilters();
 byId("run").addEventListener("change", fillFilters);

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
@@ -128,7 +128,7 @@ def with_benchmarks(card: str, evaluations: Sequence[str | Path]) -> str:
     Raises:
         ValueError: a directory has no results.
     """
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, ModelCardData
 
     results: list[EvalResult] = []
     rows = []
@@ -140,8 +140,9 @@ def with_benchmarks(card: str, evaluations: Sequence[str | Path]) -> str:
             accuracy = f"{row['pass_at_1']:.4f}"
             rows.append([name, accuracy, spread, row["problems"], row["samples"]])
     parsed = ModelCard(card, ignore_metadata_errors=True)
-    parsed.data.model_name = parsed.data.model_name or "model"
-    parsed.data.eval_results = [*(parsed.data.eval_results or []), *results]
+    data = cast(ModelCardData, parsed.data)
+    data.model_name = data.model_name or "model"
+    data.eval_results = [*(data.eval_results or []), *results]
     head = ["benchmark", "pass@1", "standard error", "problems", "samples each"]
     return f"{str(parsed).rstrip()}\n\n## Benchmarks\n\n{_table(head, rows)}\n"
 

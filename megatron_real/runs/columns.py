@@ -32,6 +32,9 @@ from megatron_real.records import (
 
 FIGURES = {"score": pyarrow.float64(), "weight": pyarrow.float64(), "minibatch": pyarrow.int32()}
 """What training adds to each rollout; null until it is known."""
+TOKEN_FIGURES = ("log_ratios", "token_weights")
+"""What training adds to each response token where trainer.keep_token_weights asks: log pi - log pi_old at its update, and
+dL / dlog pi. Other files do not have these columns."""
 
 _SCALARS = {
     "uid": pyarrow.string(),
@@ -59,6 +62,7 @@ def write_table(
     step: int,
     figures: Mapping[str, Sequence[float] | None],
     header: Mapping[str, str],
+    token_figures: Mapping[str, Sequence[NDArray[Any] | None]] | None = None,
 ) -> None:
     """Writes rollouts as one parquet file.
 
@@ -68,6 +72,7 @@ def write_table(
         step: its number.
         figures: [rollouts] by a name of FIGURES, or None where they are not known.
         header: texts that the file says of itself.
+        token_figures: [rollouts] arrays [n] by a name of TOKEN_FIGURES, where they are kept.
     """
     columns: dict[str, Any] = {
         "step": pyarrow.array(numpy.full(len(rollouts), step, dtype=numpy.int32))
@@ -80,6 +85,8 @@ def write_table(
             columns[name] = pyarrow.array(list(values), type=dtype)
     columns |= _scalar_columns([_scalars(rollout) for rollout in rollouts])
     columns |= _token_columns(rollouts)
+    for name, arrays in (token_figures or {}).items():
+        columns[name] = _lists(arrays, numpy.float32)
     table = pyarrow.table(columns)
     table = table.replace_schema_metadata({**header})
 
@@ -205,8 +212,15 @@ def rollout_of(
 def plain_rows(table: pyarrow.Table) -> Iterator[dict[str, Any]]:
     """Each rollout as values that JSON can hold: what is not a finite number is None."""
     figures = table.select(["step", *FIGURES]).to_pylist()
-    for rollout, known in zip(rollouts_of(table), figures, strict=True):
+    of_tokens = {
+        name: _rows_of(table, name) for name in TOKEN_FIGURES if name in table.column_names
+    }
+    for i, (rollout, known) in enumerate(zip(rollouts_of(table), figures, strict=True)):
         row = known | _scalars(rollout) | _plain_tokens(rollout)
+        for name, arrays in of_tokens.items():
+            array = arrays[i]
+            if array is not None:
+                row[name] = [_finite(value) for value in array.tolist()]
         yield {name: _finite(value) for name, value in row.items()}
 
 

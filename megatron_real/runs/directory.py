@@ -16,7 +16,7 @@ class RunDirectory:
     checkpoints/     step_12/ and so on, and latest   status.json                 running, stopped, crashed, ...
     owners/          whose run this is, and was       rollouts/chunk-*            parts of a step that is not finished
     servers/         what vLLM servers said           lives/life-0001.json        what each life was started with
-    wandb.json       its id in Weights & Biases
+    wandb.json       its id in Weights & Biases       mlflow.json                 its id in MLflow
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -33,7 +33,6 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.status = self.path / "status.json"
         self.lives = self.path / "lives"
-        self.wandb = self.path / "wandb.json"
         self.owners = self.path / "owners"
 
     def foreign_files(self) -> list[str]:
@@ -47,6 +46,10 @@ class RunDirectory:
     def life(self, number: int) -> Path:
         """What a life of the run was started with."""
         return self.lives / f"life-{number:04d}.json"
+
+    def tracker(self, setting: str) -> Path:
+        """What a tracker knows the run by; `setting` is the tracker's name in the configuration."""
+        return self.path / f"{setting}.json"
 
     def rollouts(self, step: int) -> Path:
         """Where the rollouts of a step are written."""

@@ -10,15 +10,18 @@ import functools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy
+from numpy.typing import NDArray
 
 from megatron_real.records import EXCLUDED, NEGATIVE, POSITIVE, Rollout, Status
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.metric_table import tracked_name
 from megatron_real.runs.rows import append_row
-from megatron_real.runs.trackers import TensorBoardTracker, Tracker, WandbTracker
+from megatron_real.runs.trackers import TRACKERS, Tracker
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ class Training:
     """Prompt and response tokens that were trained on."""
     flops: float
     """Model FLOPs of forward and backward over them, recomputation and scoring aside."""
+    token_figures: Mapping[str, Sequence[NDArray[numpy.float32] | None]] = field(
+        default_factory=dict
+    )
+    """Where they are kept: `log_ratios` and `token_weights`, [rollouts] arrays [n] over the response tokens, 0 for those
+    that were not trained on; None for the rollouts of an update that an earlier life of the run has made."""
 
 
 def step_metrics(
@@ -225,7 +233,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 class MetricsWriter:
-    """Appends rows to metrics.jsonl and evaluations.jsonl, and the same figures to TensorBoard and W&B where asked.
+    """Appends rows to metrics.jsonl and evaluations.jsonl, and gives the same figures to trackers.
 
     The files are the record. A tracker that fails is said once and left out from then on: it ends no run.
     """
@@ -234,26 +242,23 @@ class MetricsWriter:
         self,
         directory: RunDirectory,
         *,
-        tensorboard: bool,
-        wandb: Mapping[str, Any] | None,
+        trackers: Sequence[str],
+        config: Mapping[str, Any],
         first_step: int | None = None,
-        config: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Opens the trackers.
 
         Args:
-            wandb: the run's configuration, or None to leave W&B out.
+            trackers: names of `TRACKERS`.
+            config: the run's configuration, which each tracker shows.
             first_step: of a resumed run.
-            config: the run's configuration, which TensorBoard shows as text.
         """
         self._directory = directory
         self._say = say
         self._trackers: list[Tracker] = []
-        if wandb is not None:
-            self._open("Weights & Biases", lambda: WandbTracker(directory, wandb))
-        if tensorboard:
-            self._open("TensorBoard", lambda: TensorBoardTracker(directory, first_step, config))
+        for setting in trackers:
+            self._open(TRACKERS[setting], config, first_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """The row of a finished step. What is not finite becomes null."""
@@ -275,11 +280,13 @@ class MetricsWriter:
         for tracker in list(self._trackers):
             self._guarded(tracker, functools.partial(tracker.write, step, grouped))
 
-    def _open(self, name: str, opened: Callable[[], Tracker]) -> None:
+    def _open(
+        self, tracker: type[Tracker], config: Mapping[str, Any], first_step: int | None
+    ) -> None:
         try:
-            self._trackers.append(opened())
+            self._trackers.append(tracker(self._directory, config, first_step))
         except Exception as error:  # a service or a library of others, which raises what it likes
-            self._say(f"WARNING: {name} is left out: {_first_line(error)}")
+            self._say(f"WARNING: {tracker.name} is left out: {_first_line(error)}")
 
     def _guarded(self, tracker: Tracker, action: Callable[[], None]) -> None:
         try:

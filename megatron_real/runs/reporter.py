@@ -28,7 +28,7 @@ from megatron_real.runs.rollouts import write_rollouts
 from megatron_real.runs.rows import drop_cut_row
 from megatron_real.runs.status import State, life_of_this_process, write_status
 from megatron_real.runs.summary import duration, next_commands, summary_lines
-from megatron_real.runs.trackers import check_wandb
+from megatron_real.runs.trackers import TRACKERS, check_installed
 
 __all__ = ["Reporter", "Training"]
 
@@ -64,7 +64,7 @@ class Reporter:
             gathered: collective; every rank's values on the first rank, which alone reads them.
 
         Raises:
-            ValueError: W&B is asked for but not installed.
+            ValueError: a tracker is asked for whose package is not installed.
         """
         self.config, self.world, self.first = config, world, rank == 0
         self.directory = RunDirectory(config.trainer.run_dir)
@@ -77,8 +77,8 @@ class Reporter:
         self._writing: Future[None] | None = None
         self._steps = self._idle = 0
         self._step_times: list[float] = []
-        if self.first and config.trainer.wandb:
-            check_wandb()
+        if self.first:
+            check_installed(self._trackers())
         self.progress = RunProgress(config.trainer.steps, shown=self.first)
 
     def begin(
@@ -104,8 +104,7 @@ class Reporter:
         self._write_life(beginning)
         self._writer = MetricsWriter(
             self.directory,
-            tensorboard=self.config.trainer.tensorboard,
-            wandb=to_dict(self.config) if self.config.trainer.wandb else None,
+            trackers=self._trackers(),
             config=to_dict(self.config),
             first_step=steps + 1 if beginning.newest else 0 if beginning.again else None,
             say=self.progress.say,
@@ -142,6 +141,10 @@ class Reporter:
                 f"this run is {state}: {reason}",
                 file=sys.stderr,
             )
+
+    def _trackers(self) -> list[str]:
+        """Names of the trackers that the configuration asks for."""
+        return [name for name in TRACKERS if getattr(self.config.trainer, name)]
 
     def offsets(self) -> dict[str, int]:
         """Bytes of each file of rows so far."""
@@ -232,6 +235,7 @@ class Reporter:
             scores=training.scores,
             weights=training.weights,
             minibatches=self._minibatches(rollouts),
+            token_figures=training.token_figures,
         )
         self._drop_rollouts(
             step

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
+from numpy.typing import NDArray
 
 from megatron_real.disk import whole_binary_file
 from megatron_real.records import Completion, Logprobs, Rollout
@@ -40,6 +41,7 @@ def write_rollouts(
     scores: Sequence[float] | None = None,
     weights: Sequence[float] | None = None,
     minibatches: Sequence[int] | None = None,
+    token_figures: Mapping[str, Sequence[NDArray[Any] | None]] | None = None,
 ) -> None:
     """Writes all rollouts of a step. The file is replaced as a whole: readers see the old one or the new one.
 
@@ -48,18 +50,21 @@ def write_rollouts(
         rollouts: of the step, in order.
         step: its number.
         scores, weights, minibatches: [rollouts] once they are known; null in the file until then.
+        token_figures: [rollouts] arrays [n] of log_ratios and token_weights, where they are kept.
 
     Raises:
         ValueError: one of them is not as long as `rollouts`.
     """
     figures = {"score": scores, "weight": weights, "minibatch": minibatches}
-    for name, values in figures.items():
+    for name, values in {**figures, **(token_figures or {})}.items():
         if values is not None and len(values) != len(rollouts):
             raise ValueError(
                 f"{len(values)} values of {name} for {len(rollouts)} rollouts; give one for each"
             )
     with whole_binary_file(path) as file:
-        write_table(file, rollouts, step=step, figures=figures, header={})
+        write_table(
+            file, rollouts, step=step, figures=figures, header={}, token_figures=token_figures
+        )
 
 
 def write_chunk(path: Path, rollouts: Sequence[Rollout], *, step: int, origin: Origin) -> None:

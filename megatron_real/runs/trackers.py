@@ -1,12 +1,19 @@
-"""Where a run's figures go beside its own files: TensorBoard and Weights & Biases."""
+"""Where a run's figures go beside its own files: TensorBoard, Weights & Biases and MLflow.
+
+A tracker is a class of the form of `Tracker` and a row in `TRACKERS`; its setting is `trainer.NAME`. Each gets the
+configuration, the path of the run directory, and the figures of steps and evaluations. The run's own files are the
+record: whatever a tracker raises, it is left out from then on.
+"""
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
+import os
+import time
 import uuid
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Protocol
 
 from megatron_real.disk import write_whole
 from megatron_real.runs.directory import RunDirectory
@@ -15,8 +22,22 @@ from megatron_real.runs.directory import RunDirectory
 class Tracker(Protocol):
     """Takes the figures of steps. Whatever it raises, it is left out from then on, and the run goes on."""
 
-    name: str
+    name: ClassVar[str]
     """As people call it."""
+    package: ClassVar[str]
+    """What is imported; it is installed by a package of the same name, unless `installed_by` says otherwise."""
+    installed_by: ClassVar[str]
+    """What pip installs."""
+
+    def __init__(
+        self, directory: RunDirectory, config: Mapping[str, Any], first_step: int | None
+    ) -> None:
+        """Opens the tracker.
+
+        Args:
+            config: the run's configuration, in which secrets are written as they were given (`${oc.env:HF_TOKEN}`).
+            first_step: of a resumed run; what an earlier life wrote from there on is made again. None for a new run.
+        """
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Finite figures of one step, or of an evaluation after so many steps."""
@@ -28,32 +49,26 @@ class Tracker(Protocol):
 class TensorBoardTracker:
     """Event files in the run directory."""
 
-    name = "TensorBoard"
+    name: ClassVar[str] = "TensorBoard"
+    package: ClassVar[str] = "tensorboard"
+    installed_by: ClassVar[str] = "tensorboard"
 
     def __init__(
-        self,
-        directory: RunDirectory,
-        first_step: int | None,
-        config: Mapping[str, Any] | None = None,
+        self, directory: RunDirectory, config: Mapping[str, Any], first_step: int | None
     ) -> None:
-        """Opens a new file of events.
-
-        Args:
-            first_step: of a resumed run; what an earlier life wrote from there on is not shown.
-            config: the run's configuration, shown as text and as hyperparameters.
-        """
+        """Opens a new file of events. What an earlier life wrote from `first_step` on is not shown."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._events = SummaryWriter(str(directory.tensorboard), purge_step=first_step)
-        if config is not None:
-            self._show(config)
+        self._show(directory, config)
 
-    def _show(self, config: Mapping[str, Any]) -> None:
+    def _show(self, directory: RunDirectory, config: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard.summary import hparams
 
         settings = dict(_flat(config))
         lines = (f"    {name}: {value}" for name, value in settings.items())
         self._events.add_text("configuration", "\n".join(lines))
+        self._events.add_text("run directory", f"    {directory.path.resolve()}")
         # SummaryWriter.add_hparams would open a second run beside this one.
         for summary in hparams(settings, {"reward/mean": 0.0, "heldout/pass_at_1": 0.0}):
             self._events._get_file_writer().add_summary(summary)
@@ -72,16 +87,20 @@ class TensorBoardTracker:
 class WandbTracker:
     """One run of Weights & Biases for all lives of a run: its id is in the run directory."""
 
-    name = "Weights & Biases"
+    name: ClassVar[str] = "Weights & Biases"
+    package: ClassVar[str] = "wandb"
+    installed_by: ClassVar[str] = "wandb"
 
-    def __init__(self, directory: RunDirectory, config: Mapping[str, Any]) -> None:
-        """`config`: the run's configuration."""
+    def __init__(
+        self, directory: RunDirectory, config: Mapping[str, Any], first_step: int | None
+    ) -> None:
+        """Begins the run, or goes on with it. WANDB_MODE=offline writes to the run directory alone."""
         import wandb as client
 
         self._run = client.init(
-            id=_identity(directory),
+            id=_identity(directory, "wandb"),
             resume="allow",
-            config=dict(config),
+            config={**config, "run_directory": str(directory.path.resolve())},
             dir=str(directory.path),
             name=directory.path.name,
         )
@@ -99,6 +118,103 @@ class WandbTracker:
         self._run.finish()
 
 
+class MlflowTracker:
+    """One run of MLflow for all lives of a run, at MLFLOW_TRACKING_URI, else in files: mlruns/ in the run directory.
+
+    Parameters of MLflow cannot change: they are the first life's settings. The file configuration.json beside them is
+    the newest life's.
+    """
+
+    name: ClassVar[str] = "MLflow"
+    package: ClassVar[str] = "mlflow"
+    installed_by: ClassVar[str] = "mlflow-skinny"
+
+    def __init__(
+        self, directory: RunDirectory, config: Mapping[str, Any], first_step: int | None
+    ) -> None:
+        """Begins the run in the experiment MLFLOW_EXPERIMENT_NAME, by default megatron_real, or goes on with it."""
+        # Since 3.7 MLflow asks whoever keeps runs in files to say that it is meant.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        from mlflow.tracking import MlflowClient
+
+        store = (
+            os.environ.get("MLFLOW_TRACKING_URI") or (directory.path / "mlruns").resolve().as_uri()
+        )
+        self._client = MlflowClient(tracking_uri=store)
+        self._run = self._known_run(directory) or self._new_run(directory, config)
+        self._client.update_run(self._run, status="RUNNING")
+        self._client.set_tag(self._run, "run_directory", str(directory.path.resolve()))
+        self._client.log_dict(self._run, dict(config), "configuration.json")
+
+    def _known_run(self, directory: RunDirectory) -> str | None:
+        """The run of an earlier life, where this store has it."""
+        from mlflow.exceptions import MlflowException
+
+        identity = _read_identity(directory, "mlflow")
+        if identity is None:
+            return None
+        try:
+            return str(self._client.get_run(identity).info.run_id)
+        except MlflowException:  # the store is another one than before
+            return None
+
+    def _new_run(self, directory: RunDirectory, config: Mapping[str, Any]) -> str:
+        from mlflow.entities import Param
+
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "megatron_real"
+        experiment = self._client.get_experiment_by_name(name)
+        number = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        run = str(self._client.create_run(number, run_name=directory.path.name).info.run_id)
+        _write_identity(directory, "mlflow", run)
+        params = [Param(key, str(value)[:_MLFLOW_TEXT]) for key, value in _flat(config)]
+        for start in range(0, len(params), _MLFLOW_BATCH):
+            self._client.log_batch(run, params=params[start : start + _MLFLOW_BATCH])
+        return run
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Sends the figures."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, step) for name, value in values.items()]
+        for start in range(0, len(metrics), _MLFLOW_METRICS):
+            self._client.log_batch(self._run, metrics=metrics[start : start + _MLFLOW_METRICS])
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._client.set_terminated(self._run)
+
+
+_MLFLOW_TEXT = 6_000
+"""Characters of a parameter (mlflow.utils.validation.MAX_PARAM_VAL_LENGTH)."""
+_MLFLOW_BATCH = 100
+"""Parameters of a batch (mlflow.utils.validation.MAX_PARAMS_TAGS_PER_BATCH)."""
+_MLFLOW_METRICS = 1_000
+"""Figures of a batch (mlflow.utils.validation.MAX_METRICS_PER_BATCH)."""
+
+TRACKERS: Mapping[str, type[Tracker]] = {
+    "wandb": WandbTracker,
+    "mlflow": MlflowTracker,
+    "tensorboard": TensorBoardTracker,
+}
+"""By the name of their setting in `trainer`."""
+
+
+def check_installed(names: Iterable[str]) -> None:
+    """Raises ValueError where a tracker is asked for whose package is not installed."""
+    for setting in names:
+        tracker = TRACKERS[setting]
+        try:
+            present = importlib.util.find_spec(tracker.package) is not None
+        except (ImportError, ValueError):
+            present = False
+        if not present:
+            raise ValueError(
+                f"trainer.{setting}=true, but {tracker.package} is not installed; "
+                f"pip install {tracker.installed_by}, or set trainer.{setting}=false"
+            )
+
+
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(path, value) of every setting; what is neither text nor number as text."""
     for name, value in config.items():
@@ -109,22 +225,22 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{name}", value if plain else str(value)
 
 
-def check_wandb() -> None:
-    """Raises ValueError where wandb is asked for and not installed."""
-    try:
-        importlib.import_module("wandb")
-    except ImportError as error:
-        raise ValueError(
-            "trainer.wandb=true, but wandb is not installed; pip install wandb, or set trainer.wandb=false"
-        ) from error
-
-
-def _identity(directory: RunDirectory) -> str:
+def _identity(directory: RunDirectory, setting: str) -> str:
     """The id that the run's first life has drawn."""
+    identity = _read_identity(directory, setting)
+    if identity is None:
+        identity = uuid.uuid4().hex[:12]
+        _write_identity(directory, setting, identity)
+    return identity
+
+
+def _read_identity(directory: RunDirectory, setting: str) -> str | None:
     try:
-        values = json.loads(directory.wandb.read_text(encoding="utf-8"))
+        values = json.loads(directory.tracker(setting).read_text(encoding="utf-8"))
         return str(values["id"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        identity = uuid.uuid4().hex[:12]
-        write_whole(directory.wandb, json.dumps({"id": identity}) + "\n")
-        return identity
+        return None
+
+
+def _write_identity(directory: RunDirectory, setting: str, identity: str) -> None:
+    write_whole(directory.tracker(setting), json.dumps({"id": identity}) + "\n")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_real.objective import Objective
 from megatron_real.policy.policy import Policy, Update
-from megatron_real.policy.train_step import Batch
+from megatron_real.policy.train_step import Batch, gathered_tokens
 from megatron_real.runs.metrics import Training
 
 
@@ -44,7 +46,35 @@ def summary(
         lag=lag,
         tokens=sum(kept),
         flops=sum(3 * n * policy.architecture.flops_per_token(n / 2) for n in kept),
+        token_figures=_token_figures(policy, batches),
     )
+
+
+def _token_figures(
+    policy: Policy, batches: Sequence[Batch]
+) -> dict[str, list[NDArray[numpy.float32] | None]]:
+    """Ratio and weight of every token of the step's rollouts, where they are kept. Collective over all ranks."""
+    if not policy.settings.keep_token_weights:
+        return {}
+    figures: dict[str, list[NDArray[numpy.float32] | None]] = {}
+    for column, name in (("log_ratios", "log_ratio_T"), ("token_weights", "token_weight_T")):
+        figures[column] = []
+        for batch in batches:
+            figures[column] += _of_rollouts(policy, batch, name)
+    return figures
+
+
+def _of_rollouts(policy: Policy, batch: Batch, name: str) -> list[NDArray[numpy.float32] | None]:
+    """A result of passes, cut into the arrays [n] of the minibatch's rollouts."""
+    rollouts = batch.minibatch.rollouts
+    if not batch.has_token_weights:
+        return [None] * len(rollouts)
+    values = []
+    if policy.groups.is_last_stage:
+        values = [getattr(results, name) for results in batch.results]
+    value_N = gathered_tokens(policy.groups, batch, values).float().numpy()
+    ends = numpy.cumsum([len(rollout.completion.token_ids) for rollout in rollouts])
+    return list(numpy.split(value_N, ends[:-1]))
 
 
 def _relative_to_bound(objective: Objective, batch: Batch, weight_R: Tensor) -> float:

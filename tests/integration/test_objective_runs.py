@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.integration.conftest import rows, train
 from tests.integration.test_resume import assert_same_run
 
@@ -14,6 +16,7 @@ WITH_REFERENCE = (
     "objective.name=grpo", "objective.kl.to=reference", "objective.kl.coefficient=0.1", "optimizer.lr=1e-4",
     "objective.entropy_bonus=0.001",
 )  # fmt: skip
+KEPT = "trainer.keep_token_weights=true"
 
 
 def test_a_reference_is_the_same_after_a_resume_and_a_replay_needs_none_of_it(
@@ -37,16 +40,38 @@ def test_a_reference_is_the_same_after_a_resume_and_a_replay_needs_none_of_it(
     (resumed / "evaluations.jsonl").write_bytes((whole / "evaluations.jsonl").read_bytes())
     assert_same_run(resumed, whole)
 
-    again, other = tmp_path / "again", tmp_path / "other"
+    again, other, real = (tmp_path / name for name in ("again", "other", "real"))
     replay = f"rollout.replay={whole}"
     done = train(base, again, *words, "trainer.steps=2", replay)
     assert done.returncode == 0, done.stderr
     replayed = rows(again / "metrics.jsonl")
     assert [r["loss"] for r in replayed] == [r["loss"] for r in metrics]
 
-    done = train(base, other, *SMALL, "objective.name=sapo", "trainer.steps=2", replay)
+    done = train(base, other, *SMALL, "objective.name=sapo", "trainer.steps=2", replay, KEPT)
     assert done.returncode == 0, done.stderr
     sapo = rows(other / "metrics.jsonl")
     assert all(row["grad_norm"] > 0 for row in sapo)
     assert [r["reward_mean"] for r in sapo] == [r["reward_mean"] for r in metrics]
     assert [r["loss"] for r in sapo] != [r["loss"] for r in metrics]
+    assert_tokens_add_up(other)
+
+    done = train(base, real, *SMALL, "trainer.steps=1", replay, KEPT, "trainer.export=false")
+    assert done.returncode == 0, done.stderr
+    assert_tokens_add_up(real)
+    assert "token_weights" not in rows(whole / "rollouts/step-00001.parquet")[0]
+
+
+def assert_tokens_add_up(run_dir: Path) -> None:
+    """A rollout's weight is the sum of its tokens' weights, and its score the mean of their log-ratios."""
+    saved = rows(run_dir / "rollouts/step-00001.parquet")
+    trained = [row for row in saved if row["weight"]]
+    assert trained
+    for row in trained:
+        length = len(row["token_ids"])
+        assert len(row["token_weights"]) == len(row["log_ratios"]) == length
+        assert sum(row["token_weights"]) == pytest.approx(row["weight"], rel=1e-4)
+        assert sum(row["log_ratios"]) / length == pytest.approx(row["score"], abs=1e-5)
+    later = [row for row in trained if row["minibatch"] > 1]
+    assert any(abs(ratio) > 1e-6 for row in later for ratio in row["log_ratios"]), (
+        "the weights have moved between the first update and later ones"
+    )

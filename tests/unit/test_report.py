@@ -13,6 +13,7 @@ from typing import Any
 import numpy
 import pytest
 import yaml
+from numpy.typing import NDArray
 
 from megatron_real import cli
 from megatron_real.records import Completion, Prompt, Rollout, Verdict
@@ -36,19 +37,33 @@ HOSTILE = (
 
 
 def make_run(
-    path: Path, *, steps: int = 4, seed: int = 0, lr: float = 1e-6, texts: tuple[str, ...] = ()
+    path: Path,
+    *,
+    steps: int = 4,
+    seed: int = 0,
+    lr: float = 1e-6,
+    texts: tuple[str, ...] = (),
+    weights: tuple[float, float] | None = None,
+    state: str = "finished",
 ) -> str:
-    """Writes a run directory with figures that are easy to compute by head; returns its path."""
+    """Writes a run directory with figures that are easy to compute by head; returns its path.
+
+    Args:
+        path, steps, seed, lr: of the run.
+        texts: the answers of each group; by default 5, which is right, and 6.
+        weights: of the two tokens of every answer, where they are kept: the model then has a tokenizer as well.
+        state: of status.json.
+    """
     run = RunDirectory(path)
     path.mkdir(parents=True)
     config = {
         "trainer": {"steps": steps, "seed": seed, "run_dir": str(path)},
         "objective": {"name": "real"},
         "optimizer": {"lr": lr},
-        "model": {"path": "base"},
+        "model": {"path": "base" if weights is None else str(make_tokenizer(path))},
     }
     run.config.write_text(yaml.safe_dump(config))
-    run.status.write_text(json.dumps({"state": "finished", "reason": "", "time": "noon"}))
+    run.status.write_text(json.dumps({"state": state, "reason": "", "time": "noon"}))
     run.lives.mkdir()
     life = {"time": "dawn", "processes": 2, "from": "the start", "changed": []}
     run.life(1).write_text(json.dumps(life))
@@ -90,8 +105,33 @@ def make_run(
             for sample, text in enumerate(answers)
         ]
         figures = [0.25] * len(rollouts)
-        write_rollouts(run.rollouts(step), rollouts, step=step, scores=figures, weights=figures)
+        of_tokens: dict[str, list[NDArray[Any] | None]] = {}
+        if weights is not None:
+            ratios = numpy.array([0.1, -0.7], numpy.float32)
+            of_tokens["log_ratios"] = [ratios] * len(rollouts)
+            of_tokens["token_weights"] = [numpy.array(weights, numpy.float32)] * len(rollouts)
+        write_rollouts(
+            run.rollouts(step),
+            rollouts,
+            step=step,
+            scores=figures,
+            weights=figures,
+            token_figures=of_tokens,
+        )
     return str(path)
+
+
+def make_tokenizer(path: Path) -> Path:
+    """Writes the tokenizer of a model whose token 8 is a five and whose token 2 would like to be a script."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    words = {f"[{i}]": i for i in range(10)}
+    del words["[8]"], words["[2]"]
+    Tokenizer(WordLevel({**words, "5": 8, SCRIPT: 2}, unk_token="[0]")).save(
+        str(path / "tokenizer.json")
+    )
+    return path
 
 
 def test_curves_run_over_steps_tokens_and_hours(tmp_path: Path) -> None:
@@ -190,6 +230,17 @@ def test_rollouts_are_whole_groups_within_the_limit_and_the_same_every_time(tmp_
         sample_of(run, max_bytes=10**6, steps=[99])
 
 
+def test_tokens_are_carried_with_what_they_got(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", steps=1, weights=(-0.012345, 0.5)))
+    rollout = sample_of(run, max_bytes=10**6).groups[0]["rollouts"][0]
+    assert rollout["tokens"] == ["5", SCRIPT]
+    assert rollout["logprobs"] == [-0.5, -3.0]
+    assert rollout["ratios"] == [0.1, -0.7]
+    assert rollout["weights"] == [-0.0123, 0.5]
+    without = read_run(make_run(tmp_path / "without", steps=1))
+    assert "weights" not in sample_of(without, max_bytes=10**6).groups[0]["rollouts"][0]
+
+
 def test_steps_are_spaced_evenly() -> None:
     assert spaced([1, 2, 3], 40) == [1, 2, 3]
     steps = spaced(range(1, 1401), 40)
@@ -265,6 +316,72 @@ def test_a_wrong_request_is_refused_in_a_sentence_and_nothing_is_written(
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.grid
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_in_a_browser_tokens_are_shaded_by_what_they_got(tmp_path: Path) -> None:
+    page = page_of(tmp_path, steps=2, weights=(-0.25, 0.5))
+    found = in_browser(page, SHADING)
+    assert found["errors"] == []
+    assert found["tokens"] == ["5", SCRIPT]
+    up, down = (0, 114, 178), (213, 94, 0)
+    # The first token's weight is half of the group's largest and negative: the loss falls as it gets likelier.
+    assert colours(found["weights"]) == [(up, 0.38), (down, 0.75)]
+    assert colours(found["ratios"]) == [(up, 0.11), (down, 0.75)]
+    assert colours(found["logprobs"]) == [(down, 0.08), (down, 0.45)]
+    assert found["title"] == "0.5 = dL / d log-prob"
+    assert found["off"] == 0
+
+
+def colours(words: list[str]) -> list[tuple[tuple[int, ...], float]]:
+    """The parts of rgba(...), opacity to what a browser keeps of it."""
+    numbers = [[float(number) for number in re.findall(r"[\d.]+", word)] for word in words]
+    return [((int(r), int(g), int(b)), round(opacity, 2)) for r, g, b, opacity in numbers]
+
+
+SHADING = """
+  const choose = (value) => {
+    const select = document.getElementById("shade");
+    select.value = value;
+    select.dispatchEvent(new Event("input", { bubbles: true }));
+    return [...document.querySelector(".answer pre").querySelectorAll(".token")];
+  };
+  const colours = (tokens) => tokens.map((one) => getComputedStyle(one).backgroundColor);
+  found.logprobs = colours(choose("logprobs"));
+  found.ratios = colours(choose("ratios"));
+  const tokens = choose("weights");
+  found.weights = colours(tokens);
+  found.tokens = tokens.map((one) => one.textContent);
+  found.title = tokens[1].title;
+  found.off = choose("").length;
+"""
+
+
+def test_watching_writes_the_page_again_until_the_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run is a thread that finishes a step, and then itself, while the command sleeps."""
+    pytest.importorskip("bokeh")
+    run = RunDirectory(make_run(tmp_path / "run", state="running"))
+    rows = run.metrics.read_text().splitlines(keepends=True)
+    run.metrics.write_text("".join(rows[:2]))
+    out = tmp_path / "report.html"
+    pages = []
+
+    def goes_on(seconds: float) -> None:
+        assert seconds == 30
+        pages.append(out.read_text(encoding="utf-8"))
+        run.metrics.write_text("".join(rows[: 2 + len(pages)]))
+        if len(pages) == 2:
+            run.status.write_text(json.dumps({"state": "finished", "reason": "", "time": "noon"}))
+
+    monkeypatch.setattr("time.sleep", goes_on)
+    assert cli.main(["report", str(run.path), "--out", str(out), "--watch", "30"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    pages.append(out.read_text(encoding="utf-8"))
+    done = [re.search(r"\d of 4", page) for page in pages]
+    assert [found and found[0] for found in done] == ["2 of 4", "3 of 4", "4 of 4"]
 
 
 @pytest.mark.grid

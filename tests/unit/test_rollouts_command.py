@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 
+import numpy
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from megatron_real.cli import main
-from megatron_real.records import Completion, Prompt, Rollout, Verdict
+from megatron_real.records import Completion, Label, Prompt, Rollout, Status, Verdict
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.rollouts import write_rollouts
 
@@ -67,3 +71,99 @@ def test_a_directory_without_rollouts_is_refused(
 ) -> None:
     assert main(["rollouts", str(tmp_path)]) == 2
     assert "has no rollouts of a finished step" in capsys.readouterr().err
+
+
+@pytest.fixture
+def groups(tmp_path: Path) -> RunDirectory:
+    """A step of two groups of a right and a wrong answer, with figures of their tokens, and a tokenizer."""
+    run = RunDirectory(tmp_path / "groups")
+    rollouts = []
+    for group in (0, 1):
+        prompt = Prompt(f"a/{group}", f"{group}+3=", (1,), ("5", "five"))
+        for sample, text in enumerate(("5\x1b[2J", "Six \x9b2J\nand on")):
+            completion = Completion((7, 8), (-0.5, -5.0), text, sample == 0)
+            verdict = Verdict(Status.OK if sample == 0 else Status.WRONG, Label(1 - sample), 1.0)
+            rollouts.append(Rollout(prompt, group, sample, completion, verdict))
+    weights = [numpy.array(pair, numpy.float32) for pair in ((-1, 0.5), (0, 0.25)) * 2]
+    write_rollouts(
+        run.rollouts(40),
+        rollouts,
+        step=40,
+        scores=[0.0, 0.0, 0.0, 0.0],
+        weights=[-0.1, 0.3, -0.2, 0.4],
+        token_figures={"log_ratios": weights, "token_weights": weights},
+    )
+    run.config.write_text(f"model: {{path: {tmp_path}}}\n")
+    Tokenizer(WordLevel({"[u]": 0, "five": 7, "\x1b[2J": 8}, unk_token="[u]")).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    return run
+
+
+def read(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["rollouts", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_step_is_read_group_by_group(
+    groups: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = read(capsys, str(groups.path), "--step", "40", "--label", "wrong")
+    assert text.splitlines()[:6] == [
+        "=== step 40, group 0: a/0",
+        "    0+3=",
+        "    gold: 5  or  five",
+        "",
+        "--- sample 1: wrong, wrong; reward 1, score 0, weight 0.3, 2 tokens, cut at the limit",
+        "    Six <U+009B>2J",
+    ]
+    assert text.splitlines()[-1] == "2 rollouts"
+    assert "sample 0" not in text
+    # What a model wrote controls no terminal: C0 and C1 are shown by other characters.
+    assert not any(unicodedata.category(c) == "Cc" and c != "\n" for c in text)
+
+
+def test_filters_and_orders_hold_for_both_forms(
+    groups: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = printed(capsys, str(groups.path), "--status", "wrong", "--sort", "weight")
+    assert [row["weight"] for row in rows] == [0.4, 0.3]
+    rows = printed(capsys, str(groups.path), "--sort", "weight", "--limit", "3")
+    assert [row["weight"] for row in rows] == [0.4, 0.3, -0.2]
+    assert len(printed(capsys, str(groups.path), "--search", "1+3")) == 2
+    assert len(printed(capsys, str(groups.path), "--search", "sIX")) == 2
+    text = read(capsys, str(groups.path), "--step", "40", "--search", "nowhere")
+    assert text == "no rollout of this step is as asked for\n"
+
+
+def test_tokens_are_shaded_by_their_weights(
+    groups: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = read(capsys, str(groups.path), "--step", "40", "--label", "right", "--shade", "weight")
+    # The largest of the group, whose negative weight makes it likelier: the strongest blue. The other is half of it.
+    assert "\x1b[97;48;5;26mfive\x1b[0m" in text
+    assert "\x1b[97;48;5;94m\u241b[2J\x1b[0m" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--shade", "weight"], "give --step too"),
+        (["--step", "40", "--limit", "-1"], "--limit is -1"),
+        (["--step", "41"], "has no rollouts of step 41"),
+    ],
+)
+def test_refusals_of_what_is_to_be_read(
+    groups: RunDirectory, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    assert main(["rollouts", str(groups.path), *words]) == 2
+    said = capsys.readouterr()
+    assert sentence in said.err and said.out == ""
+
+
+def test_shades_that_were_not_kept_are_refused(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["rollouts", str(run.path), "--step", "1", "--shade", "ratio"]) == 2
+    said = capsys.readouterr()
+    assert "a run keeps them with trainer.keep_token_weights=true" in said.err and said.out == ""

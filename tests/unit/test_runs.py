@@ -78,7 +78,7 @@ def test_peak_of_known_devices() -> None:
 def test_metrics_rows_and_curves(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.path.mkdir()
-    writer = MetricsWriter(run, tensorboard=True, wandb=None)
+    writer = MetricsWriter(run, trackers=["tensorboard"], config={})
     for step in (1, 2):
         writer.write(step, {"reward_mean": 0.5, "loss": math.nan, "grad_norm": 1.0})
     writer.close()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +19,6 @@ from megatron_real.runs.metrics import (
     step_metrics,
 )
 from megatron_real.runs.peak import PEAK_TFLOPS, peak_tflops
-from megatron_real.runs.trackers import check_wandb
 
 
 def rollout(group, label, length, status="ok", reward=None, finished=True):
@@ -218,7 +216,7 @@ def test_the_configured_peak_wins():
 
 
 def test_rows_are_on_disk_at_once_and_what_is_not_finite_is_null(tmp_path):
-    writer = MetricsWriter(RunDirectory(tmp_path), tensorboard=False, wandb=None)
+    writer = MetricsWriter(RunDirectory(tmp_path), trackers=[], config={})
     writer.write(1, {"loss": 0.1 + 0.2, "score_positive_mean": math.nan, "grad_norm": math.inf})
     writer.write(2, {"loss": 1.0})
     writer.write_evaluation(2, {"heldout/pass_at_1": 0.5})
@@ -229,47 +227,3 @@ def test_rows_are_on_disk_at_once_and_what_is_not_finite_is_null(tmp_path):
         "step": 2,
         "heldout/pass_at_1": 0.5,
     }
-
-
-def test_tensorboard_gets_the_finite_values_before_the_run_ends(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    directory = RunDirectory(tmp_path)
-    writer = MetricsWriter(
-        directory, tensorboard=True, wandb=None, config={"objective": {"tau": 0.5}, "steps": 3}
-    )
-    writer.write(3, {"loss": 0.25, "grad_norm": math.nan})
-    writer.write_evaluation(3, {"heldout/pass_at_1": 0.5})
-    events = EventAccumulator(str(directory.tensorboard)).Reload()
-    assert sorted(events.Tags()["scalars"]) == ["heldout/pass_at_1", "objective/loss"]
-    assert [(e.step, e.value) for e in events.Scalars("objective/loss")] == [(3, 0.25)]
-    (text,) = events.Tensors("configuration/text_summary")
-    assert b"objective.tau: 0.5" in text.tensor_proto.string_val[0]
-    writer.close()
-
-
-def test_wandb_that_is_not_installed_is_one_clear_sentence(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it could not be found
-    with pytest.raises(
-        ValueError, match=r"trainer\.wandb=true, but wandb is not installed; pip install wandb"
-    ):
-        check_wandb()
-
-
-def test_wandb_gets_one_log_call_per_row(tmp_path, monkeypatch):
-    from types import SimpleNamespace
-
-    logged, ended = [], []
-    run = SimpleNamespace(
-        log=logged.append, finish=lambda: ended.append(True), define_metric=lambda *_, **__: None
-    )
-    client = SimpleNamespace(init=lambda **named: logged.append(named["config"]) or run)
-    monkeypatch.setitem(sys.modules, "wandb", client)
-    writer = MetricsWriter(
-        RunDirectory(tmp_path), tensorboard=False, wandb={"trainer": {"steps": 5}}
-    )
-    writer.write(1, {"loss": 0.5, "grad_norm": math.nan})
-    writer.close()
-    assert logged == [{"trainer": {"steps": 5}}, {"objective/loss": 0.5, "step": 1}] and ended == [
-        True
-    ]

@@ -56,6 +56,22 @@ def write_lines(path, rollouts, *, header=(), change=None):
     path.write_bytes(b"\n".join([*(json.dumps(one).encode() for one in header), *lines]))
 
 
+def test_figures_of_tokens_are_kept_beside_the_rollouts(tmp_path):
+    path = tmp_path / "step-00001.parquet"
+    ratios = [numpy.array([0.5, math.nan], numpy.float32), None, numpy.zeros(0, numpy.float32)]
+    weights = [numpy.array([-0.25, 1e-20], numpy.float32), None, numpy.zeros(0, numpy.float32)]
+    figures = {"log_ratios": ratios, "token_weights": weights}
+    write_rollouts(path, ROLLOUTS, step=1, token_figures=figures)
+    first, second, third = rows(path)
+    assert first["log_ratios"] == [0.5, None]
+    assert first["token_weights"] == [-0.25, float(numpy.float32(1e-20))]
+    assert "log_ratios" not in second and "token_weights" not in second
+    assert third["log_ratios"] == []
+    assert read_rollouts(path) == ROLLOUTS
+    with pytest.raises(ValueError, match="1 values of log_ratios for 3 rollouts"):
+        write_rollouts(path, ROLLOUTS, step=1, token_figures={"log_ratios": [None]})
+
+
 def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path):
     path = tmp_path / "rollouts" / "step-00012.parquet"
     write_rollouts(path, ROLLOUTS, step=12)
