@@ -107,9 +107,9 @@ def model_card(directory: RunDirectory, versions: Mapping[str, str] | None = Non
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that train and sample, where they are installed."""
-    from megatron_real import __version__
+    import megatron_real
 
-    found = {"megatron_real": __version__, "python": sys.version.split()[0]}
+    found = {"megatron_real": megatron_real.__version__, "python": sys.version.split()[0]}
     for name in _DISTRIBUTIONS:
         try:
             found[name] = importlib.metadata.version(name)

@@ -329,7 +329,7 @@ def test_in_a_browser_tokens_are_shaded_by_what_they_got(tmp_path: Path) -> None
     # The first token's weight is half of the group's largest and negative: the loss falls as it gets likelier.
     assert colours(found["weights"]) == [(up, 0.38), (down, 0.75)]
     assert colours(found["ratios"]) == [(up, 0.11), (down, 0.75)]
-    assert colours(found["logprobs"]) == [(down, 0.08), (down, 0.45)]
+    assert colours(found["logprobs"]) == [(down, 0.07), (down, 0.45)]
     assert found["title"] == "0.5 = dL / d log-prob"
     assert found["off"] == 0
 
