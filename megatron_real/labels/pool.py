@@ -39,7 +39,8 @@ _STATUSES = ("ok", "wrong", "unparsable", "score", "timeout", "crashed")
 # All that a worker gets to know of the trainer's environment, by name: nothing in there is a key or
 # a token.
 _ENVIRONMENT = (
-    "PATH", "HOME", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONHASHSEED", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "TZ",
+    "PATH", "HOME", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONHASHSEED", "LANG", "LANGUAGE", "LC_ALL",
+    "LC_CTYPE", "TZ",
 )  # fmt: skip
 # An honest check takes milliseconds. When many of the last checks ran out of time, the next get
 # less processor time, so that a policy that has learned to write factorials cannot freeze a step;

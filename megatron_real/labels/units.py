@@ -83,45 +83,12 @@ def _canonical_word(word: str) -> str:
 
 
 # Words that turn what stands before them into something else; no unit has one.
-_TURNING_WORDS = frozenset(
-    [
-        "not",
-        "no",
-        "isn",
-        "is",
-        "was",
-        "wrong",
-        "or",
-        "and",
-        "but",
-        "nor",
-        "neither",
-        "either",
-        "more",
-        "less",
-        "than",
-        "greater",
-        "fewer",
-        "least",
-        "most",
-        "if",
-        "false",
-        "true",
-        "except",
-        "without",
-        "minus",
-        "plus",
-        "times",
-        "half",
-        "twice",
-        "maybe",
-        "perhaps",
-        "unless",
-        "incorrect",
-        "never",
-        "only",
-    ]
-)
+_TURNING_WORDS = frozenset([
+    "not", "no", "isn", "is", "was", "wrong", "or", "and", "but", "nor", "neither", "either",
+    "more", "less", "than", "greater", "fewer", "least", "most", "if", "false", "true", "except",
+    "without", "minus", "plus", "times", "half", "twice", "maybe", "perhaps", "unless", "incorrect",
+    "never", "only",
+])  # fmt: skip
 
 
 def split_unit(tokens: Sequence[Token]) -> tuple[list[Token], str]:
@@ -176,8 +143,8 @@ def _base(body: Sequence[Token]) -> tuple[list[Token], str] | None:
 
 
 _NUMERALS = {
-    "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
-    "ten": "10", "twelve": "12", "sixteen": "16",
+    "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8",
+    "nine": "9", "ten": "10", "twelve": "12", "sixteen": "16",
 }  # fmt: skip
 
 
