@@ -58,7 +58,7 @@ def interval_of(
     if operators[0][0] != operators[1][0]:
         return None  # 1 < x > 0
 
-    low, middle, high = sides
+    low, _, high = sides
     low_operator, high_operator = operators
     if operators[0][0] == ">":
         low, high = high, low
