@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _work(options: Mapping[str, Any], outside: Outside, is_walled: bool) -> int:
-    """Is the worker itself, below its supervisor, and returns its exit code.
+    """Runs as the worker, below its supervisor, and returns its exit code.
 
     It loads the verifier, goes behind the walls and serves. The order must not change: what the
     verifier imports is read before the walls, and no check is seen before they stand.
