@@ -1,7 +1,7 @@
 """Which system calls are left to a worker and to judged code, as seccomp filters.
 
-libseccomp compiles them. A call that is not left fails with ENOSYS, the answer of a kernel that does
-not have it, which the C library copes with. The lists name what a Python interpreter needs to
+libseccomp compiles them. A call that is not left fails with ENOSYS, the answer of a kernel that
+does not have it, which the C library copes with. The lists name what a Python interpreter needs to
 compute, read files and start threads. What is not in them matters: sockets but for pairs, new
 programs, tracing, other processes' memory and priorities, mounts, keys, io_uring, bpf, files in
 memory (which no limit of memory counts), and for judged code also new processes and signals of any
