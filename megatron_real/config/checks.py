@@ -41,6 +41,7 @@ def check_world(config: Config, world_size: int) -> int:
             f"take one of {divisors(world_size)}"
         )
 
+    # Data parallelism is what the world size leaves.
     parallel = config.parallel
     model_parallel = parallel.tp * parallel.pp * parallel.cp
     if world_size % model_parallel:
@@ -82,6 +83,7 @@ def check_model(config: Config) -> None:
         )
     model = Architecture.read(path)
 
+    # Tensor parallelism cuts heads and the MLP, pipeline parallelism the layers.
     parallel = config.parallel
     if model.num_heads % parallel.tp:
         raise ValueError(
@@ -130,6 +132,7 @@ def check_engine(config: Config) -> None:
         )
     _check_kv_heads("rollout.tp", rollout.tp, model)
 
+    # An engine that cannot hold one whole sequence would preempt it for ever.
     token_bytes = model.kv_bytes_per_token(tp=rollout.tp, width=DTYPE_BYTES[config.model.dtype])
     longest = config.data.max_prompt_tokens + rollout.max_response_tokens
     num_blocks = -(-longest // _KV_BLOCK) + 1  # one block stays empty
@@ -237,6 +240,7 @@ def _check_sampling(config: Config) -> None:
             "makes them, in model.dtype; leave one of the two out"
         )
 
+    # A group of one rollout has one class, and with most objectives no loss.
     objective = config.objective
     if rollout.group_size < objective.min_group_size:
         raise ValueError(
@@ -245,6 +249,7 @@ def _check_sampling(config: Config) -> None:
             f"least {objective.min_group_size}"
         )
 
+    # A micro-batch never holds a part of a sequence.
     longest = config.data.max_prompt_tokens + rollout.max_response_tokens
     if longest > batch.max_tokens:
         raise ValueError(

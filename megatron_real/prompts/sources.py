@@ -164,7 +164,7 @@ def prepared(source: Source, raw: Mapping[str, Any], index: int) -> dict[str, An
     if not golds or not all(golds):
         raise Unusable("no answer")
 
-    extra = {"split": source.split, "index": index}
+    extra: dict[str, Any] = {"split": source.split, "index": index}
     published_id = (raw.get("extra_info") or {}).get("index")
     for column in ("ID", "id", "unique_id"):  # the last one that is there
         if raw.get(column) is not None:
