@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ class Run:
     """One run directory, read once."""
 
     name: str
-    """Its directory's name."""
+    """Its directory's name; of a run of a sweep, OUT/VARIANT/seed-N, VARIANT/seed-N."""
     records: RunRecords
     """Its files."""
     config: Mapping[str, Any]
@@ -65,7 +66,7 @@ def read_run(path: str) -> Run:
     if not isinstance(config, dict):
         raise ValueError(f"{directory.config} is no configuration; the file may be cut")
     return Run(
-        name=directory.path.resolve().name,
+        name=_name_of(directory.path.resolve()),
         records=records,
         config=config,
         status=records.status(),
@@ -88,11 +89,17 @@ def variants_of(runs: Sequence[Run]) -> list[Variant]:
     return [Variant(_name(same), same) for same in members.values()]
 
 
+def _name_of(path: Path) -> str:
+    of_sweep = re.fullmatch(r"seed-\d+", path.name)
+    return f"{path.parent.name}/{path.name}" if of_sweep else path.name
+
+
 def _name(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         return runs[0].name
     # Of characters, as names end with the seed.
     common = os.path.commonprefix([run.name for run in runs]).rstrip("-_.")  # noqa: RUF071
+    common = common.removesuffix("/seed")
     return f"{common or runs[0].name} ({len(runs)} runs)"
 
 

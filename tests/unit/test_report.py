@@ -156,6 +156,21 @@ def test_runs_of_several_seeds_are_a_mean_and_a_band_over_their_common_steps(
     assert "step_low" not in bands
 
 
+def test_runs_of_a_sweep_are_called_by_their_variant(tmp_path: Path) -> None:
+    runs = [
+        read_run(make_run(tmp_path / variant / f"seed-{seed}", seed=seed, lr=lr))
+        for variant, lr in (("real", 1e-6), ("grpo", 1e-5))
+        for seed in (1, 2)
+    ]
+    assert [run.name for run in runs] == [
+        "real/seed-1",
+        "real/seed-2",
+        "grpo/seed-1",
+        "grpo/seed-2",
+    ]
+    assert [variant.name for variant in variants_of(runs)] == ["real (2 runs)", "grpo (2 runs)"]
+
+
 def test_a_step_that_one_seed_lacks_is_in_no_band(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / f"real-{seed}", seed=seed)) for seed in (0, 1)]
     metrics = runs[1].records.directory.metrics
