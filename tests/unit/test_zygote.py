@@ -40,7 +40,7 @@ def test_it_is_like_a_new_process(tmp_path: Path, code: object) -> None:
             text=True,
             start_new_session=True,
         )
-        output = process.communicate("what it reads", timeout=60)
+        output = process.communicate("what it reads", timeout=240)
         answers.append((process.returncode, *output))
     assert answers[0] == answers[1]
     assert answers[0][0] == (code if isinstance(code, int) else 1)
@@ -57,7 +57,7 @@ def test_signals_end_it(tmp_path: Path, number: signal.Signals, code: int) -> No
     process: Any = zygote.Popen([sys.executable, str(program)], stdout=-1, stderr=-1, text=True)
     assert process.stdout.readline() == "up\n" and process.poll() is None
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == code
     assert ("KeyboardInterrupt" in errors) == (number == signal.SIGINT)
 
