@@ -26,12 +26,10 @@ def on_first_version() -> bool:
     return version("megatron-core") == FIRST_VERSION
 
 
-def core(rows: Sequence[Any], kept: Sequence[Any], **options: Any) -> list[Any]:
+def core(rows: Sequence[Any], kept: Sequence[Any]) -> list[Any]:
     """Returns a parameter for each row, of which those outside of `kept` are of the grid."""
-    return [
-        pytest.param(row, marks=() if row in kept else (pytest.mark.grid,), **options)
-        for row in rows
-    ]
+    grid = (pytest.mark.grid,)
+    return [pytest.param(row, marks=() if row in kept else grid) for row in rows]
 
 
 def cover(*axes: Sequence[Any]) -> list[Any]:

@@ -26,6 +26,7 @@ from tests.distributed.test_invariance import PLAIN, TOLERANCE, config_of, model
 from tests.distributed.world import World
 
 ROWS = pairwise_cover()
+FIRST_ROWS = 8
 ModelMaker = Callable[..., Path]
 Expected = Callable[[Layout, str], tuple[float, dict[str, torch.Tensor]]]
 
@@ -131,9 +132,12 @@ def run(
 
 
 def rows_of(case: str) -> list[int]:
-    """Rows in which a case meets every level of every factor; the next case begins to look one row further on."""
-    start = list(formulas.CASES).index(case) % len(ROWS)
-    rows = level_cover([*ROWS[start:], *ROWS[:start]])
+    """Rows in which a case meets every level of every factor; the next case begins to look one row further on.
+
+    They are of the first rows alone, because each row that is run at all costs its start on up to eight ranks.
+    """
+    start = list(formulas.CASES).index(case) % FIRST_ROWS
+    rows = level_cover([*ROWS[start:FIRST_ROWS], *ROWS[:start]])
     return [ROWS.index(row) for row in rows]
 
 
@@ -189,8 +193,10 @@ def test_float64(world: World, tiny_model: ModelMaker, expected: Expected, numbe
 
 
 @pytest.mark.one_version
-@pytest.mark.parametrize("number", range(3), ids=lambda i: str(ROWS[i]))
+@pytest.mark.parametrize("number", [0], ids=lambda i: str(ROWS[i]))
 def test_float32(world: World, tiny_model: ModelMaker, expected: Expected, number: int) -> None:
+    """Every case begins with this row."""
+    assert cases_of(number) == list(formulas.CASES)
     check(world, tiny_model, expected, ROWS[number], "fp32", cases_of(number))
 
 

@@ -57,7 +57,7 @@ def found(
     ]
     words = [str(path), *map(str, request.param), str(out)]
     command = [*launcher, "-m", "tests.integration.vllm_server_job", *words]
-    done = zygote.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    done = zygote.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     logs = "".join(log.read_text() for log in out.parent.glob("servers/*.log"))
     return (

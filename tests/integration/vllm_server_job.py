@@ -172,7 +172,7 @@ def main() -> None:
         int(sys.argv[3]),
         Path(sys.argv[4]),
     )
-    join_world(timeout_minutes=5)
+    join_world(timeout_minutes=20)
     chosen = {"engine": "vllm-server", "tp": tp, "num_servers": servers, "max_sequences": 4}
     config: Config = sync_jobs.config_of(path, rollout=chosen, sync={"timeout_seconds": 200.0})
     config = dataclasses.replace(
