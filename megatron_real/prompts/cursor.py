@@ -136,7 +136,7 @@ class PromptCursor:
     def _permutation(self) -> list[int]:
         """Returns [prompts] the order of this epoch, from nothing but the seed and its number."""
         order = list(range(len(self._prompts)))
-        # A text as seed: Random hashes it, so that seeds and epochs next to each other share nothing.
+        # A text as seed: Random hashes it, so that neighbouring seeds and epochs share nothing.
         if self._shuffle:
             random.Random(f"{self._seed}-{self.epoch}").shuffle(order)
         return order
