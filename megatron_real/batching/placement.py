@@ -298,7 +298,7 @@ class _Packing:
         return tuple(tuple(rank) for rank in ranks)
 
     def _across_ranks(self, count: int) -> MicroBatches | None:
-        """Returns `count` micro-batches for each rank, every group within one index of all ranks."""
+        """Returns `count` micro-batches for each rank, a group within one index of all ranks."""
         dp = self.layout.dp
         columns = self._fill(self.groups, count, self.layout.max_tokens * dp)
         if columns is None:
