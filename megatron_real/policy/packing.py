@@ -1,4 +1,4 @@
-"""Minibatch -> this rank's packed micro-batches: the plan over all ranks, laid out on the device."""
+"""Minibatch -> this rank's packed micro-batches: a plan over all ranks, laid out on the device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Packer:
     groups: Groups
     """This rank's place in it."""
     bounds_on_host: bool = True
-    """The layers read the sequences' bounds on the host (MicroBatch.packed)."""
+    """Whether the layers read the sequences' bounds on the host (MicroBatch.packed)."""
 
     def with_placement(self, placement: Literal["auto", "intact", "dp", "split"]) -> Packer:
         """Returns the same packer with another placement of groups."""
@@ -47,18 +47,23 @@ class Packer:
         Raises:
             ValueError: a sequence exceeds the token budget, or the groups do not fit the placement.
         """
-        parallel, rollouts = self.parallel, minibatch.rollouts
+        rollouts = minibatch.rollouts
+        parallel = self.parallel
         alignment = Alignment(
             cp=parallel.cp,
             cp_rank=self.groups.cp.rank(),
             tp=parallel.tp if parallel.sp else 1,
             padded=self.batch.layout == "padded",
         )
+
+        # On-policy all scores are 0, and many objectives know their weights from that alone.
         free = self.objective.free_first_minibatch and not off_policy
         needs_scores = self.objective.gathers_scores and not free
         placement = self.batch.placement
         if needs_scores and self.objective.reach == "minibatch":
-            placement = "split"  # no micro-batch holds all scores
+            # No micro-batch holds all scores: a pass of its own has to gather them.
+            placement = "split"
+
         planned = plan(
             [alignment.length(rollouts[i]) for i in minibatch.kept],
             [rollouts[i].group for i in minibatch.kept],
@@ -71,19 +76,15 @@ class Packer:
             ),
             placement=placement,
             needs_scores=needs_scores,
+            # Causal attention: a token sees half of its sequence on average.
             cost=lambda length: length * self.architecture.flops_per_token(length / 2),
         )
-        own = planned.micro_batches[self.groups.dp.rank()]
-        return Batch(
-            minibatch=minibatch,
-            plan=planned,
-            micro_batches=tuple(
-                micro_batch(
-                    rollouts,
-                    [minibatch.kept[k] for k in members],
-                    alignment,
-                    bounds_on_host=self.bounds_on_host,
-                )
-                for members in own
-            ),
-        )
+
+        micro_batches = []
+        for members in planned.micro_batches[self.groups.dp.rank()]:
+            # The plan counts the kept sequences alone; micro-batches want places in all rollouts.
+            positions = [minibatch.kept[k] for k in members]
+            micro_batches.append(
+                micro_batch(rollouts, positions, alignment, bounds_on_host=self.bounds_on_host)
+            )
+        return Batch(minibatch=minibatch, plan=planned, micro_batches=tuple(micro_batches))
