@@ -1,4 +1,7 @@
-"""The chunks of an unfinished step on disk: RUN/rollouts/chunk-STEP-DRAW-FIRST.parquet (rollout/source.py draws them)."""
+"""The chunks of an unfinished step on disk: RUN/rollouts/chunk-STEP-DRAW-FIRST.parquet.
+
+rollout/source.py draws them.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,9 @@ from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.ranks import Ranks
 from megatron_real.runs.rollouts import read_chunk, write_chunk
 
-# Settings of the sections `rollout` and `labels` that do not change what is drawn or how it is labelled: how fast, where
-# and in which pieces. Whatever is not named here counts, so that a new setting is not forgotten.
+# Settings of the sections `rollout` and `labels` that do not change what is drawn or how it is
+# labelled: how fast, where and in which pieces. Whatever is not named here counts, so that a new
+# setting is not forgotten.
 _WITHOUT_EFFECT_ON_ROLLOUTS = frozenset(
     (
         "rollout.num_servers",
@@ -52,7 +56,7 @@ _WITHOUT_EFFECT_ON_ROLLOUTS = frozenset(
 
 
 class ChunkFiles:
-    """Keeps whole chunks, and hands them out again only where they were drawn as they would be drawn now."""
+    """Keeps whole chunks, and hands them out again where they would be drawn alike now."""
 
     def __init__(
         self,
@@ -62,7 +66,14 @@ class ChunkFiles:
         *,
         begun_step: int | None = None,
     ) -> None:
-        """`begun_step`: one that an earlier life has made updates of; its chunks came back with the checkpoint."""
+        """
+        Args:
+            directory: of the run.
+            ranks: all of the run's.
+            say: shows a sentence.
+            begun_step: one that an earlier life has made updates of; its chunks came back with the
+                checkpoint.
+        """
         self._directory = directory
         self._ranks = ranks
         self._say = say
@@ -71,12 +82,14 @@ class ChunkFiles:
     def read(
         self, name: ChunkName, prompts: Sequence[Prompt], origin: Origin
     ) -> list[Rollout] | None:
-        """The kept rollouts of a chunk, on every rank; None where they are to be drawn. Collective.
+        """Returns the kept rollouts of a chunk, on every rank; None where they are to be drawn.
 
         The first rank alone looks for the file and judges it: all ranks must go the same way.
+        Collective.
 
         Raises:
-            ValueError: of a step that is partly trained on, the file is damaged or the prompts are others now.
+            ValueError: of a step that is partly trained on, the file is damaged or the prompts are
+                others now.
         """
         return self._ranks.on_first(lambda: self._read(name, prompts, origin))
 
@@ -92,46 +105,50 @@ class ChunkFiles:
         file = self._directory.saved_chunk(name.step, name.draw, name.first_prompt)
         if not file.is_file():
             return None
+
+        begun = name.step == self._begun_step
         try:
             before, rollouts = read_chunk(file)
         except ValueError as error:
-            if name.step == self._begun_step:
-                raise  # what the step has been trained on cannot be drawn again
+            if begun:
+                # What the step has been trained on cannot be drawn again.
+                raise
             self._say(f"step {name.step}: {error}; its rollouts are drawn again")
             return None
-        if name.step == self._begun_step:
-            # These rollouts are partly trained on: the weights have moved since, and what they were drawn and labelled
-            # under stays. Only their prompts must be those that the rest of the step counts on.
-            if [p.token_ids for p in prompts] != _questions(rollouts):
+
+        if begun:
+            # These rollouts are partly trained on: the weights have moved since, and what they were
+            # drawn and labelled under stays. Only their prompts must be those that the rest of the
+            # step counts on.
+            prompt_of_group = {rollout.group: rollout.prompt.token_ids for rollout in rollouts}
+            answered = [prompt_of_group[group] for group in sorted(prompt_of_group)]
+            if [prompt.token_ids for prompt in prompts] != answered:
                 raise ValueError(
-                    f"{file} answers other prompts than step {name.step} asks, and the step is partly "
-                    "trained on; use the same data"
+                    f"{file} answers other prompts than step {name.step} asks, and the step is "
+                    "partly trained on; use the same data"
                 )
             changed = []
+        elif before is None:
+            changed = ["nothing says under what"]
         else:
-            changed = ["nothing says under what"] if before is None else before.differences(origin)
+            changed = before.differences(origin)
 
         if changed:
             self._say(
-                f"step {name.step}: {len(rollouts)} rollouts on disk were drawn otherwise, and are drawn again: "
-                f"{'; '.join(changed)}"
+                f"step {name.step}: {len(rollouts)} rollouts on disk were drawn otherwise, "
+                f"and are drawn again: {'; '.join(changed)}"
             )
             return None
         self._say(f"step {name.step}: {len(rollouts)} rollouts are on disk and not sampled again")
         return rollouts
 
 
-def _questions(rollouts: Sequence[Rollout]) -> list[tuple[int, ...]]:
-    """[groups] the tokens of each group's prompt."""
-    by_group = {rollout.group: rollout.prompt.token_ids for rollout in rollouts}
-    return [by_group[group] for group in sorted(by_group)]
-
-
 def settings_of_rollouts(config: Config) -> dict[str, Any]:
-    """What a draw's rollouts and their labels depend on, by the names of the configuration; plain JSON values.
+    """Returns what a draw's rollouts and their labels depend on, by the names of the configuration.
 
-    A verifier of the user's own counts by what its file holds. A value that was given as an interpolation, such as
-    `${oc.env:NAME}`, may be a secret and changes with the environment: it stands here as it was given, and as a digest.
+    The values are plain JSON. A verifier of the user's own counts by what its file holds. A value
+    that was given as an interpolation, such as `${oc.env:NAME}`, may be a secret and changes with
+    the environment: it stands here as it was given, and as a digest.
     """
     written = to_plain(config)
     settings: dict[str, Any] = {}
@@ -142,6 +159,7 @@ def settings_of_rollouts(config: Config) -> dict[str, Any]:
             settings[f"{section}.{name}"] = value if value == given else f"{given} {_digest(value)}"
     for name in _WITHOUT_EFFECT_ON_ROLLOUTS:
         settings.pop(name, None)
+
     own = Path(config.labels.verifier.rpartition(":")[0])
     if own.is_file():
         settings["the file of labels.verifier"] = _digest(own.read_text(encoding="utf-8"))

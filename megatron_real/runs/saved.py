@@ -29,12 +29,12 @@ _DOOMED = ".deleted"
 """Ends the name of a checkpoint that is being deleted: half of one must not look like a whole."""
 _DAMAGED = ".damaged"
 _STALE_SECONDS = 60.0
-"""How long another machine may take to show a file that the first rank sees: so long does an NFS
-client keep attributes."""
+"""How long another machine may take to show a file that the first rank sees: an NFS client keeps
+attributes so long."""
 
 
 class Unreadable(ValueError):
-    """A checkpoint is there and cannot be read now. It may be whole, so nothing of it is touched."""
+    """A checkpoint is there and cannot be read now. It may be whole, so nothing is touched."""
 
 
 @dataclass(frozen=True, order=True)

@@ -89,7 +89,7 @@ class StopRequest:
             self._take_over(signal.SIGINT, self._interrupt)
 
     def close(self) -> None:
-        """Gives the signals back to those who heard them before: more work follows in the process."""
+        """Gives the signals back to those who heard them before: other work follows."""
         if self._timer is not None:
             self._timer.cancel()
         for number, handler in self._heard_before.items():
