@@ -132,7 +132,7 @@ def check_engine(config: Config) -> None:
         )
     _check_kv_heads("rollout.tp", rollout.tp, model)
 
-    # An engine that cannot hold one whole sequence would preempt it for ever.
+    # vLLM does not start with a cache that cannot hold one whole sequence.
     token_bytes = model.kv_bytes_per_token(tp=rollout.tp, width=DTYPE_BYTES[config.model.dtype])
     longest = config.data.max_prompt_tokens + rollout.max_response_tokens
     num_blocks = -(-longest // _KV_BLOCK) + 1  # one block stays empty

@@ -67,6 +67,7 @@ def _settings_of(section: Any, prefix: str) -> Iterator[Setting]:
 def _settings_of_objectives() -> list[Setting]:
     """Returns the setting that names the objective, and those of all objectives."""
     names = Setting("objective.name", f"one of {', '.join(OBJECTIVES)}", "real", "The loss.")
+    # Settings of one name with the same type, bounds, default and meaning are one.
     owners: dict[Setting, list[str]] = {}
     for objective in OBJECTIVES:
         for setting in _settings_of(make_objective(objective), "objective."):
@@ -88,6 +89,7 @@ def meanings_of(cls: type) -> dict[str, str]:
     for owner in reversed(cls.__mro__[:-1]):
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
         assert isinstance(tree, ast.ClassDef), "the source of a class is a class"
+        # A docstring is an expression of its own, behind the field that it describes.
         for field, after in zip(tree.body, tree.body[1:], strict=False):
             if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
                 continue

@@ -83,6 +83,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         values: Any = OmegaConf.to_container(tree, resolve=True)
         as_given: Any = OmegaConf.to_container(tree, resolve=False)
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        # Their errors span several lines, of which the first says what is wrong.
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
 
     try:
@@ -137,7 +138,7 @@ def _resolved(config: Config) -> dict[str, Any]:
     """Returns every setting by section, what was given as an interpolation resolved."""
     values = dataclasses.asdict(config)
     del values["given"]
-    # Its name is an attribute of the class, and no field.
+    # An objective's name is an attribute of its class, and no field.
     values["objective"] = {"name": config.objective.name, **values["objective"]}
     return values
 

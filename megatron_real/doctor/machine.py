@@ -80,6 +80,7 @@ def gpus(*, local_world: int, driver: Path = Path("/proc/driver/nvidia")) -> Fin
             f"{why}: take a torch build for this driver, and ask for GPUs (sbatch --gpus-per-node)",
         )
 
+    # The GPUs of a node are taken to be alike.
     count = torch.cuda.device_count()
     first = torch.cuda.get_device_properties(0)
     description = (
@@ -199,6 +200,7 @@ def file_system(run_dir: Path, mounts: Path = Path("/proc/self/mounts")) -> Find
         mounts: the kernel's table of mounts.
     """
     existing = existing_folder(run_dir).resolve()
+    # The deepest mount above the folder is the one that it lies on.
     deepest = ""
     kind = "unknown"
     for line in mounts.read_text().splitlines():
@@ -257,6 +259,7 @@ def disk_speed(run_dir: Path) -> Finding:
         try:
             write_mb, read_mb = _written_and_read(file)
         finally:
+            # A full disk leaves the unfinished file.
             for leftover in (file, file.with_suffix(".begun")):
                 leftover.unlink(missing_ok=True)
     except OSError as error:
@@ -291,6 +294,7 @@ def _written_and_read(file: Path) -> tuple[float, float]:
         os.fsync(out.fileno())
         # Else the page cache answers the read.
         os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    # As a checkpoint does, so that a file system without renames is found out here.
     unfinished.rename(file)
     written = time.perf_counter()
 

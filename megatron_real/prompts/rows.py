@@ -127,6 +127,7 @@ def _numbered_rows(path: Path) -> Iterator[tuple[int, Any]]:
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
+        # In batches: as Python objects a large file would not fit in memory.
         batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
     elif path.suffix == ".arrow":
@@ -242,6 +243,7 @@ def _row(uid: str, raw: Mapping[str, Any]) -> Row:
     extra_info = as_object(raw.get("extra_info"))
     metadata = {str(name): _as_json(value) for name, value in extra_info.items()}
     row = Row(uid, messages, answers, str(raw.get("data_source") or ""), metadata)
+    # Half a surrogate pair would only fail when the rollout is written, after its step.
     if not is_unicode(json.dumps([row.messages, row.answers], ensure_ascii=False)):
         raise UnusableRow("hold half a surrogate pair, which is no text")
     return row

@@ -5,6 +5,7 @@ rollout/source.py draws them.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from megatron_real.config import Config, to_plain
 from megatron_real.config.sources import data_sources
+from megatron_real.exchange import Exchange
 from megatron_real.records import Prompt, Rollout
 from megatron_real.rollout.origin import Origin
 from megatron_real.rollout.source import ChunkName
@@ -56,7 +58,7 @@ _WITHOUT_EFFECT_ON_ROLLOUTS = frozenset(
 
 
 class ChunkFiles:
-    """Keeps whole chunks, and hands them out again where they would be drawn alike now."""
+    """Keeps whole chunks, and hands them out again only where they were drawn as they would be drawn now."""
 
     def __init__(
         self,
@@ -76,28 +78,43 @@ class ChunkFiles:
         """
         self._directory = directory
         self._ranks = ranks
+        self._exchange = Exchange(ranks.rank, ranks.world, ranks.group)
         self._say = say
         self._begun_step = begun_step
 
     def read(
         self, name: ChunkName, prompts: Sequence[Prompt], origin: Origin
     ) -> list[Rollout] | None:
-        """Returns the kept rollouts of a chunk, on every rank; None where they are to be drawn.
+        """The kept rollouts of a chunk, which the first rank holds; None where they are to be drawn. Collective.
 
         The first rank alone looks for the file and judges it: all ranks must go the same way.
-        Collective.
 
         Raises:
-            ValueError: of a step that is partly trained on, the file is damaged or the prompts are
-                others now.
+            ValueError: of a step that is partly trained on, the file is damaged or the prompts are others now.
         """
-        return self._ranks.on_first(lambda: self._read(name, prompts, origin))
+        kept: list[Rollout] = []
+
+        def read() -> bool:
+            rollouts = self._read(name, prompts, origin)
+            if rollouts is None:
+                return False
+            for rollout in rollouts:
+                # The prompts of a step that is begun may have other names now: all ranks must know
+                # the same ones.
+                prompt = dataclasses.replace(rollout.prompt, uid=prompts[rollout.group].uid)
+                kept.append(dataclasses.replace(rollout, prompt=prompt))
+            return True
+
+        if not self._ranks.on_first(read):
+            return None
+        return self._exchange.share(kept, prompts)
 
     def write(self, name: ChunkName, origin: Origin, rollouts: Sequence[Rollout]) -> None:
-        """Keeps a chunk. The first rank writes."""
+        """Keeps a chunk. The first rank writes, and every rank gives it what it holds. Collective."""
+        whole = self._exchange.to_first(rollouts)
         if self._ranks.first:
             file = self._directory.chunk(name.step, name.draw, name.first_prompt)
-            write_chunk(file, rollouts, step=name.step, origin=origin)
+            write_chunk(file, whole, step=name.step, origin=origin)
 
     def _read(
         self, name: ChunkName, prompts: Sequence[Prompt], origin: Origin
@@ -105,42 +122,39 @@ class ChunkFiles:
         file = self._directory.saved_chunk(name.step, name.draw, name.first_prompt)
         if not file.is_file():
             return None
-
-        begun = name.step == self._begun_step
         try:
             before, rollouts = read_chunk(file)
         except ValueError as error:
-            if begun:
-                # What the step has been trained on cannot be drawn again.
-                raise
+            if name.step == self._begun_step:
+                raise  # what the step has been trained on cannot be drawn again
             self._say(f"step {name.step}: {error}; its rollouts are drawn again")
             return None
-
-        if begun:
-            # These rollouts are partly trained on: the weights have moved since, and what they were
-            # drawn and labelled under stays. Only their prompts must be those that the rest of the
-            # step counts on.
-            prompt_of_group = {rollout.group: rollout.prompt.token_ids for rollout in rollouts}
-            answered = [prompt_of_group[group] for group in sorted(prompt_of_group)]
-            if [prompt.token_ids for prompt in prompts] != answered:
+        if name.step == self._begun_step:
+            # These rollouts are partly trained on: the weights have moved since, and what they were drawn and labelled
+            # under stays. Only their prompts must be those that the rest of the step counts on.
+            if [p.token_ids for p in prompts] != _questions(rollouts):
                 raise ValueError(
-                    f"{file} answers other prompts than step {name.step} asks, and the step is "
-                    "partly trained on; use the same data"
+                    f"{file} answers other prompts than step {name.step} asks, and the step is partly "
+                    "trained on; use the same data"
                 )
             changed = []
-        elif before is None:
-            changed = ["nothing says under what"]
         else:
-            changed = before.differences(origin)
+            changed = ["nothing says under what"] if before is None else before.differences(origin)
 
         if changed:
             self._say(
-                f"step {name.step}: {len(rollouts)} rollouts on disk were drawn otherwise, "
-                f"and are drawn again: {'; '.join(changed)}"
+                f"step {name.step}: {len(rollouts)} rollouts on disk were drawn otherwise, and are drawn again: "
+                f"{'; '.join(changed)}"
             )
             return None
         self._say(f"step {name.step}: {len(rollouts)} rollouts are on disk and not sampled again")
         return rollouts
+
+
+def _questions(rollouts: Sequence[Rollout]) -> list[tuple[int, ...]]:
+    """[groups] the tokens of each group's prompt."""
+    by_group = {rollout.group: rollout.prompt.token_ids for rollout in rollouts}
+    return [by_group[group] for group in sorted(by_group)]
 
 
 def settings_of_rollouts(config: Config) -> dict[str, Any]:
@@ -159,7 +173,6 @@ def settings_of_rollouts(config: Config) -> dict[str, Any]:
             settings[f"{section}.{name}"] = value if value == given else f"{given} {_digest(value)}"
     for name in _WITHOUT_EFFECT_ON_ROLLOUTS:
         settings.pop(name, None)
-
     own = Path(config.labels.verifier.rpartition(":")[0])
     if own.is_file():
         settings["the file of labels.verifier"] = _digest(own.read_text(encoding="utf-8"))
