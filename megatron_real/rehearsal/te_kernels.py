@@ -198,7 +198,9 @@ def multi_tensor_scale(
     launched("te.multi_tensor_scale")
 
 
-def multi_tensor_adam(chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], *_: Any) -> None:
+def multi_tensor_adam(
+    chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], *_: Any
+) -> None:
     """A step of Adam in place; nothing is allocated."""
     for gradient, parameter, moment, square in zip(*lists, strict=True):
         dtypes = {tensor.dtype for tensor in (gradient, parameter, moment, square)}

@@ -15,6 +15,7 @@ import torch
 from megatron_real.rehearsal import transformer_engine
 from tests.emulated_te import kernels
 
+
 def available() -> bool:
     """Whether TransformerEngine's Python is there."""
     return transformer_engine.root() is not None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from megatron_real.rehearsal import transformer_engine
 from tests.emulated_te import kernels
 
 CU = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
