@@ -74,13 +74,14 @@ def import_over(extension: types.ModuleType) -> None:
 
 def _answer_for_its_version(version: str) -> None:
     """Its three distributions (the wheel, the library, the extension) are of one version, and one of them is here."""
-    ask = importlib.metadata.version
+    metadata: Any = importlib.metadata
+    ask = metadata.version
 
     def answer(name: str) -> str:
         ours = name.replace("-", "_").startswith("transformer_engine")
-        return version if ours else ask(name)
+        return version if ours else str(ask(name))
 
-    importlib.metadata.version = answer
+    metadata.version = answer
 
 
 def _stand_in_for_onnx() -> None:
