@@ -214,6 +214,7 @@ def test_parameters_are_gathered_once_after_an_update(reports: Mapping[str, Rank
     assert gathered_over_data(report, "sharded state") == 0
 
 
+@pytest.mark.grid
 def test_its_peak_is_that_of_torch_on_a_cpu(
     world: World, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
