@@ -91,7 +91,8 @@ class Architecture:
         name = (hf.get("architectures") or ["none"])[0]
         if name not in SUPPORTED:
             raise WeightsError(
-                f"architecture {name} is not supported; supported are {', '.join(sorted(SUPPORTED))}"
+                f"architecture {name} is not supported; supported are "
+                f"{', '.join(sorted(SUPPORTED))}"
             )
         family = SUPPORTED[name]
         _check_sizes(name, hf)
