@@ -446,7 +446,7 @@ def _unmodelled(run: Run) -> list[str]:
 
 
 def _text(estimate: Estimate, best: Sequence[Estimate]) -> list[str]:
-    """Returns the plan's paragraphs: the model, memory, time, cost, disk, other layouts, sources."""
+    """Returns the plan's paragraphs: model, memory, time, cost, disk, other layouts, sources."""
     run = estimate.run
     device = run.cluster.device
 
