@@ -18,6 +18,7 @@ from megatron_real.config import Config, check_world, too_few_sequences
 from megatron_real.config.sources import data_sources
 from megatron_real.disk import is_full_disk
 from megatron_real.evaluate import Evaluation, evaluate
+from megatron_real.exchange import Exchange
 from megatron_real.labels import Labeller, build_labeller
 from megatron_real.policy.determinism import allow_only_deterministic
 from megatron_real.policy.layout import join_world, set_up
@@ -207,9 +208,14 @@ def _build(
 ) -> Job:
     """Builds this rank's part, in an order in which each check comes before what it protects."""
     directory = RunDirectory(config.trainer.run_dir)
+    exchange = Exchange(ranks.rank, ranks.world, ranks.group)
     reporter = ranks.together(
         lambda: Reporter(
-            config, rank=ranks.rank, world=ranks.world, gathered=ranks.gathered_by_first
+            config,
+            rank=ranks.rank,
+            world=ranks.world,
+            gathered=ranks.gathered_by_first,
+            exchange=exchange,
         )
     )
     say = reporter.progress.say
@@ -242,6 +248,7 @@ def _build(
             timeout_minutes=config.trainer.timeout_minutes,
         ),
         num_updates=config.trainer.steps * updates_per_step,
+        exchange=exchange,
     )
 
     # The reference, before a checkpoint takes the place of the starting weights.
@@ -257,7 +264,7 @@ def _build(
     drawing = None
     stateful: dict[str, checkpoint.Stateful] = {}
     if not config.rollout.replay:
-        drawing = _drawing(config, architecture, ranks, say)
+        drawing = _drawing(config, architecture, exchange, say)
         reporter.progress.detail = _generating(reporter.progress, drawing.stage)
         stateful = {"cursor": drawing.cursor, "lengths": drawing.stage.lengths}
 
@@ -269,7 +276,7 @@ def _build(
     evaluation = None
     if drawing is None:
         replayed = RunDirectory(config.rollout.replay)
-        source = Replay(lambda step: read_rollouts(replayed.saved_rollouts(step)))
+        source = Replay(lambda step: read_rollouts(replayed.saved_rollouts(step)), exchange)
     else:
         source = _source(config, drawing, policy, checkpoints, reporter, ranks)
         labeller = drawing.stage.labeller
@@ -328,7 +335,7 @@ class _Drawing:
 
 
 def _drawing(
-    config: Config, architecture: Architecture, ranks: Ranks, say: Callable[[str], None]
+    config: Config, architecture: Architecture, exchange: Exchange, say: Callable[[str], None]
 ) -> _Drawing:
     """Builds engine, prompts and verifiers."""
     say("loading the rollout engine")
@@ -342,7 +349,12 @@ def _drawing(
     rollout = config.rollout
     return _Drawing(
         stage=RolloutStage(
-            engine, labeller, rank=ranks.rank, world=ranks.world, retries=rollout.retries
+            engine,
+            labeller,
+            rank=exchange.rank,
+            world=exchange.world,
+            retries=rollout.retries,
+            exchange=exchange,
         ),
         sync=WeightSync(
             engine,
