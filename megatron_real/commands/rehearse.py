@@ -1,16 +1,19 @@
-"""`megatron-real rehearse CONFIG --gpus N`: a step of a GPU cluster's rank, without a GPU.
+"""`megatron-real rehearse CONFIG --gpus N`: a step of one rank, or of one of each pipeline stage, without a GPU.
 
-Rehearsed is one rank, or one of each pipeline stage. Exit codes: 0 it runs and fits, 1 it breaks or
-does not fit, 2 the input was refused. docs/rehearsal.md.
+Exit codes: 0 it runs and fits, 1 it breaks or does not fit, 2 the input was refused. docs/rehearsal.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import textwrap
+from collections.abc import Iterable
+from typing import Any
 
 from megatron_real import config as configuration
 from megatron_real.commands.terminal import refuse, table
+from megatron_real.config import Config
 from megatron_real.plan.devices import DEVICES
 from megatron_real.plan.layouts import RESERVE_SHARE
 from megatron_real.rehearsal.launch import rehearse
@@ -28,6 +31,8 @@ exit codes: 0 it runs and fits, 1 it breaks or does not fit, 2 the input was ref
 
 _SITES = 8
 """Call sites that a table names."""
+_COLUMNS = 80
+"""Width of the output."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -49,8 +54,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="M",
-        help="of the update on a data-parallel rank; default: twice the pipeline's stages, 3 at "
-        "least",
+        help="of the update on a data-parallel rank; default: twice the pipeline's stages, 3 at least",
     )
     parser.add_argument("--json", action="store_true", help="all counts as JSON")
 
@@ -63,30 +67,16 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         return refuse(error)
 
-    # As `plan` does it: a part of the memory stays for CUDA, NCCL and fragmentation.
     budget = int(DEVICES[options.gpu].memory_gib * 2**30 * (1 - RESERVE_SHARE))
     if options.json:
-        rows = []
-        for report in reports:
-            fits = not report.fault and report.peak <= budget
-            rows.append({**report.to_json(), "peak": report.peak, "budget": budget, "fits": fits})
-        print(json.dumps(rows, indent=2))
+        print(json.dumps([_as_json(report, budget) for report in reports], indent=2))
     else:
-        paragraphs = []
-        for report in reports:
-            paragraphs += _text(report, budget)
-        print("\n\n".join(paragraphs))
-    if all(not report.fault and report.peak <= budget for report in reports):
-        return 0
-    return 1
+        print("\n\n".join(paragraph for r in reports for paragraph in _text(r, budget)))
+    good = all(not report.fault and report.peak <= budget for report in reports)
+    return 0 if good else 1
 
 
 def _requests(options: argparse.Namespace) -> list[Request]:
-    """Returns the ranks to rehearse.
-
-    Raises:
-        ValueError: an option or the configuration is refused.
-    """
     words = tuple(options.overrides)
     if options.model:
         words = (*words, f"model.path={published_model(options.model)}")
@@ -96,99 +86,113 @@ def _requests(options: argparse.Namespace) -> list[Request]:
     configuration.check_world(config, options.gpus)
     if not 0 <= options.rank < options.gpus:
         raise ValueError(f"--rank is {options.rank}; it must be 0 to {options.gpus - 1}")
-
-    ranks = [options.rank]
-    if options.all_stages:
-        # Megatron numbers stages last: the first rank of a stage is a multiple of all the others.
-        ranks = list(range(0, options.gpus, options.gpus // config.parallel.pp))
-    requests = []
-    for rank in ranks:
-        requests.append(
-            Request(
-                config=options.config,
-                overrides=words,
-                gpus=options.gpus,
-                rank=rank,
-                gpu=options.gpu,
-                micro_batches=options.micro_batches,
-            )
+    return [
+        Request(
+            config=options.config,
+            overrides=words,
+            gpus=options.gpus,
+            rank=rank,
+            gpu=options.gpu,
+            micro_batches=options.micro_batches,
         )
-    return requests
+        for rank in _ranks(config, options)
+    ]
+
+
+def _ranks(config: Config, options: argparse.Namespace) -> list[int]:
+    """The ranks asked for. Megatron numbers stages last: the first rank of a stage is a multiple of all the others."""
+    if not options.all_stages:
+        return [options.rank]
+    ranks_of_stage = options.gpus // config.parallel.pp
+    return [stage * ranks_of_stage for stage in range(config.parallel.pp)]
+
+
+def _as_json(report: RankReport, budget: int) -> dict[str, Any]:
+    return {
+        **report.to_json(),
+        "peak": report.peak,
+        "budget": budget,
+        "fits": not report.fault and report.peak <= budget,
+    }
 
 
 def _text(report: RankReport, budget: int) -> list[str]:
-    """Returns the paragraphs of one rank."""
+    """The paragraphs of one rank."""
     place = " ".join(f"{axis} {number}" for axis, number in report.place.items())
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    paragraphs = [f"rank {report.rank} ({place}); {versions}; rehearsed in {report.seconds:.0f} s"]
+    title = f"rank {report.rank} ({place}); {versions}; rehearsed in {report.seconds:.0f} s"
+    paragraphs = [_folded(title)]
     if report.fault:
-        paragraphs.append(f"BREAKS: {report.fault}")
-    # Where it broke before the model was built, there is no figure to show.
+        paragraphs.append(_folded(f"BREAKS: {report.fault}"))
     if not report.resident:
         return paragraphs
 
-    paragraphs.append(
-        f"{report.micro_batches} micro-batches of {report.sequences} sequences, {report.tokens} "
-        f"tokens on this rank, groups {report.placement}; {report.parameters / 1e6:,.1f} million "
-        f"parameters"
+    load = (
+        f"{report.micro_batches} micro-batches of {report.sequences} sequences, {report.tokens} tokens on "
+        f"this rank, groups {report.placement}; {report.parameters / 1e6:,.1f} million parameters"
+    )
+    paragraphs.append(_folded(load))
+    paragraphs.append(table(_against_plan(report)))
+    worst = report.peak
+    verdict = "fits" if worst <= budget else "DOES NOT FIT"
+    peak = f"{_gib(worst)} GiB at the peak, {_gib(budget)} may be used"
+    paragraphs.append(_folded(f"{verdict}: {peak}; the engine's part of it is plan's figure"))
+    gradient = [phase for phase in report.phases if phase.name == "gradient"]
+    paragraphs += [table(_phases(report.phases)), *map(_details, gradient)]
+    unusual = sorted({site for phase in report.phases for site in phase.guesses})
+    if unusual:
+        title = "taken as a constant, since only a GPU knows them:"
+        paragraphs.append("\n".join([title, *(_folded(f"  {site}", 4) for site in unusual)]))
+    if report.skipped:
+        paragraphs.append(_folded("not rehearsed: " + "; ".join(report.skipped)))
+    return paragraphs
+
+
+def _folded(line: str, indent: int = 2) -> str:
+    """Returns a line as lines of 80 columns; a word that is longer stays whole."""
+    return textwrap.fill(
+        line,
+        _COLUMNS,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
-    comparison = [["GiB at the peak", "rehearsed", "plan", "plan is"]]
+
+def _against_plan(report: RankReport) -> list[list[str]]:
+    rows = [["GiB at the peak", "rehearsed", "plan", "plan is"]]
     measured = {"resident": report.resident}
     measured |= {p.name: p.peak for p in report.phases if p.name in ("old_logprobs", "gradient")}
     for name, size in measured.items():
         planned = report.plan[name]
-        comparison.append([name, _gib(size), _gib(planned), f"{planned / size - 1:+.1%}"])
-    paragraphs.append(table(comparison))
+        rows.append([name, _gib(size), _gib(planned), f"{planned / size - 1:+.1%}"])
+    return rows
 
-    verdict = "DOES NOT FIT"
-    if report.peak <= budget:
-        verdict = "fits"
-    paragraphs.append(
-        f"{verdict}: {_gib(report.peak)} GiB at the peak, {_gib(budget)} may be used; the engine's "
-        f"part of it is plan's figure"
-    )
 
+def _phases(phases: Iterable[Phase]) -> list[list[str]]:
     rows = [["part of the step", "peak GiB", "after", "TFLOP", "kernels", "syncs", "in layers"]]
-    for phase in report.phases:
-        rows.append(
-            [
-                phase.name,
-                _gib(phase.peak),
-                _gib(phase.after),
-                f"{phase.flops / 1e12:,.1f}",
-                f"{phase.kernels:,}",
-                str(phase.num_syncs),
-                str(phase.syncs_in_layers),
-            ]
-        )
-    paragraphs.append(table(rows))
-    paragraphs += [_details(phase) for phase in report.phases if phase.name == "gradient"]
-
-    guesses = sorted({site for phase in report.phases for site in phase.guesses})
-    if guesses:
-        sites = "\n  ".join(guesses)
-        paragraphs.append(f"taken as a constant, since only a GPU knows them:\n  {sites}")
-    if report.skipped:
-        paragraphs.append("not rehearsed: " + "; ".join(report.skipped))
-    return paragraphs
+    for phase in phases:
+        figures = [f"{phase.flops / 1e12:,.1f}", f"{phase.kernels:,}", str(phase.num_syncs)]
+        row = [phase.name, _gib(phase.peak), _gib(phase.after), *figures]
+        rows.append([*row, str(phase.syncs_in_layers)])
+    return rows
 
 
 def _details(phase: Phase) -> str:
-    """Returns what holds memory at a phase's peak, where the host waits, and what it sends."""
+    """What holds memory at the peak of a phase, where the host waits in it, and what it sends."""
     lines = [f"{phase.name}: what holds memory at its peak (GiB)"]
     for site, size in list(phase.holders.items())[:_SITES]:
-        lines.append(f"  {_gib(size):>7}  {site}")
+        lines.append(_folded(f"  {_gib(size):>7}  {site}", 11))
     if phase.syncs:
-        lines.append(f"{phase.name}: where the host waits for the device")
+        lines.append(f"{phase.name}: where the host waits for the device (times)")
         for site, times in list(phase.syncs.items())[:_SITES]:
-            lines.append(f"  {times:>7}  {site}")
+            lines.append(_folded(f"  {times:>7}  {site}", 11))
     if phase.collectives:
         lines.append(f"{phase.name}: collectives (calls, MiB of this rank)")
         for one in phase.collectives:
+            sent = f"{one.calls:>7}  {one.num_bytes / 2**20:>10,.1f}"
             lines.append(
-                f"  {one.calls:>7}  {one.num_bytes / 2**20:>10,.1f}  {one.call} {one.dtype} over "
-                f"{one.ranks} ({one.group})"
+                _folded(f"  {sent}  {one.call} {one.dtype} over {one.ranks} ({one.group})", 23)
             )
     return "\n".join(lines)
 
