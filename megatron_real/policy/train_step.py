@@ -288,13 +288,13 @@ class TrainStep:
             weight_R=torch.zeros_like(batch.token_facts.advantage_R),
         )
 
-        def loss(index: int, outputs: Outputs) -> Tensor:
+        def surrogate_of(index: int, outputs: Outputs) -> Tensor:
             surrogate = self._surrogate(batch, index, outputs, sums)
             if self.keep_token_weights:
                 self._keep_token_weights(batch, index, outputs, surrogate)
             return surrogate
 
-        self.passes.forward_backward(batch.micro_batches, loss)
+        self.passes.forward_backward(batch.micro_batches, surrogate_of)
         batch.has_token_weights = self.keep_token_weights
 
         # Loss, scores and weights on every rank: over DP on the last stage, from there over PP.
