@@ -38,6 +38,10 @@ from megatron_real.objective.functions import kl_penalty
 from megatron_real.policy.layout import Groups
 from megatron_real.policy.microbatch import MicroBatch, to_device
 from megatron_real.policy.passes import Outputs, Passes
+from megatron_real.records import POSITIVE
+
+_LOW_RATIO = 0.8
+"""A token whose ratio to the old policy is below it has a low ratio: GRPO's default clip, for every objective alike."""
 
 
 @dataclass
@@ -171,6 +175,8 @@ class Gradient:
     """Share of the learning rollouts' tokens that a clip deprived of their gradient at a ratio below 1."""
     clipped_high_share: float = 0.0
     """The same at a ratio above 1."""
+    low_ratio_tokens: tuple[int, int, int] = (0, 0, 0)
+    """Response tokens with a ratio below 0.8, those of right answers among them, and all of this pass."""
 
 
 @dataclass
@@ -180,6 +186,8 @@ class TokenSums:
     values: Tensor
     """[6] float64: the objective's own loss, the KL penalty, the entropy bonus, tokens clipped below and above ratio 1,
     and tokens that learn."""
+    low_ratio: Tensor
+    """[3] float64: tokens of a low ratio, those of right answers among them, and all tokens."""
     weight_R: Tensor
     """[R] float64: sum of the objective's own token weights."""
 
@@ -231,6 +239,7 @@ class TrainStep:
             self._prepare_weights(batch)
         sums = TokenSums(
             values=torch.zeros(6, dtype=torch.float64, device=batch.device),
+            low_ratio=torch.zeros(3, dtype=torch.float64, device=batch.device),
             weight_R=torch.zeros_like(batch.token_facts.advantage_R),
         )
         self.passes.forward_backward(
@@ -265,6 +274,7 @@ class TrainStep:
             # Its log-probs are all 0 and carry the graph that the schedule needs.
             return outputs.logprob_T.sum()
 
+        self._count_low_ratios(batch, index, outputs, sums)
         partial_score_R = self._partial_scores(micro, results, outputs.logprob_T)
         if not self.objective.has_scores:
             # Only a figure of the metrics: the context-parallel ranks' shares are summed with those of DP.
@@ -322,6 +332,17 @@ class TrainStep:
             sums.values[2] += bonus.detach()
             surrogate = surrogate - bonus
         return surrogate
+
+    def _count_low_ratios(
+        self, batch: Batch, index: int, outputs: Outputs, sums: TokenSums
+    ) -> None:
+        """Adds the micro-batch's tokens whose ratio to the old policy is low, of right answers and of all."""
+        micro, old_logprob_T = batch.micro_batches[index], batch.results[index].old_logprob_T
+        log_ratio_K = outputs.logprob_T.detach()[micro.kept_K] - old_logprob_T[micro.kept_K]
+        low_K = log_ratio_K < math.log(_LOW_RATIO)
+        positive_K = batch.token_facts.label_R[micro.rollout_K] == POSITIVE
+        counted = [low_K, low_K & positive_K, torch.ones_like(low_K)]
+        sums.low_ratio += torch.stack([tokens_K.sum() for tokens_K in counted])
 
     def _keep_old(self, batch: Batch, index: int, outputs: Outputs) -> None:
         batch.results[index].old_logprob_T = outputs.logprob_T.detach()
@@ -444,23 +465,29 @@ class TrainStep:
     def _summary(self, batch: Batch, sums: TokenSums) -> Gradient:
         """Makes loss, scores and weights known on every rank: over DP on the last stage, then from there over PP."""
         num_rollouts = len(batch.facts.label_R)
-        figures = torch.zeros(4 + 2 * num_rollouts, dtype=torch.float64)
+        figures = torch.zeros(7 + 2 * num_rollouts, dtype=torch.float64)
         if self.groups.is_last_stage:
             figures = self._figures(batch, sums)
         if self.groups.pp.size() > 1:
             figures = self._from_last_stage(to_device(figures)).cpu()
-        scalars, score_R, weight_R = torch.split(figures, [4, num_rollouts, num_rollouts])
-        loss, kl, clipped_low, clipped_high = scalars.tolist()
-        return Gradient(loss, score_R, weight_R, kl, clipped_low, clipped_high)
+        scalars, score_R, weight_R = torch.split(figures, [7, num_rollouts, num_rollouts])
+        loss, kl, clipped_low, clipped_high, *counts = scalars.tolist()
+        low, low_positive, tokens = map(round, counts)
+        return Gradient(
+            loss, score_R, weight_R, kl, clipped_low, clipped_high, (low, low_positive, tokens)
+        )
 
     def _figures(self, batch: Batch, sums: TokenSums) -> Tensor:
-        """[4 + 2 R] loss, KL, shares clipped low and high, scores and weights, on the last stage's ranks; on the host."""
+        """[7 + 2 R] loss, KL, shares clipped low and high, tokens of a low ratio, scores and weights, on the last
+        stage's ranks; on the host."""
         objective, facts = self.objective, batch.facts
         everything = range(len(batch.results))
         if self._has_token_terms and self.groups.dp_cp.size() > 1:
             # Tensor-parallel ranks have the same tokens; context-parallel ones each their part.
             dist.all_reduce(sums.values, group=self.groups.dp_cp)
             dist.all_reduce(sums.weight_R, group=self.groups.dp_cp)
+        if self.groups.dp_cp.size() > 1:
+            dist.all_reduce(sums.low_ratio, group=self.groups.dp_cp)
         values = sums.values.cpu()
 
         if objective.has_scores:
@@ -476,7 +503,8 @@ class TrainStep:
         penalty, bonus = values[1], values[2]
         kl = penalty / objective.kl.coefficient if objective.kl.coefficient else penalty
         shares = clipped[:2] / clipped[2].clamp(min=1)
-        return torch.cat([(loss + penalty - bonus)[None], kl[None], shares, score_R, weight_R])
+        own_loss = (loss + penalty - bonus)[None]
+        return torch.cat([own_loss, kl[None], shares, sums.low_ratio.cpu(), score_R, weight_R])
 
     def _from_last_stage(self, figures: Tensor) -> Tensor:
         """The last pipeline stage's values, in place on every stage."""

@@ -16,7 +16,7 @@ class RunDirectory:
     checkpoints/     step_12/ and so on, and latest   status.json                 running, stopped, crashed, ...
     owners/          whose run this is, and was       rollouts/chunk-*            parts of a step that is not finished
     servers/         what vLLM servers said           lives/life-0001.json        what each life was started with
-    wandb.json       its id in Weights & Biases
+    wandb.json       its id in Weights & Biases     heldout/step-00012.json     right answers to each held-out problem
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -32,6 +32,7 @@ class RunDirectory:
         self.dumps = self.path / "dumps"
         self.checkpoints = self.path / "checkpoints"
         self.status = self.path / "status.json"
+        self.heldout = self.path / "heldout"
         self.lives = self.path / "lives"
         self.wandb = self.path / "wandb.json"
         self.owners = self.path / "owners"
@@ -47,6 +48,10 @@ class RunDirectory:
     def life(self, number: int) -> Path:
         """What a life of the run was started with."""
         return self.lives / f"life-{number:04d}.json"
+
+    def heldout_answers(self, step: int) -> Path:
+        """Where the evaluation after a step writes how many right answers each problem got."""
+        return self.heldout / f"step-{step:05d}.json"
 
     def rollouts(self, step: int) -> Path:
         """Where the rollouts of a step are written."""
