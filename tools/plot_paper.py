@@ -66,7 +66,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--sweep", type=Path, required=True, help="the sweep's `out`: VARIANT/seed-N run directories"
+        "--sweep",
+        type=Path,
+        required=True,
+        help="the sweep's `out`: VARIANT/seed-N run directories",
     )
     parser.add_argument("--figure", type=int, choices=FIGURES, required=True)
     parser.add_argument("--variants", nargs="+", help="draw these; default: the figure's own")
@@ -127,9 +130,7 @@ def curves(variant: Path, metric: str) -> NDArray[np.float64]:
     return np.array([curve for curve in found if len(curve) == steps])
 
 
-def draw_mean(
-    axis: Axes, curves_SN: NDArray[np.float64], color: str, dash: str, name: str
-) -> None:
+def draw_mean(axis: Axes, curves_SN: NDArray[np.float64], color: str, dash: str, name: str) -> None:
     """The mean over seeds, and a band over their range."""
     known = np.isfinite(curves_SN).any(axis=0)  # a step in which no seed has the figure is left out
     step_N = 1 + np.flatnonzero(known)

@@ -78,9 +78,7 @@ def variant_rows(sweep: Sweep, results: Sequence[RunResult]) -> list[VariantRow]
     return rows
 
 
-def _difference(
-    results: Sequence[RunResult], first: str, variant: str, figure: str
-) -> Difference:
+def _difference(results: Sequence[RunResult], first: str, variant: str, figure: str) -> Difference:
     """Of two variants; accuracies come with those of each problem."""
     if figure != "accuracy":
         return paired_difference(

@@ -202,7 +202,8 @@ def low_ratio_tokens(tiny_model: ModelMaker, layout: Layout) -> tuple[int, int, 
     policy, old = reference.load(path), reference.load(old_path)
     samples = reference.minibatch(layout.order, vocab=101)
     labels = {
-        group: {s.label for s in samples if s.group == group} for group in {s.group for s in samples}
+        group: {s.label for s in samples if s.group == group}
+        for group in {s.group for s in samples}
     }
     low = positive = every = 0
     for sample in samples:

@@ -61,7 +61,8 @@ def test_the_interval_of_two_differences_by_hand() -> None:
 def per_problem(*rows: list[float]) -> dict[int, dict[str, float]]:
     """{seed: {problem: figure}} of a row for each seed."""
     return {
-        seed: {f"heldout/{i}": value for i, value in enumerate(row)} for seed, row in enumerate(rows)
+        seed: {f"heldout/{i}": value for i, value in enumerate(row)}
+        for seed, row in enumerate(rows)
     }
 
 
