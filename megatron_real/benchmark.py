@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from rich.table import Table
 
 from megatron_real.config import Config, LabelConfig, to_dict
 from megatron_real.evaluate import Evaluation, summarise
+from megatron_real.exchange import Exchange
 from megatron_real.labels import Labeller, build_labeller
 from megatron_real.labels.answers import final_answer, opened_thinking
 from megatron_real.labels.equivalence import Given, answer_classes
@@ -46,6 +48,7 @@ from megatron_real.rollout.engine import Engine, EngineFailed
 from megatron_real.rollout.sync import WeightSync
 from megatron_real.runs.evaluated import BENCH, Chunk, EvaluationDirectory, average
 from megatron_real.runs.progress import Heartbeat
+from megatron_real.runs.ranks import Ranks
 from megatron_real.weights.conversion import hf_tensors, open_start
 from megatron_real.weights.hf import HfWeights
 from megatron_real.weights.stored import torch_dtype
@@ -250,9 +253,15 @@ def _answer(
     )
     sync.run((name, tensor.to(dtype)) for name, tensor in hf_tensors(weights, architecture))
     # Failed checks are judged at the end, so that the verdict does not depend on where a run was cut.
+    ranks = Ranks.of_all(timedelta(minutes=config.trainer.timeout_minutes))
     with build_labeller(dataclasses.replace(config.labels, max_failed_share=1.0)) as labeller:
         stage = RolloutStage(
-            engine, labeller, rank=rank, world=dist.get_world_size(), retries=config.rollout.retries
+            engine,
+            labeller,
+            rank=rank,
+            world=ranks.world,
+            retries=config.rollout.retries,
+            exchange=Exchange(rank, ranks.world, ranks.group),
         )
         say = functools.partial(console.print, highlight=False, markup=False)
         with (
@@ -271,6 +280,7 @@ def _answer(
                     raise EngineFailed(
                         f"{len(lost)} completions of {chunk.benchmark} were lost ({lost[0]}); start again"
                     )
+                rollouts = stage.exchange.to_first(rollouts)
                 if rank == 0:
                     directory.write(chunk, rollouts, _answers(rollouts, labeller, config.labels))
                 done(len(chunk.problems))

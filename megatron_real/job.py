@@ -15,6 +15,7 @@ from megatron_real.config import Config, check_world, too_few_sequences
 from megatron_real.config.sources import data_sources
 from megatron_real.disk import is_full_disk
 from megatron_real.evaluate import Evaluation, evaluate
+from megatron_real.exchange import Exchange
 from megatron_real.labels import Labeller, build_labeller
 from megatron_real.policy.determinism import allow_only_deterministic
 from megatron_real.policy.layout import join_world, set_up
@@ -189,8 +190,15 @@ def _build(
 ) -> Job:
     rank, world = ranks.rank, ranks.world
     directory = RunDirectory(config.trainer.run_dir)
+    exchange = Exchange(rank, world, ranks.group)
     reporter = ranks.together(
-        lambda: Reporter(config, rank=rank, world=world, gathered=ranks.gathered_by_first)
+        lambda: Reporter(
+            config,
+            rank=rank,
+            world=world,
+            gathered=ranks.gathered_by_first,
+            exchange=exchange,
+        )
     )
     lifeline.stage = reporter.progress.at
     if claim is not None:
@@ -215,9 +223,10 @@ def _build(
             timeout_minutes=config.trainer.timeout_minutes,
         ),
         num_updates=updates,
+        exchange=exchange,
     )
     reference = _reference(policy)  # before a checkpoint takes the place of the starting weights
-    drawing = None if config.rollout.replay else _drawing(config, architecture, ranks, say)
+    drawing = None if config.rollout.replay else _drawing(config, architecture, exchange, say)
     stateful: dict[str, checkpoint.Stateful] = {}
     if drawing is not None:
         reporter.progress.detail = _generating(reporter.progress, drawing.stage)
@@ -229,7 +238,7 @@ def _build(
     evaluation = None
     if drawing is None:
         replayed = RunDirectory(config.rollout.replay)
-        source = Replay(lambda step: read_rollouts(replayed.saved_rollouts(step)))
+        source = Replay(lambda step: read_rollouts(replayed.saved_rollouts(step)), exchange)
     else:
         source = _source(config, drawing, policy, checkpoints, reporter, ranks)
         if drawing.heldout:
@@ -289,7 +298,7 @@ class _Drawing:
 
 
 def _drawing(
-    config: Config, architecture: Architecture, ranks: Ranks, say: Callable[[str], None]
+    config: Config, architecture: Architecture, exchange: Exchange, say: Callable[[str], None]
 ) -> _Drawing:
     say("loading the rollout engine")
     engine = build_engine(config, say=say)
@@ -302,7 +311,12 @@ def _drawing(
     labeller = build_labeller(config.labels, others=verifiers)
     return _Drawing(
         stage=RolloutStage(
-            engine, labeller, rank=ranks.rank, world=ranks.world, retries=rollout.retries
+            engine,
+            labeller,
+            rank=exchange.rank,
+            world=exchange.world,
+            retries=rollout.retries,
+            exchange=exchange,
         ),
         sync=WeightSync(
             engine,

@@ -45,6 +45,8 @@ def train(job: Job) -> None:
             with reporter.step(step):
                 taken = _with_reference(job, job.source.take(step))  # sync, sample, verify, refill
                 batches, updates = _updates(job, taken)
+                with reporter.progress.stage("write"):
+                    reporter.settle()  # the rollouts of the step before are on disk
                 with reporter.progress.stage("report"):
                     training = summary(job.policy, batches, updates, lag=taken.lag)
                     reporter.trained(step, taken.rollouts, training)

@@ -194,6 +194,11 @@ class Completion:
         vars(self).update(arrays, text=text, finished=finished)
 
     @property
+    def num_tokens(self) -> int:
+        """All of its tokens, trained or not."""
+        return len(self.token_ids)
+
+    @property
     def num_trained(self) -> int:
         """n_k, the trained tokens."""
         return int(self.trained.sum())
@@ -219,6 +224,64 @@ class Completion:
             if isinstance(value, numpy.ndarray):
                 value.setflags(write=False)
         vars(self).update(state)
+
+
+class Absent(Completion):
+    """A completion whose tokens and text are in the memory of another rank (exchange.py); its lengths are known here.
+
+    To read its arrays or its text is a mistake in the program: an AttributeError.
+    """
+
+    def __init__(
+        self, *, num_tokens: int, num_trained: int, num_text_bytes: int, finished: bool
+    ) -> None:
+        """Knows these, and nothing else.
+
+        Args:
+            num_text_bytes: of its text in UTF-8.
+        """
+        vars(self).update(
+            _num_tokens=num_tokens,
+            _num_trained=num_trained,
+            _num_text_bytes=num_text_bytes,
+            finished=finished,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """All of its tokens, trained or not."""
+        return int(vars(self)["_num_tokens"])
+
+    @property
+    def num_trained(self) -> int:
+        """n_k, the trained tokens."""
+        return int(vars(self)["_num_trained"])
+
+    @property
+    def num_text_bytes(self) -> int:
+        """Bytes of its text in UTF-8."""
+        return int(vars(self)["_num_text_bytes"])
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{name} of an absent completion: another rank holds it")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Absent and vars(self) == vars(other)
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"Absent({self.num_tokens} tokens)"
+
+    @classmethod
+    def of(cls, completion: Completion) -> Absent:
+        """What is left of a completion where its tokens are not kept."""
+        return cls(
+            num_tokens=completion.num_tokens,
+            num_trained=completion.num_trained,
+            num_text_bytes=len(completion.text.encode("utf-8", "surrogatepass")),
+            finished=completion.finished,
+        )
 
 
 @dataclass(frozen=True)
@@ -260,6 +323,8 @@ class Rollout:
     reference_logprobs: Logprobs | None = None
     """[n] log-probs (nats) of the completion's tokens under the reference policy, 0 where a token is not trained;
     None where none were asked for. float32, or float64 where the model computes in it."""
+    holder: int | None = None
+    """The rank that holds the completion; elsewhere it may be `Absent`. None: every rank has it."""
 
     def __post_init__(self) -> None:
         reference = self.reference_logprobs
@@ -276,7 +341,7 @@ class Rollout:
     @property
     def num_tokens(self) -> int:
         """Tokens of the prompt and all that follow it, trained or not."""
-        return len(self.prompt.token_ids) + len(self.completion.token_ids)
+        return len(self.prompt.token_ids) + self.completion.num_tokens
 
     def __eq__(self, other: object) -> bool:
         return _equal_fields(self, other)

@@ -19,15 +19,10 @@ words "$OVERRIDES" || {
 }
 mkdir -p "$RUN_DIR/logs"
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
-# A port that answers is another job's, on this node: the next one then.
-while (: > "/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
 RANK_LOGS=$RUN_DIR/logs/ranks/$life
 PROCESSES=${SLURM_GPUS_PER_NODE:-$SLURM_GPUS_ON_NODE} # "8", or "h100:8"
 PROCESSES=${PROCESSES##*:}
-export MASTER_ADDR MASTER_PORT RANK_LOGS RUN_DIR PROCESSES
+export RANK_LOGS RUN_DIR PROCESSES
 
 on_nodes=(--ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE")
 if [ -n "$CONTAINER" ]; then
@@ -49,6 +44,13 @@ state() { sed -n "s/^{\"state\": \"\([a-z]*\)\".*\"life\": \"$life\".*/\1/p" "$R
 faults() {
     grep -rhoE --include='stderr.log' '(rank [0-9]+ on |the run hangs:|.* now belongs to ).*' "$RANK_LOGS"
     grep -rhoE --include='torchrun.log' 'Signal [0-9]+ \(SIG(KILL|SEGV|BUS|ABRT)\).*' "$RANK_LOGS"
+    # The ranks never met: a port was taken, or a node did not answer. That may go well the next time.
+    grep -rhoE --include='torchrun.log' '^torch\.distributed\.Dist[A-Za-z]*Error: .*' "$RANK_LOGS"
+}
+
+# What torchrun says of itself; that a rank failed, which the rank has explained, is left out.
+torchrun_errors() {
+    grep -rhE --include='torchrun.log' '^[A-Za-z_.]+(Error|Exception)\b' "$RANK_LOGS" | grep -v ChildFailedError
 }
 
 # Seconds until Slurm ends this job for its time limit; a large number where it has none.
@@ -83,6 +85,13 @@ if [ -n "$MEGATRON" ] && [ ! -e "$MEGATRON" ]; then
     say "converting $MODEL to $MEGATRON (once)"
     srun --nodes=1 "${on_nodes[@]}" bash examples/slurm/node.sh convert to-megatron "$MODEL" "$MEGATRON" || exit 1
 fi
+
+# Chosen right before it is used. A port that answers is another job's, on this node: the next one then.
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+while (: > "/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
+export MASTER_ADDR MASTER_PORT
 
 say "$SLURM_NNODES nodes ($SLURM_JOB_NODELIST) x $PROCESSES processes; logs of all ranks: $RANK_LOGS"
 # A rank that ends takes the others down itself; --wait ends what is left all the same.
@@ -130,6 +139,7 @@ case $(state) in
     failed) say "the run has failed: $(cat "$RUN_DIR/status.json")" && exit 1 ;;
     *)
         [ -z "$(faults)" ] || a_fault
+        torchrun_errors | sort -u | head -n 3
         say "the run did not start; the reason is above, or in $RANK_LOGS" && exit 1
         ;;
 esac

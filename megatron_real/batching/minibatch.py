@@ -19,7 +19,7 @@ class Minibatch:
     """
 
     rollouts: tuple[Rollout, ...]
-    """[R] every rollout of the minibatch's groups, in order."""
+    """[R] every rollout of the minibatch's groups, in order; completions may be absent."""
     kept: tuple[int, ...]
     """Positions in `rollouts` that can have a gradient: only these are packed and computed."""
     facts: Facts
@@ -33,7 +33,7 @@ class Minibatch:
     @property
     def num_response_tokens(self) -> int:
         """Response tokens of all rollouts."""
-        return sum(len(rollout.completion.token_ids) for rollout in self.rollouts)
+        return sum(rollout.completion.num_tokens for rollout in self.rollouts)
 
 
 def minibatches(

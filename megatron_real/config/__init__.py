@@ -1,11 +1,13 @@
-"""The whole configuration of a run: typed dataclasses, checked at construction, loadable without
-torch.
+"""The whole configuration of a run: typed dataclasses, checked at construction.
+
+It loads without torch.
 
     config = load("examples/configs/quickstart.yaml", ["optimizer.lr=1e-4", "parallel.tp=2"])
 
     schema.py    the sections: every setting with its type, default, bounds and meaning
     load.py      YAML files and command-line words -> Config -> plain values
-    checks.py    what several settings must satisfy together, and with the number of processes and the model
+    checks.py    what several settings must satisfy together, with the number of processes and
+                 with the model
     engines.py   what each rollout engine can do
     upstream.py  names of megatron-core and vLLM that pass through
     names.py     sentences about unknown names

@@ -39,9 +39,9 @@ class Setting:
 def every_setting() -> list[Setting]:
     """Returns all settings in the order of the sections.
 
-    Those of several objectives once for each meaning.
+    A setting that several objectives have is there once for each meaning.
     """
-    settings = []
+    settings: list[Setting] = []
     for setting in _settings_of(Config(), ""):
         if setting.path == "objective":
             settings += _settings_of_objectives()
@@ -51,12 +51,13 @@ def every_setting() -> list[Setting]:
 
 
 def _settings_of(section: Any, prefix: str) -> Iterator[Setting]:
-    """The settings of a dataclass with its defaults, and of those within it."""
+    """Yields the settings of a dataclass with its defaults, and of those within it."""
     meanings = meanings_of(type(section))
     for name, hint in hints(type(section)).items():
-        value, path = getattr(section, name), f"{prefix}{name}"
+        path = f"{prefix}{name}"
         if path == "given":
             continue  # says where settings come from, and is none
+        value = getattr(section, name)
         if dataclasses.is_dataclass(value) and path != "objective":
             yield from _settings_of(value, f"{path}.")
         else:
@@ -64,24 +65,31 @@ def _settings_of(section: Any, prefix: str) -> Iterator[Setting]:
 
 
 def _settings_of_objectives() -> list[Setting]:
+    """Returns the setting that names the objective, and those of all objectives."""
     names = Setting("objective.name", f"one of {', '.join(OBJECTIVES)}", "real", "The loss.")
+    # Settings of one name with the same type, bounds, default and meaning are one.
     owners: dict[Setting, list[str]] = {}
     for objective in OBJECTIVES:
         for setting in _settings_of(make_objective(objective), "objective."):
             owners.setdefault(setting, []).append(objective)
-    others = [
-        dataclasses.replace(setting, objectives=tuple(objectives))
-        for setting, objectives in owners.items()
-    ]
-    return [names, *others]
+
+    settings = [names]
+    for setting, objectives in owners.items():
+        settings.append(dataclasses.replace(setting, objectives=tuple(objectives)))
+    return settings
 
 
 def meanings_of(cls: type) -> dict[str, str]:
-    """Field of a dataclass, those of its bases included -> the docstring under it."""
+    """Returns the docstring under each field of a dataclass, those of its bases included.
+
+    Python does not keep them: they are read from the source.
+    """
     meanings: dict[str, str] = {}
+    # Bases first, so that a field that a class defines anew has its own docstring.
     for owner in reversed(cls.__mro__[:-1]):
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
         assert isinstance(tree, ast.ClassDef), "the source of a class is a class"
+        # A docstring is an expression of its own, behind the field that it describes.
         for field, after in zip(tree.body, tree.body[1:], strict=False):
             if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
                 continue
@@ -91,17 +99,18 @@ def meanings_of(cls: type) -> dict[str, str]:
 
 
 def _kind(hint: Any) -> str:
-    """What a setting takes, in words."""
+    """Returns what a setting takes, in words: its type and its bounds."""
     plain = plain_hint(hint)
     if get_origin(plain) is Literal:
         return f"one of {', '.join(map(str, get_args(plain)))}"
-    bounds = [marker.demand for marker in getattr(hint, "__metadata__", ())]
-    return ", ".join(
-        [_type(plain), *(b.removeprefix("must be ").removeprefix("must ") for b in bounds)]
-    )
+    words = [_type(plain)]
+    for marker in getattr(hint, "__metadata__", ()):
+        words.append(marker.demand.removeprefix("must be ").removeprefix("must "))
+    return ", ".join(words)
 
 
 def _type(plain: Any) -> str:
+    """Returns the type of a setting in words."""
     choices = get_args(plain)
     if type(None) in choices:
         return f"{_type(choices[0])} or null"
@@ -111,13 +120,18 @@ def _type(plain: Any) -> str:
 
 
 def _default(value: Any) -> str:
+    """Returns a default as a YAML file has it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple):
         return f"[{', '.join(map(str, value))}]"
-    return str(value) if value != "" else '""'
+    if value == "":
+        return '""'
+    return str(value)
 
 
 def default_in_yaml(value: Any) -> Any:
-    """A default as YAML and JSON hold it."""
-    return list(value) if isinstance(value, tuple) else value
+    """Returns a default as YAML and JSON hold it: a list for a tuple."""
+    if isinstance(value, tuple):
+        return list(value)
+    return value

@@ -1,9 +1,10 @@
-"""What each rollout engine can do: the one table that configuration, plan and the building of
-engines read.
+"""What each rollout engine can do.
 
-An engine is a row here and a module with two functions:
+Configuration, plan and the building of engines read this one table. An engine is a row here and a
+module with two functions:
 
-    missing(config) -> str          why it cannot serve this configuration on this machine; empty if it can
+    missing(config) -> str          why it cannot serve this configuration on this machine; empty
+                                    if it can
     build(config, say) -> Engine    the engine (rollout/engine.py); collective over all ranks
 
 Nothing else in the project compares an engine's name. docs/rollouts.md shows the table to users.
@@ -11,7 +12,7 @@ Nothing else in the project compares an engine's name. docs/rollouts.md shows th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -40,6 +41,7 @@ class EngineTraits:
 
 
 AUTO = "auto"
+"""The value of rollout.engine that leaves the engine open."""
 
 ENGINES: Mapping[str, EngineTraits] = {
     "vllm": EngineTraits(
@@ -89,13 +91,8 @@ def has_own_processes(name: str) -> bool:
 
 
 def names_with(trait: str) -> str:
-    """Returns the engines that have the yes-or-no `trait`, as one word for errors: `vllm or
-    vllm-server`.
+    """Returns the engines that have the yes-or-no `trait`, as errors name them.
+
+    Example: names_with("tensor_parallel") is "vllm or vllm-server".
     """
-    return " or ".join(_names_with(trait))
-
-
-def _names_with(trait: str) -> Iterator[str]:
-    for name, traits in ENGINES.items():
-        if getattr(traits, trait):
-            yield name
+    return " or ".join(name for name, traits in ENGINES.items() if getattr(traits, trait))

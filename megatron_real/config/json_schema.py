@@ -1,4 +1,7 @@
-"""A JSON schema of a run's YAML file, made of the dataclasses: editors complete and check with it."""
+"""A JSON schema of a run's YAML file, made of the dataclasses.
+
+Editors complete and check with it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from megatron_real.config.schema import Config
 from megatron_real.objective.registry import OBJECTIVES, make_objective
 
 _TYPES = {int: "integer", float: "number", str: "string", bool: "boolean"}
+_INTERPOLATION = {"type": "string", "pattern": r"^\$\{.*\}$"}
 
 
 def json_schema() -> dict[str, Any]:
@@ -20,6 +24,7 @@ def json_schema() -> dict[str, Any]:
     """
     schema = _section(Config())
     schema["properties"]["objective"] = _objective()
+    # Not in the dataclasses: it is gone once the file is read.
     schema["properties"]["base"] = {
         "type": "string",
         "description": "Another YAML file, whose values this one changes.",
@@ -32,13 +37,13 @@ def json_schema() -> dict[str, Any]:
 
 
 def _section(section: Any) -> dict[str, Any]:
-    """The schema of a dataclass, whose values are the defaults."""
+    """Returns the schema of a dataclass, whose values are the defaults."""
     meanings = meanings_of(type(section))
     properties: dict[str, Any] = {}
     for name, hint in hints(type(section)).items():
-        value = getattr(section, name)
         if name == "given":
             continue  # says where settings come from, and is none
+        value = getattr(section, name)
         if dataclasses.is_dataclass(value):
             properties[name] = _section(value)
         else:
@@ -49,41 +54,43 @@ def _section(section: Any) -> dict[str, Any]:
 
 
 def _objective() -> dict[str, Any]:
-    """The settings of all objectives together: which of them has which is checked when the file is
-    loaded.
+    """Returns the schema of all objectives' settings together.
+
+    Which objective has which is checked when the file is loaded.
     """
     properties: dict[str, Any] = {}
     for name in OBJECTIVES:
-        for setting, values in _section(make_objective(name))["properties"].items():
-            known = properties.setdefault(setting, values)
-            if known != values:  # two objectives, two defaults or bounds
-                properties[setting] = {"description": known.get("description", "")}
+        for setting, schema in _section(make_objective(name))["properties"].items():
+            other = properties.setdefault(setting, schema)
+            if other != schema:  # two objectives, two defaults or bounds
+                properties[setting] = {"description": other.get("description", "")}
     properties["name"] = {"enum": list(OBJECTIVES), "default": "real", "description": "The loss."}
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
 def _value(hint: Any) -> dict[str, Any]:
+    """Returns the schema of a single setting."""
     plain = plain_hint(hint)
     if get_origin(plain) is Literal:
         return {"enum": list(get_args(plain))}
 
     choices = get_args(plain)
     if type(None) in choices:
-        return {
-            "anyOf": [{**_value(choices[0]), **_bounds(hint)}, _INTERPOLATION, {"type": "null"}]
-        }
+        value = {**_value(choices[0]), **_bounds(hint)}
+        return {"anyOf": [value, _INTERPOLATION, {"type": "null"}]}
     if get_origin(plain) is tuple:
         return {"type": "array", "items": _value(choices[0])}
     if plain not in _TYPES:
         return {"type": "object"}
+
     value = {"type": _TYPES[plain], **_bounds(hint)}
-    return value if plain is str else {"anyOf": [value, _INTERPOLATION]}
-
-
-_INTERPOLATION = {"type": "string", "pattern": r"^\$\{.*\}$"}
+    if plain is str:
+        return value  # an interpolation is text as well
+    return {"anyOf": [value, _INTERPOLATION]}
 
 
 def _bounds(hint: Any) -> dict[str, Any]:
+    """Returns the bounds of a setting, as the words of JSON schema have them."""
     bounds: dict[str, Any] = {}
     for marker in getattr(hint, "__metadata__", ()):
         if isinstance(marker, Above):

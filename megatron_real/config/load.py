@@ -1,7 +1,9 @@
-"""Reads a configuration: a YAML file, overridden by words, becomes a checked `Config`, and a
-`Config` plain values.
+"""Reads a configuration: a YAML file, overridden by words, becomes a checked `Config`.
 
-    YAML files --base--> tree --overrides--> tree --interpolation--> values --types, bounds, checks--> Config
+And a `Config` becomes plain values again.
+
+    YAML files --base--> tree --overrides--> tree --interpolation--> values
+        --types, bounds, checks--> Config
 
 A file may name another one as its `base:`, relative to itself, and then says only what differs.
 Words of the command line are typed by the field that they set: where it is text, they are taken
@@ -28,17 +30,32 @@ from megatron_real.objective.registry import OBJECTIVES, objective_class
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-_DEFAULT = "real"
+_DEFAULT_OBJECTIVE = "real"
 """The objective where none is named."""
 _FEWEST_LETTERS_OF_A_SECRET = 4
 """A shorter value is no secret, and would be found all over a sentence."""
+# What other trainers call weights of tokens for the mismatch between engine and trainer: verl (the
+# first three), slime, OpenRLHF, TRL, NeMo-RL and ms-swift.
+_MISMATCH_WEIGHTS = frozenset([
+    "tis_imp_ratio_cap", "rollout_is", "rollout_is_threshold", "use_tis", "tis_clip",
+    "tis_clip_low", "enable_vllm_is_correction", "vllm_is_truncated_threshold",
+    "vllm_importance_sampling_correction", "vllm_importance_sampling_cap",
+    "use_importance_sampling_correction", "truncated_importance_sampling_ratio",
+    "rollout_importance_sampling_mode",
+])  # fmt: skip
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text: put it in quotes",
+    bool: "true or false",
+}
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Reads a YAML file, applies `key.sub=value` overrides and checks everything that needs no
-    process group.
+    """Reads a YAML file, applies `key.sub=value` overrides and checks the result.
 
-    A directory of HF weights stands for a file that says nothing but its path.
+    Everything is checked that needs no process group. A directory of HF weights stands for a file
+    that says nothing but its path.
 
     Raises:
         ValueError: an unknown key, a wrong type or an impossible combination, in one sentence with
@@ -56,6 +73,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             )
     if not Path(path).exists():
         raise ValueError(f"there is no config file {str(path)!r}; give the path of a YAML file")
+
     try:
         if Path(path).is_dir():
             tree = OmegaConf.create({"model": {"path": str(path)}})
@@ -63,20 +81,21 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             tree = _read_file(Path(path), ())
         tree = _over(tree, _overrides_tree(words, _objective_name(words, tree)))
         values: Any = OmegaConf.to_container(tree, resolve=True)
-        written: Any = OmegaConf.to_container(tree, resolve=False)
+        as_given: Any = OmegaConf.to_container(tree, resolve=False)
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        # Their errors span several lines, of which the first says what is wrong.
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+
     try:
-        _locate_weights(values)
-        _choose_dtype(values)
+        _settle_model(values)
         config = _build(Config, values, "")
-        given = dict(_interpolated(written, _resolved(config), ""))
-        config = dataclasses.replace(config, given=given)
+        interpolations = dict(_interpolations(as_given, _resolved(config), ""))
+        config = dataclasses.replace(config, given=interpolations)
         checks.check_model(config)
     except ValueError as error:
+        # What an interpolation stands for may be a secret: the sentence shows the text instead.
         sentence = str(error)
-        for entry in dict(_interpolated(written, values, "")).values():
-            # It may be a secret.
+        for entry in dict(_interpolations(as_given, values, "")).values():
             sentence = sentence.replace(repr(entry.value), entry.text)
             if isinstance(entry.value, str) and len(entry.value) >= _FEWEST_LETTERS_OF_A_SECRET:
                 sentence = sentence.replace(entry.value, entry.text)
@@ -84,31 +103,30 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     return cast(Config, config)
 
 
-def _locate_weights(values: Any) -> None:
-    """Puts directories in the place of run directories and of hub ids that are cached."""
-    model = values.get("model") if isinstance(values, dict) else None
-    if isinstance(model, dict) and isinstance(model.get("path"), str):
-        model["path"] = weights_directory(model["path"])
+def _settle_model(values: Any) -> None:
+    """Settles what this machine decides about the model.
 
-
-def _choose_dtype(values: Any) -> None:
-    """Puts a number format in the place of `auto`: a run, and its resumption elsewhere, must know
-    which it is.
+    Directories take the place of run directories and of hub ids that are cached, and a number
+    format that of `auto`: a run, and its resumption elsewhere, must know which it is.
     """
-    model = values.get("model") if isinstance(values, dict) else None
-    if isinstance(model, dict) and model.get("dtype") == "auto":
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        return  # _build says what is wrong with it
+    model = values["model"]
+    if isinstance(model.get("path"), str):
+        model["path"] = weights_directory(model["path"])
+    if model.get("dtype") == "auto":
         model["dtype"] = fast_dtype()
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Returns the configuration as plain values, as it is written to run directories, checkpoints
-    and trackers.
+    """Returns the configuration as plain values.
 
-    A value that was given as an interpolation, such as `${oc.env:HF_TOKEN}`, is written as it was
-    given: what it stands for may be a secret.
+    So it is written to run directories, checkpoints and trackers. A value that was given as an
+    interpolation, such as `${oc.env:HF_TOKEN}`, is written as it was given: what it stands for may
+    be a secret.
     """
-    written: dict[str, Any] = _as_given(_resolved(config), config.given, "")
-    return written
+    values: dict[str, Any] = _with_interpolations(_resolved(config), config.given, "")
+    return values
 
 
 def to_plain(config: Config) -> dict[str, Any]:
@@ -117,18 +135,23 @@ def to_plain(config: Config) -> dict[str, Any]:
 
 
 def _resolved(config: Config) -> dict[str, Any]:
-    """Every setting by section, what was given as an interpolation resolved."""
+    """Returns every setting by section, what was given as an interpolation resolved."""
     values = dataclasses.asdict(config)
     del values["given"]
+    # An objective's name is an attribute of its class, and no field.
     values["objective"] = {"name": config.objective.name, **values["objective"]}
     return values
 
 
 def _read_file(path: Path, derived: tuple[Path, ...]) -> DictConfig:
-    """The tree of a YAML file laid over that of its base.
+    """Returns the tree of a YAML file, laid over that of its base.
 
     Args:
+        path: the file.
         derived: the files that led here, each naming the next as its base.
+
+    Raises:
+        ValueError: the bases go in a circle, one of them is missing, or the file holds a list.
     """
     from omegaconf import DictConfig, OmegaConf
 
@@ -138,11 +161,13 @@ def _read_file(path: Path, derived: tuple[Path, ...]) -> DictConfig:
         raise ValueError(
             f"the bases of {chain[0]} go in a circle: {names}; remove one of the base:"
         )
+
     tree = OmegaConf.load(path)
     if not isinstance(tree, DictConfig):
         raise ValueError(f"{path} holds a list, not sections; begin with a line like 'model:'")
     for section in [key for key, value in tree.items() if value is None]:
         del tree[section]  # its lines are all commented out: it differs in nothing from the base
+
     base = tree.pop("base", None)
     if base is None:
         return tree
@@ -153,24 +178,25 @@ def _read_file(path: Path, derived: tuple[Path, ...]) -> DictConfig:
 
 
 def _over(below: DictConfig, above: DictConfig) -> DictConfig:
-    """`above` laid over `below`: section by section, value by value; a list replaces a list.
+    """Returns `above` laid over `below`: section by section, value by value.
 
-    Where `above` names another objective, the settings of the one below are not for it and are left
-    out.
+    A list replaces a list. Where `above` names another objective, the settings of the one below are
+    not for it and are left out.
     """
     from omegaconf import OmegaConf
 
     name = OmegaConf.select(above, "objective.name")
-    if name is not None and name != OmegaConf.select(below, "objective.name", default=_DEFAULT):
+    name_below = OmegaConf.select(below, "objective.name", default=_DEFAULT_OBJECTIVE)
+    if name is not None and name != name_below:
         below = OmegaConf.masked_copy(below, [str(key) for key in below if key != "objective"])
     return cast("DictConfig", OmegaConf.merge(below, above))
 
 
 def _objective_name(words: Iterable[str], tree: DictConfig) -> str:
-    """The objective of a file's tree under these words."""
+    """Returns the objective of a file's tree under these words."""
     from omegaconf import OmegaConf
 
-    name = OmegaConf.select(tree, "objective.name", default=_DEFAULT)
+    name = OmegaConf.select(tree, "objective.name", default=_DEFAULT_OBJECTIVE)
     for word in words:
         key, _, value = word.partition("=")
         if key == "objective.name":
@@ -179,13 +205,14 @@ def _objective_name(words: Iterable[str], tree: DictConfig) -> str:
 
 
 def _overrides_tree(words: Iterable[str], objective_name: str) -> DictConfig:
-    """The tree that `key.sub=value` words stand for."""
+    """Returns the tree that `key.sub=value` words stand for."""
     from omegaconf import OmegaConf
 
     tree = OmegaConf.create({})
     for word in words:
         key, _, value = word.partition("=")
         if _is_text(key.split("."), objective_name):
+            # Letter by letter: OmegaConf would read 1e5 as a number and {a} as a section.
             nested: Any = value
             for name in reversed(key.split(".")):
                 nested = {name: nested}
@@ -197,33 +224,40 @@ def _overrides_tree(words: Iterable[str], objective_name: str) -> DictConfig:
 
 
 def _is_text(path: list[str], objective_name: str) -> bool:
-    """Whether the setting at `path` is text."""
+    """Returns whether the setting at `path` is text."""
     if path == ["objective", "name"]:
         return True
-    cls: Any = Config
+    section: Any = Config
     if path[0] == "objective" and objective_name in OBJECTIVES:
-        cls, path = objective_class(objective_name), path[1:]
+        section = objective_class(objective_name)
+        path = path[1:]
     for name in path[:-1]:
-        cls = plain_hint(hints(cls).get(name))
-        if not dataclasses.is_dataclass(cls):
+        section = plain_hint(hints(section).get(name))
+        if not dataclasses.is_dataclass(section):
             return False
-    return bool(path) and plain_hint(hints(cls).get(path[-1])) is str
+    return bool(path) and plain_hint(hints(section).get(path[-1])) is str
 
 
-def _interpolated(written: Any, value: Any, path: str) -> Iterator[tuple[str, Given]]:
-    """Path -> text and value of everything in the tree `written` that is an interpolation."""
-    if isinstance(written, str) and "${" in written:
-        yield path, Given(text=written, value=value)
-    elif isinstance(written, Mapping):
-        for name, below in written.items():
-            yield from _interpolated(below, value[name], f"{path}.{name}" if path else str(name))
-    elif isinstance(written, list):
-        for i, below in enumerate(written):
-            yield from _interpolated(below, value[i], f"{path}.{i}")
+def _interpolations(as_given: Any, value: Any, path: str) -> Iterator[tuple[str, Given]]:
+    """Yields path, text and value of everything that was given as an interpolation.
+
+    Args:
+        as_given: a value of the tree, interpolations not resolved.
+        value: the same, resolved.
+        path: of the value, with dots.
+    """
+    if isinstance(as_given, str) and "${" in as_given:
+        yield path, Given(text=as_given, value=value)
+    elif isinstance(as_given, Mapping):
+        for name, below in as_given.items():
+            yield from _interpolations(below, value[name], _below(path, name))
+    elif isinstance(as_given, list):
+        for i, below in enumerate(as_given):
+            yield from _interpolations(below, value[i], _below(path, i))
 
 
-def _as_given(value: Any, given: Mapping[str, Given], path: str) -> Any:
-    """`value` with the texts that were given in place of what they stand for.
+def _with_interpolations(value: Any, given: Mapping[str, Given], path: str) -> Any:
+    """Returns `value` with the texts that were given in place of what they stand for.
 
     What has changed since stays.
     """
@@ -231,42 +265,48 @@ def _as_given(value: Any, given: Mapping[str, Given], path: str) -> Any:
         return given[path].text
     if isinstance(value, Mapping):
         return {
-            name: _as_given(below, given, f"{path}.{name}" if path else str(name))
+            name: _with_interpolations(below, given, _below(path, name))
             for name, below in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return type(value)(_as_given(below, given, f"{path}.{i}") for i, below in enumerate(value))
+        items = [
+            _with_interpolations(below, given, _below(path, i)) for i, below in enumerate(value)
+        ]
+        return type(value)(items)
     return value
 
 
-# What other trainers call weights of tokens for the mismatch between engine and trainer: verl (the
-# first three), slime, OpenRLHF, TRL, NeMo-RL and ms-swift.
-_MISMATCH_WEIGHTS = frozenset(
-    {
-        "tis_imp_ratio_cap",
-        "rollout_is",
-        "rollout_is_threshold",
-        "use_tis",
-        "tis_clip",
-        "tis_clip_low",
-        "enable_vllm_is_correction",
-        "vllm_is_truncated_threshold",
-        "vllm_importance_sampling_correction",
-        "vllm_importance_sampling_cap",
-        "use_importance_sampling_correction",
-        "truncated_importance_sampling_ratio",
-        "rollout_importance_sampling_mode",
-    }
-)
+def _below(path: str, name: object) -> str:
+    if not path:
+        return str(name)
+    return f"{path}.{name}"
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-    """Makes the dataclass `cls` of plain values, refusing unknown names and wrong types."""
-    known = {name: hint for name, hint in hints(cls).items() if (cls, name) != (Config, "given")}
+    """Makes the dataclass `cls` of plain values.
+
+    Args:
+        cls: Config, one of its sections, or an objective.
+        values: by the name of the field.
+        prefix: the path of the section with a dot behind it, for the sentences; "" for Config.
+
+    Raises:
+        ValueError: an unknown name or a value of a wrong type.
+    """
+    known = dict(hints(cls))
+    if cls is Config:
+        del known["given"]  # no setting
+
     arguments = {}
     for name, value in values.items():
+        if name in _MISMATCH_WEIGHTS and name not in known:
+            raise ValueError(
+                f"unknown key {prefix}{name}; the mismatch between engine and trainer is not "
+                "weighted away here: watch the mismatch metrics, or set rollout.exclude_mismatch"
+            )
         if name not in known:
-            raise ValueError(f"unknown key {prefix}{name}{_remedy(str(name), known)}")
+            raise ValueError(f"unknown key {prefix}{name}{nearest(str(name), known)}")
+
         hint = plain_hint(known[name])
         if cls is Config and name == "objective":
             arguments[name] = _build_objective(value)
@@ -282,45 +322,46 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _build_objective(values: Any) -> Objective:
-    """Makes the objective that `name` names, refusing the settings of others."""
+    """Makes the objective that `name` names.
+
+    Raises:
+        ValueError: an unknown name, a setting of another objective, or a value of a wrong type.
+    """
     if not isinstance(values, Mapping):
         raise ValueError(f"objective is {values!r}; it is a section and takes keys below it")
     settings = dict(values)
-    name = settings.pop("name", _DEFAULT)
-    cls = objective_class(str(name))
-    for setting in settings:
-        if setting not in hints(cls):
-            raise ValueError(_foreign_setting(str(setting), str(name)))
+    name = str(settings.pop("name", _DEFAULT_OBJECTIVE))
+    cls = objective_class(name)
+
+    for setting in map(str, settings):
+        if setting in hints(cls):
+            continue
+        owners = [other for other in OBJECTIVES if setting in hints(objective_class(other))]
+        if owners:
+            raise ValueError(
+                f"objective.{setting} is a setting of {', '.join(owners)}, not of {name}; "
+                f"set objective.name={owners[0]}, or leave it out"
+            )
+        known = ["name", *hints(cls)]
+        raise ValueError(f"unknown key objective.{setting} of {name}{nearest(setting, known)}")
     return cast(Objective, _build(cls, settings, "objective."))
 
 
-def _foreign_setting(setting: str, name: str) -> str:
-    """The sentence about a setting that the objective `name` does not have, but perhaps another
-    one.
-    """
-    owners = [other for other in OBJECTIVES if setting in hints(objective_class(other))]
-    if not owners:
-        known = ["name", *hints(objective_class(name))]
-        return f"unknown key objective.{setting} of {name}{nearest(setting, known)}"
-    return (
-        f"objective.{setting} is a setting of {', '.join(owners)}, not of {name}; "
-        f"set objective.name={owners[0]}, or leave it out"
-    )
-
-
-def _remedy(name: str, known: Iterable[str]) -> str:
-    if name in _MISMATCH_WEIGHTS:
-        return (
-            "; the mismatch between engine and trainer is not weighted away here: watch the "
-            "mismatch metrics, or set rollout.exclude_mismatch"
-        )
-    return nearest(name, known)
-
-
 def _typed(value: Any, hint: Any, name: str) -> Any:
-    """`value` as the annotation `hint` wants it."""
-    origin, choices = get_origin(hint), get_args(hint)
+    """Returns `value` as the annotation `hint` wants it.
+
+    Args:
+        value: from a file or the command line.
+        hint: without bounds.
+        name: of the setting, for the sentences.
+
+    Raises:
+        ValueError: it is of another type.
+    """
+    origin = get_origin(hint)
+    choices = get_args(hint)
     if origin is Literal:
+        # True equals 1, and is no choice of 0, 1 and 2.
         if value not in choices or type(value) is bool:
             raise ValueError(f"{name} is {value!r}; it takes one of {', '.join(map(str, choices))}")
         return value
@@ -329,6 +370,7 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
     if origin is tuple:
         items = value if isinstance(value, list) else [value]
         return tuple(_typed(item, choices[0], name) for item in items)
+
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 1e-6 as a string
@@ -341,11 +383,3 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
     elif origin is not None and isinstance(value, Mapping):
         return dict(value)
     raise ValueError(f"{name} is {value!r}; it takes {_KINDS.get(hint, 'keys and values')}")
-
-
-_KINDS = {
-    int: "a whole number",
-    float: "a number",
-    str: "text: put it in quotes",
-    bool: "true or false",
-}

@@ -1,5 +1,6 @@
-"""Where the weights are that a value names: a directory, a run's export, or a model of the hub that
-is cached.
+"""Where the weights are that a value names.
+
+That is a directory, a run's export, or a model of the hub that is in the cache.
 """
 
 from __future__ import annotations
@@ -27,31 +28,33 @@ def weights_directory(word: str, key: str = "model.path") -> str:
         export = path / "hf"
         if not (export / "config.json").is_file():
             raise ValueError(
-                f"{key} is {word!r}, a run that has exported no weights yet; convert a checkpoint of it by "
-                f"`megatron-real convert to-hf {word} OUT`, and give OUT"
+                f"{key} is {word!r}, a run that has exported no weights yet; convert a checkpoint "
+                f"of it by `megatron-real convert to-hf {word} OUT`, and give OUT"
             )
         return str(export)
+
     if path.exists() or not _HUB_ID.fullmatch(word):
         return word
     cached = cached_model(word)
-    if cached is None:
-        if path.parent.is_dir():
-            return word  # a mistyped path rather than a hub id
-        raise ValueError(
-            f"{key} is {word!r}, which is neither a directory nor a model in the hub's cache; download it "
-            f"where there is a network (`hf download {word}`), or give a directory of HF weights"
-        )
-    return str(cached)
+    if cached is not None:
+        return str(cached)
+    if path.parent.is_dir():
+        return word  # a mistyped path rather than a hub id
+    raise ValueError(
+        f"{key} is {word!r}, which is neither a directory nor a model in the hub's cache; download "
+        f"it where there is a network (`hf download {word}`), or give a directory of HF weights"
+    )
 
 
 def cached_model(hub_id: str) -> Path | None:
-    """Returns the snapshot of a hub model that is in the cache of this machine; None where there is
-    none.
-    """
+    """Returns the snapshot of a hub model in the cache of this machine; None where it has none."""
     from huggingface_hub import try_to_load_from_cache
 
+    # A string is a path; other values say that the hub, or the cache, does not have the file.
     config = try_to_load_from_cache(hub_id, "config.json")
-    return Path(config).parent if isinstance(config, str) else None
+    if not isinstance(config, str):
+        return None
+    return Path(config).parent
 
 
 def is_run_directory(path: Path) -> bool:

@@ -19,8 +19,9 @@ def closest(name: str, known: Iterable[str], count: int = 5) -> list[str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about the unknown `name`: the known one that it resembles, else all, or
-    the nearest five.
+    """Returns the end of a sentence about the unknown `name`.
+
+    It says the known name that resembles it, else all of them, or the nearest five of many.
     """
     names = list(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)

@@ -1,5 +1,6 @@
-"""The sections of a run's configuration: every setting with its type, its default, its bounds and
-what it means.
+"""The sections of a run's configuration.
+
+Every setting stands here with its type, its default, its bounds and what it means.
 
 What a single value must satisfy stands on its field (megatron_real/bounds.py), what several must
 satisfy together in checks.py.
@@ -390,6 +391,7 @@ class Config:
     how it was given."""
 
     def __post_init__(self) -> None:
+        # Bounds first: the sentences about combinations presume values that are possible alone.
         check_bounds(self)
         checks.check_combinations(self)
         upstream.check_megatron_names(self.megatron)

@@ -36,19 +36,28 @@ def data_sources(data: DataConfig) -> dict[str, SourceConfig]:
     """
     if data.sources and (data.train or data.train_split):
         raise ValueError(
-            f"data.train = {data.train!r} and data.sources are both given; name it among data.sources, or leave one out"
+            f"data.train = {data.train!r} and data.sources are both given; name it among "
+            "data.sources, or leave one out"
         )
     return {name: _source(name, values) for name, values in data.sources.items()}
 
 
 def _source(name: str, values: Any) -> SourceConfig:
+    """Makes one training set of plain values.
+
+    Raises:
+        ValueError: it has no path, an unknown setting or a wrong value.
+    """
     key = f"data.sources.{name}"
-    known = {each.name for each in dataclasses.fields(SourceConfig)}
     if not isinstance(values, Mapping) or not values.get("path"):
         raise ValueError(f"{key} has no path; give {key}.path=FILE")
+
+    known = {field.name for field in dataclasses.fields(SourceConfig)}
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"unknown key {key}.{unknown[0]}; it takes {', '.join(sorted(known))}")
+
+    # True is an int, and no weight.
     weight = values.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
         raise ValueError(f"{key}.weight = {weight!r}; give a number above 0")

@@ -1,6 +1,4 @@
-"""Names of megatron-core and vLLM that pass through the configuration, and those that it must not
-be given.
-"""
+"""Names of megatron-core and vLLM that pass through the configuration, and those that may not."""
 
 from __future__ import annotations
 
@@ -34,7 +32,6 @@ _OURS_IN_VLLM: Mapping[str, str] = {
     "generation_config": "rollout.temperature, top_p and top_k",
 }
 
-
 # Settings that would silently change the objective, each with the reason it is refused.
 _REFUSED: Mapping[str, tuple[Any, str]] = {
     "hidden_dropout": (0.0, "dropout makes pi_theta differ from pi_old at equal weights"),
@@ -52,7 +49,6 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
         "the log-prob head computes its weight gradient at once",
     ),
 }
-
 
 # megatron-core's names for what has a place of its own in this configuration.
 _OURS: Mapping[str, str] = {
@@ -72,6 +68,14 @@ _OURS: Mapping[str, str] = {
     "clip_grad": "optimizer.clip_grad",
     "use_distributed_optimizer": "optimizer.distributed",
     "recompute_granularity": "model.recompute",
+}
+
+# Where megatron-core defines what `megatron.*` can set, below its package.
+_MEGATRON_CLASSES = {
+    "TransformerConfig": "transformer/transformer_config.py",
+    "ModelParallelConfig": "model_parallel_config.py",
+    "OptimizerConfig": "optimizer/optimizer_config.py",
+    "DistributedDataParallelConfig": "distributed/distributed_data_parallel_config.py",
 }
 
 
@@ -96,7 +100,7 @@ def check_megatron_names(values: Mapping[str, Any]) -> None:
             the objective.
     """
     if not values:
-        return
+        return  # without reading megatron-core's sources
     known = megatron_fields()
     for name, value in values.items():
         if "lora" in name.lower():
@@ -106,37 +110,38 @@ def check_megatron_names(values: Mapping[str, Any]) -> None:
         if name in _OURS:
             raise ValueError(f"megatron.{name} is set by {_OURS[name]}; set that instead")
         if name in _REFUSED and value != _REFUSED[name][0]:
-            wanted, reason = _REFUSED[name]
+            allowed, reason = _REFUSED[name]
             raise ValueError(
-                f"megatron.{name} = {value!r} is refused: {reason}; leave it at {wanted}"
+                f"megatron.{name} = {value!r} is refused: {reason}; leave it at {allowed}"
             )
-
-
-_MEGATRON_CLASSES = {
-    "TransformerConfig": "transformer/transformer_config.py",
-    "ModelParallelConfig": "model_parallel_config.py",
-    "OptimizerConfig": "optimizer/optimizer_config.py",
-    "DistributedDataParallelConfig": "distributed/distributed_data_parallel_config.py",
-}
 
 
 @functools.cache
 def megatron_fields() -> frozenset[str]:
-    """Every field that `megatron.*` can set, read from megatron-core's sources: a wrong name costs
-    no import of it.
+    """Returns every field that `megatron.*` can set.
+
+    They are read from megatron-core's sources: a wrong name costs no import of it.
+
+    Raises:
+        ValueError: megatron-core is not installed.
     """
+    # A namespace package: other distributions may have a folder `megatron` too.
     spec = importlib.util.find_spec("megatron")
-    roots = [Path(p) / "core" for p in (spec.submodule_search_locations or ())] if spec else []
-    root = next((r for r in roots if r.is_dir()), None)
+    folders: list[Path] = []
+    if spec is not None:
+        folders = [Path(folder) / "core" for folder in spec.submodule_search_locations or ()]
+    root = next((folder for folder in folders if folder.is_dir()), None)
     if root is None:
         raise ValueError(
             "megatron-core is not installed; pip install 'megatron-core>=0.16.1,<0.20'"
         )
-    return frozenset(
-        field.target.id
-        for cls, file in _MEGATRON_CLASSES.items()
-        for node in ast.parse((root / file).read_text()).body
-        if isinstance(node, ast.ClassDef) and node.name == cls
-        for field in node.body
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-    )
+
+    names: set[str] = set()
+    for cls, file in _MEGATRON_CLASSES.items():
+        for node in ast.parse((root / file).read_text()).body:
+            if not isinstance(node, ast.ClassDef) or node.name != cls:
+                continue
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                    names.add(field.target.id)
+    return frozenset(names)

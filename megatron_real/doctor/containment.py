@@ -9,12 +9,15 @@ from megatron_real.labels.sandbox import REMEDY, this_node
 
 
 def containment() -> Finding:
-    """The rung of labels/sandbox that this node stands on, tried by building a sandbox."""
+    """Builds a sandbox, and returns the rung that this node stands on (labels/sandbox)."""
     try:
         rung, why = this_node()
     except (RuntimeError, subprocess.TimeoutExpired) as error:
         return Finding("fail", "sandbox", str(error), REMEDY)
-    what = f"{rung.value}: {rung.meaning}"
+
+    description = f"{rung.value}: {rung.meaning}"
+    if why:
+        description = f"{description} ({why})"
     if not rung.contains:
-        return Finding("warn", "sandbox", f"{what} ({why})", REMEDY)
-    return Finding("ok", "sandbox", f"{what} ({why})" if why else what)
+        return Finding("warn", "sandbox", description, REMEDY)
+    return Finding("ok", "sandbox", description)

@@ -26,28 +26,33 @@ class Finding:
     """Hosts where it is so; empty: all of them."""
 
     def __str__(self) -> str:
-        where = f" [{' '.join(self.nodes)}]" if self.nodes else ""
-        return f"{self.verdict:4}  {self.name:20}  {self.found}{where}" + (
-            f"; {self.remedy}" if self.remedy else ""
-        )
+        line = f"{self.verdict:4}  {self.name:20}  {self.found}"
+        if self.nodes:
+            line = f"{line} [{' '.join(self.nodes)}]"
+        if self.remedy:
+            line = f"{line}; {self.remedy}"
+        return line
 
 
 def merged(by_node: Mapping[str, Sequence[Finding]]) -> list[Finding]:
-    """The findings of all nodes, those that are the same everywhere once, the others with their
-    nodes.
+    """Returns the findings of all nodes.
+
+    Those that are the same everywhere are there once, the others with their nodes.
 
     Example: merged({"n1": [Finding("ok", "torch", "2.8")], "n2": [Finding("ok", "torch", "2.7")]})
     has two lines.
     """
-    where: dict[Finding, list[str]] = {}
-    names = [finding.name for findings in by_node.values() for finding in findings]
+    names: list[str] = []
+    nodes_of: dict[Finding, list[str]] = {}
     for node, findings in by_node.items():
         for finding in findings:
-            where.setdefault(finding, []).append(node)
-    lines = [
-        dataclasses.replace(finding, nodes=() if len(nodes) == len(by_node) else tuple(nodes))
-        for finding, nodes in where.items()
-    ]
-    return sorted(
-        lines, key=lambda line: names.index(line.name)
-    )  # stable: the nodes' order within a name
+            names.append(finding.name)
+            nodes_of.setdefault(finding, []).append(node)
+
+    lines: list[Finding] = []
+    for finding, nodes in nodes_of.items():
+        if len(nodes) < len(by_node):
+            finding = dataclasses.replace(finding, nodes=tuple(nodes))
+        lines.append(finding)
+    # Stable: within a name the lines keep the order of the nodes.
+    return sorted(lines, key=lambda line: names.index(line.name))

@@ -27,17 +27,21 @@ process of 64 ranks."""
 
 
 def existing_folder(run_dir: Path) -> Path:
-    """The run directory, or the nearest one above it that is there: looking makes no directories."""
+    """Returns the run directory, or the nearest one above it that is there.
+
+    Looking makes no directories.
+    """
     folders = (run_dir.absolute(), *run_dir.absolute().parents)
     return next(folder for folder in folders if folder.exists())
 
 
 def machine(run_dir: Path, needs: DiskNeeds | None = None) -> list[Finding]:
-    """This node's findings.
+    """Returns this node's findings.
 
     Writes and removes one file in `run_dir`, or above it where it is not there yet.
 
     Args:
+        run_dir: where the run would write.
         needs: of the run that would write there, where it is known.
     """
     return [
@@ -53,53 +57,78 @@ def machine(run_dir: Path, needs: DiskNeeds | None = None) -> list[Finding]:
 
 
 def gpus(*, local_world: int, driver: Path = Path("/proc/driver/nvidia")) -> Finding:
-    """The GPUs that torch sees, against the processes on this node."""
+    """Compares the GPUs that torch sees with the processes on this node.
+
+    Args:
+        local_world: processes on this node.
+        driver: is there where an NVIDIA driver is loaded.
+    """
     import torch
 
     if not torch.cuda.is_available():
-        if driver.exists():
-            why = (
-                "torch is a CPU build"
-                if torch.version.cuda is None
-                else f"torch wants CUDA {torch.version.cuda}"
-            )
-            remedy = f"{why}: take a torch build for this driver, and ask for GPUs (sbatch --gpus-per-node)"
-            return Finding(
-                "fail", "GPU", "an NVIDIA driver is loaded, but torch sees no GPU", remedy
-            )
-        return Finding("warn", "GPU", "none: megatron-core runs on the CPU", "start on a GPU node")
-    count, of = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
-    found = f"{count} x {of.name}, {of.total_memory / 2**30:.1f} GiB, compute capability {of.major}.{of.minor}"
+        if not driver.exists():
+            nothing = "none: megatron-core runs on the CPU"
+            return Finding("warn", "GPU", nothing, "start on a GPU node")
+        # The driver is there: it is torch that does not fit it, or a job that asked for no GPU.
+        why = f"torch wants CUDA {torch.version.cuda}"
+        if torch.version.cuda is None:
+            why = "torch is a CPU build"
+        return Finding(
+            "fail",
+            "GPU",
+            "an NVIDIA driver is loaded, but torch sees no GPU",
+            f"{why}: take a torch build for this driver, and ask for GPUs (sbatch --gpus-per-node)",
+        )
+
+    # The GPUs of a node are taken to be alike.
+    count = torch.cuda.device_count()
+    first = torch.cuda.get_device_properties(0)
+    description = (
+        f"{count} x {first.name}, {first.total_memory / 2**30:.1f} GiB, compute capability "
+        f"{first.major}.{first.minor}"
+    )
     if count < local_world:
-        remedy = f"start {count} processes a node, or ask Slurm for {local_world} GPUs a node"
-        return Finding("fail", "GPU", f"{found}, for {local_world} processes on this node", remedy)
-    return Finding("ok", "GPU", found)
+        return Finding(
+            "fail",
+            "GPU",
+            f"{description}, for {local_world} processes on this node",
+            f"start {count} processes a node, or ask Slurm for {local_world} GPUs a node",
+        )
+    return Finding("ok", "GPU", description)
 
 
 def _host_memory() -> Finding:
+    """Compares the free memory of this node with all of it."""
     import psutil
 
     memory = psutil.virtual_memory()
-    found = f"{memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB free, {os.cpu_count()} CPUs"
+    description = (
+        f"{memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB free, "
+        f"{os.cpu_count()} CPUs"
+    )
     if memory.available < 0.1 * memory.total:
-        return Finding("warn", "host memory", found, "end what else runs on this node")
-    return Finding("ok", "host memory", found)
+        return Finding("warn", "host memory", description, "end what else runs on this node")
+    return Finding("ok", "host memory", description)
 
 
 def _shared_memory() -> Finding:
-    size = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
-    found = f"{size / 2**30:.2f} GiB in /dev/shm"
+    """Returns the size of /dev/shm, which NCCL and vLLM use; a container's default is 64 MB."""
+    size = 0
+    if Path("/dev/shm").is_dir():
+        size = shutil.disk_usage("/dev/shm").total
+    description = f"{size / 2**30:.2f} GiB in /dev/shm"
     if size < 1 << 30:
-        return Finding(
-            "fail", "shared memory", found, "start the container with --ipc=host or --shm-size=16g"
-        )
-    return Finding("ok", "shared memory", found)
+        remedy = "start the container with --ipc=host or --shm-size=16g"
+        return Finding("fail", "shared memory", description, remedy)
+    return Finding("ok", "shared memory", description)
 
 
 def _limits() -> list[Finding]:
+    """Compares this process's limits with what a run needs: open files and locked memory."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     findings = [open_files(files, world=int(os.environ.get("WORLD_SIZE", "1")))]
+
     if _adapters() and locked != resource.RLIM_INFINITY:
         remedy = (
             "ulimit -l unlimited, or docker run --ulimit memlock=-1: InfiniBand registers memory"
@@ -111,83 +140,116 @@ def _limits() -> list[Finding]:
 
 
 def open_files(limit: int, *, world: int) -> Finding:
-    """The limit of open files against what a process of so many ranks opens; -1 is no limit."""
+    """Compares the limit of open files with what a process of so many ranks opens.
+
+    Args:
+        limit: descriptors of a process; -1 is no limit.
+        world: ranks.
+    """
     needed = OPEN_FILES + OPEN_FILES_PER_RANK * world
     if limit == resource.RLIM_INFINITY or limit >= needed:
         return Finding("ok", "open files", _limit(limit))
-    found = f"{_limit(limit)}, and a process among {world:,} ranks opens up to {needed:,}"
+
     # Without the sockets of all pairs no group of all ranks can be made.
-    verdict: Verdict = "fail" if limit < OPEN_FILES_PER_RANK * world else "warn"
-    return Finding(verdict, "open files", found, f"ulimit -n {max(needed, 65536)}")
+    verdict: Verdict = "warn"
+    if limit < OPEN_FILES_PER_RANK * world:
+        verdict = "fail"
+    description = f"{_limit(limit)}, and a process among {world:,} ranks opens up to {needed:,}"
+    return Finding(verdict, "open files", description, f"ulimit -n {max(needed, 65536)}")
 
 
 def _limit(value: int) -> str:
-    return "unlimited" if value == resource.RLIM_INFINITY else f"{value:,}"
+    if value == resource.RLIM_INFINITY:
+        return "unlimited"
+    return f"{value:,}"
 
 
 def _adapters() -> list[str]:
+    """Returns the names of this node's InfiniBand adapters."""
     folder = Path("/sys/class/infiniband")
-    return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(adapter.name for adapter in folder.iterdir())
 
 
 def _infiniband() -> Finding:
-    adapters, nodes = (
-        _adapters(),
-        int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-    )
-    if nodes > 1 and not adapters:
-        remedy = "in a container mount /dev/infiniband and /sys/class/infiniband, else ask the cluster's support"
+    """Returns the adapters by which this node reaches the others."""
+    adapters = _adapters()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    num_nodes = world // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if adapters:
+        return Finding("ok", "InfiniBand", " ".join(adapters))
+    if num_nodes > 1:
         return Finding(
-            "warn", "InfiniBand", f"no adapter for {nodes} nodes: NCCL falls back to TCP", remedy
+            "warn",
+            "InfiniBand",
+            f"no adapter for {num_nodes} nodes: NCCL falls back to TCP",
+            "in a container mount /dev/infiniband and /sys/class/infiniband, else ask the "
+            "cluster's support",
         )
-    return Finding(
-        "ok", "InfiniBand", " ".join(adapters) or "no adapter, and none needed on one node"
-    )
+    return Finding("ok", "InfiniBand", "no adapter, and none needed on one node")
 
 
 def file_system(run_dir: Path, mounts: Path = Path("/proc/self/mounts")) -> Finding:
-    """What the run directory lies on: a container's own layer and memory are lost with the job."""
+    """Returns what the run directory lies on.
+
+    A container's own layer and memory are lost with the job.
+
+    Args:
+        run_dir: where the run would write.
+        mounts: the kernel's table of mounts.
+    """
     existing = existing_folder(run_dir).resolve()
-    points = [line.split()[1:3] for line in mounts.read_text().splitlines()]
-    _, kind = max(
-        (m for m in points if existing.is_relative_to(m[0])),
-        key=lambda m: len(m[0]),
-        default=("/", "unknown"),
-    )
+    # The deepest mount above the folder is the one that it lies on.
+    deepest = ""
+    kind = "unknown"
+    for line in mounts.read_text().splitlines():
+        _, mount, mount_kind, *_ = line.split()
+        if existing.is_relative_to(mount) and len(mount) > len(deepest):
+            deepest = mount
+            kind = mount_kind
+
     if kind in ("tmpfs", "ramfs", "overlay"):
-        remedy = (
-            "set trainer.run_dir to a file system that outlives the job, mounted into the container"
-        )
         return Finding(
             "warn",
             "file system",
             f"{run_dir} is on {kind}, which ends with the node or container",
-            remedy,
+            "set trainer.run_dir to a file system that outlives the job, mounted into the "
+            "container",
         )
     return Finding("ok", "file system", f"{run_dir} is on {kind}")
 
 
 def _free(run_dir: Path, needs: DiskNeeds | None = None) -> Finding:
-    """The room on the disk against what the whole run takes there."""
+    """Compares the room on the disk with what the whole run takes there."""
     free = shutil.disk_usage(existing_folder(run_dir)).free
     if needs is None:
         if free < FREE_BYTES:
             return Finding("warn", "free space", _gib(free), "make room, or keep fewer checkpoints")
         return Finding("ok", "free space", _gib(free))
-    found = (
-        f"{_gib(free)}, and the run takes up to {_gib(needs.total)}: {needs.num_checkpoints} checkpoints of "
-        f"{_gib(needs.checkpoint)}, rollouts {_gib(needs.rollouts)}, export {_gib(needs.export)}"
+
+    description = (
+        f"{_gib(free)}, and the run takes up to {_gib(needs.total)}: {needs.num_checkpoints} "
+        f"checkpoints of {_gib(needs.checkpoint)}, rollouts {_gib(needs.rollouts)}, export "
+        f"{_gib(needs.export)}"
     )
     if free >= needs.total:
-        return Finding("ok", "free space", found)
-    remedy = "make room, raise checkpoint.keep_every, or set rollout.keep_steps"
+        return Finding("ok", "free space", description)
+
     # With less than two checkpoints' room not even the first one can be replaced.
-    verdict: Verdict = "fail" if free < 2 * needs.checkpoint else "warn"
-    return Finding(verdict, "free space", found, remedy)
+    verdict: Verdict = "warn"
+    if free < 2 * needs.checkpoint:
+        verdict = "fail"
+    remedy = "make room, raise checkpoint.keep_every, or set rollout.keep_steps"
+    return Finding(verdict, "free space", description, remedy)
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:.{0 if size >= 10 << 30 else 1}f} GiB"
+    """Returns bytes as GiB, with a decimal below 10."""
+    num_decimals = 1
+    if size >= 10 << 30:
+        num_decimals = 0
+    return f"{size / 2**30:.{num_decimals}f} GiB"
 
 
 def disk_speed(run_dir: Path) -> Finding:
@@ -197,8 +259,9 @@ def disk_speed(run_dir: Path) -> Finding:
         try:
             write_mb, read_mb = _written_and_read(file)
         finally:
-            for left in (file, file.with_suffix(".begun")):
-                left.unlink(missing_ok=True)
+            # A full disk leaves the unfinished file.
+            for leftover in (file, file.with_suffix(".begun")):
+                leftover.unlink(missing_ok=True)
     except OSError as error:
         return Finding(
             "fail",
@@ -206,37 +269,37 @@ def disk_speed(run_dir: Path) -> Finding:
             f"{run_dir} cannot be written: {error}",
             "set another trainer.run_dir",
         )
-    found = f"write and fsync {write_mb:,.0f} MB/s, read {read_mb:,.0f} MB/s"
+
+    description = f"write and fsync {write_mb:,.0f} MB/s, read {read_mb:,.0f} MB/s"
     if write_mb < SLOW_DISK_MB:
         return Finding(
             "warn",
             "disk speed",
-            found,
+            description,
             "checkpoints will be slow: use the cluster's parallel file system",
         )
-    return Finding("ok", "disk speed", found)
+    return Finding("ok", "disk speed", description)
 
 
 def _written_and_read(file: Path) -> tuple[float, float]:
-    """MB/s of each."""
-    block, begun = (
-        os.urandom(16 << 20),
-        file.with_suffix(".begun"),
-    )  # zeros would flatter a file system that compresses
+    """Returns MB/s of writing a file and of reading it."""
+    block = os.urandom(16 << 20)  # zeros would flatter a file system that compresses
+    unfinished = file.with_suffix(".begun")
+
     started = time.perf_counter()
-    with open(begun, "wb") as out:
+    with open(unfinished, "wb") as out:
         for _ in range(PROBE_BYTES // len(block)):
             out.write(block)
         out.flush()
         os.fsync(out.fileno())
-        os.posix_fadvise(
-            out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
-        )  # else the page cache answers the read
-    begun.rename(file)
+        # Else the page cache answers the read.
+        os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    # As a checkpoint does, so that a file system without renames is found out here.
+    unfinished.rename(file)
     written = time.perf_counter()
+
     with open(file, "rb", buffering=0) as back:
         while back.read(len(block)):
             pass
-    return PROBE_BYTES / 1e6 / (written - started), PROBE_BYTES / 1e6 / (
-        time.perf_counter() - written
-    )
+    read = time.perf_counter()
+    return PROBE_BYTES / 1e6 / (written - started), PROBE_BYTES / 1e6 / (read - written)

@@ -24,88 +24,128 @@ _PINGS = 20
 
 
 def network(run_dir: Path, hosts: Sequence[str]) -> list[Finding]:
-    """Findings of all ranks together, the same on each; `hosts` are those of the ranks."""
+    """Returns the findings of all ranks together, the same on each.
+
+    Args:
+        run_dir: where the run would write.
+        hosts: [ranks] the node of each.
+    """
     return [clocks(hosts), shared_directory(run_dir), all_reduce(nodes=len(set(hosts)))]
 
 
 def clocks(hosts: Sequence[str]) -> Finding:
-    """The clocks of the nodes' first ranks against that of rank 0, by ping and pong.
+    """Compares the clocks of the nodes' first ranks with that of rank 0, by ping and pong.
 
     The quickest round counts, and the difference is known to half of its time.
+
+    Args:
+        hosts: [ranks] the node of each.
     """
-    firsts = [hosts.index(host) for host in dict.fromkeys(hosts)]
+    first_ranks = [hosts.index(host) for host in dict.fromkeys(hosts)]
+    # gloo, whatever the run's backend: it is the CPUs that tell the time.
     gloo = dist.new_group(backend="gloo")
-    skews = {hosts[rank]: _skew(rank, gloo) for rank in firsts[1:]}
-    told = [skews]
-    dist.broadcast_object_list(told, src=0, group=gloo)
+    skews = {hosts[rank]: _skew(rank, gloo) for rank in first_ranks[1:]}
+    # Rank 0 alone has measured: the others take its figures.
+    of_rank_0 = [skews]
+    dist.broadcast_object_list(of_rank_0, src=0, group=gloo)
     dist.destroy_process_group(gloo)
-    if not told[0]:
+    skews = of_rank_0[0]
+
+    if not skews:
         return Finding("ok", "clock skew", "one node")
-    host, (skew, error) = max(told[0].items(), key=lambda item: abs(item[1][0]))
-    found = f"{skew * 1e3:+.1f} ms (within {error * 1e3:.1f}) at most, on {host} against {hosts[0]}"
+    host = max(skews, key=lambda name: abs(skews[name][0]))
+    skew, error = skews[host]
+    description = (
+        f"{skew * 1e3:+.1f} ms (within {error * 1e3:.1f}) at most, on {host} against {hosts[0]}"
+    )
     if abs(skew) - error > MAX_SKEW_SECONDS:
-        return Finding("warn", "clock skew", found, "run chrony or ntpd on the nodes")
-    return Finding("ok", "clock skew", found)
+        return Finding("warn", "clock skew", description, "run chrony or ntpd on the nodes")
+    return Finding("ok", "clock skew", description)
 
 
 def _skew(other: int, group: dist.ProcessGroup) -> tuple[float, float]:
-    """(seconds that the clock of rank `other` is ahead, its uncertainty), on rank 0.
+    """Measures how far the clock of rank `other` is ahead of that of rank 0.
 
-    Nothing of use elsewhere.
+    Returns:
+        Seconds and their uncertainty on rank 0, nothing of use elsewhere.
     """
-    me, best = dist.get_rank(), (0.0, float("inf"))
+    rank = dist.get_rank()
+    skew = 0.0
+    uncertainty = float("inf")
+    if rank not in (0, other):
+        return skew, uncertainty
+
     stamp = torch.zeros(1, dtype=torch.float64)
-    for _ in range(_PINGS if me in (0, other) else 0):
-        if me == other:
+    for _ in range(_PINGS):
+        if rank == other:
             dist.recv(stamp, 0, group)
             dist.send(torch.tensor([time.time()], dtype=torch.float64), 0, group)
             continue
         sent = time.time()
         dist.send(stamp, other, group)
         dist.recv(stamp, other, group)
-        error = (time.time() - sent) / 2
-        best = min(best, (stamp.item() - sent - error, error), key=lambda pair: pair[1])
-    return best
+        # The other clock was read at some time in between: in the middle, give or take a half.
+        half_round = (time.time() - sent) / 2
+        if half_round < uncertainty:
+            skew = stamp.item() - sent - half_round
+            uncertainty = half_round
+    return skew, uncertainty
 
 
 def shared_directory(run_dir: Path) -> Finding:
-    """Whether every rank sees the file that rank 0 writes: a run directory on a node's own disk
-    tears a run apart.
+    """Looks on every rank for a file that rank 0 writes.
+
+    A run directory on a node's own disk tears a run apart.
     """
     name = [f".doctor-{uuid.uuid4().hex}"]
     dist.broadcast_object_list(name, src=0)
     file = existing_folder(run_dir) / name[0]
     if dist.get_rank() == 0:
-        with contextlib.suppress(
-            OSError
-        ):  # then no rank sees it, and the others must not wait for this one
+        # Where it cannot be written no rank sees it, and the others must not wait for this one.
+        with contextlib.suppress(OSError):
             file.touch()
-    dist.barrier()
+    dist.barrier()  # no rank looks before the file is there
+
     deadline = time.monotonic() + 10  # NFS may take seconds to show a new file
-    while not (seen := file.exists()) and time.monotonic() < deadline:
+    sees_file = file.exists()
+    while not sees_file and time.monotonic() < deadline:
         time.sleep(0.2)
-    everywhere: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(everywhere, seen)
-    if seen and dist.get_rank() == 0:
+        sees_file = file.exists()
+
+    by_rank: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(by_rank, sees_file)
+    if sees_file and dist.get_rank() == 0:
         file.unlink()
-    if all(everywhere):
+    if all(by_rank):
         return Finding("ok", "shared directory", f"every rank sees {run_dir}")
-    blind = [rank for rank, sees in enumerate(everywhere) if not sees]
-    remedy = "set trainer.run_dir to a file system that all nodes share"
+    blind = [rank for rank, sees in enumerate(by_rank) if not sees]
     return Finding(
-        "fail", "shared directory", f"ranks {blind} do not see {run_dir} as rank 0 does", remedy
+        "fail",
+        "shared directory",
+        f"ranks {blind} do not see {run_dir} as rank 0 does",
+        "set trainer.run_dir to a file system that all nodes share",
     )
 
 
 def all_reduce(*, nodes: int, size: int | None = None) -> Finding:
     """Sums over all ranks, checked and timed.
 
-    Bus bandwidth as nccl-tests counts it: 2 (n - 1) / n x bytes a second.
+    Bus bandwidth is counted as nccl-tests does: 2 (n - 1) / n x bytes a second.
+
+    Args:
+        nodes: on which the ranks are.
+        size: bytes; default: 512 MiB on GPUs, else 32 MiB.
     """
-    ranks, on_gpu = dist.get_world_size(), torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    size = size or (512 << 20 if on_gpu else 32 << 20)
-    seconds, wrong = [], 0.0
+    num_ranks = dist.get_world_size()
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cpu")
+    if on_gpu:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if size is None:
+        size = 512 << 20 if on_gpu else 32 << 20
+
+    seconds: list[float] = []
+    error = 0.0
     for _ in range(5):
         tensor = torch.full((size // 4,), float(dist.get_rank() + 1), device=device)
         dist.barrier()
@@ -114,25 +154,32 @@ def all_reduce(*, nodes: int, size: int | None = None) -> Finding:
         if on_gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-        wrong = max(wrong, float((tensor - ranks * (ranks + 1) / 2).abs().max()))
-    worst = torch.tensor([min(seconds), wrong], device=device)
+        # 1 + 2 + ... + n, which is exact in float32 up to thousands of ranks.
+        error = max(error, float((tensor - num_ranks * (num_ranks + 1) / 2).abs().max()))
+
+    # The same figures on every rank: the quickest round of the slowest, and the largest error.
+    worst = torch.tensor([min(seconds), error], device=device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    quickest, wrong = worst.tolist()
-    if wrong:
+    quickest, error = worst.tolist()
+    if error:
         return Finding(
             "fail",
             "all-reduce",
-            f"the sum is off by {wrong:g}",
+            f"the sum is off by {error:g}",
             "take the node out: a GPU or link is faulty",
         )
-    if ranks == 1:
+    if num_ranks == 1:
         return Finding("ok", "all-reduce", "one rank: it works, and has nothing to send")
-    speed = 2 * (ranks - 1) / ranks * size / quickest / 1e9
-    took = f"{size >> 20} MiB in {quickest * 1e3:.1f} ms, {speed:.2f} GB/s of bus bandwidth"
-    found = f"{ranks} ranks, {nodes} node{'s' if nodes > 1 else ''}: {took}"
+
+    speed = 2 * (num_ranks - 1) / num_ranks * size / quickest / 1e9
+    plural = "s" if nodes > 1 else ""
+    description = (
+        f"{num_ranks} ranks, {nodes} node{plural}: {size >> 20} MiB in {quickest * 1e3:.1f} ms, "
+        f"{speed:.2f} GB/s of bus bandwidth"
+    )
     if on_gpu and speed < SLOW_GB["nodes" if nodes > 1 else "node"]:
         remedy = (
             "NCCL_DEBUG=INFO says which transport it took; see NCCL_IB_HCA and NCCL_SOCKET_IFNAME"
         )
-        return Finding("warn", "all-reduce", found, remedy)
-    return Finding("ok", "all-reduce", found)
+        return Finding("warn", "all-reduce", description, remedy)
+    return Finding("ok", "all-reduce", description)

@@ -11,9 +11,13 @@ from megatron_real.runs.disk_needs import DiskNeeds
 
 
 def report(run_dir: Path, needs: DiskNeeds | None = None) -> list[Finding]:
-    """All findings, the same on every rank.
+    """Returns all findings, the same on every rank.
 
     Collective over the ranks of the process group, which must be there.
+
+    Args:
+        run_dir: where the run would write.
+        needs: what it would write there, where that is known.
     """
     import torch.distributed as dist
 
@@ -23,12 +27,12 @@ def report(run_dir: Path, needs: DiskNeeds | None = None) -> list[Finding]:
     from megatron_real.doctor.software import software
 
     host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    local = (
-        [*software(), *machine(run_dir, needs), containment()]
-        if os.environ.get("LOCAL_RANK", "0") == "0"
-        else []
-    )
-    gathered: list[tuple[str, list[Finding]]] = [("", [])] * dist.get_world_size()
-    dist.all_gather_object(gathered, (host, local))
-    by_node = {node: findings for node, findings in gathered if findings}
-    return [*merged(by_node), *network(run_dir, [node for node, _ in gathered])]
+    # One rank of each node looks at it: two that measure one disk halve its speed.
+    own_findings: list[Finding] = []
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        own_findings = [*software(), *machine(run_dir, needs), containment()]
+
+    by_rank: list[tuple[str, list[Finding]]] = [("", [])] * dist.get_world_size()
+    dist.all_gather_object(by_rank, (host, own_findings))
+    by_node = {node: findings for node, findings in by_rank if findings}
+    return [*merged(by_node), *network(run_dir, [node for node, _ in by_rank])]

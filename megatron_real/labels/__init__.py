@@ -17,8 +17,14 @@ __all__ = ["Labeller", "RewardNeedsThreshold", "TooManyFailedChecks", "build_lab
 
 
 def build_labeller(labels: LabelConfig, *, others: Sequence[str] = ()) -> Labeller:
-    """Starts the verifier processes that the configuration asks for, and those of other verifiers
-    of training sets.
+    """Starts the verifier processes that a configuration asks for.
+
+    Args:
+        labels: the configuration's `labels`.
+        others: verifiers that training sets name beside `labels.verifier`.
+
+    Raises:
+        ValueError: a verifier cannot be loaded.
     """
     return Labeller(
         labels.verifier,

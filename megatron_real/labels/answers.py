@@ -1,6 +1,6 @@
 r"""Reading an answer out of a completion, in time linear in its length.
 
-thinking        ends at the last closing mark; an opening mark after it that is never closed is thinking too
+thinking        ends at the last closing mark; what an opening mark after it begins is thinking too
 boxes           the last \boxed{...}, with those before it that belong to the same statement
 the end         where no box is required: what follows "answer is", or the last line
 """
@@ -8,7 +8,6 @@ the end         where no box is required: what follows "answer is", or the last 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 MAX_ANSWER_CHARS = 1000
@@ -33,11 +32,12 @@ class Answer(NamedTuple):
 
 
 class _Box(NamedTuple):
-    """One closed box: text[start:end] with its command, text[inside:end - closing] without."""
+    """One closed box of a text: text[start:end], its command included."""
 
     start: int
     end: int
     content: str
+    """What is in it, without blanks around."""
 
 
 # A command with its brace, the other escapes (so that \{ and \} do not count), and braces.
@@ -48,7 +48,8 @@ _BARE_ARGUMENT = re.compile(r"\s*([-+]?[\w.]+)")
 # "y =".
 _MARKUP = r"(?:\s|[$,;.]|\\[()\[\],;: ]|\\(?:quad|qquad)\b)*"
 _JOINT = re.compile(
-    rf"{_MARKUP}(?:(?:\\text\s*\{{)?(?P<words>(?:\s*[A-Za-z()]+){{0,4}})[\s,]*(?:\band|\bor)\b\s*\}}?{_MARKUP})?"
+    rf"{_MARKUP}(?:(?:\\text\s*\{{)?(?P<words>(?:\s*[A-Za-z()]+){{0,4}})"
+    rf"[\s,]*(?:\band|\bor)\b\s*\}}?{_MARKUP})?"
     r"(?P<name>\\?[A-Za-z]+(?:_\{?\w+\}?)?\s*(?:=|\\in\b)\s*)?[$\s]*"
 )
 # Words by which a text takes its first box back.
@@ -60,6 +61,7 @@ _ANSWER_IS = re.compile(r"answer(?:\s+is\b|\s*[:=])\s*\**:?|####", re.IGNORECASE
 _MATHEMATICS = re.compile(
     r"\$\$([^$]+)\$\$|(?<!\\)\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
 )
+_SENTENCE_END = re.compile(r"(?<=[^\s\d])\.\s|(?<=\d)\.\s(?=\s*[A-Z])|\n\s*\n")
 _MAX_BOXES = 16
 # More than the longest honest answer, thinking included; braces are walked one by one, in a
 # fraction of a second.
@@ -69,20 +71,23 @@ _MAX_SCANNED_CHARS = 200_000
 def final_answer(
     text: str, *, require_think: bool = False, require_boxed: bool = True
 ) -> Answer | None:
-    """Returns what a completion gives as its answer outside of the thinking; None where there is
-    none.
+    """Returns what a completion gives as its answer outside of the thinking.
+
+    None where there is no answer.
 
     Args:
         text: the completion, with the marks of its thinking.
         require_think: no answer counts without a closing mark of thinking before it.
         require_boxed: no answer counts outside a box; else the end of the text stands in for one.
     """
-    spoken, closed = after_thinking(text)
-    if require_think and not closed:
+    spoken, is_closed = after_thinking(text)
+    if require_think and not is_closed:
         return None
+
     spoken = spoken[-_MAX_SCANNED_CHARS:]
     boxed = _boxed(spoken)
     if boxed is not None:
+        # A box that cannot be read is no answer, and neither is the text around it.
         return Answer(boxed, True) if boxed else None
     if require_boxed:
         return None
@@ -91,73 +96,86 @@ def final_answer(
 
 
 def opened_thinking(prompt: str) -> str:
-    """Returns the mark by which the template of a rendered prompt has opened the thinking, "" where
-    it has not.
+    """Returns the mark by which the template of a rendered prompt has opened the thinking.
 
-    A completion goes on from there: nothing in it is an answer until the thinking is closed.
+    "" where it has not. A completion goes on from there: nothing in it is an answer until the
+    thinking is closed.
     """
-    marks = [opening for opening, _ in THINKING_MARKS if prompt.rstrip().endswith(opening)]
-    return marks[0] if marks else ""
+    for opening, _ in THINKING_MARKS:
+        if prompt.rstrip().endswith(opening):
+            return opening
+    return ""
 
 
 def after_thinking(text: str) -> tuple[str, bool]:
     """Returns the text outside of the thinking, and whether a thinking was closed."""
-    closed = False
+    is_closed = False
     for _, closing in THINKING_MARKS:
         _, mark, rest = text.rpartition(closing)
         if mark:
-            text, closed = rest, True
+            text = rest
+            is_closed = True
     for opening, _ in THINKING_MARKS:
         text = text.partition(opening)[0]
-    return text, closed
+    return text, is_closed
 
 
 def _boxed(text: str) -> str | None:
-    """What the last boxes hold; None without a box, "" where the last box is no answer that can be
-    read.
-    """
-    boxes, open_since = _boxes(text)
-    last = next((i for i in reversed(range(len(boxes))) if boxes[i].content), None)
-    end = boxes[last].end if last is not None else 0
-    if open_since is not None and open_since > end:
-        return ""  # a later box was begun and never closed: the one before it was given up
-    if last is None:
-        return None if not boxes else ""
+    """Returns what the last boxes hold.
 
+    None without a box, "" where the last box is no answer that can be read.
+    """
+    boxes, unclosed = _boxes(text)
+    last = len(boxes) - 1
+    while last >= 0 and not boxes[last].content:
+        last -= 1
+    end = boxes[last].end if last >= 0 else 0
+    if unclosed is not None and unclosed > end:
+        return ""  # a later box was begun and never closed: the one before it was given up
+    if last < 0:
+        return "" if boxes else None
+
+    # The boxes before it that belong to the same statement.
     contents = [boxes[last].content]
     start = boxes[last].start
     for box in reversed(boxes[max(last - _MAX_BOXES, 0) : last]):
         if not box.content or not _belongs_together(text[box.end : start]):
             break
-        contents.insert(0, box.content)
+        # A box that says the same as the one behind it is the same answer once more.
+        if box.content != contents[0]:
+            contents.insert(0, box.content)
         start = box.start
-    contents = _without_repetition(contents)
+
     joined = ", ".join(contents)
-    return joined if len(joined) <= MAX_ANSWER_CHARS else ""
+    if len(joined) > MAX_ANSWER_CHARS:
+        return ""
+    return joined
 
 
 def _belongs_together(between: str) -> bool:
-    """Whether two boxes with this text between them are parts of one answer."""
-    joint = _JOINT.fullmatch(between) if len(between) <= _MAX_JOINT_CHARS else None
-    return joint is not None and _TAKEN_BACK.isdisjoint((joint["words"] or "").lower().split())
-
-
-def _without_repetition(contents: Sequence[str]) -> list[str]:
-    """A box that says the same as the one before it is the same answer once more."""
-    return [c for i, c in enumerate(contents) if i == 0 or c != contents[i - 1]]
+    """Returns whether two boxes with this text between them are parts of one answer."""
+    if len(between) > _MAX_JOINT_CHARS:
+        return False
+    joint = _JOINT.fullmatch(between)
+    if joint is None:
+        return False
+    words = (joint["words"] or "").lower().split()
+    return _TAKEN_BACK.isdisjoint(words)
 
 
 def _boxes(text: str) -> tuple[list[_Box], int | None]:
-    """The innermost closed boxes in order, and where a later box begins that has a content but no
-    end.
+    """Finds the boxes of a text.
+
+    Returns:
+        The innermost closed boxes in order; and where the last box begins that has a content but
+        no end, None without such a box.
     """
     boxes: list[_Box] = []
     # For each open brace the start of its box's command, or -1, and where its content begins.
     stack: list[tuple[int, int]] = []
-    first = min(
-        (at for name in ("\\boxed", "\\fbox", "\\framebox") if (at := text.find(name)) >= 0),
-        default=len(text),
-    )
+
+    starts = [text.find(command) for command in ("\\boxed", "\\fbox", "\\framebox")]
+    first = min((start for start in starts if start >= 0), default=len(text))
     for match in _BRACES.finditer(text, first):
         token = match[0]
         if token == "{":
@@ -169,37 +187,43 @@ def _boxes(text: str) -> tuple[list[_Box], int | None]:
             holds_a_box = bool(boxes) and boxes[-1].start > start
             if start >= 0 and not holds_a_box:
                 boxes.append(_Box(start, match.end(), text[inside : match.start()].strip()))
-        elif len(token) > 2:
+        elif len(token) > 2:  # a box's command; the others are escapes
             if token.endswith("{"):
                 stack.append((match.start(), match.end()))
             elif argument := _BARE_ARGUMENT.match(text, match.end()):
                 boxes.append(_Box(match.start(), argument.end(), argument[1].rstrip(".")))
-    written = len(text.rstrip())
-    unclosed = [start for start, inside in stack if start >= 0 and inside < written]
+
+    end_of_text = len(text.rstrip())
+    unclosed = [start for start, inside in stack if start >= 0 and inside < end_of_text]
     return boxes, max(unclosed, default=None)
 
 
-_SENTENCE_END = re.compile(r"(?<=[^\s\d])\.\s|(?<=\d)\.\s(?=\s*[A-Z])|\n\s*\n")
-
-
 def _stated(text: str) -> str:
-    """What a text without a box ends in: the sentence after its last "answer is", else its last
-    formula or line.
+    """Returns what a text without a box ends in.
+
+    That is the sentence after its last "answer is", else its last formula or line.
     """
     tail = text[-MAX_ANSWER_CHARS:].strip()
     marks = list(_ANSWER_IS.finditer(tail))
-    if marks:
-        sentence = _SENTENCE_END.split(tail[marks[-1].end() :].strip(), maxsplit=1)[0]
-        # "The largest $n$ is 34": a lone letter is what is asked for, not the answer.
-        formulas = [
-            formula for formula in _formulas(sentence) if len(formula) > 1 or not formula.isalpha()
-        ]
-        lines = sentence.strip("* ").splitlines()
-        return formulas[-1] if formulas else next(iter(lines), "")
-    formulas = _formulas(tail)
-    lines = tail.splitlines()
-    return formulas[-1] if formulas else next(reversed(lines), "").strip("* ")
+    if not marks:
+        formulas = _formulas(tail)
+        if formulas:
+            return formulas[-1]
+        lines = tail.splitlines() or [""]
+        return lines[-1].strip("* ")
+
+    sentence = _SENTENCE_END.split(tail[marks[-1].end() :].strip(), maxsplit=1)[0]
+    # "The largest $n$ is 34": a lone letter is what is asked for, not the answer.
+    formulas = [
+        formula for formula in _formulas(sentence) if len(formula) > 1 or not formula.isalpha()
+    ]
+    if formulas:
+        return formulas[-1]
+    lines = sentence.strip("* ").splitlines() or [""]
+    return lines[0]
 
 
 def _formulas(text: str) -> list[str]:
-    return [next(part for part in found if part).strip() for found in _MATHEMATICS.findall(text)]
+    """Returns what stands between the marks of mathematics, in order."""
+    # The marks of each match are one of four kinds: the groups of the others are empty.
+    return ["".join(groups).strip() for groups in _MATHEMATICS.findall(text)]

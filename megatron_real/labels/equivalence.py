@@ -20,37 +20,44 @@ class Given:
     correct: bool
     """The verifier's label."""
     comparable: bool = True
-    """False where the verifier failed on it or cannot read it: it is then like nothing but the same
-    text."""
+    """False where the verifier failed on it or cannot read it: then it is the same as its own text
+    and as nothing else."""
 
 
 def answer_classes(
     given: Sequence[Given], same: Callable[[str, str], bool], *, one_gold: bool = True
 ) -> list[int | None]:
-    """[given] number of the class of each answer to one problem, in order of appearance; None for
-    no answer.
+    """Sorts the answers to one problem into classes of answers that say the same.
 
     A class is all correct or all wrong. Its first answer speaks for it: an answer joins the first
     class whose first answer it is the same as.
 
     Args:
+        given: the answers.
         same: the verifier's comparison; only asked where neither text, normal form nor whole
             numbers tell.
         one_gold: the problem has one gold answer, so that all correct ones are the same.
+
+    Returns:
+        [given] number of the class of each, in order of appearance; None for no answer.
     """
-    first: list[Given] = []
-    known: dict[Given, int] = {}
-    for one in given:
-        if one.text is None or one in known:
+    speakers: list[Given] = []
+    class_of: dict[Given, int] = {}
+    for answer in given:
+        if answer.text is None or answer in class_of:
             continue
-        joined = (c for c, other in enumerate(first) if _alike(other, one, same, one_gold))
-        known[one] = next(joined, len(first))
-        if known[one] == len(first):
-            first.append(one)
-    return [known.get(one) for one in given]
+        for number, speaker in enumerate(speakers):
+            if _is_same(speaker, answer, same, one_gold):
+                class_of[answer] = number
+                break
+        else:
+            class_of[answer] = len(speakers)
+            speakers.append(answer)
+    return [class_of.get(answer) for answer in given]
 
 
-def _alike(one: Given, other: Given, same: Callable[[str, str], bool], one_gold: bool) -> bool:
+def _is_same(one: Given, other: Given, same: Callable[[str, str], bool], one_gold: bool) -> bool:
+    """Compares two answers, the cheapest comparison first."""
     assert one.text is not None and other.text is not None, "no answer has no class"
     if one.correct != other.correct:
         return False

@@ -19,6 +19,16 @@ from megatron_real.labels.forms import (
 )
 from megatron_real.labels.normal_form import read
 
+_BRACKET_KINDS = {"": "list", "{}": "set", "()": "tuple or open interval", "::": "ratio"}
+_KINDS: dict[type[Form], str] = {
+    Number: "number",
+    Expression: "expression",
+    Words: "words",
+    Choice: "choice",
+    Union: "union of intervals",
+    Relation: "relation",
+}
+
 
 @dataclass(frozen=True)
 class Unmatchable:
@@ -33,8 +43,9 @@ class Unmatchable:
 
 
 def why_unmatchable(gold: str) -> str:
-    """Returns why no completion is likely to match a gold answer, by its normal form alone; ""
-    where one may.
+    """Returns why no completion is likely to match a gold answer, by its normal form alone.
+
+    "" where one may.
     """
     form = read(gold)
     if not isinstance(form, Unreadable):
@@ -44,47 +55,33 @@ def why_unmatchable(gold: str) -> str:
 
 
 def unmatchable(golds: Iterable[tuple[str, tuple[str, ...]]]) -> list[Unmatchable]:
-    """Returns the problems none of whose gold answers can be matched, also by what algebra cannot
-    read.
+    """Returns the problems none of whose gold answers can be matched.
+
+    This includes answers that algebra cannot read, and takes as long as its parser does.
 
     Args:
         golds: (uid, gold answers) of each problem.
     """
-    found = []
+    problems: list[Unmatchable] = []
     for uid, answers in golds:
-        reasons = [why_unmatchable(answer) or _why_unreadable(answer) for answer in answers]
+        reasons: list[str] = []
+        for answer in answers:
+            reason = why_unmatchable(answer)
+            if not reason and not is_readable(read(answer)):
+                reason = "not read by math-verify, so that only its own text matches"
+            reasons.append(reason)
         if all(reasons):
-            found.append(Unmatchable(uid, answers, reasons[0]))
-    return found
-
-
-def _why_unreadable(gold: str) -> str:
-    return (
-        ""
-        if is_readable(read(gold))
-        else "not read by math-verify, so that only its own text matches"
-    )
+            problems.append(Unmatchable(uid, answers, reasons[0]))
+    return problems
 
 
 def kind_of(gold: str) -> str:
-    """Returns the name of the kind that a gold answer is read as: the first column of the table in
+    """Returns the kind that a gold answer is read as: the first column of the table in
     docs/labels.md.
     """
-    return _kind(read(gold))
-
-
-_BRACKET_KINDS = {"": "list", "{}": "set", "()": "tuple or open interval", "::": "ratio"}
-_KINDS: dict[type[Form], str] = {
-    Number: "number",
-    Expression: "expression",
-    Words: "words",
-    Choice: "choice",
-    Union: "union of intervals",
-    Relation: "relation",
-}
-
-
-def _kind(form: Form) -> str:
+    form = read(gold)
     if isinstance(form, Collection):
         return _BRACKET_KINDS.get(form.brackets, "interval")
-    return form.kind if isinstance(form, Unreadable) else _KINDS[type(form)]
+    if isinstance(form, Unreadable):
+        return form.kind
+    return _KINDS[type(form)]

@@ -1,14 +1,15 @@
-"""reasoning_gym's scorers, with what some of them evaluate replaced, so that no answer is run as
-Python.
+"""reasoning_gym's scorers, with what some of them evaluate replaced.
 
-Classed by reading every `score_answer` of reasoning_gym 0.1.25 and what it calls:
+So no answer is run as Python. Classed by reading every `score_answer` of reasoning_gym 0.1.25 and
+what it calls:
 
-    READERS    96 of 106 tasks compare text, numbers or JSON: their scorers are called as they are.
-    LISTS      eval() of the answer, to read a Python list; here ast.literal_eval reads it instead.
-    NUMBERS    sympy.parse_expr of the answer, which is eval(); here the answer has to be arithmetic first, and the check
-               runs in a clean child all the same.
-    EXPRESSIONS   the same with variables and elementary functions.
-    composite  is refused: its rows name further tasks.
+    READERS      96 of 106 tasks compare text, numbers or JSON: their scorers are called as they
+                 are.
+    LISTS        eval() of the answer, to read a Python list; here ast.literal_eval reads it.
+    NUMBERS      sympy.parse_expr of the answer, which is eval(); here the answer has to be
+                 arithmetic first, and the check runs in a clean child all the same.
+    EXPRESSIONS  the same with variables and elementary functions.
+    composite    is refused: its rows name further tasks.
 
 Some scorers pay wrong answers in full, the same one for every question: `_is_right` checks theirs
 once more.
@@ -40,27 +41,36 @@ EXPRESSIONS = frozenset(
     {"intermediate_integration", "polynomial_multiplication", "simple_integration"}
 )
 _READERS = """
-    ab acre advanced_geometry aiw arc_1d arc_agi base_conversion basic_arithmetic bf binary_alternation
-    bitwise_arithmetic boxnet caesar_cipher calendar_arithmetic chain_sum circuit_logic codeio coin_flip
-    color_cube_rotation complex_arithmetic count_bits count_primes course_schedule cryptarithm decimal_arithmetic
-    decimal_chain_sum dice emoji_mystery family_relationships figlet_font fraction_simplification futoshiki
-    game_of_life game_of_life_halting gcd graph_color group_anagrams gsm_symbolic isomorphic_strings jugs kakurasu
-    knight_swap knights_knaves largest_island lcm leg_counting letter_counting letter_jumble list_functions
-    mahjong_puzzle manipulate_matrix maze mini_sudoku modulo_grid needle_haystack number_filtering number_format
-    number_sequence number_sorting palindrome_generation palindrome_partitioning path_star polynomial_equations
-    pool_matrix power_function prime_factorization products propositional_logic quantum_lock ransom_note rearc
-    rectangle_count rotate_matrix rotten_oranges rubiks_cube rush_hour self_reference sentence_reordering
-    shortest_path simple_equations simple_geometry sokoban spell_backward string_manipulation string_splitting
-    string_synthesis sudoku survo syllogism time_intervals tower_of_hanoi tsumego word_ladder word_sequence_reversal
-    word_sorting zebra_puzzles
+    ab acre advanced_geometry aiw arc_1d arc_agi base_conversion basic_arithmetic bf
+    binary_alternation bitwise_arithmetic boxnet caesar_cipher calendar_arithmetic chain_sum
+    circuit_logic codeio coin_flip color_cube_rotation complex_arithmetic count_bits count_primes
+    course_schedule cryptarithm decimal_arithmetic decimal_chain_sum dice emoji_mystery
+    family_relationships figlet_font fraction_simplification futoshiki game_of_life
+    game_of_life_halting gcd graph_color group_anagrams gsm_symbolic isomorphic_strings jugs
+    kakurasu knight_swap knights_knaves largest_island lcm leg_counting letter_counting
+    letter_jumble list_functions mahjong_puzzle manipulate_matrix maze mini_sudoku modulo_grid
+    needle_haystack number_filtering number_format number_sequence number_sorting
+    palindrome_generation palindrome_partitioning path_star polynomial_equations pool_matrix
+    power_function prime_factorization products propositional_logic quantum_lock ransom_note rearc
+    rectangle_count rotate_matrix rotten_oranges rubiks_cube rush_hour self_reference
+    sentence_reordering shortest_path simple_equations simple_geometry sokoban spell_backward
+    string_manipulation string_splitting string_synthesis sudoku survo syllogism time_intervals
+    tower_of_hanoi tsumego word_ladder word_sequence_reversal word_sorting zebra_puzzles
 """
 READERS = frozenset(_READERS.split())
 """Tasks whose scorers compare text, numbers or JSON."""
 
-_FUNCTIONS = frozenset(
-    ["sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "exp", "log", "ln", "sqrt", "Abs"]
-)  # fmt: skip
+_FUNCTIONS = frozenset([
+    "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "exp", "log", "ln", "sqrt",
+    "Abs",
+])  # fmt: skip
 _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.UAdd, ast.USub)
+_EXACT_OPERATORS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 _CHARACTERS = re.compile(r"[0-9A-Za-z.+\-*/() ]+")
 _UNREADABLE = ")"
 """Stands in for an answer that is no arithmetic: no parser reads it, so the scorer gives what it
@@ -68,16 +78,18 @@ gives for those."""
 
 
 def runs_text(metadata: Mapping[str, Any]) -> bool:
-    """Whether the scorer of this row's task may run the answer, so that its check needs a child of
-    its own.
+    """Returns whether the scorer of this row's task may run the answer.
+
+    Its check then needs a child of its own.
     """
     task = metadata.get("source_dataset")
     return task not in READERS | LISTS or not is_read_version()
 
 
 def score(answer: str, gold: str, metadata: Mapping[str, Any]) -> float:
-    """The reward of the row's task for the answer; 0 where the scorer fails on it and not on the
-    gold answer.
+    """Returns the reward of the row's task for the answer.
+
+    It is 0 where the scorer fails on the answer and not on the gold answer.
 
     Raises:
         KeyError: the row's extra_info has no `source_dataset`.
@@ -90,10 +102,13 @@ def score(answer: str, gold: str, metadata: Mapping[str, Any]) -> float:
             "rows of composite are refused: give extra_info.source_dataset its own task"
         )
     scorer = _scorer(task)
+
+    # These scorers evaluate what they are given.
     if task in NUMBERS and not is_arithmetic(answer, names=False):
         answer = _UNREADABLE
     if task in EXPRESSIONS and not is_arithmetic(answer, names=True):
         answer = _UNREADABLE
+
     row = {"answer": gold, "metadata": dict(metadata)}
     try:
         reward = float(scorer(answer, row))
@@ -106,11 +121,13 @@ def score(answer: str, gold: str, metadata: Mapping[str, Any]) -> float:
         # raised.
         scorer(gold, row)
         return 0.0
-    return reward if is_paid else 0.0
+    if not is_paid:
+        return 0.0
+    return reward
 
 
 def _is_right(answer: str, gold: str, metadata: Mapping[str, Any]) -> bool:
-    """Whether an answer that its task's scorer pays in full is right.
+    """Returns whether an answer that its task's scorer pays in full is right.
 
     Of the tasks that are not named here, every one is.
     """
@@ -133,9 +150,11 @@ def _is_right(answer: str, gold: str, metadata: Mapping[str, Any]) -> bool:
 
 
 def _solves(answer: str, numbers: Sequence[int], target: int) -> bool:
-    """Whether `answer` makes exactly `target` of these whole numbers, each used once, by + - * /
-    and parentheses.
+    """Returns whether `answer` makes exactly `target` of these whole numbers.
+
+    Each is used once, by + - * / and parentheses.
     """
+    used: list[int] = []
 
     def value(node: ast.AST) -> Fraction:
         match node:
@@ -148,13 +167,12 @@ def _solves(answer: str, numbers: Sequence[int], target: int) -> bool:
                 return -value(operand)
             case ast.UnaryOp(op=ast.UAdd(), operand=operand):
                 return value(operand)
-            case ast.BinOp(left=left, op=operator_node, right=right) if (
-                type(operator_node) in _EXACT_OPERATORS
+            case ast.BinOp(left=left, op=operation, right=right) if (
+                type(operation) in _EXACT_OPERATORS
             ):
-                return _EXACT_OPERATORS[type(operator_node)](value(left), value(right))
+                return _EXACT_OPERATORS[type(operation)](value(left), value(right))
         raise ValueError("no arithmetic of whole numbers")
 
-    used: list[int] = []
     try:
         result = value(ast.parse(answer.strip(), mode="eval"))
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
@@ -162,21 +180,16 @@ def _solves(answer: str, numbers: Sequence[int], target: int) -> bool:
     return result == target and sorted(used) == sorted(numbers)
 
 
-_EXACT_OPERATORS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
-
-
 def is_arithmetic(text: str, *, names: bool) -> bool:
-    """Whether `text` is numbers, + - * / **, parentheses, and with `names` also variables and
-    elementary functions.
+    """Returns whether `text` is numbers, + - * / **, and parentheses.
 
     It is parsed as Python and not run. A variable is one letter, or pi. Anything else could be read
     differently by a scorer that looks for numbers in the text: a comment full of them, an
     underscore within one.
+
+    Args:
+        text: an answer.
+        names: variables and elementary functions are arithmetic too.
     """
     if not _CHARACTERS.fullmatch(text.strip()):
         return False
@@ -184,6 +197,7 @@ def is_arithmetic(text: str, *, names: bool) -> bool:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
+
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     return all(_is_arithmetic_node(node, names, id(node) in called) for node in ast.walk(tree))
 
@@ -195,6 +209,7 @@ def _is_arithmetic_node(node: ast.AST, names: bool, is_called: bool) -> bool:
         case ast.operator() | ast.unaryop():
             return isinstance(node, _OPERATORS)
         case ast.Constant(value=value):
+            # Not isinstance: True is an int.
             return type(value) in (int, float)
         case ast.Name(id=name) if is_called:
             return names and name in _FUNCTIONS
@@ -219,7 +234,7 @@ def _scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
 
 @functools.cache
 def is_read_version() -> bool:
-    """Whether the library is the one whose scorers were read.
+    """Returns whether the library is the one whose scorers were read.
 
     First asked while its files are in sight.
     """

@@ -1,4 +1,4 @@
-"""Verdicts on completions: what the verifier found, turned into positive, negative or excluded."""
+"""Verdicts on completions: a verifier's outcome as positive, negative or excluded."""
 
 from __future__ import annotations
 
@@ -62,6 +62,12 @@ class Labeller:
             ValueError: the verifier cannot be loaded.
         """
         self._verifier = verifier
+        self._threshold = threshold
+        self._max_failed_share = max_failed_share
+        self._excluded = set(excluded)
+        if overlong == "excluded":
+            self._excluded.add("overlong")
+
         self._pools: dict[str, VerifierPool] = {}
         for name in (verifier, *others):
             check_name(name)
@@ -81,17 +87,17 @@ class Labeller:
             except ValueError:
                 self.close()
                 raise
-        self._excluded = {*excluded, *(["overlong"] if overlong == "excluded" else [])}
-        self._threshold, self._max_failed_share = threshold, max_failed_share
 
     def __call__(self, items: Sequence[tuple[Prompt, Completion]]) -> list[Verdict]:
-        """[items] verdicts in order. Raises as `check_failures` does."""
-        verdicts = [future.result() for future in [self.submit(*item) for item in items]]
+        """Returns [items] verdicts in order. Raises as `check_failures` does."""
+        # All are submitted before the first result is awaited.
+        futures = [self.submit(prompt, completion) for prompt, completion in items]
+        verdicts = [future.result() for future in futures]
         self.check_failures(verdicts)
         return verdicts
 
     def submit(self, prompt: Prompt, completion: Completion) -> Future[Verdict]:
-        """The verdict, once there is one.
+        """Returns the verdict, once there is one.
 
         A truncated or empty completion is not shown to the verifier.
         """
@@ -102,12 +108,14 @@ class Labeller:
                 text = opened_thinking(prompt.text) + text
             check = Check(text, prompt.answers, prompt.metadata)
             return self._pools[verifier].submit(check, self._verdict)
-        known: Future[Verdict] = Future()
-        overlong = Verdict(Status.OVERLONG, self._negative(Status.OVERLONG), None)
-        known.set_result(
-            overlong if completion.num_trained else Verdict(Status.EMPTY, EXCLUDED, None)
-        )
-        return known
+
+        unchecked: Future[Verdict] = Future()
+        if completion.num_trained:
+            overlong = Verdict(Status.OVERLONG, self._label_of_failure(Status.OVERLONG), None)
+            unchecked.set_result(overlong)
+        else:
+            unchecked.set_result(Verdict(Status.EMPTY, EXCLUDED, None))
+        return unchecked
 
     def check_failures(self, verdicts: Sequence[Verdict]) -> None:
         """Judges the checks of a whole step, so that every rank that knows them decides alike.
@@ -116,37 +124,45 @@ class Labeller:
             TooManyFailedChecks: the share of checks that failed passes the bound.
             RewardNeedsThreshold: a reward is neither 0 nor 1 and there is no threshold.
         """
-        failed = [v for v in verdicts if v.status.failed]
-        checked = sum(not v.status.unchecked for v in verdicts)
-        if len(failed) > self._max_failed_share * checked:
-            counts = ", ".join(
-                f"{count} {status}" for status, count in Counter(v.status for v in failed).items()
-            )
-            (reason, _), *_ = Counter(v.reason for v in failed).most_common(1)
+        failed = [verdict for verdict in verdicts if verdict.status.failed]
+        num_checked = sum(not verdict.status.unchecked for verdict in verdicts)
+        if len(failed) > self._max_failed_share * num_checked:
+            by_status = Counter(verdict.status for verdict in failed)
+            counts = ", ".join(f"{count} {status}" for status, count in by_status.items())
+            reasons = Counter(verdict.reason for verdict in failed)
+            most_often = reasons.most_common(1)[0][0]
             raise TooManyFailedChecks(
-                f"{len(failed)} of {checked} checks failed ({counts}), more than labels.max_failed_share = "
-                f"{self._max_failed_share}; most often: {reason}"
+                f"{len(failed)} of {num_checked} checks failed ({counts}), more than "
+                f"labels.max_failed_share = {self._max_failed_share}; most often: {most_often}"
             )
-        unclear = next((v.reward for v in verdicts if self._unclear(v.reward)), None)
-        if unclear is not None:
-            raise RewardNeedsThreshold(
-                f"the verifier gave the reward {unclear}; set labels.threshold to say what counts as correct"
-            )
+
+        for verdict in verdicts:
+            if self._needs_threshold(verdict.reward):
+                raise RewardNeedsThreshold(
+                    f"the verifier gave the reward {verdict.reward}; set labels.threshold to say "
+                    "what counts as correct"
+                )
 
     def _verdict(self, outcome: Outcome) -> Verdict:
-        status, reward = Status(outcome.status), outcome.reward
-        if self._unclear(reward):
+        status = Status(outcome.status)
+        reward = outcome.reward
+        threshold = 1.0 if self._threshold is None else self._threshold
+        if self._needs_threshold(reward):
             label = EXCLUDED  # check_failures stops the run
-        elif reward is not None and reward >= (1.0 if self._threshold is None else self._threshold):
+        elif reward is not None and reward >= threshold:
             label = POSITIVE
         else:
-            label = self._negative(status)
+            label = self._label_of_failure(status)
         return Verdict(status, label, reward, outcome.seconds, outcome.reason)
 
-    def _negative(self, status: Status) -> Label:
-        return EXCLUDED if status in self._excluded else NEGATIVE
+    def _label_of_failure(self, status: Status) -> Label:
+        """Returns what a completion counts as that was not verified correct."""
+        if status in self._excluded:
+            return EXCLUDED
+        return NEGATIVE
 
-    def _unclear(self, reward: float | None) -> bool:
+    def _needs_threshold(self, reward: float | None) -> bool:
+        """Returns whether nothing says if a reward means correct or wrong."""
         return self._threshold is None and reward not in (None, 0.0, 1.0)
 
     def close(self) -> None:

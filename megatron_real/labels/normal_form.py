@@ -1,9 +1,11 @@
-r"""The one normal form of an answer: what spellings of the same answer have in common. docs/labels.md has the table.
+r"""The one normal form of an answer: what spellings of the same answer have in common.
 
-    text -> tokens (tokens.py) -> lists, unions, relations, brackets -> a value with its unit (scalars.py, units.py)
+    text -> tokens (tokens.py) -> lists, unions, relations, brackets
+         -> a value with its unit (scalars.py, units.py)
 
-The time is linear in the text: brackets nest at most `_MAX_DEPTH` deep, and each level looks at a token a bounded number
-of times. Nothing here evaluates; what needs algebra is left to comparison.py.
+docs/labels.md has the table. The time is linear in the text: brackets nest at most `_MAX_DEPTH`
+deep, and each level looks at a token a bounded number of times. Nothing here evaluates; what needs
+algebra is left to comparison.py.
 """
 
 from __future__ import annotations
@@ -41,17 +43,22 @@ from megatron_real.labels.units import split_unit
 
 _MAX_DEPTH = 8
 _RELATIONS = {
-    "=": "=", "<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=", "\\in": "in", "\\approx": "~",
-    "\\simeq": "~", "\\equiv": "equiv", "\\to": "to", "\\Rightarrow": "implies", "\\Leftrightarrow": "iff",
-    "\\iff": "iff", "\\mid": "divides", "\\cong": "cong", "\\sim": "sim", "\\parallel": "parallel",
-    "\\perp": "perp", "\\subset": "subset", "\\subseteq": "subset", "\\propto": "propto", "\\notin": "notin",
-    "\\nmid": "nmid", "\\ll": "ll", "\\gg": "gg", "\\mapsto": "to", "\\leftarrow": "from",
-    "\\leftrightarrow": "iff",
+    "=": "=", "<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=", "\\in": "in",
+    "\\approx": "~", "\\simeq": "~", "\\equiv": "equiv", "\\to": "to", "\\Rightarrow": "implies",
+    "\\Leftrightarrow": "iff", "\\iff": "iff", "\\mid": "divides", "\\cong": "cong", "\\sim": "sim",
+    "\\parallel": "parallel", "\\perp": "perp", "\\subset": "subset", "\\subseteq": "subset",
+    "\\propto": "propto", "\\notin": "notin", "\\nmid": "nmid", "\\ll": "ll", "\\gg": "gg",
+    "\\mapsto": "to", "\\leftarrow": "from", "\\leftrightarrow": "iff",
 }  # fmt: skip
-
-
 # What is a comma in words.
 _COMMAS = frozenset(",;") | {"and", "or", "where", "for", "with", "\\\\", "\\land", "\\lor"}
+
+_LAST_VALUE = re.compile(r"-?(?:\\frac\{[0-9]+\}\{[0-9]+\}|[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?)")
+_PLAIN_WORD = re.compile(r"(?<![\\A-Za-z])(?!and\b|or\b)[A-Za-z]{2,}")
+
+# The groups of 1,000,000.
+_FIRST_GROUP = re.compile("[1-9][0-9]{0,2}")
+_GROUP = re.compile(r"[0-9]{3}(\.[0-9]+)?")
 
 
 def read(text: str, *, groups: bool = True) -> Form:
@@ -65,6 +72,7 @@ def read(text: str, *, groups: bool = True) -> Form:
     """
     if len(text) > MAX_ANSWER_CHARS:
         return Unreadable(text, "broken")
+
     tokens = trim(tokens_of(text))
     if not tokens:
         return Unreadable(text, "empty")
@@ -75,34 +83,35 @@ def read(text: str, *, groups: bool = True) -> Form:
     return _Reader(groups).form(tokens, 0)
 
 
-_LAST_VALUE = re.compile(r"-?(?:\\frac\{[0-9]+\}\{[0-9]+\}|[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?)")
-
-
-_PLAIN_WORD = re.compile(r"(?<![\\A-Za-z])(?!and\b|or\b)[A-Za-z]{2,}")
-
-
 def read_sentence(text: str) -> Form:
-    """Returns the normal form of a text that may be a sentence: then that of the last number in it."""
+    """Returns the normal form of a text that may be a sentence: that of the last number in it."""
     text = text[-MAX_ANSWER_CHARS:]
     form = read(text)
+    if isinstance(form, Number):
+        return form
+
     is_sentence = isinstance(form, Unreadable) or (
         "\\" not in text and len(_PLAIN_WORD.findall(text)) > 1
     )
-    values = _LAST_VALUE.findall(text) if is_sentence and not isinstance(form, Number) else []
-    return read(values[-1].rstrip(",")) if values else form
+    values = _LAST_VALUE.findall(text)
+    if not is_sentence or not values:
+        return form
+    return read(values[-1].rstrip(","))
 
 
 def _is_prose(tokens: Sequence[Token]) -> bool:
-    """A sentence: many words, or some after a full stop."""
+    """Returns whether tokens are a sentence: many words, or some after a full stop."""
     words = [
         i
         for i, token in enumerate(tokens)
         if token.kind in ("word", "letters") and len(token.text) > 2
     ]
+    if len(words) > MAX_ANSWER_WORDS:
+        return True
+
+    # A stop behind one token is that of a list or a choice: B. 5
     stops = [i for i, token in enumerate(tokens) if token.text == "." and i > 1]
-    return len(words) > MAX_ANSWER_WORDS or (
-        bool(stops) and len(words) > 1 and words[-1] > stops[0]
-    )
+    return bool(stops) and len(words) > 1 and words[-1] > stops[0]
 
 
 class _Reader:
@@ -112,16 +121,30 @@ class _Reader:
         self._groups = groups
 
     def form(self, tokens: Sequence[Token], depth: int) -> Form:
-        """The form of tokens that are `depth` brackets deep."""
+        """Returns the form of tokens that are `depth` brackets deep.
+
+        The order is that of how loosely each thing binds: a choice, a list, a union, a relation,
+        brackets, a value.
+        """
         text = joined(tokens)
         if not tokens:
             return Unreadable(text, "empty")
         if depth > _MAX_DEPTH:
             return Unreadable(text, "broken")
-        tokens = _without_remark(tokens)
+
+        # An explanation is cut off: 5 (since x > 0).
+        for i, token in enumerate(tokens):
+            if i and token.kind == "word" and token.text.lower() in REMARKS:
+                end = i
+                if tokens[i - 1].text == "(":
+                    end = i - 1
+                tokens = trim(tokens[:end])
+                break
+
         choice = self._choice(tokens, depth)
         if choice is not None:
             return choice
+
         levels = bracket_levels(tokens)
         if levels is not None:
             tokens = self._join_groups(tokens, levels)
@@ -131,6 +154,7 @@ class _Reader:
             if repaired is None:
                 return Unreadable(text, "broken")
             return self.form(repaired, depth + 1)
+
         parts, separators = split(tokens, levels, _COMMAS)
         if separators:
             return self._several(parts, separators, depth)
@@ -142,18 +166,54 @@ class _Reader:
             return self._relation(parts, separators, depth)
         return self._bracketed(tokens, levels, depth) or self._scalar(tokens, depth)
 
+    def _choice(self, tokens: Sequence[Token], depth: int) -> Choice | None:
+        """Reads (B), (B) 5, B. 5, B: text and B) 5; returns None for anything else.
+
+        A lone B is an expression, which equals the choice.
+        """
+        texts = [token.text for token in tokens if token.kind != "space"]
+        if len(texts) < 3:
+            return None
+        if texts[0] == "(" and _is_choice(texts[1]) and texts[2] == ")":
+            letter = texts[1]
+            num_used = 3
+        elif _is_choice(texts[0]) and texts[1] in (".", ":", ")"):
+            letter = texts[0]
+            num_used = 2
+        else:
+            return None
+
+        # What follows the mark; spaces are tokens too, and are not counted.
+        rest: list[Token] = []
+        for i, token in enumerate(tokens):
+            num_used -= token.kind != "space"
+            if num_used == 0:
+                rest = trim(tokens[i + 1 :])
+                break
+        # A set or a function is called so, not offered: (A) \cup B, C: x \to y.
+        if any(token.text in ("\\cup", "\\cap", "=", "\\setminus", "\\to") for token in rest):
+            return None
+        if not rest:
+            return Choice(letter, None)
+        return Choice(letter, self.form(rest, depth + 1))
+
     def _join_groups(self, tokens: Sequence[Token], levels: Sequence[int]) -> list[Token]:
         """Joins 1,000,000 or 1 000 000 into one number. Within brackets commas separate."""
-        separators = (",", " ") if self._groups else (" ",)
+        separators: tuple[str, ...] = (" ",)
+        if self._groups:
+            separators = (",", " ")
+
         result: list[Token] = []
         i = 0
         while i < len(tokens):
             token = tokens[i]
             i += 1
-            separator = tokens[i].text if i < len(tokens) else ""
+            separator = ""
+            if i < len(tokens):
+                separator = tokens[i].text
             if _FIRST_GROUP.fullmatch(token.text) and separator in separators:
-                allowed = separator == " " or levels[i] == 0
-                while allowed and i + 1 < len(tokens) and tokens[i].text == separator:
+                may_join = separator == " " or levels[i] == 0
+                while may_join and i + 1 < len(tokens) and tokens[i].text == separator:
                     if not _GROUP.fullmatch(tokens[i + 1].text):
                         break
                     token = Token(f"{token.text},{tokens[i + 1].text}", "number")
@@ -161,30 +221,20 @@ class _Reader:
             result.append(token)
         return result
 
-    def _choice(self, tokens: Sequence[Token], depth: int) -> Choice | None:
-        """(B), (B) 5, B. 5, B: text, B) 5; a lone B is an expression that equals the choice."""
-        texts = [token.text for token in tokens if token.kind != "space"]
-        if len(texts) >= 3 and texts[0] == "(" and _is_choice(texts[1]) and texts[2] == ")":
-            used = 3
-        elif len(texts) >= 3 and _is_choice(texts[0]) and texts[1] in (".", ":", ")"):
-            used = 2
-        else:
-            return None
-        rest = _after(tokens, used)
-        if any(token.text in ("\\cup", "\\cap", "=", "\\setminus", "\\to") for token in rest):
-            return None
-        return Choice(
-            texts[0] if used == 2 else texts[1], self.form(rest, depth + 1) if rest else None
-        )
-
     def _several(self, parts: list[list[Token]], separators: list[str], depth: int) -> Form:
+        """Returns the form of parts that commas, or words like them, separate."""
         items: list[Form] = []
         for part in map(trim, parts):
-            if part:
-                item = self.form(part, depth + 1)
-                items += (
-                    item.items if isinstance(item, Collection) and _is_signs(item, part) else [item]
-                )
+            if not part:
+                continue
+            item = self.form(part, depth + 1)
+            # The two values of a plus-minus sign belong to the list around it.
+            is_both_signs = any(token.text in ("\\pm", "\\mp") for token in part)
+            if isinstance(item, Collection) and item.brackets == "" and is_both_signs:
+                items += item.items
+            else:
+                items.append(item)
+
         # "k in Z" beside a formula says what k is; it is no answer of its own.
         conditions = [
             item for item in items if isinstance(item, Relation) and item.operators == ("in",)
@@ -195,56 +245,72 @@ class _Reader:
             return items[0]
         if not items:
             return Unreadable("", "empty")
+
         intervals = [
             item for item in items if isinstance(item, Collection | Union) and variable_of(item)
         ]
-        if len(intervals) == len(items):
-            both = set(separators) & {"and", "\\land", ","}
-            met = intersection(intervals) if both and len(items) == 2 else None
-            return met or Union(tuple(flat(intervals)))
-        return Collection("", tuple(items))
+        if len(intervals) < len(items):
+            return Collection("", tuple(items))
+        bounds = None
+        if len(items) == 2 and not {"and", "\\land", ","}.isdisjoint(separators):
+            bounds = intersection(intervals)
+        return bounds or Union(tuple(flat(intervals)))
 
     def _relation(self, parts: list[list[Token]], separators: list[str], depth: int) -> Form:
+        """Returns the form of sides between relation signs: an interval where they say one."""
         operators = tuple(_RELATIONS.get(separator, "divides") for separator in separators)
         trimmed = [trim(part) for part in parts]
         names = tuple(joined(part) for part in trimmed)
         if not all(trimmed):
-            return Unreadable(joined([t for part in parts for t in part]), "broken")
-        if len(names) == 2 and operators[0] == "in" and not _is_number_set(names[1]):
-            inside = self.form(trimmed[1], depth + 1)
-            return named(inside, names[0]) if isinstance(inside, Collection | Union) else inside
+            return Unreadable(joined([token for part in parts for token in part]), "broken")
+
+        # x \in [0, 1] is an interval of x; x \in \mathbb{R} stays a relation.
+        if len(names) == 2 and operators[0] == "in":
+            is_number_set = names[1].startswith("\\mathbb") or names[1] in ("R", "Z", "N", "Q", "C")
+            if not is_number_set:
+                values = self.form(trimmed[1], depth + 1)
+                if isinstance(values, Collection | Union):
+                    return named(values, names[0])
+                return values
+
         sides = tuple(self.form(part, depth + 1) for part in trimmed)
-        interval = interval_of(operators, sides, names)
-        return interval or Relation(operators, sides, names)
+        return interval_of(operators, sides, names) or Relation(operators, sides, names)
 
     def _bracketed(self, tokens: Sequence[Token], levels: Sequence[int], depth: int) -> Form | None:
-        first, last = tokens[0].text, tokens[-1].text
-        opened, closed = {"]": "("}.get(first, first), {"[": ")"}.get(last, last)
+        """Returns the form of tokens in one pair of brackets; None where they are not."""
+        first = tokens[0].text
         if first not in OPENING and first != "]":
             return None
         if first in OPENING and min(levels[:-1], default=0) < 1:
             return None  # (a)(b): the first bracket is not the last one's
+
+        # ]1, 2[ is (1, 2).
+        opening = {"]": "("}.get(first, first)
+        closing = {"[": ")"}.get(tokens[-1].text, tokens[-1].text)
         inside = list(tokens[1:-1])
-        if opened == "\\{":
-            builder = self._set_builder(inside, depth)
-            if builder is not None:
-                return builder
+        if opening == "\\{":
+            interval = self._set_builder(inside, depth)
+            if interval is not None:
+                return interval
         if not trim(inside):
-            return Words("\\emptyset") if opened == "\\{" else None
+            if opening == "\\{":
+                return Words("\\emptyset")
+            return None
+
         inner_levels = bracket_levels(inside)
         if inner_levels is None:
             return None
         parts, separators = split(inside, inner_levels, {",", ";"})
         is_matrix = inside[0].text.startswith("\\begin")
-        if not separators and (opened in ("(", "{") or is_matrix):
+        if not separators and (opening in ("(", "{") or is_matrix):
             return self.form(trim(inside), depth + 1)
-        brackets = {"\\{": "{", "{": "{"}.get(opened, opened) + {"\\}": "}", "}": "}"}.get(
-            closed, closed
-        )
+
+        brackets = opening.replace("\\{", "{") + closing.replace("\\}", "}")
         items = tuple(self.form(trim(part), depth + 1) for part in parts if trim(part))
         return Collection(brackets, items)
 
     def _set_builder(self, inside: list[Token], depth: int) -> Form | None:
+        """Returns the interval that {x | 0 < x < 1} describes; None where `inside` is no such."""
         levels = bracket_levels(inside)
         if levels is None:
             return None
@@ -252,26 +318,31 @@ class _Reader:
         if len(separators) != 1 or not all(map(trim, parts)):
             return None
         condition = self.form(trim(parts[1]), depth + 1)
-        return (
-            condition
-            if isinstance(condition, Collection | Union) and variable_of(condition)
-            else None
-        )
+        if isinstance(condition, Collection | Union) and variable_of(condition):
+            return condition
+        return None
 
     def _scalar(self, tokens: Sequence[Token], depth: int) -> Form:
-        text = joined(tokens)
-        if text == "\\emptyset":
+        """Returns the form of a single value, a ratio, or both values of a plus-minus sign."""
+        if joined(tokens) == "\\emptyset":
             return Words("\\emptyset")
-        signs = [i for i, token in enumerate(tokens) if token.text in ("\\pm", "\\mp")]
-        if signs:
-            return Collection("", tuple(self.form(each, depth + 1) for each in _both_signs(tokens)))
+
+        if any(token.text in ("\\pm", "\\mp") for token in tokens):
+            values: list[Form] = []
+            for signs in ({"\\pm": "+", "\\mp": "-"}, {"\\pm": "-", "\\mp": "+"}):
+                signed = [Token(signs.get(token.text, token.text), token.kind) for token in tokens]
+                values.append(self.form(trim(signed), depth + 1))
+            return Collection("", tuple(values))
+
         levels = bracket_levels(tokens) or [0]
         parts, separators = split(tokens, levels, {":"})
         if len(separators) == 1 and all(map(trim, parts)):
-            last, unit = split_unit(trim(parts[1]))
-            halves = (self.form(trim(parts[0]), depth + 1), self.form(last, depth + 1))
+            # The unit of 3 : 2 cm is that of the whole ratio.
+            right, unit = split_unit(trim(parts[1]))
+            halves = (self.form(trim(parts[0]), depth + 1), self.form(right, depth + 1))
             if not any(isinstance(half, Words | Unreadable) for half in halves):
                 return Collection("::", halves, unit=unit)
+
         body, unit = split_unit(tokens)
         number = read_number(joined(body))
         if number is not None:
@@ -281,42 +352,3 @@ class _Reader:
 
 def _is_choice(text: str) -> bool:
     return len(text) == 1 and text in "ABCDEFGHIJ"
-
-
-def _after(tokens: Sequence[Token], used: int) -> list[Token]:
-    """What follows the first `used` tokens that are no spaces."""
-    for i, token in enumerate(tokens):
-        used -= token.kind != "space"
-        if used == 0:
-            return trim(tokens[i + 1 :])
-    return []
-
-
-def _without_remark(tokens: Sequence[Token]) -> list[Token]:
-    """Cuts an explanation: 5 (since x > 0)."""
-    for i, token in enumerate(tokens):
-        if i and token.kind == "word" and token.text.lower() in REMARKS:
-            return trim(tokens[: i - 1 if tokens[i - 1].text == "(" else i])
-    return list(tokens)
-
-
-_FIRST_GROUP = re.compile("[1-9][0-9]{0,2}")
-_GROUP = re.compile(r"[0-9]{3}(\.[0-9]+)?")
-
-
-def _is_signs(item: Collection, part: Sequence[Token]) -> bool:
-    """The two values of a plus-minus sign belong to the list around it."""
-    return item.brackets == "" and any(token.text in ("\\pm", "\\mp") for token in part)
-
-
-def _both_signs(tokens: Sequence[Token]) -> list[list[Token]]:
-    upper = {"\\pm": "+", "\\mp": "-"}
-    lower = {"\\pm": "-", "\\mp": "+"}
-    return [
-        trim([Token(signs.get(token.text, token.text), token.kind) for token in tokens])
-        for signs in (upper, lower)
-    ]
-
-
-def _is_number_set(name: str) -> bool:
-    return name.startswith("\\mathbb") or name in ("R", "Z", "N", "Q", "C")

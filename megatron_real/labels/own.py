@@ -25,24 +25,27 @@ class OwnVerifier(Protocol):
 
 
 def is_own(name: str) -> bool:
-    """Whether `labels.verifier` names a file."""
+    """Returns whether `labels.verifier` names a file."""
     return ":" in name
 
 
 def folder(name: str) -> str:
-    """The folder of the verifier's file, whose other modules it may import."""
+    """Returns the folder of the verifier's file, whose other modules it may import."""
     return str(Path(name.rpartition(":")[0]).resolve().parent)
 
 
 def is_trusted(name: str) -> bool:
-    """Whether the verifier's file says TRUSTED = True at its top level. Runs none of its code.
+    """Returns whether the verifier's file says TRUSTED = True at its top level.
 
-    A file that is not there or no Python is not trusted; loading it says what is wrong with it.
+    Runs none of its code. A file that is not there or no Python is not trusted; loading it says
+    what is wrong with it.
     """
     try:
         tree = ast.parse(Path(name.rpartition(":")[0]).read_bytes())
     except (OSError, SyntaxError, ValueError):
         return False
+
+    # The first assignment decides; TRUSTED = 1 is not True.
     for statement in tree.body:
         match statement:
             case (
@@ -54,9 +57,10 @@ def is_trusted(name: str) -> bool:
 
 
 def load_own(name: str) -> OwnVerifier:
-    """The function, its file imported under its own name with its folder first on sys.path.
+    """Imports the verifier's file under its own name, and returns its function.
 
-    So dataclasses, pickling, process pools and modules beside the file work as in any program.
+    The file's folder comes first on sys.path, so that dataclasses, pickling, process pools and
+    modules beside the file work as in any program.
 
     Raises:
         ValueError: the file cannot be imported under its name, or has no such function.
@@ -66,13 +70,21 @@ def load_own(name: str) -> OwnVerifier:
     module_name = Path(path).stem
     if not module_name.isidentifier():
         raise ValueError(f"labels.verifier names {path!r}; the file's name must be a module's name")
-    loaded = sys.modules.get(module_name)
-    is_this_file = loaded is not None and _is_file(loaded, path)
-    if not is_this_file and (loaded is not None or module_name in sys.stdlib_module_names):
+
+    module = sys.modules.get(module_name)
+    if module is None:
+        is_other = module_name in sys.stdlib_module_names
+    else:
+        file = getattr(module, "__file__", None)
+        is_other = file is None or Path(file).resolve() != Path(path).resolve()
+    if is_other:
         raise ValueError(
-            f"labels.verifier names {path!r}, but there is another module {module_name}; rename the file"
+            f"labels.verifier names {path!r}, but there is another module {module_name}; "
+            "rename the file"
         )
-    module = loaded if loaded is not None else _imported(module_name, path)
+    if module is None:
+        module = _imported(module_name, path)
+
     judge = getattr(module, function, None)
     if not callable(judge):
         raise ValueError(f"labels.verifier: {path!r} has no function {function!r}")
@@ -81,25 +93,30 @@ def load_own(name: str) -> OwnVerifier:
         text: str, golds: Sequence[str], metadata: Mapping[str, Any]
     ) -> tuple[str, float | None]:
         verdict = judge(text, golds, metadata)
-        if isinstance(verdict, bool):
-            return ("ok", 1.0) if verdict else ("wrong", 0.0)
+        if verdict is True:
+            return "ok", 1.0
+        if verdict is False:
+            return "wrong", 0.0
         return "score", float(verdict)
 
     return verify
 
 
-def _is_file(module: ModuleType, path: str) -> bool:
-    file = getattr(module, "__file__", None)
-    return file is not None and Path(file).resolve() == Path(path).resolve()
-
-
 def _imported(name: str, path: str) -> ModuleType:
+    """Imports the file at `path` as the module `name`, as an import statement would.
+
+    Raises:
+        ValueError: it is no Python file.
+        BaseException: whatever the file raises.
+    """
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ValueError(
             f"labels.verifier names {path!r}, which is no Python file; write path.py:function"
         )
+
     module = importlib.util.module_from_spec(spec)
+    # Both before the file runs: it may import its neighbours, and they may import it.
     sys.path.insert(0, folder(path + ":"))
     sys.modules[name] = module
     try:

@@ -39,7 +39,8 @@ _STATUSES = ("ok", "wrong", "unparsable", "score", "timeout", "crashed")
 # All that a worker gets to know of the trainer's environment, by name: nothing in there is a key or
 # a token.
 _ENVIRONMENT = (
-    "PATH", "HOME", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONHASHSEED", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "TZ",
+    "PATH", "HOME", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONHASHSEED", "LANG", "LANGUAGE", "LC_ALL",
+    "LC_CTYPE", "TZ",
 )  # fmt: skip
 # An honest check takes milliseconds. When many of the last checks ran out of time, the next get
 # less processor time, so that a policy that has learned to write factorials cannot freeze a step;
@@ -121,6 +122,8 @@ class VerifierPool:
         self._workers = [_Worker(options) for _ in range(workers)]
         self._tasks: queue.SimpleQueue[Callable[[_Worker], None] | None] = queue.SimpleQueue()
         self._clock = _Clock(timeout_seconds)
+
+        # All are started before the first is waited for: their imports take seconds.
         try:
             for worker in self._workers:
                 worker.start()
@@ -129,11 +132,21 @@ class VerifierPool:
         except ValueError:
             self.close()
             raise
-        self._say_rung(options)
+
+        runs_own_text = own.is_own(verifier) and not own.is_trusted(verifier)
+        if runs_own_text and sandbox == "auto" and not self.rung.contains:
+            logger.warning(
+                "labels.verifier = %s is not contained on this node (%s): %s. Say TRUSTED = True "
+                "in it if it never runs what a completion says",
+                verifier,
+                self._workers[0].why,
+                self.rung.meaning,
+            )
+
         # Daemons: an interrupted run does not wait for the checks that are left.
-        self._threads = [
-            threading.Thread(target=self._serve, args=(w,), daemon=True) for w in self._workers
-        ]
+        self._threads: list[threading.Thread] = []
+        for worker in self._workers:
+            self._threads.append(threading.Thread(target=self._serve, args=(worker,), daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -148,7 +161,7 @@ class VerifierPool:
         return self._workers[0].rung
 
     def submit(self, check: Check, then: Callable[[Outcome], T]) -> Future[T]:
-        """`then` of the check's outcome, once there is one.
+        """Returns `then` of the check's outcome, once there is one.
 
         Never raises for what a completion holds.
         """
@@ -157,20 +170,17 @@ class VerifierPool:
         def task(worker: _Worker) -> None:
             try:
                 future.set_result(then(worker.check(check, self._clock)))
-            except (
-                Exception
-            ) as error:  # a worker that cannot be started again: whoever waits must hear of it
+            except Exception as error:
+                # A worker that cannot be started again: whoever waits must hear of it.
                 future.set_exception(error)
 
         self._tasks.put(task)
         return future
 
     def run(self, checks: Sequence[Check]) -> list[Outcome]:
-        """[checks] outcomes, in order."""
-        return [
-            future.result()
-            for future in [self.submit(check, lambda outcome: outcome) for check in checks]
-        ]
+        """Returns [checks] outcomes, in order."""
+        futures = [self.submit(check, lambda outcome: outcome) for check in checks]
+        return [future.result() for future in futures]
 
     def close(self) -> None:
         """Ends the processes.
@@ -181,19 +191,8 @@ class VerifierPool:
             self._tasks.put(None)
             worker.close()
 
-    def _say_rung(self, options: Mapping[str, Any]) -> None:
-        rung, why = self._workers[0].rung, self._workers[0].why
-        own_text = own.is_own(options["verifier"]) and not own.is_trusted(options["verifier"])
-        if own_text and options["sandbox"] == "auto" and not rung.contains:
-            logger.warning(
-                "labels.verifier = %s is not contained on this node (%s): %s. Say TRUSTED = True in it if it never runs "
-                "what a completion says",
-                options["verifier"],
-                why,
-                rung.meaning,
-            )
-
     def _serve(self, worker: _Worker) -> None:
+        """Runs tasks on one worker until None is one; the body of the worker's thread."""
         while (task := self._tasks.get()) is not None and not worker.closed:
             task(worker)
         worker.kill()  # lets go of its descriptors too, which nobody else reads by now
@@ -209,24 +208,27 @@ class _Clock:
     """How long checks may take."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self._lock = seconds, threading.Lock()
-        self._recent: deque[bool] = deque(maxlen=_RECENT_CHECKS)
+        self.seconds = seconds
+        self._lock = threading.Lock()
+        self._recent_timeouts: deque[bool] = deque(maxlen=_RECENT_CHECKS)
 
     def processor_seconds(self) -> float:
-        """Processor time of the next check: the wall clock's, divided by 1 + the timeouts among the
-        last checks.
+        """Returns the processor time of the next check.
+
+        That is the wall clock's, divided by 1 + the timeouts among the last checks.
         """
         with self._lock:
-            return max(self.seconds / (1 + sum(self._recent)), min(self.seconds, _LEAST_SECONDS))
+            share = self.seconds / (1 + sum(self._recent_timeouts))
+            return max(share, min(self.seconds, _LEAST_SECONDS))
 
     def count(self, *, timeout: bool) -> None:
         """Remembers how a check ended."""
         with self._lock:
-            self._recent.append(timeout)
+            self._recent_timeouts.append(timeout)
 
 
-class _Junk(Exception):
-    """A worker's reply is none."""
+class _BrokenReplyError(Exception):
+    """A worker's reply is not one."""
 
 
 class _Worker:
@@ -237,17 +239,20 @@ class _Worker:
         self._verifier = options["verifier"]
         self._process: subprocess.Popen[bytes] | None = None
         self._replies = -1
-        self._checks = 0
-        self._warned = False
+        self._num_checks = 0
+        """Checks that this process has been given."""
+        self._has_warned = False
         self.closed = False
-        self.rung, self.why = Rung.LIMITS, ""
+        # What the process says of itself once it is ready.
+        self.rung = Rung.LIMITS
+        self.why = ""
         self.threads = True
 
     def start(self) -> None:
         """Starts the process; its imports take a while."""
         self._replies, theirs = os.pipe()
         options = json.dumps({**self._options, "replies": theirs})
-        self._checks = 0
+        self._num_checks = 0
         self._process = subprocess.Popen(
             [sys.executable, "-m", "megatron_real.labels.worker", options],
             bufsize=0,
@@ -262,68 +267,97 @@ class _Worker:
         os.set_blocking(self._process.stdin.fileno(), False)
 
     def wait_until_ready(self) -> None:
-        """Raises ValueError if the verifier cannot be loaded."""
+        """Waits for the process's first line, in which it says what it is behind.
+
+        Raises:
+            ValueError: the verifier cannot be loaded.
+        """
         line = self._exchange(b"", _STARTUP_SECONDS)
-        if not line:
-            error = f"its process {'ended' if line == b'' else 'does not answer'}"
+        if line is None:
+            error = "its process does not answer"
+        elif line == b"":
+            error = "its process ended"
         else:
             try:
                 reply = json.loads(line)
                 error = reply["error"]
                 if error is None:
-                    self.rung, self.why = Rung(reply["rung"]), reply["why"]
+                    self.rung = Rung(reply["rung"])
+                    self.why = reply["why"]
                     self.threads = reply["threads"]
             except (ValueError, TypeError, KeyError):
                 error = "its process answered with something else"
+
         if error is not None:
             self.kill()
             raise ValueError(f"labels.verifier = {self._verifier} cannot be loaded ({error})")
 
     def check(self, check: Check, clock: _Clock) -> Outcome:
-        """The verifier's outcome, `timeout` when its time was over, or `crashed` when the process
-        ended.
+        """Runs one check.
+
+        Returns:
+            The verifier's outcome, `timeout` when its time was over, or `crashed` when the process
+            ended.
         """
         # It may have died while it was idle.
         if self._process is None or self._process.poll() is not None:
             self.kill()
             self.start()
             self.wait_until_ready()
-        started, processor_seconds = time.monotonic(), clock.processor_seconds()
+
+        started = time.monotonic()
+        processor_seconds = clock.processor_seconds()
         request = {
             "text": check.text,
             "answers": list(check.answers),
             "metadata": dict(check.metadata),
             "processor_seconds": processor_seconds,
         }
-        self._checks += 1
+        self._num_checks += 1
         line = self._exchange(json.dumps(request).encode() + b"\n", clock.seconds)
         seconds = time.monotonic() - started
-        if line:
-            try:
-                outcome, last = self._outcome(line, seconds)
-            except _Junk:
-                self.kill()
-                clock.count(timeout=False)
-                return Outcome("crashed", None, seconds, "the worker's reply is none")
-            if last:
-                self.kill()
-                self._warn_of_small_memory()
-            clock.count(timeout=outcome.status == "timeout")
-            return outcome
-        code = self.kill(patience=0 if line is None else 1)
-        clock.count(timeout=line is None or code == -signal.SIGPROF)
+
         if line is None:
+            self.kill()
+            clock.count(timeout=True)
             return Outcome("timeout", None, seconds, f"no answer within {clock.seconds:.3g} s")
-        if code == -signal.SIGPROF:
-            reason = f"no answer within {processor_seconds:.3g} s of processor time"
-            return Outcome("timeout", None, seconds, reason)
-        return Outcome("crashed", None, seconds, f"the verifier process ended with code {code}")
+
+        if line == b"":
+            # The process is about to end: a moment's patience gets its own exit code.
+            code = self.kill(patience=1)
+            clock.count(timeout=code == -signal.SIGPROF)
+            if code == -signal.SIGPROF:
+                reason = f"no answer within {processor_seconds:.3g} s of processor time"
+                return Outcome("timeout", None, seconds, reason)
+            reason = f"the verifier process ended with code {code}"
+            return Outcome("crashed", None, seconds, reason)
+
+        try:
+            outcome, is_last = self._outcome(line, seconds)
+        except _BrokenReplyError:
+            self.kill()
+            clock.count(timeout=False)
+            return Outcome("crashed", None, seconds, "the worker's reply is none")
+        if is_last:
+            self.kill()
+        if is_last and self._num_checks == 1 and not self._has_warned:
+            # Workers are replaced after every check: that is a second or more for each.
+            self._has_warned = True
+            logger.warning(
+                "a worker of labels.verifier = %s was replaced after one check, because that took "
+                "more than half of labels.memory_mib = %d; raise it",
+                self._verifier,
+                self._options["memory_mib"],
+            )
+        clock.count(timeout=outcome.status == "timeout")
+        return outcome
 
     def _outcome(self, line: bytes, seconds: float) -> tuple[Outcome, bool]:
-        """What the reply says, and whether it is the worker's last.
+        """Returns what the reply says, and whether it is the worker's last.
 
         Raises:
-            _Junk: it is no reply to the last request. A verifier's own code may have written it.
+            _BrokenReplyError: it is no reply to the last request. A verifier's own code may have
+                written it.
         """
         try:
             match json.loads(line):
@@ -333,30 +367,20 @@ class _Worker:
                     "reward": (None | int() | float()) as reward,
                     "reason": str(reason),
                     "last": bool(last),
-                } if number == self._checks and status in _STATUSES:
+                } if number == self._num_checks and status in _STATUSES:
                     if reward is None or math.isfinite(reward):
                         return Outcome(status, reward, seconds, reason), last
         except (ValueError, RecursionError, OverflowError):
             pass
-        raise _Junk
-
-    def _warn_of_small_memory(self) -> None:
-        """Says once that workers are replaced after every check: that is a second or more for each."""
-        if self._checks == 1 and not self._warned:
-            self._warned = True
-            logger.warning(
-                "a worker of labels.verifier = %s was replaced after one check, because that took more than half of "
-                "labels.memory_mib = %d; raise it",
-                self._verifier,
-                self._options["memory_mib"],
-            )
+        raise _BrokenReplyError
 
     def kill(self, *, patience: float = 0) -> int | None:
         """Ends the process and all that it started.
 
         Returns its exit code, its own if it ends within `patience` s.
         """
-        process, self._process = self._process, None
+        process = self._process
+        self._process = None
         if process is None:
             return None
         assert process.stdin is not None, "a pipe"
@@ -370,35 +394,43 @@ class _Worker:
 
     def close(self) -> None:
         """Ends the process for good; the thread that waits for it finds that it ended."""
-        self.closed, process = True, self._process
+        self.closed = True
+        process = self._process  # the thread sets it to None at any time
         if process is not None:
             _end(process)
 
     def _exchange(self, request: bytes, seconds: float) -> bytes | None:
-        """The process's next line after `request`, b"" when it ended, None when the time is over."""
+        """Sends `request` and returns the process's next line.
+
+        b"" when the process ended, None when the time is over.
+        """
         assert self._process is not None and self._process.stdin is not None, "it was started"
-        to, back = self._process.stdin.fileno(), self._replies
-        deadline, line = time.monotonic() + seconds, b""
+        requests = self._process.stdin.fileno()
+        deadline = time.monotonic() + seconds
+        line = b""
+
         # select() cannot take file descriptors above 1023, which a trainer may have.
         poller = select.poll()
-        poller.register(back, select.POLLIN)
+        poller.register(self._replies, select.POLLIN)
         while not line.endswith(b"\n") and len(line) <= _MAX_REPLY_BYTES:
             if request:
-                poller.register(to, select.POLLOUT)
+                poller.register(requests, select.POLLOUT)
             left = deadline - time.monotonic()
             ready = dict(poller.poll(max(left, 0) * 1000))
-            if back in ready:
-                piece = os.read(back, 1 << 16)
+
+            if self._replies in ready:
+                piece = os.read(self._replies, 1 << 16)
                 if not piece:
                     return b""
                 line += piece
-            elif to in ready:
+            elif requests in ready:
                 try:
-                    request = request[os.write(to, request) :]
+                    num_written = os.write(requests, request)
                 except BrokenPipeError:
                     return b""
+                request = request[num_written:]
                 if not request:
-                    poller.unregister(to)
+                    poller.unregister(requests)
             elif left <= 0:
                 return None
         return line
@@ -415,10 +447,14 @@ def _end(process: subprocess.Popen[bytes]) -> int:
 
 
 def _environment(verifier: str) -> dict[str, str]:
-    """A worker's environment: that of the trainer for a trusted verifier, else the few variables it
-    needs.
+    """Returns a worker's environment.
+
+    That is the trainer's for a trusted verifier, else the few variables that it needs.
     """
-    names = os.environ if own.is_own(verifier) and own.is_trusted(verifier) else _ENVIRONMENT
-    kept = {name: os.environ[name] for name in names if name in os.environ}
-    path = os.pathsep.join(path for path in sys.path if path)
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    if own.is_own(verifier) and own.is_trusted(verifier):
+        environment = dict(os.environ)
+    else:
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    environment["OMP_NUM_THREADS"] = "1"
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    return environment

@@ -59,14 +59,40 @@ _SPELLINGS = {
     "cu": "cubic cubed",
     "unit": "units",
 }
-_CANONICAL = {other: name for name, others in _SPELLINGS.items() for other in others.split()}
+_CANONICAL = {
+    spelling: name for name, spellings in _SPELLINGS.items() for spelling in spellings.split()
+}
 UNIT_NAMES = frozenset(_SPELLINGS) | frozenset(_CANONICAL)
 """Every spelling of a unit that is known as one, also where it is not marked as text."""
+# Words that turn what stands before them into something else; no unit has one.
+_TURNING_WORDS = frozenset([
+    "not", "no", "isn", "is", "was", "wrong", "or", "and", "but", "nor", "neither", "either",
+    "more", "less", "than", "greater", "fewer", "least", "most", "if", "false", "true", "except",
+    "without", "minus", "plus", "times", "half", "twice", "maybe", "perhaps", "unless", "incorrect",
+    "never", "only",
+])  # fmt: skip
+
+TRIGONOMETRIC = frozenset(("\\sin", "\\cos", "\\tan", "\\cot", "\\sec", "\\csc"))
+"""Functions of an angle: the degrees after them are an argument, not a unit."""
+
+_BASE = re.compile(r"_ (?:\{ )?(\w+)(?: \})?$")
+_DIGITS = re.compile(r"-?[0-9][0-9A-F]*(\.[0-9A-F]+)?")
+_NUMERALS = {
+    "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8",
+    "nine": "9", "ten": "10", "twelve": "12", "sixteen": "16",
+}  # fmt: skip
+
+_MAX_UNIT_WORDS = 4
+_UNIT_MARKS = frozenset(["^", "{", "}", "/", "(", ")", "-", "."])
+_MAX_UNIT_MARKS = 4
+# What a number of a unit stands behind: cm^{2}, m^{-1}, \pmod{5}.
+_BEFORE_NUMBER = frozenset(("^", "{", "-", "(", "\\pmod"))
 
 
 def canonical_unit(words: Sequence[str]) -> str:
-    """Returns one spelling of a unit: known names by their abbreviation, others in the singular and
-    in lower case.
+    """Returns one spelling of a unit.
+
+    Known names are given by their abbreviation, others in the singular and in lower case.
     """
     return " ".join(_canonical_word(word) for word in words)
 
@@ -76,52 +102,14 @@ def _canonical_word(word: str) -> str:
         return word
     if word in _CANONICAL:
         return _CANONICAL[word]
+
+    # M is no spelling of m, but Meters is one of meters.
     lower = word.lower()
     if lower in _CANONICAL:
         return _CANONICAL[lower]
-    return lower[:-1] if len(lower) > 3 and lower.endswith("s") else lower
-
-
-# Words that turn what stands before them into something else; no unit has one.
-_TURNING_WORDS = frozenset(
-    [
-        "not",
-        "no",
-        "isn",
-        "is",
-        "was",
-        "wrong",
-        "or",
-        "and",
-        "but",
-        "nor",
-        "neither",
-        "either",
-        "more",
-        "less",
-        "than",
-        "greater",
-        "fewer",
-        "least",
-        "most",
-        "if",
-        "false",
-        "true",
-        "except",
-        "without",
-        "minus",
-        "plus",
-        "times",
-        "half",
-        "twice",
-        "maybe",
-        "perhaps",
-        "unless",
-        "incorrect",
-        "never",
-        "only",
-    ]
-)
+    if len(lower) > 3 and lower.endswith("s"):
+        return lower[:-1]
+    return lower
 
 
 def split_unit(tokens: Sequence[Token]) -> tuple[list[Token], str]:
@@ -129,72 +117,70 @@ def split_unit(tokens: Sequence[Token]) -> tuple[list[Token], str]:
 
     The latter is "" where there is none.
     """
+    # A currency may stand before the number, and before or behind its sign.
     body = list(tokens)
-    before = ""
+    currency = ""
     if body and body[0].kind == "unit" and len(body) > 1:
-        before = body[0].text
+        currency = body[0].text
         body = trim(body[1:])
     elif len(body) > 2 and body[0].text in "+-" and body[1].kind == "unit":
-        before = body[1].text
+        currency = body[1].text
         body = [body[0], *trim(body[2:])]
-    base = _base(body)
-    if base:
-        return base
+
+    digits_and_base = _split_base(body)
+    if digits_and_base is not None:
+        return digits_and_base
+
     start = _where_unit_begins(body)
     if any(token.text in TRIGONOMETRIC for token in body):
-        start = len(body)  # sin 30 degrees
-    elif not any(_is_measured(token) for token in body[:start]):
-        start = 0  # words after a letter are no unit
-    if start == 0 or start == len(body):
-        return list(tokens) if start == 0 else body, before
-    words = [t.text for t in body[start:] if t.kind != "space" and t.text not in "{}()"]
-    spelled = canonical_unit([word for word in words if word != "of"])
-    return trim(body[:start]), " ".join(part for part in (before, spelled) if part)
+        return body, currency  # sin 30 degrees
+    is_measured = any(
+        token.kind == "number" or (token.kind == "command" and token.text != "\\angle")
+        for token in body[:start]
+    )
+    if not is_measured:
+        return list(tokens), currency  # words after a letter are no unit
+    if start == len(body):
+        return body, currency
+
+    words = [
+        token.text for token in body[start:] if token.kind != "space" and token.text not in "{}()"
+    ]
+    unit = canonical_unit([word for word in words if word != "of"])
+    return trim(body[:start]), f"{currency} {unit}".strip()
 
 
-TRIGONOMETRIC = frozenset(("\\sin", "\\cos", "\\tan", "\\cot", "\\sec", "\\csc"))
-"""Functions of an angle: the degrees after them are an argument, not a unit."""
-_BASE = re.compile(r"_ (?:\{ )?(\w+)(?: \})?$")
-
-
-def _is_measured(token: Token) -> bool:
-    return token.kind == "number" or (token.kind == "command" and token.text != "\\angle")
-
-
-def _base(body: Sequence[Token]) -> tuple[list[Token], str] | None:
-    """1011_2: digits and their base."""
-    under = next((i for i, token in enumerate(body) if token.text == "_"), 0)
-    if not under:
+def _split_base(body: Sequence[Token]) -> tuple[list[Token], str] | None:
+    """Splits 1011_2 into its digits and their base; None where it is no such number."""
+    texts = [token.text for token in body]
+    if "_" not in texts[1:]:
         return None
+    under = texts.index("_")
     base = _BASE.fullmatch(joined(body[under:]))
     digits = joined(body[:under]).replace(" ", "").strip("()")
-    if not base or not re.fullmatch(r"-?[0-9][0-9A-F]*(\.[0-9A-F]+)?", digits):
+    if not base or not _DIGITS.fullmatch(digits):
         return None
-    return [
-        t for t in body[:under] if t.text not in "()"
-    ], f"base {_NUMERALS.get(base[1], base[1])}"
-
-
-_NUMERALS = {
-    "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
-    "ten": "10", "twelve": "12", "sixteen": "16",
-}  # fmt: skip
+    number = [token for token in body[:under] if token.text not in "()"]
+    return number, f"base {_NUMERALS.get(base[1], base[1])}"
 
 
 def _where_unit_begins(body: Sequence[Token]) -> int:
-    """Index of the first token of a unit at the end; len(body) where there is none."""
+    """Returns the index of the first token of a unit at the end; len(body) where there is none."""
     start = len(body)
-    words = 0
+    num_words = 0
     for i in range(len(body) - 1, -1, -1):
         if _is_unit_word(body, i):
             start = i
-            words += 1
-        elif body[i].kind != "space" and not _is_in_unit(body, i):
+            num_words += 1
+        elif body[i].kind != "space" and not _is_mark_of_unit(body, i):
             break
-    return start if 0 < words <= _MAX_UNIT_WORDS else len(body)
+    if num_words > _MAX_UNIT_WORDS:
+        return len(body)  # a sentence
+    return start
 
 
 def _is_unit_word(body: Sequence[Token], i: int) -> bool:
+    """Returns whether a token is a unit, or a word that may be one."""
     token = body[i]
     if token.kind == "unit" or token.text == "\\pmod":
         return True
@@ -202,27 +188,24 @@ def _is_unit_word(body: Sequence[Token], i: int) -> bool:
         return token.text.lower() not in _TURNING_WORDS
     if token.kind != "letters" or i == 0 or token.text.lower() in _TURNING_WORDS:
         return False
-    known = token.text in UNIT_NAMES and len(token.text) > 1
-    return known or (body[i - 1].kind == "space" and len(token.text) > 2)
+
+    # Letters that nobody marked as text: 5cm is a length, 5ab a product, 5 apples are apples.
+    is_known = token.text in UNIT_NAMES and len(token.text) > 1
+    return is_known or (body[i - 1].kind == "space" and len(token.text) > 2)
 
 
-_MAX_UNIT_WORDS = 4
-_UNIT_MARKS = frozenset(["^", "{", "}", "/", "(", ")", "-", "."])
-_MAX_UNIT_MARKS = 4
-_BEFORE_NUMBER = frozenset(("^", "{", "-", "(", "\\pmod"))
+def _is_mark_of_unit(body: Sequence[Token], i: int) -> bool:
+    """Returns whether a token is an exponent, bracket or slash of a unit: cm^{2}, km/h, \\pmod{5}.
 
-
-def _is_in_unit(body: Sequence[Token], i: int) -> bool:
-    """Exponents, brackets and slashes of a unit: cm^{2}, km/h, \\pmod{5}.
-
-    A unit's word stands before them.
+    A unit's word stands before it.
     """
     if body[i].kind == "number":
-        before = next((t.text for t in reversed(body[:i]) if t.kind != "space"), "")
+        before = next((token.text for token in reversed(body[:i]) if token.kind != "space"), "")
         if before not in _BEFORE_NUMBER:
             return False  # 15 % 5
     elif body[i].text not in _UNIT_MARKS:
         return False
+
     for j in range(i - 1, max(i - 1 - _MAX_UNIT_MARKS, -1), -1):
         if _is_unit_word(body, j):
             return True

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_real.labels import gym
 from megatron_real.labels.answers import Answer, final_answer
 from megatron_real.labels.comparison import is_readable, same
-from megatron_real.labels.forms import Form, Unreadable
+from megatron_real.labels.forms import Unreadable
 from megatron_real.labels.normal_form import read, read_sentence
 from megatron_real.labels.own import load_own
 
@@ -28,31 +28,39 @@ Verifier = Callable[[str, Sequence[str], Mapping[str, Any]], Result]
 
 
 def exact(answer: Answer, golds: Sequence[str], _metadata: Mapping[str, Any]) -> Result:
-    """The answer is one of the gold answers, letter by letter."""
-    return ("ok", 1.0) if answer.text in {gold.strip() for gold in golds} else ("wrong", 0.0)
+    """Judges whether the answer is one of the gold answers, letter by letter."""
+    if answer.text in [gold.strip() for gold in golds]:
+        return "ok", 1.0
+    return "wrong", 0.0
 
 
 def math_verify(answer: Answer, golds: Sequence[str], _metadata: Mapping[str, Any]) -> Result:
-    """The answer says what one of the gold answers says, as mathematics."""
-    given = read(answer.text) if answer.boxed else read_sentence(answer.text)
+    """Judges whether the answer says what one of the gold answers says, as mathematics."""
+    if answer.boxed:
+        answer_form = read(answer.text)
+    else:
+        answer_form = read_sentence(answer.text)
+
     for gold in golds:
-        boxed = final_answer(gold) if "\\boxed" in gold else None
-        wanted = read(boxed.text if boxed else gold)
-        spelled_alike = gold.strip() == answer.text and not _is_nothing(wanted)
-        if spelled_alike or same(wanted, given):
+        boxed = None
+        if "\\boxed" in gold:
+            boxed = final_answer(gold)
+        gold_form = read(boxed.text if boxed else gold)
+        # NaN and the like are no answer that anybody could match.
+        is_nothing = isinstance(gold_form, Unreadable) and gold_form.kind == "nothing"
+        is_spelled_alike = gold.strip() == answer.text and not is_nothing
+        if is_spelled_alike or same(gold_form, answer_form):
             return "ok", 1.0
-    return ("wrong", 0.0) if is_readable(given) else ("unparsable", None)
 
-
-def _is_nothing(form: Form) -> bool:
-    """NaN and the like: nobody can answer them."""
-    return isinstance(form, Unreadable) and form.kind == "nothing"
+    if not is_readable(answer_form):
+        return "unparsable", None
+    return "wrong", 0.0
 
 
 def reasoning_gym(answer: Answer, golds: Sequence[str], metadata: Mapping[str, Any]) -> Result:
-    """The task's own scorer, as gym.py lets it.
+    """Judges by the task's own scorer, as gym.py lets it.
 
-    The row's extra_info carries `source_dataset` and what it needs.
+    The row's extra_info carries `source_dataset` and what the scorer needs.
     """
     return "score", max(gym.score(answer.text, gold, metadata) for gold in golds)
 
@@ -76,7 +84,8 @@ def check_name(name: str) -> None:
     path, colon, _ = name.rpartition(":")
     if name not in NAMES and not colon:
         raise ValueError(
-            f"labels.verifier is {name!r}; it takes one of {', '.join(NAMES)} or your own path.py:function"
+            f"labels.verifier is {name!r}; it takes one of {', '.join(NAMES)} or your own "
+            "path.py:function"
         )
     if colon and not Path(path).is_file():
         raise ValueError(
@@ -85,10 +94,10 @@ def check_name(name: str) -> None:
 
 
 def load(name: str, *, require_think: bool = False, require_boxed: bool = True) -> Verifier:
-    """The verifier called `name`, or a user's own `path.py:function`, which is given the whole
-    text.
+    """Returns the verifier called `name`, or a user's own `path.py:function`.
 
-    Not `code`, which needs a worker around it (worker.py).
+    A user's own is given the whole text, the others the answer in it. Not `code`, which needs a
+    worker around it (worker.py).
 
     Raises:
         ValueError: there is no such verifier.
@@ -100,6 +109,8 @@ def load(name: str, *, require_think: bool = False, require_boxed: bool = True) 
 
     def verify(text: str, golds: Sequence[str], metadata: Mapping[str, Any]) -> Result:
         answer = final_answer(text, require_think=require_think, require_boxed=require_boxed)
-        return judge(answer, golds, metadata) if answer else ("unparsable", None)
+        if answer is None:
+            return "unparsable", None
+        return judge(answer, golds, metadata)
 
     return verify

@@ -1,8 +1,8 @@
 """A verifier process: one JSON request per line in, one JSON reply per line out.
 
-Started by pool.py.
+Started by pool.py:
 
-    python -m megatron_real.labels.worker '{"verifier": "math_verify", "memory_mib": 1024, "replies": 5, ...}'
+    python -m megatron_real.labels.worker '{"verifier": "math_verify", "replies": 5, ...}'
 
 Whatever a completion makes the verifier do stays in here: the memory limit is this process's, the
 wall clock is the parent's, the limit of processor time the kernel's, the walls are those of
@@ -57,36 +57,45 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     options["trusted"] = own.is_own(options["verifier"]) and own.is_trusted(options["verifier"])
-    walled = options["sandbox"] != "off" and not options["trusted"]
-    namespaces = walled and options["highest"] == Rung.NAMESPACES.value
-    end_like(supervise(lambda outside: _work(options, outside, walled), namespaces=namespaces))
+
+    is_walled = options["sandbox"] != "off" and not options["trusted"]
+    namespaces = is_walled and options["highest"] == Rung.NAMESPACES.value
+    end_like(supervise(lambda outside: _work(options, outside, is_walled), namespaces=namespaces))
 
 
-def _work(options: Mapping[str, Any], outside: Outside, walled: bool) -> int:
-    """The worker itself, below its supervisor: loads the verifier, goes behind the walls, serves."""
+def _work(options: Mapping[str, Any], outside: Outside, is_walled: bool) -> int:
+    """Runs as the worker, below its supervisor, and returns its exit code.
+
+    It loads the verifier, goes behind the walls and serves. The order must not change: what the
+    verifier imports is read before the walls, and no check is seen before they stand.
+    """
     replies = os.fdopen(options["replies"], "w", encoding="ascii")
     os.dup2(2, 1)  # what a verifier prints must not end up in the protocol
     logging.disable(logging.WARNING)  # math-verify warns at each call that its own timeouts are off
+
     memory = options["memory_mib"] << 20
     try:
         verify = _load(options)
         runs_any_text = _may_run_any_text(options)
         room = AddressSpace(memory)
+
         readable: list[str] = []
-        if walled and own.is_own(options["verifier"]):
+        if is_walled and own.is_own(options["verifier"]):
             readable = [own.folder(options["verifier"])]
             _check_folder(readable[0])
-        if walled:
+        if is_walled:
             walls = enclose(outside, readable, landlock=options["highest"] != Rung.LIMITS.value)
         else:
             walls = NO_WALLS
         _check_rung(options, walls, runs_any_text)
+
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         if isinstance(verify, CodeVerifier):
             verify.start(walls)
     except Exception as error:  # a user's file may raise anything
         _send(replies, error=_reason(error))
         return 0
+
     gc.collect()
     gc.freeze()  # children share these pages with the worker as long as no collection touches them
     _send(
@@ -101,7 +110,7 @@ def _work(options: Mapping[str, Any], outside: Outside, walled: bool) -> int:
 
 
 def _may_run_any_text(options: Mapping[str, Any]) -> bool:
-    """Whether the verifier may run whatever a completion says."""
+    """Returns whether the verifier may run whatever a completion says."""
     name = options["verifier"]
     if name == "reasoning_gym":
         return not gym.is_read_version()
@@ -111,15 +120,17 @@ def _may_run_any_text(options: Mapping[str, Any]) -> bool:
 def _serve(
     options: Mapping[str, Any], verify: Verify, walls: Walls, room: AddressSpace, replies: Any
 ) -> None:
-    """Answers requests, numbered as they come, until the trainer closes the pipe or the memory is
-    half used.
+    """Answers requests, numbered as they come.
+
+    Returns when the trainer has closed the pipe or the memory is half used.
     """
     is_gym = options["verifier"] == "reasoning_gym"
     always_in_child = _may_run_any_text(options)
     requests = os.fdopen(0, "rb", buffering=0, closefd=False)
     number = 0
-    while _is_there(0):
+    while _wait_for_request(0):
         if always_in_child:
+            # The child reads the request: nothing of it is ever in this process's memory.
             reply = _in_child(verify, walls, replies, room, read=lambda: _read(requests))
             if isinstance(verify, CodeVerifier) and not verify.is_usable():
                 return  # the check has crashed, whatever its verdict, and a fresh worker takes over
@@ -133,16 +144,23 @@ def _serve(
                 signal.setitimer(signal.ITIMER_PROF, request["processor_seconds"])
                 reply = _reply(verify, request)
                 signal.setitimer(signal.ITIMER_PROF, 0)
+
         number += 1
         # Caches of parsers grow: a fresh process must take over before an honest check meets the
         # limit.
-        last = room.is_half_used()
-        _send(replies, number=number, **reply, last=last)
-        if last:
+        is_last = room.is_half_used()
+        _send(replies, number=number, **reply, last=is_last)
+        if is_last:
             return
 
 
 def _load(options: Mapping[str, Any]) -> Verify:
+    """Returns the verifier that the options name, ready to judge without importing anything.
+
+    Raises:
+        ValueError: there is no such verifier.
+        Exception: whatever a user's file raises.
+    """
     name = options["verifier"]
     if name == "code":
         return CodeVerifier(
@@ -161,19 +179,26 @@ def _load(options: Mapping[str, Any]) -> Verify:
 
 
 def _check_folder(folder: str) -> None:
-    """Raises ValueError where a verifier's folder, which completions may read, has the home
-    directory in it.
+    """Checks a verifier's folder, which completions may read.
+
+    Raises:
+        ValueError: the home directory is in it.
     """
-    homes = home_directories()
-    if any(Path(folder) == home or Path(folder) in home.parents for home in homes):
-        raise ValueError(
-            f"it lies in {folder}, so completions could read the home directory; move it to a folder of its own, or say "
-            "TRUSTED = True in it if it never runs what a completion says"
-        )
+    for home in home_directories():
+        if Path(folder) == home or Path(folder) in home.parents:
+            raise ValueError(
+                f"it lies in {folder}, so completions could read the home directory; move it to a "
+                "folder of its own, or say TRUSTED = True in it if it never runs what a completion "
+                "says"
+            )
 
 
 def _check_rung(options: Mapping[str, Any], walls: Walls, runs_any_text: bool) -> None:
-    """Raises ValueError where the walls are lower than the verifier or the configuration asks for."""
+    """Checks that the walls are as high as the verifier and the configuration ask for.
+
+    Raises:
+        ValueError: they are lower.
+    """
     if options["sandbox"] == "off" or walls.rung.contains or options["trusted"]:
         return
     if options["sandbox"] == "require":
@@ -182,14 +207,15 @@ def _check_rung(options: Mapping[str, Any], walls: Walls, runs_any_text: bool) -
         raise ValueError(f"programs run in a sandbox only, and {walls.why}; {REMEDY}")
     if options["verifier"] == "reasoning_gym" and runs_any_text:
         raise ValueError(
-            f"another version of reasoning_gym than {gym.VERSION} may evaluate answers, and {walls.why}; install that "
-            f"version, or {REMEDY}"
+            f"another version of reasoning_gym than {gym.VERSION} may evaluate answers, and "
+            f"{walls.why}; install that version, or {REMEDY}"
         )
 
 
 def _of_gym(
     verify: Verify, walls: Walls, replies: Any, room: AddressSpace, request: dict[str, Any]
 ) -> dict[str, Any]:
+    """Returns the reply to a request whose scorer evaluates the answer: from a child, or none."""
     if not walls.rung.contains and walls is not NO_WALLS:
         task = request["metadata"].get("source_dataset")
         return _crashed(f"the scorer of {task} evaluates answers, and {walls.why}: docs/sandbox.md")
@@ -203,11 +229,17 @@ def _in_child(
     room: AddressSpace,
     read: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
-    """One check in a copy of this process that ends with it: its status, reward and reason.
+    """Runs one check in a copy of this process that ends with it.
 
     Args:
-        replies, room: this process's own, which the copy closes.
-        read: the request; called in the child, so that this process need not know it.
+        verify: the verifier.
+        walls: what this process is behind; the copy goes behind stricter ones.
+        replies: this process's own, which the copy closes.
+        room: this process's own, which the copy closes.
+        read: returns the request; called in the child, so that this process need not know it.
+
+    Returns:
+        Status, reward and reason.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -219,7 +251,11 @@ def _in_child(
             request = read()
             replies.close()
             room.close()
-            _detach()
+            # Requests come in by standard input: the child must not read the next one.
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for descriptor in (0, 1, 2):
+                os.dup2(nothing, descriptor)
+            os.close(nothing)
             seconds = math.ceil(request["processor_seconds"])
             confine_judged_code(walls, processor_seconds=seconds, memory=None)
             os.write(writer, json.dumps(_reply(verify, request)).encode())
@@ -230,6 +266,7 @@ def _in_child(
             os.write(writer, json.dumps(_crashed(_reason(error))).encode())
         finally:
             os._exit(code)
+
     os.close(writer)
     answer = b""
     with open(reader, "rb", buffering=0) as pipe:
@@ -240,16 +277,16 @@ def _in_child(
     return _answer(answer, os.waitstatus_to_exitcode(status), usage)
 
 
-def _detach() -> None:
-    """Replaces standard input, output and error by nothing: requests come in by the first."""
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):
-        os.dup2(nothing, descriptor)
-    os.close(nothing)
-
-
 def _answer(answer: bytes, code: int, usage: resource.struct_rusage) -> dict[str, Any]:
-    """A child's answer, checked field by field: it may have been written by whatever the child ran."""
+    """Returns the reply that a child's answer stands for.
+
+    The answer is checked field by field: whatever the child ran may have written it.
+
+    Args:
+        answer: what came through the child's pipe.
+        code: the child's exit code.
+        usage: what the child used.
+    """
     try:
         match json.loads(answer):
             case {
@@ -261,19 +298,18 @@ def _answer(answer: bytes, code: int, usage: resource.struct_rusage) -> dict[str
         return _crashed("the check's answer is of another form")
     except (ValueError, OverflowError, RecursionError):  # no JSON, or a number beyond all floats
         pass
+
     spent = usage.ru_utime + usage.ru_stime
     if code == -signal.SIGKILL and spent >= 1:  # only the kernel's clock kills in there
-        return {
-            "status": "timeout",
-            "reward": None,
-            "reason": f"no answer within {spent:.0f} s of processor time",
-        }
+        reason = f"no answer within {spent:.0f} s of processor time"
+        return {"status": "timeout", "reward": None, "reason": reason}
     if answer:
         return _crashed("the check's answer is of another form")
     return _crashed(f"the verifier process ended with code {code}")
 
 
 def _reply(verify: Verify, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs a check in this process and returns the reply to its request."""
     try:
         status, reward, *reasons = verify(request["text"], request["answers"], request["metadata"])
     except Exception as error:  # whatever a verifier raises is one failed check
@@ -282,6 +318,7 @@ def _reply(verify: Verify, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked(status: str, reward: float | None, reason: str) -> dict[str, Any]:
+    """Returns the reply of a verdict; a reward that is no finite number makes it a crash."""
     if reward is not None and not math.isfinite(reward):
         return _crashed(f"the verifier gave the reward {reward}")
     return {"status": status, "reward": reward, "reason": _printable(reason)}
@@ -296,14 +333,15 @@ def _reason(error: Exception) -> str:
 
 
 def _printable(text: str) -> str:
-    """The beginning of the text without control characters: it is shown on terminals, and judged
-    code may have written it.
+    """Returns the beginning of the text without control characters.
+
+    It is shown on terminals, and judged code may have written it.
     """
     return "".join(c if c.isprintable() else " " for c in text[:_MAX_REASON_CHARS])
 
 
-def _is_there(descriptor: int) -> bool:
-    """Waits for a request; False when the trainer has closed the pipe."""
+def _wait_for_request(descriptor: int) -> bool:
+    """Waits for a request; returns False when the trainer has closed the pipe."""
     poller = select.poll()
     poller.register(descriptor, select.POLLIN)
     ((_, events),) = poller.poll()
@@ -311,9 +349,12 @@ def _is_there(descriptor: int) -> bool:
 
 
 def _read(requests: BinaryIO) -> dict[str, Any]:
-    """The next request.
+    """Returns the next request.
 
     The trainer sends no other before it has the reply, so nothing is read beyond the line.
+
+    Raises:
+        EOFError: the trainer closed the pipe in the middle of a request.
     """
     pieces: list[bytes] = []
     while not pieces or not pieces[-1].endswith(b"\n"):
@@ -338,8 +379,8 @@ class AddressSpace:
         used = self._used()
         if used + _LEAST_ROOM > limit:
             raise ValueError(
-                f"it takes {used >> 20} MiB before its first check, so labels.memory_mib = {limit >> 20} leaves it no "
-                f"room; set it to {2 * used >> 20} or more"
+                f"it takes {used >> 20} MiB before its first check, so labels.memory_mib = "
+                f"{limit >> 20} leaves it no room; set it to {2 * used >> 20} or more"
             )
         self._half = (limit + used) / 2
 
@@ -348,10 +389,11 @@ class AddressSpace:
         os.close(self._statm)
 
     def is_half_used(self) -> bool:
-        """Whether half of what the loaded verifier left is used."""
+        """Returns whether half of what the loaded verifier left is used."""
         return self._used() > self._half
 
     def _used(self) -> int:
+        """Returns bytes of address space."""
         pages = os.pread(self._statm, 1 << 10, 0).split()[0]
         return int(pages) * resource.getpagesize()
 

@@ -90,7 +90,7 @@ def micro_batch(
     """Builds the micro-batch of `rollouts[i] for i in positions` on this rank's device, without waiting for it.
 
     Args:
-        rollouts: [R] all of the minibatch; all of those in `positions` with reference log-probs, or none.
+        rollouts: [R] all of the minibatch; those in `positions` are whole, all of them with reference log-probs, or none.
         positions: those in this micro-batch; none of them for one that only keeps the schedule in step.
         alignment: what the layout asks of lengths.
         bounds_on_host: the layers read the sequences' bounds on the host (MicroBatch.packed).
@@ -103,7 +103,7 @@ def micro_batch(
     smallest = math.lcm(alignment.total_multiple, 2)
     fill = -sum(lengths) % alignment.total_multiple if lengths else smallest
 
-    first_R = list(accumulate((len(r.completion.token_ids) for r in rollouts), initial=0))
+    first_R = list(accumulate((r.completion.num_tokens for r in rollouts), initial=0))
     sequences = [
         _Columns.of(rollout, length, position, first_R[position])
         for rollout, length, position in zip(members, lengths, positions, strict=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_real.batching import Layout, Minibatch, plan
+from megatron_real.batching import Layout, Minibatch, Plan, plan
 from megatron_real.config import BatchConfig, ParallelConfig
 from megatron_real.objective import Objective
 from megatron_real.policy.layout import Groups
 from megatron_real.policy.microbatch import Alignment, micro_batch
 from megatron_real.policy.train_step import Batch
+from megatron_real.records import Rollout
 from megatron_real.weights.architecture import Architecture
 
 
@@ -38,7 +40,7 @@ class Packer:
         return dataclasses.replace(self, batch=batch)
 
     def pack(self, minibatch: Minibatch, *, off_policy: bool) -> Batch:
-        """Plans the minibatch over all ranks and builds this rank's micro-batches.
+        """Plans the minibatch over all ranks and builds this rank's micro-batches; all its rollouts are whole here.
 
         Args:
             minibatch: what is trained on.
@@ -47,19 +49,19 @@ class Packer:
         Raises:
             ValueError: a sequence exceeds the token budget, or the groups do not fit the placement.
         """
+        planned = self.plan(minibatch, off_policy=off_policy)
+        return self.build(minibatch, planned, minibatch.rollouts)
+
+    def plan(self, minibatch: Minibatch, *, off_policy: bool) -> Plan:
+        """Which rank computes which rollouts, from their lengths and groups alone; arguments and errors as `pack`."""
         parallel, rollouts = self.parallel, minibatch.rollouts
-        alignment = Alignment(
-            cp=parallel.cp,
-            cp_rank=self.groups.cp.rank(),
-            tp=parallel.tp if parallel.sp else 1,
-            padded=self.batch.layout == "padded",
-        )
+        alignment = self._alignment
         free = self.objective.free_first_minibatch and not off_policy
         needs_scores = self.objective.gathers_scores and not free
         placement = self.batch.placement
         if needs_scores and self.objective.reach == "minibatch":
             placement = "split"  # no micro-batch holds all scores
-        planned = plan(
+        return plan(
             [alignment.length(rollouts[i]) for i in minibatch.kept],
             [rollouts[i].group for i in minibatch.kept],
             layout=Layout(
@@ -73,6 +75,15 @@ class Packer:
             needs_scores=needs_scores,
             cost=lambda length: length * self.architecture.flops_per_token(length / 2),
         )
+
+    def build(self, minibatch: Minibatch, planned: Plan, rollouts: Sequence[Rollout]) -> Batch:
+        """Builds this rank's micro-batches.
+
+        Args:
+            minibatch: what is trained on; its completions may be absent.
+            planned: of `plan`.
+            rollouts: [R] those of the minibatch, whole where this rank computes them.
+        """
         own = planned.micro_batches[self.groups.dp.rank()]
         return Batch(
             minibatch=minibatch,
@@ -81,9 +92,19 @@ class Packer:
                 micro_batch(
                     rollouts,
                     [minibatch.kept[k] for k in members],
-                    alignment,
+                    self._alignment,
                     bounds_on_host=self.bounds_on_host,
                 )
                 for members in own
             ),
+        )
+
+    @property
+    def _alignment(self) -> Alignment:
+        parallel = self.parallel
+        return Alignment(
+            cp=parallel.cp,
+            cp_rank=self.groups.cp.rank(),
+            tp=parallel.tp if parallel.sp else 1,
+            padded=self.batch.layout == "padded",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
-from megatron_real.batching import Minibatch, minibatches
+from megatron_real.batching import Minibatch, Plan, minibatches
 from megatron_real.config import BatchConfig, Config, ModelConfig, ParallelConfig
 from megatron_real.config import OptimizerConfig as OptimizerSettings
 from megatron_real.cpu import device
+from megatron_real.exchange import Exchange
 from megatron_real.objective import Objective
 from megatron_real.objective.facts import RolloutTable
 from megatron_real.policy.layout import Groups
@@ -115,6 +117,7 @@ class Policy:
         groups: Groups,
         *,
         num_updates: int,
+        exchange: Exchange | None = None,
     ) -> None:
         """Builds the model, fills it from `weights`, and builds the optimizer, whose master weights are copies.
 
@@ -124,8 +127,10 @@ class Policy:
             weights: HF tensors by name; a rank reads its own slices.
             groups: this rank's place in the layout.
             num_updates: length of the learning-rate schedule.
+            exchange: brings the rollouts that other ranks hold; None: every rank has all rollouts whole.
         """
         self.settings, self.architecture, self.groups = settings, architecture, groups
+        self.exchange = exchange
         self.chunks = build_model(
             architecture,
             model=settings.model,
@@ -202,10 +207,11 @@ class Policy:
             self.settings.objective,
             groups_per_minibatch=self.settings.batch.minibatch_prompts,
         )
-        return [
-            self.packer.pack(minibatch, off_policy=lagging or i > 0)
+        plans = [
+            self.packer.plan(minibatch, off_policy=lagging or i > 0)
             for i, minibatch in enumerate(cut)
         ]
+        return self._built(self.packer, cut, plans)
 
     def zero_gradients(self) -> None:
         """Clears the gradient buffers, before a pass that adds to them."""
@@ -258,7 +264,46 @@ class Policy:
         facts = self.settings.objective.facts(RolloutTable.of(rollouts))
         everything = Minibatch(tuple(rollouts), kept=answered, facts=facts)
         # Nothing is gathered within the pass, so groups may lie anywhere.
-        return self.packer.with_placement("auto").pack(everything, off_policy=False)
+        packer = self.packer.with_placement("auto")
+        planned = packer.plan(everything, off_policy=False)
+        (batch,) = self._built(packer, [everything], [planned])
+        return batch
+
+    def _built(
+        self, packer: Packer, cut: Sequence[Minibatch], plans: Sequence[Plan]
+    ) -> list[Batch]:
+        """The minibatches' batches. The tokens that their plans want on this rank come in one exchange."""
+        if self.exchange is None:
+            return [
+                packer.build(minibatch, planned, minibatch.rollouts)
+                for minibatch, planned in zip(cut, plans, strict=True)
+            ]
+
+        # All minibatches in a row, and of each data-parallel rank the positions in it that it computes.
+        rollouts = [rollout for minibatch in cut for rollout in minibatch.rollouts]
+        wanted: list[list[int]] = [[] for _ in range(self.groups.dp.size())]
+        first = 0
+        for minibatch, planned in zip(cut, plans, strict=True):
+            for replica, micro_batches in enumerate(planned.micro_batches):
+                wanted[replica] += [
+                    first + minibatch.kept[k] for members in micro_batches for k in members
+                ]
+            first += len(minibatch.rollouts)
+        brought = self.exchange.bring(rollouts, [wanted[i] for i in self._replica_of_rank])
+
+        batches = []
+        first = 0
+        for minibatch, planned in zip(cut, plans, strict=True):
+            end = first + len(minibatch.rollouts)
+            batches.append(packer.build(minibatch, planned, brought[first:end]))
+            first = end
+        return batches
+
+    @functools.cached_property
+    def _replica_of_rank(self) -> list[int]:
+        """[ranks] the data-parallel rank of each. Collective the first time."""
+        assert self.exchange is not None, "only an exchange asks where ranks stand"
+        return self.exchange.of_ranks(self.groups.dp.rank())
 
     def token_stats(self, batches: Sequence[Batch]) -> TokenStats:
         """Token-level figures of the step over all ranks. Collective over the world."""

@@ -9,13 +9,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy
+from numpy.typing import NDArray
+from torch import Tensor
 
 from megatron_real.policy.policy import Policy
 from megatron_real.policy.snapshot import Snapshot
-from megatron_real.policy.train_step import gathered_tokens
-from megatron_real.records import Rollout
+from megatron_real.policy.train_step import Batch, gathered_tokens, values_of_replica
+from megatron_real.records import Absent, Rollout
 from megatron_real.weights.mapping import Weights
 
 
@@ -41,25 +44,67 @@ class Reference:
                 policy.load_parameters(weights)
 
     def annotated(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """Returns the rollouts with their reference log-probs, the same on every rank. Collective over the world.
+        """Returns the rollouts with their reference log-probs, where their completions are. Collective over the world.
 
         Rollouts that all have theirs already, as those of a saved run do, are returned as they are.
         """
-        answered = [r for r in rollouts if r.completion.num_trained]
-        if all(r.reference_logprobs is not None for r in answered):
+        if self._is_known(rollouts):
             return list(rollouts)
 
         bare = [dataclasses.replace(r, reference_logprobs=None) for r in rollouts]
         batch = self._policy.whole(bare)
         with self._snapshot.swapped_in():
             values = self._policy.passes.logprobs(batch.micro_batches)
-        logprob_N = gathered_tokens(self._policy.groups, batch, values).numpy()
-        if self._policy.settings.model.dtype != "fp64":
-            logprob_N = logprob_N.astype(numpy.float32)  # which they were before they were summed
+        computed = self._of_rollouts(batch, values)
 
-        ends = list(accumulate(len(r.completion.token_ids) for r in bare))
-        starts = [0, *ends[:-1]]
-        return [
-            dataclasses.replace(rollout, reference_logprobs=logprob_N[start:end])
-            for rollout, start, end in zip(bare, starts, ends, strict=True)
-        ]
+        annotated = []
+        dtype = numpy.float64 if self._policy.settings.model.dtype == "fp64" else numpy.float32
+        for position, rollout in enumerate(bare):
+            if not isinstance(rollout.completion, Absent):
+                reference = computed.get(position)
+                if reference is None:  # without a trained token it is in no pass
+                    reference = numpy.zeros(rollout.completion.num_tokens)
+                rollout = dataclasses.replace(
+                    rollout, reference_logprobs=reference.astype(dtype, copy=False)
+                )
+            annotated.append(rollout)
+        return annotated
+
+    def _is_known(self, rollouts: Sequence[Rollout]) -> bool:
+        """Whether all rollouts that have a trained token have their reference log-probs, wherever they are."""
+        here = [r for r in rollouts if not isinstance(r.completion, Absent)]
+        known = all(r.reference_logprobs is not None for r in here if r.completion.num_trained)
+        exchange = self._policy.exchange
+        return known if exchange is None else exchange.all_agree(known)
+
+    def _of_rollouts(self, batch: Batch, values: Sequence[Tensor]) -> dict[int, NDArray[Any]]:
+        """By position in the batch's minibatch: float64 values of all tokens of the rollouts whose completion is here.
+
+        Args:
+            batch: of all rollouts.
+            values: [micro-batches] of [T] each; empty on all stages but the last.
+        """
+        exchange, groups = self._policy.exchange, self._policy.groups
+        rollouts = batch.minibatch.rollouts
+        if exchange is None:
+            value_N = gathered_tokens(groups, batch, values).numpy()
+            ends = list(accumulate(r.completion.num_tokens for r in rollouts))
+            starts = [0, *ends[:-1]]
+            return {
+                position: value_N[start:end]
+                for position, (start, end) in enumerate(zip(starts, ends, strict=True))
+            }
+
+        own: dict[int, NDArray[Any]] = {}
+        if groups.is_last_stage:
+            own = values_of_replica(groups, batch, values)
+        # One rank speaks for each data-parallel replica; the others have the same values, or none.
+        speakers = exchange.of_ranks(groups.dp.rank() if groups.writes_logprobs else -1)
+        speaker_of_replica = {replica: rank for rank, replica in enumerate(speakers)}
+        computed_by = {
+            batch.minibatch.kept[k]: speaker_of_replica[replica]
+            for replica, micro_batches in enumerate(batch.plan.micro_batches)
+            for members in micro_batches
+            for k in members
+        }
+        return exchange.returned(rollouts, own, computed_by, numpy.float64)

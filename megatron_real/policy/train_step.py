@@ -26,9 +26,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_real.batching import Minibatch, Plan
@@ -538,6 +540,42 @@ def gathered_tokens(groups: Groups, batch: Batch, values: Sequence[Tensor]) -> T
         last = dist.get_global_rank(groups.pp, groups.pp.size() - 1)
         dist.broadcast(value_N, src=last, group=groups.pp)
     return value_N.cpu()
+
+
+def values_of_replica(
+    groups: Groups, batch: Batch, values: Sequence[Tensor]
+) -> dict[int, NDArray[Any]]:
+    """Brings values of single tokens together within a data-parallel replica, on its last pipeline stage.
+
+    Args:
+        groups: this rank's place in the layout, on the last stage.
+        batch: [micro-batches] whose tokens they are.
+        values: [micro-batches] of [T] each.
+
+    Returns:
+        By position in the minibatch, for the rollouts that this replica computes: [n] float64 of all tokens of the
+        completion, 0 where a token is not trained.
+    """
+    lengths_R = torch.tensor([r.completion.num_tokens for r in batch.minibatch.rollouts])
+    first_R = to_device(lengths_R.cumsum(0) - lengths_R)
+    found: dict[int, NDArray[Any]] = {}
+    for micro, value_T in zip(batch.micro_batches, values, strict=True):
+        if not micro.positions:
+            continue
+        # The micro-batch's rollouts in a row: tokens move from their places in the minibatch to those in the row.
+        lengths = [int(lengths_R[position]) for position in micro.positions]
+        start_R = torch.zeros_like(first_R)
+        start_R[micro.position_R] = to_device(torch.tensor([0, *lengths]).cumsum(0)[:-1])
+        index_K = micro.index_T[micro.kept_K] - first_R[micro.rollout_K] + start_R[micro.rollout_K]
+        value_N = torch.zeros(sum(lengths), dtype=torch.float64, device=batch.device)
+        value_N[index_K] = value_T[micro.kept_K].double()
+        if groups.cp.size() > 1:  # each context-parallel rank has a part of each sequence
+            dist.all_reduce(value_N, group=groups.cp)
+        parts = value_N.cpu().split(lengths)
+        found |= {
+            position: part.numpy() for position, part in zip(micro.positions, parts, strict=True)
+        }
+    return found
 
 
 def _float64(values_R: Tensor) -> Tensor:

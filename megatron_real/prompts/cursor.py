@@ -21,33 +21,49 @@ class PromptCursor:
     """
 
     def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool = True) -> None:
-        self._prompts, self._seed, self._shuffle = prompts, seed, shuffle
+        """Begins the first epoch.
+
+        Args:
+            prompts: [1..] what is drawn.
+            seed: of the permutations.
+            shuffle: else the prompts keep their order in every epoch.
+        """
+        self._prompts = prompts
+        self._seed = seed
+        self._shuffle = shuffle
         self._questions = _digests(prompt.token_ids for prompt in prompts)
         self._answers = _digests(prompt.answers for prompt in prompts)
-        self.epoch = self.position = 0
+        self.epoch = 0
+        self.position = 0
         self._order = self._permutation()
 
     def next_batch(self, size: int) -> list[Prompt]:
-        """The next `size` prompts."""
+        """Returns the next `size` prompts."""
         batch: list[Prompt] = []
         while len(batch) < size:
+            # An epoch may end in the middle of a batch.
             if self.position == len(self._prompts):
-                self.epoch, self.position = self.epoch + 1, 0
+                self.epoch += 1
+                self.position = 0
                 self._order = self._permutation()
-            taken = self._order[self.position : self.position + size - len(batch)]
-            batch += [self._prompts[i] for i in taken]
-            self.position += len(taken)
+            indices = self._order[self.position : self.position + size - len(batch)]
+            batch += [self._prompts[i] for i in indices]
+            self.position += len(indices)
         return batch
 
     def peek(self, size: int) -> list[Prompt]:
-        """The prompts that `next_batch` will give; they stay the next."""
-        epoch, position, order = self.epoch, self.position, self._order
+        """Returns the prompts that `next_batch` will give; they stay the next."""
+        epoch = self.epoch
+        position = self.position
+        order = self._order
         batch = self.next_batch(size)
-        self.epoch, self.position, self._order = epoch, position, order
+        self.epoch = epoch
+        self.position = position
+        self._order = order
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on from here."""
+        """Returns what `load_state_dict` needs to go on from here."""
         return {
             "epoch": self.epoch,
             "position": self.position,
@@ -74,51 +90,63 @@ class PromptCursor:
             )
         if "questions" not in state:
             raise ValueError(
-                "the saved prompt order is of an earlier version of this program, which did not say what the prompts "
-                "were; go on with that version, or give another trainer.run_dir"
+                "the saved prompt order is of an earlier version of this program, which did not "
+                "say what the prompts were; go on with that version, or give another "
+                "trainer.run_dir"
             )
-        saved = len(state["questions"]) // _DIGEST_LETTERS
-        if saved != len(self._prompts):
+
+        num_saved = len(state["questions"]) // _DIGEST_LETTERS
+        if num_saved != len(self._prompts):
             raise ValueError(
-                f"the saved prompt order is of {saved} prompts, and data.train now has {len(self._prompts)} that "
-                "data.max_prompt_tokens lets through; use the same data"
+                f"the saved prompt order is of {num_saved} prompts, and data.train now has "
+                f"{len(self._prompts)} that data.max_prompt_tokens lets through; use the same data"
             )
-        if changed := self._changed(state["questions"], self._questions):
+        changed = self._changed(state["questions"], self._questions)
+        if changed:
             raise ValueError(
-                f"the saved prompt order is of other prompts: the tokens of {changed} have changed; use the same data "
-                "in the same order, and the same data.suffix, tokenizer and chat template"
+                f"the saved prompt order is of other prompts: the tokens of {changed} have "
+                "changed; use the same data in the same order, and the same data.suffix, tokenizer "
+                "and chat template"
             )
-        self.epoch, self.position = state["epoch"], state["position"]
+
+        self.epoch = state["epoch"]
+        self.position = state["position"]
         self._order = self._permutation()
+        # Corrected answers leave the order as it is: they are worth a sentence, not a refusal.
         changed = self._changed(state["answers"], self._answers)
-        return [f"the gold answers of {changed} have changed"] if changed else []
+        if not changed:
+            return []
+        return [f"the gold answers of {changed} have changed"]
 
     def _changed(self, before: str, now: str) -> str:
-        """The first prompt whose digest differs, and how many do; "" where none does."""
-        size = _DIGEST_LETTERS
-        different = [
-            i
-            for i in range(len(self._prompts))
-            if before[i * size : (i + 1) * size] != now[i * size : (i + 1) * size]
-        ]
-        if not different:
+        """Returns the first prompt whose digest differs, and how many do; "" where none does."""
+        changed: list[int] = []
+        for i in range(len(self._prompts)):
+            digest = slice(i * _DIGEST_LETTERS, (i + 1) * _DIGEST_LETTERS)
+            if before[digest] != now[digest]:
+                changed.append(i)
+
+        if not changed:
             return ""
-        first = self._prompts[different[0]].uid
-        if len(different) == 1:
+        first = self._prompts[changed[0]].uid
+        if len(changed) == 1:
             return first
-        return f"{len(different)} of {len(self._prompts)} prompts (the first of them is {first})"
+        return f"{len(changed)} of {len(self._prompts)} prompts (the first of them is {first})"
 
     def _permutation(self) -> list[int]:
+        """Returns [prompts] the order of this epoch, from nothing but the seed and its number."""
         order = list(range(len(self._prompts)))
+        # A text as seed: Random hashes it, so that neighbouring seeds and epochs share nothing.
         if self._shuffle:
             random.Random(f"{self._seed}-{self.epoch}").shuffle(order)
         return order
 
 
 def _digests(values: Iterable[tuple[Any, ...]]) -> str:
-    """A digest of each value, one after the other."""
-    size = _DIGEST_LETTERS // 2
-    return "".join(
-        hashlib.blake2b(repr(value).encode("utf-8", "surrogatepass"), digest_size=size).hexdigest()
-        for value in values
-    )
+    """Returns a digest of each value, one after the other."""
+    digests: list[str] = []
+    for value in values:
+        # surrogatepass: an answer may hold half a surrogate pair, and its digest must not fail.
+        text = repr(value).encode("utf-8", "surrogatepass")
+        digests.append(hashlib.blake2b(text, digest_size=_DIGEST_LETTERS // 2).hexdigest())
+    return "".join(digests)

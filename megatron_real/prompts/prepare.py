@@ -1,9 +1,8 @@
-"""Published files -> prepared files of one schema, clear of duplicates and of the benchmarks'
-questions.
+"""Published files -> prepared files of one schema, without duplicates and benchmarks' questions.
 
-read        each source's rows, from disk or the hub; unusable rows are dropped and counted by reason
+read        each source's rows, from disk or the hub; unusable ones are dropped, counted by reason
 unique      of equal questions of a training set one stays, and none where their answers disagree
-leaks       training questions that are a benchmark's, or near one, are dropped (or kept, when asked to)
+leaks       training questions that are a benchmark's, or near one, are dropped (or kept, if asked)
 write       NAME.jsonl for each source, leaks.jsonl, and report.json with every count
 """
 
@@ -19,7 +18,7 @@ from typing import Any
 from megatron_real.disk import write_whole
 from megatron_real.labels.golds import why_unmatchable
 from megatron_real.labels.normal_form import read
-from megatron_real.prompts.overlap import Index, Match, identity
+from megatron_real.prompts.overlap import Index, identity
 from megatron_real.prompts.rows import raw_rows
 from megatron_real.prompts.sources import BY_NAME, SOURCES, Source, Unusable, prepared
 
@@ -87,8 +86,10 @@ def prepare(
     Args:
         sources: name of the table -> file, folder or hub dataset; "" for the table's own hub
             dataset.
+        out: folder of the prepared files.
         keep_leaks: report them only.
-        gram_size, gram_share: of near duplicates, see overlap.py.
+        gram_size: tokens of an n-gram, by which near duplicates are found (overlap.py).
+        gram_share: share of the n-grams from which two questions are near.
         say: takes a line of progress.
 
     Raises:
@@ -98,98 +99,156 @@ def prepare(
     unknown = [name for name in sources if name not in BY_NAME]
     if unknown:
         raise ValueError(f"there is no source {unknown[0]!r}; known are {', '.join(BY_NAME)}")
+
     counts = {name: Counts(published=BY_NAME[name].rows) for name in sources}
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, where in sources.items():
         say(f"{name}: reading {where or BY_NAME[name].hub}")
         rows[name] = _read(BY_NAME[name], where, counts[name], say)
-    benchmarks = {
-        _uid(row): _asked(row)
-        for name in sources
-        if BY_NAME[name].split == "test"
-        for row in rows[name]
-    }
+
+    # All benchmarks are known before any training set is compared, whatever the order of sources.
+    benchmarks: dict[str, str] = {}
+    for name in sources:
+        if BY_NAME[name].split == "test":
+            benchmarks.update({_uid(row): _question(row) for row in rows[name]})
     index = Index(benchmarks, size=gram_size, share=gram_share)
+
     leaks: list[Leak] = []
     for name in sources:
-        if BY_NAME[name].split == "train":
-            say(
-                f"{name}: comparing {len(rows[name])} questions with {len(benchmarks)} of the benchmarks"
-            )
-            found = {_uid(row): (row, index.closest(_asked(row))) for row in rows[name]}
-            leaking = {
-                uid: (row, match) for uid, (row, match) in found.items() if match is not None
-            }
-            leaks += [_leak(uid, row, match, benchmarks) for uid, (row, match) in leaking.items()]
-            if not keep_leaks:
-                rows[name] = [row for uid, (row, _) in found.items() if uid not in leaking]
-                counts[name].dropped.update(_reason(match) for _, match in leaking.values())
+        if BY_NAME[name].split != "train":
+            continue
+        say(
+            f"{name}: comparing {len(rows[name])} questions with {len(benchmarks)} of the "
+            "benchmarks"
+        )
+        clear: list[dict[str, Any]] = []
+        for row in rows[name]:
+            match = index.closest(_question(row))
+            if match is None:
+                clear.append(row)
+                continue
+            share = round(match.share, 4)
+            asked = benchmarks[match.name]
+            leaks.append(Leak(_uid(row), match.name, share, _question(row), asked))
+            if keep_leaks:
+                clear.append(row)
+            elif match.share == 1:
+                counts[name].dropped["asked by a benchmark"] += 1
+            else:
+                counts[name].dropped["near a benchmark's question"] += 1
+        rows[name] = clear
+
+    for name in sources:
         counts[name].kept = len(rows[name])
-        counts[name].unmatchable = sum(_is_unmatchable(row) for row in rows[name])
+        for row in rows[name]:
+            counts[name].unmatchable += all(map(why_unmatchable, _golds(row)))
     unchecked = tuple(s.name for s in SOURCES if s.split == "test" and s.name not in sources)
-    done = Prepared(counts, leaks, unchecked)
-    _write_all(
-        out, rows, done, sources=sources, keep_leaks=keep_leaks, grams=(gram_size, gram_share)
-    )
-    return done
+    result = Prepared(counts, leaks, unchecked)
+
+    # Nothing is written before everything is known: a bad source leaves older files as they are.
+    out.mkdir(parents=True, exist_ok=True)
+    for name, kept in rows.items():
+        _write_lines(out / f"{name}.jsonl", kept)
+    _write_lines(out / "leaks.jsonl", [asdict(leak) for leak in leaks])
+    report = {
+        "sources": {
+            name: {"from": where or BY_NAME[name].hub, **vars(counts[name])}
+            for name, where in sources.items()
+        },
+        "leaks": {
+            "found": len(leaks),
+            "kept": keep_leaks,
+            "gram_size": gram_size,
+            "gram_share": gram_share,
+        },
+        "benchmarks_not_compared": list(unchecked),
+    }
+    write_whole(out / "report.json", json.dumps(report, indent=2) + "\n")
+    return result
 
 
 def _read(
     source: Source, where: str, counts: Counts, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """The usable rows; of equal training questions one, or none where their answers disagree."""
-    first: dict[tuple[str, ...], dict[str, Any]] = {}
-    copies: Counter[tuple[str, ...]] = Counter()
-    disagree: set[tuple[str, ...]] = set()
-    every: list[dict[str, Any]] = []
+    """Reads the usable rows of a source, and counts the others.
+
+    Of equal training questions it returns one, or none where their answers disagree.
+
+    Raises:
+        ValueError: the source cannot be read, or has no usable row.
+    """
+    first_row: dict[tuple[str, ...], dict[str, Any]] = {}
+    num_copies: Counter[tuple[str, ...]] = Counter()
+    disagreeing: set[tuple[str, ...]] = set()
+    benchmark_rows: list[dict[str, Any]] = []
     for raw in _published_rows(source, where):
         counts.read += 1
         if counts.read % _ROWS_A_LINE == 0:
-            say(f"{source.name}: {counts.read:,} rows, {len(first):,} questions")
+            say(f"{source.name}: {counts.read:,} rows, {len(first_row):,} questions")
         try:
             row = prepared(source, raw, counts.read - 1)
         except Unusable as reason:
             counts.dropped[str(reason)] += 1
             continue
-        key = identity(_asked(row))
-        copies[key] += 1
-        kept = first.setdefault(key, row)
-        if _gold(kept) != _gold(row):
-            disagree.add(key)
+
+        key = identity(_question(row))
+        num_copies[key] += 1
+        first = first_row.setdefault(key, row)
+        # By their normal forms: \dfrac12 and \frac{1}{2} agree.
+        if repr(list(map(read, _golds(first)))) != repr(list(map(read, _golds(row)))):
+            disagreeing.add(key)
         if source.split == "test":
-            every.append(row)
-    if not first:
-        reasons = (
-            ", ".join(f"{n} {reason}" for reason, n in counts.dropped.items()) or "it is empty"
-        )
+            benchmark_rows.append(row)
+
+    if not first_row:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.dropped.items())
         raise ValueError(
-            f"{where or source.hub} has no usable row for {source.name} ({reasons}); check its columns"
+            f"{where or source.hub} has no usable row for {source.name} "
+            f"({reasons or 'it is empty'}); check its columns"
         )
     if source.split == "test":
-        counts.repeated = len(every) - len(first)
-        return every
-    counts.dropped["answers of equal questions disagree"] += sum(copies[key] for key in disagree)
-    counts.dropped["duplicate"] += sum(copies[key] - 1 for key in copies if key not in disagree)
-    counts.dropped += Counter()  # forgets the reasons that did not occur
-    return [row for key, row in first.items() if key not in disagree]
+        # A benchmark is what its publisher says it is, repetitions included.
+        counts.repeated = len(benchmark_rows) - len(first_row)
+        return benchmark_rows
+
+    num_disagreeing = sum(num_copies[key] for key in disagreeing)
+    if num_disagreeing:
+        counts.dropped["answers of equal questions disagree"] += num_disagreeing
+    num_duplicates = sum(n - 1 for key, n in num_copies.items() if key not in disagreeing)
+    if num_duplicates:
+        counts.dropped["duplicate"] += num_duplicates
+    return [row for key, row in first_row.items() if key not in disagreeing]
 
 
 def _published_rows(source: Source, where: str) -> Iterator[Mapping[str, Any]]:
-    on_hub = not where or (where.count("/") == 1 and not Path(where).exists())
-    for path in _files(_download(source, where or source.hub) if on_hub else Path(where)):
-        yield from raw_rows(path)
+    """Streams the rows of a file, a folder or a hub dataset as they are published.
 
+    Raises:
+        ValueError: the hub cannot be reached, or there is nothing to read.
+    """
+    is_on_hub = not where or (where.count("/") == 1 and not Path(where).exists())
+    path = Path(where)
+    if is_on_hub:
+        path = _download(source, where or source.hub)
 
-def _files(path: Path) -> list[Path]:
-    """A file or a saved dataset as it is; of another folder the data files of one kind."""
-    if not path.is_dir() or any(path.glob("**/*.arrow")):
-        return [path]
-    found = [sorted(path.glob(f"**/{pattern}")) for pattern in _PATTERNS]
-    return next((files for files in found if files), [path])
+    # A file or a saved dataset as it is; of another folder the data files of one kind.
+    files = [path]
+    if path.is_dir() and not any(path.glob("**/*.arrow")):
+        for pattern in _PATTERNS:
+            matching = sorted(path.glob(f"**/{pattern}"))
+            if matching:
+                files = matching
+                break
+    for file in files:
+        yield from raw_rows(file)
 
 
 def _download(source: Source, hub: str) -> Path:
-    """The files of a hub dataset, in the hub's own cache."""
+    """Returns the folder of a hub dataset in the hub's own cache, downloaded where it is not there.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -198,65 +257,25 @@ def _download(source: Source, hub: str) -> Path:
         return Path(snapshot_download(hub, repo_type="dataset", allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ValueError(
-            f"cannot get the dataset {hub} from the hub ({type(error).__name__}); where there is no network, copy its "
-            f"files here and give {source.name}=FILE"
+            f"cannot get the dataset {hub} from the hub ({type(error).__name__}); where there is "
+            f"no network, copy its files here and give {source.name}=FILE"
         ) from error
 
 
-def _asked(row: Mapping[str, Any]) -> str:
+def _question(row: Mapping[str, Any]) -> str:
     return str(row["prompt"][-1]["content"])
 
 
-def _gold(row: Mapping[str, Any]) -> str:
-    """The answers in their normal form, to see whether two rows agree: 1/2 and 0.5 do."""
+def _golds(row: Mapping[str, Any]) -> list[str]:
     golds = row["reward_model"]["ground_truth"]
-    return repr([read(gold) for gold in (golds if isinstance(golds, list) else [golds])])
-
-
-def _is_unmatchable(row: Mapping[str, Any]) -> bool:
-    golds = row["reward_model"]["ground_truth"]
-    return all(why_unmatchable(gold) for gold in (golds if isinstance(golds, list) else [golds]))
+    if isinstance(golds, list):
+        return golds
+    return [golds]
 
 
 def _uid(row: Mapping[str, Any]) -> str:
     return f"{row['data_source']}/{row['extra_info']['index']}"
 
 
-def _reason(match: Match) -> str:
-    return "asked by a benchmark" if match.share == 1 else "near a benchmark's question"
-
-
-def _leak(uid: str, row: Mapping[str, Any], match: Match, benchmarks: Mapping[str, str]) -> Leak:
-    return Leak(uid, match.name, round(match.share, 4), _asked(row), benchmarks[match.name])
-
-
-def _write_all(
-    out: Path,
-    rows: Mapping[str, Sequence[Mapping[str, Any]]],
-    done: Prepared,
-    *,
-    sources: Mapping[str, str],
-    keep_leaks: bool,
-    grams: tuple[int, float],
-) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    for name, kept in rows.items():
-        _write(out / f"{name}.jsonl", kept)
-    _write(out / "leaks.jsonl", [asdict(leak) for leak in done.leaks])
-    report = {
-        "sources": {
-            n: {"from": w or BY_NAME[n].hub, **vars(done.counts[n])} for n, w in sources.items()
-        },
-        "leaks": {
-            "found": len(done.leaks),
-            "kept": keep_leaks,
-            "gram_size": grams[0],
-            "gram_share": grams[1],
-        },
-        "benchmarks_not_compared": list(done.unchecked),
-    }
-    write_whole(out / "report.json", json.dumps(report, indent=2) + "\n")
-
-
-def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

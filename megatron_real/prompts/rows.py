@@ -1,6 +1,7 @@
 """Files of problems -> rows, whatever of the common schemas they use.
 
-    DeepScaleR, DAPO    prompt = [{role, content}, ...], reward_model = {ground_truth}, data_source, extra_info
+    DeepScaleR, DAPO    prompt = [{role, content}, ...], reward_model = {ground_truth},
+                        data_source, extra_info
     simple              problem or question, and answer (or solution's ground_truth)
 
 Reads JSONL, JSON, parquet and the arrow files of a HF dataset saved to disk. Of a folder with
@@ -24,6 +25,13 @@ logger = logging.getLogger(__name__)
 
 _QUESTION_COLUMNS = ("problem", "question", "prompt")
 _ANSWER_COLUMNS = ("answer", "ground_truth", "final_answer")
+
+# What datasets' map() keeps beside a saved dataset: rows of other stages, not of the dataset.
+_CACHES = ("cache-", "tmp")
+_SHARD = re.compile(r"(.+?)[-_]\d+[-_]of[-_]\d+$")
+_SPLIT_NAMES = re.compile(
+    r"(train|training|test|testing|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE
+)
 
 
 class UnusableRow(ValueError):
@@ -71,6 +79,7 @@ def read_rows(path: str | Path, *, split: str = "") -> list[Row]:
             rows.append(_row(f"{path.stem}/{number}", raw))
         except UnusableRow as reason:
             skipped[str(reason)] += 1
+
     reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
     if not rows:
         raise ValueError(
@@ -78,8 +87,8 @@ def read_rows(path: str | Path, *, split: str = "") -> list[Row]:
             f"({reasons or 'it is empty'}); check its columns"
         )
     if skipped:
-        every = skipped.total() + len(rows)
-        logger.warning("%s: skipped %d of %d rows: %s", path, skipped.total(), every, reasons)
+        num_rows = skipped.total() + len(rows)
+        logger.warning("%s: skipped %d of %d rows: %s", path, skipped.total(), num_rows, reasons)
     return rows
 
 
@@ -91,31 +100,34 @@ def raw_rows(path: Path, *, split: str = "") -> Iterator[Mapping[str, Any]]:
             or not named.
     """
     if path.is_dir():
-        for file in _files_of_split(path, split):
-            yield from _rows_of_file(file)
-    elif not path.is_file():
-        raise ValueError(
-            f"there is no data file {str(path)!r}; give a JSONL or parquet file, or a saved HF dataset"
-        )
+        files = _files_of_split(path, split)
+    elif path.is_file():
+        files = [path]
     else:
-        yield from _rows_of_file(path)
+        raise ValueError(
+            f"there is no data file {str(path)!r}; give a JSONL or parquet file, or a saved HF "
+            "dataset"
+        )
 
-
-def _rows_of_file(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The rows, each of which is an object."""
-    for number, row in _numbered_rows(path):
-        if not isinstance(row, Mapping):
-            raise ValueError(
-                f"{path}:{number} is no object but {json.dumps(row)[:40]}; one object per line, of columns and values"
-            )
-        yield row
+    for file in files:
+        for number, row in _numbered_rows(file):
+            if not isinstance(row, Mapping):
+                raise ValueError(
+                    f"{file}:{number} is no object but {json.dumps(row)[:40]}; one object per "
+                    "line, of columns and values"
+                )
+            yield row
 
 
 def _numbered_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number of the line or row from 1, row). Blank lines are no rows."""
+    """Yields the rows of a file with the number of their line or row, from 1.
+
+    Blank lines are no rows.
+    """
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
+        # In batches: as Python objects a large file would not fit in memory.
         batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
     elif path.suffix == ".arrow":
@@ -131,6 +143,11 @@ def _numbered_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yields the objects of a JSONL file with the number of their line, from 1.
+
+    Raises:
+        ValueError: a line is no JSON, or no text; names it.
+    """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -146,111 +163,128 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _first_character(path: Path) -> str:
-    """Tells a list of rows from one object per line, which some also call .json."""
+    """Returns the first character of a file that is no blank.
+
+    It tells a list of rows from one object per line, which some also call .json.
+    """
     with path.open(encoding="utf-8") as text:
         return next((line.lstrip()[0] for line in text if line.strip()), "")
 
 
-# What datasets' map() keeps beside a saved dataset: rows of other stages, not of the dataset.
-_CACHES = ("cache-", "tmp")
-_SHARD = re.compile(r"(.+?)[-_]\d+[-_]of[-_]\d+$")
-_SPLIT_NAMES = re.compile(
-    r"(train|training|test|testing|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE
-)
-
-
 def _files_of_split(directory: Path, split: str) -> list[Path]:
-    """The data files of a folder: of its one split, or of the one that is named.
+    """Returns the data files of a folder: of its one split, or of the one that is named.
 
     Raises:
         ValueError: there is none, or there are several splits and none is named, or not the one
             that is.
     """
-    files = [
-        file
-        for kind in ("arrow", "parquet")
-        for file in sorted(directory.glob(f"**/*.{kind}"))
-        if not file.name.startswith(_CACHES)
-    ]
+    every_file = [*sorted(directory.glob("**/*.arrow")), *sorted(directory.glob("**/*.parquet"))]
+    files = [file for file in every_file if not file.name.startswith(_CACHES)]
     if not files:
         raise ValueError(
             f"{str(directory)!r} holds no .arrow or .parquet file; give a HF dataset saved to disk"
         )
+
     by_split: dict[str, list[Path]] = {}
     for file in files:
         by_split.setdefault(_split_of(file, directory), []).append(file)
     if split and split in by_split:
         return by_split[split]
+
     names = ", ".join(name or "(no name)" for name in by_split)
     if split:
         raise ValueError(f"{str(directory)!r} has no split {split!r}; it has {names}")
     if len(by_split) > 1:
         raise ValueError(
-            f"{str(directory)!r} has several splits ({names}); name one, as data.train_split or data.heldout_split, or "
-            "give its own folder or file"
+            f"{str(directory)!r} has several splits ({names}); name one, as data.train_split or "
+            "data.heldout_split, or give its own folder or file"
         )
     return files
 
 
 def _split_of(file: Path, directory: Path) -> str:
-    """The split that a file is of, by its name or its folder; "" where neither says."""
+    """Returns the split that a file is of, by its name or its folder; "" where neither says."""
     shard = _SHARD.match(file.stem)
-    stem = shard[1] if shard else file.stem
+    stem = file.stem
+    if shard:
+        stem = shard[1]
+        # The shards of a saved dataset are data-00000-of-00002, in a folder of the split's name.
+        if stem != "data":
+            return stem.rpartition("/")[2]
+
+    split_name = _SPLIT_NAMES.match(stem)
+    if split_name:
+        return split_name[1]
     folders = file.relative_to(directory).parts[:-1]
-    if shard and stem != "data":
-        return stem.rpartition("/")[2]
-    named = _SPLIT_NAMES.match(stem)
-    if named:
-        return named[1]
-    return folders[-1] if folders else ""
+    if not folders:
+        return ""
+    return folders[-1]
 
 
 def _row(uid: str, raw: Mapping[str, Any]) -> Row:
-    """The row in the one schema. Raises UnusableRow."""
-    question = next((raw[c] for c in _QUESTION_COLUMNS if raw.get(c)), None)
+    """Returns the row in the one schema.
+
+    Raises:
+        UnusableRow: it has no question or no answer, or they are no text.
+    """
+    question = next((raw[column] for column in _QUESTION_COLUMNS if raw.get(column)), None)
     if not question:
         raise UnusableRow("have no question")
     messages = _messages(question)
+
     reward = as_object(raw.get("reward_model"))
     answers = _answers(reward.get("ground_truth"))
-    answers = answers or _answers(
-        next((raw[c] for c in _ANSWER_COLUMNS if raw.get(c) is not None), None)
-    )
+    if not answers:
+        columns = [column for column in _ANSWER_COLUMNS if raw.get(column) is not None]
+        answers = _answers(raw[columns[0]] if columns else None)
     if not answers:
         raise UnusableRow("have no answer")
-    metadata = {
-        str(name): _as_json(value) for name, value in as_object(raw.get("extra_info")).items()
-    }
+
+    extra_info = as_object(raw.get("extra_info"))
+    metadata = {str(name): _as_json(value) for name, value in extra_info.items()}
     row = Row(uid, messages, answers, str(raw.get("data_source") or ""), metadata)
+    # Half a surrogate pair would only fail when the rollout is written, after its step.
     if not is_unicode(json.dumps([row.messages, row.answers], ensure_ascii=False)):
         raise UnusableRow("hold half a surrogate pair, which is no text")
     return row
 
 
 def _messages(question: Any) -> tuple[Mapping[str, Any], ...]:
+    """Returns a question, which is a text or a list of chat messages, as the latter.
+
+    Raises:
+        UnusableRow: a message has no role, or is no text.
+    """
     if not isinstance(question, Sequence) or isinstance(question, str | bytes):
         question = [{"role": "user", "content": question}]
+    messages: list[Mapping[str, Any]] = []
     for message in question:
         if not isinstance(message, Mapping) or "role" not in message:
             raise UnusableRow("have messages without a role")
-        if not _is_text(message.get("content")):
+        content = message.get("content")
+        if not _is_text(content):
             raise UnusableRow("have a message that is no text")
-    return tuple({"role": m["role"], "content": m["content"]} for m in question)
+        messages.append({"role": message["role"], "content": content})
+    return tuple(messages)
 
 
 def _is_text(content: Any) -> bool:
-    """Text, or a list of parts that are all text: an image cannot be asked about."""
+    """Returns whether a content is text, or a list of parts that are all text.
+
+    An image cannot be asked about.
+    """
     if isinstance(content, str):
         return True
-    return (
-        isinstance(content, Sequence)
-        and not isinstance(content, bytes)
-        and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content)
-    )
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        return False
+    return all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content)
 
 
 def is_unicode(text: str) -> bool:
-    """Returns whether a text can be written: JSON may hold half a surrogate pair, and no file can."""
+    """Returns whether a text can be written.
+
+    JSON may hold half a surrogate pair, and no file can.
+    """
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
@@ -261,11 +295,13 @@ def as_object(value: Any) -> Mapping[str, Any]:
             value = json.loads(value)
         except json.JSONDecodeError:
             return {}
-    return value if isinstance(value, Mapping) else {}
+    if not isinstance(value, Mapping):
+        return {}
+    return value
 
 
 def _as_json(value: Any) -> Any:
-    """The value for a verifier's process, which is asked in JSON."""
+    """Returns the value for a verifier's process, which is asked in JSON."""
     if isinstance(value, Mapping):
         return {str(name): _as_json(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -278,19 +314,21 @@ def _as_json(value: Any) -> Any:
 
 
 def _answers(gold: Any) -> tuple[str, ...]:
-    """Gold answers come as text, numbers, or lists of them.
+    """Returns the accepted answers of a row as text.
 
-    A float that is a whole number is written as one.
-
-    NaN, bytes and objects are no answers.
+    Gold answers come as text, numbers, or lists of them. A float that is a whole number is written
+    as one. NaN, bytes and objects are no answers.
     """
-    listed = gold if isinstance(gold, list | tuple) else [gold]
-    texts: list[str] = []
-    for entry in listed:
+    entries = gold if isinstance(gold, list | tuple) else [gold]
+    answers: list[str] = []
+    for entry in entries:
         if isinstance(entry, float):
             if not math.isfinite(entry):
                 continue
-            entry = int(entry) if entry.is_integer() else entry
+            if entry.is_integer():
+                entry = int(entry)
         if isinstance(entry, str | int | float):
-            texts.append(str(entry).strip())
-    return tuple(text for text in texts if text)
+            text = str(entry).strip()
+            if text:
+                answers.append(text)
+    return tuple(answers)

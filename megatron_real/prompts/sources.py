@@ -1,12 +1,14 @@
-r"""The paper's training sets and benchmarks: where each is published, which columns it has, and how a row is read.
+r"""The paper's training sets and benchmarks: where they are published, and how a row is read.
 
 One table, `SOURCES`. A published file comes in one of the table's layouts; each row becomes
 
     {"data_source": "aime24", "prompt": [{"role": "user", "content": "..."}], "ability": "math",
-     "reward_model": {"style": "rule", "ground_truth": "204"}, "extra_info": {"split": "test", "index": 7}}
+     "reward_model": {"style": "rule", "ground_truth": "204"},
+     "extra_info": {"split": "test", "index": 7}}
 
-The question is bare: an instruction that the publisher wrote around it is taken off, since `data.suffix` adds the run's
-own. A gold answer is text; a list means that any one of them is accepted.
+The question is bare: an instruction that the publisher wrote around it is taken off, since
+`data.suffix` adds the run's own. A gold answer is text; a list means that any one of them is
+accepted.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class Layout:
     answer: str
     """Text, a number, or a list."""
     answer_is: Literal["plain", "boxed", "parts"] = "plain"
-    r"""`boxed`: the last \boxed{} of a solution; `parts`: a list whose entries are all asked for together."""
+    r"""`boxed`: the last \boxed{} of a solution; `parts`: a list whose entries are all asked for
+    together."""
     context: str = ""
     """Text that goes before the question, where the row has it."""
 
@@ -68,16 +71,19 @@ SOURCES: tuple[Source, ...] = (
     # The published parquet has each of 17,398 questions about a hundred times.
     Source(
         "dapo", "train", 17398, "BytedTsinghua-SIA/DAPO-Math-17k", ("data/*.parquet",),
-        (_DAPO_ORIGINAL, Layout("prompt", "solution")),  # the latter: open-r1/DAPO-Math-17k-Processed
+        # The latter is that of open-r1/DAPO-Math-17k-Processed.
+        (_DAPO_ORIGINAL, Layout("prompt", "solution")),
     ),
     Source(
         "aime24", "test", 30, "HuggingFaceH4/aime_2024", ("data/*.parquet",),
-        (_PROBLEM, Layout("Problem", "Answer"), _SOLVED, _DAPO_ORIGINAL),  # Maxwell-Jia/AIME_2024, math-ai/aime24
+        # The second is that of Maxwell-Jia/AIME_2024, the third that of math-ai/aime24.
+        (_PROBLEM, Layout("Problem", "Answer"), _SOLVED, _DAPO_ORIGINAL),
         integer=True,
     ),
     Source(
         "aime25", "test", 30, "opencompass/AIME2025", ("*.jsonl",),
-        (_QUESTION, _PROBLEM, _SOLVED, _DAPO_ORIGINAL),  # MathArena, yentinglin/aime_2025 and math-ai/aime25: _PROBLEM
+        # MathArena, yentinglin/aime_2025 and math-ai/aime25 have the second.
+        (_QUESTION, _PROBLEM, _SOLVED, _DAPO_ORIGINAL),
         integer=True,
     ),
     Source(
@@ -91,11 +97,13 @@ SOURCES: tuple[Source, ...] = (
     ),
     Source(
         "minerva", "test", 272, "math-ai/minervamath", ("*.jsonl", "**/*.parquet"),
-        (_QUESTION, _PROBLEM, _SOLVED, _DAPO_ORIGINAL),  # knoveleng/Minerva-Math, Qwen2.5-Math's test.jsonl
+        # The others are those of knoveleng/Minerva-Math and of Qwen2.5-Math's test.jsonl.
+        (_QUESTION, _PROBLEM, _SOLVED, _DAPO_ORIGINAL),
     ),
     # 674 on the hub; the file of Qwen2.5-Math's evaluation, which the paper counts, has one more.
     Source(
-        "olympiadbench", "test", 675, "Hothan/OlympiadBench", ("OlympiadBench/OE_TO_maths_en_COMP/*.parquet",),
+        "olympiadbench", "test", 675, "Hothan/OlympiadBench",
+        ("OlympiadBench/OE_TO_maths_en_COMP/*.parquet",),
         (
             Layout("question", "final_answer", answer_is="parts", context="context"),
             _QUESTION, _PROBLEM, _DAPO_ORIGINAL,
@@ -107,8 +115,8 @@ BY_NAME: Mapping[str, Source] = {source.name: source for source in SOURCES}
 # What publishers wrote around a question, as (before, after).
 _INSTRUCTIONS = (
     (
-        "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
-        "$Answer (without quotes) where $Answer is the answer to the problem.",
+        "Solve the following math problem step by step. The last line of your response should be "
+        "of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.",
         'Remember to put your answer on its own line after "Answer:".',
     ),
     ("", "Let's think step by step and output the final answer within \\boxed{}."),
@@ -126,17 +134,27 @@ class Unusable(ValueError):
 
 
 def prepared(source: Source, raw: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """The row in the one schema.
+    """Returns a published row in the one schema.
+
+    Args:
+        source: of the row.
+        raw: the row as it is published.
+        index: its number in the published file.
 
     Raises:
         Unusable: with the reason for which the row is dropped.
     """
-    layout = next((form for form in source.layouts if _has(raw, form)), None)
-    if layout is None:
-        raise Unusable(_what_is_missing(source, raw))
+    layouts = [form for form in source.layouts if _column(raw, form.question) is not None]
+    if not layouts:
+        raise Unusable("no question")
+    layouts = [form for form in layouts if _column(raw, form.answer) is not None]
+    if not layouts:
+        raise Unusable("no answer")
     if raw.get("modality") == "Multimodal":
         raise Unusable("needs an image")
-    question, golds = _question(raw, layout), _golds(raw, layout)
+
+    question = _question(raw, layouts[0])
+    golds = _golds(raw, layouts[0])
     if not question:
         raise Unusable("no question")
     if not is_unicode(question) or not all(map(is_unicode, golds)):
@@ -145,72 +163,82 @@ def prepared(source: Source, raw: Mapping[str, Any], index: int) -> dict[str, An
         golds = [_whole(gold) for gold in golds]
     if not golds or not all(golds):
         raise Unusable("no answer")
-    extra = {"split": source.split, "index": index}
-    known = raw.get("extra_info") or {}
-    published = next(
-        (raw[c] for c in ("unique_id", "id", "ID") if raw.get(c) is not None), known.get("index")
-    )
+
+    extra: dict[str, Any] = {"split": source.split, "index": index}
+    published_id = (raw.get("extra_info") or {}).get("index")
+    for column in ("ID", "id", "unique_id"):  # the last one that is there
+        if raw.get(column) is not None:
+            published_id = raw[column]
+    if published_id is not None:
+        extra["published_id"] = str(published_id)
     return {
         "data_source": source.name,
         "prompt": [{"role": "user", "content": question}],
         "ability": "math",
         "reward_model": {"style": "rule", "ground_truth": golds if len(golds) > 1 else golds[0]},
-        "extra_info": extra if published is None else {**extra, "published_id": str(published)},
+        "extra_info": extra,
     }
 
 
 def _column(raw: Mapping[str, Any], path: str) -> Any:
-    found: Any = raw
+    """Returns the value at `path`, whose dots go into nested columns; None where there is none."""
+    value: Any = raw
     for name in path.split("."):
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
-
-
-def _has(raw: Mapping[str, Any], layout: Layout) -> bool:
-    return _column(raw, layout.question) is not None and _column(raw, layout.answer) is not None
-
-
-def _what_is_missing(source: Source, raw: Mapping[str, Any]) -> str:
-    if any(_column(raw, form.question) is not None for form in source.layouts):
-        return "no answer"
-    return "no question"
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(name)
+    return value
 
 
 def _question(raw: Mapping[str, Any], layout: Layout) -> str:
-    found = _column(raw, layout.question)
-    text = str(
-        found[-1].get("content") or "" if isinstance(found, list) and found else found or ""
-    ).strip()
+    """Returns the bare question, with its context before it; "" where there is none."""
+    value = _column(raw, layout.question)
+    if isinstance(value, list) and value:
+        value = value[-1].get("content")
+    text = str(value or "").strip()
     for before, after in _INSTRUCTIONS:
         if text.startswith(before) and text.endswith(after):
             text = text[len(before) : len(text) - len(after)].strip()
-    context = str(_column(raw, layout.context) or "").strip() if layout.context else ""
-    return f"{context}\n\n{text}" if context and text else text
+
+    context = ""
+    if layout.context:
+        context = str(_column(raw, layout.context) or "").strip()
+    if not context or not text:
+        return text
+    return f"{context}\n\n{text}"
 
 
 def _golds(raw: Mapping[str, Any], layout: Layout) -> list[str]:
-    """The accepted answers, without the markup that only says that they are mathematics."""
-    found = _column(raw, layout.answer)
+    """Returns the accepted answers, without the marks that only say that they are mathematics."""
+    value = _column(raw, layout.answer)
     if layout.answer_is == "boxed":
-        boxed = final_answer(str(found))
-        found = boxed.text if boxed else None
-    listed = [_text(gold) for gold in (found if isinstance(found, list) else [found])]
-    golds = [gold for gold in listed if gold]
-    return [", ".join(golds)] if layout.answer_is == "parts" and golds else golds
+        boxed = final_answer(str(value))
+        value = boxed.text if boxed else None
 
-
-def _text(gold: Any) -> str:
-    if isinstance(gold, float) and gold.is_integer():
-        return str(int(gold))  # AMC's 142.0
-    return "" if gold is None else _MARKUP.sub("", str(gold)).strip()
+    golds: list[str] = []
+    for gold in value if isinstance(value, list) else [value]:
+        if gold is None:
+            continue
+        if isinstance(gold, float) and gold.is_integer():
+            gold = int(gold)  # AMC's 142.0
+        text = _MARKUP.sub("", str(gold)).strip()
+        if text:
+            golds.append(text)
+    if layout.answer_is == "parts" and golds:
+        return [", ".join(golds)]
+    return golds
 
 
 def _whole(gold: str) -> str:
-    """The whole number that `gold` is."""
+    """Returns the whole number that `gold` is.
+
+    Raises:
+        Unusable: it is none.
+    """
     try:
         value = float(_DEGREES.sub("", gold).replace(",", ""))
     except ValueError:
-        value = 0.5
+        raise Unusable("the answer is not a whole number") from None
     if not value.is_integer():
         raise Unusable("the answer is not a whole number")
     return str(int(value))

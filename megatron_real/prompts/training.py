@@ -21,12 +21,17 @@ def training_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
     """
     data = config.data
     sources = data_sources(data) or {"": SourceConfig(data.train, data.train_split)}
-    rates = pass_rates(Path(data.pass_rates)) if data.pass_rates else None
+    # Before the sets are tokenised: a wrong path is said at once.
+    rates = None
+    if data.pass_rates:
+        rates = pass_rates(Path(data.pass_rates))
+
     sets: dict[str, list[Prompt]] = {}
     for name, source in sources.items():
         sets[name] = _prompts(source, data, tokenizer)
     if rates is not None:
         sets = {name: sometimes_solved(prompts, rates) for name, prompts in sets.items()}
+
     if not data.sources:
         return sets[""]
     weights = {name: source.weight for name, source in sources.items()}
@@ -36,7 +41,8 @@ def training_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
 def heldout_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
     """Returns the prompts of data.heldout; none where there is no evaluation.
 
-    Raises ValueError as `load_prompts`.
+    Raises:
+        ValueError: as `load_prompts`.
     """
     data = config.data
     if not data.heldout:
@@ -45,6 +51,7 @@ def heldout_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
 
 
 def _prompts(source: SourceConfig, data: DataConfig, tokenizer: Any) -> list[Prompt]:
+    """Returns the prompts of one set, each with the set's own suffix and verifier."""
     prompts = load_prompts(
         source.path,
         tokenizer,

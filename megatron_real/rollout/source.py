@@ -23,9 +23,17 @@ from typing import Any, Protocol
 import numpy
 from torch import Tensor
 
+from megatron_real.exchange import Exchange
 from megatron_real.objective import Objective
 from megatron_real.prompts import PromptCursor
-from megatron_real.records import UNKNOWN_VERSION, Completion, Prompt, Rollout, Sampling
+from megatron_real.records import (
+    UNKNOWN_VERSION,
+    Absent,
+    Completion,
+    Prompt,
+    Rollout,
+    Sampling,
+)
 from megatron_real.rollout.ahead import Ahead
 from megatron_real.rollout.engine import EngineFailed
 from megatron_real.rollout.origin import (
@@ -49,7 +57,7 @@ class StepRollouts:
     """The rollouts of one step."""
 
     rollouts: list[Rollout]
-    """Labelled, in order of group and sample; the same on every rank."""
+    """Labelled, in order of group and sample; the same on every rank but for completions that other ranks hold."""
     lag: float = 0.0
     """Steps between the weights that generated them and those that the step begins with."""
     generating_weights: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -107,10 +115,11 @@ class Chunks(Protocol):
     def read(
         self, name: ChunkName, prompts: Sequence[Prompt], origin: Origin
     ) -> list[Rollout] | None:
-        """The rollouts of a chunk, on every rank; None where there are none that were drawn under `origin`."""
+        """The rollouts of a chunk, held by one rank each; None where there are none that were drawn under `origin`.
+        Collective."""
 
     def write(self, name: ChunkName, origin: Origin, rollouts: Sequence[Rollout]) -> None:
-        """Keeps them."""
+        """Keeps them. Collective."""
 
 
 @dataclass(frozen=True)
@@ -355,17 +364,31 @@ class OneStepAhead(Fresh):
 class Replay:
     """Reads the rollouts that an earlier run has saved; no engine is needed."""
 
-    def __init__(self, read: Callable[[int], list[Rollout]]) -> None:
-        """`read`: the rollouts of a step, in any order."""
+    def __init__(
+        self, read: Callable[[int], list[Rollout]], exchange: Exchange | None = None
+    ) -> None:
+        """Every rank reads the same, and keeps its share.
+
+        Args:
+            read: the rollouts of a step, in any order.
+            exchange: between all ranks; None: every rank keeps everything.
+        """
         self._read = read
+        self._exchange = exchange
 
     def take(self, step: int) -> StepRollouts:
         """See `Source`."""
-        return StepRollouts(sorted(self._read(step), key=lambda r: (r.group, r.sample)))
+        rollouts = sorted(self._read(step), key=lambda r: (r.group, r.sample))
+        if self._exchange is not None:
+            rollouts = self._exchange.keep_own(rollouts)
+        return StepRollouts(rollouts)
 
 
 def sampled_by(rollouts: Sequence[Rollout], *, version: int) -> list[Rollout]:
-    """The rollouts, whose trained tokens know the weight version that sampled them; the others have none."""
+    """The rollouts, whose trained tokens know the weight version that sampled them; the others have none.
+
+    A completion that is absent here gets it where it is held.
+    """
     return [
         dataclasses.replace(rollout, completion=_versioned(rollout.completion, version))
         for rollout in rollouts
@@ -373,5 +396,7 @@ def sampled_by(rollouts: Sequence[Rollout], *, version: int) -> list[Rollout]:
 
 
 def _versioned(completion: Completion, version: int) -> Completion:
+    if isinstance(completion, Absent):
+        return completion
     versions = numpy.where(completion.trained, version, UNKNOWN_VERSION)
     return dataclasses.replace(completion, weight_version=versions)

@@ -1,7 +1,9 @@
-"""The rollout stage: prompts spread over ranks, completions sampled and verified there, rollouts known everywhere.
+"""The rollout stage: prompts spread over ranks, completions sampled and verified there, their facts known everywhere.
 
     generate   each engine samples for its share of the prompts; each completion goes to the verifier at once
-    label      waits for the verdicts that are left, gathers all ranks' rollouts, draws anew what an engine lost
+    label      waits for the verdicts that are left, shares the facts of all rollouts, draws anew what an engine lost
+
+The tokens stay on the rank that sampled them until others train on them (exchange.py).
 
 Shares are equal by the expected length of their answers (spread.py). The samples of a prompt come from one engine, or,
 where there are fewer prompts than engines, from several: the same answers, since each sample has a seed of its own. An engine is one rank or several neighbours, which
@@ -19,10 +21,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch.distributed as dist
-
+from megatron_real.exchange import Exchange
 from megatron_real.labels import Labeller
 from megatron_real.records import EXCLUDED, Completion, Prompt, Rollout, Sampling, Status, Verdict
 from megatron_real.rollout.engine import Engine, EngineFailed
@@ -99,16 +99,28 @@ class Sampled:
 
 
 class RolloutStage:
-    """Prompts -> labelled rollouts, the same list on every rank.
+    """Prompts -> labelled rollouts, the same list on every rank but for the tokens that other ranks hold.
 
     Every rank samples, whatever its place in the training layout: the engines are whole copies of the model, so no rank
     idles while others generate.
     """
 
     def __init__(
-        self, engine: Engine, labeller: Labeller, *, rank: int, world: int, retries: int = 1
+        self,
+        engine: Engine,
+        labeller: Labeller,
+        *,
+        rank: int,
+        world: int,
+        retries: int = 1,
+        exchange: Exchange | None = None,
     ) -> None:
-        """`retries`: how often a lost completion is drawn again, each time by the next engine."""
+        """Joins an engine and a verifier.
+
+        Args:
+            retries: how often a lost completion is drawn again, each time by the next engine.
+            exchange: between all ranks; None where the default process group is gloo.
+        """
         self.engine, self.labeller, self.rank, self.world, self.retries = (
             engine,
             labeller,
@@ -116,6 +128,7 @@ class RolloutStage:
             world,
             retries,
         )
+        self.exchange = exchange or Exchange(rank, world)
         self.engines = world // engine.tp
         self.index, self.member = divmod(rank, engine.tp)
         self.lengths = ExpectedLengths()
@@ -150,22 +163,20 @@ class RolloutStage:
         sampled: Sampled,
         before_retry: Callable[[], None] = lambda: None,
     ) -> list[Rollout]:
-        """Every rank's labelled rollouts, in order of place. Collective over all ranks.
+        """Every rank's labelled rollouts, in order of place; the tokens stay where they are. Collective over all ranks.
 
         Args:
-            prompts: those that were sampled.
+            prompts: those that were sampled, the same on every rank.
             sampled: this rank's share.
             before_retry: called on every rank before lost completions are drawn again; may bring engines back.
 
         Raises:
             TooManyFailedChecks, RewardNeedsThreshold: on every rank alike.
         """
-        known = self._gather(sampled.drawn)
+        known = self._shared(prompts, sampled.drawn)
         once = dataclasses.replace(sampled.sampling, num_samples=1)
         for attempt in range(1, self.retries + 1):
-            lost = sorted(
-                place for place, (_, verdict) in known.items() if verdict.status == Status.LOST
-            )
+            lost = sorted(place for place, r in known.items() if r.verdict.status == Status.LOST)
             if not lost:
                 break
             before_retry()
@@ -174,9 +185,11 @@ class RolloutStage:
                 for i, k in lost
                 if (sampled.engine_of[i, k] + attempt) % self.engines == self.index
             ]
-            known |= self._gather(self._draw(prompts, mine, once, sampled.seed, attempt=attempt))
-        self.labeller.check_failures([verdict for _, verdict in known.values()])
-        rollouts = [Rollout(prompts[i], i, k, *known[i, k]) for i, k in sorted(known)]
+            again = self._draw(prompts, mine, once, sampled.seed, attempt=attempt)
+            known |= self._shared(prompts, again)
+
+        rollouts = [known[place] for place in sorted(known)]
+        self.labeller.check_failures([rollout.verdict for rollout in rollouts])
         self.lengths.learn(rollouts)
         return rollouts
 
@@ -220,15 +233,18 @@ class RolloutStage:
         }
         return tuple(early.get(place) or _lost(place, failure) for place in mine)
 
-    def _gather(self, drawn: Sequence[Drawn]) -> dict[Place, tuple[Completion, Verdict]]:
-        """Every rank's completions and verdicts, those of this rank when they are there."""
-        mine = {
-            d.place: (d.completion, dataclasses.replace(d.verdict.result(), early=d.early))
+    def _shared(self, prompts: Sequence[Prompt], drawn: Sequence[Drawn]) -> dict[Place, Rollout]:
+        """Every rank's rollouts by place, once the verdicts on those of this rank are there."""
+        own = [
+            Rollout(
+                prompts[d.place[0]],
+                *d.place,
+                d.completion,
+                dataclasses.replace(d.verdict.result(), early=d.early),
+            )
             for d in drawn
-        }
-        shares: list[Any] = [None] * self.world
-        dist.all_gather_object(shares, mine)
-        return {place: found for share in shares for place, found in share.items()}
+        ]
+        return {(r.group, r.sample): r for r in self.exchange.share(own, prompts)}
 
 
 def _seed_of_part(seed: int, attempt: int, first: Place, prompt: Prompt) -> int:

@@ -401,7 +401,8 @@ class Checkpoints:
     ) -> None:
         """Copies everything, and has it written while the run goes on."""
         self._report(wait=True)
-        self.reporter.settle()
+        with self.reporter.progress.stage("write"):
+            self.reporter.settle()
         self.check_sound(position)
         with self.reporter.progress.stage("checkpoint"):
             by_key, common = self._staging.copy(sharded_state(self.policy))

@@ -16,6 +16,7 @@ import torch
 from megatron_real.config import Config, to_dict, to_plain
 from megatron_real.disk import write_whole
 from megatron_real.evaluate import Evaluation
+from megatron_real.exchange import Exchange
 from megatron_real.records import Rollout
 from megatron_real.runs.claim import Beginning, Earlier
 from megatron_real.runs.curves import plot_curves
@@ -57,11 +58,13 @@ class Reporter:
         gathered: Callable[[Mapping[str, float]], Sequence[Mapping[str, float]]] = lambda seconds: [
             seconds
         ],
+        exchange: Exchange | None = None,
     ) -> None:
         """Writes nothing yet: the run directory is this life's from `begin` on.
 
         Args:
             gathered: collective; every rank's values on the first rank, which alone reads them.
+            exchange: brings the first rank what it writes; None where it has all rollouts whole.
 
         Raises:
             ValueError: W&B is asked for but not installed.
@@ -69,6 +72,7 @@ class Reporter:
         self.config, self.world, self.first = config, world, rank == 0
         self.directory = RunDirectory(config.trainer.run_dir)
         self._gathered = gathered
+        self._exchange = exchange or Exchange(0, 1)
         self._writer: MetricsWriter | None = None
         self.begun = False
         """Whether the run directory is this life's."""
@@ -187,16 +191,18 @@ class Reporter:
 
     def trained(self, step: int, rollouts: Sequence[Rollout], training: Training) -> None:
         """Writes the finished step's metrics, and has its rollouts written, with scores, in place of their chunks.
+        Collective.
 
         Raises what has kept the rollouts of the step before from being written.
         """
         seconds = self.progress.take_seconds()
         seconds_of_ranks = self._gathered(seconds)
         memory_of_ranks = self._gathered(memory_of_process())
+        whole = self._exchange.to_first(rollouts)
         if self._writer is None:
             return
         self.settle()  # host memory holds the rollouts of one step that is being written, not of many
-        self._writing = self._rollout_thread.submit(self._write_rollouts, step, rollouts, training)
+        self._writing = self._rollout_thread.submit(self._write_rollouts, step, whole, training)
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         peak = peak_tflops(device, self.config.trainer.peak_tflops)
         metrics = step_metrics(
@@ -289,7 +295,8 @@ class Reporter:
             )
 
     def skipped(self, step: int, update: int, rollouts: Sequence[Rollout]) -> None:
-        """Keeps the batch of a skipped update for replay, and says so."""
+        """Keeps the batch of a skipped update for replay, and says so. Collective."""
+        rollouts = self._exchange.to_first(rollouts)
         if self.first:
             dump = self.directory.dump(step, update)
             write_rollouts(dump.rollouts(1), rollouts, step=step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from megatron_real.config import Config, to_plain
 from megatron_real.config.sources import data_sources
+from megatron_real.exchange import Exchange
 from megatron_real.records import Prompt, Rollout
 from megatron_real.rollout.origin import Origin
 from megatron_real.rollout.source import ChunkName
@@ -65,26 +67,42 @@ class ChunkFiles:
         """`begun_step`: one that an earlier life has made updates of; its chunks came back with the checkpoint."""
         self._directory = directory
         self._ranks = ranks
+        self._exchange = Exchange(ranks.rank, ranks.world, ranks.group)
         self._say = say
         self._begun_step = begun_step
 
     def read(
         self, name: ChunkName, prompts: Sequence[Prompt], origin: Origin
     ) -> list[Rollout] | None:
-        """The kept rollouts of a chunk, on every rank; None where they are to be drawn. Collective.
+        """The kept rollouts of a chunk, which the first rank holds; None where they are to be drawn. Collective.
 
         The first rank alone looks for the file and judges it: all ranks must go the same way.
 
         Raises:
             ValueError: of a step that is partly trained on, the file is damaged or the prompts are others now.
         """
-        return self._ranks.on_first(lambda: self._read(name, prompts, origin))
+        kept: list[Rollout] = []
+
+        def read() -> bool:
+            found = self._read(name, prompts, origin)
+            if found is None:
+                return False
+            for rollout in found:
+                # The prompts of a step that is begun may have other names now: all ranks must know the same ones.
+                prompt = dataclasses.replace(rollout.prompt, uid=prompts[rollout.group].uid)
+                kept.append(dataclasses.replace(rollout, prompt=prompt))
+            return True
+
+        if not self._ranks.on_first(read):
+            return None
+        return self._exchange.share(kept, prompts)
 
     def write(self, name: ChunkName, origin: Origin, rollouts: Sequence[Rollout]) -> None:
-        """Keeps a chunk. The first rank writes."""
+        """Keeps a chunk. The first rank writes, and every rank gives it what it holds. Collective."""
+        whole = self._exchange.to_first(rollouts)
         if self._ranks.first:
             file = self._directory.chunk(name.step, name.draw, name.first_prompt)
-            write_chunk(file, rollouts, step=name.step, origin=origin)
+            write_chunk(file, whole, step=name.step, origin=origin)
 
     def _read(
         self, name: ChunkName, prompts: Sequence[Prompt], origin: Origin

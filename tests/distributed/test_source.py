@@ -27,7 +27,7 @@ from megatron_real.rollout.sync import WeightSync
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.ranks import EveryRankError, Ranks
 from megatron_real.runs.sampling import ChunkFiles
-from tests.distributed.test_stage import PROMPTS, SAMPLING, Adder, known
+from tests.distributed.test_stage import PROMPTS, SAMPLING, Adder, everywhere, known
 from tests.distributed.world import World
 
 pytestmark = pytest.mark.one_version
@@ -127,7 +127,15 @@ class Job:
 
     def first_step(self) -> list[Any]:
         """What the first step's rollouts are."""
-        return known(self.source.take(1).rollouts)
+        return self.known(self.source.take(1).rollouts)
+
+    def known(self, rollouts: list[Rollout]) -> list[Any]:
+        """What rollouts are, the same on every rank."""
+        return known(self.everywhere(rollouts))
+
+    def everywhere(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """The rollouts, whole on every rank."""
+        return everywhere(self.source.generator.stage, rollouts)
 
 
 def new_labeller() -> Labeller:
@@ -228,12 +236,13 @@ def ahead_of_time(folder: Path, bound: float | None) -> dict[str, Any]:
     found["versions"] = []
     for step in (1, 2, 3):
         taken = lagging.source.take(step)
+        rollouts = lagging.everywhere(taken.rollouts)
         with taken.generating_weights():
             found["weights"].append(float(lagging.weights.present[0]))
         assert float(lagging.weights.present[0]) == step - 1, "the present ones are back"
         found["lags"].append(taken.lag)
-        found["versions"].append({v for r in taken.rollouts for v in versions(r)})
-        found["same"].append(known(taken.rollouts) == known(fresh.source.take(step).rollouts))
+        found["versions"].append({v for r in rollouts for v in versions(r)})
+        found["same"].append(known(rollouts) == fresh.known(fresh.source.take(step).rollouts))
         found["statuses"] |= {r.verdict.status for r in taken.rollouts if step < 3}
         lagging.weights.present = lagging.weights.present + 1  # the step's updates
         with lagging.source.awake():

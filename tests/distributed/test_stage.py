@@ -125,9 +125,16 @@ def one_step(
     stage = stage_of(engine, retries, **options)
     try:
         chosen = PROMPTS[:prompts]
-        return stage.label(chosen, stage.generate(chosen, SAMPLING, seed=3))
+        rollouts = stage.label(chosen, stage.generate(chosen, SAMPLING, seed=3))
+        return everywhere(stage, rollouts)
     finally:
         stage.labeller.close()
+
+
+def everywhere(stage: RolloutStage, rollouts: list[Rollout]) -> list[Rollout]:
+    """The rollouts, whole on every rank."""
+    everything = range(len(rollouts))
+    return stage.exchange.bring(rollouts, [everything] * stage.world, text=True)
 
 
 def known(rollouts: list[Rollout]) -> list[Any]:
@@ -238,7 +245,8 @@ def refilled(rounds: int) -> tuple[list[Any], dict[str, Any]]:
                 prompts, stage.generate(prompts, SAMPLING, seed=step + (number << 40))
             )
 
-        steps.append(known(refill(draw(6, 0), make_objective("real"), rounds=rounds, draw=draw)))
+        rollouts = refill(draw(6, 0), make_objective("real"), rounds=rounds, draw=draw)
+        steps.append(known(everywhere(stage, rollouts)))
     stage.labeller.close()
     return steps, cursor.state_dict()
 
@@ -283,7 +291,8 @@ def spread_groups() -> tuple[list[Any], int]:
     stage = stage_of(lambda: engine, retries=1)
     prompts = PROMPTS[:2]
     try:
-        return known(stage.label(prompts, stage.generate(prompts, SAMPLING, seed=3))), engine.count
+        rollouts = stage.label(prompts, stage.generate(prompts, SAMPLING, seed=3))
+        return known(everywhere(stage, rollouts)), engine.count
     finally:
         stage.labeller.close()
 

@@ -148,6 +148,7 @@ def killed(pair: Pair) -> dict[str, Any]:
         share = stage.generate(asked, SAMPLING, seed=3)
         engine.generate = generate
         rollouts = stage.label(asked, share)
+        rollouts = stage.exchange.bring(rollouts, [range(len(rollouts))] * stage.world, text=True)
     found = {
         "lost": [
             d.verdict.result().reason for d in share.drawn if d.verdict.result().status == "lost"

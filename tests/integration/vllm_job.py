@@ -100,6 +100,8 @@ def spread(pair: Pair) -> dict[str, Any]:
         )
         share = stage.generate(asked, sampling, seed=3)
         rollouts = stage.label(asked, share)
+        everything = range(len(rollouts))
+        rollouts = stage.exchange.bring(rollouts, [everything] * stage.world, text=True)
     seeds = [prompt_seed(3, 0, (i, 0), prompt) for i, prompt in enumerate(asked)]
     alone = completed(pair.engine, asked, sampling, seeds=seeds)
     return {

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_real"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("records", "disk", "numerics", "cpu", "pinned", "collective", "challenge", "bounds"),
+    ("exchange",),
     ("objective",),
     ("config",),
     ("labels", "batching"),

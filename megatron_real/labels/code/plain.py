@@ -10,8 +10,8 @@ from collections import Counter
 from typing import Any
 
 _MAX_MEMBERS = 10_000  # of a set or dict
-# Chosen numbers can all have one hash, and a set of them takes quadratic time. Honest ones hardly
-# do: -1 and -2, 1 and 1.0.
+# Numbers can be picked so that all have one hash, and a set of them takes quadratic time. Honest
+# ones hardly have: -1 and -2, 1 and 1.0.
 _MAX_OF_ONE_HASH = 20
 
 
@@ -20,12 +20,13 @@ class NotPlain(TypeError):
 
 
 def encode(value: Any) -> Any:
-    """The value as JSON. Subclasses become their plain base.
+    """Returns the value as JSON. Subclasses become their plain base.
 
     Raises:
         NotPlain: it holds something else.
         RecursionError: it is nested too deeply, or holds itself.
     """
+    # What JSON has. Booleans first: they are integers too.
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -36,6 +37,8 @@ def encode(value: Any) -> Any:
         return str(value)
     if isinstance(value, list):
         return [encode(item) for item in value]
+
+    # What it has not is an object with the type's name.
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
     if isinstance(value, (bytes, bytearray)):
@@ -50,10 +53,11 @@ def encode(value: Any) -> Any:
 
 
 def decode(encoded: Any) -> Any:
-    """The value that `encode` made this of.
+    """Returns the value that `encode` made this of.
 
     Raises:
-        ValueError: it did not, or a set or dict has more than 10,000 members or many of one hash.
+        ValueError: it is no such value, or a set or dict has more than 10,000 members or many of
+            one hash.
         TypeError: a key or a member of a set cannot be one.
     """
     if encoded is None or isinstance(encoded, (bool, int, float, str)):
@@ -76,7 +80,7 @@ def decode(encoded: Any) -> Any:
 
 
 def _hashing_well(members: list[Any]) -> list[Any]:
-    """The members of a set, or keys of a dict, if few of them have the same hash.
+    """Returns the members of a set, or keys of a dict, if few of them have the same hash.
 
     Raises:
         ValueError: many have.

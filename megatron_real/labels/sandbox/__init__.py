@@ -1,5 +1,6 @@
-"""Holding in what runs text of a completion, with the means of the Linux kernel. docs/sandbox.md
-says how and how far.
+"""Holding in what runs text of a completion, with the means of the Linux kernel.
+
+docs/sandbox.md says how and how far.
 
 kernel.py      the kernel's calls that Python lacks
 calls.py       which system calls are left, as seccomp filters

@@ -1,6 +1,4 @@
-"""Builds a sandbox and says which rung it reached, as JSON on stdout: how `Rung` is found for the
-doctor.
-"""
+"""Builds a sandbox and prints which rung it reached, as JSON: `this_node` runs it."""
 
 from __future__ import annotations
 

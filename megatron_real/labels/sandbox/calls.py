@@ -1,11 +1,11 @@
-"""Which system calls are left to a worker and to judged code, as seccomp filters made by
-libseccomp.
+"""Which system calls are left to a worker and to judged code, as seccomp filters.
 
-Everything else fails with ENOSYS, the answer of a kernel that does not have the call, which the C
-library copes with. The lists name what a Python interpreter needs to compute, read files and start
-threads. What is not in them matters: sockets but for pairs, new programs, tracing, other processes'
-memory and priorities, mounts, keys, io_uring, bpf, files in memory (which no limit of memory
-counts), and for judged code also new processes and signals of any kind.
+libseccomp compiles them. A call that is not left fails with ENOSYS, the answer of a kernel that
+does not have it, which the C library copes with. The lists name what a Python interpreter needs to
+compute, read files and start threads. What is not in them matters: sockets but for pairs, new
+programs, tracing, other processes' memory and priorities, mounts, keys, io_uring, bpf, files in
+memory (which no limit of memory counts), and for judged code also new processes and signals of any
+kind.
 """
 
 from __future__ import annotations
@@ -28,20 +28,23 @@ class Where:
     argument: int
     """Its position, from 0."""
     value: int
+    """What its masked bits have to be."""
     mask: int = (1 << 64) - 1
+    """Which bits are compared."""
 
 
 _FREE_NAMES = """
-    read write readv writev pread64 pwrite64 close lseek open openat stat fstat lstat newfstatat statx statfs fstatfs
-    access faccessat faccessat2 readlink readlinkat getcwd chdir getdents getdents64 dup dup2 dup3 pipe pipe2
-    poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait eventfd2
-    mmap munmap mremap mprotect madvise brk membarrier futex set_robust_list get_robust_list rseq set_tid_address
-    arch_prctl sched_yield sched_getaffinity sched_getparam sched_getscheduler getcpu exit exit_group restart_syscall
-    rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack pause
-    setitimer getitimer alarm clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time times
-    getrusage getrlimit setrlimit getrandom sysinfo uname umask fadvise64
-    getpid gettid getppid getuid geteuid getgid getegid getgroups getresuid getresgid getpgrp getpgid getsid
-    sendto recvfrom sendmsg recvmsg shutdown getsockopt getsockname getpeername
+    read write readv writev pread64 pwrite64 close lseek open openat stat fstat lstat newfstatat
+    statx statfs fstatfs access faccessat faccessat2 readlink readlinkat getcwd chdir getdents
+    getdents64 dup dup2 dup3 pipe pipe2 poll ppoll select pselect6 epoll_create epoll_create1
+    epoll_ctl epoll_wait epoll_pwait eventfd2 mmap munmap mremap mprotect madvise brk membarrier
+    futex set_robust_list get_robust_list rseq set_tid_address arch_prctl sched_yield
+    sched_getaffinity sched_getparam sched_getscheduler getcpu exit exit_group restart_syscall
+    rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack
+    pause setitimer getitimer alarm clock_gettime clock_getres clock_nanosleep nanosleep
+    gettimeofday time times getrusage getrlimit setrlimit getrandom sysinfo uname umask fadvise64
+    getpid gettid getppid getuid geteuid getgid getegid getgroups getresuid getresgid getpgrp
+    getpgid getsid sendto recvfrom sendmsg recvmsg shutdown getsockopt getsockname getpeername
 """
 
 _CONDITIONAL: Mapping[str, Sequence[Where]] = {
@@ -65,7 +68,7 @@ _WORKER_NAMES = """
 
 
 def available() -> bool:
-    """Whether libseccomp is installed; the C library's package managers depend on it."""
+    """Returns whether libseccomp is installed."""
     try:
         ctypes.CDLL(_LIBRARY)
     except OSError:
@@ -74,12 +77,14 @@ def available() -> bool:
 
 
 def worker_filter() -> bytes:
-    """The filter of a worker, which starts clean children, but no other programs."""
+    """Returns the filter of a worker, which starts clean children, but no other programs."""
     return _compiled(threads=True, extra=_WORKER_NAMES.split())
 
 
 def judged_filter(*, threads: bool) -> bytes:
-    """The filter of code that a completion may control: no new process, no signal, no new program.
+    """Returns the filter of code that a completion may control.
+
+    It allows no new process, no signal and no new program.
 
     Args:
         threads: it may start threads; their number is limited elsewhere (RLIMIT_NPROC).
@@ -88,7 +93,7 @@ def judged_filter(*, threads: bool) -> bytes:
 
 
 class _Comparison(ctypes.Structure):
-    """struct scmp_arg_cmp."""
+    """struct scmp_arg_cmp of seccomp.h."""
 
     _fields_ = (
         ("argument", ctypes.c_uint),
@@ -99,6 +104,15 @@ class _Comparison(ctypes.Structure):
 
 
 def _compiled(*, threads: bool, extra: Sequence[str]) -> bytes:
+    """Returns the instructions of a filter.
+
+    Args:
+        threads: threads may be started.
+        extra: calls that are allowed beside `_FREE_NAMES`, whatever their arguments.
+
+    Raises:
+        OSError: the library refuses a rule or the filter.
+    """
     library = ctypes.CDLL(_LIBRARY, use_errno=True)
     library.seccomp_init.restype = ctypes.c_void_p
     library.seccomp_init.argtypes = [ctypes.c_uint32]
@@ -113,12 +127,9 @@ def _compiled(*, threads: bool, extra: Sequence[str]) -> bytes:
         number = library.seccomp_syscall_resolve_name(name.encode())
         if number < 0:  # this architecture, or this version of the library, does not know it
             return
-        comparisons = (_Comparison * len(conditions))(
-            *[
-                _Comparison(where.argument, _MASKED_EQUAL, where.mask, where.value)
-                for where in conditions
-            ]
-        )
+        comparisons = (_Comparison * len(conditions))()
+        for i, where in enumerate(conditions):
+            comparisons[i] = _Comparison(where.argument, _MASKED_EQUAL, where.mask, where.value)
         error = library.seccomp_rule_add_array(
             context, _ALLOW, number, len(conditions), comparisons
         )
@@ -127,6 +138,8 @@ def _compiled(*, threads: bool, extra: Sequence[str]) -> bytes:
 
     for name in (*_FREE_NAMES.split(), *extra):
         allow(name)
+
+    # Several rules for one call are alternatives: one of them has to hold.
     conditional = dict(_CONDITIONAL)
     if "prctl" not in extra:
         conditional["prctl"] = _PRCTL

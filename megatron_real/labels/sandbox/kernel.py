@@ -21,8 +21,14 @@ CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 
 # sys/mount.h
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
-MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_REMOUNT = 32
+MS_BIND = 4096
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
 _MNT_DETACH = 2
 
 # linux/prctl.h
@@ -42,7 +48,10 @@ _AT_FDCWD = -100
 _AT_RECURSIVE = 0x8000
 
 # linux/landlock.h: rights over files by the version of the interface that knows them.
-_LANDLOCK_EXECUTE, _LANDLOCK_WRITE_FILE, _LANDLOCK_READ_FILE, _LANDLOCK_READ_DIR = 1, 2, 4, 8
+_LANDLOCK_EXECUTE = 1
+_LANDLOCK_WRITE_FILE = 2
+_LANDLOCK_READ_FILE = 4
+_LANDLOCK_READ_DIR = 8
 _LANDLOCK_FILE_RIGHTS = {1: (1 << 13) - 1, 2: 1 << 13, 3: 1 << 14, 5: 1 << 15}
 _LANDLOCK_TCP_RIGHTS = {4: 0b11}
 _LANDLOCK_SCOPES = {6: 0b11}  # no abstract Unix sockets and no signals to processes outside
@@ -53,6 +62,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _check(result: int, call: str) -> int:
+    """Returns the result of a call.
+
+    Raises:
+        OSError: it is negative; with the kernel's reason.
+    """
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{call}: {os.strerror(number)}")
@@ -65,16 +79,16 @@ def unshare(flags: int) -> None:
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
-    """mount(2)."""
+    """Calls mount(2)."""
     encoded = [None if text is None else os.fsencode(text) for text in (source, target, kind)]
-    _check(
-        _libc.mount(*encoded, ctypes.c_ulong(flags), data.encode() or None), f"mount on {target}"
-    )
+    result = _libc.mount(*encoded, ctypes.c_ulong(flags), data.encode() or None)
+    _check(result, f"mount on {target}")
 
 
 def make_read_only(target: str) -> None:
-    """Makes the mount at `target` and all below it read-only, without devices and set-user-id
-    programs.
+    """Makes the mount at `target` and all below it read-only.
+
+    Devices and set-user-id programs on it have no effect from then on.
     """
     attributes = struct.pack("=QQQQ", MS_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0)
     try:
@@ -91,7 +105,7 @@ def make_read_only(target: str) -> None:
         )
     except OSError:
         # Before Linux 5.12. A user namespace may not clear flags of the mount, so the present ones
-        # are repeated.
+        # are repeated; 0x1C00 are those of access times.
         present = os.statvfs(target).f_flag & (MS_NOSUID | MS_NODEV | MS_NOEXEC | 0x1C00)
         mount(None, target, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | present)
 
@@ -99,6 +113,7 @@ def make_read_only(target: str) -> None:
 def change_root(root: str) -> None:
     """Makes the mount at `root` this namespace's root and lets go of the old one."""
     os.chdir(root)
+    # The old root lands on top of the new one, so that no folder is needed for it.
     _check(_libc.pivot_root(b".", b"."), "pivot_root")
     _check(_libc.umount2(b".", _MNT_DETACH), "umount2")
     os.chdir("/")
@@ -143,38 +158,48 @@ def _prctl(option: int, first: int | bytes, second: bytes | None = None) -> None
 
 
 def landlock_version() -> int:
-    """The version of Landlock's interface; 0 where the kernel does not have it or has it switched
-    off.
+    """Returns the version of Landlock's interface.
+
+    0 where the kernel does not have it or has it switched off.
     """
-    found = _libc.syscall(
+    version = _libc.syscall(
         _LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_VERSION_QUERY
     )
-    return max(int(found), 0)
+    return max(int(version), 0)
 
 
 def restrict_files(readable: Sequence[str], *, writable: Sequence[str]) -> None:
-    """Landlock: from here on files can be read below `readable` only, and only the devices
-    `writable` can be written.
+    """Puts this process under Landlock, for good.
 
-    Where the kernel's version knows them, TCP, abstract Unix sockets and signals to processes
-    outside are barred too. `give_up_new_privileges` comes first. Paths that are not there are
-    passed over.
+    From here on files can be read below `readable` only, and only the devices `writable` can be
+    written. Where the kernel's version knows them, TCP, abstract Unix sockets and signals to
+    processes outside are barred too. Paths that are not there are passed over.
+
+    `give_up_new_privileges` has to come first.
     """
     version = landlock_version()
 
     def rights(by_version: dict[int, int]) -> int:
         return sum(bits for since, bits in by_version.items() if since <= version)
 
-    handled = rights(_LANDLOCK_FILE_RIGHTS)
-    # Older kernels take a shorter record and no fields that they do not know.
     attributes = struct.pack(
-        "=QQQ", handled, rights(_LANDLOCK_TCP_RIGHTS), rights(_LANDLOCK_SCOPES)
+        "=QQQ",
+        rights(_LANDLOCK_FILE_RIGHTS),
+        rights(_LANDLOCK_TCP_RIGHTS),
+        rights(_LANDLOCK_SCOPES),
     )
-    size = 8 if version < 4 else 16 if version < 6 else 24
+    # Older kernels take a shorter record and no fields that they do not know.
+    if version < 4:
+        size = 8
+    elif version < 6:
+        size = 16
+    else:
+        size = 24
     ruleset = _check(
         _libc.syscall(_LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(size), 0),
         "landlock_create_ruleset",
     )
+
     for path in (*readable, *writable):
         try:
             file = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -191,5 +216,6 @@ def restrict_files(readable: Sequence[str], *, writable: Sequence[str]) -> None:
             "landlock_add_rule",
         )
         os.close(file)
+
     _check(_libc.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0), "landlock_restrict_self")
     os.close(ruleset)

@@ -1,6 +1,4 @@
-"""How well a node can contain a verifier: three rungs of a ladder, and which of them this one
-stands on.
-"""
+"""How well a node can contain a verifier: three rungs of a ladder, and on which this one stands."""
 
 from __future__ import annotations
 
@@ -39,32 +37,45 @@ class Rung(str, Enum):
 
 _MEANINGS = {
     Rung.NAMESPACES: "verifiers see no file but the interpreter's, no network and no other process",
-    Rung.LANDLOCK: "verifiers read no file but the interpreter's, reach no network and signal no other process",
-    Rung.LIMITS: "verifiers are limited in memory and time but not contained, so code and tasks that evaluate answers "
-    "are refused",
+    Rung.LANDLOCK: (
+        "verifiers read no file but the interpreter's, reach no network and signal no other process"
+    ),
+    Rung.LIMITS: (
+        "verifiers are limited in memory and time but not contained, so code and tasks that "
+        "evaluate answers are refused"
+    ),
 }
 
 REMEDY = (
-    "install libseccomp2, and either allow user namespaces (sysctl user.max_user_namespaces, docker run --security-opt "
-    "seccomp=unconfined) or boot a kernel with Landlock (5.13 or newer, lsm=landlock,...)"
+    "install libseccomp2, and either allow user namespaces (sysctl user.max_user_namespaces, "
+    "docker run --security-opt seccomp=unconfined) or boot a kernel with Landlock (5.13 or newer, "
+    "lsm=landlock,...)"
 )
 """What an administrator does about the rung `limits`."""
 
 
 def this_node() -> tuple[Rung, str]:
-    """The rung of this node, found by building a sandbox in a process of its own, and why no higher
-    one was reached.
+    """Builds a sandbox in a process of its own and asks it which rung it reached.
+
+    Returns:
+        The rung of this node, and why no higher one was reached.
 
     Raises:
         RuntimeError: the process that tries it failed in an unexpected way.
     """
     environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    environment |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    command = [sys.executable, "-m", "megatron_real.labels.sandbox"]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=_PROBE_SECONDS
+    if "LD_LIBRARY_PATH" in os.environ:
+        environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+    probe = subprocess.run(
+        [sys.executable, "-m", "megatron_real.labels.sandbox"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=_PROBE_SECONDS,
     )
-    if done.returncode:
-        raise RuntimeError(f"the probe of the sandbox ended with {done.returncode}: {done.stderr}")
-    answer = json.loads(done.stdout)
+    if probe.returncode:
+        raise RuntimeError(
+            f"the probe of the sandbox ended with {probe.returncode}: {probe.stderr}"
+        )
+    answer = json.loads(probe.stdout)
     return Rung(answer["rung"]), answer["why"]

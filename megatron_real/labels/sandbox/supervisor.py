@@ -29,16 +29,19 @@ def supervise(work: Callable[[Outside], int], *, namespaces: bool) -> int:
         work: the worker; what it returns is its exit code.
         namespaces: give it namespaces of its own, where the node allows it.
     """
+    # Blocked before anything can send them: they are waited for below, and never lost.
     awaited = {END, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     kernel.die_with_parent(END)
     kernel.adopt_orphans()
     outside = separate(wanted=namespaces)
+
     first = os.fork()
     if first == 0:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)
         kernel.die_with_parent(signal.SIGKILL)
         os._exit(_init(work, outside) if outside.separate else work(outside))
+
     code: int | None = None
     while code is None and signal.sigwait(awaited) != END:
         ended, status = os.waitpid(first, os.WNOHANG)
@@ -47,14 +50,18 @@ def supervise(work: Callable[[Outside], int], *, namespaces: bool) -> int:
     if code is None:
         code = -signal.SIGTERM
     _end_descendants()
+
+    # The first process of a namespace cannot end itself by a signal: its exit code stands for one.
     if outside.separate and code > _BY_SIGNAL:
         return _BY_SIGNAL - code
     return code
 
 
 def end_like(code: int) -> None:
-    """Ends this process with the code, by the signal where it is negative, so that its parent sees
-    the same.
+    """Ends this process as another one ended, so that its parent sees the same.
+
+    Args:
+        code: an exit code; a negative one stands for a signal.
     """
     if code < 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -66,8 +73,9 @@ def end_like(code: int) -> None:
 
 
 def _init(work: Callable[[Outside], int], outside: Outside) -> int:
-    """The first process of a process namespace: starts the worker and reaps what is orphaned in
-    there.
+    """Runs as the first process of a process namespace, and returns its exit code.
+
+    It starts the worker, and reaps what is orphaned in there.
     """
     worker = os.fork()
     if worker == 0:
@@ -77,11 +85,14 @@ def _init(work: Callable[[Outside], int], outside: Outside) -> int:
         ended, status = os.wait()
         if ended == worker:
             code = os.waitstatus_to_exitcode(status)
-            return code if code >= 0 else _BY_SIGNAL - code
+            if code < 0:
+                return _BY_SIGNAL - code
+            return code
 
 
 def _end_descendants() -> None:
     """Kills every process below this one. Those of a process namespace end with its first one."""
+    # Again after each that ended: it may have started others since the list was made.
     while True:
         for process in _descendants(os.getpid()):
             with contextlib.suppress(ProcessLookupError):
@@ -93,7 +104,7 @@ def _end_descendants() -> None:
 
 
 def _descendants(root: int) -> list[int]:
-    """Process ids below `root`, as /proc shows them."""
+    """Returns the ids of the processes below `root`, as /proc shows them."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if not name.isdigit():
@@ -106,10 +117,11 @@ def _descendants(root: int) -> list[int]:
         except (OSError, ValueError):
             continue  # it ended meanwhile
         children.setdefault(parent, []).append(int(name))
-    found: list[int] = []
+
+    descendants: list[int] = []
     pending = [root]
     while pending:
         below = children.get(pending.pop(), [])
-        found += below
+        descendants += below
         pending += below
-    return found
+    return descendants

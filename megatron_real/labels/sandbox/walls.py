@@ -1,9 +1,10 @@
 """Building the sandbox around a process, in the order that the kernel asks for.
 
-    supervisor       outside; ends everything below when the worker ends or the trainer does
-      init           first of its process namespace: with it ends every process in there      (rung namespaces)
-        worker       loads the verifier, then goes behind the walls for good
-          child      one clean copy of the worker for one check that runs text, behind stricter walls
+    supervisor   outside; ends everything below when the worker ends or the trainer does
+      init       on the rung `namespaces`: first of its process namespace; every process in there
+                 ends with it
+        worker   loads the verifier, then goes behind the walls for good
+          child  one clean copy of the worker for one check that runs text, behind stricter walls
 
 The supervisor calls `separate`, the worker `enclose`, a child `confine_judged_code`.
 """
@@ -29,8 +30,8 @@ _NAMESPACES = kernel.CLONE_NEWPID | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | 
 _NEW_ROOT = "/proc"  # is everywhere, and nothing that a worker reads later lies below it
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _SYSTEM = (
-    "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache", "/etc/localtime",
-    "/usr/share/zoneinfo",
+    "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache",
+    "/etc/localtime", "/usr/share/zoneinfo",
 )  # fmt: skip
 
 # A user id for each worker that no account has, so that its limit on threads is its own (and real
@@ -42,7 +43,7 @@ _OPEN_FILES = 64
 
 @dataclass(frozen=True)
 class Outside:
-    """What the supervisor knows of the node, and what a worker can no longer find out from inside."""
+    """What the supervisor knows of the node and a worker cannot find out from inside."""
 
     number: int
     """The supervisor's process id: no other worker of this node has it."""
@@ -60,6 +61,7 @@ class Walls:
     """What a worker is behind, and what its children are put behind."""
 
     rung: Rung
+    """The rung that was reached."""
     why: str
     """Why the rung is no higher; empty on the first."""
     judged_filter: bytes
@@ -77,9 +79,11 @@ def separate(*, wanted: bool = True) -> Outside:
     As root it does without a user namespace, so that the worker can become a user whom nobody else
     is.
     """
-    number, max_threads = os.getpid(), _user_threads()
+    number = os.getpid()
+    max_threads = _user_threads()
     if not wanted:
         return Outside(number, max_threads, False, "namespaces are not wanted")
+
     user = 0 if os.geteuid() == 0 else kernel.CLONE_NEWUSER
     error = _failure(_NAMESPACES | user)
     if error and not user:  # root of a container without CAP_SYS_ADMIN: like any other user
@@ -107,6 +111,9 @@ def enclose(outside: Outside, readable: Sequence[str], *, landlock: bool = True)
     if not outside.separate and not has_landlock:
         why = f"{outside.why}, and the kernel has no Landlock"
         return Walls(Rung.LIMITS, why, b"", outside.max_threads)
+
+    # The order must not change: mounting a root takes capabilities, so they are dropped after it,
+    # and Landlock and filters ask for a process that can gain no privileges.
     paths = [*_readable_paths(), *readable]
     if outside.separate:
         kernel.unshare(kernel.CLONE_NEWNS)
@@ -121,6 +128,7 @@ def enclose(outside: Outside, readable: Sequence[str], *, landlock: bool = True)
     kernel.give_up_new_privileges()
     if has_landlock:
         kernel.restrict_files([*paths, *_DEVICES], writable=["/dev/null", "/dev/zero"])
+
     # libseccomp is read from disk here, and the filter bars nothing that a fork needs.
     judged_filter = calls.judged_filter(threads=max_threads > 0)
     kernel.load_filter(calls.worker_filter())
@@ -129,12 +137,13 @@ def enclose(outside: Outside, readable: Sequence[str], *, landlock: bool = True)
 
 
 def confine_judged_code(walls: Walls, *, processor_seconds: int, memory: int | None) -> None:
-    """Puts this process, a child of a worker, behind the walls for code that a completion may
-    control.
+    """Puts this process, a child of a worker, behind the walls for judged code.
 
-    It has no descriptor of the worker by then: that is the caller's to see to.
+    That is code that a completion may control. The process has no descriptor of the worker by then:
+    that is the caller's to see to.
 
     Args:
+        walls: what the worker is behind.
         processor_seconds: processor time after which the kernel kills it.
         memory: bytes of address space; None keeps the worker's limit.
     """
@@ -151,25 +160,32 @@ def confine_judged_code(walls: Walls, *, processor_seconds: int, memory: int | N
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     if walls.max_threads > 0:
         _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
-        most = walls.max_threads if hard < 0 else min(walls.max_threads, hard)
+        most = walls.max_threads
+        if hard >= 0:  # negative: there is none
+            most = min(most, hard)
         resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
     if walls.judged_filter:
         kernel.load_filter(walls.judged_filter)
 
 
 def home_directories() -> list[Path]:
-    """Where this user's keys are: what the variable HOME says, which containers set anew, and the
-    account's own.
+    """Returns the folders in which this user's keys are.
+
+    These are what the variable HOME says, which containers set anew, and the account's own.
     """
-    homes = [os.environ["HOME"]] if os.environ.get("HOME") else []
+    homes: list[str] = []
+    if os.environ.get("HOME"):
+        homes.append(os.environ["HOME"])
     with contextlib.suppress(KeyError):  # a container's user may have no account
         homes.append(pwd.getpwuid(os.getuid()).pw_dir)
     return [Path(home).resolve() for home in homes or ["/"]]
 
 
 def _readable_paths() -> list[str]:
-    """What the interpreter and this package's own modules are made of, and the folders of sys.path
-    and LD_LIBRARY_PATH that hold modules or libraries only.
+    """Returns the paths that a worker may read.
+
+    These are what the interpreter and this package's own modules are made of, and the folders of
+    sys.path and LD_LIBRARY_PATH that hold modules or libraries only.
 
     A folder is left out that anyone may write to, as /tmp, or that has the working directory, the
     home directory or the checkout of this package in it: there is more in there. So is one that is
@@ -191,20 +207,17 @@ def _readable_paths() -> list[str]:
 
     searched = [*sys.path, *os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)]
     code = [path for path in searched if holds_code_only(path)]
-    found = [*_SYSTEM, *sorted(interpreter), *code, str(package)]
-    return [path for path in dict.fromkeys(found) if os.path.exists(path)]
+    paths = [*_SYSTEM, *sorted(interpreter), *code, str(package)]
+    return [path for path in dict.fromkeys(paths) if os.path.exists(path)]
 
 
 def _build_root(root: str, paths: Sequence[str]) -> None:
     """Mounts at `root` a small file system that shows `paths`, read-only, and a few devices."""
+    # Private first: no mount below is to appear in the node's own namespace.
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
-    kernel.mount(
-        "tmpfs",
-        root,
-        "tmpfs",
-        kernel.MS_NOSUID | kernel.MS_NODEV,
-        "mode=755,size=1m,nr_inodes=4096",
-    )
+    options = "mode=755,size=1m,nr_inodes=4096"
+    kernel.mount("tmpfs", root, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
+
     shown: list[Path] = []
     # Shorter paths first: what lies below a folder that is shown already needs no mount of its own.
     for path in sorted({*paths, *_DEVICES}, key=len):
@@ -221,18 +234,22 @@ def _build_root(root: str, paths: Sequence[str]) -> None:
         if path not in _DEVICES:
             kernel.make_read_only(target)
         shown.append(source)
+
     kernel.mount(None, root, None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY)
 
 
 def _user_threads() -> int:
-    """A limit on the threads of this user that leaves judged code `_THREADS` of them; 0 where none
-    would hold.
+    """Returns a limit on the threads of this user that leaves judged code `_THREADS` of them.
 
-    Newer kernels count within the user namespace, older ones everything that the user runs, so that
-    is added.
+    0 where none would hold. Newer kernels count within the user namespace, older ones everything
+    that the user runs, so that is added.
     """
-    if os.geteuid() == 0 and _is_real_root():
-        return 0  # the kernel does not limit root
+    # The kernel does not limit real root; user 0 in here may be another user of the machine.
+    if os.geteuid() == 0:
+        uid_map = Path("/proc/self/uid_map").read_text().split()
+        if uid_map[:2] == ["0", "0"]:
+            return 0
+
     present = 0
     for entry in os.scandir("/proc"):
         try:
@@ -243,15 +260,13 @@ def _user_threads() -> int:
     return present + _THREADS
 
 
-def _is_real_root() -> bool:
-    """Whether user 0 in here is user 0 of the machine."""
-    return Path("/proc/self/uid_map").read_text().split()[:2] == ["0", "0"]
-
-
 def _become_nobody(number: int, needed: Sequence[str]) -> int:
-    """Real root takes a user id of its own, if such a user can read `needed`.
+    """Gives this process, which real root runs, a user id of its own.
 
-    Returns the limit on threads.
+    Only if such a user can read `needed`: that is tried in a child.
+
+    Returns:
+        The limit on threads; 0 where this process stays root.
     """
     user = _FIRST_USER + number % 0x8000000
 
@@ -271,15 +286,17 @@ def _become_nobody(number: int, needed: Sequence[str]) -> int:
     _, status = os.waitpid(child, 0)
     if status != 0:  # without CAP_SETUID, or root keeps its files to itself
         return 0
+
     change_user()
     kernel.die_with_parent(signal.SIGKILL)  # a change of user undoes it
     return _THREADS
 
 
 def _failure(flags: int) -> str:
-    """Why a process may not have namespaces and a root of its own, tried in a child.
+    """Tries in a child whether a process may have namespaces and a root of its own.
 
-    Empty if it may.
+    Returns:
+        Why not; empty if it may.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -291,6 +308,7 @@ def _failure(flags: int) -> str:
             os.write(writer, str(error).encode())
         finally:
             os._exit(0)
+
     os.close(writer)
     with open(reader, encoding="utf-8") as pipe:
         why = pipe.read()
@@ -299,9 +317,12 @@ def _failure(flags: int) -> str:
 
 
 def _unshare(flags: int) -> None:
-    user, group = os.geteuid(), os.getegid()
+    """Gives this process namespaces; in a user namespace it stays the user that it is."""
+    user = os.geteuid()
+    group = os.getegid()
     kernel.unshare(flags)
     if flags & kernel.CLONE_NEWUSER:
+        # The kernel asks for this before it takes a map of groups from an ordinary user.
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
         Path("/proc/self/gid_map").write_text(f"{group} {group} 1")

@@ -24,7 +24,9 @@ OVERRIDES = (
     "optimizer.lr=5e-5", "evaluation.every=5", "evaluation.max_problems=20", "evaluation.samples=1",
     "checkpoint.every=3", "parallel.tp=1", "parallel.sp=false",
 )  # fmt: skip
-START_SECONDS, RUN_SECONDS = 240.0, 400.0
+# Bounds for a machine that is far busier than two lanes make it; a job that has ended ends the wait.
+START_SECONDS, RUN_SECONDS = 600.0, 900.0
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +52,7 @@ class Run:
         """`words`: more settings of the configuration."""
         self.cluster, self.directory = cluster, directory
         self.log = directory.with_name(f"{directory.name}-job.log")
+        self._jobs: list[str] = []
         self._settings = {
             "SBATCH_PARTITION": "main",
             "SBATCH_GPUS_PER_NODE": "1",
@@ -67,7 +70,9 @@ class Run:
     def submit(self, *options: str) -> str:
         """Submits the 7B script, unmodified; returns the job's number."""
         words = ["sbatch", "--parsable", *options, "examples/real_7b.sh"]
-        return self.cluster.run(*words, environment=self._settings).strip()
+        job = self.cluster.run(*words, environment=self._settings).strip()
+        self._jobs.append(job)
+        return job
 
     def wait_for_row(self, number: int) -> None:
         """Until the run has written its `number`-th row of metrics."""
@@ -80,21 +85,21 @@ class Run:
     def wait_for(
         self, happened: Callable[[], object], what: str, seconds: float = START_SECONDS
     ) -> None:
-        """As Cluster.wait_for; shows the job's log where nothing happens."""
+        """As Cluster.wait_for, but no longer than a job is there; shows all logs where nothing happens."""
         try:
-            self.cluster.wait_for(happened, what, seconds=seconds)
+            self.cluster.wait_for(lambda: happened() or self._over(), what, seconds=seconds)
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.said()}") from None
+            raise AssertionError(f"{error}\n{self.everything_said()}") from None
+        assert happened(), f"the job ended: no {what}\n{self.everything_said()}"
 
     def wait_for_end(self, job: str, state: str = "COMPLETED") -> None:
         """Until Slurm has no more to do for the job."""
-        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
         self.cluster.wait_for(
-            lambda: self.cluster.fields(job)["JobState"] in ends,
+            lambda: self.cluster.fields(job)["JobState"] in ENDS,
             f"end of {job}",
             seconds=RUN_SECONDS,
         )
-        assert self.cluster.fields(job)["JobState"] == state, self.said()
+        assert self.cluster.fields(job)["JobState"] == state, self.everything_said()
 
     def wait_for_restart(self, job: str, number: int, *, seconds: float = START_SECONDS) -> None:
         """Until Slurm has started the job again so often, or is about to."""
@@ -106,6 +111,10 @@ class Run:
         """Until status.json is of this job and restart."""
         self.wait_for(lambda: f'"{life}"' in self.status(), f"status of {life}")
 
+    def _over(self) -> bool:
+        """Whether no job is left that could make anything happen."""
+        return all(self.cluster.fields(job)["JobState"] in ENDS for job in self._jobs)
+
     def restarts(self, job: str) -> int:
         """How often Slurm has started the job again."""
         return int(self.cluster.fields(job)["Restarts"])
@@ -113,6 +122,15 @@ class Run:
     def said(self) -> str:
         """The jobs' log."""
         return self.log.read_text() if self.log.exists() else ""
+
+    def everything_said(self) -> str:
+        """The jobs' log and the ends of the logs that torchrun and the ranks wrote, for a failure."""
+        logs = [
+            f"{file.relative_to(self.directory)}:\n{file.read_text(errors='replace')[-1500:]}"
+            for file in sorted((self.directory / "logs").rglob("*.log"))
+            if file.stat().st_size
+        ]
+        return "\n".join([self.said(), *logs])
 
     def status(self) -> str:
         """What status.json says."""

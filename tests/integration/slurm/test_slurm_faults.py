@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,17 @@ def test_slurmd_killed_while_a_checkpoint_is_written(
     run.wait_for_end(job)
     assert "resuming after step" in run.said()
     assert_same_run(run.directory, whole.directory)
+
+
+def test_a_port_that_is_taken_is_a_fault_that_passes(run: Run, undisturbed: Path) -> None:
+    """torchrun cannot listen; its reason is shown, and the requeued job starts."""
+    job = run.submit("--hold")
+    with socket.socket() as taken:
+        # Bound but not listening: nothing answers there, so that the job takes the port for a free one.
+        taken.bind(("127.0.0.1", 20_000 + int(job)))
+        run.cluster.run("scontrol", "release", job)
+        run.wait_for_restart(job, 1)
+    run.wait_for_end(job)
+    assert "address already in use" in run.said()
+    assert "a fault ended the run; requeueing" in run.said()
+    assert_same_run(run.directory, undisturbed)

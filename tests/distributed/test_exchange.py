@@ -1,0 +1,183 @@
+"""Rollouts travel between ranks: facts to all, tokens to those that want them, bit for bit, and to nobody else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_real.config import Config
+from megatron_real.exchange import Exchange
+from megatron_real.records import (
+    EXCLUDED,
+    NEGATIVE,
+    POSITIVE,
+    Absent,
+    Completion,
+    Prompt,
+    Rollout,
+    Status,
+    Verdict,
+)
+from tests.distributed import jobs, reference
+from tests.distributed.reference import Sample
+from tests.distributed.test_policy import LAYOUTS, config_of
+from tests.distributed.world import World
+
+pytestmark = pytest.mark.one_version
+
+PROMPTS = [Prompt(f"p/{i}", f"{i}+1=", (i, 2, 3), (str(i + 1),)) for i in range(5)]
+
+
+def made_rollouts() -> list[Rollout]:
+    """Of every kind: empty, masked in the middle, with half a surrogate pair, a NaN, a reason, no reward."""
+    draw = random.Random(3)
+    rollouts = []
+    for group, prompt in enumerate(PROMPTS):
+        for sample in range(2):
+            length = draw.randrange(1, 40)
+            logprobs = [-draw.random() for _ in range(length)]
+            logprobs[0] = math.nan
+            trained = [draw.random() < 0.8 for _ in range(length)]
+            completion = Completion(
+                [draw.getrandbits(30) for _ in range(length)],
+                logprobs,
+                "half a pair \udc00, and ü" * sample,
+                finished=sample > 0,
+                trained=trained,
+                weight_version=draw.randrange(9),
+            )
+            label = (POSITIVE, NEGATIVE)[sample]
+            verdict = Verdict(Status.OK, label, 1 / 3, draw.random(), early=sample > 0)
+            rollouts.append(Rollout(prompt, group, sample, completion, verdict))
+    lost = Verdict(Status.LOST, EXCLUDED, None, reason="its server is göne")
+    rollouts[3] = dataclasses.replace(
+        rollouts[3], completion=Completion((), (), "", finished=False), verdict=lost
+    )
+    return rollouts
+
+
+def travel() -> dict[str, Any]:
+    """Rank 1 holds nothing, the others every second rollout; then tokens go to rank 1 alone, and to all."""
+    rank, world, whole = dist.get_rank(), dist.get_world_size(), made_rollouts()
+    exchange = Exchange(rank, world)
+    own = [r for i, r in enumerate(whole) if (0, 2)[i % 2] == rank]
+    shared = exchange.share(own[::-1], PROMPTS)
+    facts = [known(r) for r in shared]
+    to_one = exchange.bring(shared, [[], [0, 1, 5], []], text=True)
+    without_text = exchange.bring(shared, [range(10)] * world)
+    everywhere = exchange.bring(shared, [range(10)] * world, text=True)
+    first = exchange.to_first(shared)
+    with pytest.raises(AttributeError, match="token_ids of an absent completion"):
+        next(r for r in shared if isinstance(r.completion, Absent)).completion.token_ids  # noqa: B018
+    return {
+        "facts": facts,
+        "own": own_of(shared),
+        "to one": own_of(to_one),
+        "first": own_of(first),
+        "texts": [r.completion.text for r in without_text],
+        "everywhere": everywhere,
+    }
+
+
+def known(rollout: Rollout) -> tuple[Any, ...]:
+    """What every rank knows of a rollout."""
+    completion = rollout.completion
+    lengths = (rollout.num_tokens, completion.num_tokens, completion.num_trained)
+    place = (rollout.prompt, rollout.group, rollout.sample, rollout.holder)
+    return *place, *lengths, completion.finished, rollout.verdict
+
+
+def own_of(rollouts: list[Rollout]) -> list[int]:
+    return [i for i, r in enumerate(rollouts) if not isinstance(r.completion, Absent)]
+
+
+def test_tokens_go_where_they_are_wanted_and_facts_everywhere(world: World) -> None:
+    whole = made_rollouts()
+    holders = [(0, 2)[i % 2] for i in range(10)]
+    ranks = world.run(travel, 3)
+    for rank, found in enumerate(ranks):
+        assert found["facts"] == [
+            known(dataclasses.replace(r, holder=holder))
+            for r, holder in zip(whole, holders, strict=True)
+        ], "bit for bit, and in order"
+        assert found["own"] == [i for i in range(10) if holders[i] == rank]
+        assert found["everywhere"] == [
+            dataclasses.replace(r, holder=holder) for r, holder in zip(whole, holders, strict=True)
+        ]
+    assert ranks[1]["to one"] == [0, 1, 5] and ranks[0]["to one"] == ranks[0]["own"]
+    assert ranks[0]["first"] == list(range(10)) and ranks[2]["first"] == ranks[2]["own"]
+    assert ranks[1]["texts"] == [""] * 10, "what is not asked for stays where it is"
+
+
+def dealt_or_whole(config: Config, samples: list[Sample], reference_path: str) -> dict[str, bool]:
+    """Everything that a rank computes with, of rollouts that are everywhere and of those that one rank holds each."""
+    from megatron_real.policy.reference import Reference
+    from megatron_real.weights.hf import HfWeights
+
+    policy = jobs.new_policy(config, config.model.path)
+    reference = Reference(policy, HfWeights(reference_path))
+    whole = jobs.rollouts_of(samples)
+    annotated = reference.annotated(whole)
+    mismatch = policy.mismatch(whole)
+    batches = policy.cut(annotated)
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    policy.exchange = Exchange(rank, size)
+    dealt = policy.exchange.keep_own(whole)
+    held = reference.annotated(dealt)
+    own = [r.holder == rank for r in held]
+    brought = policy.cut(held)
+    again = reference.annotated(held)
+    return {
+        "held": own_of(held) == [i for i, mine in enumerate(own) if mine],
+        "not everything": 0 < sum(own) < len(whole),
+        "reference": all(
+            numpy.array_equal(a.reference_logprobs, b.reference_logprobs)
+            for a, b, mine in zip(held, annotated, own, strict=True)
+            if mine
+        ),
+        "not again": all(
+            a.reference_logprobs is b.reference_logprobs for a, b in zip(again, held, strict=True)
+        ),
+        "everywhere": all(
+            numpy.array_equal(a.reference_logprobs, b.reference_logprobs)
+            for a, b in zip(reference.annotated(whole), annotated, strict=True)
+        ),
+        "mismatch": policy.mismatch(dealt) == mismatch,
+        "micro-batches": all(
+            same(one, other)
+            for batch, other_batch in zip(batches, brought, strict=True)
+            for one, other in zip(batch.micro_batches, other_batch.micro_batches, strict=True)
+        ),
+    }
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two micro-batches hold the same bits."""
+    tensors = [name for name, value in vars(one).items() if isinstance(value, torch.Tensor)]
+    assert "tokens_T" in tensors and ("reference_logprob_T" in tensors) == bool(one.positions)
+    return one.positions == other.positions and all(
+        torch.equal(getattr(one, name), getattr(other, name)) for name in tensors
+    )
+
+
+@pytest.mark.parametrize("layout", ["cp2-dp2", "pp2-dp2"])
+def test_micro_batches_are_those_of_rollouts_that_every_rank_has(
+    world: World, tiny_model: Callable[..., Path], layout: str
+) -> None:
+    size, options = LAYOUTS[layout]
+    config, samples = config_of(tiny_model("qwen2"), **options), reference.minibatch(1, vocab=101)
+    path = str(tiny_model("qwen2", moved=0.05))
+    for found in world.run(
+        dealt_or_whole, size, config=config, samples=samples, reference_path=path
+    ):
+        assert all(found.values()), found
