@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -12,10 +13,23 @@ import pytest
 ALL = "MEGATRON_REAL_TESTS_ALL"
 """Environment variable that tests/conftest.py sets for --all, so that each lane of pytest-xdist has it too."""
 
+FIRST_VERSION = "0.16.1"
+
 
 def examples(number: int) -> int:
     """Returns `number` with --all, and an eighth of it by default."""
     return number if os.environ.get(ALL) else max(1, number // 8)
+
+
+def on_first_version() -> bool:
+    """Whether this is the megatron-core on which everything runs; what runs on the second one too is thinner there."""
+    return version("megatron-core") == FIRST_VERSION
+
+
+def core(rows: Sequence[Any], kept: Sequence[Any]) -> list[Any]:
+    """Returns a parameter for each row, of which those outside of `kept` are of the grid."""
+    grid = (pytest.mark.grid,)
+    return [pytest.param(row, marks=() if row in kept else grid) for row in rows]
 
 
 def cover(*axes: Sequence[Any]) -> list[Any]:

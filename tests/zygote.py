@@ -5,13 +5,18 @@ place of those of `subprocess`: a command line of this interpreter (`python -m M
 forked from the zygote and has its own environment, directory, standard streams and session; any other command, and one
 with a `preexec_fn`, is started as usual. The ranks that torchrun starts are forked in the same way.
 
-What a fork cannot show is that the imports themselves are right and enough: some tests start real processes.
+The vLLM servers that such a process starts are forked too: first the guard, then by the guard the server, and by the
+server its engine.
+
+What a fork cannot show is that the imports themselves are right and enough: some tests start real processes, and
+`REAL_SERVERS` has a process start real servers.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import multiprocessing
 import os
 import pickle
 import runpy
@@ -25,15 +30,20 @@ import sys
 import tempfile
 import threading
 import traceback
+import types
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
 _VLLM = "vllm"
 """The kind of zygote that has imported vLLM too, which takes twice as long to start."""
+REAL_SERVERS = "MEGATRON_REAL_TESTS_REAL_SERVERS"
+"""Environment variable of a forked process that is to start its vLLM servers as new processes."""
+_GUARD = "server_guard.py"
 
 
 @dataclass(frozen=True)
@@ -166,6 +176,32 @@ def _ask(kind: str, request: Request, streams: Sequence[int]) -> tuple[int, sock
     return int(answer), connection
 
 
+def add_interpreter(folder: Path, kind: str) -> str:
+    """Makes an executable `python` that forks from the zygote of a kind, for shell scripts; returns a PATH with it first.
+
+    Args:
+        folder: An empty directory for it.
+        kind: `plain`, or `vllm`.
+    """
+    stand_in = folder / "python"
+    stand_in.write_text(
+        f"#!{sys.executable} -S\n"
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from tests.zygote import run_as_stand_in\n"
+        f"run_as_stand_in({_address(kind)!r})\n"
+    )
+    stand_in.chmod(0o755)
+    return os.pathsep.join([str(folder), os.path.dirname(sys.executable), os.environ["PATH"]])
+
+
+def run_as_stand_in(address: str) -> NoReturn:
+    """Runs this process's command line in a fork of a zygote, and ends with its exit code."""
+    _addresses.update({"plain": address, _VLLM: address})
+    with Popen([sys.executable, *sys.argv[1:]]) as process:
+        sys.exit(process.wait())
+
+
 _addresses: dict[str, str] = {}
 """Paths of the sockets of the zygotes that run, by kind. In a forked process all kinds are the zygote it is from."""
 _starting = threading.Lock()
@@ -193,6 +229,36 @@ def _address(kind: str) -> str:
     return _addresses[kind]
 
 
+class _Child(subprocess.Popen[Any]):
+    """As subprocess.Popen for one of this interpreter's command lines; the process is a fork of this one.
+
+    It is in this process's group, which a guard ends as a whole; the zygote's children have other groups.
+    """
+
+    def _execute_child(self, *arguments: Any) -> None:
+        words, stdin = _forkable(arguments[0], {}), arguments[10]  # as in Popen above
+        if words is None:
+            super()._execute_child(*arguments)  # type: ignore[misc]
+            return
+
+        self.pid = os.fork()
+        if self.pid == 0:
+            subprocess.Popen = _NewProcess  # type: ignore[misc]
+            os.dup2(stdin, 0)
+            _run_and_exit(words)
+        self._child_created = True
+        self._close_pipe_fds(*arguments[10:16])  # type: ignore[attr-defined]
+
+
+_NewProcess = subprocess.Popen
+
+
+def _start_server(args: Sequence[Any], **options: Any) -> subprocess.Popen[Any]:
+    """As subprocess.Popen for the guard of a vLLM server."""
+    start = subprocess.Popen if os.environ.get(REAL_SERVERS) else Popen
+    return start(args, **options)
+
+
 class Server:
     """The zygote's loop: it forks, and reports the end of each of its children."""
 
@@ -203,7 +269,7 @@ class Server:
         self._listener.listen(64)
         self._running: dict[int, socket.socket] = {}
         self._requesters: dict[int, int] = {}
-        """Process -> the one that asked for it."""
+        """Process -> the one that asked for it; without guards, which find out by themselves who has ended."""
         # A child's end wakes the loop by a byte in this pipe.
         self._wakes, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake)
@@ -233,7 +299,7 @@ class Server:
             if not pid:
                 return
             report = self._running.pop(pid)
-            del self._requesters[pid]
+            self._requesters.pop(pid, None)
             if os.WIFSIGNALED(status):
                 # A test that kills torchrun means the whole job, and its ranks are in sessions of their own.
                 for child, requester in self._requesters.items():
@@ -258,7 +324,8 @@ class Server:
         for file_number in files[1:]:
             os.close(file_number)
         self._running[pid] = connection
-        self._requesters[pid] = request.requester
+        if not request.words[0].endswith(_GUARD):
+            self._requesters[pid] = request.requester
         connection.send(str(pid).encode())
         return None
 
@@ -286,6 +353,8 @@ def _run_as_main(words: Sequence[str]) -> int:
     """Runs a module or a script as the interpreter would, to its exit code."""
     code: object = 0
     _fork_the_ranks()
+    if words[0].endswith(_GUARD):
+        subprocess.Popen = _Child  # type: ignore[misc]
     try:
         if words[0] == "-m":
             sys.argv = list(words[1:])
@@ -307,8 +376,8 @@ def _run_as_main(words: Sequence[str]) -> int:
 
 
 def _fork_the_ranks() -> None:
-    """Has torchrun, which this process may be, fork its ranks. All else is started by a run as usual: its verifiers and
-    servers look at their process group, their limits and their memory."""
+    """Has torchrun, which this process may be, fork its ranks. Verifiers are started by a run as usual: they look at
+    their process group, their limits and their memory."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     subprocess_handler.Popen = Popen  # type: ignore[attr-defined]
@@ -325,9 +394,27 @@ def _import_vllm() -> None:
     import torch._dynamo.config
 
     torch._dynamo.config.disable = True
+    import vllm.entrypoints.launchers.api_server.entry
     import vllm.entrypoints.llm
+    import vllm.utils.system_utils
     import vllm.v1.engine.llm_engine
-    import vllm.v1.worker.cpu_worker  # noqa: F401
+    import vllm.v1.engine.utils
+    import vllm.v1.executor.multiproc_executor
+    import vllm.v1.worker.cpu_worker
+
+    # On a CPU, vLLM would spawn a server's engine, which imports everything again.
+    forking = partial(multiprocessing.get_context, "fork")
+    vllm.utils.system_utils.get_mp_context = forking
+    vllm.v1.engine.utils.get_mp_context = forking
+    vllm.v1.executor.multiproc_executor.get_mp_context = forking
+
+
+def _fork_the_servers() -> None:
+    """Has runs start the guards of their vLLM servers by `_start_server`."""
+    from megatron_real.rollout import server
+
+    forking = {**vars(subprocess), "Popen": _start_server}
+    server.subprocess = types.SimpleNamespace(**forking)  # type: ignore[attr-defined]
 
 
 def main() -> None:
@@ -337,6 +424,7 @@ def main() -> None:
 
     if sys.argv[2] == _VLLM:
         _import_vllm()
+        _fork_the_servers()
     warnings.resetwarnings()
     warnings.filterwarnings("ignore")
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,6 +1,7 @@
 """The golden curves: figures of small fixed runs that a change of structure must not move by one bit.
 
     python tools/golden.py compare                  # `replay` and `tiny`, about half a minute; exit code 1 if one differs
+    python tools/golden.py compare tiny --steps 20  # the first 20 of its 60 steps
     python tools/golden.py compare quickstart       # the quickstart's 60 steps, several minutes
     python tools/golden.py make [NAME ...]          # writes tests/golden/NAME.jsonl anew, after a wanted change
 
@@ -64,10 +65,18 @@ def main() -> int:
         metavar="NAME",
         help="replay, tiny, quickstart; the first two by default",
     )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="compare no more than the first N steps of a training run",
+    )
     options = parser.parse_args()
     unknown = set(options.names) - {"replay", "tiny", "quickstart"}
     if unknown:
         parser.error(f"no curve is named {', '.join(sorted(unknown))}")
+    if options.steps is not None and (options.action == "make" or not 10 <= options.steps <= 60):
+        parser.error(f"--steps is {options.steps}; it is for compare, and must lie in 10 to 60")
 
     names = options.names or ("replay", "tiny")
     missing = [name for name in names if not (GOLDEN / f"{name}.jsonl").is_file()]
@@ -79,7 +88,7 @@ def main() -> int:
     failures = 0
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            rows = figures(name, Path(folder))
+            rows = figures(name, Path(folder), options.steps or 60)
         golden = GOLDEN / f"{name}.jsonl"
         if options.action == "make":
             golden.parent.mkdir(exist_ok=True)
@@ -87,6 +96,8 @@ def main() -> int:
             print(f"{golden.relative_to(ROOT)}: {len(rows)} rows")
             continue
         made_by, *expected = [json.loads(line) for line in golden.read_text().splitlines()]
+        if options.steps and name != "replay":
+            expected = expected[: options.steps]
         difference = compare(name, rows, expected, exact=made_by == machine())
         exactness = "byte for byte" if made_by == machine() else f"loosely, made by {made_by}"
         print(f"{name}: {difference or f'{len(rows)} rows agree ({exactness})'}")
@@ -144,30 +155,35 @@ def compare(name: str, rows: Sequence[Row], expected: Sequence[Row], *, exact: b
     return ""
 
 
-def figures(name: str, folder: Path) -> list[Row]:
-    """The rows of a curve, computed now by child processes with the fixed arithmetic."""
+def figures(name: str, folder: Path, steps: int) -> list[Row]:
+    """The rows of a curve, computed now by child processes with the fixed arithmetic.
+
+    `steps` is the length of a training run. Its learning rate is constant: a shorter run is a longer one's beginning.
+    """
     if name == "replay":
         output = _python(__file__, "_replay", folder)
         return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     if name == "tiny":
         _python(__file__, "_tiny_base", folder / "base")
         words = [f"{key}={value}" for key, value in TINY.items()]
-        return _trained(folder, folder / "base", ["-m", "megatron_real"], words)
+        return _trained(folder, folder / "base", ["-m", "megatron_real"], words, steps)
     base = folder / "base"
     _python(ROOT / "tools/make_tiny_model.py", "--out", base)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "megatron_real"]
     words = [f"data.heldout={base}/heldout.jsonl", f"data.train={base}/train.jsonl"]
-    return _trained(folder, base, launcher, words)
+    return _trained(folder, base, launcher, words, steps)
 
 
-def _trained(folder: Path, base: Path, command: Sequence[str], words: Sequence[str]) -> list[Row]:
+def _trained(
+    folder: Path, base: Path, command: Sequence[str], words: Sequence[str], steps: int
+) -> list[Row]:
     """Trains by the quickstart's configuration with some words more, and reads the metrics."""
     run_dir = folder / "run"
     config = ROOT / "examples/configs/quickstart.yaml"
     fixed = [
         f"trainer.run_dir={run_dir}",
         f"model.path={base}",
-        "trainer.steps=60",
+        f"trainer.steps={steps}",
         "trainer.tensorboard=false",
         "trainer.export=false",
         "checkpoint.every=0",

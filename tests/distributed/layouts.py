@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -40,6 +41,10 @@ class Layout:
             and (self.pp > 1 or self.vpp == 1)
             and (self.max_tokens == 256 or self.placement in ("split", "auto"))
         )
+
+    @property
+    def levels(self) -> frozenset[tuple[str, Any]]:
+        return frozenset((f.name, getattr(self, f.name)) for f in fields(self))
 
     @property
     def pairs(self) -> frozenset[tuple[Any, ...]]:
@@ -89,3 +94,14 @@ def pairwise_cover() -> list[Layout]:
             rows.append(best)
             missing -= best.pairs
     return rows
+
+
+def level_cover(rows: Sequence[Layout]) -> list[Layout]:
+    """Greedy: rows in which every level of every factor occurs, in the order of `rows`; far fewer than for the pairs."""
+    missing = {(factor, level) for factor, levels in LEVELS.items() for level in levels}
+    chosen: list[Layout] = []
+    while missing:
+        best = max(rows, key=lambda row: len(row.levels & missing))
+        chosen.append(best)
+        missing -= best.levels
+    return [row for row in rows if row in chosen]

@@ -35,19 +35,26 @@ def gradients(
 
     policy = jobs.new_policy(config, config.model.path)
     rollouts = Reference(policy, HfWeights(reference_path)).annotated(jobs.rollouts_of(samples))
-    found = {}
+
+    steps, batches = {}, {}
     for case, description in cases.items():
         objective = objective_of(*description)
-        step = TrainStep(policy.passes, policy.groups, objective, mismatch_bound=0.1)
+        steps[case] = TrainStep(policy.passes, policy.groups, objective, mismatch_bound=0.1)
         (cut,) = minibatches(rollouts, objective, groups_per_minibatch=1000)
         packer = dataclasses.replace(policy.packer, objective=objective)
-        batch = packer.pack(cut, off_policy=old_path is not None)
-        if old_path is not None:
-            policy.load_parameters(HfWeights(old_path))
-            step.old_logprobs(batch)
-            policy.load_parameters(HfWeights(config.model.path))
+        batches[case] = packer.pack(cut, off_policy=old_path is not None)
+
+    # The old weights are loaded once for all cases, and the policy's once after them.
+    if old_path is not None:
+        policy.load_parameters(HfWeights(old_path))
+        for case, step in steps.items():
+            step.old_logprobs(batches[case])
+        policy.load_parameters(HfWeights(config.model.path))
+
+    found = {}
+    for case, step in steps.items():
         policy.zero_gradients()
-        gradient = step.gradient(batch)
+        gradient = step.gradient(batches[case])
         found[case] = {
             "loss": gradient.loss,
             "gradients": gradients_of(policy),

@@ -24,11 +24,19 @@ from megatron_real.config import (
     RolloutConfig,
 )
 from megatron_real.config import OptimizerConfig as Optimizer
+from tests.amount import core, on_first_version
 from tests.distributed import jobs, reference
-from tests.distributed.layouts import Layout, pairwise_cover, possible_pairs, random_layout
+from tests.distributed.layouts import (
+    Layout,
+    level_cover,
+    pairwise_cover,
+    possible_pairs,
+    random_layout,
+)
 from tests.distributed.world import World
 
 ROWS = pairwise_cover()
+THIN = level_cover(ROWS)
 TOLERANCE = {"fp64": 1e-10, "fp32": 2e-5, "bf16": 1e-1}
 """Relative error of each parameter's gradient, in the 2-norm. bf16's worst are the k biases, 6e-2: softmax hardly feels
 them, so their gradient is small; the others stay below 3e-2."""
@@ -52,12 +60,11 @@ def expected(
     return compute
 
 
-def model_paths(tiny_model: ModelMaker, name: str) -> tuple[Path, Path]:
+def model_paths(tiny_model: ModelMaker, name: str, layers: int = 8) -> tuple[Path, Path]:
     """The policy, and the earlier weights that drew the rollouts."""
     family, tied = name.split("-")[0], name.endswith("tied")
-    return tiny_model(family, moved=0.02, tie_word_embeddings=tied), tiny_model(
-        family, tie_word_embeddings=tied
-    )
+    sizes = {"tie_word_embeddings": tied, "num_hidden_layers": layers}
+    return tiny_model(family, moved=0.02, **sizes), tiny_model(family, **sizes)
 
 
 def config_of(layout: Layout, path: Path, dtype: str, **megatron: Any) -> Config:
@@ -125,15 +132,13 @@ def test_rows_cover_every_pair() -> None:
     assert frozenset().union(*(row.pairs for row in ROWS)) == possible_pairs()
 
 
-@pytest.mark.parametrize("layout", ROWS, ids=str)
+@pytest.mark.parametrize("layout", core(ROWS, ROWS if on_first_version() else THIN), ids=str)
 def test_float64(world: World, tiny_model: ModelMaker, expected: Any, layout: Layout) -> None:
     check(world, tiny_model, expected, layout, "fp64")
 
 
 @pytest.mark.one_version
-@pytest.mark.parametrize(
-    "layout", [*ROWS[:6], *(pytest.param(row, marks=pytest.mark.grid) for row in ROWS[6:])], ids=str
-)
+@pytest.mark.parametrize("layout", core(ROWS, THIN), ids=str)
 def test_float32(world: World, tiny_model: ModelMaker, expected: Any, layout: Layout) -> None:
     check(world, tiny_model, expected, layout, "fp32")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +60,31 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def updated(world: World, tiny_model: ModelMaker) -> Callable[[str, bool], dict[str, Any]]:
+    """Losses, gradient norms and weights of three updates, once for each layout and kind of head."""
+
+    @cache
+    def compute(layout: str, tied: bool) -> dict[str, Any]:
+        size, options = LAYOUTS[layout]
+        path = tiny_model("qwen2", tie_word_embeddings=tied)
+        samples = reference.minibatch(1, vocab=101)
+        config = config_of(path, **options)
+        outcome: dict[str, Any] = world.run(jobs.updates, size, config=config, samples=samples)[0]
+        return outcome
+
+    return compute
+
+
 @pytest.mark.parametrize(
     ("layout", "tied"), cover([name for name in LAYOUTS if name != "plain"], [False, True])
 )
-def test_three_updates_agree(world: World, tiny_model: ModelMaker, layout: str, tied: bool) -> None:
+def test_three_updates_agree(
+    updated: Callable[[str, bool], dict[str, Any]], layout: str, tied: bool
+) -> None:
     """Parameters move by about 3e-3 (lr 1e-3, three updates); layouts differ by fp32 rounding, which Adam amplifies
     where a gradient is nearly 0. Stale weights under overlap_param_gather would differ by the whole movement."""
-    path = tiny_model("qwen2", tie_word_embeddings=tied)
-    samples = reference.minibatch(1, vocab=101)
-    outcomes = []
-    for name in ("plain", layout):
-        size, options = LAYOUTS[name]
-        outcomes.append(
-            world.run(jobs.updates, size, config=config_of(path, **options), samples=samples)[0]
-        )
-    plain, other = outcomes
+    plain, other = updated("plain", tied), updated(layout, tied)
     assert other["losses"] == pytest.approx(plain["losses"], rel=1e-4)
     assert other["grad_norms"] == pytest.approx(plain["grad_norms"], rel=1e-4)
     for name, tensor in plain["weights"].items():
@@ -215,8 +226,9 @@ def test_export_gives_back_the_file(
 def test_the_own_loop_example_learns() -> None:
     """examples/own_megatron_loop.py, as its docstring says to run it."""
     import re
-    import subprocess
     import sys
+
+    from tests import zygote
 
     root = Path(__file__).parents[2]
     command = [
@@ -227,7 +239,7 @@ def test_the_own_loop_example_learns() -> None:
         "2",
         "examples/own_megatron_loop.py",
     ]
-    out = subprocess.run(
+    out = zygote.run(
         command, cwd=root, capture_output=True, text=True, timeout=200, check=True
     ).stdout
     losses = [float(x) for x in re.findall(r"loss (\S+)", out)]

@@ -25,7 +25,7 @@ def attempts() -> dict[str, tuple[str, str, float]]:
     """By method: the error that this rank raises when one rank alone fails, and the seconds."""
     from megatron_real.runs.ranks import Ranks
 
-    ranks = Ranks.of_all(timedelta(seconds=60))
+    ranks = Ranks.of_all(timedelta(seconds=240))
     found = {}
     for method, (error, _, _) in CASES.items():
         culprit = 0 if method == "on_first" else 1
@@ -63,14 +63,14 @@ def test_one_ranks_error_is_every_ranks(
     for answer in answers:
         name, text, seconds = answer[method]
         assert name == kind and sentence in text
-        assert seconds < 30, "half the group's timeout: nobody waited for it"
+        assert seconds < 120, "half the group's timeout: nobody waited for it"
 
 
 def kept() -> bool:
     """Whether each rank has its own group back, which cannot be sent to another one."""
     from megatron_real.runs.ranks import Ranks
 
-    ranks = Ranks.of_all(timedelta(seconds=60))
+    ranks = Ranks.of_all(timedelta(seconds=240))
     return ranks.together(lambda: ranks.group) is ranks.group
 
 
@@ -86,7 +86,7 @@ def surveyed(folder: str, fault: str) -> tuple[str, float]:
     from megatron_real.runs.directory import RunDirectory
     from megatron_real.runs.ranks import Ranks
 
-    ranks = Ranks.of_all(timedelta(seconds=60))
+    ranks = Ranks.of_all(timedelta(seconds=240))
     directory = RunDirectory(folder)
 
     def write() -> None:
@@ -138,4 +138,4 @@ def test_ranks_agree_on_a_checkpoint_whatever_one_of_them_sees(
     assert len({found for found, _ in answers}) == 1
     for found, seconds in answers:
         assert found.startswith(expected), found
-        assert seconds < 30, "half the group's timeout: nobody waited for it"
+        assert seconds < 120, "half the group's timeout: nobody waited for it"

@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.ports import free_port
 
-SECONDS = 300
+SECONDS = 600
 """Longest that one call may take: for ranks that hang. A layout of twenty cases needs ten on an idle machine, and a
 busy one has needed a hundred."""
 

@@ -22,7 +22,7 @@ class Disk:
         subprocess.run(
             ["gcc", "-shared", "-fPIC", "-Wall", "-Werror", "-o", library, SOURCE, "-ldl"],
             check=True,
-            timeout=60,
+            timeout=240,
         )
         self._rules = folder / "rules"
         self.environment = {"LD_PRELOAD": str(library), "FAULTS": str(self._rules)}

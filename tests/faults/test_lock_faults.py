@@ -154,7 +154,7 @@ def test_a_listing_that_lacks_the_newest_names_gives_nobody_a_lock(
     assert holds(owner) and last(tmp_path / "owners").name == "4"
     faulty.rules(*[f"list owners/{number} hide 0" for number in (2, 3, 4)])
     second = holder(started, tmp_path / "owners", **faulty.environment)
-    _, said = second.communicate(timeout=60)
+    _, said = second.communicate(timeout=240)
     assert f"is in use by process {owner.pid} on" in said and second.returncode == 1
 
 
@@ -191,7 +191,7 @@ def test_two_containers_of_one_machine_do_not_take_each_other_for_dead(
     owner = holder(started, tmp_path / "owners", *contained)
     assert holds(owner)
     second = holder(started, tmp_path / "owners", *contained)
-    _, said = second.communicate(timeout=60)
+    _, said = second.communicate(timeout=240)
     assert "is in use by process" in said, "a sign of life is waited for"
     time.sleep(0.3)
     assert owner.poll() is None, "the owner has never heard of it"

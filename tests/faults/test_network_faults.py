@@ -82,7 +82,7 @@ def test_both_sides_of_a_cut_cable_end(machines: Machines, tmp_path: Path) -> No
     try:
         wait_until_ready(ranks)
         machines.cut()
-        said = [process.communicate(timeout=20)[1] for process in ranks]
+        said = [process.communicate(timeout=120)[1] for process in ranks]
     finally:
         for process in ranks:
             process.kill()

@@ -38,7 +38,7 @@ def base(
     return once("base", make)
 
 
-def _awaited(base: Path, seconds: float = 900.0) -> Path:
+def _awaited(base: Path, seconds: float = 1800.0) -> Path:
     """The directory `base`, which another process may still be making under another name."""
     ends = time.monotonic() + seconds
     while not base.is_dir():
@@ -52,7 +52,7 @@ def _awaited(base: Path, seconds: float = 900.0) -> Path:
 def python(*words: object) -> str:
     """Standard output of a Python command line that must succeed."""
     command = [sys.executable, "-W", "ignore", *map(str, words)]
-    done = zygote.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    done = zygote.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     assert "Traceback" not in done.stderr, done.stderr[-5000:]
     return done.stdout
@@ -77,7 +77,7 @@ def train(
     base: Path, run_dir: Path, *words: str, processes: int = 2
 ) -> subprocess.CompletedProcess[str]:
     run = command(base, run_dir, *words, processes=processes)
-    return zygote.run(run, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    return zygote.run(run, cwd=ROOT, capture_output=True, text=True, timeout=1200)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -6,13 +6,13 @@ import filecmp
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests import zygote
 from tests.integration.conftest import ROOT, python, train
 
 
@@ -49,7 +49,7 @@ def test_logits_of_another_model_are_told_apart(
         config["rope_parameters"]["rope_theta"] = 500.0
         (b / "config.json").write_text(json.dumps(config))
     words = ["-m", "megatron_real", "convert", "verify", "--logits", "--atol", "1"]
-    done = subprocess.run(
+    done = zygote.run(
         [sys.executable, *words, str(a), str(b)],
         cwd=ROOT,
         capture_output=True,

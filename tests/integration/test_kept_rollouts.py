@@ -28,7 +28,7 @@ def test_rollouts_of_other_settings_and_answers_are_drawn_again(base: Path, tmp_
         sys.executable, "-m", "tests.integration.stopped_job", "SIGUSR1", "label", "1",
         *run[run.index("train") :],
     ]  # fmt: skip
-    done = zygote.run(stopped, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = zygote.run(stopped, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 75, done.stderr
     assert len(list((run_dir / "rollouts").glob("chunk-*"))) == 1
 

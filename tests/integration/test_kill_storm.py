@@ -67,7 +67,7 @@ def killed(base: Path, run_dir: Path, tmp_path: Path, plan: dict[str, object]) -
         str(file),
         *train_words[train_words.index("train") :],
     ]
-    done = zygote.run(words, cwd=ROOT, capture_output=True, text=True, timeout=5 * DEADLINE)
+    done = zygote.run(words, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == -signal.SIGKILL and hit.exists(), (
         f"{plan}: {done.stdout}{done.stderr}"
     )

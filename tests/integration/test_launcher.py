@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests import zygote
 from tests.integration.conftest import CONFIG, ROOT
 from tests.integration.test_starts import WORDS, untrained
 
@@ -37,7 +39,9 @@ def command(base: Path, run_dir: Path, *words: str) -> list[str]:
 
 
 def start(words: list[str], **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    """Starts a command line; in new processes, which read PYTHONPATH, where something is set for them."""
+    new_process: Any = subprocess.Popen if environment else zygote.Popen
+    process: subprocess.Popen[str] = new_process(
         words,
         cwd=ROOT,
         env={**os.environ, **environment},
@@ -45,11 +49,12 @@ def start(words: list[str], **environment: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+    return process
 
 
 def test_what_is_refused_starts_no_process(untrained: Path, tmp_path: Path) -> None:
     job = start(command(untrained, tmp_path / "run", "parallel.tp=3"))
-    _, errors = job.communicate(timeout=120)
+    _, errors = job.communicate(timeout=400)
     assert job.returncode == 2
     assert errors.count("\n") == 1
     assert errors.startswith("megatron-real: ")
@@ -93,6 +98,6 @@ def test_a_wrong_number_of_processes_is_refused(
     words = command(untrained, tmp_path / "run")
     words[words.index("--nproc") + 1] = count
     job = start(words)
-    _, errors = job.communicate(timeout=120)
+    _, errors = job.communicate(timeout=400)
     assert job.returncode == 2
     assert errors == f"megatron-real: --nproc is {count}; it must be 1 or above\n"

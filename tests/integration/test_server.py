@@ -56,8 +56,8 @@ def found(
         "2",
     ]
     words = [str(path), *map(str, request.param), str(out)]
-    command = [*launcher, "-m", "tests.integration.server_job", *words]
-    done = zygote.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    command = [*launcher, "-m", "tests.integration.vllm_server_job", *words]
+    done = zygote.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     logs = "".join(log.read_text() for log in out.parent.glob("servers/*.log"))
     return (
@@ -134,7 +134,7 @@ def test_a_killed_server_is_survived(found: Found) -> None:
 
 def ends(group: int) -> bool:
     """Whether a process group is gone soon: a guard leaves its server some seconds to end by itself."""
-    for _ in range(300):
+    for _ in range(1200):
         try:
             os.killpg(group, 0)
         except ProcessLookupError:

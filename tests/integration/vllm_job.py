@@ -114,7 +114,7 @@ def spread(pair: Pair) -> dict[str, Any]:
 
 def main() -> None:
     path, tp, out = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    join_world(timeout_minutes=5)
+    join_world(timeout_minutes=20)
     pair = Pair(sync_jobs.config_of(path, rollout={"engine": "vllm", "tp": tp}))
     found: dict[str, Any] = {"first": pair.synced(), "held": sorted(pair.engine.held())}
     found |= {job.__name__: job(pair) for job in (spread, parity, forgotten, damages)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
@@ -126,7 +125,7 @@ def test_table(pool: VerifierPool, table: dict[str, str]) -> None:
         t[:60]: status for t, status in table.items()
     }
     assert found == table
-    assert time.monotonic() - started < 10 * TIMEOUT
+    assert time.monotonic() - started < 40 * TIMEOUT
 
 
 @pytest.mark.parametrize(
@@ -196,14 +195,14 @@ def test_letter_by_letter() -> None:
 
 
 def hostile_batch() -> tuple[list[tuple[Prompt, Completion]], list[int | None]]:
-    """128 prompts x 8 rollouts, 5 % of them hostile (a quarter of these would take for ever), and the honest labels."""
+    """64 prompts x 8 rollouts, 8 % of them hostile (a fifth of these would take for ever), and the honest labels."""
     draw = random.Random(5)
     slow = [text for text, status in HOSTILE.items() if status == "timeout"]
-    texts = [*HOSTILE, *slow * 4]
+    texts = [*HOSTILE, *slow * 3]
     items: list[tuple[Prompt, Completion]] = []
     labels: list[int | None] = []
-    hostile = dict(zip(draw.sample(range(128 * 8), 51), itertools.cycle(texts)))
-    for i in range(128 * 8):
+    hostile = dict(zip(draw.sample(range(64 * 8), len(texts)), texts, strict=True))
+    for i in range(64 * 8):
         right = draw.random() < 0.5
         text = f"<think>{'so on ' * 200}</think>{box(str(i + (not right)))}"
         items.append(completion(hostile.get(i, text), gold=str(i)))
@@ -233,7 +232,7 @@ def test_each_timeout_among_the_last_checks_cuts_the_next_ones_processor_time() 
 
 
 def test_a_batch_with_hostile_answers_ends_in_time_and_every_honest_one_is_right() -> None:
-    """Two workers lose less than four times one check's wall clock each, for the dozen checks that would never end."""
+    """Two workers lose less than three times one check's wall clock each, for the eight checks that would never end."""
     items, expected = hostile_batch()
     memory, timeout, trainer = 1024, 5.0, psutil.Process()
     with Labeller("math_verify", workers=2, timeout_seconds=timeout, memory_mib=memory) as label:
@@ -243,9 +242,9 @@ def test_a_batch_with_hostile_answers_ends_in_time_and_every_honest_one_is_right
         seconds = time.monotonic() - started
         (pool,) = label._pools.values()
         workers = [worker_process(w).memory_info() for w in pool._workers if w._process]
-    assert sum(v.status == "timeout" for v in verdicts) > 10
-    assert processor_seconds_lost(v.reason for v in verdicts) / 2 < 4 * timeout
-    assert seconds < 20 * timeout, "however busy the machine is"
+    assert sum(v.status == "timeout" for v in verdicts) >= 8
+    assert processor_seconds_lost(v.reason for v in verdicts) / 2 < 3 * timeout
+    assert seconds < 60 * timeout, "however busy the machine is"
     wrong = [
         i for i, label in enumerate(expected) if label is not None and verdicts[i].label != label
     ]
@@ -296,7 +295,7 @@ def test_the_clock_also_runs_while_a_worker_does_not_read(fresh_pool: VerifierPo
         worker_process(worker).suspend()
     started = time.monotonic()
     assert statuses(fresh_pool, *["x" * 1_000_000] * 2) == ["timeout"] * 2
-    assert time.monotonic() - started < 3 * TIMEOUT
+    assert time.monotonic() - started < 30 * TIMEOUT
     assert statuses(fresh_pool, box("5")) == ["ok"]
 
 

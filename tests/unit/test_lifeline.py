@@ -49,20 +49,20 @@ def test_a_killed_rank_takes_the_others_down(
 ) -> None:
     ranks[victim].send_signal(signal.SIGKILL)
     others = [p for i, p in enumerate(ranks) if i != victim]
-    for said in ends(others, within=30.0):
+    for said in ends(others, within=120.0):
         assert f"rank {victim} on {HOST} ended without a word" in said
     assert [p.returncode for p in others] == [1, 1]
 
 
 @pytest.mark.parametrize("ranks", ["raise"], indirect=True)
 def test_an_error_is_named_as_the_first_cause(ranks: list[subprocess.Popen[str]]) -> None:
-    for said in ends([ranks[0], ranks[2]], within=30.0):
+    for said in ends([ranks[0], ranks[2]], within=120.0):
         assert "rank 1 on" in said and "ended first: ValueError: no good" in said
 
 
 @pytest.mark.parametrize("ranks", ["hang"], indirect=True)
 def test_a_rank_that_hangs_is_named(ranks: list[subprocess.Popen[str]]) -> None:
-    for said in ends(ranks, within=8.0):
+    for said in ends(ranks, within=120.0):
         assert f"rank 1 on {HOST} hangs: it has been in stage rollout for" in said
         assert "it is at <string>:" in said
 
@@ -75,10 +75,10 @@ def test_a_rank_without_a_sign_of_life_is_named(
     """A stopped process keeps its socket open, as a machine that vanished does. Every rank sees that the first one did."""
     ranks[victim].send_signal(signal.SIGSTOP)
     others = [p for i, p in enumerate(ranks) if i != victim]
-    for said in ends(others, within=30.0):
+    for said in ends(others, within=120.0):
         assert f"rank {victim} on {HOST} has given no sign of life for" in said
     ranks[victim].send_signal(signal.SIGCONT)
-    (said,) = ends([ranks[victim]], within=30.0)
+    (said,) = ends([ranks[victim]], within=120.0)
     assert f"rank {victim} on {HOST} has given no sign of life" in said, "it hears why"
 
 
@@ -96,7 +96,7 @@ def test_a_job_that_was_suspended_goes_on(ranks: list[subprocess.Popen[str]]) ->
 
 @pytest.mark.parametrize("ranks", ["good"], indirect=True)
 def test_a_good_end_takes_nobody_down(ranks: list[subprocess.Popen[str]]) -> None:
-    assert ends(ranks, within=30.0) == ["", "", ""]
+    assert ends(ranks, within=120.0) == ["", "", ""]
     assert [p.returncode for p in ranks] == [0, 0, 0]
 
 
@@ -105,7 +105,7 @@ def test_an_error_that_not_every_rank_has_ends_the_others_later(
     ranks: list[subprocess.Popen[str]],
 ) -> None:
     """They would wait for that rank in a collective."""
-    for said in ends([ranks[0], ranks[2]], within=30.0):
+    for said in ends([ranks[0], ranks[2]], within=120.0):
         assert f"rank 1 on {HOST} ended first: the engine is lost" in said
     assert ranks[1].wait(5) == 3
 
@@ -128,7 +128,7 @@ def test_strays_cost_nothing(tmp_path: Path) -> None:
     started = [first, *(start(rank, "good", tmp_path) for rank in (1, 2))]
     try:
         wait_until_ready(started)
-        assert ends(started, within=30.0) == ["", "", ""]
+        assert ends(started, within=120.0) == ["", "", ""]
         assert strays[3].recv(1024)[32:] == b"", "nothing but the challenge"
     finally:
         for process in started:
@@ -172,7 +172,7 @@ def test_a_rank_whose_launcher_was_killed_is_asked_to_stop() -> None:
     )
     assert launcher.stdout is not None and launcher.stdout.readline() == "ready\n"
     launcher.kill()
-    output, _ = launcher.communicate(timeout=30.0)
+    output, _ = launcher.communicate(timeout=120.0)
     assert output == "asked by SIGTERM\n"
 
 

@@ -124,7 +124,7 @@ def test_an_owner_that_lost_its_lock_hears_of_it(tmp_path: Path) -> None:
     other = last(tmp_path / "other")
     pid = json.loads(other.read_text())["pid"]
     other.replace(tmp_path / "owners/2")
-    assert f"now belongs to process {pid}" in heard.get(timeout=60)
+    assert f"now belongs to process {pid}" in heard.get(timeout=240)
     lock.release()
     assert not json.loads((tmp_path / "owners/2").read_text())["ended"], "the other's lock stays"
 
@@ -134,7 +134,7 @@ def test_an_owner_whose_lock_is_removed_hears_of_it(tmp_path: Path) -> None:
     lock = RunLock(tmp_path / "owners", lease=600.0, beat=0.1, lost=heard.put)
     lock.take()
     (tmp_path / "owners/1").unlink()
-    assert f"{tmp_path}/owners/1 is gone: " in heard.get(timeout=60)
+    assert f"{tmp_path}/owners/1 is gone: " in heard.get(timeout=240)
     lock.release()
 
 
@@ -148,10 +148,10 @@ def test_a_release_that_hangs_does_not_keep_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megatron_real.runs.lock._RELEASE_SECONDS", 0.1)
-    monkeypatch.setattr(os, "utime", lambda _: time.sleep(5))
+    monkeypatch.setattr(os, "utime", lambda _: time.sleep(60))
     lock = newcomer(tmp_path / "owners")
     lock.take()
     time.sleep(0.3)
     started = time.monotonic()
     lock.release()
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 30

@@ -97,4 +97,4 @@ def test_a_kept_batch_of_a_skipped_update_can_be_replayed(tmp_path: Path) -> Non
 
 def test_the_check_needs_no_torch() -> None:
     code = "import sys, megatron_real.runs.replay; assert 'torch' not in sys.modules, 'torch'"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests import zygote
-from tests.amount import cover
+from tests.amount import core, cover, on_first_version
 
 PROGRAM = """
 import os, sys, threading, atexit
@@ -40,7 +40,7 @@ def test_it_is_like_a_new_process(tmp_path: Path, code: object) -> None:
             text=True,
             start_new_session=True,
         )
-        output = process.communicate("what it reads", timeout=60)
+        output = process.communicate("what it reads", timeout=240)
         answers.append((process.returncode, *output))
     assert answers[0] == answers[1]
     assert answers[0][0] == (code if isinstance(code, int) else 1)
@@ -57,9 +57,46 @@ def test_signals_end_it(tmp_path: Path, number: signal.Signals, code: int) -> No
     process: Any = zygote.Popen([sys.executable, str(program)], stdout=-1, stderr=-1, text=True)
     assert process.stdout.readline() == "up\n" and process.poll() is None
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == code
     assert ("KeyboardInterrupt" in errors) == (number == signal.SIGINT)
+
+
+IS_FORK = "import os, sys; print('torch' in sys.modules, os.getpgid(0), os.getppid(), flush=True)\n"
+
+
+def test_a_server_is_a_fork_of_its_guard_and_ends_with_its_group(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(f"{IS_FORK}import time\ntime.sleep(600)\n")
+    guard = zygote.ROOT / "megatron_real/rollout/server_guard.py"
+    process: Any = zygote.Popen(
+        [sys.executable, str(guard), sys.executable, str(program)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == f"True {process.pid} {process.pid}\n"
+    process.stdin.close()
+    assert process.wait(timeout=240) == -signal.SIGKILL
+    assert process.stdout.read() == "", "nobody has the stream any more"
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_shell_scripts_python_is_a_fork(tmp_path: Path, code: int) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(f"{IS_FORK}print(sys.argv[1:], sys.stdin.read())\nsys.exit({code})\n")
+    environment = os.environ | {"PATH": zygote.add_interpreter(tmp_path, "plain")}
+    done = subprocess.run(
+        ["bash", "-c", f"echo input | python {program} one two"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == code, done.stderr
+    first, second = done.stdout.splitlines()[:2]
+    assert first.startswith("True ") and second == "['one', 'two'] input"
 
 
 def test_a_cover_has_each_value_by_default() -> None:
@@ -67,3 +104,14 @@ def test_a_cover_has_each_value_by_default() -> None:
     core = [row.values for row in rows if not row.marks]
     assert core == [("a", "c"), ("a", "e"), ("b", "d")]
     assert len(rows) == 6
+
+
+def test_a_core_is_kept_and_the_rest_is_of_the_grid() -> None:
+    rows = core("abc", "ca")
+    assert [row.values for row in rows if not row.marks] == [("a",), ("c",)]
+    assert [row.values for row in rows] == [("a",), ("b",), ("c",)]
+
+
+def test_these_tests_run_on_the_first_version() -> None:
+    """Where it is not known, what runs on both would be thin on both."""
+    assert on_first_version()

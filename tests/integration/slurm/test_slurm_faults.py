@@ -57,7 +57,7 @@ def test_a_killed_rank(run: Run, undisturbed: Path, rank: int) -> None:
     job = run.submit()
     run.wait_for_row(5)
     os.kill(run.ranks()[rank], signal.SIGKILL)
-    run.cluster.wait_for(lambda: not run.ranks(), "end of the other rank", seconds=15)
+    run.cluster.wait_for(lambda: not run.ranks(), "end of the other rank", seconds=60)
     run.wait_for_end(job)
     assert run.restarts(job) == 1
     assert f"rank {rank}" in run.said() and "ended without a word" in run.said()

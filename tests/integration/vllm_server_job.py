@@ -1,6 +1,6 @@
 """What tests/integration/test_server.py runs on each rank: vLLM servers beside a real policy.
 
-torchrun --nproc-per-node 2 -m tests.integration.server_job MODEL ROLLOUT_TP NUM_SERVERS OUT.json
+torchrun --nproc-per-node 2 -m tests.integration.vllm_server_job MODEL ROLLOUT_TP NUM_SERVERS OUT.json
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from megatron_real.rollout.server import Server, wait_until_healthy
 from tests.distributed import sync_jobs
 from tests.distributed.sync_jobs import Pair, prompts
 from tests.integration.vllm_job import NAMES, parity
+from tests.zygote import REAL_SERVERS
 
 SECRET = "canary-of-the-server-test"  # an argument of the server that was given as ${oc.env:...}
 SAMPLING = Sampling(3, sync_jobs.TEMPERATURE, 16)
@@ -54,7 +55,7 @@ def key(pair: Pair) -> dict[str, int]:
     found = {}
     for path in ("/health", "/v1/completions", "/collective_rpc", "/reset_prefix_cache", "/pause"):
         for case, headers in (("none", {}), ("other", {"Authorization": "Bearer other"})):
-            connection = http.client.HTTPConnection(*pair.engine.server.address, timeout=20)
+            connection = http.client.HTTPConnection(*pair.engine.server.address, timeout=120)
             connection.request("GET" if path == "/health" else "POST", path, "{}", headers)
             found[f"{path} {case}"] = connection.getresponse().status
             connection.close()
@@ -172,7 +173,7 @@ def main() -> None:
         int(sys.argv[3]),
         Path(sys.argv[4]),
     )
-    join_world(timeout_minutes=5)
+    join_world(timeout_minutes=20)
     chosen = {"engine": "vllm-server", "tp": tp, "num_servers": servers, "max_sequences": 4}
     config: Config = sync_jobs.config_of(path, rollout=chosen, sync={"timeout_seconds": 200.0})
     config = dataclasses.replace(
@@ -181,6 +182,8 @@ def main() -> None:
         rollout=dataclasses.replace(config.rollout, vllm={"hf_token": SECRET}),
         given={"rollout.vllm.hf_token": Given(text="${oc.env:TOKEN}", value=SECRET)},
     )
+    if dist.get_rank() == 0:  # its server is a new process, whose command line `leaks` can look at
+        os.environ[REAL_SERVERS] = "1"
     pair = Pair(config)
     found: dict[str, Any] = {
         "early": early(pair),
