@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,6 +31,8 @@ exit codes: 0 it runs and fits, 1 it breaks or does not fit, 2 the input was ref
 
 _SITES = 8
 """Call sites that a table names."""
+_COLUMNS = 80
+"""Width of the output."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -117,32 +120,43 @@ def _text(report: RankReport, budget: int) -> list[str]:
     """The paragraphs of one rank."""
     place = " ".join(f"{axis} {number}" for axis, number in report.place.items())
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    paragraphs = [f"rank {report.rank} ({place}); {versions}; rehearsed in {report.seconds:.0f} s"]
+    title = f"rank {report.rank} ({place}); {versions}; rehearsed in {report.seconds:.0f} s"
+    paragraphs = [_folded(title)]
     if report.fault:
-        paragraphs.append(f"BREAKS: {report.fault}")
+        paragraphs.append(_folded(f"BREAKS: {report.fault}"))
     if not report.resident:
         return paragraphs
 
-    paragraphs.append(
+    load = (
         f"{report.micro_batches} micro-batches of {report.sequences} sequences, {report.tokens} tokens on "
         f"this rank, groups {report.placement}; {report.parameters / 1e6:,.1f} million parameters"
     )
+    paragraphs.append(_folded(load))
     paragraphs.append(table(_against_plan(report)))
     worst = report.peak
     verdict = "fits" if worst <= budget else "DOES NOT FIT"
-    paragraphs.append(
-        f"{verdict}: {_gib(worst)} GiB at the peak, {_gib(budget)} may be used; the engine's part of it is plan's figure"
-    )
+    peak = f"{_gib(worst)} GiB at the peak, {_gib(budget)} may be used"
+    paragraphs.append(_folded(f"{verdict}: {peak}; the engine's part of it is plan's figure"))
     gradient = [phase for phase in report.phases if phase.name == "gradient"]
     paragraphs += [table(_phases(report.phases)), *map(_details, gradient)]
     unusual = sorted({site for phase in report.phases for site in phase.guesses})
     if unusual:
-        paragraphs.append(
-            "taken as a constant, since only a GPU knows them:\n  " + "\n  ".join(unusual)
-        )
+        title = "taken as a constant, since only a GPU knows them:"
+        paragraphs.append("\n".join([title, *(_folded(f"  {site}", 4) for site in unusual)]))
     if report.skipped:
-        paragraphs.append("not rehearsed: " + "; ".join(report.skipped))
+        paragraphs.append(_folded("not rehearsed: " + "; ".join(report.skipped)))
     return paragraphs
+
+
+def _folded(line: str, indent: int = 2) -> str:
+    """Returns a line as lines of 80 columns; a word that is longer stays whole."""
+    return textwrap.fill(
+        line,
+        _COLUMNS,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _against_plan(report: RankReport) -> list[list[str]]:
@@ -167,16 +181,19 @@ def _phases(phases: Iterable[Phase]) -> list[list[str]]:
 def _details(phase: Phase) -> str:
     """What holds memory at the peak of a phase, where the host waits in it, and what it sends."""
     lines = [f"{phase.name}: what holds memory at its peak (GiB)"]
-    lines += [f"  {_gib(size):>7}  {site}" for site, size in list(phase.holders.items())[:_SITES]]
+    for site, size in list(phase.holders.items())[:_SITES]:
+        lines.append(_folded(f"  {_gib(size):>7}  {site}", 11))
     if phase.syncs:
-        lines.append(f"{phase.name}: where the host waits for the device")
-        lines += [f"  {times:>7}  {site}" for site, times in list(phase.syncs.items())[:_SITES]]
+        lines.append(f"{phase.name}: where the host waits for the device (times)")
+        for site, times in list(phase.syncs.items())[:_SITES]:
+            lines.append(_folded(f"  {times:>7}  {site}", 11))
     if phase.collectives:
         lines.append(f"{phase.name}: collectives (calls, MiB of this rank)")
-        lines += [
-            f"  {one.calls:>7}  {one.num_bytes / 2**20:>10,.1f}  {one.call} {one.dtype} over {one.ranks} ({one.group})"
-            for one in phase.collectives
-        ]
+        for one in phase.collectives:
+            sent = f"{one.calls:>7}  {one.num_bytes / 2**20:>10,.1f}"
+            lines.append(
+                _folded(f"  {sent}  {one.call} {one.dtype} over {one.ranks} ({one.group})", 23)
+            )
     return "\n".join(lines)
 
 

@@ -335,10 +335,18 @@ class Policy:
                 chunk.restore_grad_buffers()
 
     def gather_parameters(self) -> None:
-        """Brings every parameter up to the last update: under overlap_param_gather the next forward pass would."""
+        """Brings every parameter up to the last update: under overlap_param_gather the next forward pass would.
+
+        What was gathered since then, by a pass or by this function, is not gathered again. Collective.
+        """
         for chunk in self.ddp:
-            if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
+            if not chunk.ddp_config.overlap_param_gather:
+                continue
+            for buckets in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                # megatron-core forgets that they were gathered at the end of each backward pass, before the update.
+                pending = buckets.param_gather_handle is not None
+                if pending or not buckets.param_gather_dispatched:
+                    buckets.start_param_sync(force_sync=True)
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Every HF (name, tensor) on every rank, one at a time. Collective: all ranks consume all of it."""

@@ -134,6 +134,16 @@ def _synchronized(what: str) -> None:
         listener(what)
 
 
+on_launch: list[Callable[[str, int], None]] = []
+"""Called with a kernel's name and its FLOPs where no operation of torch stands for it."""
+
+
+def launched(kernel: str, flops: int = 0) -> None:
+    """Counts a kernel of another library than torch; its outputs are counted where they are allocated."""
+    for listener in on_launch:
+        listener(kernel, flops)
+
+
 def install(gpu: str) -> None:
     """Answers torch.cuda's questions as a node of eight GPUs of this kind would, of which this process has the first."""
     import torch

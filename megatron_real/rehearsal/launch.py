@@ -1,4 +1,4 @@
-"""Starts the process that rehearses, and reads what it finds. Needs no torch."""
+"""Starts the processes that rehearse, and reads what they find. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,18 +8,51 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from megatron_real import config as configuration
+from megatron_real.rehearsal import transformer_engine
 from megatron_real.rehearsal.device import NoDevice, check_machine
 from megatron_real.rehearsal.report import RankReport, Request
 
 
 def rehearse(requests: Sequence[Request]) -> list[RankReport]:
-    """Rehearses ranks, one after the other, in a process of their own.
+    """Rehearses ranks, one after the other, in a process of their own for each kind of layers.
 
     Raises:
         NoDevice: this machine cannot.
+        ValueError: the configuration asks for TransformerEngine's layers, and its Python part is not here.
     """
     check_machine()
-    words = [sys.executable, "-m", "megatron_real.rehearsal.worker"]
+    kinds = [_layers(request) for request in requests]
+    reports: dict[int, RankReport] = {}
+    # megatron-core asks once, when it is imported, whether TransformerEngine is there.
+    for kind in sorted(set(kinds)):
+        numbers = [i for i, other in enumerate(kinds) if other == kind]
+        explicit = [
+            dataclasses.replace(
+                requests[i], overrides=(*requests[i].overrides, f"model.layers={kind}")
+            )
+            for i in numbers
+        ]
+        reports |= zip(numbers, _rehearse_in_a_process(explicit, kind), strict=True)
+    return [reports[i] for i in range(len(requests))]
+
+
+def _layers(request: Request) -> str:
+    """What model.layers means on a GPU: `te` or `local`."""
+    choice = configuration.load(request.config, request.overrides).model.layers
+    found = transformer_engine.root() is not None
+    if choice == "te" and not found:
+        raise ValueError(
+            "model.layers=te is rehearsed with TransformerEngine's Python part, which is not here; "
+            "run `bash tools/te_python.sh`, or name its folder in TE_PYTHON, or set model.layers=local"
+        )
+    if choice == "auto":
+        return "te" if found else "local"
+    return choice
+
+
+def _rehearse_in_a_process(requests: Sequence[Request], layers: str) -> list[RankReport]:
+    words = [sys.executable, "-m", "megatron_real.rehearsal.worker", layers]
     text = json.dumps([dataclasses.asdict(request) for request in requests])
     process = subprocess.run(words, input=text, text=True, capture_output=True, check=False)
     lines = process.stdout.splitlines()

@@ -49,7 +49,9 @@ _BY_VALUE = frozenset(
 
 _NO_KERNEL = ("aten.empty", "aten.detach", "aten.new_empty", "aten.alias", "aten.lift")
 
-_OWN = {str(Path(__file__)), str(Path(__file__).with_name("world.py"))}
+_OWN = {
+    str(Path(__file__).with_name(name)) for name in ("meter.py", "world.py", "te_kernels.py")
+} | {str(Path(__file__).with_name("transformer_engine.py"))}
 _FLASH = aten._scaled_dot_product_flash_attention
 _FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_backward
 
@@ -73,6 +75,9 @@ def _short(file: str) -> str:
     _, found, rest = file.rpartition("site-packages/")
     if found:
         return rest
+    _, found, rest = file.rpartition("/transformer_engine/")
+    if found:
+        return f"transformer_engine/{rest}"
     _, found, rest = file.rpartition("megatron_real/")
     return f"megatron_real/{rest}" if found else file
 
@@ -124,6 +129,7 @@ class Meter(TorchDispatchMode):
 
     def __enter__(self) -> Meter:
         cuda_device.on_synchronize.append(self._sync)
+        cuda_device.on_launch.append(self._launched)
         resize = torch.UntypedStorage.resize_
 
         def resize_and_count(storage: Any, size: int) -> Any:
@@ -291,6 +297,10 @@ class Meter(TorchDispatchMode):
         self.syncs[f"{kind} @ {call_site(2)}"] += 1
         self.syncs_in_layers += _within_layer()
 
+    def _launched(self, kernel: str, flops: int) -> None:
+        self.kernels[kernel] += 1
+        self.flops[kernel] += flops
+
     def _hold(self, storage: Any) -> None:
         """Counts the storage of a tensor on the device at its present size; a fake one says "meta" of itself."""
         key = storage._cdata
@@ -331,6 +341,8 @@ class Meter(TorchDispatchMode):
             asked_not_to = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
             pinned = self._is_pinned(source if target_type == "cuda" else args[0])
         else:
+            return
+        if not source.numel():
             return
         if {source.device.type, target_type} == {"cpu", "cuda"} and not (asked_not_to and pinned):
             memory = "" if pinned else "pageable "

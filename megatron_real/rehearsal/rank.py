@@ -26,6 +26,8 @@ from typing import Any
 
 import megatron.core
 import torch
+from megatron.core import utils as megatron_utils
+from megatron.core.fusions import fused_bias_swiglu
 from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -333,6 +335,14 @@ def _replace_kernels() -> None:
     if clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":
         clip_grads.l2_norm_impl = _norm_as_megatron_core
 
+    # It exchanges a tensor's data in place, which a fake one has not; a detached one shares its storage in the same way.
+    viewless: Any = megatron_utils
+    viewless._kernel_make_viewless_tensor = _without_base
+    # A GPU runs the compiled ones: one kernel, which writes its output alone.
+    swiglu: Any = fused_bias_swiglu
+    swiglu.swiglu = _fused_swiglu
+    swiglu.swiglu_back = _fused_swiglu_back
+
     # It compares the shards of all ranks, and there is one.
     from megatron.core.dist_checkpointing import state_dict_utils
 
@@ -362,6 +372,25 @@ def _norm_as_megatron_core(
     norms = [[float(torch.norm(tensor)) for tensor in tensors] for tensors in tensor_lists]
     total = float(torch.norm(torch.tensor(norms)))
     return torch.tensor([total], dtype=torch.float, device="cuda"), None
+
+
+def _without_base(tensor: Tensor, requires_grad: bool) -> Tensor:
+    """The same memory, of which autograd does not know that it is a view."""
+    return tensor.detach().requires_grad_(requires_grad)
+
+
+def _fused_swiglu(y_TF: Tensor) -> Tensor:
+    """silu of the first half times the second."""
+    device.launched("swiglu")
+    return torch.empty(
+        (*y_TF.shape[:-1], y_TF.shape[-1] // 2), dtype=y_TF.dtype, device=y_TF.device
+    )
+
+
+def _fused_swiglu_back(gradient_TF: Tensor, y_TF: Tensor) -> Tensor:
+    """Its gradient."""
+    device.launched("swiglu_back")
+    return torch.empty_like(y_TF)
 
 
 def _checked_to(module: torch.nn.Module, *_: Any, **__: Any) -> torch.nn.Module:

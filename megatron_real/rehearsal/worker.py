@@ -1,6 +1,6 @@
 """The process that rehearses: reads requests, forks once for each, writes reports.
 
-    python -m megatron_real.rehearsal.worker < requests.json > reports.jsonl
+    python -m megatron_real.rehearsal.worker te|local < requests.json > reports.jsonl
 
 A JSON list of requests comes on standard input; of each, in order, one line with its report goes to standard output.
 Libraries are imported once (7 s); a fork has a fresh megatron-core, whose parallel state can be set up only once.
@@ -45,6 +45,10 @@ def main() -> int:
 
     world = World()
     world.install()
+    if sys.argv[1] == "te":
+        from megatron_real.rehearsal import te_kernels
+
+        te_kernels.install()
     from megatron_real.rehearsal.rank import rehearse
 
     for values in requests:

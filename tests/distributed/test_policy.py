@@ -93,6 +93,41 @@ def test_three_updates_agree(
         assert difference <= 0.01 * moved, name
 
 
+def updates_with_told_shapes(config: Config, samples: list[reference.Sample]) -> dict[str, Any]:
+    """`jobs.updates`, in which stages tell each other every shape, as megatron-core's own communicator lets them."""
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    from megatron_real.policy.passes import PlannedShapes
+
+    planned = PlannedShapes._communicate_shapes
+    told = []
+
+    def tell(self: PlannedShapes, *args: Any, **kwargs: Any) -> Any:
+        shapes = P2PCommunicator._communicate_shapes(self, *args, **kwargs)
+        assert shapes == planned(self, *args, **kwargs)
+        told.append(shapes)
+        return shapes
+
+    PlannedShapes._communicate_shapes = tell  # type: ignore[method-assign]
+    return {**jobs.updates(config, samples), "told": len(told)}
+
+
+@pytest.mark.parametrize("layout", ["pp2-vpp2", pytest.param("pp2-dp2", marks=pytest.mark.grid)])
+def test_planned_shapes_are_those_that_stages_would_tell(
+    world: World, tiny_model: ModelMaker, layout: str
+) -> None:
+    size, options = LAYOUTS[layout]
+    config = config_of(tiny_model("qwen2"), **options)
+    samples = reference.minibatch(1, vocab=101)
+    told = world.run(updates_with_told_shapes, size, config=config, samples=samples)[0]
+    planned = world.run(jobs.updates, size, config=config, samples=samples)[0]
+    assert told.pop("told") > 0
+    assert told["losses"] == planned["losses"]
+    assert told["grad_norms"] == planned["grad_norms"]
+    for name, tensor in planned["weights"].items():
+        assert torch.equal(told["weights"][name], tensor), name
+
+
 def test_a_batch_that_is_not_finite_is_skipped(world: World, tiny_model: ModelMaker) -> None:
     config = config_of(tiny_model("qwen2"))
     (found,) = world.run(

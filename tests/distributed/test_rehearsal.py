@@ -6,15 +6,19 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_real.objective.registry import OBJECTIVES
+from megatron_real.rehearsal import transformer_engine
 from megatron_real.rehearsal.launch import rehearse
 from megatron_real.rehearsal.report import RankReport, Request
+from tests.distributed import test_plan_memory as plan_memory
+from tests.distributed.world import World
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="a rehearsal needs g++"),
@@ -65,6 +69,13 @@ LAYOUTS: dict[str, tuple[int, int, str]] = {
     "fp32": (2, 0, "model.dtype=fp32"),
     "entropy": (2, 0, "parallel.tp=2 objective.name=grpo objective.entropy_bonus=0.01"),
     "kl": (2, 0, "objective.kl.to=reference objective.kl.coefficient=0.1"),
+    "te": (4, 1, "model.layers=te"),
+    "te-sp": (2, 0, "model.layers=te parallel.tp=2 parallel.sp=true"),
+    "te-last-stage": (4, 3, "model.layers=te parallel.tp=2 parallel.sp=true parallel.pp=2"),
+    "te-interleaved": (4, 1, "model.layers=te parallel.pp=2 parallel.vpp=2"),
+    "te-full": (1, 0, "model.layers=te model.recompute=full"),
+    "te-selective": (1, 0, "model.layers=te model.recompute=selective"),
+    "te-offload": (2, 0, "model.layers=te rollout.offload_optimizer=true"),
     **{f"objective-{name}": (2, 1, f"objective.name={name} parallel.tp=2") for name in OBJECTIVES},
 }
 
@@ -72,7 +83,19 @@ LAYOUTS: dict[str, tuple[int, int, str]] = {
 DEFAULT = (
     "dp", "tp", "interleaved-last", "all", "logits", "full", "split", "offload", "lag", "mismatch",
 )  # fmt: skip
-ROWS = [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.grid) for name in LAYOUTS]
+TE = pytest.mark.skipif(
+    transformer_engine.root() is None,
+    reason="TransformerEngine's Python is missing: docs/testing.md",
+)
+
+
+def row(name: str) -> Any:
+    """A test's parameter: layouts that are not of the default run in the grid alone."""
+    marks = [] if name in DEFAULT else [pytest.mark.grid]
+    return pytest.param(name, marks=[*marks, TE] if name.startswith("te") else marks)
+
+
+ROWS = [row(name) for name in LAYOUTS]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +120,8 @@ def reports(request: pytest.FixtureRequest, config_file: Path) -> Mapping[str, R
     here = [item for item in request.session.items if item.path == request.path]
     grid = any(item.get_closest_marker("grid") for item in here)
     names = tuple(LAYOUTS) if grid else DEFAULT
+    if transformer_engine.root() is None:
+        names = tuple(name for name in names if not name.startswith("te"))
     requests = [request_of(config_file, *LAYOUTS[name]) for name in names]
     return dict(zip(names, rehearse(requests), strict=True))
 
@@ -129,8 +154,9 @@ def test_a_pass_does_not_wait_for_the_device_in_a_layer(
     assert gradient.num_syncs <= allowed, dict(gradient.syncs)
 
 
-def test_flops_are_those_of_the_closed_form(reports: Mapping[str, RankReport]) -> None:
-    report = reports["dp"]
+@pytest.mark.parametrize("name", [row("dp"), row("te")])
+def test_flops_are_those_of_the_closed_form(reports: Mapping[str, RankReport], name: str) -> None:
+    report = reports[name]
     tokens = report.tokens * report.micro_batches
     sequences = report.sequences * report.micro_batches
     length = report.tokens // report.sequences
@@ -166,6 +192,50 @@ def test_bytes_are_those_of_the_closed_form(reports: Mapping[str, RankReport]) -
     calls = tensor_parallel.micro_batches * (1 + 2 * LAYERS)
     assert sum(c.calls for c in forward) == calls
     assert sum(c.num_bytes for c in forward) == calls * tensor_parallel.tokens * HIDDEN * 2
+
+
+def gathered_over_data(report: RankReport, phase: str) -> int:
+    """Bytes of this rank's shard that a phase gives to its data-parallel group."""
+    return sum(
+        c.num_bytes
+        for c in report.phase(phase).collectives
+        if "all_gather" in c.call and c.group.startswith("data_parallel")
+    )
+
+
+def test_parameters_are_gathered_once_after_an_update(reports: Mapping[str, RankReport]) -> None:
+    """By whatever comes first: a checkpoint, or a pass; the stream after it finds them as they are."""
+    report = reports["dp"]
+    assert gathered_over_data(report, "sharded state") == 2 * report.parameters // 4
+    assert gathered_over_data(report, "stream") == 0
+
+    report = reports["mismatch"]
+    assert gathered_over_data(report, "mismatch") == 2 * report.parameters // 2
+    assert gathered_over_data(report, "sharded state") == 0
+
+
+@pytest.mark.grid
+def test_its_peak_is_that_of_torch_on_a_cpu(
+    world: World, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The same update of the same model, with fake CUDA tensors and with torch's own allocator."""
+    config, (measured,) = plan_memory.measure(world, tiny_model, "fp32")
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {{path: {config.model.path}}}\n")
+    words = (
+        "model.layers=local", "model.dtype=fp32", "data.max_prompt_tokens=8",
+        f"rollout.max_response_tokens={plan_memory.LENGTH - 8}", "rollout.engine=vllm",
+        f"batch.max_tokens={config.batch.max_tokens}", "batch.placement=split",
+        "rollout.group_size=2", "objective.one_class_groups=keep", "rollout.sync.probe_every=0",
+    )  # fmt: skip
+    (report,) = rehearse([Request(str(file), words, gpus=1, rank=0, micro_batches=1)])
+    assert not report.fault
+    assert report.tokens == config.batch.max_tokens
+    assert report.parameters == measured["parameters"]
+    assert report.resident == pytest.approx(measured["held"], rel=0.03)
+    for phase, name in (("gradient", "update"), ("old_logprobs", "old_logprobs")):
+        added = report.phase(phase).peak - report.resident
+        assert added == pytest.approx(measured[name], rel=0.03), phase
 
 
 @pytest.mark.parametrize("name", ["dp", "tp", "all", "full"])

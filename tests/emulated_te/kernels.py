@@ -9,54 +9,20 @@ Shapes: T packed tokens, H heads, D head size, B sequences, L the longest of the
 
 from __future__ import annotations
 
-import enum
 import itertools
-import types
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-DType = enum.IntEnum(
-    "DType",
-    ["kByte", "kInt32", "kFloat32", "kFloat16", "kBFloat16", "kFloat8E4M3", "kFloat8E5M2", "kFloat4E2M1"],
-    start=0,
-)  # fmt: skip
+from megatron_real.rehearsal.transformer_engine import DType
+
 _TORCH_DTYPES = {
     DType.kFloat32: torch.float32,
     DType.kFloat16: torch.float16,
     DType.kBFloat16: torch.bfloat16,
 }
-
-
-class Member(int):
-    """A member of such an enum; equal to itself alone among its kind."""
-
-    name: str
-
-    def __new__(cls, name: str, value: int) -> Member:
-        member = super().__new__(cls, value)
-        member.name = name
-        return member
-
-
-def open_enum(name: str) -> Any:
-    """Returns a class that answers every name with a member, always the same one."""
-    known: dict[str, Member] = {}
-
-    class Open(type):
-        def __getattr__(cls, member: str) -> Any:
-            if member == "__members__":
-                return dict(known)
-            if member.startswith("__"):
-                raise AttributeError(member)
-            return known.setdefault(member, Member(member, len(known)))
-
-    return Open(name, (), {})
-
-
-NVTE_Fused_Attn_Backend = open_enum("NVTE_Fused_Attn_Backend")
 
 
 def rmsnorm_fwd(
@@ -143,11 +109,6 @@ def generic_gemm(
         product = product.view(out.shape)
         product = out.add_(product) if accumulate else out.copy_(product)
     return product, bias_grad, None, extra_output
-
-
-def get_fused_attn_backend(*_: Any, **__: Any) -> Any:
-    """Says that cuDNN has a kernel, whatever the shape."""
-    return NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen, ""
 
 
 def sequences_of(cu_seqlens: Tensor) -> list[slice]:
@@ -284,64 +245,7 @@ def multi_tensor_adam(
 
 
 KERNELS = (
-    rmsnorm_fwd, rmsnorm_bwd, generic_gemm, get_fused_attn_backend, fused_attn_fwd, fused_attn_bwd,
+    rmsnorm_fwd, rmsnorm_bwd, generic_gemm, fused_attn_fwd, fused_attn_bwd,
     fused_rope_forward, fused_rope_backward, convert_thd_to_bshd, convert_bshd_to_thd,
     multi_tensor_l2norm, multi_tensor_scale, multi_tensor_adam,
 )  # fmt: skip
-_ENUMS = (
-    "FP8FwdTensors", "FP8BwdTensors", "CommOverlapType", "CommOverlapAlgo",
-    "Float8BlockScaleTensorFormat",
-)  # fmt: skip
-
-
-def module() -> types.ModuleType:
-    """Returns what stands in for `transformer_engine_torch`, with a count of calls by name in `calls`.
-
-    Whatever is not emulated can be imported, and raises NotImplementedError with its name once it is called.
-    """
-    made = types.ModuleType("transformer_engine_torch")
-    calls: dict[str, int] = {}
-    made.calls = calls  # type: ignore[attr-defined]
-
-    def counted(kernel: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls[kernel.__name__] = calls.get(kernel.__name__, 0) + 1
-            return kernel(*args, **kwargs)
-
-        return call
-
-    for kernel in KERNELS:
-        setattr(made, kernel.__name__, counted(kernel))
-    constants = {
-        "get_cudnn_version": 92000,
-        "get_cublasLt_version": 130100,
-        "get_num_cublas_streams": 4,
-        "device_supports_multicast": True,
-        "ubuf_built_with_mpi": False,
-        "get_stream_priority_range": (0, -5),
-    }
-    for name, value in constants.items():
-        setattr(made, name, lambda *_, value=value: value)
-    made.DType = DType  # type: ignore[attr-defined]
-    made.NVTE_Fused_Attn_Backend = NVTE_Fused_Attn_Backend  # type: ignore[attr-defined]
-
-    def missing(name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        value = (
-            open_enum(name)
-            if name.startswith("NVTE") or name in _ENUMS
-            else type(name, (NotEmulated,), {})
-        )
-        setattr(made, name, value)
-        return value
-
-    made.__getattr__ = missing  # type: ignore[method-assign]
-    return made
-
-
-class NotEmulated:
-    """A function or class of the compiled half that dense training does not need."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        raise NotImplementedError(f"transformer_engine_torch.{type(self).__name__} is not emulated")

@@ -1,0 +1,216 @@
+"""TransformerEngine's kernels on fake CUDA tensors: what each allocates, and its FLOPs.
+
+Each function stands where `transformer_engine_torch` has one of the same name, and takes its arguments in its order;
+tests/emulated_te/kernels.py has the same ones with numbers. Workspaces within cuDNN are not known, and not counted.
+
+Shapes: T packed tokens, H heads, D head size, B sequences, L the longest of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes as outside_modes
+
+from megatron_real.rehearsal import transformer_engine
+from megatron_real.rehearsal.device import launched
+from megatron_real.rehearsal.meter import Meter
+
+_DTYPES = {
+    transformer_engine.DType.kFloat32: torch.float32,
+    transformer_engine.DType.kFloat16: torch.float16,
+    transformer_engine.DType.kBFloat16: torch.bfloat16,
+}
+
+
+def install() -> None:
+    """Imports TransformerEngine's Python over these kernels. After device.install, before megatron is imported."""
+    transformer_engine.import_over(transformer_engine.extension(KERNELS))
+
+    from transformer_engine.pytorch.attention.dot_product_attention import utils
+
+    choose = utils.get_attention_backend
+
+    def choose_as_for_tensors(attention_params: Any = None) -> Any:
+        """A fake tensor's class is not torch's, and flash attention's choice asks for the class."""
+        attention_params.qkv_type = Tensor
+        return choose(attention_params)
+
+    utils.get_attention_backend = choose_as_for_tensors
+
+
+def rmsnorm_fwd(
+    x: Tensor, weight: Tensor, eps: float, out: Tensor | None, quantizer: Any, *_: Any
+) -> tuple[Tensor, None, Tensor]:
+    """[T, hidden] in one pass; keeps 1 / rms of each token in fp32."""
+    assert quantizer is None and x.dim() == 2 and x.shape[-1:] == weight.shape
+    launched("te.rmsnorm_fwd")
+    inverse_rms = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    return torch.empty_like(x) if out is None else out, None, inverse_rms
+
+
+def rmsnorm_bwd(
+    grad: Tensor, x: Tensor, inverse_rms: Tensor, weight: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the weight."""
+    assert grad.shape == x.shape
+    launched("te.rmsnorm_bwd")
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def generic_gemm(
+    A: Tensor, transa: bool, B: Tensor, transb: bool, out: Tensor | None, quantizer: Any,
+    out_dtype: Any, bias: Tensor | None, bias_type: Any, gelu: bool, gelu_in: Any, grad: bool,
+    workspace: Tensor, workspace_size: int, accumulate: bool, use_split_accumulator: bool,
+    comm_overlap: Any = None, comm_type: Any = None, extra_output: Any = None,
+    bulk_overlap: bool = False, alpha: float = 1.0, beta: float | None = None,
+) -> tuple[Tensor, Tensor | None, None, Any]:  # fmt: skip
+    """op(B) @ op(A) in row-major order; bias and accumulation happen inside the product's kernel."""
+    assert quantizer is None and not gelu and comm_overlap is None
+    if A.dtype != B.dtype or A.device != B.device:
+        raise RuntimeError(
+            f"a product of {A.dtype} on {A.device} and {B.dtype} on {B.device}: cuBLAS has none"
+        )
+    left = B.reshape(-1, B.shape[-1])
+    right = A.reshape(-1, A.shape[-1])
+    rows, inner = left.shape[::-1] if transb else left.shape
+    inner_right, columns = right.shape[::-1] if transa else right.shape
+    if inner != inner_right:
+        raise RuntimeError(f"a product of {tuple(B.shape)} and {tuple(A.shape)}: sizes differ")
+    launched("te.gemm", 2 * rows * inner * columns)
+
+    if out is None:
+        shape = (rows, columns) if transb else (*B.shape[:-1], columns)
+        dtype = _DTYPES.get(out_dtype, A.dtype)
+        out = torch.empty(shape, dtype=dtype, device=A.device)
+    bias_grad = None
+    if grad and bias is not None and bias.numel():
+        bias_grad = torch.empty_like(bias)
+    return out, bias_grad, None, extra_output
+
+
+def fused_attn_fwd(
+    max_seqlen_q: int, max_seqlen_kv: int, is_training: bool, scale: float, dropout: float,
+    fast_zero_fill: bool, qkv_layout: Any, o_format: Any, scale_format: Any, bias_type: Any,
+    mask_type: Any, softmax_type: Any, window: Any, bottom_right: Any,
+    cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any,
+) -> list[Tensor]:  # fmt: skip
+    """[T, H, D], the log-sum-exp of each query and head in fp32, and the state of a random generator."""
+    _check_bounds(q, cu_seqlens_q, cu_seqlens_kv)
+    assert mask_type.name in ("NVTE_PADDING_CAUSAL_MASK", "NVTE_PADDING_MASK") and dropout == 0.0
+    assert q.dim() == 3 and q.shape[2] % 8 == 0 and q.shape[1] % k.shape[1] == 0
+    launched("te.fused_attn_fwd", 4 * _pairs(q, cu_seqlens_q, cu_seqlens_kv, mask_type))
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    statistics = torch.empty(q.shape[0], q.shape[1], 1, dtype=torch.float32, device=q.device)
+    return [out, statistics, torch.empty(2, dtype=torch.int64, device=q.device)]
+
+
+def fused_attn_bwd(
+    max_seqlen_q: int, max_seqlen_kv: int, scale: float, dropout: float, fast_zero_fill: bool,
+    qkv_layout: Any, o_format: Any, do_format: Any, dqkv_layout: Any, scale_format: Any,
+    scale_format_2: Any, bias_type: Any, mask_type: Any, softmax_type: Any, window: Any,
+    bottom_right: Any, deterministic: bool, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, d_o: Tensor, *_: Any,
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients of q, k and v, and None for a bias: five products for forward's two."""
+    _check_bounds(q, cu_seqlens_q, cu_seqlens_kv)
+    assert o.shape == d_o.shape == q.shape
+    launched("te.fused_attn_bwd", 10 * _pairs(q, cu_seqlens_q, cu_seqlens_kv, mask_type))
+    return [*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)), None]
+
+
+def _check_bounds(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor) -> None:
+    for bounds in (cu_seqlens_q, cu_seqlens_kv):
+        if bounds.dtype != torch.int32 or bounds.device != q.device:
+            raise RuntimeError(
+                f"bounds of sequences are {bounds.dtype} on {bounds.device}; attention's kernel "
+                f"takes torch.int32 on {q.device}"
+            )
+
+
+def _pairs(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, mask_type: Any) -> int:
+    """Multiplications of one product of queries and keys: half of the square where it is causal."""
+    queries = Meter.values(cu_seqlens_q)
+    keys = Meter.values(cu_seqlens_kv)
+    assert queries is not None and keys is not None, "the bounds of the sequences are not known"
+    pairs = sum(
+        one * other
+        for one, other in zip(_lengths(queries), _lengths(keys), strict=True)
+    )  # fmt: skip
+    causal = mask_type.name == "NVTE_PADDING_CAUSAL_MASK"
+    return q.shape[1] * q.shape[2] * pairs // (2 if causal else 1)
+
+
+def _lengths(bounds: Tensor) -> list[int]:
+    with outside_modes():
+        lengths: list[int] = bounds.diff().tolist()
+    return lengths
+
+
+def fused_rope_forward(
+    t: Tensor, freqs: Tensor, starts: Any, qkv_format: Any, interleaved: bool, cu_seqlens: Tensor,
+    cp_size: int, cp_rank: int,
+) -> Tensor:  # fmt: skip
+    """[T, H, D] rotated, contiguous."""
+    return _rotated("te.fused_rope_forward", t, freqs)
+
+
+def fused_rope_backward(
+    grad: Tensor, freqs: Tensor, starts: Any, qkv_format: Any, interleaved: bool,
+    cu_seqlens: Tensor, cp_size: int, cp_rank: int,
+) -> Tensor:  # fmt: skip
+    """[T, H, D] rotated back."""
+    return _rotated("te.fused_rope_backward", grad, freqs)
+
+
+def _rotated(name: str, t: Tensor, freqs: Tensor) -> Tensor:
+    assert freqs.dtype == torch.float32 and freqs.device == t.device and t.dim() == 3
+    launched(name)
+    return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+
+def convert_thd_to_bshd(t: Tensor, cu_seqlens: Tensor, batch: int, longest: int) -> Tensor:
+    """[B, L, ...] of packed [T, ...]: attention in fp32, which no fused kernel has."""
+    launched("te.convert_thd_to_bshd")
+    return torch.empty(batch, longest, *t.shape[1:], dtype=t.dtype, device=t.device)
+
+
+def convert_bshd_to_thd(t: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """Packed [T, ...] of [B, L, ...]."""
+    launched("te.convert_bshd_to_thd")
+    return torch.empty(num_tokens, *t.shape[2:], dtype=t.dtype, device=t.device)
+
+
+def multi_tensor_l2norm(
+    chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], per_tensor: bool = False, *_: Any
+) -> tuple[Tensor, Tensor | None]:
+    """[1] the norm of all tensors together: one number, of which only a GPU knows the value."""
+    assert not per_tensor
+    return torch.linalg.vector_norm(lists[0][0]).float().reshape(1), None
+
+
+def multi_tensor_scale(
+    chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], scale: float
+) -> None:
+    """Each tensor of the first list, scaled, into its partner in the second; nothing is allocated."""
+    launched("te.multi_tensor_scale")
+
+
+def multi_tensor_adam(
+    chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], *_: Any
+) -> None:
+    """A step of Adam in place; nothing is allocated."""
+    for gradient, parameter, moment, square in zip(*lists, strict=True):
+        dtypes = {tensor.dtype for tensor in (gradient, parameter, moment, square)}
+        assert dtypes == {torch.float32}, f"Adam of {dtypes}"
+        assert gradient.shape == parameter.shape == moment.shape == square.shape
+    launched("te.multi_tensor_adam")
+
+
+KERNELS = (
+    rmsnorm_fwd, rmsnorm_bwd, generic_gemm, fused_attn_fwd, fused_attn_bwd, fused_rope_forward,
+    fused_rope_backward, convert_thd_to_bshd, convert_bshd_to_thd, multi_tensor_l2norm,
+    multi_tensor_scale, multi_tensor_adam,
+)  # fmt: skip

@@ -1,0 +1,183 @@
+"""TransformerEngine's own Python over a replaced compiled half, on a machine without a GPU.
+
+Its published wheel has the Python part and no library; docs/testing.md says how to get it. The compiled half,
+`transformer_engine_torch`, is replaced by functions of the same names: te_kernels.py has those of fake CUDA tensors,
+tests/emulated_te those of real CPU tensors.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib.metadata
+import os
+import sys
+import types
+from collections.abc import Callable, Iterable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+DType = enum.IntEnum(
+    "DType",
+    ["kByte", "kInt32", "kFloat32", "kFloat16", "kBFloat16", "kFloat8E4M3", "kFloat8E5M2", "kFloat4E2M1"],
+    start=0,
+)  # fmt: skip
+"""Its numbers for dtypes, in its order."""
+
+_ENUMS = (
+    "FP8FwdTensors", "FP8BwdTensors", "CommOverlapType", "CommOverlapAlgo",
+    "Float8BlockScaleTensorFormat",
+)  # fmt: skip
+_ANSWERS: dict[str, Any] = {
+    "get_cudnn_version": 92000,
+    "get_cublasLt_version": 130100,
+    "get_num_cublas_streams": 4,
+    "device_supports_multicast": True,
+    "ubuf_built_with_mpi": False,
+    "get_stream_priority_range": (0, -5),
+}
+"""What it says of the libraries below it."""
+
+
+def root() -> Path | None:
+    """Returns the folder with the unpacked wheel: TE_PYTHON, or .te-python in this checkout; None without one."""
+    folder = Path(os.environ.get("TE_PYTHON") or Path(__file__).parents[2] / ".te-python")
+    return folder if (folder / "transformer_engine" / "pytorch").is_dir() else None
+
+
+def import_over(extension: types.ModuleType) -> None:
+    """Makes `import transformer_engine.pytorch` work over this compiled half, in this process, for good.
+
+    Before megatron is imported, which asks once whether TransformerEngine is there, and on a machine where torch.cuda
+    answers as if there were a GPU.
+    """
+    folder = root()
+    assert folder is not None, "TransformerEngine's Python part is missing"
+    (info,) = folder.glob("transformer_engine-*.dist-info")
+    version = info.name.removesuffix(".dist-info").partition("-")[2]
+    sys.path.insert(0, str(folder))
+    sys.modules["transformer_engine_torch"] = extension
+    _answer_for_its_version(version)
+    _stand_in_for_onnx()
+    common = _import_common(folder)
+
+    import transformer_engine.pytorch  # noqa: F401
+
+    # __init__ takes the compiled half's names; those that are made on demand it cannot have seen.
+    extensions: Any = sys.modules["transformer_engine.pytorch.cpp_extensions"]
+    extensions.__getattr__ = lambda name: getattr(extension, name)
+    package: Any = sys.modules["transformer_engine"]
+    package.__version__ = version
+    package.common = common
+
+
+def _answer_for_its_version(version: str) -> None:
+    """Its three distributions (the wheel, the library, the extension) are of one version, and one of them is here."""
+    metadata: Any = importlib.metadata
+    ask = metadata.version
+
+    def answer(name: str) -> str:
+        ours = name.replace("-", "_").startswith("transformer_engine")
+        return version if ours else str(ask(name))
+
+    metadata.version = answer
+
+
+def _stand_in_for_onnx() -> None:
+    for name in ("onnx", "onnxscript", "onnxscript.ir"):
+        try:
+            __import__(name)
+        except ImportError:
+            sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None))
+
+
+def _import_common(folder: Path) -> Any:
+    """Its `common` package loads the library, unless it believes that it is being built; the parent imports it first."""
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"
+    os.environ.setdefault("NVTE_TORCH_COMPILE", "0")
+    parent = types.ModuleType("transformer_engine")
+    parent.__path__ = [str(folder / "transformer_engine")]
+    sys.modules["transformer_engine"] = parent
+    import transformer_engine.common as common
+
+    del sys.modules["transformer_engine"]
+    common.load_framework_extension = lambda framework: None
+    common.sanity_checks_for_pypi_installation = lambda: None
+    return common
+
+
+class Member(int):
+    """A member of such an enum; equal to itself alone among its kind."""
+
+    name: str
+
+    def __new__(cls, name: str, value: int) -> Member:
+        member = super().__new__(cls, value)
+        member.name = name
+        return member
+
+
+def open_enum(name: str) -> Any:
+    """Returns a class that answers every name with a member, always the same one."""
+    known: dict[str, Member] = {}
+
+    class Open(type):
+        def __getattr__(cls, member: str) -> Any:
+            if member == "__members__":
+                return dict(known)
+            if member.startswith("__"):
+                raise AttributeError(member)
+            return known.setdefault(member, Member(member, len(known)))
+
+    return Open(name, (), {})
+
+
+NVTE_Fused_Attn_Backend = open_enum("NVTE_Fused_Attn_Backend")
+
+
+def get_fused_attn_backend(*_: Any, **__: Any) -> Any:
+    """Says that cuDNN has a kernel, whatever the shape."""
+    return NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen, ""
+
+
+class NotEmulated:
+    """A function or class of the compiled half that dense training does not need."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise NotImplementedError(f"transformer_engine_torch.{type(self).__name__} is not emulated")
+
+
+def extension(kernels: Iterable[Callable[..., Any]]) -> types.ModuleType:
+    """Returns what stands in for `transformer_engine_torch`, with a count of calls by name in `calls`.
+
+    Whatever is not emulated can be imported, and raises NotImplementedError with its name once it is called.
+    """
+    made: Any = types.ModuleType("transformer_engine_torch")
+    calls: dict[str, int] = {}
+    made.calls = calls
+
+    def counted(kernel: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[kernel.__name__] = calls.get(kernel.__name__, 0) + 1
+            return kernel(*args, **kwargs)
+
+        return call
+
+    for kernel in (*kernels, get_fused_attn_backend):
+        setattr(made, kernel.__name__, counted(kernel))
+    for name, value in _ANSWERS.items():
+        setattr(made, name, lambda *_, value=value: value)
+    made.DType = DType
+    made.NVTE_Fused_Attn_Backend = NVTE_Fused_Attn_Backend
+
+    def missing(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        is_enum = name.startswith("NVTE") or name in _ENUMS
+        value = open_enum(name) if is_enum else type(name, (NotEmulated,), {})
+        setattr(made, name, value)
+        return value
+
+    made.__getattr__ = missing
+    return made
