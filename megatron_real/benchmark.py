@@ -3,9 +3,10 @@
     a chunk of problems -> completions -> labels -> classes of equal answers -> the chunk's file
     all chunks' files   -> a table, results.json, results.csv
 
-A chunk's file appears when it is complete, and the figures are computed from the files alone: an evaluation that was
-killed goes on by the same command and ends with the same figures. Seeds depend on the run's seed, the benchmark and the
-chunk; with another number of processes other samples are drawn, as good as the first.
+A chunk's file appears when it is complete, and the figures are computed from the files alone: an
+evaluation that was killed goes on by the same command and ends with the same figures. Seeds depend
+on the run's seed, the benchmark and the chunk; with another number of processes other samples are
+drawn, as good as the first.
 """
 
 from __future__ import annotations
@@ -55,8 +56,10 @@ from megatron_real.weights.stored import torch_dtype
 
 # What of labels.* cannot change a verdict.
 _LABEL_SPEED = {"workers", "max_failed_share", "permute", "sandbox"}
-# Parts of a weights file that its fingerprint reads: enough to tell two checkpoints of one training apart.
-_PROBES, _PROBE_BYTES = 64, 1 << 16
+# Parts of a weights file that its fingerprint reads: enough to tell two checkpoints of one training
+# apart.
+_PROBES = 64
+_PROBE_BYTES = 1 << 16
 
 
 class UntrustedFigures(RuntimeError):
@@ -66,10 +69,14 @@ class UntrustedFigures(RuntimeError):
 def run_benchmarks(
     config: Config, files: Mapping[str, str], out: str | Path
 ) -> dict[str, Evaluation]:
-    """Evaluates the model of `config` on each file; writes the results below `out`. Every process of a job runs it.
+    """Evaluates the model of `config` on each file, and writes the results below `out`.
+
+    Every process of a job runs it.
 
     Args:
+        config: model, engine, verifier and sampling.
         files: name of the benchmark -> file of its problems.
+        out: directory of the results.
 
     Returns:
         The figures by name, on the first rank; the other ranks get none.
@@ -78,50 +85,75 @@ def run_benchmarks(
         ValueError: weights, data, or an earlier evaluation in `out` do not fit; one sentence.
         UntrustedFigures: everything is written, but the checks of a benchmark failed too often.
     """
-    config = dataclasses.replace(
-        config, trainer=dataclasses.replace(config.trainer, run_dir=str(out))
-    )
+    trainer = dataclasses.replace(config.trainer, run_dir=str(out))
+    config = dataclasses.replace(config, trainer=trainer)
     join_world(config.trainer.timeout_minutes)
-    rank, directory = dist.get_rank(), EvaluationDirectory(out)
+    rank = dist.get_rank()
+    directory = EvaluationDirectory(out)
     engine = build_engine(config, say=Console(quiet=rank > 0, soft_wrap=True).print)
-    chunks = [
-        chunk
-        for name, file in files.items()
-        for chunk in _chunks(name, _problems(config, engine, file), config)
-    ]
-    settings = _settings(config, engine, chunks)
+
+    size = config.evaluation.chunk_problems
+    chunks_of = {}
+    for name, file in files.items():
+        problems = load_prompts(
+            file,
+            engine.tokenizer,
+            suffix=config.data.suffix,
+            max_tokens=config.data.max_prompt_tokens,
+        )
+        problems = problems[: config.evaluation.max_problems or None]
+        begins = range(0, len(problems), size)
+        chunks_of[name] = [Chunk(name, i // size, problems[i : i + size]) for i in begins]
+    chunks = [chunk for of_benchmark in chunks_of.values() for chunk in of_benchmark]
+
+    settings = _settings(config, engine, chunks_of)
     directory.check(settings)
     if rank == 0:
         directory.claim(settings)
-    todo = _missing(directory, chunks)
-    if todo:
-        _answer(config, engine, directory, chunks, todo)
+    # What is left, as the first rank sees it: file systems of other nodes lag behind.
+    there = [[directory.has(chunk) for chunk in chunks]]
+    dist.broadcast_object_list(there, src=0)
+    missing = [chunk for chunk, done in zip(chunks, there[0], strict=True) if not done]
+    if missing:
+        _answer(config, engine, directory, chunks, missing)
     leave_world()
     if rank > 0:
         return {}
-    found = {
-        name: summarise(directory.read([c for c in chunks if c.benchmark == name]), vote=True)
-        for name in files
-    }
-    directory.publish(config.model.path, settings, found)
-    console = Console(width=None if sys.stdout.isatty() else 120)  # a file takes the whole table
-    console.print(table(found))
-    for what, path in (
+
+    evaluations = {}
+    for name, of_benchmark in chunks_of.items():
+        evaluations[name] = summarise(directory.read(of_benchmark), vote=True)
+    directory.publish(config.model.path, settings, evaluations)
+    width = None
+    if not sys.stdout.isatty():
+        width = 120  # a file takes the whole table
+    console = Console(width=width)
+    console.print(table(evaluations))
+    for label, path in (
         ("results", directory.json),
         ("", directory.csv),
         ("completions", directory.samples),
     ):
-        console.print(f"{what:11s}  {path}", highlight=False, soft_wrap=True)
-    _check_trust(found, config.labels.max_failed_share)
-    return found
+        console.print(f"{label:11s}  {path}", highlight=False, soft_wrap=True)
+
+    # Last: the files are written and shown whatever they are worth.
+    for name, evaluation in evaluations.items():
+        share = evaluation.failed_checks / (evaluation.problems * evaluation.samples)
+        if share > config.labels.max_failed_share:
+            raise UntrustedFigures(
+                f"{share:.0%} of the checks of {name} failed and count as wrong, more than "
+                f"labels.max_failed_share = {config.labels.max_failed_share}; raise "
+                f"labels.timeout_seconds, and look into the completions"
+            )
+    return evaluations
 
 
-def table(found: Mapping[str, Evaluation]) -> Table:
-    """The figures as a person reads them."""
-    rows = {name: evaluation.figures() for name, evaluation in found.items()}
-    if len(found) > 1:
-        rows["average"] = average(found)
-    samples = next(iter(found.values())).samples
+def table(evaluations: Mapping[str, Evaluation]) -> Table:
+    """Returns the figures as a person reads them."""
+    rows = {name: evaluation.figures() for name, evaluation in evaluations.items()}
+    if len(evaluations) > 1:
+        rows["average"] = average(evaluations)
+    samples = next(iter(evaluations.values())).samples
     columns = {
         "asked": lambda row: f"{row['problems']}",
         "pass@1": lambda row: f"{row['pass_at_1']:.3f}",
@@ -135,7 +167,9 @@ def table(found: Mapping[str, Evaluation]) -> Table:
     }
     if samples == 1:
         del columns["maj@1"]  # and pass@1 is there once
-    # 80 columns hold this with a name of 15 characters: the headings are short, one space is between.
+
+    # 80 columns hold this with a name of 15 characters: the headings are short, one space is
+    # between.
     shown = Table("benchmark", box=SIMPLE, padding=0)
     for name in columns:
         shown.add_column(name, justify="right")
@@ -146,84 +180,62 @@ def table(found: Mapping[str, Evaluation]) -> Table:
     return shown
 
 
-def _problems(config: Config, engine: Engine, file: str) -> list[Prompt]:
-    data = config.data
-    problems = load_prompts(
-        file, engine.tokenizer, suffix=data.suffix, max_tokens=data.max_prompt_tokens
-    )
-    return problems[: config.evaluation.max_problems or None]
-
-
-def _chunks(name: str, problems: Sequence[Prompt], config: Config) -> list[Chunk]:
-    size = config.evaluation.chunk_problems
-    return [Chunk(name, i // size, problems[i : i + size]) for i in range(0, len(problems), size)]
-
-
-def _names(chunks: Sequence[Chunk]) -> list[str]:
-    return list(dict.fromkeys(chunk.benchmark for chunk in chunks))
-
-
-def _settings(config: Config, engine: Engine, chunks: Sequence[Chunk]) -> dict[str, Any]:
-    """Everything that the figures depend on, by the names under which a user set it."""
-    sections = to_dict(config)
-    evaluation = {
-        f"evaluation.{name}": value
-        for name, value in sections["evaluation"].items()
-        if name != "every"
-    }
-    labels = {
-        f"labels.{name}": value
-        for name, value in sections["labels"].items()
-        if name not in _LABEL_SPEED
-    }
-    return {
-        "weights": _fingerprint(_files_of_weights(config)),
+def _settings(
+    config: Config, engine: Engine, chunks_of: Mapping[str, Sequence[Chunk]]
+) -> dict[str, Any]:
+    """Returns everything that the figures depend on, by the names under which a user set it."""
+    if config.model.weights:
+        paths = Path(config.model.weights).rglob("*")
+        files = sorted(path for path in paths if path.is_file())
+    else:
+        files = HfWeights(config.model.path).files
+    settings: dict[str, Any] = {
+        "weights": _fingerprint(files),
         "model.dtype": config.model.dtype,
-        **evaluation,
-        **labels,
+    }
+
+    sections = to_dict(config)
+    for name, value in sections["evaluation"].items():
+        if name != "every":
+            settings[f"evaluation.{name}"] = value
+    for name, value in sections["labels"].items():
+        if name not in _LABEL_SPEED:
+            settings[f"labels.{name}"] = value
+    settings |= {
         "rollout.engine": engine.name,
         "rollout.max_response_tokens": config.rollout.max_response_tokens,
         "data.suffix": config.data.suffix,
         "data.max_prompt_tokens": config.data.max_prompt_tokens,
         "trainer.seed": config.trainer.seed,
-        **{
-            f"{BENCH}{name}": _identity([c for c in chunks if c.benchmark == name])
-            for name in _names(chunks)
-        },
     }
 
-
-def _identity(chunks: Sequence[Chunk]) -> str:
-    digest = hashlib.sha256()
-    for problem in (p for chunk in chunks for p in chunk.problems):
-        digest.update(repr((problem.uid, problem.token_ids, problem.answers)).encode())
-    return digest.hexdigest()[:16]
-
-
-def _files_of_weights(config: Config) -> Sequence[Path]:
-    if config.model.weights:
-        return sorted(path for path in Path(config.model.weights).rglob("*") if path.is_file())
-    return HfWeights(config.model.path).files
+    for name, chunks in chunks_of.items():
+        if not chunks:
+            continue
+        digest = hashlib.sha256()
+        for chunk in chunks:
+            for problem in chunk.problems:
+                identity = (problem.uid, problem.token_ids, problem.answers)
+                digest.update(repr(identity).encode())
+        settings[f"{BENCH}{name}"] = digest.hexdigest()[:16]
+    return settings
 
 
 def _fingerprint(files: Sequence[Path]) -> str:
-    """Identity of weights by their files' sizes and parts of their bytes: gigabytes are not read for it."""
+    """Returns the identity of weights, by their files' sizes and parts of their bytes.
+
+    It does not read gigabytes for it.
+    """
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:
+            # Evenly spaced, the first at the beginning and the last at the end.
             for probe in range(_PROBES):
                 file.seek(max(size - _PROBE_BYTES, 0) * probe // (_PROBES - 1))
                 digest.update(file.read(_PROBE_BYTES))
     return digest.hexdigest()[:16]
-
-
-def _missing(directory: EvaluationDirectory, chunks: Sequence[Chunk]) -> list[Chunk]:
-    """The chunks that are left, as the first rank sees them: file systems of other nodes lag behind."""
-    there = [[directory.has(chunk) for chunk in chunks]]
-    dist.broadcast_object_list(there, src=0)
-    return [chunk for chunk, done in zip(chunks, there[0], strict=True) if not done]
 
 
 def _answer(
@@ -231,29 +243,40 @@ def _answer(
     engine: Engine,
     directory: EvaluationDirectory,
     chunks: Sequence[Chunk],
-    todo: Sequence[Chunk],
+    missing: Sequence[Chunk],
 ) -> None:
-    """Answers, verifies and keeps the chunks that are left."""
-    rank, evaluation = dist.get_rank(), config.evaluation
+    """Answers, verifies and keeps the chunks that are missing. Collective over all ranks."""
+    rank = dist.get_rank()
     console = Console(quiet=rank > 0, soft_wrap=True)
-    if len(todo) < len(chunks):
+    say = functools.partial(console.print, highlight=False, markup=False)
+    if len(missing) < len(chunks):
         console.print(
-            f"{len(chunks) - len(todo)} of {len(chunks)} chunks are there already; going on"
+            f"{len(chunks) - len(missing)} of {len(chunks)} chunks are there already; going on"
         )
+    evaluation = config.evaluation
     sampling = Sampling(
         evaluation.samples,
         evaluation.temperature,
         config.rollout.max_response_tokens,
         evaluation.top_p,
     )
+
     architecture, weights = open_start(config.model.path, config.model.weights)
-    probe, dtype = todo[0].problems[0], torch_dtype(config.model.dtype)
+    dtype = torch_dtype(config.model.dtype)
     sync = WeightSync(
-        engine, config.rollout.sync, tied=architecture.tied, probe=probe, temperature=1.0
+        engine,
+        config.rollout.sync,
+        tied=architecture.tied,
+        probe=missing[0].problems[0],
+        temperature=1.0,
     )
     sync.run((name, tensor.to(dtype)) for name, tensor in hf_tensors(weights, architecture))
-    # Failed checks are judged at the end, so that the verdict does not depend on where a run was cut.
+
+    num_problems = sum(len(chunk.problems) for chunk in chunks)
+    num_missing = sum(len(chunk.problems) for chunk in missing)
     ranks = Ranks.of_all(timedelta(minutes=config.trainer.timeout_minutes))
+    # Failed checks are judged at the end, so that the verdict does not depend on where a run was
+    # cut.
     with build_labeller(dataclasses.replace(config.labels, max_failed_share=1.0)) as labeller:
         stage = RolloutStage(
             engine,
@@ -263,80 +286,83 @@ def _answer(
             retries=config.rollout.retries,
             exchange=Exchange(rank, ranks.world, ranks.group),
         )
-        say = functools.partial(console.print, highlight=False, markup=False)
         with (
-            _progress(console, sum(len(c.problems) for c in chunks)) as done,
+            _progress(console, num_problems) as advance,
             Heartbeat(lambda: str(stage.generation or ""), say),
         ):
-            done(sum(len(c.problems) for c in chunks) - sum(len(c.problems) for c in todo))
-            for chunk in todo:
+            advance(num_problems - num_missing)
+            for chunk in missing:
                 started = time.monotonic()
-                seed = _seed(config.trainer.seed, chunk)
-                rollouts = stage.label(
-                    chunk.problems, stage.generate(chunk.problems, sampling, seed=seed)
-                )
+                words = f"{config.trainer.seed} {chunk.benchmark} {chunk.number}"
+                digest = hashlib.blake2b(words.encode(), digest_size=6).digest()
+                seed = int.from_bytes(digest, "little")
+                completions = stage.generate(chunk.problems, sampling, seed=seed)
+                rollouts = stage.label(chunk.problems, completions)
+
+                # An engine's failure must not be kept as wrong answers.
                 lost = [r.verdict.reason for r in rollouts if r.verdict.status == "lost"]
-                if lost:  # an engine's failure must not be kept as wrong answers
+                if lost:
                     raise EngineFailed(
-                        f"{len(lost)} completions of {chunk.benchmark} were lost ({lost[0]}); start again"
+                        f"{len(lost)} completions of {chunk.benchmark} were lost ({lost[0]}); "
+                        f"start again"
                     )
                 rollouts = stage.exchange.to_first(rollouts)
                 if rank == 0:
                     directory.write(chunk, rollouts, _answers(rollouts, labeller, config.labels))
-                done(len(chunk.problems))
-                _say(console, chunk, rollouts, time.monotonic() - started)
+                advance(len(chunk.problems))
+
+                seconds = time.monotonic() - started
+                tokens = sum(r.completion.num_trained for r in rollouts)
+                correct = sum(r.label == POSITIVE for r in rollouts) / len(rollouts)
+                console.print(
+                    f"{chunk.benchmark} chunk {chunk.number}: {len(chunk.problems)} problems, "
+                    f"{len(rollouts)} completions, {correct:.3f} correct, "
+                    f"{tokens / seconds:,.0f} tokens/s, {seconds:.1f} s",
+                    highlight=False,
+                )
     engine.finish_inference()
-
-
-def _seed(seed: int, chunk: Chunk) -> int:
-    digest = hashlib.blake2b(
-        f"{seed} {chunk.benchmark} {chunk.number}".encode(), digest_size=6
-    ).digest()
-    return int.from_bytes(digest, "little")
 
 
 def _answers(
     rollouts: Sequence[Rollout], labeller: Labeller, labels: LabelConfig
 ) -> list[tuple[str | None, int | None]]:
-    """[rollouts] what each gave as its answer, and the class of equal answers to its problem.
+    """Returns, for each rollout, its answer and the class of equal answers to its problem.
 
-    A truncated completion does not vote. Only math_verify compares by algebra; elsewhere equal means the same normal
-    form (labels/normal_form.py).
+    A truncated completion does not vote. Only math_verify compares by algebra; elsewhere equal
+    means the same normal form (labels/normal_form.py).
     """
-    given = [
-        Given(
-            text=_text(r, labels),
-            correct=r.label == POSITIVE,
-            comparable=labels.verifier == "math_verify" and r.verdict.status in ("ok", "wrong"),
+    given = []
+    for rollout in rollouts:
+        comparable = rollout.verdict.status in ("ok", "wrong")
+        given.append(
+            Given(
+                text=_text(rollout, labels),
+                correct=rollout.label == POSITIVE,
+                comparable=labels.verifier == "math_verify" and comparable,
+            )
         )
-        for r in rollouts
-    ]
 
     def same(one: str, other: str) -> bool:
-        asked = Prompt(uid="", text="", token_ids=(), answers=(one,))
-        (verdict,) = labeller(
-            [(asked, Completion((0,), (0.0,), f"</think>\\boxed{{{other}}}", finished=True))]
-        )
+        # The verifier compares a completion with a gold answer, so one of the two plays it.
+        problem = Prompt(uid="", text="", token_ids=(), answers=(one,))
+        completion = Completion((0,), (0.0,), f"</think>\\boxed{{{other}}}", finished=True)
+        (verdict,) = labeller([(problem, completion)])
         return verdict.label == POSITIVE
 
     classes: dict[int, int | None] = {}
     for group in dict.fromkeys(r.group for r in rollouts):
         members = [i for i, r in enumerate(rollouts) if r.group == group]
         one_gold = len(rollouts[members[0]].prompt.answers) == 1
-        classes |= dict(
-            zip(
-                members,
-                answer_classes([given[i] for i in members], same, one_gold=one_gold),
-                strict=True,
-            )
-        )
+        of_members = answer_classes([given[i] for i in members], same, one_gold=one_gold)
+        classes.update(zip(members, of_members, strict=True))
     return [(one.text, classes[i]) for i, one in enumerate(given)]
 
 
 def _text(rollout: Rollout, labels: LabelConfig) -> str | None:
-    """The answer, as the verifier reads it; a truncated completion has none.
+    """Returns the answer, as the verifier reads it; a truncated completion has none.
 
-    A verifier of a user's own is given the whole text, so that an answer may stand outside of a box there.
+    A verifier of a user's own is given the whole text, so that an answer may stand outside of a box
+    there.
     """
     if not rollout.completion.finished:
         return None
@@ -345,12 +371,14 @@ def _text(rollout: Rollout, labels: LabelConfig) -> str | None:
         require_think=labels.require_think,
         require_boxed=labels.require_boxed and ":" not in labels.verifier,
     )
-    return answer.text if answer else None
+    if not answer:
+        return None
+    return answer.text
 
 
 @contextmanager
 def _progress(console: Console, problems: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal; elsewhere the lines of `_say` are all."""
+    """Yields what advances a bar on a terminal; elsewhere the chunks' lines are all."""
     columns = (
         TextColumn("problems"),
         MofNCompleteColumn(),
@@ -363,23 +391,3 @@ def _progress(console: Console, problems: int) -> Iterator[Callable[[int], None]
     ) as bar:
         task = bar.add_task("", total=problems)
         yield lambda count: bar.advance(task, count)
-
-
-def _say(console: Console, chunk: Chunk, rollouts: Sequence[Rollout], seconds: float) -> None:
-    tokens = sum(r.completion.num_trained for r in rollouts)
-    correct = sum(r.label == POSITIVE for r in rollouts) / len(rollouts)
-    console.print(
-        f"{chunk.benchmark} chunk {chunk.number}: {len(chunk.problems)} problems, {len(rollouts)} completions, "
-        f"{correct:.3f} correct, {tokens / seconds:,.0f} tokens/s, {seconds:.1f} s",
-        highlight=False,
-    )
-
-
-def _check_trust(found: Mapping[str, Evaluation], max_failed_share: float) -> None:
-    for name, evaluation in found.items():
-        share = evaluation.failed_checks / (evaluation.problems * evaluation.samples)
-        if share > max_failed_share:
-            raise UntrustedFigures(
-                f"{share:.0%} of the checks of {name} failed and count as wrong, more than labels.max_failed_share = "
-                f"{max_failed_share}; raise labels.timeout_seconds, and look into the completions"
-            )

@@ -1,12 +1,13 @@
-"""Bounds of settings, written where the setting is declared. This module imports nothing of the project.
+"""Bounds of settings, written where the setting is declared.
 
     tau: Annotated[float, Positive] = 0.5
     top_p: Annotated[float, Share] = 1.0
     clip_high: Annotated[float, AtLeast(1.0)] = 1.28
-    max_length: Annotated[int | None, Positive] = None         # None is always within its bound
+    max_length: Annotated[int | None, Positive] = None    # None is always within its bound
 
-`check_bounds` reads them from any dataclass, sections within sections included, so that a setting that is added needs
-no second place that knows its limits.
+`check_bounds` reads them from any dataclass, sections within sections included, so that a setting
+that is added needs no second place that knows its limits. This module imports nothing of the
+project.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import dataclasses
 import functools
 import math
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,8 +61,10 @@ class AtLeast:
 
     @property
     def demand(self) -> str:
-        meaning = f" ({self.meaning})" if self.meaning else ""
-        return f"must be {self.low:g}{meaning} or above"
+        low = f"{self.low:g}"
+        if self.meaning:
+            low += f" ({self.meaning})"
+        return f"must be {low} or above"
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,20 @@ class Between:
     """Leaves out `high` itself."""
 
     def holds(self, value: float) -> bool:
-        from_low = value > self.low if self.above_low else value >= self.low
-        to_high = value < self.high if self.below_high else value <= self.high
-        return from_low and to_high
+        if self.above_low and value == self.low:
+            return False
+        if self.below_high and value == self.high:
+            return False
+        return self.low <= value <= self.high
 
     @property
     def demand(self) -> str:
-        left = "(" if self.above_low else "["
-        right = ")" if self.below_high else "]"
+        left = "["
+        if self.above_low:
+            left = "("
+        right = "]"
+        if self.below_high:
+            right = ")"
         return f"must lie in {left}{self.low:g}, {self.high:g}{right}"
 
 
@@ -118,35 +127,48 @@ Share = Between(0, 1, above_low=True)
 
 
 def check_bounds(section: Any, prefix: str = "") -> None:
-    """Checks every setting of the dataclass `section`, and of the dataclasses below it, against its bounds.
+    """Checks every setting of a dataclass, and of the dataclasses below it, against its bounds.
 
     Args:
-        section: an instance of a dataclass whose fields are annotated as in this module's docstring.
+        section: an instance of a dataclass whose fields are annotated as in this module's
+            docstring.
         prefix: what comes before a field's name in errors, for example `rollout.`.
 
     Raises:
         ValueError: a setting is out of bounds; names it, its value and what it must be.
     """
-    cls: Any = type(section)
-    bounds = _bounds(cls)
+    every_hint = hints(type(section))
     for field in dataclasses.fields(section):
-        value, name = getattr(section, field.name), f"{prefix}{field.name}"
+        value = getattr(section, field.name)
+        name = f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             check_bounds(value, f"{name}.")
             continue
-        for bound in bounds.get(field.name, ()):
-            if value is not None and not bound.holds(value):
-                null = ", or null" if _optional(cls, field.name) else ""
-                raise ValueError(f"{name} is {value}; it {bound.demand}{null}")
+        if value is None:
+            continue
+
+        hint = every_hint[field.name]
+        # An annotation may hold other things than bounds.
+        bounds = [mark for mark in getattr(hint, "__metadata__", ()) if hasattr(mark, "holds")]
+        for bound in bounds:
+            if not bound.holds(value):
+                or_null = ""
+                if type(None) in typing.get_args(plain_hint(hint)):
+                    or_null = ", or null"
+                raise ValueError(f"{name} is {value}; it {bound.demand}{or_null}")
 
 
 def plain_hint(hint: Any) -> Any:
-    """The type in an annotation, without its bounds."""
-    return hint.__origin__ if hasattr(hint, "__metadata__") else hint
+    """Returns the type in an annotation, without its bounds."""
+    if hasattr(hint, "__metadata__"):
+        return hint.__origin__
+    return hint
 
 
 def hints(cls: Any) -> dict[str, Any]:
-    """Field of the dataclass `cls` -> its annotation, bounds included."""
+    """Returns field of the dataclass `cls` -> its annotation, bounds included."""
+    # A cached function takes hashable arguments only, which for a type checker no class of
+    # dataclasses is.
     return _hints(cls)
 
 
@@ -155,19 +177,3 @@ def _hints(cls: Any) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(cls)}
     every_hint = typing.get_type_hints(cls, include_extras=True)
     return {name: hint for name, hint in every_hint.items() if name in names}
-
-
-@functools.cache
-def _bounds(cls: Any) -> dict[str, tuple[Bound, ...]]:
-    """Field -> the bounds in its annotation."""
-    return {name: tuple(_metadata(hint)) for name, hint in hints(cls).items()}
-
-
-def _metadata(hint: Any) -> Iterator[Bound]:
-    for marker in getattr(hint, "__metadata__", ()):
-        if hasattr(marker, "holds"):
-            yield marker
-
-
-def _optional(cls: Any, name: str) -> bool:
-    return type(None) in typing.get_args(plain_hint(hints(cls)[name]))

@@ -1,13 +1,14 @@
-"""Two ends of a socket prove to each other that they know the run's secret, which neither of them sends.
+"""Two ends of a socket prove to each other that they know the run's secret, which neither sends.
 
-    listening end                                          connecting end
-    n, random                                     ->
-                                                  <-       m, random; HMAC(secret, "connects" + purpose + n + m)
-    HMAC(secret, "listens" + purpose + n + m)     ->
+    listening end                                        connecting end
+    n, random                                    ->
+                                                 <-      m, random;
+                                                         HMAC(secret, "connects" + purpose + n + m)
+    HMAC(secret, "listens" + purpose + n + m)    ->
 
-Each proof is of both numbers, so an old one is worth nothing, and names its end, so it cannot be sent back to whom it
-came from. Who listens on the network learns neither the secret nor how to prove it; what is said afterwards is neither
-encrypted nor signed. Standard library only.
+Each proof is of both numbers, so an old one is worth nothing, and names its end, so it cannot be
+sent back to whom it came from. Who listens on the network learns neither the secret nor how to
+prove it; what is sent afterwards is neither encrypted nor signed. Standard library only.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from contextlib import suppress
 
 HANDSHAKE_SECONDS = 10.0
 """A whole proof takes at most so long: an end that stays silent is no end of ours."""
-_NUMBER_BYTES = _PROOF_BYTES = 32
+_NUMBER_BYTES = 32
+_PROOF_BYTES = 32
 _MOST_AT_ONCE = 256
 """Proofs under way at a door; those who come then wait in the listener's queue."""
 
@@ -32,12 +34,13 @@ class NotProven(ConnectionError):
 
 
 def new_secret() -> str:
-    """256 random bits, for one run."""
+    """Returns 256 random bits in hexadecimal, for one run."""
     return secrets.token_hex(32)
 
 
 def proof(secret: str, *words: bytes) -> bytes:
-    """The proof that whoever sends it knows the secret, for these words: [32 bytes], HMAC-SHA256."""
+    """Returns the 32 bytes that prove knowledge of the secret, for these words (HMAC-SHA256)."""
+    # With their lengths, so that no other split of the same bytes has this proof.
     lengths = b"".join(len(word).to_bytes(8, "big") for word in words)
     return hmac.digest(secret.encode(), lengths + b"".join(words), "sha256")
 
@@ -61,7 +64,9 @@ def connect(
 
 
 class Door:
-    """Lets in, of all who connect to a listener, those who know the secret; the others cost nothing but a thread.
+    """Lets in, of all who connect to a listener, those who know the secret.
+
+    The others cost a thread each, for as long as a proof may take.
 
     Example:
         with Door(socket.create_server(("", 0)), secret, purpose="lifeline") as door:
@@ -70,7 +75,9 @@ class Door:
 
     def __init__(self, listener: socket.socket, secret: str, *, purpose: str) -> None:
         """Takes the listener over."""
-        self._listener, self._secret, self._purpose = listener, secret, purpose
+        self._listener = listener
+        self._secret = secret
+        self._purpose = purpose
         self._proven: queue.Queue[socket.socket] = queue.Queue()
         self._room = threading.Semaphore(_MOST_AT_ONCE)
         self._closed = threading.Event()
@@ -83,7 +90,7 @@ class Door:
         self.close()
 
     def next(self, seconds: float) -> socket.socket:
-        """The next one who has proven to know the secret.
+        """Returns the connection of the next one who has proven to know the secret.
 
         Raises:
             TimeoutError: nobody in that time.
@@ -117,6 +124,7 @@ class Door:
                 self._room.release()
 
     def _let_in(self, connection: socket.socket) -> None:
+        """Has one end prove itself, in its own thread: a silent one must not hold up others."""
         try:
             _prove(connection, self._secret, self._purpose, listens=True, seconds=HANDSHAKE_SECONDS)
         except OSError:
@@ -130,32 +138,49 @@ class Door:
 def _prove(
     connection: socket.socket, secret: str, purpose: str, *, listens: bool, seconds: float
 ) -> None:
-    """One end's part; see the module. Leaves the connection without a timeout."""
-    ends = time.monotonic() + seconds
-    mine = secrets.token_bytes(_NUMBER_BYTES)
-    if listens:
-        connection.sendall(mine)
-        answer = _receive(connection, _NUMBER_BYTES + _PROOF_BYTES, ends)
-        numbers = mine, answer[:_NUMBER_BYTES]
-        theirs = answer[_NUMBER_BYTES:]
-    else:
-        numbers = _receive(connection, _NUMBER_BYTES, ends), mine
-        connection.sendall(mine + proof(secret, b"connects", purpose.encode(), *numbers))
-        theirs = _receive(connection, _PROOF_BYTES, ends)
+    """Does one end's part of the module's diagram; leaves the connection without a timeout.
 
-    role = b"connects" if listens else b"listens"
-    if not hmac.compare_digest(theirs, proof(secret, role, purpose.encode(), *numbers)):
+    Raises:
+        NotProven: the other end does not know the secret, or not in time.
+    """
+    deadline = time.monotonic() + seconds
+    own_number = secrets.token_bytes(_NUMBER_BYTES)
+    if listens:
+        connection.sendall(own_number)
+        answer = _receive(connection, _NUMBER_BYTES + _PROOF_BYTES, deadline)
+        numbers = (own_number, answer[:_NUMBER_BYTES])
+        other_proof = answer[_NUMBER_BYTES:]
+        other_role = b"connects"
+    else:
+        numbers = (_receive(connection, _NUMBER_BYTES, deadline), own_number)
+        own_proof = proof(secret, b"connects", purpose.encode(), *numbers)
+        connection.sendall(own_number + own_proof)
+        other_proof = _receive(connection, _PROOF_BYTES, deadline)
+        other_role = b"listens"
+
+    # In constant time: how long a comparison takes must not tell how much of a proof is right.
+    if not hmac.compare_digest(other_proof, proof(secret, other_role, purpose.encode(), *numbers)):
         raise NotProven("the other end does not know this run's secret")
+    # Only then its own: whoever does not know the secret is told nothing made of it.
     if listens:
         connection.sendall(proof(secret, b"listens", purpose.encode(), *numbers))
     connection.settimeout(None)
 
 
-def _receive(connection: socket.socket, size: int, ends: float) -> bytes:
-    """So many bytes, by `ends` of time.monotonic(): one byte a second is no way to stay."""
+def _receive(connection: socket.socket, size: int, deadline: float) -> bytes:
+    """Returns `size` bytes. All must come by the deadline: one byte a second is no way to stay.
+
+    Args:
+        connection: where they come from.
+        size: how many.
+        deadline: of time.monotonic().
+
+    Raises:
+        NotProven: they did not come.
+    """
     received = b""
     while len(received) < size:
-        left = ends - time.monotonic()
+        left = deadline - time.monotonic()
         if left <= 0:
             raise NotProven("the other end did not prove itself in time")
         connection.settimeout(left)

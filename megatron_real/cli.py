@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from megatron_real.runs.quiet import quiet_libraries
@@ -23,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0 done, or nothing left to do; 1 the run failed; 2 the input was refused; 75 stopped early with
-        everything saved (start the same command again); 130 interrupted.
+        The exit code: 0 done, or nothing left to do; 1 the run failed; 2 the input was refused; 75
+        stopped early with everything saved (start the same command again); 130 interrupted.
     """
     try:
         code = _run_command(arguments)
@@ -43,17 +44,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_command(arguments: Sequence[str] | None) -> int:
+    """Parses the words, sets up logging and runs the command; returns its exit code."""
     # Not at the top: Ctrl-C is heard as such from the first import on.
     from megatron_real.commands import COMMANDS
     from megatron_real.commands.terminal import is_first_rank
 
     parser = build_parser()
     options, later = parser.parse_known_args(arguments)
-    if later and (not hasattr(options, "overrides") or any(word.startswith("-") for word in later)):
+    takes_overrides = hasattr(options, "overrides")
+    if later and (not takes_overrides or any(word.startswith("-") for word in later)):
         parser.error(f"unrecognized arguments: {' '.join(later)}")
     if later:
         options.overrides += later  # argparse itself takes them only before the options
-    _quiet(is_first_rank())
+
+    # Our own messages come once, from the first rank; of the libraries below only what is serious.
+    console_level = logging.ERROR
+    own_level = logging.ERROR
+    if is_first_rank():
+        console_level = logging.WARNING
+        own_level = logging.INFO
+    logging.basicConfig(level=console_level, format="%(levelname)s %(name)s: %(message)s")
+    logger.setLevel(own_level)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    quiet_libraries()
+
     return int(COMMANDS[options.command].run(options))
 
 
@@ -73,16 +88,21 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         summary = command.SUMMARY
-        command.add(
-            commands.add_parser(
-                name,
-                help=summary,
-                description=f"{summary[0].upper()}{summary[1:]}.",
-                epilog=command.EXAMPLES,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-            )
+        command_parser = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=command.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-    _complete(parser)
+        command.add(command_parser)
+
+    # A shell asks for the words that may follow, where argcomplete is installed (docs/commands.md).
+    if "_ARGCOMPLETE" in os.environ:
+        with suppress(ImportError):
+            import argcomplete
+
+            argcomplete.autocomplete(parser)
     return parser
 
 
@@ -90,33 +110,14 @@ class _Parser(argparse.ArgumentParser):
     """A parser that answers a mistyped word with the word that was probably meant."""
 
     def error(self, message: str) -> NoReturn:
+        """Ends the process with exit code 2 and a sentence."""
+        # argparse's own message is the only place that has the choices.
         wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         if wrong is not None:
             known = re.findall(r"[\w.-]+", wrong[2])
             close = difflib.get_close_matches(wrong[1], known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            hint = f"known are {', '.join(known)}"
+            if close:
+                hint = f"did you mean {close[0]}?"
             message = f"there is no {wrong[1]!r}; {hint}"
         self.exit(2, f"megatron-real: {message}\n")
-
-
-def _complete(parser: argparse.ArgumentParser) -> None:
-    """Completes words for a shell that asks, where argcomplete is installed (docs/commands.md)."""
-    if "_ARGCOMPLETE" not in os.environ:
-        return
-    try:
-        import argcomplete
-    except ImportError:
-        return
-    argcomplete.autocomplete(parser)
-
-
-def _quiet(first: bool) -> None:
-    """Our own messages once, from the first rank; of the libraries below only what is serious."""
-    logging.basicConfig(
-        level=logging.WARNING if first else logging.ERROR,
-        format="%(levelname)s %(name)s: %(message)s",
-    )
-    logger.setLevel(logging.INFO if first else logging.ERROR)
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-    quiet_libraries()

@@ -1,7 +1,8 @@
-"""The one way to let every rank do what may fail: each says how it went, and then all go on or all stop.
+"""The one way to let every rank do what may fail: each reports, and then all go on or all stop.
 
-A rank that fails between two collectives, and says nothing, leaves the others in the second one until its timeout. So
-whatever may fail on one rank alone (a file, a server, a verifier) runs in here, and the collective always comes.
+A rank that fails between two collectives, and reports nothing, leaves the others in the second one
+until its timeout. So whatever may fail on one rank alone (a file, a server, a verifier) runs in
+here, and the collective always comes.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ T = TypeVar("T")
 
 
 class RankFailed(RuntimeError):
-    """What a rank was to do has failed there; every rank raises this, with the rank and its error."""
+    """What a rank was to do has failed there. Every rank raises this, with that rank's error."""
 
 
 @dataclass(frozen=True)
 class _Outcome(Generic[T]):
-    """How it went on one rank."""
+    """What became of the action on one rank."""
 
     value: T | None
     """What the action returned; None where it failed."""
@@ -41,7 +42,8 @@ def on_every_rank(
     """Runs `action` on every rank and gives each rank all results. Collective over `group`.
 
     Args:
-        action: what may fail on one rank alone. It must not call collectives: a rank that fails leaves them early.
+        action: what may fail on one rank alone. It must not call collectives: a rank that fails
+            leaves them early.
         group: the ranks that do it together; None where this process is alone.
         expected: errors whose sentence is meant for the user.
         raises: makes the error for such a sentence.
@@ -51,35 +53,32 @@ def on_every_rank(
 
     Raises:
         RankFailed: the action failed on some rank by another error, which is named with its rank.
-        Exception: that of `raises`, where all failures are expected ones; the sentence is the first rank's.
+        Exception: that of `raises`, where all failures are expected ones; the sentence is the first
+            rank's.
     """
     outcome: _Outcome[T]
     cause: Exception | None = None
     try:
         outcome = _Outcome(action())
-    except Exception as error:  # of whatever kind: the other ranks wait for this rank's word
+    except expected as error:
         cause = error
-        outcome = _failed(error, expected)
+        outcome = _Outcome(None, str(error) or type(error).__name__, expected=True)
+    except Exception as error:  # of whatever kind: the other ranks wait for this rank's report
+        cause = error
+        outcome = _Outcome(None, f"{type(error).__name__}: {error}")
 
-    outcomes = _gathered(outcome, group)
+    outcomes = [outcome]
+    if group is not None:
+        gathered: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, outcome, group=group)
+        outcomes = gathered
+
     failures = [(rank, one) for rank, one in enumerate(outcomes) if one.error]
-    for rank, one in failures:
-        if not one.expected:
-            raise RankFailed(f"rank {rank}: {one.error}") from cause
+    # Unexpected ones first: the others may have failed because of them.
+    for rank, failure in failures:
+        if not failure.expected:
+            raise RankFailed(f"rank {rank}: {failure.error}") from cause
     if failures:
-        raise raises(failures[0][1].error) from cause
+        _, first = failures[0]
+        raise raises(first.error) from cause
     return [one.value for one in outcomes]  # type: ignore[misc]  # none has failed
-
-
-def _failed(error: Exception, expected: type[Exception]) -> _Outcome[Any]:
-    if isinstance(error, expected):
-        return _Outcome(None, str(error) or type(error).__name__, expected=True)
-    return _Outcome(None, f"{type(error).__name__}: {error}")
-
-
-def _gathered(outcome: _Outcome[T], group: dist.ProcessGroup | None) -> list[_Outcome[T]]:
-    if group is None:
-        return [outcome]
-    outcomes: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(outcomes, outcome, group=group)
-    return outcomes

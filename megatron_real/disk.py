@@ -1,4 +1,7 @@
-"""Files that are there as a whole or not at all, also after a crash of the machine. Loadable without torch."""
+"""Files that are there as a whole or not at all, also after a crash of the machine.
+
+The module needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ from typing import Any, BinaryIO, TextIO
 def whole_file(
     path: Path, *, newline: str | None = None, errors: str = "strict"
 ) -> Iterator[TextIO]:
-    """A UTF-8 file to write. Until the end there is the old one of that name, or none.
+    """Yields a UTF-8 file to write. Until the end there is the old one of that name, or none.
 
     Args:
+        path: the file, whose directory is made where it is missing.
         newline, errors: as of `open`.
     """
     with _whole(path, "w", encoding="utf-8", newline=newline, errors=errors) as file:
@@ -25,7 +29,7 @@ def whole_file(
 
 @contextmanager
 def whole_binary_file(path: Path) -> Iterator[BinaryIO]:
-    """A file of bytes to write. Until the end there is the old one of that name, or none."""
+    """Yields a file of bytes to write. Until the end there is the old one of that name, or none."""
     with _whole(path, "wb") as file:
         yield file
 
@@ -33,13 +37,14 @@ def whole_binary_file(path: Path) -> Iterator[BinaryIO]:
 @contextmanager
 def _whole(path: Path, mode: str, **options: Any) -> Iterator[Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same directory: a rename replaces the old file at once only within one file system.
     new = path.with_name(f"{path.name}.new")
     with new.open(mode, **options) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())  # a rename must not outlive its contents
     new.replace(path)
-    fsync(path.parent)
+    fsync(path.parent)  # the new name, which is the directory's
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -57,6 +62,7 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+# A full disk, a used-up quota, and a file beyond the limit of `ulimit -f`.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_IN_WORDS = tuple(os.strerror(number) for number in _FULL)
 

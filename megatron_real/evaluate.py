@@ -1,4 +1,7 @@
-"""pass@1, pass@k and the majority's accuracy on held-out problems, with the engine and the verifier of training."""
+"""pass@1, pass@k and the majority's accuracy on held-out problems.
+
+Answers come from the engine of training and are judged by its verifier.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ class Judged:
     tokens: int
     """Response length."""
     answer_class: int | None = None
-    """Answers to the problem that say the same have the same number; None: no answer that could vote."""
+    """Answers to the problem that say the same have the same number; None: no answer that could
+    vote."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,13 @@ class Evaluation:
     pass_at_1: float
     """Mean over problems of the share of samples verified correct."""
     standard_error: float
-    """Of pass_at_1, over problems."""
+    """Standard error of pass_at_1, over problems."""
     pass_at_k: tuple[tuple[int, float], ...]
-    """(k, chance that one of k samples is correct, mean over problems) for k = 1, 2, 4, ... and the samples drawn."""
+    """(k, chance that one of k samples is correct, mean over problems) for k = 1, 2, 4, ... and the
+    samples drawn."""
     majority: float | None
-    """maj@k for k = samples: mean over problems of whether the most frequent answer is correct; ties count in part.
-    None where no vote was held."""
+    """maj@k for k = samples: mean over problems of whether the most frequent answer is correct;
+    ties count in part. None where no vote was held."""
     problems: int
     """Problems asked."""
     samples: int
@@ -56,26 +61,28 @@ class Evaluation:
     """(uid, correct completions) of each problem, in the order of the problems."""
 
     def figures(self) -> dict[str, float]:
-        """The figures of the whole set by name, pass@k as pass_at_K; without the majority where no vote was held."""
-        passed = {f"pass_at_{k}": value for k, value in self.pass_at_k}
-        named = {
-            name: value
-            for name, value in vars(self).items()
-            if name not in ("pass_at_k", "correct") and value is not None
-        }
-        return {"pass_at_1": self.pass_at_1, "standard_error": self.standard_error} | passed | named
+        """Returns the figures of the whole set by name, pass@k as pass_at_K; no majority where no vote was held."""
+        figures = {"pass_at_1": self.pass_at_1, "standard_error": self.standard_error}
+        figures |= {f"pass_at_{k}": value for k, value in self.pass_at_k}
+        for name, value in vars(self).items():
+            if name not in ("pass_at_k", "correct") and value is not None:
+                figures[name] = value
+        return figures
 
 
 def evaluate(
     stage: RolloutStage, problems: Sequence[Prompt], sampling: Sampling, *, seed: int
 ) -> Evaluation:
-    """Samples and verifies answers to `problems`. Collective over all ranks; the engine must hold the weights."""
+    """Samples and verifies answers to `problems`. The engine must hold the weights.
+
+    Collective over all ranks.
+    """
     rollouts = stage.label(problems, stage.generate(problems, sampling, seed=seed))
     return summarise([judged(rollout) for rollout in rollouts])
 
 
 def judged(rollout: Rollout, answer_class: int | None = None) -> Judged:
-    """What the figures need of a labelled rollout."""
+    """Returns what the figures need of a labelled rollout."""
     return Judged(
         problem=rollout.prompt.uid,
         status=rollout.verdict.status,
@@ -86,7 +93,11 @@ def judged(rollout: Rollout, answer_class: int | None = None) -> Judged:
 
 
 def summarise(completions: Sequence[Judged], *, vote: bool = False) -> Evaluation:
-    """The figures of judged completions; `vote` where they have their answer classes.
+    """Returns the figures of judged completions.
+
+    Args:
+        completions: equally many for each problem, in any order.
+        vote: compute the majority, for which they need their answer classes.
 
     Raises:
         ValueError: there are none, or not equally many for each problem.
@@ -95,23 +106,31 @@ def summarise(completions: Sequence[Judged], *, vote: bool = False) -> Evaluatio
         raise ValueError(
             "there is no completion to evaluate; data.heldout may be empty after the length filter"
         )
-    of: dict[str, list[Judged]] = defaultdict(list)
+    of_problem: dict[str, list[Judged]] = defaultdict(list)
     for completion in completions:
-        of[completion.problem].append(completion)
-    samples = len(completions) // len(of)
-    if any(len(group) != samples for group in of.values()):
+        of_problem[completion.problem].append(completion)
+    samples = len(completions) // len(of_problem)
+    if any(len(group) != samples for group in of_problem.values()):
         raise ValueError(
-            "the problems do not have equally many completions; each needs evaluation.samples of them"
+            "the problems do not have equally many completions; each needs evaluation.samples of "
+            "them"
         )
-    correct = [sum(c.correct for c in group) for group in of.values()]
-    ks = sorted({samples, *(2**i for i in range(samples.bit_length()))})
-    shares = [c / samples for c in correct]
+
+    correct = [sum(c.correct for c in group) for group in of_problem.values()]
+    shares = [count / samples for count in correct]
+    # 1, 2, 4, ... up to the samples, and the samples themselves.
+    passes = []
+    for k in sorted({samples, *(2**i for i in range(samples.bit_length()))}):
+        passes.append((k, _mean([pass_at_k(count, samples, k) for count in correct])))
+    majority_share = None
+    if vote:
+        majority_share = _mean([majority(group) for group in of_problem.values()])
     return Evaluation(
         pass_at_1=_mean(shares),
         standard_error=standard_error(shares),
-        pass_at_k=tuple((k, _mean([pass_at_k(c, samples, k) for c in correct])) for k in ks),
-        majority=_mean([majority(group) for group in of.values()]) if vote else None,
-        problems=len(of),
+        pass_at_k=tuple(passes),
+        majority=majority_share,
+        problems=len(of_problem),
         samples=samples,
         failed_checks=sum(Status(c.status).failed for c in completions),
         unanswered_share=_mean([c.status == "unparsable" for c in completions]),
@@ -122,8 +141,9 @@ def summarise(completions: Sequence[Judged], *, vote: bool = False) -> Evaluatio
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:
-    """Chance that a correct one is among k of the samples, drawn without replacement (arXiv:2107.03374, Eq. 1).
+    """Returns the chance that a correct one is among k of the samples (arXiv:2107.03374, Eq. 1).
 
+    They are drawn without replacement.
     Unbiased: 1 - C(samples - correct, k) / C(samples, k); 1 - (1 - correct / samples)^k is not.
     """
     assert 0 <= correct <= samples and 1 <= k <= samples, f"pass@{k} of {correct} among {samples}"
@@ -131,22 +151,28 @@ def pass_at_k(correct: int, samples: int, k: int) -> float:
 
 
 def majority(completions: Sequence[Judged]) -> float:
-    """1 if the most frequent answer to a problem is correct, 0 if not; of several, the share that is correct."""
+    """Returns 1 if the most frequent answer to a problem is correct, 0 if not.
+
+    Of several that are equally frequent it is the share that is correct.
+    """
     votes = Counter(c.answer_class for c in completions if c.answer_class is not None)
     if not votes:
         return 0.0
-    most = [answer for answer, count in votes.items() if count == max(votes.values())]
+    highest = max(votes.values())
+    most = [answer for answer, count in votes.items() if count == highest]
     correct = {c.answer_class for c in completions if c.correct}
     return sum(answer in correct for answer in most) / len(most)
 
 
 def standard_error(shares: Sequence[float]) -> float:
-    """Of the mean over problems; NaN for a single one, whose spread is not known."""
+    """Returns that of the mean over problems; NaN for a single one, whose spread is not known."""
     if len(shares) < 2:
         return math.nan
     mean = _mean(shares)
-    return math.sqrt(math.fsum((s - mean) ** 2 for s in shares) / (len(shares) - 1) / len(shares))
+    variance = math.fsum((share - mean) ** 2 for share in shares) / (len(shares) - 1)
+    return math.sqrt(variance / len(shares))
 
 
 def _mean(values: Sequence[float]) -> float:
+    # fsum: the figures do not depend on the order of the chunks.
     return math.fsum(values) / len(values)

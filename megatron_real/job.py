@@ -1,4 +1,7 @@
-"""What the loop drives, built once from the configuration. Whatever is wrong fails here, before the first step."""
+"""What the loop drives, built once from the configuration.
+
+Whatever is wrong fails here, before the first step.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,10 @@ class HeldoutEvaluation:
     """How answers are drawn."""
 
     def run(self) -> Evaluation:
-        """Collective over all ranks. The draws are the same each time: differences are the policy's."""
+        """Evaluates the policy as it is now. Collective over all ranks.
+
+        The draws are the same each time: differences are the policy's.
+        """
         generator = self.source.generator
         seed = self.source.options.draw_seed(0)
         with self.source.awake(), generator.timed("evaluation"):
@@ -110,16 +116,23 @@ class Job:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """An error that nobody expected takes the other ranks down by its name; a good end takes nobody down."""
+        """Ends the job on this rank.
+
+        An error that nobody expected takes the other ranks down, by its name; a good end takes
+        nobody down.
+        """
         if self.labeller is not None:
             self.labeller.close()
         if isinstance(error, Stopped | KeyboardInterrupt):
             self.reporter.say_status("stopped", str(error) or "interrupted")
         elif error is not None and kind is not None:
             self.lifeline.say_end(f"{kind.__name__}: {error}")
-            state: State = "failed" if is_full_disk(error) else "crashed"
+            state: State = "crashed"
+            if is_full_disk(error):
+                state = "failed"  # it would fail again until somebody frees space
             self.reporter.say_status(state, f"{kind.__name__}: {error}")
         self.lifeline.close()
+        # Last: until then no other job may take the run directory.
         if self.claim is not None:
             self.claim.release()
 
@@ -127,10 +140,12 @@ class Job:
 def build(config: Config, stop: StopRequest) -> Job:
     """Joins the other processes and builds this rank's part; `stop` may ask it to stop early.
 
-    Nothing of the run directory changes but its lock before everything is built, loaded and checked.
+    Nothing of the run directory changes but its lock before everything is built, loaded and
+    checked.
 
     Raises:
-        ValueError: weights, data or layout do not fit, or the run directory is in use; one sentence.
+        ValueError: weights, data or layout do not fit, or the run directory is in use; one
+            sentence.
         NothingToDo: the run has finished.
     """
     if config.trainer.deterministic:
@@ -138,6 +153,7 @@ def build(config: Config, stop: StopRequest) -> Job:
     join_world(config.trainer.timeout_minutes)
     check_world(config, dist.get_world_size())
     ranks = Ranks.of_all(timedelta(minutes=config.trainer.timeout_minutes))
+
     # Before anything else may fail on one rank alone.
     lifeline = Lifeline(
         ranks.rank,
@@ -145,9 +161,11 @@ def build(config: Config, stop: StopRequest) -> Job:
         share=ranks.shared,
         hang_seconds=config.trainer.hang_minutes * 60,
     )
-    claim = Claim(RunDirectory(config.trainer.run_dir)) if ranks.first else None
-    if claim is not None:
+    claim = None
+    if ranks.first:
+        claim = Claim(RunDirectory(config.trainer.run_dir))
         atexit.register(claim.release)  # however this rank ends, if it ends by itself
+
     try:
         return _build(config, stop, ranks, claim, lifeline)
     except BaseException as error:
@@ -163,7 +181,7 @@ def build(config: Config, stop: StopRequest) -> Job:
 
 
 def _refuse(claim: Claim, error: BaseException) -> None:
-    """Says in the run directory what became of a start that has changed nothing else in it."""
+    """Writes into the run directory why a start has ended that has changed nothing else in it."""
     if isinstance(error, NothingToDo):
         claim.release()
     elif isinstance(error, ValueError) or is_full_disk(error):
@@ -175,7 +193,7 @@ def _refuse(claim: Claim, error: BaseException) -> None:
 
 
 def _last_word(claim: Claim, reporter: Reporter) -> Callable[[str], None]:
-    """What the first rank writes when another rank's end ends it."""
+    """Returns what the first rank calls when another rank's end ends it."""
 
     def write(sentence: str) -> None:
         reporter.say_status("crashed", sentence)
@@ -188,31 +206,38 @@ def _last_word(claim: Claim, reporter: Reporter) -> Callable[[str], None]:
 def _build(
     config: Config, stop: StopRequest, ranks: Ranks, claim: Claim | None, lifeline: Lifeline
 ) -> Job:
-    rank, world = ranks.rank, ranks.world
+    """Builds this rank's part, in an order in which each check comes before what it protects."""
     directory = RunDirectory(config.trainer.run_dir)
-    exchange = Exchange(rank, world, ranks.group)
+    exchange = Exchange(ranks.rank, ranks.world, ranks.group)
     reporter = ranks.together(
         lambda: Reporter(
             config,
-            rank=rank,
-            world=world,
+            rank=ranks.rank,
+            world=ranks.world,
             gathered=ranks.gathered_by_first,
             exchange=exchange,
         )
     )
+    say = reporter.progress.say
     lifeline.stage = reporter.progress.at
     if claim is not None:
         lifeline.before_end = _last_word(claim, reporter)
-    say = reporter.progress.say
+
+    # The run directory: what an earlier life has left, and where this one begins.
     earlier = ranks.on_first(lambda: claim.take(logger.warning) if claim is not None else Earlier())
-    found = checkpoint.survey(directory, ranks)
-    beginning = checkpoint.beginning_of(config, directory, earlier, found, ranks)
-    processes = "1 process" if world == 1 else f"{world} processes"
+    survey = checkpoint.survey(directory, ranks)
+    beginning = checkpoint.beginning_of(config, directory, earlier, survey, ranks)
+
+    # The policy.
+    processes = f"{ranks.world} processes"
+    if ranks.world == 1:
+        processes = "1 process"
     say(f"model {config.model.path} in {config.model.dtype} on {processes}")
     architecture, weights = open_start(config.model.path, config.model.weights)
-    if few := too_few_sequences(config, check_world(config, world)):
-        say(f"WARNING: {few}")
-    updates = config.trainer.steps * (config.rollout.num_prompts // config.batch.minibatch_prompts)
+    too_few = too_few_sequences(config, check_world(config, ranks.world))
+    if too_few:
+        say(f"WARNING: {too_few}")
+    updates_per_step = config.rollout.num_prompts // config.batch.minibatch_prompts
     policy = Policy(
         PolicySettings.of(config),
         architecture,
@@ -222,65 +247,77 @@ def _build(
             seed=config.trainer.seed,
             timeout_minutes=config.trainer.timeout_minutes,
         ),
-        num_updates=updates,
+        num_updates=config.trainer.steps * updates_per_step,
         exchange=exchange,
     )
-    reference = _reference(policy)  # before a checkpoint takes the place of the starting weights
-    drawing = None if config.rollout.replay else _drawing(config, architecture, exchange, say)
+
+    # The reference, before a checkpoint takes the place of the starting weights.
+    reference = None
+    objective = policy.settings.objective
+    if objective.needs_reference and objective.kl.reference_path:
+        _, reference_weights = open_start(objective.kl.reference_path)
+        reference = Reference(policy, reference_weights)
+    elif objective.needs_reference:
+        reference = Reference(policy)
+
+    # Engine and verifiers, which a replay does without.
+    drawing = None
     stateful: dict[str, checkpoint.Stateful] = {}
-    if drawing is not None:
+    if not config.rollout.replay:
+        drawing = _drawing(config, architecture, exchange, say)
         reporter.progress.detail = _generating(reporter.progress, drawing.stage)
         stateful = {"cursor": drawing.cursor, "lengths": drawing.stage.lengths}
+
     checkpoints = checkpoint.Checkpoints(config, policy, reporter, stateful, ranks, stop)
     checkpoints.load(beginning.newest)
 
     source: Source
+    labeller = None
     evaluation = None
     if drawing is None:
         replayed = RunDirectory(config.rollout.replay)
         source = Replay(lambda step: read_rollouts(replayed.saved_rollouts(step)), exchange)
     else:
         source = _source(config, drawing, policy, checkpoints, reporter, ranks)
+        labeller = drawing.stage.labeller
         if drawing.heldout:
-            evaluation = HeldoutEvaluation(source, drawing.heldout, _heldout_sampling(config))
-    checkpoints.begin(beginning, found.damaged)
+            sampling = Sampling(
+                config.evaluation.samples,
+                config.evaluation.temperature,
+                config.rollout.max_response_tokens,
+                config.evaluation.top_p,
+            )
+            evaluation = HeldoutEvaluation(source, drawing.heldout, sampling)
+
+    # Only now the run directory changes.
+    checkpoints.begin(beginning, survey.damaged)
     if beginning.newest and config.rollout.max_lag:
         say("rollouts are not ahead yet: this life's first ones are of the present weights")
     return Job(
-        config,
-        weights,
-        policy,
-        reference,
-        reporter,
-        source,
-        None if drawing is None else drawing.stage.labeller,
-        evaluation,
-        checkpoints,
-        ranks,
-        lifeline,
-        claim,
+        config=config,
+        weights=weights,
+        policy=policy,
+        reference=reference,
+        reporter=reporter,
+        source=source,
+        labeller=labeller,
+        evaluation=evaluation,
+        checkpoints=checkpoints,
+        ranks=ranks,
+        lifeline=lifeline,
+        claim=claim,
     )
 
 
 def _generating(progress: RunProgress, stage: RolloutStage) -> Callable[[], str]:
-    """How far the rollouts are, in the stages in which they are made."""
+    """Returns what says how far the rollouts are, in the stages in which they are made."""
 
     def described() -> str:
-        making = progress.current in ("rollout", "label", "evaluation")
-        return str(stage.generation) if making and stage.generation else ""
+        if progress.current not in ("rollout", "label", "evaluation"):
+            return ""
+        return str(stage.generation or "")
 
     return described
-
-
-def _reference(policy: Policy) -> Reference | None:
-    """The frozen policy of the KL penalty, where there is one to it."""
-    objective = policy.settings.objective
-    if not objective.needs_reference:
-        return None
-    if not objective.kl.reference_path:
-        return Reference(policy)
-    _, weights = open_start(objective.kl.reference_path)
-    return Reference(policy, weights)
 
 
 @dataclass(frozen=True)
@@ -300,15 +337,16 @@ class _Drawing:
 def _drawing(
     config: Config, architecture: Architecture, exchange: Exchange, say: Callable[[str], None]
 ) -> _Drawing:
+    """Builds engine, prompts and verifiers."""
     say("loading the rollout engine")
     engine = build_engine(config, say=say)
-    data = config.data
 
     train = training_prompts(config, engine.tokenizer)
     heldout = heldout_prompts(config, engine.tokenizer)
-    rollout = config.rollout
-    verifiers = [source.verifier for source in data_sources(data).values() if source.verifier]
+    sources = data_sources(config.data).values()
+    verifiers = [source.verifier for source in sources if source.verifier]
     labeller = build_labeller(config.labels, others=verifiers)
+    rollout = config.rollout
     return _Drawing(
         stage=RolloutStage(
             engine,
@@ -325,7 +363,7 @@ def _drawing(
             probe=train[0],
             temperature=rollout.temperature,
         ),
-        cursor=PromptCursor(train, seed=config.trainer.seed, shuffle=data.shuffle),
+        cursor=PromptCursor(train, seed=config.trainer.seed, shuffle=config.data.shuffle),
         heldout=heldout[: config.evaluation.max_problems or None],
     )
 
@@ -338,7 +376,7 @@ def _source(
     reporter: Reporter,
     ranks: Ranks,
 ) -> Fresh:
-    """Rollouts by an engine: of the weights that train on them, or of those one step before."""
+    """Returns the rollouts of an engine: by the weights that train on them, or one step before."""
     rollout = config.rollout
     generator = Generator(
         policy,
@@ -364,8 +402,11 @@ def _source(
         seed=config.trainer.seed,
         settings=settings_of_rollouts(config),
     )
+    # A checkpoint within a step: its rollouts are in the chunks' files, and are not drawn again.
     position = checkpoints.position
-    begun = position.step + 1 if position.update > 0 else None
+    begun = None
+    if position.update > 0:
+        begun = position.step + 1
     chunks = ChunkFiles(reporter.directory, ranks, reporter.progress.say, begun_step=begun)
     if rollout.max_lag:
         return OneStepAhead(
@@ -378,13 +419,3 @@ def _source(
             last_step=config.trainer.steps,
         )
     return Fresh(generator, drawing.cursor, options, chunks, seam=checkpoints.seam)
-
-
-def _heldout_sampling(config: Config) -> Sampling:
-    evaluation = config.evaluation
-    return Sampling(
-        evaluation.samples,
-        evaluation.temperature,
-        config.rollout.max_response_tokens,
-        evaluation.top_p,
-    )

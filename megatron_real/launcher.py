@@ -1,7 +1,8 @@
-"""Starts the processes of a training run on this machine: torchrun's elastic agent, without its tracebacks.
+"""Starts the processes of a training run on this machine, by torchrun's elastic agent.
 
-The first rank has the terminal. What the others write goes to a file for each, which is kept in RUN_DIR/logs where
-one of them fails. On more than one machine srun or torchrun start the processes: docs/cluster.md.
+The first rank has the terminal. What the others write goes to a file for each, which is kept in
+RUN_DIR/logs where one of them fails; the agent's own tracebacks are not shown. On more than one
+machine srun or torchrun start the processes: docs/cluster.md.
 """
 
 from __future__ import annotations
@@ -30,9 +31,13 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 SHUTDOWN_SECONDS = 600
-"""How long ranks may take to save and stop once they are asked to: a checkpoint of a large model takes minutes."""
+"""How long ranks may take to save and stop once they are asked to.
+
+A checkpoint of a large model takes minutes.
+"""
 
 _TAIL_LINES = 30
+_TRACE = "Traceback (most recent call last)"
 
 
 def launch(words: Sequence[str], *, num_ranks: int, run_dir: str) -> int:
@@ -49,6 +54,7 @@ def launch(words: Sequence[str], *, num_ranks: int, run_dir: str) -> int:
     for name in logging.root.manager.loggerDict:
         if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+
     # As many threads as the machine has cores, shared by the ranks. Each would take all of them.
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -66,7 +72,14 @@ def launch(words: Sequence[str], *, num_ranks: int, run_dir: str) -> int:
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=redirects or Std.NONE),
     )
-    signal.signal(signal.SIGUSR1, _pass_on)
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        """Gives a signal to every rank."""
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    # The elastic agent passes on signals that end a job, and no other.
+    signal.signal(signal.SIGUSR1, pass_on)
     try:
         elastic_launch(config, sys.executable)("-m", "megatron_real", *words)
     except ChildFailedError as error:
@@ -79,76 +92,93 @@ def launch(words: Sequence[str], *, num_ranks: int, run_dir: str) -> int:
     return 0
 
 
-def _pass_on(number: int, _frame: FrameType | None) -> None:
-    """Gives a signal to every rank. The elastic agent does so for those that end a job, and for no other."""
-    for child in psutil.Process().children():
-        child.send_signal(number)
-
-
 def _failed(first: int, failure: ProcessFailure, logs: Path, directory: RunDirectory) -> int:
-    """Shows the error of the rank at fault, once, and says where the logs are; returns the exit code."""
+    """Shows the error of the rank at fault, once, and says where the logs are.
+
+    Args:
+        first: the rank that was seen to end first.
+        failure: how it ended.
+        logs: directory of what the other ranks wrote.
+        directory: of the run.
+
+    Returns:
+        The exit code.
+    """
     code = failure.exitcode
     own_words = (2, EXIT_AGAIN, 130)
     if code in own_words:
         return code  # the first rank has said why, or the one that was alone to see it
 
-    errors = {
-        int(file.parent.name): file.read_text(errors="replace")
-        for file in logs.glob("**/stderr.log")
-    }
+    errors = {}
+    for file in logs.glob("**/stderr.log"):
+        errors[int(file.parent.name)] = file.read_text(errors="replace")
     rank = _at_fault(errors, first)
-    print(_last_error(errors.get(rank, "")), end="", file=sys.stderr)
+    # The last traceback, else the last lines.
+    lines = errors.get(rank, "").splitlines(keepends=True)
+    traces = [i for i, line in enumerate(lines) if line.startswith(_TRACE)]
+    if traces:
+        lines = lines[traces[-1] :]
+    print("".join(lines[-_TAIL_LINES:]), end="", file=sys.stderr)
+
+    if code >= 0:
+        reason = f"exit code {code}"
+    else:
+        reason = f"signal {signal.Signals(-code).name}"
+    where = ""
     kept = _keep(logs, directory)
-    where = f"; the ranks' output is in {kept}" if kept else ""
-    reason = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+    if kept is not None:
+        where = f"; the ranks' output is in {kept}"
     print(f"megatron-real: rank {rank} failed ({reason}){where}", file=sys.stderr)
-    return code if code > 0 else 1
+    if code > 0:
+        return code
+    return 1
 
 
 def _at_fault(errors: Mapping[int, str], first: int) -> int:
-    """The rank whose error came first: the others end because of it, and may be seen to end before it.
+    """Returns the rank whose error came first.
+
+    The others end because of it, and may be seen to end before it.
 
     Args:
         errors: what each rank but the first one wrote to standard error.
         first: the rank that was seen to end first.
     """
+    # The lifeline's sentence on the others, where the first rank has ended.
     if any("rank 0 on" in text and "ended first" in text for text in errors.values()):
         return 0
     return next((rank for rank, text in sorted(errors.items()) if _TRACE in text), first)
 
 
-_TRACE = "Traceback (most recent call last)"
-
-
-def _last_error(text: str) -> str:
-    """The last traceback of a rank's standard error, else its last lines."""
-    lines = text.splitlines(keepends=True)
-    traces = [i for i, line in enumerate(lines) if line.startswith(_TRACE)]
-    begin = traces[-1] if traces else 0
-    return "".join(lines[begin:][-_TAIL_LINES:])
-
-
 def _keep(logs: Path, directory: RunDirectory) -> Path | None:
-    """Moves what the ranks wrote into the run's directory; None where the run never had one."""
+    """Copies what the ranks wrote into the run's directory; None where the run never had one."""
     if not directory.path.is_dir():
         return None
+    # A full disk must not hide the error of the run.
     with contextlib.suppress(OSError):
         directory.log.parent.mkdir(exist_ok=True)
         for file in logs.glob("**/std*.log"):
-            rank, stream = file.parent.name, file.stem.removeprefix("std")
+            rank = file.parent.name
+            stream = file.stem.removeprefix("std")
             shutil.copyfile(file, directory.log.parent / f"rank-{rank}-{stream}.log")
         return directory.log.parent
     return None
 
 
 def _stopped(error: SignalException, directory: RunDirectory) -> int:
-    """Waits for ranks that are still there after a signal, and returns the exit code that tells what became of them."""
+    """Waits for ranks that are still there after a signal.
+
+    Returns:
+        The exit code that says what became of them.
+    """
+    # They are there where a second signal has ended the agent's own wait.
     children = psutil.Process().children()
-    for child in children:  # a second signal has ended the agent's own wait
+    for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):
             child.send_signal(signal.SIGINT)
-    for child in psutil.wait_procs(children, timeout=10)[1]:
+    _, alive = psutil.wait_procs(children, timeout=10)
+    for child in alive:
         child.kill()
+
     if error.sigval == signal.SIGINT:
         return 130
     if read_status(directory.status).get("state") == "stopped":

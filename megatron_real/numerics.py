@@ -1,12 +1,13 @@
-"""Number formats that the configuration names: their sizes, and which of them a machine computes fast.
+"""Number formats that the configuration names: sizes, and which of them a machine computes fast.
 
-Loadable without torch.
+The module needs no torch.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -21,22 +22,28 @@ _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 def fast_dtype(*, gpu: Path = Path("/dev/nvidia0"), cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """Returns the number format that this machine computes fast, and logs why it is that one.
 
-    Without bf16 instructions a processor computes bf16 through fp32, several times as slowly as fp32 itself.
+    Without bf16 instructions a processor computes bf16 through fp32, several times as slowly as
+    fp32 itself.
+
+    Args:
+        gpu: device file that is there where a GPU is.
+        cpuinfo: Linux's description of the processors; without it they count as slow.
     """
+    flags: set[str] = set()
+    with suppress(OSError):
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith(("flags", "Features")):  # x86 and ARM call them so
+                flags = set(line.partition(":")[2].split())
+                break  # every core has its own line, and the same flags
+
     if gpu.exists():
-        dtype, reason = "bf16", "there is a GPU"
-    elif _BF16_FLAGS & _cpu_flags(cpuinfo):
-        dtype, reason = "bf16", "this CPU has bf16 instructions"
+        dtype = "bf16"
+        reason = "there is a GPU"
+    elif _BF16_FLAGS & flags:
+        dtype = "bf16"
+        reason = "this CPU has bf16 instructions"
     else:
-        dtype, reason = "fp32", "there is no GPU, and this CPU has no bf16 instructions"
+        dtype = "fp32"
+        reason = "there is no GPU, and this CPU has no bf16 instructions"
     logger.info("model.dtype=auto is %s: %s", dtype, reason)
     return dtype
-
-
-def _cpu_flags(cpuinfo: Path) -> set[str]:
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        return set()
-    flags = [line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))]
-    return set(flags[0].split()) if flags else set()

@@ -3,8 +3,8 @@
     add(parser)      gives an argparse parser the command's arguments
     run(options)     runs it, and returns its exit code
 
-A module's docstring begins with a line that says what the command does, which `--help` shows; the examples below it are
-shown at the end of the command's own help. A new command is a module here and a row in `COMMANDS`.
+A module's SUMMARY says in a line what the command does, which `--help` shows; its EXAMPLES stand at
+the end of the command's own help. A new command is a module here and a row in `COMMANDS`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`megatron-real compare SWEEP.yaml`: trains variants of a configuration with several seeds, and compares them.
+"""`megatron-real compare SWEEP.yaml`: trains variants with several seeds, and compares them.
 
 Everything is checked before the first run starts. docs/compare.md.
 """
@@ -77,12 +77,14 @@ def run(options: argparse.Namespace) -> int:
         return refuse(error)
 
     if options.list:
-        print(_listed(sweep))
+        for number, run in enumerate(sweep.runs):
+            command = shlex.join(["megatron-real", "train", str(run.base), *run.words])
+            print(f"{number}  {command}")
         return 0
     if options.table:
         results = [read_result(run) for run in sweep.runs]
         _show(sweep, results, as_json=options.json)
-        return 0 if all(result.outcome == Outcome.FINISHED for result in results) else 1
+        return _exit_code(results)
     try:
         return _execute(sweep, options)
     except KeyboardInterrupt:
@@ -91,6 +93,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _checked(options: argparse.Namespace) -> Sweep:
+    """Returns the sweep with every run's configuration checked.
+
+    Raises:
+        ValueError: an option or a configuration is refused.
+    """
     # A run in this process, before, leaves a world of one.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
@@ -99,16 +106,16 @@ def _checked(options: argparse.Namespace) -> Sweep:
         )
     if options.nproc is not None and options.nproc < 1:
         raise ValueError(f"--nproc is {options.nproc}; it must be 1 or above")
+
     # A single run of an array is laid out by its job, whose processes are not known here.
-    check_layout = options.describe is None and not options.list and not options.table
-    num_ranks = options.nproc or 1
-    return load_sweep(
-        options.sweep, options.overrides, num_ranks=num_ranks if check_layout else None
-    )
+    num_ranks = None
+    if options.describe is None and not options.list and not options.table:
+        num_ranks = options.nproc or 1
+    return load_sweep(options.sweep, options.overrides, num_ranks=num_ranks)
 
 
 def _execute(sweep: Sweep, options: argparse.Namespace) -> int:
-    """Starts what is not done yet, run by run."""
+    """Starts what is not done yet, run by run; returns the exit code."""
     # What the table needs, scipy among it, is missing now or never.
     import megatron_real.compare.table  # noqa: F401
 
@@ -122,27 +129,31 @@ def _execute(sweep: Sweep, options: argparse.Namespace) -> int:
                 return _stopped()
             result = read_result(run)
             if result.outcome == Outcome.UNFINISHED:
-                say(f"run {number} of {len(sweep.runs)}: {run.name} (log: {executor.log(run)})")
+                log = executor.log(run)
+                say(f"run {number} of {len(sweep.runs)}: {run.name} (log: {log})")
                 code = executor.execute(run)
                 result = read_result(run)
                 if code == INTERRUPTED:
                     raise KeyboardInterrupt
-                if code == EXIT_AGAIN or (executor.asked_to_stop and _unfinished(result)):
+                unfinished = result.outcome == Outcome.UNFINISHED
+                if code == EXIT_AGAIN or (executor.asked_to_stop and unfinished):
                     return _stopped()
-                if _unfinished(result):
-                    result = _failed_now(result, code, executor.log(run))
+                if unfinished:
+                    result = _failed_now(result, code, log)
+
             say(_in_words(result))
             results.append(result)
             if len(results) < len(sweep.runs) and not options.json:
                 _print_table(sweep, results, file=sys.stderr)
 
     _show(sweep, results, as_json=options.json)
-    unsuccessful = [r for r in results if r.outcome != Outcome.FINISHED]
-    return 1 if unsuccessful else 0
+    return _exit_code(results)
 
 
-def _unfinished(result: RunResult) -> bool:
-    return result.outcome == Outcome.UNFINISHED
+def _exit_code(results: Sequence[RunResult]) -> int:
+    if all(result.outcome == Outcome.FINISHED for result in results):
+        return 0
+    return 1
 
 
 def _stopped() -> int:
@@ -151,19 +162,24 @@ def _stopped() -> int:
 
 
 def _failed_now(result: RunResult, code: int, log: Path) -> RunResult:
-    """A run that ended without a word of its own: the next start of the sweep tries it again."""
-    ended = f"exit code {code}" if code >= 0 else f"signal {-code}"
-    reason = f"it ended with {ended}; {_last_line(log)}"
+    """Returns the result of a run that ended without a word of its own, with the log's last line.
+
+    The next start of the sweep tries such a run again.
+    """
+    ended = f"exit code {code}"
+    if code < 0:
+        ended = f"signal {-code}"
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = [line for line in lines if line.strip()]
+    last_line = f"{log} is empty"
+    if lines:
+        last_line = lines[-1].removeprefix("megatron-real: ")
+    reason = f"it ended with {ended}; {last_line}"
     return dataclasses.replace(result, outcome=Outcome.FAILED, reason=reason)
 
 
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    lines = [line for line in lines if line.strip()]
-    return lines[-1].removeprefix("megatron-real: ") if lines else f"{log} is empty"
-
-
 def _in_words(result: RunResult) -> str:
+    """Returns one run's result as a sentence."""
     if result.outcome != Outcome.FINISHED:
         return f"{result.name}: {result.outcome} after {result.steps} steps: {result.reason}"
     return (
@@ -190,25 +206,24 @@ def _show(sweep: Sweep, results: Sequence[RunResult], *, as_json: bool) -> None:
 
 
 def _print_table(sweep: Sweep, results: Sequence[RunResult], file: TextIO | None = None) -> None:
+    """Prints the tables of what there is so far; default: to standard output."""
     from megatron_real.compare.table import FIGURES, figure_table, runs_table, variant_rows
 
     rows = variant_rows(sweep, results)
+    # A figure that no run has yet has no cells.
     tables = [runs_table(rows), *(figure_table(figure, rows) for figure in FIGURES)]
     text = "\n\n".join(table(cells) for cells in tables if cells)
     print(f"{text}\n", file=file or sys.stdout, flush=True)
 
 
-def _listed(sweep: Sweep) -> str:
-    """The runs by number, each as the command that is started for it."""
-    lines = []
-    for number, run in enumerate(sweep.runs):
-        command = shlex.join(["megatron-real", "train", str(run.base), *run.words])
-        lines.append(f"{number}  {command}")
-    return "\n".join(lines)
-
-
 def _description(sweep: Sweep, number: int) -> str:
-    """One run in the variables of the Slurm scripts; OVERRIDES is read by examples/slurm/words.sh."""
+    """Returns one run in the variables of the Slurm scripts.
+
+    OVERRIDES is read by examples/slurm/words.sh.
+
+    Raises:
+        ValueError: the sweep has no run of that number.
+    """
     if not 0 <= number < len(sweep.runs):
         raise ValueError(
             f"there is no run {number}; the sweep has {len(sweep.runs)}, from 0: "

@@ -1,4 +1,7 @@
-"""`megatron-real config [PREFIX ...]`: what can be configured; `--schema`: the same for editors, as a JSON schema."""
+"""`megatron-real config [PREFIX ...]`: what can be configured.
+
+With `--schema` the same for editors, as a JSON schema.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import sys
 import textwrap
 
 from megatron_real.commands.terminal import refuse
-from megatron_real.config.describe import Setting, every_setting
+from megatron_real.config.describe import every_setting
 from megatron_real.config.json_schema import json_schema
 from megatron_real.config.names import closest
 from megatron_real.objective.registry import OBJECTIVES
@@ -40,24 +43,22 @@ def run(options: argparse.Namespace) -> int:
         return 0
 
     prefixes = tuple(options.prefixes)
-    listed = every_setting()
-    settings = [s for s in listed if not prefixes or s.path.startswith(prefixes)]
+    all_settings = every_setting()
+    settings = [s for s in all_settings if not prefixes or s.path.startswith(prefixes)]
     if not settings:
-        names = closest(prefixes[0], [setting.path for setting in listed])
+        names = closest(prefixes[0], [setting.path for setting in all_settings])
         return refuse(
             ValueError(
-                f"no setting begins with {' or '.join(prefixes)}; the nearest are {', '.join(names)}"
+                f"no setting begins with {' or '.join(prefixes)}; the nearest are "
+                f"{', '.join(names)}"
             )
         )
+
     for setting in settings:
-        print(_text(setting))
+        head = f"{setting.path} = {setting.default}   ({setting.kind})"
+        # Named only where not every objective has the setting; no names mean that all have it.
+        if len(setting.objectives) not in (0, len(OBJECTIVES)):
+            head += f"  [{', '.join(setting.objectives)}]"
+        print(head)
+        print(textwrap.indent(textwrap.fill(setting.meaning, _WIDTH - 4), "    "))
     return 0
-
-
-def _text(setting: Setting) -> str:
-    objectives = f"  [{', '.join(setting.objectives)}]"
-    of_every_objective = len(setting.objectives) in (0, len(OBJECTIVES))
-    head = f"{setting.path} = {setting.default}   ({setting.kind})"
-    if not of_every_objective:
-        head += objectives
-    return f"{head}\n{textwrap.indent(textwrap.fill(setting.meaning, _WIDTH - 4), '    ')}"

@@ -1,7 +1,9 @@
-"""`megatron-real convert`: HF weights to a Megatron checkpoint and back, comparing and describing them.
+"""`megatron-real convert`: HF weights to a Megatron checkpoint and back, compared and described.
 
-    megatron-real convert to-megatron HF_DIR OUT          megatron-real convert verify A [B] [--logits]
-    megatron-real convert to-hf CKPT OUT                  megatron-real convert inspect DIR
+    megatron-real convert to-megatron HF_DIR OUT
+    megatron-real convert to-hf CKPT OUT
+    megatron-real convert verify A [B] [--logits]
+    megatron-real convert inspect DIR
 
 Only the command line is here: arguments, progress, summary. The work is in megatron_real/weights/.
 """
@@ -116,7 +118,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 verify found a problem, 2 the input was refused."""
+    """Runs one of the conversions.
+
+    Returns:
+        The exit code: 0 done, 1 verify found a problem, 2 the input was refused.
+    """
     commands = {
         "to-megatron": _to_megatron,
         "to-hf": _to_hf,
@@ -128,7 +134,7 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         return refuse(error)
     except BrokenPipeError:
-        raise
+        raise  # the reader of our output has left, which the command line knows how to end
     except OSError as error:  # a directory or file that this user may not read
         say(f"{error.filename}: {error.strerror}")
         return REFUSED
@@ -138,16 +144,23 @@ def run(options: argparse.Namespace) -> int:
 
 
 def size_of(text: str) -> int:
-    """`5GB` or `1GiB` in bytes."""
+    """Returns `5GB` or `1GiB` in bytes.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is no size.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 5GB or 512MiB")
     power = " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    base = 1000
+    if match[3]:  # the i of GiB
+        base = 1024
+    return int(float(match[1]) * base**power)
 
 
 def peak_memory_bytes() -> int:
-    """Most memory that this program has had resident.
+    """Returns the most memory that this program has had resident.
 
     Of Linux's two figures this is the one of the address space. getrusage's ru_maxrss is passed on
     by exec, so that a large shell or launcher would be counted as ours.
@@ -159,6 +172,7 @@ def peak_memory_bytes() -> int:
 
 
 def _add_writing(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of both conversions that write."""
     parser.add_argument("out", metavar="OUT", type=Path, help="directory to make")
     parser.add_argument(
         "--dtype", choices=_DTYPES, default="keep", help="of all tensors; keep: as they are"
@@ -172,6 +186,7 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument that all of them have."""
     parser.add_argument(
         "--json", action="store_true", help="print the summary as JSON on standard output"
     )
@@ -189,9 +204,10 @@ def _to_megatron(options: argparse.Namespace) -> int:
         raise WeightsError("--layers is of --format torch; torch_dist has one set of names")
     if options.format == "torch" and options.tp_chunks != 1:
         raise WeightsError("--tp-chunks is of --format torch_dist; torch cuts its tensors by --tp")
-    layout = (
-        LegacyLayout(options.tp, options.pp, options.layers) if options.format == "torch" else None
-    )
+
+    layout = None
+    if options.format == "torch":
+        layout = LegacyLayout(options.tp, options.pp, options.layers)
     return _convert(options, hf_to_megatron, tp_chunks=options.tp_chunks, layout=layout)
 
 
@@ -206,43 +222,54 @@ def _to_hf(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace, conversion: Any, **keywords: Any) -> int:
+    """Runs a conversion with the arguments that both have, and prints what it did."""
     if options.workers < 1:
         raise WeightsError(f"--workers is {options.workers}; it must be at least 1")
+    # A conversion that keeps dtypes reads back no tensor and needs no torch.
     if options.dtype != "keep" or options.conversion == "to-megatron":
         import torch
 
         torch.set_num_threads(1)  # the copying threads are the parallelism
+    dtype = None
+    if options.dtype != "keep":
+        dtype = stored_dtype(options.dtype)
+
     started = time.perf_counter()
     with progress_bar(f"{options.source} -> {options.out}") as progress:
         done = conversion(
             options.source,
             options.out,
-            dtype=None if options.dtype == "keep" else stored_dtype(options.dtype),
+            dtype=dtype,
             limits=Limits(options.workers, options.max_memory),
             overwrite=options.overwrite,
             progress=progress,
             **keywords,
         )
     seconds = time.perf_counter() - started
-    summary = {
-        "out": str(done.out),
-        "bytes": done.num_bytes,
-        "resumed_bytes": done.resumed_bytes,
-        "tensors": done.tensors,
-        "dtype": done.dtype,
-        "seconds": round(seconds, 3),
-        "bytes_per_second": round((done.num_bytes - done.resumed_bytes) / seconds),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-    resumed = f", {amount(done.resumed_bytes)} of them already there" if done.resumed_bytes else ""
+
+    bytes_per_second = round((done.num_bytes - done.resumed_bytes) / seconds)
+    peak_memory = peak_memory_bytes()
+    if options.json:
+        summary = {
+            "out": str(done.out),
+            "bytes": done.num_bytes,
+            "resumed_bytes": done.resumed_bytes,
+            "tensors": done.tensors,
+            "dtype": done.dtype,
+            "seconds": round(seconds, 3),
+            "bytes_per_second": bytes_per_second,
+            "peak_memory_bytes": peak_memory,
+        }
+        print(json.dumps(summary))
+        return 0
+
+    text = f"{done.out}: {amount(done.num_bytes)} of {done.dtype} weights in {seconds:.1f} s"
+    if done.resumed_bytes:
+        text += f", {amount(done.resumed_bytes)} of them already there"
     # The seconds of a small input are those of the start.
-    rate = f" ({amount(summary['bytes_per_second'])}/s)" if done.num_bytes >= 1e9 else ""
-    _say(
-        options,
-        summary,
-        f"{done.out}: {amount(done.num_bytes)} of {done.dtype} weights in {seconds:.1f} s{resumed}{rate}, "
-        f"peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB",
-    )
+    if done.num_bytes >= 1e9:
+        text += f" ({amount(bytes_per_second)}/s)"
+    print(f"{text}, peak memory {peak_memory / 2**30:.2f} GiB")
     return 0
 
 
@@ -250,51 +277,71 @@ def _verify(options: argparse.Namespace) -> int:
     from megatron_real.weights.verify import open_as_hf, verify
 
     a = open_as_hf(*_weights_named(options.a, options.hf_config))
-    b = open_as_hf(*_weights_named(options.b, options.hf_config)) if options.b else None
+    b = None
+    if options.b:
+        b = open_as_hf(*_weights_named(options.b, options.hf_config))
     with progress_bar(f"verifying {options.a}") as progress:
         report = verify(a, b, atol=options.atol, progress=progress)
+
     summary = dict(vars(report))
-    compared = f"{report.identical} equal bit by bit, " if b else ""
-    text = (
-        f"{report.tensors} tensors, {amount(report.num_bytes)}: {compared}{report.nans} NaN values"
-    )
+    text = f"{report.tensors} tensors, {amount(report.num_bytes)}: "
+    if b is not None:
+        text += f"{report.identical} equal bit by bit, "
+    text += f"{report.nans} NaN values"
     if report.max_abs_difference:
         text += f"; largest difference {report.max_abs_difference:.3g} at {report.worst}"
+
+    # Only of tensors without a problem: logits of wrong weights say nothing more. Where the
+    # descriptions differ, the logits show whether it matters.
     if options.logits and report.problems == report.descriptions:
         parity = _logits(a, b)
         summary["logits"] = vars(parity)
         text += (
-            f"; logits of {parity.tokens} tokens differ by at most {parity.max_abs_difference:.2g}, "
-            f"{parity.equal_argmax} of {parity.tokens} with the same argmax"
+            f"; logits of {parity.tokens} tokens differ by at most "
+            f"{parity.max_abs_difference:.2g}, {parity.equal_argmax} of {parity.tokens} with the "
+            f"same argmax"
         )
         if not parity.same_model:
             report.problems.append("the logits differ: this is not the same model")
-    _say(options, summary, text)
+
+    if options.json:
+        text = json.dumps(summary)
+    print(text)
     for problem in report.problems[:20]:
         say(problem)
-    return 1 if report.problems else 0
+    if report.problems:
+        return 1
+    return 0
 
 
 def _weights_named(path: Path, hf_config: Path | None) -> tuple[Path, Path | None]:
-    """The weights of a word, and the config of those that are a run's checkpoint.
+    """Returns the weights that a word names, and the config of those that are a run's checkpoint.
 
     A run stands for its export, else for its newest checkpoint.
     """
     if is_run_directory(path):
         export = RunDirectory(path).weights
-        path = export if export.is_dir() else checkpoint_of_run(path)
+        if export.is_dir():
+            path = export
+        else:
+            path = checkpoint_of_run(path)
     path = Path(weights_directory(str(path), "the directory"))
     return path, hf_config or hf_config_of(path)
 
 
 def _logits(a: Opened, b: Opened | None) -> LogitParity:
-    """Our logits of one side against transformers' of the other, each built by its own config.json."""
+    """Compares our logits of one side with transformers' of the other.
+
+    Each model is built by its own config.json.
+    """
     from megatron_real.policy.parity import compare_logits
 
     if b is not None and b.kind == "HF":
-        ours, theirs = a, b
+        ours = a
+        theirs = b
     else:
-        ours, theirs = b or a, a
+        ours = b or a
+        theirs = a
     if theirs.kind != "HF":
         raise WeightsError("--logits needs an HF directory to compare with; give it as B")
     return compare_logits(theirs.directory, ours.weights, ours.architecture)
@@ -303,23 +350,22 @@ def _logits(a: Opened, b: Opened | None) -> LogitParity:
 def _inspect(options: argparse.Namespace) -> int:
     from megatron_real.weights.inspection import describe
 
-    found = describe(*_weights_named(options.directory, options.hf_config))
-    _say(
-        options,
-        found,
-        "\n".join(hanging(f"{key:<14} {_words(value)}", 15) for key, value in found.items()),
-    )
+    description = describe(*_weights_named(options.directory, options.hf_config))
+    if options.json:
+        print(json.dumps(description))
+        return 0
+    for key, value in description.items():
+        print(hanging(f"{key:<14} {_words(value)}", 15))
     return 0
 
 
 def _words(value: Any) -> str:
+    """Returns a value of a description as words: numbers with commas, tables as lists."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_words(item)}" for key, item in value.items())
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _say(options: argparse.Namespace, summary: dict[str, Any], text: str) -> None:
-    print(json.dumps(summary) if options.json else text)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
 
 
 def amount(num_bytes: float) -> str:
@@ -332,7 +378,10 @@ def amount(num_bytes: float) -> str:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Any]:
-    """A bar with bytes, rate and time left on a terminal; elsewhere a line every ten seconds."""
+    """Yields a function that is called with (bytes done since the last call, bytes in all).
+
+    It shows a bar with bytes, rate and time left on a terminal; elsewhere a line every ten seconds.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -345,19 +394,20 @@ def progress_bar(title: str) -> Iterator[Any]:
 
     console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    said = time.monotonic()
+    last_line = time.monotonic()
     done = 0
     with Progress(
         TextColumn("{task.description}"), *columns, console=console, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task(title, total=None, visible=False)  # until the first byte has moved
+        # Not seen until the first byte has moved: a refusal comes before that.
+        task = bar.add_task(title, total=None, visible=False)
 
         def advance(num_bytes: int, total: int) -> None:
-            nonlocal said, done
+            nonlocal last_line, done
             done += num_bytes
             bar.update(task, advance=num_bytes, total=total, visible=True)
-            if not console.is_terminal and time.monotonic() - said > 10:
-                said = time.monotonic()
+            if not console.is_terminal and time.monotonic() - last_line > 10:
+                last_line = time.monotonic()
                 print(f"{title}: {amount(done)} of {amount(total)}", file=sys.stderr)
 
         yield advance

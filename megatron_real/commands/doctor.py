@@ -1,4 +1,6 @@
-"""`megatron-real doctor [CONFIG] [--run-dir DIR]`: by itself, or under torchrun or srun on the nodes of a job.
+"""`megatron-real doctor [CONFIG]`: what a run will use on this machine, and what would break it.
+
+It runs by itself, or under torchrun or srun on the nodes of a job.
 
 Exit codes: 0 nothing failed (warnings allowed), 1 something did, 2 the configuration was refused.
 """
@@ -15,7 +17,7 @@ from megatron_real import config as configuration
 from megatron_real.commands.terminal import hanging, is_first_rank, refuse
 from megatron_real.doctor.finding import Finding
 from megatron_real.doctor.report import report
-from megatron_real.runs.disk_needs import DiskNeeds, disk_needs
+from megatron_real.runs.disk_needs import disk_needs
 from megatron_real.weights.architecture import Architecture
 
 SUMMARY = "say what a run will use on this machine, and what would break it"
@@ -29,6 +31,8 @@ exit codes: 0 nothing failed (warnings allowed), 1 something did, 2 the input wa
 """
 
 _JOIN_MINUTES = 3.0
+_INDENT = 28
+"""Where a finding's words begin, after its verdict and its name."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -49,54 +53,50 @@ def run(options: argparse.Namespace) -> int:
     """Runs `doctor`; returns the exit code, the same on every rank."""
     from megatron_real.policy.layout import join_world, leave_world
 
-    first = is_first_rank()
+    speaks = is_first_rank()
+    run_dir = options.run_dir
+    needs = None
     try:
-        run_dir, needs = _run_of(options)
+        if options.config is not None:
+            config = configuration.load(options.config, options.overrides)
+            needs = disk_needs(config, Architecture.read(config.model.path))
+            run_dir = run_dir or config.trainer.run_dir
     except ValueError as error:
         return refuse(error)
+
     try:
         join_world(_JOIN_MINUTES)
-        findings = report(run_dir, needs)
+        findings = report(Path(run_dir or "."), needs)
         leave_world()
-    except (
-        RuntimeError
-    ) as error:  # each rank says which node failed: rank 0 may be the one that never answers
-        said = " ".join(str(error).split())
-        findings, first = (
-            [Finding("fail", "process group", f"{socket.gethostname()}: {said}", _PROCESS_GROUP)],
-            True,
-        )
-    if first:
-        print(
-            json.dumps([dataclasses.asdict(f) for f in findings], indent=2)
-            if options.json
-            else _text(findings)
-        )
-    return 1 if any(finding.verdict == "fail" for finding in findings) else 0
+    except RuntimeError as error:
+        # Each rank says which node failed: rank 0 may be the one that never answers.
+        speaks = True
+        reason = " ".join(str(error).split())
+        findings = [
+            Finding(
+                "fail",
+                "process group",
+                f"{socket.gethostname()}: {reason}",
+                "check MASTER_ADDR, MASTER_PORT and the firewall between nodes; NCCL_DEBUG=INFO "
+                "says more",
+            )
+        ]
 
-
-_PROCESS_GROUP = (
-    "check MASTER_ADDR, MASTER_PORT and the firewall between nodes; NCCL_DEBUG=INFO says more"
-)
-
-
-def _run_of(options: argparse.Namespace) -> tuple[Path, DiskNeeds | None]:
-    """Where the run would write, and how much of it; None where no configuration says."""
-    if options.config is None:
-        return Path(options.run_dir or "."), None
-    config = configuration.load(options.config, options.overrides)
-    needs = disk_needs(config, Architecture.read(config.model.path))
-    return Path(options.run_dir or config.trainer.run_dir or "."), needs
+    if speaks and options.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    elif speaks:
+        print(_text(findings))
+    if any(finding.verdict == "fail" for finding in findings):
+        return 1
+    return 0
 
 
 def _text(findings: list[Finding]) -> str:
-    counts = {
-        verdict: sum(f.verdict == verdict for f in findings) for verdict in ("ok", "warn", "fail")
-    }
+    """Returns the findings, a paragraph each, and how many there are of each verdict."""
     lines = [hanging(str(finding), _INDENT) for finding in findings]
-    lines.append(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    counts = []
+    for verdict in ("ok", "warn", "fail"):
+        count = sum(finding.verdict == verdict for finding in findings)
+        counts.append(f"{count} {verdict}")
+    lines.append(", ".join(counts))
     return "\n".join(lines)
-
-
-_INDENT = 28
-"""Where a finding's words begin, after its verdict and its name."""

@@ -1,9 +1,10 @@
-"""`megatron-real train --dry-run`: what a run would do, where, and how much memory and disk it needs. Nothing is begun."""
+"""`megatron-real train --dry-run`: what a run would do, where, and what it needs."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Literal
 
 from megatron_real.config import Config, check_world, to_plain
 from megatron_real.plan.memory import Shapes, StageMemory, stage_memory
@@ -23,16 +24,22 @@ def description(config: Config, num_ranks: int) -> str:
     """
     architecture = Architecture.read(config.model.path)
     dp = check_world(config, num_ranks)
-    rollout, parallel = config.rollout, config.parallel
+    rollout = config.rollout
+    parallel = config.parallel
     updates = rollout.num_prompts // config.batch.minibatch_prompts
-    objective = config.objective.name
+    files = [file for file in (config.data.train, config.data.heldout) if file]
     rows = {
         "run": _beginning(config),
-        "model": f"{config.model.path}, {architecture.num_parameters:,} parameters, in {config.model.dtype}",
+        "model": (
+            f"{config.model.path}, {architecture.num_parameters:,} parameters, in "
+            f"{config.model.dtype}"
+        ),
         "processes": f"{num_ranks}: tp {parallel.tp}, pp {parallel.pp}, cp {parallel.cp}, dp {dp}",
-        "data": ", ".join(filter(None, (config.data.train, config.data.heldout))) or "-",
-        "a step": f"{rollout.num_prompts} prompts x {rollout.group_size} rollouts by {rollout.engine}, "
-        f"{updates} updates of {objective}",
+        "data": ", ".join(files) or "-",
+        "a step": (
+            f"{rollout.num_prompts} prompts x {rollout.group_size} rollouts by {rollout.engine}, "
+            f"{updates} updates of {config.objective.name}"
+        ),
         "steps": f"{config.trainer.steps}",
         "memory": _memory(config, architecture, dp),
         "disk": _disk(config, architecture),
@@ -42,36 +49,49 @@ def description(config: Config, num_ranks: int) -> str:
 
 
 def _beginning(config: Config) -> str:
-    """What would become of the run directory."""
+    """Returns what would become of the run directory."""
     directory = RunDirectory(config.trainer.run_dir)
     earlier = Earlier.read(directory)
     if earlier.config is None:
         return f"{directory.path}, new"
+
     changed = check_changes(earlier.config, to_plain(config), within_a_step=False)
-    whole = [one for one in saved(directory.checkpoints) if not one.incomplete()]
-    text = f"{directory.path}, goes on from {whole[0].position if whole else 'the start'}"
-    return f"{text}; changed: {'; '.join(changed)}" if changed else text
+    position = "the start"
+    for checkpoint in saved(directory.checkpoints):  # the newest first
+        if not checkpoint.incomplete():
+            position = str(checkpoint.position)
+            break
+    text = f"{directory.path}, goes on from {position}"
+    if changed:
+        text += f"; changed: {'; '.join(changed)}"
+    return text
 
 
 def _memory(config: Config, architecture: Architecture, dp: int) -> str:
-    """Of the process with the most to hold, its rollout engine aside."""
-    shapes = Shapes(1, "local" if config.model.layers == "local" else "te")
-    fullest = max(stage_memory(architecture, config, dp=dp, shapes=shapes), key=_training_bytes)
-    resident = fullest.resident
+    """Returns the memory of the process with the most to hold, its rollout engine aside."""
+
+    def training_bytes(stage: StageMemory) -> int:
+        resident = stage.resident
+        return resident.weights + resident.gradients + resident.optimizer + stage.update.total
+
+    layers: Literal["te", "local"] = "te"
+    if config.model.layers == "local":
+        layers = "local"
+    stages = stage_memory(architecture, config, dp=dp, shapes=Shapes(1, layers))
+    fullest = max(stages, key=training_bytes)
     return (
-        f"{_gib(_training_bytes(fullest))} GiB a process in training: weights {_gib(resident.weights)}, "
-        f"gradients {_gib(resident.gradients)}, optimizer {_gib(resident.optimizer)}, "
+        f"{_gib(training_bytes(fullest))} GiB a process in training: "
+        f"weights {_gib(fullest.resident.weights)}, "
+        f"gradients {_gib(fullest.resident.gradients)}, "
+        f"optimizer {_gib(fullest.resident.optimizer)}, "
         f"activations {_gib(fullest.update.total)}"
     )
 
 
-def _training_bytes(stage: StageMemory) -> int:
-    resident = stage.resident
-    return resident.weights + resident.gradients + resident.optimizer + stage.update.total
-
-
 def _disk(config: Config, architecture: Architecture) -> str:
+    """Returns how much of the disk the run may take, and how much of it is free."""
     needs = disk_needs(config, architecture)
+    # The run directory is not there yet; its disk is that of the nearest folder that is.
     folder = Path(config.trainer.run_dir).absolute()
     while not folder.exists():
         folder = folder.parent

@@ -1,8 +1,9 @@
 """`megatron-real eval`: the arguments and exit codes of benchmark.py.
 
-    megatron-real eval CONFIG.yaml|HF_DIR --bench NAME=FILE ... [--samples 16 ...] [--out DIR] [key.sub=value ...]
+    megatron-real eval MODEL --bench NAME=FILE ... [--samples 16] [--out DIR] [key.sub=value ...]
 
-What is wrong with them is said before anything heavy is imported.
+MODEL is a YAML file, a run directory, a checkpoint of one, or a directory of HF weights. What is
+wrong with the arguments is said before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config",
         metavar="MODEL",
-        help="run directory or checkpoint of one, with the run's own settings; HF directory or cached hub id; YAML file",
+        help="run directory or checkpoint of one, with the run's own settings; HF directory or "
+        "cached hub id; YAML file",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file"
@@ -64,18 +66,24 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluates; returns the exit code."""
-    given = {key: getattr(options, option) for option, (key, _) in _KEYS.items()}
-    words = [f"{key}={value}" for key, value in given.items() if value is not None]
+    asked = []
+    for option, (key, _) in _KEYS.items():
+        value = getattr(options, option)
+        if value is not None:
+            asked.append(f"{key}={value}")
+
     try:
         subject = Subject.of(options.config)
-        words = [*subject.words, *options.overrides, *words]
+        words = [*subject.words, *options.overrides, *asked]
         # Nothing is packed here, so that responses may be as long as the model can take.
         words.append(f"batch.max_tokens={1 << 40}")
-        config = configuration.load(subject.config, [*words, *_clamped(subject, words)])
+        words += _fitting_lengths(subject, words)
+        config = configuration.load(subject.config, words)
         check_model(config.model.path, config.model.weights)
         files = _benchmarks(options.bench)
     except ValueError as error:
         return refuse(error)
+
     from megatron_real.benchmark import UntrustedFigures, run_benchmarks
     from megatron_real.rollout.engine import EngineFailed
     from megatron_real.rollout.sync import SyncError
@@ -94,42 +102,51 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _clamped(subject: Subject, words: Sequence[str]) -> list[str]:
-    """Words that make prompts and responses fit into what the model can hold, where its own settings do not; said."""
+def _fitting_lengths(subject: Subject, words: Sequence[str]) -> list[str]:
+    """Returns words that make prompts and responses fit into what the model can hold, and says so.
+
+    There are none where the lengths fit, or where the user's own file and words set them.
+    """
     try:
         configuration.load(subject.config, words)
+        return []
     except ValueError as error:
         if "exceeds the model's max_position_embeddings" not in str(error):
             return []  # it is raised again, and is not ours to mend
-    else:
-        return []
-    asked = {word.partition("=")[0] for word in words}
+
     limits = ("data.max_prompt_tokens", "rollout.max_response_tokens")
-    if asked & set(limits) and subject.config.is_file():
+    values = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        values[key] = value
+    if subject.config.is_file() and any(limit in values for limit in limits):
         return []
-    positions = _positions(subject, words)
-    free = [limit for limit in limits if limit not in asked]
-    taken = sum(int(w.partition("=")[2]) for w in words if w.partition("=")[0] in limits)
+
+    # With lengths that any model holds, the configuration loads and says how many that are.
+    shortest = [f"{limit}=1" for limit in limits]
+    config = configuration.load(subject.config, [*words, *shortest])
+    positions = Architecture.read(config.model.path).max_positions
+    free = [limit for limit in limits if limit not in values]
+    taken = sum(int(values[limit]) for limit in limits if limit in values)
     if not free or taken >= positions:
         return []
+
     share = (positions - taken) // len(free)
-    say(
-        f"the model holds {positions} tokens, so {' and '.join(f'{limit}={share}' for limit in free)}"
-    )
-    return [f"{limit}={share}" for limit in free]
-
-
-def _positions(subject: Subject, words: Sequence[str]) -> int:
-    limits = ["data.max_prompt_tokens=1", "rollout.max_response_tokens=1"]
-    config = configuration.load(subject.config, [*words, *limits])
-    return Architecture.read(config.model.path).max_positions
+    fitting = [f"{limit}={share}" for limit in free]
+    say(f"the model holds {positions} tokens, so {' and '.join(fitting)}")
+    return fitting
 
 
 def _benchmarks(words: Sequence[str]) -> dict[str, str]:
-    """NAME=FILE words as a table."""
+    """Returns NAME=FILE words as a table.
+
+    Raises:
+        ValueError: a word is none of these, a name comes twice, or a file is not there.
+    """
     files: dict[str, str] = {}
     for word in words:
         name, _, file = word.partition("=")
+        # The name becomes a part of the results' file names.
         if not file or not re.fullmatch(r"[\w.-]+", name) or name in files:
             raise ValueError(f"--bench {word!r} is not understood; write NAME=FILE, each name once")
         if not Path(file).exists():

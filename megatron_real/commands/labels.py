@@ -1,10 +1,10 @@
-"""`megatron-real labels`: how a verifier judges known answers, and which gold answers nobody can match.
+"""`megatron-real labels`: how a verifier judges known answers, and which golds nobody can match.
 
     megatron-real labels check FILE [--verifier math_verify] [--json]
     megatron-real labels golds FILE [--split NAME] [--json]
 
-FILE of `check` is JSONL of rows with completion, gold (text or a list), expected (a status, or true and false) and
-perhaps kind and id; of `golds`, any file of problems that a run can train on.
+FILE of `check` is JSONL of rows with completion, gold (text or a list), expected (a status, or true
+and false) and perhaps kind and id; of `golds`, any file of problems that a run can train on.
 """
 
 from __future__ import annotations
@@ -58,17 +58,19 @@ class Known:
 
     def is_met(self, status: str) -> bool:
         """Returns whether a check ended as it should."""
-        return status != "ok" if self.expected == "not ok" else status == self.expected
+        if self.expected == "not ok":
+            return status != "ok"
+        return status == self.expected
 
 
 @dataclass
 class Tally:
-    """What became of the rows of one kind."""
+    """Counts of the rows of one kind, or of all."""
 
     rows: int = 0
     """Rows checked."""
     as_expected: int = 0
-    """Those whose status was the expected one."""
+    """Rows whose status was the expected one."""
     false_positives: int = 0
     """`ok` where it should not have been."""
     false_negatives: int = 0
@@ -84,8 +86,8 @@ class Tally:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    what = parser.add_subparsers(dest="what", required=True)
-    check = what.add_parser("check", help="a verifier over rows whose verdict is known")
+    commands = parser.add_subparsers(dest="what", required=True)
+    check = commands.add_parser("check", help="a verifier over rows whose verdict is known")
     check.add_argument("file", help="JSONL of completion, gold, expected and perhaps kind")
     check.add_argument("--verifier", default="math_verify", help="as labels.verifier")
     check.add_argument("--workers", type=int, default=2, help="verifier processes")
@@ -93,17 +95,25 @@ def add(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--memory-mib", type=int, default=1024, help="of one worker")
     check.add_argument("--require-think", action="store_true", help="as labels.require_think")
     check.add_argument("--no-box", action="store_true", help="as labels.require_boxed=false")
-    golds = what.add_parser("golds", help="gold answers of a data set that nobody can match")
+
+    golds = commands.add_parser("golds", help="gold answers of a data set that nobody can match")
     golds.add_argument("file", help="problems: JSONL, parquet, or a saved HF dataset")
     golds.add_argument("--split", default="", help="of a folder that has several")
-    for each in (check, golds):
-        each.add_argument("--json", action="store_true", help="print one JSON object")
+
+    for command in (check, golds):
+        command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs one of the commands. Returns 0, 1 where a row was judged otherwise than expected, 2 for a refusal."""
+    """Runs one of the commands.
+
+    Returns:
+        The exit code: 0 done, 1 a row was judged otherwise than expected, 2 the input was refused.
+    """
     try:
-        return _check(options) if options.what == "check" else _golds(options)
+        if options.what == "check":
+            return _check(options)
+        return _golds(options)
     except ValueError as error:
         return refuse(error)
 
@@ -118,27 +128,36 @@ def known_rows(path: Path) -> list[Known]:
         raise ValueError(
             f"there is no file {str(path)!r}; give JSONL of completion, gold and expected"
         )
-    found = []
+    rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
         try:
-            found.append(_known(json.loads(line), number))
+            rows.append(_known(json.loads(line), number))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}:{number} is no object with completion, gold and expected ({error})"
             ) from error
-    if not found:
+    if not rows:
         raise ValueError(f"{str(path)!r} is empty; give JSONL of completion, gold and expected")
-    return found
+    return rows
 
 
 def _known(row: Any, number: int) -> Known:
-    listed = row["gold"] if isinstance(row["gold"], list) else [row["gold"]]
-    golds = tuple(str(gold) for gold in listed)
+    """Returns what a line of the file says.
+
+    Raises:
+        KeyError, TypeError: it lacks something, or is no object.
+    """
+    golds = row["gold"]
+    if not isinstance(golds, list):
+        golds = [golds]
+    golds = tuple(str(gold) for gold in golds)
     expected = row["expected"]
-    if isinstance(expected, bool):
-        expected = "ok" if expected else "not ok"
+    if expected is True:
+        expected = "ok"
+    elif expected is False:
+        expected = "not ok"
     return Known(
         name=str(row.get("id", number)),
         kind=str(row.get("kind") or kind_of(golds[0])),
@@ -160,15 +179,19 @@ def _check(options: argparse.Namespace) -> int:
         require_boxed=not options.no_box,
     ) as pool:
         started = time.monotonic()
-        statuses = [o.status for o in pool.run([Check(row.completion, row.golds) for row in rows])]
+        checks = [Check(row.completion, row.golds) for row in rows]
+        statuses = [outcome.status for outcome in pool.run(checks)]
         seconds = time.monotonic() - started
+
     tallies: dict[str, Tally] = {}
+    total = Tally()
+    unexpected = []
     for row, status in zip(rows, statuses, strict=True):
         tallies.setdefault(row.kind, Tally()).add(row, status)
-    others = [
-        (row, status) for row, status in zip(rows, statuses, strict=True) if not row.is_met(status)
-    ]
-    total = _total(list(tallies.values()))
+        total.add(row, status)
+        if not row.is_met(status):
+            unexpected.append((row, status))
+
     if options.json:
         report = {
             "rows": total.rows,
@@ -177,26 +200,23 @@ def _check(options: argparse.Namespace) -> int:
             "false_negatives": total.false_negatives,
             "seconds": seconds,
             "kinds": {kind: asdict(tally) for kind, tally in tallies.items()},
-            "others": [{**asdict(row), "status": status} for row, status in others],
+            "others": [{**asdict(row), "status": status} for row, status in unexpected],
         }
         print(json.dumps(report))
     else:
-        _show(tallies, total, others, seconds)
-    return 1 if others else 0
-
-
-def _total(tallies: Sequence[Tally]) -> Tally:
-    return Tally(
-        rows=sum(tally.rows for tally in tallies),
-        as_expected=sum(tally.as_expected for tally in tallies),
-        false_positives=sum(tally.false_positives for tally in tallies),
-        false_negatives=sum(tally.false_negatives for tally in tallies),
-    )
+        _show(tallies, total, unexpected, seconds)
+    if unexpected:
+        return 1
+    return 0
 
 
 def _show(
-    tallies: dict[str, Tally], total: Tally, others: Sequence[tuple[Known, str]], seconds: float
+    tallies: dict[str, Tally],
+    total: Tally,
+    unexpected: Sequence[tuple[Known, str]],
+    seconds: float,
 ) -> None:
+    """Prints the counts by kind, and the first of the rows that were judged otherwise."""
     table = Table("kind", box=SIMPLE, padding=0)
     for column in ("rows", "right", "false positives", "false negatives"):
         table.add_column(column, justify="right")
@@ -204,34 +224,48 @@ def _show(
         table.add_row(kind, *map(str, vars(tally).values()))
     table.add_section()
     table.add_row("all", *map(str, vars(total).values()))
-    console = Console(width=None if sys.stdout.isatty() else 120)
+
+    # Into a file as wide as the table is, not as wide as the terminal that is not there.
+    width: int | None = 120
+    if sys.stdout.isatty():
+        width = None
+    console = Console(width=width)
     console.print(table)
     accuracy = total.as_expected / total.rows
     console.print(
         f"accuracy {accuracy:.4f} in {seconds:.1f} s, {total.rows / seconds:.0f} checks/s",
         highlight=False,
     )
-    for row, status in others[:_MAX_SHOWN]:
-        shown = f"{row.name}: {status}, expected {row.expected}: {row.completion[-60:]!r} for {row.golds!r}"
-        console.print(shown, highlight=False, markup=False, soft_wrap=True)
+    for row, status in unexpected[:_MAX_SHOWN]:
+        # Without markup: a completion may hold what rich takes for it.
+        console.print(
+            f"{row.name}: {status}, expected {row.expected}: {row.completion[-60:]!r} for "
+            f"{row.golds!r}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _golds(options: argparse.Namespace) -> int:
     rows = read_rows(options.file, split=options.split)
-    found = unmatchable((row.uid, row.answers) for row in rows)
+    problems = unmatchable((row.uid, row.answers) for row in rows)
     kinds = Counter(kind_of(row.answers[0]) for row in rows)
     if options.json:
-        print(
-            json.dumps(
-                {"rows": len(rows), "kinds": kinds, "unmatchable": [asdict(f) for f in found]}
-            )
-        )
+        report = {
+            "rows": len(rows),
+            "kinds": kinds,
+            "unmatchable": [asdict(problem) for problem in problems],
+        }
+        print(json.dumps(report))
         return 0
+
     for kind, count in kinds.most_common():
         print(f"{count:8d}  {kind}")
     print(
-        f"{len(found)} of {len(rows)} problems have a gold answer that no completion is likely to match"
+        f"{len(problems)} of {len(rows)} problems have a gold answer that no completion is likely "
+        f"to match"
     )
-    for each in found[:_MAX_SHOWN]:
-        print(f"  {each.uid}: {each.reason}: {each.golds[0][:80]!r}")
+    for problem in problems[:_MAX_SHOWN]:
+        print(f"  {problem.uid}: {problem.reason}: {problem.golds[0][:80]!r}")
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -41,10 +42,14 @@ examples:
 exit codes: 0 the layout fits, 1 it does not, 2 the input was refused
 """
 
-# What is planned in place of an engine whose memory has no fixed size: the first in the training processes that has.
+# What is planned in place of an engine whose memory has no fixed size: the first one in the
+# training processes that has.
 PLANNED = next(
     name for name, engine in ENGINES.items() if engine.sized_kv_cache and not engine.own_processes
 )
+
+_WIDTH = 80
+"""Columns of a terminal that sentences are folded to."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +57,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config",
         nargs="?",
-        help="YAML file of a run or a sweep; of the model config.json is read, and headers of weights",
+        help="YAML file of a run or a sweep; of the model config.json is read, and headers of "
+        "weights",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file"
@@ -105,11 +111,16 @@ def run(options: argparse.Namespace) -> int:
     """Runs `plan`; returns the exit code."""
     try:
         source = _Source.of(options)
-        device = _device(options)
+        device = DEVICES[options.gpu]
+        if options.rates:
+            device = measured_device(options.rates, device)
+        if options.price is not None:
+            device = dataclasses.replace(device, usd_per_hour=options.price)
+
         if is_sweep(source.config):
-            return _variants(source, device, options)
+            return _plan_sweep(source, device, options)
         if len(options.gpus) > 1:
-            return _sweep(source, device, options)
+            return _compare_gpu_counts(source, device, options)
         estimate, note = source.estimate(device, options.gpus[0])
         best = ranked(estimate.run)
         if note and best:
@@ -127,7 +138,9 @@ def run(options: argparse.Namespace) -> int:
         if not best:
             paragraphs.insert(-1, _nearest(estimate.run))
         print("\n\n".join(map(_wrapped, paragraphs)))
-    return 0 if estimate.fits else 1
+    if estimate.fits:
+        return 0
+    return 1
 
 
 @dataclass(frozen=True)
@@ -150,13 +163,29 @@ class _Source:
         Raises:
             ValueError: nothing says what is planned, or a value is out of its range.
         """
-        _check_ranges(options)
+        for name in ("top", "price", "mean_response", "train_utilization", "decode_utilization"):
+            value = getattr(options, name)
+            largest = math.inf
+            limits = "above 0"
+            if name.endswith("utilization"):
+                largest = 1
+                limits = "above 0 and at most 1"
+            if value is not None and not 0 < value <= largest:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {limits}")
+        for gpus in options.gpus:
+            if gpus < 1:
+                raise ValueError(f"--gpus is {gpus}; it must be above 0")
+
+        config = options.config
+        model = options.model
         words = tuple(options.overrides)
-        config, model = options.config, options.model
+        # The first word may be a setting or a published model, since the file may be left out.
         if config is not None and "=" in config and not Path(config).exists():
-            config, words = None, (config, *words)
+            words = (config, *words)
+            config = None
         if config in PUBLISHED:
-            config, model = None, config
+            model = config
+            config = None
 
         rates = Rates(options.train_utilization, options.decode_utilization, options.mean_response)
         if options.measured is not None:
@@ -169,24 +198,30 @@ class _Source:
                 "nothing says what is planned; give a YAML file, or --model and one of "
                 f"{', '.join(PUBLISHED)}"
             )
-        bare = config is None
+
+        has_file = config is not None
         if model is not None:
             shapes = published_model(model)
             config = config or shapes
             words = (f"model.path={shapes}", *words)
         asked = any(word.startswith("parallel.") for word in words)
-        return cls(config, words, rates, free_layout=bare and not asked)
+        return cls(config, words, rates, free_layout=not has_file and not asked)
 
     def estimate(self, device: Device, gpus: int) -> tuple[Estimate, str]:
-        """The plan under the configured layout, and why another one should take its place; "" where none should.
+        """Returns the plan under the configured layout.
+
+        Returns:
+            The plan; and why another layout should take its place, "" where none should.
 
         Raises:
-            ValueError: the configuration cannot be planned, or a layout that was asked for does not fit the GPUs.
+            ValueError: the configuration cannot be planned, or a layout that was asked for does
+                not fit the GPUs.
         """
         config = configuration.load(self.config, self.words)
         engines = candidates(config.rollout.engine).values()
         if not all(engine.sized_kv_cache for engine in engines):
-            # Nobody plans GPUs for the embedded engine; vLLM's layout is checked by the same rules as in a run.
+            # Nobody plans GPUs for the embedded engine; vLLM's layout is checked by the same rules
+            # as in a run.
             words = [*self.words, f"rollout.engine={PLANNED}"]
             config = configuration.load(self.config, words)
 
@@ -203,8 +238,11 @@ class _Source:
             one_gpu = dataclasses.replace(config.rollout, tp=1)
             config = dataclasses.replace(config, parallel=ParallelConfig(), rollout=one_gpu)
             dp = configuration.check_world(config, gpus)
-        if few := configuration.too_few_sequences(config, dp):
-            raise ValueError(few)
+
+        too_few = configuration.too_few_sequences(config, dp)
+        if too_few:
+            raise ValueError(too_few)
+
         architecture = check_model(config.model.path, required=False)
         cluster = Cluster(
             device, gpus, self.rates.train, self.rates.decode, self.rates.mean_response
@@ -213,39 +251,17 @@ class _Source:
 
 
 def _wrapped(paragraph: str) -> str:
-    """A paragraph whose sentences fit a terminal of 80 columns; tables are as they are."""
-    return "\n".join(
-        textwrap.fill(line, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-        if len(line) > _WIDTH
-        else line
-        for line in paragraph.splitlines()
-    )
-
-
-_WIDTH = 80
-
-
-def _check_ranges(options: argparse.Namespace) -> None:
-    for name in ("top", "price", "mean_response", "train_utilization", "decode_utilization"):
-        value, limit = getattr(options, name), 1 if name.endswith("utilization") else float("inf")
-        if value is not None and not 0 < value <= limit:
-            wanted = "above 0 and at most 1" if limit == 1 else "above 0"
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {wanted}")
-    for gpus in options.gpus:
-        if gpus < 1:
-            raise ValueError(f"--gpus is {gpus}; it must be above 0")
-
-
-def _device(options: argparse.Namespace) -> Device:
-    device = DEVICES[options.gpu]
-    if options.rates:
-        device = measured_device(options.rates, device)
-    if options.price is None:
-        return device
-    return dataclasses.replace(device, usd_per_hour=options.price)
+    """Returns a paragraph whose sentences fit a terminal of 80 columns; tables are as they are."""
+    lines = []
+    for line in paragraph.splitlines():
+        if len(line) > _WIDTH:
+            line = textwrap.fill(line, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _gpu_counts(text: str) -> list[int]:
+    """Returns the numbers of `8,16,32`, as argparse's type of --gpus."""
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:
@@ -254,147 +270,166 @@ def _gpu_counts(text: str) -> list[int]:
         ) from None
 
 
-def _sweep(source: _Source, device: Device, options: argparse.Namespace) -> int:
-    """The fastest layout for each number of GPUs, in one table."""
+def _compare_gpu_counts(source: _Source, device: Device, options: argparse.Namespace) -> int:
+    """Prints the fastest layout for each number of GPUs, in one table; returns the exit code."""
     best: dict[int, Estimate | None] = {}
     for gpus in options.gpus:
         estimate, _ = source.estimate(device, gpus)
         best[gpus] = next(iter(ranked(estimate.run)), None)
+
     if options.json:
-        rows = [{"gpus": n, "layout": _layout(e) if e else None} for n, e in best.items()]
-        print(json.dumps({"gpu": device.name, "sweep": rows}, indent=2))
+        objects = []
+        for gpus, fastest in best.items():
+            layout = None
+            if fastest is not None:
+                layout = _layout(fastest)
+            objects.append({"gpus": gpus, "layout": layout})
+        print(json.dumps({"gpu": device.name, "sweep": objects}, indent=2))
     else:
+        rows = [["GPUs and layout", "recompute", "step s", "hours", "GPU-hours", "USD", "GiB"]]
+        for gpus, fastest in best.items():
+            if fastest is None:
+                rows.append([f"{gpus}: none fits", *("-" for _ in rows[0][1:])])
+                continue
+            rows.append(
+                [
+                    f"{gpus}: {fastest.name}",
+                    fastest.run.config.model.recompute,
+                    f"{told_apart(fastest.seconds.total):g}",
+                    f"{fastest.hours:,.0f}",
+                    f"{fastest.gpu_hours:,.0f}",
+                    f"{fastest.usd:,.0f}",
+                    f"{fastest.peak / 2**30:.0f}",
+                ]
+            )
         print(f"The fastest layout that fits, for each number of {device.name} GPUs that train:\n")
-        print(table([_SWEEP, *(_swept(gpus, made) for gpus, made in best.items())]))
-    return 0 if any(best.values()) else 1
+        print(table(rows))
+    if any(best.values()):
+        return 0
+    return 1
 
 
-_SWEEP = ["GPUs and layout", "recompute", "step s", "hours", "GPU-hours", "USD", "GiB"]
-
-
-def _swept(gpus: int, made: Estimate | None) -> list[str]:
-    if made is None:
-        return [f"{gpus}: none fits", *("-" for _ in _SWEEP[1:])]
-    costs = [f"{made.hours:,.0f}", f"{made.gpu_hours:,.0f}", f"{made.usd:,.0f}"]
-    recompute = made.run.config.model.recompute
-    step = f"{told_apart(made.seconds.total):g}"
-    return [f"{gpus}: {made.name}", recompute, step, *costs, f"{made.peak / 2**30:.0f}"]
-
-
-def _variants(source: _Source, device: Device, options: argparse.Namespace) -> int:
-    """Hours and cost of a sweep's runs, by variant, and of all of them."""
+def _plan_sweep(source: _Source, device: Device, options: argparse.Namespace) -> int:
+    """Prints hours and cost of a sweep's runs, by variant and in all; returns the exit code."""
     if len(options.gpus) > 1:
         raise ValueError(
             f"--gpus is {options.gpus}; a sweep is planned for one number of GPUs of each run"
         )
     sweep = load_sweep(source.config, source.words, num_ranks=None, to_run=False)
-    count = len(sweep.seeds)
-    planned: dict[str, Estimate] = {}
+    num_seeds = len(sweep.seeds)
+
+    estimates: dict[str, Estimate] = {}
     for run in sweep.runs[: len(sweep.variants)]:  # the first seed of each
         of_variant = dataclasses.replace(source, config=run.base, words=run.words)
         estimate, note = of_variant.estimate(device, options.gpus[0])
-        best = ranked(estimate.run) if note else []
-        planned[run.variant] = best[0] if best else estimate
+        if note:
+            estimate = next(iter(ranked(estimate.run)), estimate)
+        estimates[run.variant] = estimate
+    gpu_hours = num_seeds * sum(estimate.gpu_hours for estimate in estimates.values())
+    usd = num_seeds * sum(estimate.usd for estimate in estimates.values())
 
-    gpu_hours = count * sum(estimate.gpu_hours for estimate in planned.values())
-    usd = count * sum(estimate.usd for estimate in planned.values())
     if options.json:
-        variants = {name: _layout(estimate) for name, estimate in planned.items()}
+        variants = {name: _layout(estimate) for name, estimate in estimates.items()}
         total = {"runs": len(sweep.runs), "gpu_hours": gpu_hours, "usd": usd}
         print(json.dumps({"gpu": device.name, "variants": variants, "total": total}, indent=2))
     else:
-        rows = [_VARIANTS, *(_of_variant(name, made, count) for name, made in planned.items())]
+        rows = [["variant", "layout", "runs", "hours each", "GPU-hours", "USD"]]
+        for name, estimate in estimates.items():
+            layout = "does not fit"
+            if estimate.fits:
+                layout = estimate.name
+            rows.append(
+                [
+                    name,
+                    layout,
+                    str(num_seeds),
+                    f"{estimate.hours:,.1f}",
+                    f"{num_seeds * estimate.gpu_hours:,.0f}",
+                    f"{num_seeds * estimate.usd:,.0f}",
+                ]
+            )
         rows.append(["all", "", str(len(sweep.runs)), "", f"{gpu_hours:,.0f}", f"{usd:,.0f}"])
         runs = f"{len(sweep.runs)} runs of {sweep.budget:,} rollouts"
         print(f"{runs}, each on {options.gpus[0]} x {device.name}:\n")
         print(table(rows))
         print("\n" + _wrapped("Evaluations, checkpoints and start-up are not counted."))
-    return 0 if all(estimate.fits for estimate in planned.values()) else 1
-
-
-_VARIANTS = ["variant", "layout", "runs", "hours each", "GPU-hours", "USD"]
-
-
-def _of_variant(name: str, made: Estimate, count: int) -> list[str]:
-    layout = made.name if made.fits else "does not fit"
-    costs = [f"{made.hours:,.1f}", f"{count * made.gpu_hours:,.0f}", f"{count * made.usd:,.0f}"]
-    return [name, layout, str(count), *costs]
+    if all(estimate.fits for estimate in estimates.values()):
+        return 0
+    return 1
 
 
 def _nearest(run: Run) -> str:
-    """What would work where no layout fits: more of the same GPUs, or as many of larger ones."""
+    """Returns what would work where no layout fits: more of the same GPUs, or larger ones."""
+    cluster = run.cluster
     options = []
     for gpus in (2, 3, 4, 8, 16, 32, 64):
-        more = dataclasses.replace(run, cluster=dataclasses.replace(run.cluster, gpus=gpus))
-        if gpus > run.cluster.gpus and (found := ranked(more)):
-            options.append(f"{gpus} x {run.cluster.device.name} ({found[0].name})")
+        if gpus <= cluster.gpus:
+            continue
+        layouts = ranked(dataclasses.replace(run, cluster=dataclasses.replace(cluster, gpus=gpus)))
+        if layouts:
+            options.append(f"{gpus} x {cluster.device.name} ({layouts[0].name})")
             break
+
     for device in sorted(DEVICES.values(), key=lambda device: device.memory_gib):
-        larger = dataclasses.replace(run, cluster=dataclasses.replace(run.cluster, device=device))
-        if device.memory_gib > run.cluster.device.memory_gib and (found := ranked(larger)):
-            options.append(f"{run.cluster.gpus} x {device.name} ({found[0].name})")
+        if device.memory_gib <= cluster.device.memory_gib:
+            continue
+        larger = dataclasses.replace(cluster, device=device)
+        layouts = ranked(dataclasses.replace(run, cluster=larger))
+        if layouts:
+            options.append(f"{cluster.gpus} x {device.name} ({layouts[0].name})")
             break
-    return f"The nearest that works: {' or '.join(options)}." if options else "Nothing near works."
+
+    if not options:
+        return "Nothing near works."
+    return f"The nearest that works: {' or '.join(options)}."
 
 
-def _json(made: Estimate, best: Iterable[Estimate]) -> dict[str, Any]:
+def _json(estimate: Estimate, best: Iterable[Estimate]) -> dict[str, Any]:
+    """Returns the whole plan for --json."""
+    run = estimate.run
+    needs = _disk_needs(run)
     return {
-        "gpu": made.run.cluster.device.name,
-        "gpus": made.run.cluster.gpus,
-        "server_gpus": made.run.server_gpus,
-        "budget_bytes": made.budget,
-        "step": _step(made.run),
-        "layout": _layout(made),
-        "memory": [{**dataclasses.asdict(stage), "peaks": stage.peaks} for stage in made.stages],
-        "server_memory": made.server,
-        "best": [_layout(estimate) for estimate in best],
-        "disk": _disk(made.run),
-        "not_modelled": _unmodelled(made.run),
-        "sources": made.run.cluster.device.sources,
+        "gpu": run.cluster.device.name,
+        "gpus": run.cluster.gpus,
+        "server_gpus": run.server_gpus,
+        "budget_bytes": estimate.budget,
+        "step": _step(run),
+        "layout": _layout(estimate),
+        "memory": [
+            {**dataclasses.asdict(stage), "peaks": stage.peaks} for stage in estimate.stages
+        ],
+        "server_memory": estimate.server,
+        "best": [_layout(layout) for layout in best],
+        "disk": {**dataclasses.asdict(needs), "total": needs.total},
+        "not_modelled": _unmodelled(run),
+        "sources": run.cluster.device.sources,
     }
 
 
-def _needs(run: Run) -> DiskNeeds:
-    mean_response = run.cluster.mean_response
-    return disk_needs(run.config, run.architecture, mean_response=mean_response)
+def _disk_needs(run: Run) -> DiskNeeds:
+    return disk_needs(run.config, run.architecture, mean_response=run.cluster.mean_response)
 
 
-def _disk(run: Run) -> dict[str, int]:
-    needs = _needs(run)
-    return {**dataclasses.asdict(needs), "total": needs.total}
-
-
-def _disk_in_words(run: Run) -> str:
-    needs = _needs(run)
-    newest, every = run.config.rollout.keep_steps, run.config.rollout.keep_every
-    rollouts = f"rollouts of the last {newest} steps" if newest else "rollouts of all steps"
-    if every:
-        rollouts += f" and of every {every}th"
-    return (
-        f"disk: up to {_gib(needs.total)} GiB: {needs.num_checkpoints} checkpoints of {_gib(needs.checkpoint)}, "
-        f"{rollouts} {_gib(needs.rollouts)} (rollout.keep_steps), exported weights {_gib(needs.export)}"
-    )
-
-
-def _layout(made: Estimate) -> dict[str, Any]:
-    config = made.run.config
+def _layout(estimate: Estimate) -> dict[str, Any]:
+    """Returns one layout for --json."""
+    config = estimate.run.config
     return {
-        "name": made.name,
+        "name": estimate.name,
         "parallel": dataclasses.asdict(config.parallel),
-        "dp": made.run.dp,
+        "dp": estimate.run.dp,
         "recompute": config.model.recompute,
         "rollout_tp": config.rollout.tp,
-        "fits": made.fits,
-        "peak_bytes": made.peak,
-        "seconds": {**dataclasses.asdict(made.seconds), "step": made.seconds.total},
-        "hours": made.hours,
-        "gpu_hours": made.gpu_hours,
-        "usd": made.usd,
+        "fits": estimate.fits,
+        "peak_bytes": estimate.peak,
+        "seconds": {**dataclasses.asdict(estimate.seconds), "step": estimate.seconds.total},
+        "hours": estimate.hours,
+        "gpu_hours": estimate.gpu_hours,
+        "usd": estimate.usd,
     }
 
 
 def _step(run: Run) -> dict[str, float]:
-    """The numbers of a step that follow from the configuration, for the reader to check."""
+    """Returns the numbers of a step that follow from the configuration, for a reader to check."""
     return {
         "rollouts": run.rollouts,
         "updates": run.updates,
@@ -406,82 +441,77 @@ def _step(run: Run) -> dict[str, float]:
 
 
 def _unmodelled(run: Run) -> list[str]:
+    """Returns the settings of Megatron that the estimates know nothing of."""
     return sorted(f"megatron.{name}" for name in set(run.config.megatron) - MODELLED)
 
 
-def _text(made: Estimate, best: Sequence[Estimate]) -> list[str]:
-    """The plan's paragraphs."""
-    run, device, seconds = made.run, made.run.cluster.device, made.seconds
-    stages = dataclasses.asdict(seconds)
-    if not seconds.reference:
-        del stages["reference"]
-    ahead = stages.pop("ahead")
-    if ahead:  # only what is not hidden takes time
-        stages["rollout"] -= ahead
-    stages["step"] = seconds.total
-    hidden = f"\n{ahead:.1f} s of the rollout are hidden behind training" if ahead else ""
-    serving = f" and {run.server_gpus} that serve" if run.server_gpus else ""
-    unmodelled = [f"{name} is not in this model of memory and time" for name in _unmodelled(run)]
-    return [
-        f"{_model_name(run)}, {run.architecture.num_parameters / 1e9:.2f}B parameters, on {run.cluster.gpus} x "
-        f"{device.name}{serving}: {made.name}, recompute {run.config.model.recompute}\n"
-        + ", ".join(f"{name} {value:,.0f}" for name, value in _step(run).items()),
-        table(_memory(made)),
-        f"{'fits' if made.fits else 'DOES NOT FIT'}: {_gib(made.peak)} GiB at the peak, {_gib(made.budget)} of "
-        f"{device.memory_gib} GiB may be used ({RESERVE_SHARE:.0%} stay for CUDA, NCCL and fragmentation)"
-        + _server(made),
-        table(
-            [
-                ["part of a step", "seconds", "share"],
-                *([n, f"{s:.1f}", f"{s / seconds.total:.0%}"] for n, s in stages.items()),
-            ]
-        )
-        + hidden,
-        f"{run.config.trainer.steps} steps: {made.hours:,.1f} hours, {made.gpu_hours:,.0f} GPU-hours, "
-        f"${made.usd:,.0f} at ${device.usd_per_hour:g} per GPU and hour; evaluations, checkpoints and start-up are not "
-        "counted",
-        _disk_in_words(run),
-        table([_RANKING, *map(_ranked, best)])
-        if best
-        else "No layout fits: take more or larger GPUs, or lower batch.max_tokens or rollout.kv_cache_mib.",
-        "\n".join(
-            [
-                *unmodelled,
-                "Rates:" if device.measured else "Rates, none of them measured here:",
-                *(f"  {source}" for source in device.sources),
-            ]
-        ),
+def _text(estimate: Estimate, best: Sequence[Estimate]) -> list[str]:
+    """Returns the plan's paragraphs: model, memory, time, cost, disk, other layouts, sources."""
+    run = estimate.run
+    device = run.cluster.device
+
+    # A published model is a directory of the package, which says nothing to the reader.
+    model = run.config.model.path
+    if Path(model).name in PUBLISHED:
+        model = Path(model).name
+    serving = ""
+    if run.server_gpus:
+        serving = f" and {run.server_gpus} that serve"
+    step = ", ".join(f"{name} {value:,.0f}" for name, value in _step(run).items())
+    paragraphs = [
+        f"{model}, {run.architecture.num_parameters / 1e9:.2f}B parameters, on "
+        f"{run.cluster.gpus} x {device.name}{serving}: {estimate.name}, recompute "
+        f"{run.config.model.recompute}\n{step}",
+        table(_memory(estimate)),
     ]
 
+    verdict = "DOES NOT FIT"
+    if estimate.fits:
+        verdict = "fits"
+    memory = (
+        f"{verdict}: {_gib(estimate.peak)} GiB at the peak, {_gib(estimate.budget)} of "
+        f"{device.memory_gib} GiB may be used ({RESERVE_SHARE:.0%} stay for CUDA, NCCL and "
+        f"fragmentation)"
+    )
+    if estimate.server:
+        parts = ", ".join(f"{part} {_gib(size)}" for part, size in estimate.server.items())
+        memory += f"\na GPU that serves: {_gib(sum(estimate.server.values()))} GiB ({parts})"
+    paragraphs.append(memory)
 
-def _model_name(run: Run) -> str:
-    path = Path(run.config.model.path)
-    return path.name if path.name in PUBLISHED else str(path)
+    paragraphs.append(_time(estimate))
+    paragraphs.append(
+        f"{run.config.trainer.steps} steps: {estimate.hours:,.1f} hours, "
+        f"{estimate.gpu_hours:,.0f} GPU-hours, ${estimate.usd:,.0f} at ${device.usd_per_hour:g} "
+        f"per GPU and hour; evaluations, checkpoints and start-up are not counted"
+    )
+    paragraphs.append(_disk(run))
+
+    if best:
+        paragraphs.append(_ranking(best))
+    else:
+        paragraphs.append(
+            "No layout fits: take more or larger GPUs, or lower batch.max_tokens or "
+            "rollout.kv_cache_mib."
+        )
+
+    lines = [f"{name} is not in this model of memory and time" for name in _unmodelled(run)]
+    if device.measured:
+        lines.append("Rates:")
+    else:
+        lines.append("Rates, none of them measured here:")
+    lines += [f"  {source}" for source in device.sources]
+    paragraphs.append("\n".join(lines))
+    return paragraphs
 
 
-def _server(made: Estimate) -> str:
-    parts = ", ".join(f"{part} {_gib(size)}" for part, size in made.server.items())
-    return f"\na GPU that serves: {_gib(sum(made.server.values()))} GiB ({parts})" if parts else ""
-
-
-_RANKING = [
-    "fastest layouts that fit",
-    "recompute",
-    "engine tp",
-    "step s",
-    "rollout s",
-    "peak GiB",
-]
-
-
-def _ranked(made: Estimate) -> list[str]:
-    config, seconds = made.run.config, made.seconds
-    times = (f"{told_apart(seconds.total):g}", f"{told_apart(seconds.rollout):g}")
-    return [made.name, config.model.recompute, str(config.rollout.tp), *times, _gib(made.peak)]
-
-
-def _memory(made: Estimate) -> list[list[str]]:
-    stages = made.stages
+def _memory(estimate: Estimate) -> list[list[str]]:
+    """Returns the table of memory, a column for each pipeline stage."""
+    stages = estimate.stages
+    rows = [
+        ["GiB on one rank", *(f"stage {s.stage}" for s in stages)],
+        ["layers", *(str(s.layers) for s in stages)],
+        ["parameters (billions)", *(f"{s.resident.parameters / 1e9:.3f}" for s in stages)],
+    ]
     sizes = {
         "weights": [s.resident.weights for s in stages],
         "gradients": [s.resident.gradients for s in stages],
@@ -490,16 +520,79 @@ def _memory(made: Estimate) -> list[list[str]]:
         "update: log-prob head": [s.update.head for s in stages],
         "update: layer at work": [s.update.layer for s in stages],
         "old log-probs": [s.old_logprobs.total for s in stages],
-        **{f"engine: {part}": [s.engine[part] for s in stages] for part in stages[0].engine},
-        "sync: tensor, bucket": [s.sync for s in stages],
-        **{f"peak of {part}": [s.peaks[part] for s in stages] for part in stages[0].peaks},
     }
-    return [
-        ["GiB on one rank", *(f"stage {s.stage}" for s in stages)],
-        ["layers", *(str(s.layers) for s in stages)],
-        ["parameters (billions)", *(f"{s.resident.parameters / 1e9:.3f}" for s in stages)],
-        *([name, *map(_gib, row)] for name, row in sizes.items()),
+    for part in stages[0].engine:
+        sizes[f"engine: {part}"] = [s.engine[part] for s in stages]
+    sizes["sync: tensor, bucket"] = [s.sync for s in stages]
+    for part in stages[0].peaks:
+        sizes[f"peak of {part}"] = [s.peaks[part] for s in stages]
+    for name, bytes_of_stages in sizes.items():
+        rows.append([name, *map(_gib, bytes_of_stages)])
+    return rows
+
+
+def _time(estimate: Estimate) -> str:
+    """Returns the table of a step's parts."""
+    seconds = estimate.seconds
+    parts = dataclasses.asdict(seconds)
+    if not seconds.reference:
+        del parts["reference"]
+    # Of the rollout, only what is not hidden behind training takes time.
+    hidden = parts.pop("ahead")
+    if hidden:
+        parts["rollout"] -= hidden
+    parts["step"] = seconds.total
+
+    rows = [["part of a step", "seconds", "share"]]
+    for name, value in parts.items():
+        rows.append([name, f"{value:.1f}", f"{value / seconds.total:.0%}"])
+    text = table(rows)
+    if hidden:
+        text += f"\n{hidden:.1f} s of the rollout are hidden behind training"
+    return text
+
+
+def _disk(run: Run) -> str:
+    """Returns the sentence about the run directory's size."""
+    needs = _disk_needs(run)
+    newest = run.config.rollout.keep_steps
+    every = run.config.rollout.keep_every
+    rollouts = "rollouts of all steps"
+    if newest:
+        rollouts = f"rollouts of the last {newest} steps"
+    if every:
+        rollouts += f" and of every {every}th"
+    return (
+        f"disk: up to {_gib(needs.total)} GiB: {needs.num_checkpoints} checkpoints of "
+        f"{_gib(needs.checkpoint)}, {rollouts} {_gib(needs.rollouts)} (rollout.keep_steps), "
+        f"exported weights {_gib(needs.export)}"
+    )
+
+
+def _ranking(best: Sequence[Estimate]) -> str:
+    """Returns the table of the fastest layouts that fit."""
+    rows = [
+        [
+            "fastest layouts that fit",
+            "recompute",
+            "engine tp",
+            "step s",
+            "rollout s",
+            "peak GiB",
+        ]
     ]
+    for estimate in best:
+        rows.append(
+            [
+                estimate.name,
+                estimate.run.config.model.recompute,
+                str(estimate.run.config.rollout.tp),
+                f"{told_apart(estimate.seconds.total):g}",
+                f"{told_apart(estimate.seconds.rollout):g}",
+                _gib(estimate.peak),
+            ]
+        )
+    return table(rows)
 
 
 def _gib(size: int) -> str:

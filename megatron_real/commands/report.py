@@ -1,4 +1,4 @@
-"""`megatron-real report RUN_DIR...`: one HTML file about one or more runs, which opens from disk without a network."""
+"""`megatron-real report RUN_DIR...`: one HTML file about runs, which opens without a network."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         _check(options, out)
         runs = _write(options, out)
-        while options.watch > 0 and any(one.status.get("state") == "running" for one in runs):
+        while options.watch > 0 and any(run.status.get("state") == "running" for run in runs):
             time.sleep(options.watch)
             runs = _write(options, out)
     except ValueError as error:
@@ -75,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace, out: Path) -> None:
+    """Raises ValueError where an option is refused or a package is missing."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
@@ -89,6 +90,7 @@ def _check(options: argparse.Namespace, out: Path) -> None:
 
 
 def _write(options: argparse.Namespace, out: Path) -> list[Run]:
+    """Writes the page of what the runs have by now, and returns them."""
     runs = [read_run(path) for path in options.run_dirs]
     page = report_page(
         runs,

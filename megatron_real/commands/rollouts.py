@@ -2,8 +2,8 @@
 
     megatron-real rollouts RUN_DIR [--steps 12 20-29 ...] [--without-tokens]
 
-A line has the prompt, the completion, its label, reward, score, weight and tokens (docs/checkpoints.md). It reads only,
-and needs neither torch nor a GPU.
+A line has the prompt, the completion, its label, reward, score, weight and tokens
+(docs/checkpoints.md). The command reads only, and needs neither torch nor a GPU.
 """
 
 from __future__ import annotations
@@ -60,28 +60,37 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _steps(directory: RunDirectory, wanted: Sequence[str] | None) -> list[int]:
+    """Returns the steps to print.
+
+    Args:
+        directory: of the run.
+        wanted: words such as 12 or 20-29; None: all that the run has saved.
+
+    Raises:
+        ValueError: the run has none, or not all of those that are wanted.
+    """
     saved = directory.saved_steps()
     if not saved:
         raise ValueError(
-            f"{directory.path} has no rollouts of a finished step; give the directory of a run that has"
+            f"{directory.path} has no rollouts of a finished step; give the directory of a run "
+            f"that has"
         )
     if wanted is None:
         return saved
-    steps = [step for words in wanted for step in _range(words)]
-    missing = next((step for step in steps if step not in saved), None)
-    if missing is not None:
-        raise ValueError(
-            f"{directory.path} has no rollouts of step {missing}; it has {len(saved)} steps between "
-            f"{saved[0]} and {saved[-1]}"
-        )
+
+    steps: list[int] = []
+    for words in wanted:
+        first, _, last = words.partition("-")
+        try:
+            steps += range(int(first), int(last or first) + 1)
+        except ValueError as error:
+            raise ValueError(
+                f"--steps {words!r} is no step; give numbers such as 12 or 20-29"
+            ) from error
+    for step in steps:
+        if step not in saved:
+            raise ValueError(
+                f"{directory.path} has no rollouts of step {step}; it has {len(saved)} steps "
+                f"between {saved[0]} and {saved[-1]}"
+            )
     return steps
-
-
-def _range(words: str) -> range:
-    first, _, last = words.partition("-")
-    try:
-        return range(int(first), int(last or first) + 1)
-    except ValueError as error:
-        raise ValueError(
-            f"--steps {words!r} is no step; give numbers such as 12 or 20-29"
-        ) from error

@@ -1,6 +1,6 @@
 """`megatron-real serve`: a vLLM server for a run whose servers are elsewhere (rollout.servers).
 
-    VLLM_API_KEY=... megatron-real serve CONFIG.yaml [--host ADDRESS] [--port 8000] [key.sub=value ...]
+    VLLM_API_KEY=... megatron-real serve CONFIG.yaml [--host ADDRESS] [--port N] [key.sub=value ...]
 
 It takes the run's own configuration, so that engine and trainer fit, and becomes vLLM's server.
 """
@@ -39,14 +39,17 @@ def run(options: argparse.Namespace) -> int:
         config = configuration.load(options.config, options.overrides)
         if not key:
             raise ValueError(
-                "VLLM_API_KEY is not set; give server and run the same secret, for example $(uuidgen)"
+                "VLLM_API_KEY is not set; give server and run the same secret, for example "
+                "$(uuidgen)"
             )
         check_model(config.model.path, required=False)  # the weights come from the run
         if importlib.util.find_spec("vllm") is None:
             raise ValueError("vLLM is not installed; install vllm")
     except ValueError as error:
         return refuse(error)
+
     from megatron_real.rollout.server import command, environment
 
-    words = command(config, host=options.host or config.rollout.server_host, port=options.port)
+    host = options.host or config.rollout.server_host
+    words = command(config, host=host, port=options.port)
     os.execve(words[0], words, environment(config, key, gpus=[]))

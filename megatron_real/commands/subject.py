@@ -9,13 +9,14 @@ from megatron_real.config.locate import is_run_directory, weights_directory
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.saved import saved
 
-_WHOLE = ("evaluation.max_problems=0",)
-"""A run may look at a part of its held-out problems. A benchmark is evaluated as a whole unless a word says otherwise."""
+# A run may look at a part of its held-out problems. A benchmark is evaluated as a whole unless a
+# word says otherwise.
+_WHOLE = "evaluation.max_problems=0"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: where its configuration is, and the words that lead from that to its weights."""
+    """What is evaluated: a configuration, and the words that lead from it to the weights."""
 
     config: Path
     """YAML file, or directory of HF weights."""
@@ -29,8 +30,9 @@ class Subject:
         """Finds the configuration of what a word names.
 
         Args:
-            word: a YAML file, a directory of HF weights, a hub id that is cached, a run directory (its export, else
-                its newest checkpoint), the export of a run, or one of its checkpoints.
+            word: a YAML file, a directory of HF weights, a hub id that is cached, a run directory
+                (its export, else its newest checkpoint), the export of a run, or one of its
+                checkpoints.
 
         Raises:
             ValueError: a run that has neither exported nor saved anything.
@@ -41,15 +43,20 @@ class Subject:
             if run.weights.is_dir():
                 return cls.of(str(run.weights))
             return cls.of(str(checkpoint_of_run(path)))
-        if is_run_directory(path.parent) and path == RunDirectory(path.parent).weights:
-            made_by = RunDirectory(path.parent)
-            of_export = (f"model.path={path}", "model.weights=", *_WHOLE)
-            return cls(made_by.config, of_export, path.parent.name)
-        owner = path.parent.parent
-        if is_run_directory(owner) and path.parent == RunDirectory(owner).checkpoints:
-            of_checkpoint = (f"model.weights={path}", *_WHOLE)
-            return cls(RunDirectory(owner).config, of_checkpoint, f"{owner.name}-{path.name}")
-        return cls(path if path.exists() else Path(weights_directory(word, "the model")))
+
+        parent = RunDirectory(path.parent)
+        if is_run_directory(parent.path) and path == parent.weights:
+            words = (f"model.path={path}", "model.weights=", _WHOLE)
+            return cls(parent.config, words, parent.path.name)
+
+        owner = RunDirectory(path.parent.parent)
+        if is_run_directory(owner.path) and path.parent == owner.checkpoints:
+            label = f"{owner.path.name}-{path.name}"
+            return cls(owner.config, (f"model.weights={path}", _WHOLE), label)
+
+        if not path.exists():
+            path = Path(weights_directory(word, "the model"))
+        return cls(path)
 
     def name(self, model_path: str) -> str:
         """Returns what the results are called."""
@@ -64,14 +71,14 @@ def checkpoint_of_run(path: Path) -> Path:
     """
     if not is_run_directory(path):
         return path
-    whole = [one.path for one in saved(RunDirectory(path).checkpoints) if not one.incomplete()]
-    if not whole:
-        raise ValueError(f"{path} has no whole checkpoint yet; let the run save one")
-    return whole[0]  # the newest comes first
+    for checkpoint in saved(RunDirectory(path).checkpoints):  # the newest first
+        if not checkpoint.incomplete():
+            return checkpoint.path
+    raise ValueError(f"{path} has no whole checkpoint yet; let the run save one")
 
 
 def hf_config_of(checkpoint: Path) -> Path | None:
-    """Returns the HF directory whose model a run's checkpoint is of; None for a checkpoint of no run."""
+    """Returns the HF directory of a run's model, by one of its checkpoints; None without a run."""
     import yaml
 
     owner = RunDirectory(checkpoint.parent.parent)
@@ -82,5 +89,8 @@ def hf_config_of(checkpoint: Path) -> Path | None:
 
 
 def results_name(model: Path) -> str:
-    """What the results of a model are called: as its run, where a run exported it, which calls all of them hf."""
-    return model.parent.name if model.name == "hf" else model.name
+    """Returns what the results of a model are called: as its directory, or as the run it is of."""
+    # Every run calls its export hf.
+    if model.name == "hf":
+        return model.parent.name
+    return model.name

@@ -15,7 +15,10 @@ INTERRUPTED = 130
 
 EXIT_CODES = {
     0: "Done, or there was nothing left to do.",
-    1: "The run failed, or a check of `plan`, `doctor`, `convert verify` and the like found something.",
+    1: (
+        "The run failed, or a check of `plan`, `doctor`, `convert verify` and the like found "
+        "something."
+    ),
     REFUSED: "The input was refused. One sentence says what is wrong, and no run was changed.",
     75: "The run stopped early with everything saved. Start the same command again.",
     INTERRUPTED: "Ctrl-C. The run has saved where it could; the same command goes on.",
@@ -41,16 +44,21 @@ def refuse(error: ValueError) -> int:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Returns columns as wide as their widest cell, the first flush left."""
-    first, *others = zip(*rows, strict=True)
-    width = max(map(len, first))
-    columns = [[cell.ljust(width) for cell in first]]
-    columns += [[cell.rjust(max(map(len, column))) for cell in column] for column in others]
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+    """Returns columns as wide as their widest cell, the first flush left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def hanging(text: str, indent: int) -> str:
-    """Returns `text` folded to the terminal's width, later lines indented; as it is where it goes to a file."""
+    """Returns `text` folded to the terminal's width, its later lines indented.
+
+    It stays one line where it goes to a file, which is searched by lines.
+    """
     width = shutil.get_terminal_size(fallback=(10_000, 24)).columns
     return textwrap.fill(
         text,

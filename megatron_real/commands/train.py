@@ -1,6 +1,7 @@
-"""`megatron-real train CONFIG.yaml [key.sub=value ...]`: by itself, with --nproc, or under torchrun or srun.
+"""`megatron-real train CONFIG.yaml [key.sub=value ...]`: trains, or goes on with a stopped run.
 
-The configuration is checked before anything heavy is imported and, with --nproc, before any process is started.
+It runs by itself, with --nproc, or under torchrun or srun. The configuration is checked before
+anything heavy is imported and, with --nproc, before any process is started.
 """
 
 from __future__ import annotations
@@ -56,12 +57,16 @@ def run(options: argparse.Namespace) -> int:
         for sentence in check_replay(config):
             say(sentence)
         if options.dry_run:
-            return _dry_run(config, options.nproc)
+            from megatron_real.commands.dry_run import description
+
+            if is_first_rank():
+                print(description(config, options.nproc or _num_ranks_of_launcher()))
+            return 0
     except ValueError as error:
         return refuse(error)
+
     if options.nproc is None:
         return _train(config)
-
     from megatron_real.launcher import launch
 
     say(f"starting {options.nproc} processes")
@@ -69,19 +74,19 @@ def run(options: argparse.Namespace) -> int:
     return launch(words, num_ranks=options.nproc, run_dir=config.trainer.run_dir)
 
 
-def _dry_run(config: configuration.Config, num_ranks: int | None) -> int:
-    from megatron_real.commands.dry_run import description
-
-    if is_first_rank():
-        print(description(config, num_ranks or int(os.environ.get("WORLD_SIZE", "1"))))
-    return 0
+def _num_ranks_of_launcher() -> int:
+    """Returns how many processes torchrun or srun has started; 1 for a process by itself."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _checked(options: argparse.Namespace) -> configuration.Config:
-    """The configuration, with everything checked that can be checked without torch."""
+    """Returns the configuration, with everything checked that can be checked without torch.
+
+    Raises:
+        ValueError: an option, the configuration or the model is refused.
+    """
     # A run in this process, before, leaves a world of one.
-    under_launcher = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if options.nproc is not None and under_launcher:
+    if options.nproc is not None and _num_ranks_of_launcher() > 1:
         raise ValueError(
             f"--nproc is {options.nproc}, but torchrun or srun has started this process as one of "
             f"{os.environ['WORLD_SIZE']}; leave --nproc out"
@@ -90,17 +95,18 @@ def _checked(options: argparse.Namespace) -> configuration.Config:
         raise ValueError(f"--nproc is {options.nproc}; it must be 1 or above")
 
     config = configuration.load(options.config, options.overrides)
-    num_ranks = options.nproc or int(os.environ.get("WORLD_SIZE", "1"))
-    configuration.check_world(config, num_ranks)
+    configuration.check_world(config, options.nproc or _num_ranks_of_launcher())
     if not config.trainer.run_dir:
         raise ValueError(
-            "trainer.run_dir is empty; say where the run may write, for example trainer.run_dir=runs/first"
+            "trainer.run_dir is empty; say where the run may write, for example "
+            "trainer.run_dir=runs/first"
         )
     check_model(config.model.path, config.model.weights)
     return config
 
 
 def _train(config: configuration.Config) -> int:
+    """Trains in this process; returns the exit code."""
     from megatron_real.runs import stop as stopping
     from megatron_real.runs.stop import EXIT_AGAIN, Stopped, StopRequest
 
@@ -109,6 +115,7 @@ def _train(config: configuration.Config) -> int:
 
     if is_first_rank():
         print("loading torch and megatron-core", flush=True)  # seconds of silence otherwise
+
     from megatron_real.disk import is_full_disk
     from megatron_real.job import build
     from megatron_real.labels import RewardNeedsThreshold, TooManyFailedChecks
@@ -131,9 +138,11 @@ def _train(config: configuration.Config) -> int:
         say(error)
         return REFUSED
     except ValueError as error:
-        # Weights, data or layout do not fit: the input's fault, which this rank may be alone to see.
+        # Weights, data or layout do not fit: the input's fault, which this rank may be alone to
+        # see.
         print(f"megatron-real: {error}", file=sys.stderr)
         return REFUSED
+
     with job:
         try:
             train(job)
@@ -142,7 +151,9 @@ def _train(config: configuration.Config) -> int:
                 say(f"interrupted; metrics and rollouts so far are in {config.trainer.run_dir}")
             say(stopped)
             job.reporter.say_status("stopped", str(stopped))
-            return INTERRUPTED if stop.reason == stopping.INTERRUPTED else EXIT_AGAIN
+            if stop.reason == stopping.INTERRUPTED:
+                return INTERRUPTED
+            return EXIT_AGAIN
         except KeyboardInterrupt:
             say(f"interrupted; metrics and rollouts so far are in {config.trainer.run_dir}")
             say(f"the same command goes on; {job.checkpoints.last_good()}")
@@ -165,8 +176,11 @@ def _train(config: configuration.Config) -> int:
             diverged = isinstance(error, NonFinite)
             job.reporter.say_status("failed", str(error), diverged=diverged)
             job.lifeline.close(str(error))
-            return 2 if isinstance(error, ValueError) else 1
-        except Exception as error:  # a full disk comes in the words of many libraries
+            if isinstance(error, ValueError):
+                return REFUSED
+            return 1
+        except Exception as error:
+            # A full disk comes in the words of many libraries.
             if not is_full_disk(error):
                 raise
             print(f"megatron-real: {error}; free space and start again", file=sys.stderr)

@@ -16,7 +16,12 @@ from megatron_real.weights.architecture import Architecture
 
 
 def megatron_args(a: Architecture, **parallel: int) -> argparse.Namespace:
-    """The model as Megatron-LM's command-line arguments."""
+    """Returns the model as Megatron-LM's command-line arguments.
+
+    Args:
+        a: the model.
+        parallel: sizes of the parallel layout by their argument's name; 1 where not given.
+    """
     return argparse.Namespace(
         num_layers=a.num_layers,
         hidden_size=a.hidden_size,
@@ -58,24 +63,13 @@ def check_arguments(held: Any, architecture: Architecture, checkpoint: Path) -> 
     Raises:
         WeightsError: they disagree; names every argument that does.
     """
-    values = dict(held) if isinstance(held, Mapping) else dict(getattr(held, "__dict__", {}))
-    expected = _expected(architecture, values)
-    differing = []
-    for name, right in expected.items():
-        value = values.get(name, right)
-        if not isinstance(value, (int, float, str, type(None))):
-            continue  # an object of a class that is not read
-        if not _same(value, right):
-            differing.append(f"{name} {value!r} instead of {right!r}")
-    if differing:
-        raise WeightsError(
-            f"{checkpoint} was trained with {', '.join(differing)}, which config.json stands for; "
-            f"give the config.json of this checkpoint by --hf-config"
-        )
+    if isinstance(held, Mapping):
+        values = dict(held)
+    else:
+        values = dict(getattr(held, "__dict__", {}))
 
-
-def _expected(a: Architecture, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Argument -> its value, of those that change the computation and leave names and shapes."""
+    # Of the arguments, those that change the computation and leave names and shapes as they are.
+    a = architecture
     expected: dict[str, Any] = {
         "num_attention_heads": a.num_heads,
         "rotary_base": int(a.rope_theta),
@@ -91,6 +85,7 @@ def _expected(a: Architecture, values: Mapping[str, Any]) -> dict[str, Any]:
         "squared_relu": False,
         "window_size": None,
     }
+    # These are read only together with another argument, and hold any default without it.
     if a.rope_factor is not None:
         expected["rope_scaling_factor"] = a.rope_factor
     if values.get("group_query_attention"):
@@ -100,10 +95,23 @@ def _expected(a: Architecture, values: Mapping[str, Any]) -> dict[str, Any]:
     # Positions are divided by it; None and 1 are the same.
     if values.get("rotary_seq_len_interpolation_factor") is not None:
         expected["rotary_seq_len_interpolation_factor"] = 1
-    return expected
+
+    differing = []
+    for name, right in expected.items():
+        value = values.get(name, right)
+        if not isinstance(value, (int, float, str, type(None))):
+            continue  # an object of a class that is not read
+        if not _same(value, right):
+            differing.append(f"{name} {value!r} instead of {right!r}")
+    if differing:
+        raise WeightsError(
+            f"{checkpoint} was trained with {', '.join(differing)}, which config.json stands for; "
+            f"give the config.json of this checkpoint by --hf-config"
+        )
 
 
 def _same(value: Any, right: Any) -> bool:
+    """Whether two arguments are equal, numbers up to the rounding of a decimal spelling."""
     if isinstance(value, float) or isinstance(right, float):
         numbers = isinstance(value, (int, float)) and isinstance(right, (int, float))
         return numbers and abs(value - right) <= 1e-9 * max(abs(value), abs(right))

@@ -25,7 +25,7 @@ from megatron_real.weights.architecture import Architecture
 
 
 def load_model(directory: str | Path, dtype: torch.dtype) -> Any:
-    """transformers' model with the weights of the directory.
+    """Returns transformers' model with the weights of the directory.
 
     Raises:
         WeightsError: transformers cannot load it, or reads another rotary embedding than we do.
@@ -37,7 +37,7 @@ def load_model(directory: str | Path, dtype: torch.dtype) -> Any:
 
 
 def new_model(directory: str | Path, dtype: torch.dtype) -> Any:
-    """transformers' model of the directory's config.json, with random weights.
+    """Returns transformers' model of the directory's config.json, with random weights.
 
     Raises:
         WeightsError: transformers cannot build it, or reads another rotary embedding than we do.
@@ -50,7 +50,7 @@ def new_model(directory: str | Path, dtype: torch.dtype) -> Any:
 
 
 def load_tokenizer(directory: str | Path, *, trust_remote_code: bool, plain: bool = False) -> Any:
-    """transformers' tokenizer of the directory.
+    """Returns transformers' tokenizer of the directory.
 
     Args:
         directory: HF directory.
@@ -72,19 +72,22 @@ def _check_rope(model: Any, directory: str | Path) -> None:
     They are a buffer, not a weight, so that nothing else would show that a version of
     transformers does not know the spelling of the config (4 ignores what 5 writes).
     """
-    found = model.model.rotary_emb.inv_freq.double().cpu()
+    computed = model.model.rotary_emb.inv_freq.double().cpu()
     expected = torch.tensor(Architecture.read(directory).rope_frequencies, dtype=torch.float64)
+
     # float32 rounds to 1e-7; another base or factor is off by more than this.
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4, atol=0):
+    same_shape = computed.shape == expected.shape
+    if not same_shape or not torch.allclose(computed, expected, rtol=1e-4, atol=0):
         raise WeightsError(
             f"transformers {version('transformers')} does not read the rotary embedding that "
-            f"{Path(directory) / 'config.json'} describes (frequencies {found[:3].tolist()} "
+            f"{Path(directory) / 'config.json'} describes (frequencies {computed[:3].tolist()} "
             f"instead of {expected[:3].tolist()}); take another version of transformers"
         )
 
 
 @contextmanager
 def _refusals(directory: str | Path, part: str) -> Iterator[None]:
+    """Within, whatever transformers raises becomes a WeightsError of one sentence."""
     try:
         yield
     # Its validators raise classes of their own, and a strange file can fail anywhere in it.

@@ -1,5 +1,6 @@
-"""torch.save files without loading them: where each tensor's bytes lie, and files laid out before
-their bytes exist.
+"""torch.save files without loading them.
+
+`TorchFile` says where each tensor's bytes lie; `layout` lays a file out before its bytes exist.
 
 A torch.save file is a zip archive of uncompressed records: `data.pkl`, a pickle of the object in
 which each storage is a reference, and `data/0`, `data/1`, ... with the bytes. Reading runs no code
@@ -61,8 +62,9 @@ TORCH_DTYPES = frozenset(
 
 
 class Record:
-    """An inert stand-in for an object of a pickle: its constructor's arguments and its state,
-    nothing run.
+    """An inert stand-in for an object of a pickle.
+
+    It keeps the constructor's arguments and the state. Nothing of the object's class is run.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -71,18 +73,19 @@ class Record:
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
-            self.__dict__.update({k: v for k, v in state.items() if isinstance(k, str)})
+            attributes = {key: value for key, value in state.items() if isinstance(key, str)}
+            self.__dict__.update(attributes)
         else:
             self.state = state
 
     def append(self, *_: Any) -> None:
-        """Items of a stood-in list, set or table are dropped."""
+        """Drops an item of a stood-in list, set or table."""
 
     add = extend = __setitem__ = append
 
 
 class TorchName(str):
-    """Another name of torch: a dtype or layout is its name, a function or class gives a Record."""
+    """A name of torch in a pickle. A dtype or a layout stays it; a call of it gives a Record."""
 
     def __call__(self, *args: Any) -> Record:
         return Record(*args)
@@ -112,16 +115,36 @@ class TorchFile:
     """
 
     def __init__(self, file: Path, offset: int = 0, length: int | None = None) -> None:
-        self.file, self.offset = file, offset
+        self.file = file
+        self.offset = offset
         try:
             with open(file, "rb") as stream:
                 size = stream.seek(0, io.SEEK_END)
-                self.length = size - offset if length is None else length
-                if offset < 0 or self.length < 0 or offset + self.length > size:
+                if length is None:
+                    length = size - offset
+                self.length = length
+                if offset < 0 or length < 0 or offset + length > size:
                     raise WeightsError(
-                        f"{file} has {size} bytes, but its index points to {offset + self.length}"
+                        f"{file} has {size} bytes, but its index points to {offset + length}"
                     )
-                self._parse(io.BufferedReader(_Window(stream, offset, self.length)))
+
+                window = io.BufferedReader(_Window(stream, offset, length))
+                archive = zipfile.ZipFile(window)
+                # A record's name begins with the archive's own name, which does not matter.
+                records = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
+                pickled = records.get("data.pkl")
+                if pickled is None or pickled.file_size > LARGEST_PICKLE:
+                    raise zipfile.BadZipFile("no data.pkl of a sane size")
+                # Before the pickle is read: a compressed one could unpack to any size.
+                self._data_offset(window, pickled)
+                self.object = load_pickle(archive.read(pickled), file)
+
+                self.storages: dict[str, tuple[int, int]] = {}
+                """Key of a storage -> its first byte in the archive, and its size."""
+                for name, info in records.items():
+                    if name.startswith("data/"):
+                        begin = self._data_offset(window, info)
+                        self.storages[name.removeprefix("data/")] = (begin, info.file_size)
         except WeightsError:
             raise
         # NotImplementedError is zipfile's word for a compression that it does not know.
@@ -134,26 +157,15 @@ class TorchFile:
             EOFError,
         ) as error:
             raise WeightsError(
-                f"{file} is not a torch.save archive or is corrupt ({error}); copy it again, or load it with torch "
-                f"and save it as safetensors"
+                f"{file} is not a torch.save archive or is corrupt ({error}); copy it again, or "
+                f"load it with torch and save it as safetensors"
             ) from error
 
-    def _parse(self, window: BinaryIO) -> None:
-        archive = zipfile.ZipFile(window)
-        records = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
-        pickled = records.get("data.pkl")
-        if pickled is None or pickled.file_size > LARGEST_PICKLE:
-            raise zipfile.BadZipFile("no data.pkl of a sane size")
-        self._data_offset(window, pickled)
-        self.object = load_pickle(archive.read(pickled), self.file)
-        self.storages = {
-            name.removeprefix("data/"): (self._data_offset(window, info), info.file_size)
-            for name, info in records.items()
-            if name.startswith("data/")
-        }
-
     def _data_offset(self, window: BinaryIO, info: zipfile.ZipInfo) -> int:
-        """First byte of a record's data, in this archive."""
+        """Returns where a record's data begins in the archive, which must hold all of it as it is.
+
+        The local header says it: its name and extra field may be longer than the directory's.
+        """
         window.seek(info.header_offset)
         header = window.read(30)
         offset = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
@@ -164,7 +176,7 @@ class TorchFile:
         return offset
 
     def stored(self, name: str, tensor: PickledTensor) -> StoredTensor:
-        """Where `tensor` lies.
+        """Returns where `tensor` lies.
 
         Raises:
             WeightsError: its bytes are not in the file, not contiguous, or of a dtype that weights
@@ -172,12 +184,17 @@ class TorchFile:
         """
         if tensor.dtype not in DTYPE_BYTES:
             raise WeightsError(
-                f"{self.file}: {name} has dtype {tensor.dtype}; supported are {', '.join(DTYPE_BYTES)}"
+                f"{self.file}: {name} has dtype {tensor.dtype}; supported are "
+                f"{', '.join(DTYPE_BYTES)}"
             )
         size = DTYPE_BYTES[tensor.dtype]
+        # A storage that is not there has fewer bytes than any tensor needs.
         begin, num_bytes = self.storages.get(tensor.key, (0, -1))
-        contiguous, numel = True, 1
+
+        contiguous = True
+        numel = 1
         for length, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
+            # The stride of a dimension of one element is never used, and torch may save any.
             contiguous &= length == 1 or stride == numel
             numel *= length
         if not contiguous or tensor.start < 0 or min((*tensor.shape, 0)) < 0:
@@ -186,20 +203,20 @@ class TorchFile:
             )
         if (tensor.start + numel) * size > num_bytes:
             raise WeightsError(f"{self.file}: the data of {name} is missing; copy the file again")
-        rows = tensor.shape[0] if tensor.shape else 1
-        chunk = Chunk(
-            self.file,
-            self.offset + begin + tensor.start * size,
-            0,
-            0,
-            rows,
-            numel // rows if rows else 0,
-        )
+
+        rows = 1
+        if tensor.shape:
+            rows = tensor.shape[0]
+        columns = 0
+        if rows:
+            columns = numel // rows
+        first_byte = self.offset + begin + tensor.start * size
+        chunk = Chunk(self.file, first_byte, row=0, column=0, rows=rows, columns=columns)
         return StoredTensor(name, tensor.dtype, tensor.shape, (chunk,))
 
 
 def tensors_of(table: dict[Any, Any], file: Path) -> dict[str, PickledTensor]:
-    """The tensors of a table of weights. Empty states beside them are left out.
+    """Returns the tensors of a table of weights. Empty states beside them are left out.
 
     Raises:
         WeightsError: an object of a class that is not read stands where a tensor should.
@@ -218,7 +235,7 @@ def tensors_of(table: dict[Any, Any], file: Path) -> dict[str, PickledTensor]:
 
 
 def load_pickle(data: bytes, file: Path, *, only: Container[tuple[str, str]] | None = None) -> Any:
-    """The object of a pickle, with inert records in place of classes.
+    """Returns the object of a pickle, with inert records in place of classes.
 
     Args:
         data: the pickle.
@@ -242,8 +259,8 @@ def load_pickle(data: bytes, file: Path, *, only: Container[tuple[str, str]] | N
 class _Reader(pickle._Unpickler):
     """Turns tensors into PickledTensor, containers into themselves, all else into Record.
 
-    The unpickler in Python, at 8 MB/s: the one in C allocates what a hostile memo index asks for,
-    32 GB by 5 bytes.
+    It builds on the unpickler in Python, which reads 8 MB/s: the one in C allocates what a hostile
+    memo index asks for, 32 GB by 5 bytes.
     """
 
     def __init__(self, stream: io.BytesIO, only: Container[tuple[str, str]] | None) -> None:
@@ -254,24 +271,31 @@ class _Reader(pickle._Unpickler):
         if (module, name) == ("builtins", "getattr"):
             return self._enum_member
 
+        if module in ("builtins", "__builtin__"):
+            is_attack = name in _RUNNING_BUILTINS
+        else:
+            is_attack = module.split(".")[0] in _RUNNERS
         allowed = self._only is None or (module, name) in self._only
-        if not allowed or _is_attack(module, name):
+        if not allowed or is_attack:
             raise WeightsError(
-                f"its pickle names {module}.{name}, which no checkpoint of weights needs; do not trust it"
+                f"its pickle names {module}.{name}, which no checkpoint of weights needs; do not "
+                f"trust it"
             )
+
         known = _KNOWN.get((module, name))
         if known is not None:
             return known
-        if module == "torch":
-            if name.endswith("Storage"):
-                return _STORAGES.get(name, name)
-            if name[:1].isupper():
-                return type(name, (Record,), {})
-            return _DTYPES.get(name) or TorchName(name)
-        return type(name.rpartition(".")[2] or "Record", (Record,), {"__module__": module})
+        if module != "torch":
+            # A class of the same name, so that a message can say what stood there.
+            return type(name.rpartition(".")[2] or "Record", (Record,), {"__module__": module})
+        if name.endswith("Storage"):
+            return _STORAGES.get(name, name)
+        if name[:1].isupper():
+            return type(name, (Record,), {})
+        return _DTYPES.get(name) or TorchName(name)
 
     def _enum_member(self, enum: Any, name: Any) -> Record:
-        """A member of an enum, which Python 3.11.2 pickles as getattr(the enum, the member's name).
+        """Returns an enum's member, which Python 3.11.2 pickles as getattr(the enum, its name).
 
         Where another reader loads the file next, its getattr is the real one: of the classes that
         it may name then, some have methods (PosixPath.unlink), and none of them is in capitals.
@@ -286,7 +310,7 @@ class _Reader(pickle._Unpickler):
         return enum(name)
 
     def persistent_load(self, reference: Any) -> tuple[str, str]:
-        """A storage: its record's key and its dtype."""
+        """Returns a storage as its record's key and its dtype."""
         kind, dtype, key = reference[:3]
         if kind != "storage" or not isinstance(dtype, str) or not isinstance(key, str):
             raise WeightsError("its pickle has a storage that is not one")
@@ -297,13 +321,15 @@ def _rebuild_tensor(
     storage: tuple[str, str], start: int, shape: Any, strides: Any, *_: Any
 ) -> PickledTensor:
     key, dtype = storage
-    sizes, steps = tuple(shape), tuple(strides)
+    sizes = tuple(shape)
+    steps = tuple(strides)
     if not all(type(number) is int for number in (start, *sizes, *steps)):
         raise WeightsError("its pickle has a tensor whose shape is not one")
     return PickledTensor(key, dtype, start, sizes, steps)
 
 
 _KNOWN: dict[tuple[str, str], Any] = {
+    # What torch pickles a tensor, a parameter or a subclass as: a call of a function.
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
     ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
@@ -353,13 +379,6 @@ _RUNNING_BUILTINS = frozenset(
 )
 
 
-def _is_attack(module: str, name: str) -> bool:
-    """Whether a name of a pickle can only be there to run something."""
-    if module in ("builtins", "__builtin__"):
-        return name in _RUNNING_BUILTINS
-    return module.split(".")[0] in _RUNNERS
-
-
 @dataclass(frozen=True)
 class Slot:
     """Room for one storage in a laid-out file."""
@@ -385,26 +404,25 @@ class Layout:
 
 
 def layout(obj: Any) -> Layout:
-    """The file that torch.save(obj) writes, with room for the tensors' bytes.
+    """Returns the file that torch.save(obj) writes, with room for the tensors' bytes.
 
-    Their memory is never touched.
+    The tensors' memory is never touched, so `obj` may hold empty tensors of any size.
     """
     import torch
 
     recorder = _Recorder()
     with torch.serialization.skip_data():
         torch.save(obj, recorder)  # type: ignore[arg-type]
-    literals = [(at, bytearray(data)) for at, data in recorder.literals]
-    central = [at + i for at, data in literals for i in _central_entries(data)]
+
+    entry_of_data = _central_directory(recorder.literals)
     slots = []
     for offset, num_bytes in recorder.gaps:
-        # After the data comes its descriptor, signature then CRC; the central directory repeats the
-        # CRC.
-        entry = next(at for at in central if _record_end(literals, at) == offset)
-        slots.append(Slot(offset, num_bytes, (offset + num_bytes + 4, entry + 16)))
-    return Layout(
-        recorder.position, tuple((at, bytes(data)) for at, data in literals), tuple(slots)
-    )
+        # After the data comes its descriptor, signature then CRC. The central directory repeats
+        # the CRC.
+        crc_offsets = (offset + num_bytes + 4, entry_of_data[offset] + 16)
+        slots.append(Slot(offset, num_bytes, crc_offsets))
+    literals = tuple((offset, bytes(data)) for offset, data in recorder.literals)
+    return Layout(recorder.position, literals, tuple(slots))
 
 
 class _Recorder:
@@ -418,59 +436,71 @@ class _Recorder:
     def write(self, data: Any) -> int:
         """Appends to the last literal, or begins one after a gap."""
         raw = bytes(data)
-        if self.literals and self.literals[-1][0] + len(self.literals[-1][1]) == self.position:
-            self.literals[-1][1].extend(raw)
-        else:
-            self.literals.append((self.position, bytearray(raw)))
+        begins = True
+        if self.literals:
+            start, last = self.literals[-1]
+            begins = start + len(last) != self.position
+        if begins:
+            self.literals.append((self.position, bytearray()))
+        self.literals[-1][1].extend(raw)
         self.position += len(raw)
         return len(raw)
 
     def seek(self, distance: int, whence: int) -> int:
-        """torch's writer seeks over a storage."""
+        """Notes a gap: torch's writer seeks over a storage."""
         assert whence == io.SEEK_CUR and distance >= 0, "torch.save only skips forward"
         self.gaps.append((self.position, distance))
         self.position += distance
         return self.position
 
     def flush(self) -> None:
-        """Nothing is buffered."""
+        """Does nothing, because nothing is buffered."""
 
 
-def _central_entries(data: bytes | bytearray) -> list[int]:
-    """Offsets in `data` of the central directory's entries.
+def _central_directory(literals: list[tuple[int, bytearray]]) -> dict[int, int]:
+    """Returns where each record's data begins -> where its entry in the central directory does.
 
-    It ends the archive, entry after entry.
+    The directory ends the archive, entry after entry. (APPNOTE.TXT of PKWARE, 4.3.7 and 4.3.12.)
+
+    Args:
+        literals: (offset, bytes) of all of the archive but the data.
     """
-    end = data.rfind(b"PK\x06\x06") if b"PK\x06\x06" in data else data.rfind(b"PK\x05\x06")
-    if end < 0:
-        return []
-    at = data.find(b"PK\x01\x02")
-    found = []
-    while 0 <= at < end:
-        found.append(at)
-        at += 46 + sum(struct.unpack("<HHH", data[at + 28 : at + 34]))
-    return found
 
+    def read(offset: int, count: int) -> bytes:
+        start, data = next((s, d) for s, d in literals if s <= offset < s + len(d))
+        return bytes(data[offset - start : offset - start + count])
 
-def _record_end(literals: list[tuple[int, bytearray]], entry: int) -> int:
-    """Where the data of a central directory entry's record begins."""
+    entry_of_data: dict[int, int] = {}
+    for start, data in literals:
+        end = data.rfind(b"PK\x06\x06")  # the end of a zip64 directory
+        if end < 0:
+            end = data.rfind(b"PK\x05\x06")
+        at = data.find(b"PK\x01\x02")
+        while 0 <= at < end:
+            name_length, extra_length, comment_length = struct.unpack(
+                "<HHH", data[at + 28 : at + 34]
+            )
+            entry_length = 46 + name_length + extra_length + comment_length
+            header = struct.unpack("<I", data[at + 42 : at + 46])[0]
+            if header == 0xFFFFFFFF:  # zip64: the offset is the last number of the extra field
+                extra_end = at + 46 + name_length + extra_length
+                header = struct.unpack("<Q", data[extra_end - 8 : extra_end])[0]
 
-    def read(at: int, count: int) -> bytes:
-        start, data = next((s, d) for s, d in literals if s <= at < s + len(d))
-        return bytes(data[at - start : at - start + count])
-
-    local = struct.unpack("<I", read(entry + 42, 4))[0]
-    if local == 0xFFFFFFFF:  # zip64: the offset is the last number of the extra field
-        name, extra = struct.unpack("<HH", read(entry + 28, 4))
-        local = struct.unpack("<Q", read(entry + 46 + name + extra - 8, 8))[0]
-    return int(local) + 30 + sum(struct.unpack("<HH", read(local + 26, 4)))
+            # The local header has a name and an extra field of lengths of its own.
+            local_lengths = struct.unpack("<HH", read(header + 26, 4))
+            entry_of_data.setdefault(header + 30 + sum(local_lengths), start + at)
+            at += entry_length
+    return entry_of_data
 
 
 class _Window(io.RawIOBase):
     """A part of a file as a file of its own."""
 
     def __init__(self, stream: BinaryIO, offset: int, length: int) -> None:
-        self._stream, self._offset, self._length, self._at = stream, offset, length, 0
+        self._stream = stream
+        self._offset = offset
+        self._length = length
+        self._at = 0
 
     def seekable(self) -> bool:
         return True

@@ -1,10 +1,14 @@
 """HF directory -> Megatron checkpoint and back, by moving bytes.
 
-    OUT/latest_checkpointed_iteration.txt     "release", as Megatron-LM marks weights that no run has trained
-    OUT/release/                              the checkpoint: torch_dist, or mp_rank_* of the older torch format
-    OUT/hf/                                   the source's config, tokenizer and headers, so that export needs no more
+    OUT/latest_checkpointed_iteration.txt    "release", as Megatron-LM marks weights that no run
+                                             has trained
+    OUT/release/                             the checkpoint: torch_dist, or mp_rank_* of the older
+                                             torch format
+    OUT/hf/                                  the source's config, tokenizer and headers, so that
+                                             an export needs no more
 
-No model, process group, GPU or transformers; memory is a few blocks whatever the model's size.
+A conversion needs no model, process group, GPU or transformers. It takes the memory of a few
+blocks, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -46,8 +50,11 @@ from megatron_real.weights.transfer import Limits, Output, Target, check_target,
 if TYPE_CHECKING:
     from torch import Tensor
 
-TRACKER, RELEASE, HF = "latest_checkpointed_iteration.txt", "release", "hf"
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+HF = "hf"
 _HEADER = ".header"
+_SHARD_BYTES = 5 * 10**9
 
 Progress = Callable[[int, int], None]
 """Called with (bytes of a piece that is done, bytes in all)."""
@@ -75,7 +82,7 @@ class Converted:
     """What a conversion did."""
 
     out: Path
-    """The directory."""
+    """The directory that was made."""
     num_bytes: int
     """Bytes of weights written."""
     resumed_bytes: int
@@ -97,8 +104,10 @@ def hf_to_megatron(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Converted:
-    """Writes HF weights as a torch_dist checkpoint, which loads into any TP, PP and VPP, or in the
-    older format.
+    """Writes HF weights as a Megatron checkpoint.
+
+    That is a torch_dist checkpoint, which loads into any TP, PP and VPP, or with `layout` one of
+    the older format.
 
     Args:
         source: HF directory.
@@ -122,13 +131,28 @@ def hf_to_megatron(
             weights, architecture, dtype=dtype, tp_chunks=tp_chunks, prefix=prefix
         )
     else:
-        sizes = {"tp": layout.tp, "pp": layout.pp}
         plan = plan_torch_legacy(
-            weights, architecture, dtype=dtype, layers=layout.layers, prefix=prefix, **sizes
+            weights,
+            architecture,
+            dtype=dtype,
+            tp=layout.tp,
+            pp=layout.pp,
+            layers=layout.layers,
+            prefix=prefix,
         )
     plan.add_file(TRACKER, RELEASE.encode())
-    for name, data in _record_of(source, weights, dtype).items():
+
+    # What an export needs: the side files, and of safetensors the headers, which say how the
+    # weights were cut. In another dtype those headers would be wrong.
+    record = hf_side_files(source, dtype=dtype or weights.dtype)
+    if dtype is None and all(file.suffix == ".safetensors" for file in weights.files):
+        for file in weights.files:
+            record[f"{file.name}{_HEADER}"] = read_header(file)
+        if (source / INDEX).is_file():
+            record[INDEX] = (source / INDEX).read_bytes()
+    for name, data in record.items():
         plan.add_file(f"{HF}/{name}", data)
+
     return _write(plan, out, dtype or weights.dtype, limits, overwrite, progress)
 
 
@@ -143,8 +167,9 @@ def megatron_to_hf(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Converted:
-    """Writes a Megatron checkpoint, of any layout and with or without an optimizer, as an HF
-    directory.
+    """Writes a Megatron checkpoint as an HF directory.
+
+    The checkpoint may be of any layout, with an optimizer or without.
 
     Args:
         source: checkpoint, or directory of checkpoints whose tracker names the latest.
@@ -162,32 +187,40 @@ def megatron_to_hf(
         WeightsError: the source cannot be converted, `out` exists, or the disk is too small; in one
             sentence.
     """
-    check_target(out, overwrite=overwrite, sources=[source, *([hf_config] if hf_config else [])])
+    sources = [source]
+    if hf_config is not None:
+        sources.append(hf_config)
+    check_target(out, overwrite=overwrite, sources=sources)
     config = hf_config or recorded_hf(source)
     architecture = Architecture.read(config)
     weights = open_megatron(source, architecture)
     check_mapped(weights, config)
-    chosen = dtype or weights.dtype
-    files, index = None, None
+
+    matrix_dtype = dtype or weights.dtype
+    files = None
     if max_shard_bytes is None:
-        files, index = _recorded_files(config, architecture, chosen, all_tensors=dtype is not None)
+        files, index = _recorded_files(
+            config, architecture, matrix_dtype, all_tensors=dtype is not None
+        )
     if files is None:
-        tensors = {name: (chosen, shape) for name, shape in hf_shapes(architecture).items()}
-        files, index = hf_files(tensors, max_shard_bytes=max_shard_bytes or 5 * 10**9)
+        tensors = {name: (matrix_dtype, shape) for name, shape in hf_shapes(architecture).items()}
+        files, index = hf_files(tensors, max_shard_bytes=max_shard_bytes or _SHARD_BYTES)
+
     plan = Output()
+    dtypes = {}
     for file in files:
         plan.sizes[file.name] = file.size
         plan.literals.append((file.name, 0, file.header))
-    dtypes = {n: e["dtype"] for f in files for n, e in parse_header(f.header, Path(f.name)).items()}
+        for name, entry in parse_header(file.header, Path(file.name)).items():
+            dtypes[name] = entry["dtype"]
     pieces = hf_pieces(weights, dtypes)
-    plan.targets = [
-        Target(f.name, at, pieces[name])
-        for f in files
-        for name, at in sorted(f.offsets.items(), key=_second)
-    ]
-    for name, data in hf_side_files(config, dtype=chosen, index=index).items():
+    for file in files:
+        # In the order of their bytes, so that each file is written from its beginning to its end.
+        for name, offset in sorted(file.offsets.items(), key=lambda item: item[1]):
+            plan.targets.append(Target(file.name, offset, pieces[name]))
+    for name, data in hf_side_files(config, dtype=matrix_dtype, index=index).items():
         plan.add_file(name, data)
-    return _write(plan, out, chosen, limits, overwrite, progress)
+    return _write(plan, out, matrix_dtype, limits, overwrite, progress)
 
 
 def open_start(
@@ -213,11 +246,17 @@ def open_start(
 
 
 def check_model(path: str | Path, start: str | Path = "", *, required: bool = True) -> Architecture:
-    """What train, eval, serve and plan ask of a model before they begin: see `open_start`.
+    """Checks a model as `open_start` does, for train, eval, serve and plan before they begin.
 
     Args:
         path, start: as of `open_start`.
         required: refuse an HF directory without weights, which is enough for a plan.
+
+    Returns:
+        What the model is.
+
+    Raises:
+        WeightsError: as `open_start`, or a file cannot be read.
     """
     directory = Path(path)
     try:
@@ -243,7 +282,7 @@ def check_mapped(weights: MegatronWeights, config: Path) -> None:
 
 
 def open_megatron(source: Path, architecture: Architecture) -> MegatronWeights:
-    """The weights of a Megatron checkpoint, of either format.
+    """Returns the weights of a Megatron checkpoint, of either format.
 
     Raises:
         WeightsError: it is corrupt, hostile, in parts lost, or of another model than `architecture`
@@ -256,12 +295,13 @@ def open_megatron(source: Path, architecture: Architecture) -> MegatronWeights:
             weights = TorchDistWeights(checkpoint, architecture)
         else:
             weights = TorchLegacyWeights(checkpoint, architecture)
+
         check_arguments(weights.arguments, architecture, checkpoint)
         for name, piece, original in weights.copies():
             if not same_bytes(piece, original):
                 raise WeightsError(
-                    f"{checkpoint}: {name} differs from {original.name}, of which it must be a copy "
-                    f"in this model; it is a checkpoint of another model, or damaged"
+                    f"{checkpoint}: {name} differs from {original.name}, of which it must be a "
+                    f"copy in this model; it is a checkpoint of another model, or damaged"
                 )
     except OSError as error:
         raise WeightsError(
@@ -271,7 +311,7 @@ def open_megatron(source: Path, architecture: Architecture) -> MegatronWeights:
 
 
 def checkpoint_of(directory: Path) -> Path:
-    """The checkpoint itself: `directory`, or the one in it that its tracker names.
+    """Returns the checkpoint itself: `directory`, or the one in it that its tracker names.
 
     Raises:
         WeightsError: there is none, or one of a format that is not read.
@@ -279,6 +319,7 @@ def checkpoint_of(directory: Path) -> Path:
     if (directory / METADATA).is_file() or any(directory.glob("mp_rank_*")):
         return directory
     _refuse_other_format(directory)
+
     tracker = directory / TRACKER
     try:
         latest = tracker.read_bytes().decode(errors="replace").strip()
@@ -288,11 +329,16 @@ def checkpoint_of(directory: Path) -> Path:
         ) from error
     except OSError as error:
         raise WeightsError(f"{tracker} cannot be read ({error.strerror})") from error
-    if latest != RELEASE and not re.fullmatch(r"\d{1,12}", latest, re.ASCII):
+
+    if latest == RELEASE:
+        named = directory / RELEASE
+    elif re.fullmatch(r"\d{1,12}", latest, re.ASCII):
+        # Megatron-LM's name of an iteration's directory.
+        named = directory / f"iter_{int(latest):07d}"
+    else:
         raise WeightsError(
             f"{tracker} says {latest[:40]!r}, which is neither {RELEASE!r} nor an iteration"
         )
-    named = directory / (latest if latest == RELEASE else f"iter_{int(latest):07d}")
     if not named.is_dir():
         raise WeightsError(
             f"{tracker} says {latest!r}, but there is no {named}; copy the checkpoint again"
@@ -302,7 +348,7 @@ def checkpoint_of(directory: Path) -> Path:
 
 
 def _refuse_other_format(checkpoint: Path) -> None:
-    """Refuses by its name a checkpoint that megatron-core wrote in another format than torch_dist."""
+    """Refuses by its name a checkpoint of megatron-core in another format than torch_dist."""
     backend = None
     # Without this file it is of another kind, which the caller looks at.
     with suppress(OSError, ValueError, AttributeError, RecursionError):
@@ -317,7 +363,7 @@ def _refuse_other_format(checkpoint: Path) -> None:
 
 
 def recorded_hf(source: Path) -> Path:
-    """The HF files that the conversion recorded beside the checkpoint.
+    """Returns the directory of the HF files that the conversion recorded beside the checkpoint.
 
     Raises:
         WeightsError: there are none.
@@ -331,30 +377,32 @@ def recorded_hf(source: Path) -> Path:
 
 
 def hf_pieces(weights: MegatronWeights, dtypes: dict[str, str] | None = None) -> dict[str, Piece]:
-    """HF name -> that tensor, made of the checkpoint, in the checkpoint's dtypes or in `dtypes`.
+    """Returns HF name -> that tensor, made of the checkpoint, in forward order.
 
-    In forward order.
+    Args:
+        weights: of the checkpoint.
+        dtypes: HF name -> key of DTYPE_BYTES; None: the checkpoint's own dtypes.
     """
     pieces = {}
     for entry in entries(weights.architecture):
         tensor = weights.tensor(entry)
         for part, name in enumerate(entry.parts):
-            pieces[name] = entry.to_hf(
-                tensor, part, tensor.dtype if dtypes is None else dtypes[name]
-            )
+            dtype = tensor.dtype
+            if dtypes is not None:
+                dtype = dtypes[name]
+            pieces[name] = entry.to_hf(tensor, part, dtype)
     return pieces
 
 
 def hf_tensors(
     weights: HfWeights | MegatronWeights, architecture: Architecture
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields every HF (name, tensor) of an HF directory or a Megatron checkpoint, one at a time, on
-    the CPU.
-    """
+    """Yields every HF (name, tensor) of the weights, one at a time, on the CPU."""
     if isinstance(weights, HfWeights):
         for name in hf_shapes(architecture):
             yield name, weights.read(name)
         return
+
     import torch
 
     files = OpenFiles()
@@ -371,6 +419,7 @@ def _write(
     overwrite: bool,
     progress: Progress | None,
 ) -> Converted:
+    """Writes the planned directory and says what was done."""
     total = plan.num_bytes
 
     def advance(num_bytes: int) -> None:
@@ -383,39 +432,41 @@ def _write(
     return Converted(out, total, resumed, len(plan.targets), dtype)
 
 
-def _record_of(source: Path, weights: HfWeights, dtype: str | None) -> dict[str, bytes]:
-    """What export needs: the side files, and of safetensors the headers, which say how the weights
-    were cut.
-    """
-    record = hf_side_files(source, dtype=dtype or weights.dtype)
-    if dtype is None and all(file.suffix == ".safetensors" for file in weights.files):
-        record |= {f"{file.name}{_HEADER}": read_header(file) for file in weights.files}
-        if (source / INDEX).is_file():
-            record[INDEX] = (source / INDEX).read_bytes()
-    return record
-
-
 def _recorded_files(
     config: Path, architecture: Architecture, dtype: str, *, all_tensors: bool
 ) -> tuple[list[HfFile] | None, bytes | None]:
-    """The files that the weights came from, where they were recorded and hold this model in this
-    dtype: its matrices, or all of its tensors.
+    """Returns the files that the weights came from, where they were recorded and fit.
+
+    Args:
+        config: directory of the record.
+        architecture: the model that the files must hold.
+        dtype: that of the export; the files must have it.
+        all_tensors: all of their tensors, not only the matrices.
+
+    Returns:
+        The files and their index, None for a single file; (None, None) without files that fit.
     """
-    headers = sorted(config.glob(f"*{_HEADER}"))
-    files = [file_of_header(file.name.removesuffix(_HEADER), file.read_bytes()) for file in headers]
-    held: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for file in files:
+    files = []
+    dtypes = {}
+    shapes = {}
+    for header in sorted(config.glob(f"*{_HEADER}")):
+        file = file_of_header(header.name.removesuffix(_HEADER), header.read_bytes())
+        files.append(file)
         for name, entry in parse_header(file.header, Path(file.name)).items():
-            held[name] = (entry["dtype"], tuple(entry["shape"]))
-    shapes = {name: shape for name, (_, shape) in held.items()}
+            dtypes[name] = entry["dtype"]
+            shapes[name] = tuple(entry["shape"])
     if not files or shapes != hf_shapes(architecture):
         return None, None
-    if len(files) == 1:  # a single file of another name is not read without an index
-        files = [dataclasses.replace(files[0], name=SINGLE)]
-    if {held[name][0] for name in (held if all_tensors else [HF_EMBEDDING])} != {dtype}:
+
+    recorded_dtypes = {dtypes[HF_EMBEDDING]}
+    if all_tensors:
+        recorded_dtypes = set(dtypes.values())
+    if recorded_dtypes != {dtype}:
         return None, None
+
     if len(files) == 1:
-        return files, None
+        # A single file of another name is not read without an index.
+        return [dataclasses.replace(files[0], name=SINGLE)], None
     # The source's own index keeps its bytes; shards that came without one, or with a wrong one,
     # get one, because transformers reads no shards without it.
     index = index_of(files)
@@ -423,7 +474,3 @@ def _recorded_files(
     if recorded.is_file() and weight_index(config) == json.loads(index)["weight_map"]:
         index = recorded.read_bytes()
     return files, index
-
-
-def _second(pair: tuple[str, int]) -> int:
-    return pair[1]

@@ -41,8 +41,10 @@ from megatron_real.weights.stored import (
 )
 from megatron_real.weights.transfer import MANIFEST
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+BIN_SINGLE = "pytorch_model.bin"
+BIN_INDEX = "pytorch_model.bin.index.json"
 # What makes a directory complete for transformers and vLLM besides the weights, and its licence.
 _SIDE_FILES = (
     "*.json",
@@ -54,6 +56,7 @@ _SIDE_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
+# A larger file of these names is data that lies beside a model, not a part of it.
 _SIDE_LIMIT = 2**28
 # safetensors' own limit.
 _LARGEST_HEADER = 100_000_000
@@ -67,8 +70,12 @@ _OTHER_BYTES = {
     "F8_E8M0": 1,
     "I16": 2,
     "U16": 2,
+    "I32": 4,
+    "U32": 4,
+    "I64": 8,
+    "U64": 8,
+    "C64": 8,
 }
-_OTHER_BYTES |= {"I32": 4, "U32": 4, "I64": 8, "U64": 8, "C64": 8}
 
 logger = logging.getLogger(__name__)
 
@@ -88,13 +95,25 @@ class HfWeights:
         self.tensors: dict[str, StoredTensor] = {}
         """Name -> where it lies, in the files' order."""
         for file in self.files:
-            held = _bin_tensors(file) if file.suffix == ".bin" else _safetensors(file)
-            for name, tensor in held.items():
+            if file.suffix == ".bin":
+                archive = TorchFile(file)
+                if not isinstance(archive.object, dict):
+                    raise WeightsError(
+                        f"{file} holds no table of tensors; it is not a file of HF weights"
+                    )
+                pickled = tensors_of(archive.object, file)
+                tensors = {name: archive.stored(name, tensor) for name, tensor in pickled.items()}
+            else:
+                tensors = _safetensors(file)
+
+            for name, tensor in tensors.items():
                 if name in self.tensors:
                     raise WeightsError(
-                        f"{name} is in two files of {self.directory}; remove the one that is not needed"
+                        f"{name} is in two files of {self.directory}; remove the one that is not "
+                        f"needed"
                     )
                 self.tensors[name] = tensor
+
         missing = sorted(name for name in index if name not in self.tensors)
         if missing:
             raise WeightsError(
@@ -113,7 +132,7 @@ class HfWeights:
         return self.tensor(HF_EMBEDDING).dtype
 
     def tensor(self, name: str) -> StoredTensor:
-        """Where `name` lies.
+        """Returns where `name` lies.
 
         Raises:
             WeightsError: it is not there.
@@ -127,20 +146,26 @@ class HfWeights:
     def megatron_piece(
         self, entry: Entry, ranges: Sequence[tuple[int, int]], columns: tuple[int, int]
     ) -> Piece:
-        """The rectangle `ranges` x `columns` of a Megatron parameter, in the widest dtype of its HF
-        tensors.
+        """Returns the rectangle `ranges` x `columns` of a Megatron parameter.
+
+        Its dtype is the widest of the HF tensors that it is made of.
+
+        Raises:
+            WeightsError: one of them is missing, or of another shape than the model's.
         """
         parts = [self.tensor(name) for name in entry.parts]
         for part, shape in zip(parts, entry.shapes, strict=True):
             check_stored(part, shape)
-        return entry.from_hf(parts, widest([part.dtype for part in parts]), ranges, columns)
+        dtype = widest([part.dtype for part in parts])
+        return entry.from_hf(parts, dtype, ranges, columns)
 
     def read(self, name: str) -> Any:
-        """The tensor `name` as a torch.Tensor, in the file's dtype, on the CPU."""
+        """Returns the tensor `name` as a torch.Tensor, in the file's dtype, on the CPU."""
         import torch
 
         stored = self.tensor(name)
         tensor = torch.empty(stored.shape, dtype=torch_dtype(stored.dtype))
+        # torch.frombuffer refuses an empty buffer.
         if tensor.numel():
             data = whole(stored).read(self._open)
             tensor.copy_(torch.frombuffer(data, dtype=tensor.dtype).reshape(stored.shape))
@@ -158,7 +183,15 @@ def open_model(directory: str | Path) -> tuple[Architecture, HfWeights]:
     directory = Path(directory)
     try:
         architecture = Architecture.read(directory)
-        _refuse_adapter(directory)
+
+        # transformers with peft would add the adapter to the weights, and we would not.
+        adapter = directory / "adapter_config.json"
+        if adapter.exists():
+            raise WeightsError(
+                f"{adapter} makes the directory an adapter, not a model; merge it into its base "
+                f"model"
+            )
+
         weights = HfWeights(directory)
         check_names(weights, architecture)
         for name, shape in hf_shapes(architecture).items():
@@ -189,47 +222,39 @@ def check_names(weights: HfWeights, architecture: Architecture) -> None:
     tensors = weights.tensors
     if architecture.tied and HF_EMBEDDING not in tensors and HF_OUTPUT in tensors:
         tensors[HF_EMBEDDING] = dataclasses.replace(tensors.pop(HF_OUTPUT), name=HF_EMBEDDING)
+
     shapes = hf_shapes(architecture)
     missing = [name for name in shapes if name not in tensors]
     if missing:
         raise WeightsError(
-            f"{weights.directory} lacks {missing[0]} ({len(missing)} tensors in all); download it again"
+            f"{weights.directory} lacks {missing[0]} ({len(missing)} tensors in all); download it "
+            f"again"
         )
+
     for name in tensors.keys() - shapes.keys():
         if name.endswith(".rotary_emb.inv_freq"):
-            _check_frequencies(weights, name, architecture)
+            # A buffer that old Llama files carry. It must say what the rotary base says.
+            stored = weights.tensor(name)
+            expected = architecture.rope_frequencies
+            check_stored(stored, (len(expected),))
+            values = weights.read(name).tolist()
+            # Rounded to bfloat16 they are off by 2^-9; another base is off by far more.
+            if any(abs(a - b) > 2**-8 * b for a, b in zip(values, expected, strict=True)):
+                raise WeightsError(
+                    f"{weights.directory}: {name} is of another rotary embedding than "
+                    f"config.json's (rope_theta {architecture.rope_theta:g}); they do not belong "
+                    f"together"
+                )
         elif name == HF_OUTPUT and architecture.tied:
             if not same_bytes(whole(tensors[name]), whole(tensors[HF_EMBEDDING])):
                 raise WeightsError(
-                    f"{weights.directory}: {name} differs from the embedding, but config.json ties them"
+                    f"{weights.directory}: {name} differs from the embedding, but config.json "
+                    f"ties them"
                 )
         else:
             raise WeightsError(
                 f"{weights.directory} has {name}, for which its config.json has no place"
             )
-
-
-def _check_frequencies(weights: HfWeights, name: str, architecture: Architecture) -> None:
-    """Checks a buffer that old Llama files carry against the rotary base, which says the same."""
-    stored = weights.tensor(name)
-    expected = architecture.rope_frequencies
-    check_stored(stored, (len(expected),))
-    values = weights.read(name).tolist()
-    # Rounded to bfloat16 they are off by 2^-9; another base is off by far more.
-    if any(abs(a - b) > 2**-8 * b for a, b in zip(values, expected, strict=True)):
-        raise WeightsError(
-            f"{weights.directory}: {name} is of another rotary embedding than config.json's "
-            f"(rope_theta {architecture.rope_theta:g}); they do not belong together"
-        )
-
-
-def _refuse_adapter(directory: Path) -> None:
-    """transformers with peft would add the adapter to the weights, and we would not."""
-    file = directory / "adapter_config.json"
-    if file.exists():
-        raise WeightsError(
-            f"{file} makes the directory an adapter, not a model; merge it into its base model"
-        )
 
 
 @dataclass(frozen=True)
@@ -249,32 +274,37 @@ class HfFile:
 def hf_files(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, max_shard_bytes: int = 5 * 10**9
 ) -> tuple[list[HfFile], bytes | None]:
-    """The files for `tensors` (name -> dtype, shape.
-
-    In this order) and the index, None for a single file.
+    """Returns the files of some tensors and their index.
 
     Names, headers and order are those that transformers and safetensors write.
+
+    Args:
+        tensors: name -> dtype and shape, in the order in which they fill the files.
+        max_shard_bytes: largest sum of the tensors in one file.
+
+    Returns:
+        The files; and model.safetensors.index.json, None for a single file.
     """
     shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
-    held = 0
+    shard_bytes = 0
     for name, (dtype, shape) in tensors.items():
-        size = prod(shape) * DTYPE_BYTES[dtype]
-        if shards[-1] and held + size > max_shard_bytes:
+        num_bytes = prod(shape) * DTYPE_BYTES[dtype]
+        if shards[-1] and shard_bytes + num_bytes > max_shard_bytes:
             shards.append({})
-            held = 0
+            shard_bytes = 0
         shards[-1][name] = (dtype, shape)
-        held += size
+        shard_bytes += num_bytes
+
     if len(shards) == 1:
         return [_file(SINGLE, shards[0])], None
-    files = [
-        _file(f"model-{i:05d}-of-{len(shards):05d}.safetensors", shard)
-        for i, shard in enumerate(shards, 1)
-    ]
+    files = []
+    for i, shard in enumerate(shards, 1):
+        files.append(_file(f"model-{i:05d}-of-{len(shards):05d}.safetensors", shard))
     return files, index_of(files)
 
 
 def index_of(files: Sequence[HfFile]) -> bytes:
-    """model.safetensors.index.json of these files, as transformers writes it."""
+    """Returns model.safetensors.index.json of these files, as transformers writes it."""
     total = sum(file.size - len(file.header) for file in files)
     weight_map = {name: file.name for file in files for name in file.offsets}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -282,32 +312,38 @@ def index_of(files: Sequence[HfFile]) -> bytes:
 
 
 def _file(name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> HfFile:
-    ordered = sorted(
-        tensors, key=lambda t: (-DTYPE_BYTES[tensors[t][0]], t)
-    )  # safetensors': alignment, then name
+    """Returns the file of that name with these tensors, name -> dtype and shape."""
+    # safetensors' order: by alignment, then by name.
+    ordered = sorted(tensors, key=lambda tensor: (-DTYPE_BYTES[tensors[tensor][0]], tensor))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    begin = 0
     for tensor in ordered:
         dtype, shape = tensors[tensor]
-        size = prod(shape) * DTYPE_BYTES[dtype]
-        header[tensor] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
+        end = begin + prod(shape) * DTYPE_BYTES[dtype]
+        header[tensor] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+
     text = json.dumps(header, separators=(",", ":")).encode()
+    # The data begins at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
     return file_of_header(name, struct.pack("<Q", len(text)) + text)
 
 
 def file_of_header(name: str, header: bytes) -> HfFile:
-    """The file that begins with `header`."""
+    """Returns the file of that name that begins with `header`."""
     entries = parse_header(header, Path(name))
-    begin = len(header)
-    offsets = {tensor: begin + entry["data_offsets"][0] for tensor, entry in entries.items()}
-    size = begin + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    data_begin = len(header)
+    offsets = {}
+    size = data_begin
+    for tensor, entry in entries.items():
+        begin, end = entry["data_offsets"]
+        offsets[tensor] = data_begin + begin
+        size = max(size, data_begin + end)
     return HfFile(name, header, offsets, size)
 
 
 def read_header(file: Path) -> bytes:
-    """A safetensors file's header with its length, checked to be of a sane size.
+    """Returns a safetensors file's header with its length, checked to be of a sane size.
 
     Raises:
         WeightsError: it is not, or the file is too short for it.
@@ -315,20 +351,28 @@ def read_header(file: Path) -> bytes:
     with open(file, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        length = 0
+        if len(start) == 8:
+            (length,) = struct.unpack("<Q", start)
         if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
             raise WeightsError(
-                f"{file} is truncated or corrupt: {size} bytes with a header of {length}; download it again"
+                f"{file} is truncated or corrupt: {size} bytes with a header of {length}; download "
+                f"it again"
             )
         return start + stream.read(length)
 
 
 def parse_header(header: bytes, file: Path) -> dict[str, dict[str, Any]]:
-    """Name -> {dtype, shape, data_offsets} of a header, checked: sizes agree and offsets tile the
-    data from 0.
+    """Returns name -> {dtype, shape, data_offsets} of a checked header.
+
+    Sizes agree with shapes and dtypes, and the offsets tile the data from 0.
+
+    Args:
+        header: as `read_header` returns it.
+        file: where it is from, for messages.
 
     Raises:
-        WeightsError: they do not.
+        WeightsError: the header is corrupt.
     """
     try:
         entries = json.loads(header[8:], object_pairs_hook=_unique)
@@ -336,28 +380,32 @@ def parse_header(header: bytes, file: Path) -> dict[str, dict[str, Any]]:
         raise WeightsError(
             f"{file} has a header that is not JSON ({error}); download it again"
         ) from error
+    # safetensors reads no header that begins with a space.
     if not isinstance(entries, dict) or header[8:9] != b"{":
         raise WeightsError(f"{file} has a header that is not a table of tensors; download it again")
-    words = entries.pop("__metadata__", {})
-    if not isinstance(words, dict) or not all(isinstance(word, str) for word in words.values()):
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise WeightsError(f"{file} has a header whose metadata are not words; download it again")
-    at = 0
-    for name, entry in sorted(entries.items(), key=lambda item: _span(item[1], item[0], file)):
-        begin, end = _span(entry, name, file)
-        if begin != at:
-            kind = "overlaps another" if begin < at else "leaves a hole before it"
+
+    spans = {name: _span(entry, name, file) for name, entry in entries.items()}
+    previous_end = 0
+    for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
+        if begin != previous_end:
+            kind = "leaves a hole before it"
+            if begin < previous_end:
+                kind = "overlaps another"
             raise WeightsError(
                 f"{file}: {name} at bytes {begin} to {end} {kind}; the header is corrupt"
             )
-        at = end
+        previous_end = end
     return entries
 
 
 def hf_side_files(directory: Path, *, dtype: str, index: bytes | None = None) -> dict[str, bytes]:
-    """What makes an HF directory of weights in `dtype` complete, besides the weights.
+    """Returns what makes an HF directory of weights complete, besides the weights.
 
     Args:
-        directory: where they are taken from.
+        directory: where the files are taken from.
         dtype: of the weights, which config.json names.
         index: the weights' index, where they have one.
 
@@ -367,16 +415,26 @@ def hf_side_files(directory: Path, *, dtype: str, index: bytes | None = None) ->
     Raises:
         WeightsError: one of them is missing, no regular file, or a link out of the directory.
     """
-    contents = {} if index is None else {INDEX: index}
+    contents: dict[str, bytes] = {}
+    if index is not None:
+        contents[INDEX] = index
     for file in side_files(directory):
         contents[str(file.relative_to(directory))] = file.read_bytes()
+
     if "config.json" in contents:
-        contents["config.json"] = _config_with_dtype(contents["config.json"], stored_dtype(dtype))
+        values = json.loads(contents["config.json"])
+        torch_name = TORCH_NAMES[stored_dtype(dtype)]
+        # transformers 5 spells the key dtype, 4 torch_dtype. A config that says it already keeps
+        # its bytes.
+        keys = [key for key in ("dtype", "torch_dtype") if key in values]
+        if any(values[key] != torch_name for key in keys):
+            values |= dict.fromkeys(keys, torch_name)
+            contents["config.json"] = json.dumps(values, indent=2).encode() + b"\n"
     return contents
 
 
 def side_files(directory: Path) -> list[Path]:
-    """The files of a model that an export copies as they are: config, tokenizer, templates, code.
+    """Returns the files that an export copies as they are: config, tokenizer, templates, code.
 
     Raises:
         WeightsError: one of them is no regular file, or a link out of the directory.
@@ -384,8 +442,10 @@ def side_files(directory: Path) -> list[Path]:
     files = {file for pattern in _SIDE_FILES for file in directory.glob(pattern)}
     if any(_names_code(file) for file in files if file.parent == directory):
         files |= set(directory.glob("*.py"))
+
     kept = []
     for file in sorted(files):
+        # Both describe the weights' files, which the export cuts anew.
         if file.name.endswith(".index.json") or file.name == MANIFEST:
             continue
         _refuse_link_outside(file, directory)
@@ -397,7 +457,7 @@ def side_files(directory: Path) -> list[Path]:
 
 
 def _names_code(file: Path) -> bool:
-    """Whether a JSON file has an `auto_map`: classes in Python files beside it (trust_remote_code)."""
+    """Whether a JSON file has an `auto_map`: classes in Python files beside it."""
     if file.suffix != ".json" or _check_regular(file) > _SIDE_LIMIT:
         return False
     data = file.read_bytes()
@@ -430,83 +490,84 @@ def _refuse_link_outside(file: Path, directory: Path) -> None:
         )
 
 
-def _config_with_dtype(config: bytes, dtype: str) -> bytes:
-    """config.json naming `dtype`, in whichever spelling it has; verbatim where it already does."""
-    values = json.loads(config)
-    name = TORCH_NAMES[dtype]
-    keys = [key for key in ("dtype", "torch_dtype") if key in values]
-    if all(values[key] == name for key in keys):
-        return config
-    return json.dumps(values | dict.fromkeys(keys, name), indent=2).encode() + b"\n"
-
-
 def _span(entry: Any, name: str, file: Path) -> tuple[int, int]:
-    """data_offsets of a header's entry, after checking it by itself."""
+    """Returns data_offsets of a header's entry, after checking the entry by itself."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise WeightsError(
             f"{file}: {name} lacks dtype, shape or data_offsets; the header is corrupt"
         )
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    bytes_each = {**DTYPE_BYTES, **_OTHER_BYTES}.get(dtype) if isinstance(dtype, str) else None
-    if bytes_each is None:
+    dtype = entry["dtype"]
+    shape = entry["shape"]
+    offsets = entry["data_offsets"]
+
+    num_bytes = None
+    if isinstance(dtype, str):
+        num_bytes = {**DTYPE_BYTES, **_OTHER_BYTES}.get(dtype)
+    if num_bytes is None:
         raise WeightsError(f"{file}: {name} has the dtype {dtype!r}, which does not exist")
-    whole = (
+
+    # Few dimensions and numbers below 2^63, so that the product of a shape is quickly computed.
+    is_sane = (
         isinstance(shape, list)
         and isinstance(offsets, list)
         and len(shape) <= 8
         and len(offsets) == 2
         and all(type(number) is int and 0 <= number < 2**63 for number in (*shape, *offsets))
     )
-    if not whole:
+    if not is_sane:
         raise WeightsError(
             f"{file}: {name} has the shape {shape!r} and offsets {offsets!r}; the header is corrupt"
         )
     begin, end = offsets
-    if end - begin != prod(shape) * bytes_each:
+    if end - begin != prod(shape) * num_bytes:
         raise WeightsError(
-            f"{file}: {name} of shape {shape} and dtype {dtype} does not fill bytes {begin} to {end}"
+            f"{file}: {name} of shape {shape} and dtype {dtype} does not fill bytes {begin} to "
+            f"{end}"
         )
     return begin, end
 
 
 def _safetensors(file: Path) -> dict[str, StoredTensor]:
+    """Returns the tensors of a safetensors file, which must be as long as its header says."""
     try:
         header = read_header(file)
     except OSError as error:
         raise WeightsError(f"{file}: cannot be read ({error.strerror})") from error
     entries = parse_header(header, file)
-    begin, size = len(header), file.stat().st_size
+    begin = len(header)
+    size = file.stat().st_size
     end = begin + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if end != size:
         raise WeightsError(
-            f"{file} has {size} bytes where its header says {end}; it is truncated: download it again"
+            f"{file} has {size} bytes where its header says {end}; it is truncated: download it "
+            f"again"
         )
-    found = {}
+
+    tensors = {}
     for name, entry in entries.items():
         shape = tuple(entry["shape"])
-        rows = shape[0] if shape else 1
-        chunk = Chunk(file, begin + entry["data_offsets"][0], 0, 0, rows, prod(shape[1:]))
-        found[name] = StoredTensor(name, entry["dtype"], shape, (chunk,))
-    return found
-
-
-def _bin_tensors(file: Path) -> dict[str, StoredTensor]:
-    archive = TorchFile(file)
-    if not isinstance(archive.object, dict):
-        raise WeightsError(f"{file} holds no table of tensors; it is not a file of HF weights")
-    tensors = tensors_of(archive.object, file)
-    return {name: archive.stored(name, tensor) for name, tensor in tensors.items()}
+        rows = 1
+        if shape:
+            rows = shape[0]
+        offset = begin + entry["data_offsets"][0]
+        chunk = Chunk(file, offset, row=0, column=0, rows=rows, columns=prod(shape[1:]))
+        tensors[name] = StoredTensor(name, entry["dtype"], shape, (chunk,))
+    return tensors
 
 
 def weight_index(directory: Path) -> dict[str, str]:
-    """Tensor name -> file name, as the index says that transformers would read; {} without one.
+    """Returns tensor name -> file name, as the index says that transformers would read; {} without.
 
     Raises:
         WeightsError: it is no index, or weights beside it make it unclear which ones are meant.
     """
     for single, name in ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX)):
-        has_single, has_index = (directory / single).exists(), (directory / name).exists()
-        index = _read_index(directory / name) if has_index else {}
+        has_single = (directory / single).exists()
+        has_index = (directory / name).exists()
+        index = {}
+        if has_index:
+            index = _read_index(directory / name)
+
         others = sorted(set(index.values()) - {single})
         # transformers reads the single file, vLLM the index, and the two may be different models.
         if has_single and others:
@@ -520,7 +581,7 @@ def weight_index(directory: Path) -> dict[str, str]:
 
 
 def _weight_files(directory: Path, index: Mapping[str, str]) -> list[Path]:
-    """The files that hold the weights: the index's, the single one, or all shards.
+    """Returns the files that hold the weights: the index's, the single one, or all shards.
 
     Raises:
         WeightsError: there are none, one cannot be read, or it is unclear which are meant.
@@ -531,15 +592,18 @@ def _weight_files(directory: Path, index: Mapping[str, str]) -> list[Path]:
         names = [SINGLE]
     elif not names and (directory / BIN_SINGLE).exists():
         names = [BIN_SINGLE]
+
     if shards and names and names[0].endswith(".bin"):
         raise WeightsError(
             f"{directory} has both {names[0]} and {shards[0]} without an index, which transformers "
             f"does not read; remove the weights that are not meant"
         )
+
     names = names or shards
     if not names:
         raise WeightsError(
-            f"{str(directory)!r} has no {SINGLE}, {INDEX} or {BIN_SINGLE}; give a directory of HF weights"
+            f"{str(directory)!r} has no {SINGLE}, {INDEX} or {BIN_SINGLE}; give a directory of HF "
+            f"weights"
         )
     for name in names:
         _check_regular(directory / name)
@@ -547,6 +611,7 @@ def _weight_files(directory: Path, index: Mapping[str, str]) -> list[Path]:
 
 
 def _read_index(file: Path) -> dict[str, str]:
+    """Returns tensor name -> file name of an index, each a name within the directory."""
     _check_regular(file)
     try:
         weight_map = json.loads(file.read_bytes(), object_pairs_hook=_unique)["weight_map"]
@@ -555,10 +620,11 @@ def _read_index(file: Path) -> dict[str, str]:
         raise WeightsError(
             f"{file} is not an index of weights ({error!r}); download it again"
         ) from error
+
+    # No slash and no "..": an index must not lead to files elsewhere.
+    file_name = re.compile(r"[\w.-]+\.(safetensors|bin)", re.ASCII)
     for name, target in items:
-        if not isinstance(target, str) or not re.fullmatch(
-            r"[\w.-]+\.(safetensors|bin)", target, re.ASCII
-        ):
+        if not isinstance(target, str) or not file_name.fullmatch(target):
             raise WeightsError(
                 f"{file}: {name} lies in {target!r}, which is not a file name of weights"
             )
@@ -566,24 +632,32 @@ def _read_index(file: Path) -> dict[str, str]:
 
 
 def _check_regular(file: Path) -> int:
-    """The file's size, after following links.
+    """Returns a file's size, after following links.
 
     Raises:
-        WeightsError: missing, a loop of links, or no regular file.
+        WeightsError: the file is missing, a loop of links, or no regular file.
     """
     try:
         status = file.stat()
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "a loop of links"
+    except OSError as error:
         raise WeightsError(
-            f"{file} cannot be read ({reason}); the download may be incomplete"
+            f"{file} cannot be read ({error.strerror}); the download may be incomplete"
         ) from error
+    except RuntimeError as error:
+        raise WeightsError(
+            f"{file} cannot be read (a loop of links); the download may be incomplete"
+        ) from error
+    # A pipe or a device would block or never end.
     if not stat.S_ISREG(status.st_mode):
         raise WeightsError(f"{file} is not a regular file")
     return status.st_size
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the table of a JSON object, for `object_pairs_hook`; refuses a name given twice.
+
+    Readers differ in which of the two they take.
+    """
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("a name stands twice in one table")

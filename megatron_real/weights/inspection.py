@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_real.weights.hf import HfWeights
 from megatron_real.weights.torch_dist import (
     CONFIG,
     METADATA,
+    OPTIMIZER_PREFIXES,
     TorchDistWeights,
     common_state,
     read_metadata,
@@ -24,87 +26,94 @@ from megatron_real.weights.verify import is_hf
 
 
 def describe(directory: Path, hf_config: Path | None = None) -> dict[str, Any]:
-    """Format, architecture, parameters, dtypes, layout and size.
+    """Returns format, architecture, parameters, dtypes, layout and size of a directory.
+
+    Args:
+        directory: HF directory or Megatron checkpoint.
+        hf_config: HF directory of the checkpoint's config.json; None: the one that the conversion
+            recorded. Without any, what follows from the architecture is left out.
 
     Raises:
         WeightsError: it is neither an HF directory nor a Megatron checkpoint.
     """
     if is_hf(directory):
         return _describe_hf(directory)
+
     checkpoint = checkpoint_of(directory)
+    # A checkpoint without its config.json still has a format, tensors and a size to show.
     try:
         architecture = Architecture.read(hf_config or recorded_hf(directory))
     except WeightsError:
         architecture = None
-    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+
     if (checkpoint / METADATA).is_file():
-        return _describe_torch_dist(checkpoint, architecture) | {"bytes": size}
-    found: dict[str, Any] = {
-        "format": "Megatron torch, one file a rank",
-        "checkpoint": str(checkpoint),
-    }
-    if architecture is not None:
-        weights = open_megatron(checkpoint, architecture)
-        assert not isinstance(weights, TorchDistWeights), "it has no .metadata"
-        found |= {"dtype": weights.dtype, "layout": {"tp": weights.tp, "pp": weights.pp}} | _model(
-            architecture
-        )
-    return found | {"bytes": size}
+        description = _describe_torch_dist(checkpoint, architecture)
+    else:
+        description = {
+            "format": "Megatron torch, one file a rank",
+            "checkpoint": str(checkpoint),
+        }
+        if architecture is not None:
+            weights = open_megatron(checkpoint, architecture)
+            assert not isinstance(weights, TorchDistWeights), "it has no .metadata"
+            description["dtype"] = weights.dtype
+            description["layout"] = {"tp": weights.tp, "pp": weights.pp}
+            description["parameters"] = architecture.num_parameters
+            description["architecture"] = dataclasses.asdict(architecture)
+    files = [file for file in checkpoint.rglob("*") if file.is_file()]
+    description["bytes"] = sum(file.stat().st_size for file in files)
+    return description
 
 
 def _describe_hf(directory: Path) -> dict[str, Any]:
-    weights, architecture = HfWeights(directory), Architecture.read(directory)
+    weights = HfWeights(directory)
+    architecture = Architecture.read(directory)
     dtypes = collections.Counter(tensor.dtype for tensor in weights.tensors.values())
     return {
         "format": "HF " + weights.files[0].suffix.removeprefix("."),
         "files": len(weights.files),
         "tensors": len(weights.tensors),
         "dtypes": dict(dtypes),
-        **_model(architecture),
+        "parameters": architecture.num_parameters,
+        "architecture": dataclasses.asdict(architecture),
         "bytes": sum(file.stat().st_size for file in weights.files),
     }
 
 
 def _describe_torch_dist(checkpoint: Path, architecture: Architecture | None) -> dict[str, Any]:
     metadata = read_metadata(checkpoint)
-    shapes, chunks = metadata.shapes, metadata.chunks
-    ours = {
-        key: value
-        for key, value in shapes.items()
-        if not key.startswith(("optimizer.", "chained_"))
+    # The optimizer's tensors are of the same shapes and would be counted as parameters.
+    model = {
+        key: shape_and_dtype
+        for key, shape_and_dtype in metadata.shapes.items()
+        if not key.startswith(OPTIMIZER_PREFIXES)
     }
-    dtypes = collections.Counter(dtype for _, dtype in ours.values())
-    iteration = common_state(checkpoint, metadata).get("iteration")
-    return {
-        "format": "Megatron torch_dist",
-        "versions": _versions(checkpoint),
-        "checkpoint": str(checkpoint),
-        "written_by": "megatron-core with optimizer" if len(ours) < len(shapes) else "weights only",
-        "iteration": iteration if isinstance(iteration, int) else "unknown",
-        "tensors": len(ours),
-        "chunks": sum(len(chunks.get(key, [])) for key in ours),
-        "dtypes": dict(dtypes),
-        "parameters": sum(prod(shape) for shape, _ in ours.values()),
-        "layout": "any TP, PP and VPP",
-        **(
-            {}
-            if architecture is None
-            else {k: v for k, v in _model(architecture).items() if k != "parameters"}
-        ),
-    }
+    written_by = "weights only"
+    if len(model) < len(metadata.shapes):
+        written_by = "megatron-core with optimizer"
 
-
-def _versions(checkpoint: Path) -> dict[str, Any]:
-    """Of the checkpoint's format, as megatron-core notes them."""
-    try:
+    # Versions of the format, as megatron-core notes them; a note that cannot be read is none.
+    versions = {}
+    with suppress(OSError, ValueError, AttributeError, TypeError):
         noted = json.loads((checkpoint / CONFIG).read_bytes())
-        return {key: noted[key] for key in sorted(noted) if key.endswith("_version")}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
+        versions = {key: noted[key] for key in sorted(noted) if key.endswith("_version")}
 
+    iteration = common_state(checkpoint, metadata).get("iteration")
+    if not isinstance(iteration, int):
+        iteration = "unknown"
 
-def _model(architecture: Architecture) -> dict[str, Any]:
-    return {
-        "parameters": architecture.num_parameters,
-        "architecture": dataclasses.asdict(architecture),
+    description = {
+        "format": "Megatron torch_dist",
+        "versions": versions,
+        "checkpoint": str(checkpoint),
+        "written_by": written_by,
+        "iteration": iteration,
+        "tensors": len(model),
+        "chunks": sum(len(metadata.chunks.get(key, [])) for key in model),
+        "dtypes": dict(collections.Counter(dtype for _, dtype in model.values())),
+        "parameters": sum(prod(shape) for shape, _ in model.values()),
+        "layout": "any TP, PP and VPP",
     }
+    if architecture is not None:
+        description["architecture"] = dataclasses.asdict(architecture)
+    return description

@@ -1,13 +1,17 @@
 """The one mapping between HF and Megatron weights: names, shapes, and which row goes where.
 
 Conversion, loading, weight sync and export all walk `entries(architecture)`. An entry ties one
-Megatron parameter to the one to three HF tensors it is made of, always as whole rows (`runs`):
+Megatron parameter to the one to three HF tensors it is made of, always as whole rows (`runs`).
 
-    linear_qkv   per KV group: its q rows, its k rows, its v rows       <- q_proj, k_proj, v_proj   split over rows
-    linear_fc1   gate rows, then up rows, each split over TP ranks      <- gate_proj, up_proj       split over rows
-    embedding    padded to a multiple of 128 * TP rows                  <- embed_tokens, lm_head    split over rows
-    linear_proj, linear_fc2                                             <- o_proj, down_proj        split over columns
-    norms, and the biases of linear_proj and linear_fc2                 <- one to one               replicated
+    linear_qkv      q_proj, k_proj, v_proj: per KV group its q rows, its k rows, its v rows.
+                    Tensor parallelism splits it over rows.
+    linear_fc1      gate_proj, up_proj: gate rows, then up rows. Each half is split over rows.
+    embedding       embed_tokens, and lm_head likewise: padded to a multiple of 128 * TP rows, split
+                    over rows.
+    linear_proj, linear_fc2
+                    o_proj, down_proj: one to one, split over columns.
+    norms, and the biases of linear_proj and linear_fc2
+                    one to one, replicated.
 
 A new architecture is a line in architecture.SUPPORTED, its traits, and rows of LAYER that hold for
 a trait.
@@ -15,7 +19,7 @@ a trait.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -28,83 +32,95 @@ if TYPE_CHECKING:
 Kind = Literal["qkv", "gate_up", "vocab", "columns", "replicated"]
 """How HF tensors are joined to a Megatron parameter, and how tensor parallelism splits it."""
 
-Rows = tuple[str, Kind, tuple[tuple[str, ...], ...], str]
 
-# Megatron name, kind, (HF name, its dimensions) of each part, the trait of the architecture that it
-# needs. A name is the one in the checkpoint, where a norm belongs to the linear after it, as
-# TransformerEngine fuses them.
-LAYER: tuple[Rows, ...] = (
-    (
+@dataclass(frozen=True)
+class Row:
+    """A row of the table below: a Megatron parameter of a layer, and what it is made of."""
+
+    name: str
+    """Name in a checkpoint, where a norm belongs to the linear after it, as TransformerEngine fuses
+    them."""
+    kind: Kind
+    """How the parts are joined and sharded."""
+    parts: Mapping[str, tuple[str, ...]]
+    """HF name of each part -> its dimensions, as `entries` names their sizes."""
+    trait: str = ""
+    """The trait of `Architecture` that it needs; "" for a parameter that every model has."""
+
+
+LAYER: tuple[Row, ...] = (
+    Row(
         "self_attention.linear_qkv.layer_norm_weight",
         "replicated",
-        (("input_layernorm.weight", "hidden"),),
-        "",
+        {"input_layernorm.weight": ("hidden",)},
     ),
-    (
+    Row(
         "self_attention.linear_qkv.weight",
         "qkv",
-        (
-            ("self_attn.q_proj.weight", "q", "hidden"),
-            ("self_attn.k_proj.weight", "kv", "hidden"),
-            ("self_attn.v_proj.weight", "kv", "hidden"),
-        ),
-        "",
+        {
+            "self_attn.q_proj.weight": ("q", "hidden"),
+            "self_attn.k_proj.weight": ("kv", "hidden"),
+            "self_attn.v_proj.weight": ("kv", "hidden"),
+        },
     ),
-    (
+    Row(
         "self_attention.linear_qkv.bias",
         "qkv",
-        (
-            ("self_attn.q_proj.bias", "q"),
-            ("self_attn.k_proj.bias", "kv"),
-            ("self_attn.v_proj.bias", "kv"),
-        ),
-        "qkv_bias",
+        {
+            "self_attn.q_proj.bias": ("q",),
+            "self_attn.k_proj.bias": ("kv",),
+            "self_attn.v_proj.bias": ("kv",),
+        },
+        trait="qkv_bias",
     ),
-    (
+    Row(
         "self_attention.q_layernorm.weight",
         "replicated",
-        (("self_attn.q_norm.weight", "head"),),
-        "qk_norm",
+        {"self_attn.q_norm.weight": ("head",)},
+        trait="qk_norm",
     ),
-    (
+    Row(
         "self_attention.k_layernorm.weight",
         "replicated",
-        (("self_attn.k_norm.weight", "head"),),
-        "qk_norm",
+        {"self_attn.k_norm.weight": ("head",)},
+        trait="qk_norm",
     ),
-    (
+    Row(
         "self_attention.linear_proj.weight",
         "columns",
-        (("self_attn.o_proj.weight", "hidden", "q"),),
-        "",
+        {"self_attn.o_proj.weight": ("hidden", "q")},
     ),
-    (
+    Row(
         "self_attention.linear_proj.bias",
         "replicated",
-        (("self_attn.o_proj.bias", "hidden"),),
-        "linear_bias",
+        {"self_attn.o_proj.bias": ("hidden",)},
+        trait="linear_bias",
     ),
-    (
+    Row(
         "mlp.linear_fc1.layer_norm_weight",
         "replicated",
-        (("post_attention_layernorm.weight", "hidden"),),
-        "",
+        {"post_attention_layernorm.weight": ("hidden",)},
     ),
-    (
+    Row(
         "mlp.linear_fc1.weight",
         "gate_up",
-        (("mlp.gate_proj.weight", "ffn", "hidden"), ("mlp.up_proj.weight", "ffn", "hidden")),
-        "",
+        {"mlp.gate_proj.weight": ("ffn", "hidden"), "mlp.up_proj.weight": ("ffn", "hidden")},
     ),
-    (
+    Row(
         "mlp.linear_fc1.bias",
         "gate_up",
-        (("mlp.gate_proj.bias", "ffn"), ("mlp.up_proj.bias", "ffn")),
-        "linear_bias",
+        {"mlp.gate_proj.bias": ("ffn",), "mlp.up_proj.bias": ("ffn",)},
+        trait="linear_bias",
     ),
-    ("mlp.linear_fc2.weight", "columns", (("mlp.down_proj.weight", "hidden", "ffn"),), ""),
-    ("mlp.linear_fc2.bias", "replicated", (("mlp.down_proj.bias", "hidden"),), "linear_bias"),
+    Row("mlp.linear_fc2.weight", "columns", {"mlp.down_proj.weight": ("hidden", "ffn")}),
+    Row(
+        "mlp.linear_fc2.bias",
+        "replicated",
+        {"mlp.down_proj.bias": ("hidden",)},
+        trait="linear_bias",
+    ),
 )
+"""Parameters of a layer, in forward order."""
 
 # The norms' names in megatron-core's local layer spec, where they are modules of their own.
 LOCAL_NAMES = {
@@ -112,8 +128,10 @@ LOCAL_NAMES = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 
-EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
-HF_EMBEDDING, HF_OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+HF_EMBEDDING = "model.embed_tokens.weight"
+HF_OUTPUT = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -136,54 +154,67 @@ class Entry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Parameter names with the global layer number: TransformerEngine's layer spec and the
-        local one.
-        """
+        """Names with the layer's number: that of TransformerEngine's layer spec, then the local."""
         if self.layer is None:
             return (self.key,)
-        rest = self.key.removeprefix("decoder.layers.")
-        return tuple(
-            f"decoder.layers.{self.layer}.{name}"
-            for name in dict.fromkeys([rest, LOCAL_NAMES.get(rest, rest)])
-        )
+        name = self.key.removeprefix("decoder.layers.")
+        spellings = dict.fromkeys([name, LOCAL_NAMES.get(name, name)])
+        return tuple(f"decoder.layers.{self.layer}.{spelling}" for spelling in spellings)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole parameter, without padding."""
+        """Shape of the whole parameter, without padding."""
         return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
 
     @property
     def columns(self) -> int:
         """Elements of a row; 1 for vectors."""
-        return self.shape[1] if len(self.shape) > 1 else 1
+        if len(self.shape) == 1:
+            return 1
+        return self.shape[1]
 
     @property
     def runs(self) -> list[tuple[int, int, int]]:
         """(part, first row there, rows), in the order of the parameter's rows at TP 1."""
         if self.kind != "qkv":
             return [(part, 0, shape[0]) for part, shape in enumerate(self.shapes)]
-        heights = [shape[0] // self.groups for shape in self.shapes]
-        return [
-            (part, g * rows, rows) for g in range(self.groups) for part, rows in enumerate(heights)
-        ]
+
+        # Interleaved by KV group, so that a tensor-parallel rank's whole groups are adjacent rows.
+        runs = []
+        for group in range(self.groups):
+            for part, shape in enumerate(self.shapes):
+                rows = shape[0] // self.groups
+                runs.append((part, group * rows, rows))
+        return runs
 
     def local_ranges(
         self, tp_rank: int, tp: int, *, padded_rows: int
     ) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-        """The rows [first, last) at TP 1, in local order, and the columns [first, last), that a
-        rank holds.
+        """Returns what a tensor-parallel rank holds of the parameter.
+
+        Args:
+            tp_rank, tp: which rank, of how many.
+            padded_rows: rows of the padded vocabulary; read for a vocabulary only.
+
+        Returns:
+            The row ranges [first, last) at TP 1, in the rank's own order, and the column range.
         """
+        rows = self.shape[0]
         columns = (0, self.columns)
         if self.kind == "replicated":
-            return [(0, self.shape[0])], columns
+            return [(0, rows)], columns
         if self.kind == "columns":
             width = self.columns // tp
-            return [(0, self.shape[0])], (tp_rank * width, (tp_rank + 1) * width)
+            return [(0, rows)], (tp_rank * width, (tp_rank + 1) * width)
         if self.kind == "gate_up":
+            # A rank holds its part of the gate and its part of up, one below the other.
             height = self.shapes[0][0]
             part = height // tp
-            return [(up + tp_rank * part, up + (tp_rank + 1) * part) for up in (0, height)], columns
-        part = (padded_rows if self.kind == "vocab" else self.shape[0]) // tp
+            halves = (0, height)
+            return [(top + tp_rank * part, top + (tp_rank + 1) * part) for top in halves], columns
+        if self.kind == "vocab":
+            rows = padded_rows
+        part = rows // tp
         return [(tp_rank * part, (tp_rank + 1) * part)], columns
 
     def from_hf(
@@ -193,7 +224,7 @@ class Entry:
         ranges: Sequence[tuple[int, int]],
         columns: tuple[int, int],
     ) -> Piece:
-        """The rectangle `ranges` x `columns` of the Megatron parameter, made of its HF tensors."""
+        """Returns the rectangle `ranges` x `columns` of the parameter, made of its HF tensors."""
         runs = row_ranges([Run(hf[part], row, rows) for part, row, rows in self.runs], ranges)
         return self._piece(runs, dtype, ranges, columns)
 
@@ -204,9 +235,7 @@ class Entry:
         ranges: Sequence[tuple[int, int]],
         columns: tuple[int, int],
     ) -> Piece:
-        """The rectangle `ranges` x `columns` of the Megatron parameter, out of a checkpoint of any
-        layout.
-        """
+        """Returns the rectangle `ranges` x `columns` of the parameter, out of any checkpoint."""
         runs = row_ranges([Run(megatron, 0, self.shape[0])], ranges)
         return self._piece(runs, dtype, ranges, columns)
 
@@ -217,13 +246,17 @@ class Entry:
         ranges: Sequence[tuple[int, int]],
         columns: tuple[int, int],
     ) -> Piece:
-        height, width = sum(last - first for first, last in ranges), columns[1] - columns[0]
-        shape = (height, width) if len(self.shape) > 1 else (height,)
+        height = sum(last - first for first, last in ranges)
+        width = columns[1] - columns[0]
+        shape: tuple[int, ...] = (height,)
+        if len(self.shape) > 1:
+            shape = (height, width)
         return Piece(f"{self.key}[{self.layer}]", dtype, shape, runs, columns[0], width)
 
     def to_hf(self, megatron: StoredTensor, part: int, dtype: str) -> Piece:
-        """HF tensor `part`, made of the Megatron parameter in a checkpoint."""
-        runs, top = [], 0
+        """Returns HF tensor `part`, made of the Megatron parameter in a checkpoint."""
+        runs = []
+        top = 0
         for owner, _, rows in self.runs:
             if owner == part:
                 runs.append(Run(megatron, top, rows))
@@ -231,11 +264,12 @@ class Entry:
         return Piece(self.parts[part], dtype, self.shapes[part], tuple(runs), 0, self.columns)
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """The HF tensors, out of every tensor-parallel rank's live parameter in rank order.
+        """Returns the HF tensors, out of every tensor-parallel rank's live parameter.
 
-        A vocabulary is padded.
+        What is whole on one rank is a view of its parameter. A vocabulary stays padded.
 
-        What is whole on one rank is a view of its parameter.
+        Args:
+            shards: the parameter on each tensor-parallel rank, in rank order.
         """
         if self.kind == "replicated":
             return [shards[0]]
@@ -246,19 +280,23 @@ class Entry:
             return [_joined([half[i] for half in halves]) for i in range(2)]
         if self.kind == "vocab":
             return [_joined(shards)]
-        everything = _joined(shards)
-        parts: list[list[Tensor]] = [[] for _ in self.parts]
+
+        qkv = _joined(shards)
+        rows_of_parts: list[list[Tensor]] = [[] for _ in self.parts]
         top = 0
         for part, _, rows in self.runs:
-            parts[part].append(everything[top : top + rows])
+            rows_of_parts[part].append(qkv[top : top + rows])
             top += rows
-        return [_joined(rows) for rows in parts]
+        return [_joined(rows) for rows in rows_of_parts]
 
 
 def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Returns the tensors concatenated; a single one as it is, without a copy."""
     import torch
 
-    return torch.cat(list(tensors), dim) if len(tensors) > 1 else tensors[0]
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.cat(list(tensors), dim)
 
 
 class Weights(Protocol):
@@ -271,11 +309,11 @@ class Weights(Protocol):
     def megatron_piece(
         self, entry: Entry, ranges: Sequence[tuple[int, int]], columns: tuple[int, int]
     ) -> Piece:
-        """The rectangle of a Megatron parameter, in the files' own dtype."""
+        """Returns the rectangle of a Megatron parameter, in the files' own dtype."""
 
 
 def entries(architecture: Architecture) -> Iterator[Entry]:
-    """Every parameter of the model once, in forward order.
+    """Yields every parameter of the model once, in forward order.
 
     A tied output weight has no entry: it is the embedding.
     """
@@ -288,34 +326,38 @@ def entries(architecture: Architecture) -> Iterator[Entry]:
         "head": a.head_dim,
     }
     table = (a.vocab_size, a.hidden_size)
+
     yield Entry(EMBEDDING, None, "vocab", (HF_EMBEDDING,), (table,), 1)
+
     for layer in range(a.num_layers):
-        for key, kind, parts, trait in LAYER:
-            if not trait or getattr(a, trait):
-                yield Entry(
-                    key=f"decoder.layers.{key}",
-                    layer=layer,
-                    kind=kind,
-                    parts=tuple(f"model.layers.{layer}.{name}" for name, *_ in parts),
-                    shapes=tuple(tuple(sizes[size] for size in dims) for _, *dims in parts),
-                    groups=a.num_kv_heads,
-                )
+        for row in LAYER:
+            if row.trait and not getattr(a, row.trait):
+                continue
+            shapes = [tuple(sizes[name] for name in dims) for dims in row.parts.values()]
+            yield Entry(
+                key=f"decoder.layers.{row.name}",
+                layer=layer,
+                kind=row.kind,
+                parts=tuple(f"model.layers.{layer}.{name}" for name in row.parts),
+                shapes=tuple(shapes),
+                groups=a.num_kv_heads,
+            )
+
     yield Entry(
-        "decoder.final_layernorm.weight",
-        None,
-        "replicated",
-        ("model.norm.weight",),
-        ((a.hidden_size,),),
-        1,
+        key="decoder.final_layernorm.weight",
+        layer=None,
+        kind="replicated",
+        parts=("model.norm.weight",),
+        shapes=((a.hidden_size,),),
+        groups=1,
     )
     if not a.tied:
         yield Entry(OUTPUT, None, "vocab", (HF_OUTPUT,), (table,), 1)
 
 
 def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """HF name -> shape of every tensor of the model, in forward order."""
-    return {
-        name: shape
-        for e in entries(architecture)
-        for name, shape in zip(e.parts, e.shapes, strict=True)
-    }
+    """Returns HF name -> shape of every tensor of the model, in forward order."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for entry in entries(architecture):
+        shapes.update(zip(entry.parts, entry.shapes, strict=True))
+    return shapes

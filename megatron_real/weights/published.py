@@ -1,5 +1,6 @@
-"""Shapes of published models, shipped with the package: what `plan` and `rehearse` need of a model,
-without a download.
+"""Shapes of published models, shipped with the package for `plan` and `rehearse`.
+
+They need no more of a model than its sizes, so that nothing has to be downloaded.
 
 Each is a folder `published_models/NAME` with a config.json of the model's sizes, read by the same
 `Architecture.read` as any other directory of HF weights. The sizes are those of the six
@@ -25,18 +26,20 @@ PUBLISHED = (
 
 
 def published_model(name: str) -> Path:
-    """Returns the directory with the config.json of a published model: a value for model.path,
-    without weights.
+    """Returns the directory of a published model's config.json.
+
+    It is a value for model.path that has no weights.
 
     Example:
-        config = configuration.load(file, [*words, f"model.path={published_model('r1-distill-qwen-7b')}"])
+        path = published_model("r1-distill-qwen-7b")
+        config = configuration.load(file, [*words, f"model.path={path}"])
 
     Raises:
         ValueError: no such model is shipped.
     """
     if name not in PUBLISHED:
         raise ValueError(
-            f"no shapes of a model {name!r} are shipped; take one of {', '.join(PUBLISHED)}, or give "
-            "model.path, a directory with the model's config.json"
+            f"no shapes of a model {name!r} are shipped; take one of {', '.join(PUBLISHED)}, or "
+            "give model.path, a directory with the model's config.json"
         )
     return _FOLDER / name

@@ -1,13 +1,14 @@
-"""Tensors as byte ranges of files, and new tensors made of their rows, block by block in constant
-memory.
+"""Tensors as byte ranges of files, and new tensors made of their rows, in constant memory.
 
 Every conversion is a rearrangement of rows: a weight of one format is some rows of the weights of
 the other, one below the other, perhaps cut to some columns. So nothing here knows a model, needs
 torch for bytes that stay as they are, or holds more than a block.
 
-    StoredTensor   a matrix in files: rectangles, each contiguous in its file       (a vector is a matrix of 1 column)
-    Piece          a tensor to make: runs of rows of stored tensors, cut to a range of columns
-    blocks()       the piece's bytes in order, at most `block_bytes` at a time, in the piece's dtype
+    StoredTensor    a matrix in files: rectangles, each contiguous in its file
+    Piece           a tensor to make: runs of rows of stored tensors, cut to a range of columns
+    Piece.blocks    the piece's bytes in order, at most `block_bytes` at a time, in its dtype
+
+A vector is a matrix of one column.
 """
 
 from __future__ import annotations
@@ -67,19 +68,31 @@ class StoredTensor:
 
     def check_tiling(self) -> None:
         """Raises WeightsError where the chunks overlap or leave something out."""
-        rows, columns = self.shape[0], self.columns
+        rows = self.shape[0]
+        columns = self.columns
         inside = all(
-            c.row >= 0
-            and c.column >= 0
-            and c.row + c.rows <= rows
-            and c.column + c.columns <= columns
-            for c in self.chunks
+            chunk.row >= 0
+            and chunk.column >= 0
+            and chunk.row + chunk.rows <= rows
+            and chunk.column + chunk.columns <= columns
+            for chunk in self.chunks
         )
-        overlap = any(_overlap(a, b) for i, a in enumerate(self.chunks) for b in self.chunks[:i])
-        if not inside or overlap or sum(c.rows * c.columns for c in self.chunks) != rows * columns:
+
+        overlap = False
+        for i, a in enumerate(self.chunks):
+            for b in self.chunks[:i]:
+                shares_rows = max(a.row, b.row) < min(a.row + a.rows, b.row + b.rows)
+                shares_columns = max(a.column, b.column) < min(
+                    a.column + a.columns, b.column + b.columns
+                )
+                overlap |= shares_rows and shares_columns
+
+        # Rectangles inside that do not overlap leave nothing out where their areas add up.
+        area = sum(chunk.rows * chunk.columns for chunk in self.chunks)
+        if not inside or overlap or area != rows * columns:
             raise WeightsError(
-                f"{self.name}: its {len(self.chunks)} shards do not tile its shape {list(self.shape)}; "
-                f"the checkpoint is incomplete or corrupt"
+                f"{self.name}: its {len(self.chunks)} shards do not tile its shape "
+                f"{list(self.shape)}; the checkpoint is incomplete or corrupt"
             )
 
 
@@ -118,37 +131,47 @@ class Piece:
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
     def cast(self, dtype: str) -> Piece:
-        """The same in another dtype."""
+        """Returns the same piece in another dtype."""
         return dataclasses.replace(self, dtype=dtype)
 
     def blocks(self, files: OpenFiles, block_bytes: int) -> Iterator[memoryview]:
-        """Its bytes in order. A block is valid until the next one is asked for.
+        """Yields the bytes in order. A block is valid until the next one is asked for.
+
+        Args:
+            files: the files that the runs' tensors lie in.
+            block_bytes: largest block before the cast, but at least one row.
 
         Raises:
             WeightsError: a file ends before its data, or a value does not fit the dtype.
         """
         buffer = bytearray(0)
         for run in self.runs:
-            source = run.tensor.dtype if run.tensor else self.dtype
-            row_bytes = self.columns * DTYPE_BYTES[source]
+            source_dtype = self.dtype
+            if run.tensor is not None:
+                source_dtype = run.tensor.dtype
+            row_bytes = self.columns * DTYPE_BYTES[source_dtype]
             step = max(1, block_bytes // max(row_bytes, 1))
-            for row in range(run.row, run.row + run.rows, step):
-                rows = min(step, run.row + run.rows - row)
+
+            end = run.row + run.rows
+            for row in range(run.row, end, step):
+                rows = min(step, end - row)
                 if len(buffer) < rows * row_bytes:
                     buffer = bytearray(rows * row_bytes)
                 block = memoryview(buffer)[: rows * row_bytes]
+
                 if run.tensor is None:
                     block[:] = bytes(len(block))
                 else:
                     _read(run.tensor, files, block, row, rows, self.first_column, self.columns)
-                yield block if source == self.dtype else _cast(block, source, self.dtype, self.name)
+                if source_dtype != self.dtype:
+                    block = _cast(block, source_dtype, self.dtype, self.name)
+                yield block
 
     def read(self, files: OpenFiles, block_bytes: int = 2**24) -> bytearray:
-        """All of its bytes."""
+        """Returns all of the bytes."""
         data = bytearray()
-        for block in self.blocks(
-            files, block_bytes
-        ):  # each is overwritten by the next: never collect them
+        # Each block is overwritten by the next: never collect them.
+        for block in self.blocks(files, block_bytes):
             data += block
         return data
 
@@ -167,6 +190,7 @@ class OpenFiles:
             WeightsError: the file ends early or cannot be read.
         """
         done = 0
+        # preadv reads at most 2 GB at once, and less where a signal interrupts it.
         while done < len(block):
             try:
                 count = os.preadv(self._descriptor(file), [block[done:]], offset + done)
@@ -174,18 +198,20 @@ class OpenFiles:
                 raise WeightsError(f"{file}: cannot be read ({error.strerror})") from error
             if not count:
                 raise WeightsError(
-                    f"{file} ends at byte {offset + done}, before its data; copy or download it again"
+                    f"{file} ends at byte {offset + done}, before its data; copy or download it "
+                    f"again"
                 )
             done += count
 
     def _descriptor(self, file: Path) -> int:
+        # Threads that first read one file at once would otherwise open it twice and lose one.
         with self._lock:
             if file not in self._descriptors:
                 self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             return self._descriptors[file]
 
     def close(self) -> None:
-        """Closes all of them."""
+        """Closes all descriptors."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
@@ -198,23 +224,26 @@ class OpenFiles:
 
 
 def whole(tensor: StoredTensor, dtype: str | None = None) -> Piece:
-    """The tensor as it is, or cast to `dtype`."""
+    """Returns the tensor as a piece: as it is, or cast to `dtype`."""
     run = Run(tensor, 0, tensor.shape[0])
     return Piece(tensor.name, dtype or tensor.dtype, tensor.shape, (run,), columns=tensor.columns)
 
 
 def check_stored(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
-    """Raises WeightsError where a tensor has another shape than its model's, or a dtype that
-    weights do not have.
+    """Checks a tensor against the shape that its model asks for.
+
+    Raises:
+        WeightsError: it has another one, or a dtype that weights do not have.
     """
     if tensor.shape != shape:
         raise WeightsError(
-            f"{tensor.name} has the shape {list(tensor.shape)} where config.json asks for {list(shape)}; "
-            f"the weights and config.json do not belong together"
+            f"{tensor.name} has the shape {list(tensor.shape)} where config.json asks for "
+            f"{list(shape)}; the weights and config.json do not belong together"
         )
     if tensor.dtype not in DTYPE_BYTES:
         raise WeightsError(
-            f"{tensor.name} has the dtype {tensor.dtype}; supported are {', '.join(DTYPE_BYTES)}, not quantised weights"
+            f"{tensor.name} has the dtype {tensor.dtype}; supported are "
+            f"{', '.join(DTYPE_BYTES)}, not quantised weights"
         )
 
 
@@ -228,14 +257,12 @@ def same_bytes(a: Piece, b: Piece) -> bool:
 
 
 def widest(dtypes: Sequence[str]) -> str:
-    """The smallest dtype that holds values of all of `dtypes` exactly."""
+    """Returns the smallest dtype that holds values of all of `dtypes` exactly."""
     kinds = set(dtypes)
-    return "F32" if kinds == {"BF16", "F16"} else max(kinds, key=DTYPE_BYTES.__getitem__)
-
-
-def _overlap(a: Chunk, b: Chunk) -> bool:
-    rows = max(a.row, b.row) < min(a.row + a.rows, b.row + b.rows)
-    return rows and max(a.column, b.column) < min(a.column + a.columns, b.column + b.columns)
+    # Of equal size, but each has values that the other rounds.
+    if kinds == {"BF16", "F16"}:
+        return "F32"
+    return max(kinds, key=DTYPE_BYTES.__getitem__)
 
 
 def _read(
@@ -247,75 +274,77 @@ def _read(
     column: int,
     columns: int,
 ) -> None:
-    """Fills `block` with the rectangle [row, row + rows) x [column, column + columns) of `tensor`."""
+    """Fills `block` with rows [row, row + rows) and columns [column, column + columns)."""
     size = DTYPE_BYTES[tensor.dtype]
-    width = columns * size
+    row_bytes = columns * size
     for chunk in tensor.chunks:
-        top, bottom = max(row, chunk.row), min(row + rows, chunk.row + chunk.rows)
-        left, right = max(column, chunk.column), min(column + columns, chunk.column + chunk.columns)
+        top = max(row, chunk.row)
+        bottom = min(row + rows, chunk.row + chunk.rows)
+        left = max(column, chunk.column)
+        right = min(column + columns, chunk.column + chunk.columns)
         if top >= bottom or left >= right:
             continue
-        stride = chunk.columns * size
-        start = chunk.offset + (top - chunk.row) * stride + (left - chunk.column) * size
-        part = block[(top - row) * width : (bottom - row) * width]
-        if right - left == chunk.columns == columns:
+
+        chunk_row_bytes = chunk.columns * size
+        start = chunk.offset + (top - chunk.row) * chunk_row_bytes + (left - chunk.column) * size
+        part = block[(top - row) * row_bytes : (bottom - row) * row_bytes]
+        inset = (left - column) * size
+        whole_rows_of_chunk = right - left == chunk.columns
+
+        if whole_rows_of_chunk and chunk.columns == columns:
             files.read_into(chunk.file, start, part)
-        elif right - left == chunk.columns:
-            _read_wider(files, chunk.file, start, part, width, (left - column) * size, stride)
-        else:  # a range of its columns: one read a row, so that nothing else is read
-            inset, length = (left - column) * size, (right - left) * size
+        elif whole_rows_of_chunk:
+            import numpy as np
+
+            # A chunk narrower than the block: one read of all of it, then its rows to their places.
+            narrow = bytearray((bottom - top) * chunk_row_bytes)
+            files.read_into(chunk.file, start, memoryview(narrow))
+            target = np.frombuffer(part, np.uint8).reshape(bottom - top, row_bytes)
+            target[:, inset : inset + chunk_row_bytes] = np.frombuffer(narrow, np.uint8).reshape(
+                bottom - top, chunk_row_bytes
+            )
+        else:
+            # A range of its columns: one read a row, so that nothing else is read.
+            length = (right - left) * size
             for i in range(bottom - top):
-                at = i * width + inset
-                files.read_into(chunk.file, start + i * stride, part[at : at + length])
-
-
-def _read_wider(
-    files: OpenFiles, file: Path, start: int, part: memoryview, width: int, inset: int, stride: int
-) -> None:
-    """Whole rows of a narrow chunk into their columns of `part`, whose rows are `width` bytes."""
-    import numpy as np
-
-    rows = len(part) // width
-    narrow = bytearray(rows * stride)
-    files.read_into(file, start, memoryview(narrow))
-    target = np.frombuffer(part, np.uint8).reshape(rows, width)
-    target[:, inset : inset + stride] = np.frombuffer(narrow, np.uint8).reshape(rows, stride)
+                at = i * row_bytes + inset
+                files.read_into(chunk.file, start + i * chunk_row_bytes, part[at : at + length])
 
 
 def _cast(block: memoryview, source: str, target: str, name: str) -> memoryview:
-    """The block's values in another dtype.
+    """Returns the block's values in another dtype.
 
     Raises:
         WeightsError: a finite value becomes infinite.
     """
     import torch
 
-    wide = torch.frombuffer(block, dtype=torch_dtype(source))
-    cast = wide.to(torch_dtype(target))
-    ends = torch.stack(torch.aminmax(cast))  # cheap, and not finite where any value is not
-    if not bool(ends.isfinite().all()) and bool((cast.isinf() & ~wide.isinf()).any()):
+    values = torch.frombuffer(block, dtype=torch_dtype(source))
+    cast = values.to(torch_dtype(target))
+    # Cheap, and not finite where any value is not. Only then is every value looked at.
+    ends = torch.stack(torch.aminmax(cast))
+    if not bool(ends.isfinite().all()) and bool((cast.isinf() & ~values.isinf()).any()):
         raise WeightsError(
-            f"{name} has values up to {float(wide.abs().max()):.3g}, which {target} cannot hold; take another --dtype"
+            f"{name} has values up to {float(values.abs().max()):.3g}, which {target} cannot hold; "
+            f"take another --dtype"
         )
     return memoryview(cast.view(torch.uint8).numpy().data)
 
 
 def torch_dtype(name: str) -> Any:
-    """torch's dtype of a key of DTYPE_BYTES, or of its spelling in configurations (bf16, fp16,
-    fp32, fp64).
-    """
+    """Returns torch's dtype of a key of DTYPE_BYTES, or of a configuration's bf16, fp16 or fp32."""
     import torch
 
     return getattr(torch, TORCH_NAMES[stored_dtype(name)])
 
 
 def stored_dtype(name: str) -> str:
-    """The key of DTYPE_BYTES for its spelling in configurations: `bf16` is BF16, `fp32` is F32."""
+    """Returns the key of DTYPE_BYTES of a configuration's spelling: BF16 of bf16, F32 of fp32."""
     return name.upper().replace("FP", "F")
 
 
 def row_ranges(runs: Sequence[Run], ranges: Sequence[tuple[int, int]]) -> tuple[Run, ...]:
-    """The rows [first, last) of each range, out of the rows that `runs` make.
+    """Returns the rows [first, last) of each range, out of the rows that `runs` make.
 
     What lies below the last run is zeros.
     """
@@ -323,10 +352,12 @@ def row_ranges(runs: Sequence[Run], ranges: Sequence[tuple[int, int]]) -> tuple[
     for first, last in ranges:
         top = 0
         for run in runs:
-            low, high = max(first, top), min(last, top + run.rows)
+            low = max(first, top)
+            high = min(last, top + run.rows)
             if low < high:
                 taken.append(Run(run.tensor, run.row + low - top, high - low))
             top += run.rows
+
         if last > max(first, top):
             taken.append(Run(None, 0, last - max(first, top)))
     return tuple(taken)

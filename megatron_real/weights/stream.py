@@ -21,7 +21,7 @@ from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.hf import hf_files, hf_side_files
 from megatron_real.weights.mapping import EMBEDDING, OUTPUT, Weights, entries, hf_shapes
-from megatron_real.weights.stored import OpenFiles, Piece, stored_dtype, torch_dtype
+from megatron_real.weights.stored import OpenFiles, stored_dtype, torch_dtype
 
 _BLOCK_BYTES = 2**24
 
@@ -29,8 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 def global_parameters(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
-    """This rank's parameters by their global name: a layer's number in the whole model, not in its
-    stage.
+    """Returns this rank's parameters by their global name.
+
+    A layer is numbered in the whole model there, not in its pipeline stage.
+
+    Args:
+        chunks: the model chunks of this rank.
     """
     named: dict[str, nn.Parameter] = {}
     for chunk in chunks:
@@ -53,8 +57,9 @@ def load_weights(
     tp: int,
     replicas: dist.ProcessGroup | None = None,
 ) -> None:
-    """Fills this rank's parameters with its own slices, which one rank of `replicas` reads and
-    sends to the others.
+    """Fills this rank's parameters with its own slices of the weights.
+
+    One rank of `replicas` reads them and sends them to the others.
 
     Args:
         chunks: the model chunks of this rank.
@@ -71,20 +76,16 @@ def load_weights(
     parameters = global_parameters(chunks)
 
     def read() -> None:
-        _read_weights(parameters, weights, architecture, tp_rank=tp_rank, tp=tp)
+        if replicas is None or dist.get_rank(replicas) == 0:
+            _read_weights(parameters, weights, architecture, tp_rank=tp_rank, tp=tp)
 
     if replicas is None or dist.get_world_size(replicas) == 1:
         read()
         return
-    reads = dist.get_rank(replicas) == 0
-    # A file that cannot be read is said by every rank, instead of leaving the others in the first
+
+    # Every rank raises for a file that one cannot read. The others would wait in the first
     # broadcast.
-    on_every_rank(
-        lambda: read() if reads else None,
-        group=replicas,
-        expected=WeightsError,
-        raises=WeightsError,
-    )
+    on_every_rank(read, group=replicas, expected=WeightsError, raises=WeightsError)
     source = dist.get_global_rank(replicas, 0)
     for parameter in parameters.values():
         dist.broadcast(parameter.data, src=source, group=replicas)
@@ -98,6 +99,7 @@ def _read_weights(
     tp_rank: int,
     tp: int,
 ) -> None:
+    """Fills the parameters, by global name, from the files."""
     unfilled = set(parameters)
     padded_rows = architecture.padded_vocab(tp)
     with OpenFiles() as files:
@@ -107,27 +109,27 @@ def _read_weights(
                 names.add(OUTPUT)  # the last pipeline stage's copy of the tied embedding
             if not names:
                 continue
+
             ranges, columns = entry.local_ranges(tp_rank, tp, padded_rows=padded_rows)
             for name in names:
                 target = parameters[name].data
                 piece = weights.megatron_piece(entry, ranges, columns)
                 if tuple(target.shape) != piece.shape:
                     raise WeightsError(
-                        f"{', '.join(entry.parts)} give {name} the shape {piece.shape}, but the model has "
-                        f"{tuple(target.shape)}; the weights and config.json do not belong together"
+                        f"{', '.join(entry.parts)} give {name} the shape {piece.shape}, but the "
+                        f"model has {tuple(target.shape)}; the weights and config.json do not "
+                        f"belong together"
                     )
-                _fill(target, piece, files)
+
+                flat = target.view(-1)
+                begin = 0
+                for block in piece.blocks(files, _BLOCK_BYTES):
+                    values = torch.frombuffer(block, dtype=torch_dtype(piece.dtype))
+                    flat[begin : begin + values.numel()].copy_(values)
+                    begin += values.numel()
                 unfilled.discard(name)
     if unfilled:
         raise WeightsError(f"the weights have nothing for {', '.join(sorted(unfilled))}")
-
-
-def _fill(target: Tensor, piece: Piece, files: OpenFiles) -> None:
-    flat, at = target.view(-1), 0
-    for block in piece.blocks(files, _BLOCK_BYTES):
-        values = torch.frombuffer(block, dtype=torch_dtype(piece.dtype))
-        flat[at : at + values.numel()].copy_(values)
-        at += values.numel()
 
 
 def stream_hf(
@@ -145,11 +147,19 @@ def stream_hf(
     """
     parameters = global_parameters(chunks)
     owners = _owners(parameters, pp_group)
+    tp = dist.get_world_size(tp_group)
     for entry in entries(architecture):
         name = next(name for name in entry.names if name in owners)
-        shard = parameters[name].data if name in parameters else None
+        shard = None
+        if name in parameters:
+            shard = parameters[name].data
         shard = _broadcast(shard, owners[name], pp_group)
-        shards = _gather(shard, tp_group) if entry.kind != "replicated" else [shard]
+
+        shards = [shard]
+        if tp > 1 and entry.kind != "replicated":
+            shards = [torch.empty_like(shard) for _ in range(tp)]
+            dist.all_gather(shards, shard.contiguous(), group=tp_group)
+
         for name, shape, tensor in zip(entry.parts, entry.shapes, entry.join(shards), strict=True):
             yield name, tensor[: shape[0]]  # without the vocabulary's padding
 
@@ -157,11 +167,15 @@ def stream_hf(
 def write_hf(
     directory: str | Path, tensors: Iterable[tuple[str, Tensor]], *, source: str | Path, dtype: str
 ) -> None:
-    """Writes a complete HF directory: `tensors` in `dtype`, config and tokenizer of the HF
-    directory `source`.
+    """Writes a complete HF directory.
 
-    The stream may come in any order; one tensor is held at a time. The directory appears when it
-    is complete and on disk; an older one is there until then.
+    The directory appears when it is complete and on disk; an older one is there until then.
+
+    Args:
+        directory: where to write.
+        tensors: HF (name, tensor) of the whole model, in any order. One tensor is held at a time.
+        source: HF directory that config and tokenizer are copied from.
+        dtype: of the weights, in a configuration's spelling or as a key of DTYPE_BYTES.
 
     Raises:
         WeightsError: the stream lacks a tensor of the model, or has another one, or a file of
@@ -171,6 +185,7 @@ def write_hf(
     shapes = hf_shapes(Architecture.read(source))
     files, index = hf_files({name: (stored_dtype(dtype), shape) for name, shape in shapes.items()})
     contents = hf_side_files(Path(source), dtype=dtype, index=index)
+
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -181,20 +196,28 @@ def write_hf(
         with open(partial / file.name, "wb") as stream:
             stream.write(file.header)
             stream.truncate(file.size)
-    places = {name: (file.name, offset) for file in files for name, offset in file.offsets.items()}
+
+    places = {}
+    for file in files:
+        for name, offset in file.offsets.items():
+            places[name] = (file.name, offset)
     for name, tensor in tensors:
         if name not in places:
             raise WeightsError(
                 f"the weights to export have {name} twice, or the model has no such tensor"
             )
         path, offset = places.pop(name)
+        values = tensor.to(torch_dtype(dtype)).detach().cpu().contiguous()
         with open(partial / path, "r+b") as stream:
             stream.seek(offset)
-            stream.write(_bytes(tensor.to(torch_dtype(dtype))))
+            # As bytes, because numpy has no bfloat16.
+            stream.write(values.view(-1).view(torch.uint8).numpy().data)
     if places:
         raise WeightsError(f"the weights to export have nothing for {', '.join(sorted(places))}")
-    for file_name in partial.rglob("*"):
-        fsync(file_name)
+
+    # On disk before the directory has its name: after a power cut it is whole or not there.
+    for path_in_partial in partial.rglob("*"):
+        fsync(path_in_partial)
     fsync(partial)
     _replace(target, partial)
 
@@ -210,9 +233,9 @@ def _replace(target: Path, partial: Path) -> None:
         target.rename(old)
     partial.rename(target)
     fsync(target.parent)
-    strange = {path.relative_to(old) for path in old.rglob("*")} - {
-        path.relative_to(target) for path in target.rglob("*")
-    }
+
+    old_files = {path.relative_to(old) for path in old.rglob("*")}
+    strange = old_files - {path.relative_to(target) for path in target.rglob("*")}
     if strange:
         logger.warning("%s held %s; it is kept as %s", target, min(strange), _set_aside(old))
     else:
@@ -229,22 +252,19 @@ def _set_aside(old: Path) -> Path:
     return kept
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-
-
 def _owners(
     parameters: dict[str, nn.Parameter], pp_group: dist.ProcessGroup
 ) -> dict[str, tuple[int, torch.Size, torch.dtype]]:
-    """Parameter name -> (pipeline stage, shape, dtype) over all stages.
+    """Returns parameter name -> (pipeline stage, shape, dtype), over all stages.
 
-    The first stage that has it.
+    A parameter that several stages hold is the first one's.
     """
-    mine = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
+    local = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
     stages: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [
         {} for _ in range(dist.get_world_size(pp_group))
     ]
-    dist.all_gather_object(stages, mine, group=pp_group)
+    dist.all_gather_object(stages, local, group=pp_group)
+
     owners: dict[str, tuple[int, torch.Size, torch.dtype]] = {}
     for stage, named in enumerate(stages):
         for name, (shape, dtype) in named.items():
@@ -255,20 +275,15 @@ def _owners(
 def _broadcast(
     shard: Tensor | None, owner: tuple[int, torch.Size, torch.dtype], pp_group: dist.ProcessGroup
 ) -> Tensor:
+    """Returns the owner's shard on every pipeline stage; `shard` is this stage's own, if any."""
     stage, shape, dtype = owner
     if dist.get_world_size(pp_group) == 1:
         assert shard is not None, "a single pipeline stage owns every parameter"
         return shard
+
+    # Another stage may hold the parameter too (a tied embedding): it receives into a buffer, so
+    # that its own copy stays as it is.
     if dist.get_rank(pp_group) != stage or shard is None:
         shard = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
     dist.broadcast(shard, src=dist.get_global_rank(pp_group, stage), group=pp_group)
     return shard
-
-
-def _gather(shard: Tensor, tp_group: dist.ProcessGroup) -> list[Tensor]:
-    world = dist.get_world_size(tp_group)
-    if world == 1:
-        return [shard]
-    shards = [torch.empty_like(shard) for _ in range(world)]
-    dist.all_gather(shards, shard.contiguous(), group=tp_group)
-    return shards

@@ -1,5 +1,4 @@
-"""Megatron's older `torch` checkpoints: one torch.save file for each tensor- and pipeline-parallel
-rank.
+"""Megatron's older `torch` checkpoints: a torch.save file for each rank of a fixed layout.
 
     mp_rank_TT/model_optim_rng.pt          TT the tensor-parallel rank
     mp_rank_TT_PPP/model_optim_rng.pt      PPP the pipeline stage, where there are several
@@ -40,7 +39,7 @@ _RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 
 
 class _RankState:
-    """One rank's file.
+    """The model's part of one rank's file.
 
     Raises:
         WeightsError: it is corrupt or hostile, or holds no model.
@@ -48,9 +47,12 @@ class _RankState:
 
     def __init__(self, file: TorchFile) -> None:
         self.file = file
-        state = file.object if isinstance(file.object, dict) else {}
+        state: dict[str, Any] = {}
+        if isinstance(file.object, dict):
+            state = file.object
         self.arguments = state.get("args")
-        keys = [key for key in ("model", *(f"model{i}" for i in range(1000))) if key in state]
+        names = ["model", *(f"model{i}" for i in range(1000))]
+        keys = [name for name in names if name in state]
         if "model" in keys and len(keys) > 1:
             raise WeightsError(
                 f"{file.file} has both model and {keys[1]}; it is unclear which is meant"
@@ -65,16 +67,17 @@ class _RankState:
             raise WeightsError(f"{file.file} has no model; it is not a checkpoint of Megatron-LM")
 
     def layers(self, chunk: int) -> int:
-        """How many layers a virtual chunk has.
+        """Returns how many layers a virtual chunk has.
 
         Raises:
             WeightsError: they are not numbered from 0.
         """
-        numbers = {int(m[1]) for name in self.chunks[chunk] if (m := _LAYER.match(name))}
+        matches = [_LAYER.match(name) for name in self.chunks[chunk]]
+        numbers = {int(match[1]) for match in matches if match is not None}
         if numbers != set(range(len(numbers))):
             raise WeightsError(
-                f"{self.file.file}: its layers are numbered {sorted(numbers)}, not from 0 on; it is "
-                f"incomplete, or was not written by Megatron-LM"
+                f"{self.file.file}: its layers are numbered {sorted(numbers)}, not from 0 on; it "
+                f"is incomplete, or was not written by Megatron-LM"
             )
         return len(numbers)
 
@@ -87,38 +90,46 @@ class TorchLegacyWeights:
     """
 
     def __init__(self, directory: Path, architecture: Architecture) -> None:
-        self.directory, self.architecture = directory, architecture
-        ranks = sorted(
-            match.groups() for path in directory.iterdir() if (match := _RANK.fullmatch(path.name))
-        )
+        self.directory = directory
+        self.architecture = architecture
+        matches = [_RANK.fullmatch(path.name) for path in directory.iterdir()]
+        ranks = sorted(match.groups() for match in matches if match is not None)
         self.tp = 1 + max((int(tp) for tp, _ in ranks), default=0)
         self.pp = 1 + max((int(pp or 0) for _, pp in ranks), default=0)
         if len(ranks) != self.tp * self.pp:
             raise WeightsError(
-                f"{directory} has {len(ranks)} of {self.tp} x {self.pp} mp_rank directories; copy it again"
+                f"{directory} has {len(ranks)} of {self.tp} x {self.pp} mp_rank directories; copy "
+                f"it again"
             )
+
         states: dict[tuple[int, int], _RankState] = {}
         for tp, pp in ranks:
-            suffix = "" if pp is None else f"_{pp}"
-            file = TorchFile(directory / f"mp_rank_{tp}{suffix}" / FILE)
-            states[int(tp), int(pp or 0)] = _RankState(file)
+            name = f"mp_rank_{tp}"
+            if pp is not None:
+                name += f"_{pp}"
+            states[int(tp), int(pp or 0)] = _RankState(TorchFile(directory / name / FILE))
         self.arguments = states[0, 0].arguments
         """Megatron-LM's arguments that the checkpoint was trained with; None where it has none."""
+
         first_layers = self._first_layers(states)
         self._parameters: list[dict[str, tuple[TorchFile, PickledTensor]]] = []
         """Of each tensor-parallel rank: parameter name in the whole model -> file and tensor."""
         for rank in range(self.tp):
             parameters = {}
-            for (stage, chunk), first in first_layers.items():
+            for (stage, chunk), first_layer in first_layers.items():
                 state = states[rank, stage]
                 for name, tensor in state.chunks[chunk].items():
-                    parameters[_renumbered(name, first)] = (state.file, tensor)
+                    match = _LAYER.match(name)
+                    if match is not None:
+                        number = first_layer + int(match[1])
+                        name = f"decoder.layers.{number}.{name[match.end() :]}"
+                    parameters[name] = (state.file, tensor)
             self._parameters.append(parameters)
 
     def _first_layers(
         self, states: dict[tuple[int, int], _RankState]
     ) -> dict[tuple[int, int], int]:
-        """(stage, virtual chunk) -> number in the whole model of its first layer.
+        """Returns (stage, virtual chunk) -> number in the whole model of its first layer.
 
         Layers go through all stages before they come back to the first one's next chunk.
 
@@ -129,8 +140,9 @@ class TorchLegacyWeights:
             raise WeightsError(
                 f"{self.directory}: its ranks have unequal numbers of virtual chunks"
             )
-        firsts = {}
-        layers = 0
+
+        first_layers = {}
+        num_layers = 0
         for chunk in range(len(states[0, 0].chunks)):
             for stage in range(self.pp):
                 heights = {states[rank, stage].layers(chunk) for rank in range(self.tp)}
@@ -139,14 +151,15 @@ class TorchLegacyWeights:
                         f"{self.directory}: the tensor-parallel ranks of pipeline stage {stage} "
                         f"have unequal numbers of layers; copy it again"
                     )
-                firsts[stage, chunk] = layers
-                layers += heights.pop()
-        if layers != self.architecture.num_layers:
+                first_layers[stage, chunk] = num_layers
+                num_layers += heights.pop()
+
+        if num_layers != self.architecture.num_layers:
             raise WeightsError(
-                f"{self.directory} has {layers} layers where config.json asks for "
+                f"{self.directory} has {num_layers} layers where config.json asks for "
                 f"{self.architecture.num_layers}; they do not belong together"
             )
-        return firsts
+        return first_layers
 
     @property
     def dtype(self) -> str:
@@ -156,14 +169,16 @@ class TorchLegacyWeights:
     @property
     def unmapped(self) -> list[str]:
         """Parameters that no HF tensor stands for."""
-        known = {name for entry in entries(self.architecture) for name in entry.names} | {OUTPUT}
-        held = {
-            name for rank in self._parameters for name in rank if not name.endswith("._extra_state")
-        }
+        known = {OUTPUT}
+        for entry in entries(self.architecture):
+            known.update(entry.names)
+        held: set[str] = set()
+        for parameters in self._parameters:
+            held.update(name for name in parameters if not name.endswith("._extra_state"))
         return sorted(held - known)
 
     def tensor(self, entry: Entry) -> StoredTensor:
-        """Where a parameter lies, over all ranks.
+        """Returns where a parameter lies, over all ranks.
 
         Raises:
             WeightsError: a rank lacks it, or its shape is not the model's.
@@ -174,31 +189,38 @@ class TorchLegacyWeights:
                 f"{self.directory} has one parameter twice, as {names[0]} and {names[1]}; it is "
                 f"unclear which is meant"
             )
-        name = names[0] if names else None
-        if name is None or any(name not in rank for rank in self._parameters):
+        if not names or any(names[0] not in parameters for parameters in self._parameters):
             raise WeightsError(
-                f"{self.directory} has no tensor {entry.names[-1]}; it is not a checkpoint of this model"
+                f"{self.directory} has no tensor {entry.names[-1]}; it is not a checkpoint of this "
+                f"model"
             )
+        name = names[0]
+
+        # Every rank has a replicated parameter whole; `copies` compares them.
+        parts = self._parameters
+        if entry.kind == "replicated":
+            parts = parts[:1]
         chunks: list[Chunk] = []
-        rows = 0
-        for rank, parameters in enumerate(
-            self._parameters if entry.kind != "replicated" else self._parameters[:1]
-        ):
-            file, tensor = parameters[name]
-            stored = file.stored(name, tensor)
+        padded_rows = 0
+        for rank, parameters in enumerate(parts):
+            file, pickled = parameters[name]
+            stored = file.stored(name, pickled)
             if entry.kind == "vocab":
-                rows = max(entry.shape[0], stored.shape[0] * self.tp)
-            chunks += self._chunks(entry, stored, rank, rows)
-        shape = (rows, *entry.shape[1:]) if entry.kind == "vocab" else entry.shape
-        found = StoredTensor(name, stored.dtype, shape, tuple(chunks))
-        found.check_tiling()
-        return found
+                padded_rows = max(entry.shape[0], stored.shape[0] * self.tp)
+            chunks += self._chunks(entry, stored, rank, padded_rows)
+
+        shape = entry.shape
+        if entry.kind == "vocab":
+            shape = (padded_rows, *entry.shape[1:])
+        tensor = StoredTensor(name, stored.dtype, shape, tuple(chunks))
+        tensor.check_tiling()
+        return tensor
 
     def copies(self) -> Iterator[tuple[str, Piece, Piece]]:
-        """(name, tensor, the one it should be a copy of) of what is not read from the checkpoint.
+        """Yields (name, tensor, the one it must be a copy of) of what is not read as a weight.
 
-        The last stage's output layer of a tied model, and what every tensor-parallel rank holds
-        whole.
+        That is the last stage's output layer of a tied model, and what every tensor-parallel rank
+        holds whole.
         """
         if self.architecture.tied and OUTPUT in self._parameters[0]:
             embedding = next(entries(self.architecture))
@@ -209,40 +231,46 @@ class TorchLegacyWeights:
                 embedding.to_hf(output, 0, output.dtype),
                 embedding.to_hf(table, 0, table.dtype),
             )
+
         for entry in entries(self.architecture):
             if entry.kind != "replicated":
                 continue
-            held = [n for n in entry.names if all(n in rank for rank in self._parameters)]
-            if not held:
+            names = [n for n in entry.names if all(n in rank for rank in self._parameters)]
+            if not names:
                 continue  # `tensor` names what is missing
-            name = held[0]
-            kept, *others = (rank[name] for rank in self._parameters)
-            for file, tensor in others:
-                other = file.stored(f"{name} of {file.file.parent.name}", tensor)
-                yield other.name, whole(other), whole(kept[0].stored(name, kept[1]))
+            name = names[0]
+            first_file, first_tensor = self._parameters[0][name]
+            for parameters in self._parameters[1:]:
+                file, pickled = parameters[name]
+                other = file.stored(f"{name} of {file.file.parent.name}", pickled)
+                yield other.name, whole(other), whole(first_file.stored(name, first_tensor))
 
     def _chunks(
         self, entry: Entry, stored: StoredTensor, rank: int, padded_rows: int
     ) -> Iterator[Chunk]:
-        """A rank's parameter as rectangles of the whole one."""
+        """Yields a rank's parameter as rectangles of the whole one."""
         (local,) = stored.chunks
         ranges, (left, right) = entry.local_ranges(rank, self.tp, padded_rows=padded_rows)
-        height = sum(last - first for first, last in ranges)
-        if stored.shape != ((height, right - left) if len(entry.shape) > 1 else (height,)):
+        width = right - left
+        expected: tuple[int, ...] = (sum(last - first for first, last in ranges),)
+        if len(entry.shape) > 1:
+            expected = (*expected, width)
+        if stored.shape != expected:
             raise WeightsError(
-                f"{local.file}: {stored.name} has the shape {list(stored.shape)}, which is not a {self.tp}th part of "
-                f"{list(entry.shape)}; the config.json is of another model"
+                f"{local.file}: {stored.name} has the shape {list(stored.shape)}, which is not a "
+                f"{self.tp}th part of {list(entry.shape)}; the config.json is of another model"
             )
-        row_bytes = (right - left) * DTYPE_BYTES[stored.dtype]
+
+        row_bytes = width * DTYPE_BYTES[stored.dtype]
         offset = local.offset
         for first, last in ranges:
-            yield Chunk(local.file, offset, first, left, last - first, right - left)
+            yield Chunk(local.file, offset, first, left, last - first, width)
             offset += (last - first) * row_bytes
 
     def megatron_piece(
         self, entry: Entry, ranges: Sequence[tuple[int, int]], columns: tuple[int, int]
     ) -> Piece:
-        """The rectangle `ranges` x `columns` of a parameter, in the checkpoint's dtype."""
+        """Returns the rectangle `ranges` x `columns` of a parameter, in the checkpoint's dtype."""
         tensor = self.tensor(entry)
         return entry.from_megatron(tensor, tensor.dtype, ranges, columns)
 
@@ -257,10 +285,10 @@ def plan_torch_legacy(
     layers: Literal["te", "local"],
     prefix: str,
 ) -> Output:
-    """The files of a `torch` checkpoint with these weights.
+    """Returns the plan of a `torch` checkpoint.
 
     Args:
-        weights: where they come from.
+        weights: where its weights come from.
         architecture: the model.
         dtype: key of DTYPE_BYTES; None keeps the source's.
         tp, pp: the layout, which this format fixes.
@@ -270,7 +298,20 @@ def plan_torch_legacy(
     Raises:
         WeightsError: a tensor is missing or wrong, or the layout does not divide the model.
     """
-    _check_layout(architecture, tp, pp)
+    import torch
+
+    sizes = {
+        "num_key_value_heads": architecture.num_kv_heads,
+        "intermediate_size": architecture.ffn_size,
+    }
+    for name, size in sizes.items():
+        if tp < 1 or size % tp:
+            raise WeightsError(f"--tp {tp} does not divide the model's {name} {size}")
+    if pp < 1 or architecture.num_layers % pp:
+        raise WeightsError(
+            f"--pp {pp} does not divide the model's {architecture.num_layers} layers"
+        )
+
     output = Output()
     args = megatron_args(
         architecture, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
@@ -287,11 +328,20 @@ def plan_torch_legacy(
                 pp=pp,
                 layers=layers,
             )
-            file = f"{prefix}mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else "") + f"/{FILE}"
-            state = _empty(pieces) | _extra_state(pieces, layers)
-            plan = layout({"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": state})
+            # Tensors of these shapes, whose memory is never touched.
+            model: OrderedDict[str, Any] = OrderedDict()
+            for name, piece in pieces.items():
+                model[name] = torch.empty(piece.shape, dtype=torch_dtype(piece.dtype))
+            model.update(dict.fromkeys(_extra_states(pieces, layers)))
+            plan = layout({"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model})
+
+            directory = f"mp_rank_{rank:02d}"
+            if pp > 1:
+                directory += f"_{stage:03d}"
+            file = f"{prefix}{directory}/{FILE}"
             output.sizes[file] = plan.size
-            output.literals += [(file, offset, data) for offset, data in plan.literals]
+            for offset, data in plan.literals:
+                output.literals.append((file, offset, data))
             for slot, piece in zip(plan.slots, pieces.values(), strict=True):
                 output.targets.append(Target(file, slot.offset, piece, slot.crc_offsets))
     return output
@@ -308,64 +358,43 @@ def _pieces(
     pp: int,
     layers: Literal["te", "local"],
 ) -> dict[str, Piece]:
-    """Parameter name of a rank -> the piece of it."""
-    per_stage = architecture.num_layers // pp
+    """Returns parameter name of a rank -> the piece of it."""
+    layers_per_stage = architecture.num_layers // pp
     pieces = {}
     for entry in entries(architecture):
-        name = entry.names[0 if layers == "te" else -1]
+        # The last name is the local layer spec's; they differ for norms only.
+        name = entry.names[-1]
+        if layers == "te":
+            name = entry.names[0]
+
         if entry.layer is not None:
-            if entry.layer // per_stage != stage:
+            if entry.layer // layers_per_stage != stage:
                 continue
-            name = name.replace(f"layers.{entry.layer}.", f"layers.{entry.layer % per_stage}.")
-        elif stage != (0 if entry.key == EMBEDDING else pp - 1):
-            if not (entry.key == EMBEDDING and architecture.tied and stage == pp - 1):
+            local = entry.layer % layers_per_stage
+            name = name.replace(f"layers.{entry.layer}.", f"layers.{local}.")
+        elif entry.key == EMBEDDING:
+            if stage > 0 and not (architecture.tied and stage == pp - 1):
                 continue
-            name = OUTPUT  # the last stage's copy of the tied embedding
+            if stage > 0:
+                name = OUTPUT  # the last stage's copy of the tied embedding
+        elif stage != pp - 1:
+            continue
+
         ranges, columns = entry.local_ranges(rank, tp, padded_rows=architecture.padded_vocab(tp))
         piece = weights.megatron_piece(entry, ranges, columns)
         pieces[name] = piece.cast(dtype or piece.dtype)
     return pieces
 
 
-def _empty(pieces: dict[str, Piece]) -> OrderedDict[str, Any]:
-    """A state dict of these shapes, whose memory is never touched."""
-    import torch
+def _extra_states(pieces: dict[str, Piece], layers: Literal["te", "local"]) -> list[str]:
+    """Returns the names of the modules' empty states, which a strict load_state_dict asks for."""
+    modules = list(EXTRA_STATE)
+    if layers == "local":
+        modules.remove("self_attention.core_attention")
+    matches = [_LAYER.match(name) for name in pieces]
+    prefixes = sorted({match[0] for match in matches if match is not None})
 
-    return OrderedDict(
-        (name, torch.empty(p.shape, dtype=torch_dtype(p.dtype))) for name, p in pieces.items()
-    )
-
-
-def _extra_state(pieces: dict[str, Piece], layers: Literal["te", "local"]) -> OrderedDict[str, Any]:
-    """The empty states of modules that a strict load_state_dict asks for."""
-    skipped = () if layers == "te" else ("self_attention.core_attention",)
-    prefixes = sorted(
-        {match[0] for name in pieces if (match := re.match(r"decoder\.layers\.\d+\.", name))}
-    )
-    modules = [
-        prefix + module for prefix in prefixes for module in EXTRA_STATE if module not in skipped
-    ]
-    modules += ["output_layer"] if OUTPUT in pieces else []
-    return OrderedDict((f"{module}._extra_state", None) for module in modules)
-
-
-def _check_layout(architecture: Architecture, tp: int, pp: int) -> None:
-    sizes = {
-        "num_key_value_heads": architecture.num_kv_heads,
-        "intermediate_size": architecture.ffn_size,
-    }
-    for name, size in sizes.items():
-        if tp < 1 or size % tp:
-            raise WeightsError(f"--tp {tp} does not divide the model's {name} {size}")
-    if pp < 1 or architecture.num_layers % pp:
-        raise WeightsError(
-            f"--pp {pp} does not divide the model's {architecture.num_layers} layers"
-        )
-
-
-def _renumbered(name: str, first: int) -> str:
-    """A stage's parameter name under the whole model's layer numbers.
-
-    The stage begins at layer `first`.
-    """
-    return re.sub(r"(?<=decoder\.layers\.)\d+", lambda m: str(int(m[0]) + first), name)
+    names = [f"{prefix}{module}._extra_state" for prefix in prefixes for module in modules]
+    if OUTPUT in pieces:
+        names.append("output_layer._extra_state")
+    return names

@@ -1,7 +1,9 @@
-"""Writes a directory of planned files: pieces copied by threads, every byte checksummed, safe
-against any crash.
+"""Writes a directory of planned files, safe against any crash.
 
-    .OUT.partial -> literals -> pieces, each noted in .OUT.journal when done -> checksums.json -> fsync -> rename to OUT
+Threads copy the pieces, and every byte has a checksum.
+
+    .OUT.partial -> literals -> pieces, each noted in .OUT.journal when done -> checksums.json
+        -> fsync -> rename to OUT
 
 A process that is killed leaves the partial directory and the journal; the same conversion run again
 checks the pieces that the journal names against their checksums and makes only the others. OUT
@@ -68,7 +70,7 @@ class Output:
     """The pieces."""
 
     def add_file(self, path: str, data: bytes) -> None:
-        """A whole small file."""
+        """Adds a whole small file."""
         self.sizes[path] = len(data)
         self.literals.append((path, 0, data))
 
@@ -78,13 +80,17 @@ class Output:
         return sum(target.piece.num_bytes for target in self.targets)
 
     def source_files(self) -> set[Path]:
-        """The files that the pieces are read from."""
-        tensors = {run.tensor for t in self.targets for run in t.piece.runs if run.tensor}
+        """Returns the files that the pieces are read from."""
+        # A set of tensors first: those of a checkpoint stand in many pieces.
+        tensors = set()
+        for target in self.targets:
+            tensors |= {run.tensor for run in target.piece.runs if run.tensor is not None}
         return {chunk.file for tensor in tensors for chunk in tensor.chunks}
 
     def fingerprint(self) -> str:
-        """Tells whether a partial directory belongs to this very conversion: sources, their dates,
-        and the plan.
+        """Returns what tells whether a partial directory belongs to this very conversion.
+
+        It covers the sources with their dates, and the plan.
         """
         digest = hashlib.sha256()
         for file in sorted(self.source_files()):
@@ -92,10 +98,13 @@ class Output:
             digest.update(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
         for literal in self.literals:
             digest.update(repr(literal).encode())
+
         for target in self.targets:
             piece = target.piece
+            # Not the tensor's name: the file's bytes do not depend on it.
             rows = [
-                (r.tensor and (r.tensor.dtype, r.tensor.chunks), r.row, r.rows) for r in piece.runs
+                (run.tensor and (run.tensor.dtype, run.tensor.chunks), run.row, run.rows)
+                for run in piece.runs
             ]
             columns = (piece.first_column, piece.columns)
             digest.update(repr((target.file, target.offset, piece.dtype, rows, columns)).encode())
@@ -113,8 +122,9 @@ class Limits:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block: a thread holds a block, its cast and a gathered copy, of up to twice
-        the size.
+        """Bytes of one block.
+
+        A thread holds a block, its cast and a gathered copy, each of up to twice the size.
         """
         return max(2**12, min(_BLOCK_BYTES, self.max_memory // (8 * self.workers)))
 
@@ -144,19 +154,22 @@ def check_target(out: Path, *, overwrite: bool, sources: Iterable[Path] = ()) ->
         raise WeightsError(
             f"{out} exists already; give another directory, or --overwrite to replace it"
         )
+
+    target = out.resolve()
     for source in sources:
-        _refuse_touching(out, source)
+        origin = source.resolve()
+        # Replacing `out` would delete a source in it; a source around it would grow while it is
+        # read.
+        inside = source.is_dir() and target.is_relative_to(origin)
+        if origin.is_relative_to(target) or inside:
+            raise WeightsError(
+                f"{out} and {source}, which is read, are one within the other; give another "
+                f"directory"
+            )
+
     for old in (out, _old_name(out)):
         if os.path.lexists(old):
             _refuse_foreign(old)
-
-
-def _refuse_touching(out: Path, source: Path) -> None:
-    target, origin = out.resolve(), source.resolve()
-    if origin.is_relative_to(target) or (source.is_dir() and target.is_relative_to(origin)):
-        raise WeightsError(
-            f"{out} and {source}, which is read, are one within the other; give another directory"
-        )
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -166,6 +179,7 @@ def _refuse_foreign(out: Path) -> None:
         raise WeightsError(f"{out} is no directory that a conversion wrote; {remedy}")
     if not any(out.iterdir()):
         return
+
     try:
         ranges = json.loads((out / MANIFEST).read_bytes())["ranges"]
         written = {str(path) for path, *_ in ranges} | {MANIFEST}
@@ -178,16 +192,17 @@ def _refuse_foreign(out: Path) -> None:
         ours = name in written and path.is_file()
         if path.is_symlink() or not (ours or path.is_dir()):
             raise WeightsError(f"{out} holds {name}, which no conversion wrote; {remedy}")
+
     # Small files may have been edited since. Weights may not: they would take long to read.
     with OpenFiles() as files:
         for path, offset, num_bytes, crc, name in ranges:
             if name != HEADER:
                 continue
             try:
-                same = _crc(files, out / path, offset, num_bytes) == crc
+                unchanged = _crc(files, out / path, offset, num_bytes) == crc
             except WeightsError:
-                same = False
-            if not same:
+                unchanged = False
+            if not unchanged:
                 raise WeightsError(
                     f"{out / path} was changed since a conversion wrote it; {remedy}"
                 )
@@ -201,9 +216,7 @@ def write_directory(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> int:
-    """Makes `out`.
-
-    Returns how many bytes of pieces an earlier, interrupted run had already written.
+    """Writes the files of a directory, which gets its name when all of them are on disk.
 
     Args:
         output: the files.
@@ -211,6 +224,9 @@ def write_directory(
         limits: threads and memory.
         overwrite: replace `out` where it exists.
         progress: called with the bytes of each piece that is done.
+
+    Returns:
+        How many bytes of pieces an earlier, interrupted run had already written.
 
     Raises:
         WeightsError: `out` exists, too little disk space, an unreadable source, or another process
@@ -221,15 +237,28 @@ def write_directory(
     replaced = _identity(out)
     partial = out.with_name(f".{out.name}.partial")
     report = progress or (lambda _: None)
+
     try:
         if partial.is_symlink():
             raise WeightsError(f"{partial} is a link; remove it")
+        # For a disk that turns out too small: then these go again.
         made = [folder for folder in partial.parents if not folder.exists()]
         partial.mkdir(parents=True, exist_ok=True)
         with _journal(out) as journal:
             done = _resume(output, partial, journal)
             _check_space(output, partial, [_journal_file(out), *made])
-            _write_literals(output, partial)
+
+            # Headers and small files are written anew each time: quicker than checking them.
+            for path, size in output.sizes.items():
+                file = partial / path
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with open(file, "ab") as stream:
+                    stream.truncate(size)
+            for path, offset, data in output.literals:
+                with open(partial / path, "r+b") as stream:
+                    stream.seek(offset)
+                    stream.write(data)
+
             for index in done:
                 report(output.targets[index].piece.num_bytes)
             checksums = done | _copy(output, partial, done, journal, limits, report)
@@ -238,49 +267,56 @@ def write_directory(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise WeightsError(
-                f"the disk of {out} is full; free some space and run the same command again, which keeps what is done"
+                f"the disk of {out} is full; free some space and run the same command again, which "
+                f"keeps what is done"
             ) from error
         raise WeightsError(f"{error.filename or partial}: {error.strerror or error}") from error
     return sum(output.targets[index].piece.num_bytes for index in done)
 
 
 def check_manifest(directory: Path, *, skip: Callable[[str], bool] | None = None) -> list[str]:
-    """Reads the bytes that a manifest covers; returns a sentence for each range that is wrong.
+    """Reads the bytes that a manifest covers and compares their checksums.
 
     Args:
         directory: where the manifest is.
-        skip: tells of a relative path whether it is left out.
+        skip: says of a relative path whether it is left out.
+
+    Returns:
+        A sentence for each range that is wrong.
 
     Raises:
         WeightsError: there is no manifest.
     """
+    covered = []
     try:
-        ranges = json.loads((directory / MANIFEST).read_bytes())["ranges"]
-        covered = [(str(path), int(a), int(n), crc, str(name)) for path, a, n, crc, name in ranges]
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+        for path, offset, num_bytes, crc, name in manifest["ranges"]:
+            covered.append((str(path), int(offset), int(num_bytes), crc, str(name)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{directory} has no readable {MANIFEST} ({error})") from error
-    wrong = []
+
+    problems = []
     with OpenFiles() as files:
         for path, offset, num_bytes, crc, name in covered:
             if skip is not None and skip(path):
                 continue
             try:
-                held = _crc(files, directory / path, offset, num_bytes)
+                checksum = _crc(files, directory / path, offset, num_bytes)
             except WeightsError as error:
-                wrong.append(str(error))
+                problems.append(str(error))
                 continue
-            if held != crc:
-                wrong.append(
-                    f"{path}: {name} has checksum {held:08x} but was written with {crc:08x}"
+            if checksum != crc:
+                problems.append(
+                    f"{path}: {name} has checksum {checksum:08x} but was written with {crc:08x}"
                 )
-    return wrong
+    return problems
 
 
 @contextmanager
 def _journal(out: Path) -> Iterator[int]:
-    """The journal's descriptor, locked against a second conversion to `out`.
+    """Yields the journal's descriptor, locked against a second conversion to `out`.
 
-    Removed when all went well.
+    The journal is removed when all went well.
     """
     file = _journal_file(out)
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
@@ -299,15 +335,17 @@ def _journal_file(out: Path) -> Path:
 
 
 def _resume(output: Output, partial: Path, journal: int) -> dict[int, int]:
-    """Piece -> checksum of what an earlier run of this conversion wrote.
+    """Returns piece -> checksum of what an earlier run of this conversion wrote.
 
     Anything else in `partial` is removed.
     """
     fingerprint = output.fingerprint()
-    noted_so_far = os.pread(journal, os.fstat(journal).st_size, 0)
-    whole = noted_so_far[: noted_so_far.rfind(b"\n") + 1]
-    os.ftruncate(journal, len(whole))  # a line cut short would spoil the one that is appended next
-    lines = whole.decode(errors="replace").splitlines()
+    journalled = os.pread(journal, os.fstat(journal).st_size, 0)
+    whole_lines = journalled[: journalled.rfind(b"\n") + 1]
+    # A line cut short would spoil the one that is appended next.
+    os.ftruncate(journal, len(whole_lines))
+    lines = whole_lines.decode(errors="replace").splitlines()
+
     if lines[:1] != [fingerprint]:
         begun = bool(lines) and re.fullmatch(r"[0-9a-f]{64}", lines[0]) is not None
         if not begun and any(partial.iterdir()):
@@ -319,22 +357,23 @@ def _resume(output: Output, partial: Path, journal: int) -> dict[int, int]:
         os.ftruncate(journal, 0)
         os.write(journal, f"{fingerprint}\n".encode())
         return {}
+
     done = {}
     with OpenFiles() as files:
         for line in lines[1:]:
             words = line.split()
             if len(words) != 3 or words[2] != ".":
                 continue  # cut short by the kill
-            index, noted = int(words[0]), int(words[1], 16)
+            index = int(words[0])
+            noted = int(words[1], 16)
             target = output.targets[index]
+            file = partial / target.file
             try:
-                if (
-                    _crc(files, partial / target.file, target.offset, target.piece.num_bytes)
-                    == noted
-                ):
-                    done[index] = noted
+                checksum = _crc(files, file, target.offset, target.piece.num_bytes)
             except WeightsError:
                 continue  # its file is gone or short: made again
+            if checksum == noted:
+                done[index] = noted
     logger.info("resuming: %d of %d tensors are already there", len(done), len(output.targets))
     return done
 
@@ -347,29 +386,22 @@ def _check_space(output: Output, partial: Path, made: Sequence[Path]) -> None:
         partial: where it goes first.
         made: journal and parent directories that were made for it, the innermost first.
     """
+    needed = sum(output.sizes.values())
+    # Blocks, not sizes: a file that was only truncated to its size takes no space yet.
     there = sum(f.stat().st_blocks * 512 for f in partial.rglob("*") if f.is_file())
-    missing = sum(output.sizes.values()) - there - shutil.disk_usage(partial).free
+    missing = needed - there - shutil.disk_usage(partial).free
     if missing > 0:
         if not there:
             partial.rmdir()
             for path in made:
-                path.rmdir() if path.is_dir() else path.unlink()
+                if path.is_dir():
+                    path.rmdir()
+                else:
+                    path.unlink()
         raise WeightsError(
-            f"{sum(output.sizes.values()):,} bytes are needed in {partial.parent}, which has {missing:,} too few; "
+            f"{needed:,} bytes are needed in {partial.parent}, which has {missing:,} too few; "
             f"free some space or take another directory"
         )
-
-
-def _write_literals(output: Output, partial: Path) -> None:
-    for path, size in output.sizes.items():
-        file = partial / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "ab") as stream:
-            stream.truncate(size)
-    for path, offset, data in output.literals:
-        with open(partial / path, "r+b") as stream:
-            stream.seek(offset)
-            stream.write(data)
 
 
 def _copy(
@@ -380,10 +412,21 @@ def _copy(
     limits: Limits,
     report: Callable[[int], None],
 ) -> dict[int, int]:
-    """Writes the pieces that are not `done`; piece -> checksum."""
-    descriptors = {
-        path: os.open(partial / path, os.O_WRONLY) for path in {t.file for t in output.targets}
-    }
+    """Writes the pieces that are not `done`.
+
+    Args:
+        output: the plan.
+        partial: directory that has the files, at their full size.
+        done: piece -> checksum of those that are there.
+        journal: descriptor that each finished piece is noted in.
+        limits: threads and memory.
+        report: called with the bytes of each piece.
+
+    Returns:
+        Piece -> checksum of those that were written.
+    """
+    paths = {target.file for target in output.targets}
+    descriptors = {path: os.open(partial / path, os.O_WRONLY) for path in paths}
     stop = threading.Event()
 
     def note_crc(target: Target, crc: int) -> None:
@@ -392,35 +435,45 @@ def _copy(
 
     def copy(index: int, files: OpenFiles) -> tuple[int, int]:
         target = output.targets[index]
-        descriptor, at, crc = descriptors[target.file], target.offset, 0
+        descriptor = descriptors[target.file]
+        offset = target.offset
+        crc = 0
         for block in target.piece.blocks(files, limits.block_bytes):
             if stop.is_set():
                 raise KeyboardInterrupt
-            _write(descriptor, block, at)
+            _write(descriptor, block, offset)
             crc = zlib.crc32(block, crc)
-            at += len(block)
+            offset += len(block)
+
+        # The journal last: a piece that it names is whole, with its checksum in the file. The dot
+        # tells a whole line from one that a kill cut short.
         note_crc(target, crc)
         os.write(journal, f"{index} {crc:08x} .\n".encode())
         report(target.piece.num_bytes)
         return index, crc
 
     try:
-        for index, crc in done.items():  # the literals, written anew, hold none
+        # The literals were written anew, and hold zeros where these checksums belong.
+        for index, crc in done.items():
             note_crc(output.targets[index], crc)
+
         with OpenFiles() as files, ThreadPoolExecutor(limits.workers) as pool:
-            waiting = [
-                pool.submit(copy, i, files) for i in range(len(output.targets)) if i not in done
-            ]
+            missing = [index for index in range(len(output.targets)) if index not in done]
+            futures = [pool.submit(copy, index, files) for index in missing]
             try:
-                wait(waiting, return_when=FIRST_EXCEPTION)
-            finally:  # the first failure, or ctrl-C, ends the others at their next block
-                if any(not f.done() or f.exception() for f in waiting):
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                # The first failure, or ctrl-C, ends the others at their next block.
+                if any(not future.done() or future.exception() for future in futures):
                     stop.set()
                     pool.shutdown(cancel_futures=True)
-            failed = [f.exception() for f in waiting if not f.cancelled() and f.exception()]
-            for error in sorted(failed, key=lambda e: isinstance(e, KeyboardInterrupt)):
-                raise error  # type: ignore[misc]
-            return dict(future.result() for future in waiting)
+
+            ended = [future.exception() for future in futures if not future.cancelled()]
+            errors = [error for error in ended if error is not None]
+            # The KeyboardInterrupts are those of threads that were stopped; another is the cause.
+            for error in sorted(errors, key=lambda error: isinstance(error, KeyboardInterrupt)):
+                raise error
+            return dict(future.result() for future in futures)
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
@@ -428,18 +481,18 @@ def _copy(
 
 def _finish(output: Output, partial: Path, checksums: dict[int, int]) -> None:
     """Writes the manifest, then brings everything to disk."""
-    ranges = [
-        (t.file, t.offset, t.piece.num_bytes, checksums[i], t.piece.name)
-        for i, t in enumerate(output.targets)
-    ]
+    ranges = []
+    for index, target in enumerate(output.targets):
+        num_bytes = target.piece.num_bytes
+        ranges.append((target.file, target.offset, num_bytes, checksums[index], target.piece.name))
     with OpenFiles() as files:
         for path, offset, data in output.literals:
-            ranges.append(
-                (path, offset, len(data), _crc(files, partial / path, offset, len(data)), HEADER)
-            )
-    (partial / MANIFEST).write_text(
-        json.dumps({"algorithm": "crc32", "ranges": sorted(ranges)}) + "\n"
-    )
+            crc = _crc(files, partial / path, offset, len(data))
+            ranges.append((path, offset, len(data), crc, HEADER))
+    manifest = {"algorithm": "crc32", "ranges": sorted(ranges)}
+    (partial / MANIFEST).write_text(json.dumps(manifest) + "\n")
+
+    # Files before the directories that name them.
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(fsync, [partial / path for path in (*output.sizes, MANIFEST)]))
     for directory in sorted({(partial / path).parent for path in output.sizes} | {partial}):
@@ -464,8 +517,10 @@ def _publish(partial: Path, out: Path, replaced: tuple[int, int] | None) -> None
         )
     if replaced is not None:
         _refuse_foreign(out)
+
     old = _old_name(out)
-    if os.path.lexists(old):  # of a conversion that was killed between the two renames
+    # Left by a conversion that was killed between the two renames.
+    if os.path.lexists(old):
         _refuse_foreign(old)
         shutil.rmtree(old)
     if replaced is not None:
@@ -480,7 +535,7 @@ def _old_name(out: Path) -> Path:
 
 
 def _identity(out: Path) -> tuple[int, int] | None:
-    """Device and inode of a directory, None where nothing has that name."""
+    """Returns device and inode of a directory, None where nothing has that name."""
     try:
         status = out.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -489,15 +544,18 @@ def _identity(out: Path) -> tuple[int, int] | None:
 
 
 def _write(descriptor: int, block: memoryview, offset: int) -> None:
+    """Writes all of a block, which one system call need not do."""
     done = 0
     while done < len(block):
         done += os.pwrite(descriptor, block[done:], offset + done)
 
 
 def _crc(files: OpenFiles, file: Path, offset: int, num_bytes: int) -> int:
-    block, crc = memoryview(bytearray(min(_BLOCK_BYTES, num_bytes))), 0
-    for at in range(0, num_bytes, _BLOCK_BYTES):
-        part = block[: min(_BLOCK_BYTES, num_bytes - at)]
-        files.read_into(file, offset + at, part)
-        crc = zlib.crc32(part, crc)
+    """Returns the CRC-32 of a range of a file."""
+    buffer = memoryview(bytearray(min(_BLOCK_BYTES, num_bytes)))
+    crc = 0
+    for done in range(0, num_bytes, _BLOCK_BYTES):
+        block = buffer[: min(_BLOCK_BYTES, num_bytes - done)]
+        files.read_into(file, offset + done, block)
+        crc = zlib.crc32(block, crc)
     return crc

@@ -6,7 +6,8 @@ whatever can be imported:
     .metadata             pickle.load of torch's FileSystemReader: anything may run
     common.pt             torch.load with torch's default, weights_only
     *.distcp, tensors     torch.load(weights_only=True)
-    *.distcp, objects     torch.load(weights_only=False) of torch's DefaultLoadPlanner: anything may run
+    *.distcp, objects     torch.load(weights_only=False) of torch's DefaultLoadPlanner: anything may
+                          run
 
 So `.metadata` may name only the classes of its own format, and within `weights_only` every
 torch.load is a load of weights only. (torch 2.13, torch/distributed/checkpoint/filesystem.py and
@@ -60,8 +61,10 @@ def check_metadata(checkpoint: Path) -> None:
     others = sorted(file.name for file in checkpoint.glob("__*.metadata"))
     if others:
         raise WeightsError(
-            f"{checkpoint} has {others[0]} beside .metadata, which no checkpoint of all ranks has; do not trust it"
+            f"{checkpoint} has {others[0]} beside .metadata, which no checkpoint of all ranks has; "
+            f"do not trust it"
         )
+
     file = checkpoint / ".metadata"
     try:
         size = file.stat().st_size
@@ -85,14 +88,17 @@ def weights_only(checkpoint: Path) -> Iterator[None]:
     from torch.distributed.checkpoint.api import CheckpointException
 
     before = os.environ.get(_FORCE)
-    os.environ[_FORCE] = "1"  # torch.load reads it at each call
+    # torch.load reads the variable at each call, so that callers within megatron-core obey it too.
+    os.environ[_FORCE] = "1"
     try:
         yield
     except (pickle.UnpicklingError, CheckpointException) as error:
-        refusal = _refusal(error)
-        if refusal is None:
+        # torch's reader gathers the errors of all ranks into one exception.
+        causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
+        refusals = [e for e in (error, *causes) if isinstance(e, pickle.UnpicklingError)]
+        if not refusals:
             raise
-        lines = str(refusal).strip().splitlines() or [""]
+        lines = str(refusals[0]).strip().splitlines() or [""]
         raise WeightsError(
             f"{checkpoint} holds an object that is not plain data ({lines[0]}); do not trust it"
         ) from error
@@ -101,13 +107,3 @@ def weights_only(checkpoint: Path) -> Iterator[None]:
             del os.environ[_FORCE]
         else:
             os.environ[_FORCE] = before
-
-
-def _refusal(error: BaseException) -> pickle.UnpicklingError | None:
-    """What torch.load said, also where torch's reader has gathered it from all ranks."""
-    if isinstance(error, pickle.UnpicklingError):
-        return error
-    for cause, _ in getattr(error, "failures", {}).values():
-        if isinstance(cause, pickle.UnpicklingError):
-            return cause
-    return None

@@ -1,14 +1,13 @@
-"""Checks a directory of weights, HF or Megatron, or compares two, tensor by tensor in constant
-memory.
+"""Checks a directory of weights, HF or Megatron, or compares two.
+
+It goes tensor by tensor, in constant memory.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
@@ -36,7 +35,7 @@ _BLOCK_BYTES = 2**22
 
 @dataclass
 class Report:
-    """What was found; `problems` is empty where all is well."""
+    """What a check came to; `problems` is empty where all is well."""
 
     problems: list[str] = field(default_factory=list)
     """One sentence each."""
@@ -61,7 +60,7 @@ class Opened:
     """A directory of weights as HF tensors."""
 
     directory: Path
-    """It."""
+    """The directory itself."""
     kind: str
     """`HF` or `Megatron`."""
     config: Path
@@ -77,32 +76,61 @@ class Opened:
 
 
 def is_hf(directory: Path) -> bool:
-    """Whether it is an HF directory, not a Megatron checkpoint."""
+    """Whether a directory is one of HF weights, not a Megatron checkpoint."""
     return (directory / "config.json").is_file()
 
 
 def open_as_hf(directory: Path, hf_config: Path | None = None) -> Opened:
-    """Raises WeightsError where a tensor is missing, cut short or of another shape, or where two
-    share bytes.
+    """Opens a directory of weights as HF tensors.
+
+    Args:
+        directory: HF directory or Megatron checkpoint.
+        hf_config: HF directory of the checkpoint's config.json; None: the one that the conversion
+            recorded.
+
+    Raises:
+        WeightsError: a tensor is missing, cut short or of another shape, or two share bytes.
     """
     if is_hf(directory):
-        architecture, weights = open_model(directory)
-        pieces = {name: whole(weights.tensor(name)) for name in hf_shapes(architecture)}
-        opened = Opened(directory, "HF", directory, architecture, weights, pieces, [])
+        architecture, hf_weights = open_model(directory)
+        opened = Opened(
+            directory=directory,
+            kind="HF",
+            config=directory,
+            architecture=architecture,
+            weights=hf_weights,
+            pieces={name: whole(hf_weights.tensor(name)) for name in hf_shapes(architecture)},
+            unmapped=[],
+        )
     else:
         config = hf_config or recorded_hf(directory)
         architecture = Architecture.read(config)
-        megatron = open_megatron(directory, architecture)
+        megatron_weights = open_megatron(directory, architecture)
         opened = Opened(
-            directory,
-            "Megatron",
-            config,
-            architecture,
-            megatron,
-            hf_pieces(megatron),
-            megatron.unmapped,
+            directory=directory,
+            kind="Megatron",
+            config=config,
+            architecture=architecture,
+            weights=megatron_weights,
+            pieces=hf_pieces(megatron_weights),
+            unmapped=megatron_weights.unmapped,
         )
-    _check_disjoint(opened)
+
+    # Several pieces are made of one tensor (q, k and v), so that its chunks come more than once.
+    # With the name, because one chunk under two names is two tensors of the same bytes.
+    chunks = set()
+    for piece in opened.pieces.values():
+        for tensor in [run.tensor for run in piece.runs if run.tensor is not None]:
+            chunks |= {(chunk, tensor.dtype, tensor.name) for chunk in tensor.chunks}
+    last_file = None
+    last_end = 0
+    for chunk, dtype, _ in sorted(chunks, key=lambda item: (item[0].file, item[0].offset)):
+        if chunk.file == last_file and chunk.offset < last_end:
+            raise WeightsError(
+                f"{chunk.file}: two tensors share the bytes from {chunk.offset} on; it is corrupt"
+            )
+        last_file = chunk.file
+        last_end = chunk.offset + chunk.rows * chunk.columns * DTYPE_BYTES[dtype]
     return opened
 
 
@@ -121,29 +149,39 @@ def verify(
         progress: called with (bytes of a tensor that is done, bytes in all).
     """
     report = Report()
-    for opened in (a, b) if b else (a,):
-        report.problems += [
-            f"{opened.directory} has {name}, which the model has no place for"
-            for name in opened.unmapped
-        ]
+    directories = [a]
+    if b is not None:
+        directories.append(b)
+    for opened in directories:
+        for name in opened.unmapped:
+            report.problems.append(
+                f"{opened.directory} has {name}, which the model has no place for"
+            )
         report.problems += _checksums(opened)
+
     if b is not None:
         report.descriptions = _descriptions(a, b)
         report.problems += report.descriptions
-    if b and a.pieces.keys() != b.pieces.keys():
         for name in sorted(a.pieces.keys() ^ b.pieces.keys()):
-            report.problems.append(f"{name} is only in {(a if name in a.pieces else b).directory}")
+            owner = b
+            if name in a.pieces:
+                owner = a
+            report.problems.append(f"{name} is only in {owner.directory}")
+
     total = sum(piece.num_bytes for piece in a.pieces.values())
     with OpenFiles() as files:
         for name, piece in a.pieces.items():
-            _compare(report, name, piece, b.pieces.get(name) if b else None, files, atol)
+            other = None
+            if b is not None:
+                other = b.pieces.get(name)
+            _compare(report, name, piece, other, files, atol)
             if progress is not None:
                 progress(piece.num_bytes, total)
     return report
 
 
 def _checksums(opened: Opened) -> list[str]:
-    """What the manifest says of the directory, or of the checkpoint in it that was opened.
+    """Returns what the manifest says of the directory, or of the checkpoint in it that was opened.
 
     Megatron-LM may have gone on saving there: then the tracker names a later checkpoint, which no
     manifest covers, and the converted one need not be there any more.
@@ -154,19 +192,21 @@ def _checksums(opened: Opened) -> list[str]:
         return []
     if opened.kind == "HF":
         return check_manifest(covered[0])
-    parts = (f"{checkpoint_of(opened.directory).resolve().name}/", f"{HF}/")
+    checkpoint = checkpoint_of(opened.directory).resolve().name
+    parts = (f"{checkpoint}/", f"{HF}/")
     return check_manifest(covered[0], skip=lambda path: not path.startswith(parts))
 
 
 def _descriptions(a: Opened, b: Opened) -> list[str]:
-    """A sentence for each number of config.json that differs and that tensors do not show."""
-    left, right = dataclasses.asdict(a.architecture), dataclasses.asdict(b.architecture)
+    """Returns a sentence for each number of config.json that differs and tensors do not show."""
     problems = []
     for name in ("num_heads", "num_kv_heads", "head_dim", "norm_eps", "rope_theta", "rope_factor"):
-        if left[name] != right[name]:
+        of_a = getattr(a.architecture, name)
+        of_b = getattr(b.architecture, name)
+        if of_a != of_b:
             problems.append(
-                f"the models differ: {name} is {left[name]} in {a.config}/config.json and "
-                f"{right[name]} in {b.config}/config.json"
+                f"the models differ: {name} is {of_a} in {a.config}/config.json and "
+                f"{of_b} in {b.config}/config.json"
             )
     return problems
 
@@ -174,68 +214,65 @@ def _descriptions(a: Opened, b: Opened) -> list[str]:
 def _compare(
     report: Report, name: str, a: Piece, b: Piece | None, files: OpenFiles, atol: float
 ) -> None:
-    """Adds one tensor to the report."""
+    """Adds one tensor to the report: `a` by itself, and against `b` where it is given."""
+    import torch
+
     report.tensors += 1
     report.num_bytes += a.num_bytes
     if b is not None and a.shape != b.shape:
         report.problems.append(f"{name} has the shapes {list(a.shape)} and {list(b.shape)}")
         return
-    dtype = widest([a.dtype, b.dtype]) if b else a.dtype
-    other = (b or a).cast(dtype)
-    nans, worst, same = 0, 0.0, True
-    for left, right in _aligned(
-        a.cast(dtype).blocks(files, _BLOCK_BYTES), other.blocks(files, _BLOCK_BYTES), b is None
-    ):
-        values = _values(left, dtype)
-        nans += int(values.isnan().sum())
+
+    # In the wider of two dtypes, so that a conversion to it counts as identical.
+    dtype = a.dtype
+    if b is not None:
+        dtype = widest([a.dtype, b.dtype])
+    blocks = a.cast(dtype).blocks(files, _BLOCK_BYTES)
+    pairs: Iterator[tuple[memoryview, memoryview]]
+    if b is None:
+        pairs = ((block, block) for block in blocks)
+    else:
+        pairs = _aligned(blocks, b.cast(dtype).blocks(files, _BLOCK_BYTES))
+
+    num_nans = 0
+    largest = 0.0
+    identical = True
+    for left, right in pairs:
+        left_values = torch.frombuffer(left, dtype=torch_dtype(dtype))
+        num_nans += int(left_values.isnan().sum())
         if left != right:
-            same = False
-            difference = (values.double() - _values(right, dtype).double()).abs()
-            worst = max(worst, float(difference.nan_to_num(nan=float("inf")).max()))
-    report.nans += nans
-    report.identical += same
-    if nans:
-        report.problems.append(f"{name} has {nans} NaN values")
-    if worst > report.max_abs_difference:
-        report.max_abs_difference, report.worst = worst, name
-    if not same and not worst <= atol:
-        report.problems.append(f"{name} differs by up to {worst:.3g}")
-    elif not same and atol == 0.0:
+            identical = False
+            right_values = torch.frombuffer(right, dtype=torch_dtype(dtype))
+            difference = (left_values.double() - right_values.double()).abs()
+            # A NaN against a number is the largest difference that there is.
+            largest = max(largest, float(difference.nan_to_num(nan=float("inf")).max()))
+
+    report.nans += num_nans
+    report.identical += identical
+    if num_nans:
+        report.problems.append(f"{name} has {num_nans} NaN values")
+    if largest > report.max_abs_difference:
+        report.max_abs_difference = largest
+        report.worst = name
+    if not identical and not largest <= atol:
+        report.problems.append(f"{name} differs by up to {largest:.3g}")
+    elif not identical and atol == 0.0:
         report.problems.append(f"{name} differs in the sign of zeros or the bits of NaNs")
 
 
 def _aligned(
-    a: Iterator[memoryview], b: Iterator[memoryview], alone: bool
+    a: Iterator[memoryview], b: Iterator[memoryview]
 ) -> Iterator[tuple[memoryview, memoryview]]:
-    """Equal stretches of two streams of blocks; with `alone`, of the first and itself."""
-    if alone:
-        yield from ((block, block) for block in a)
-        return
-    left = right = memoryview(b"")
+    """Yields equal stretches of two streams whose blocks are cut at different places."""
+    left = memoryview(b"")
+    right = memoryview(b"")
     while True:
-        left, right = left or next(a, left), right or next(b, right)
+        # A block is valid until the next one of its stream: it is used up before that.
+        left = left or next(a, left)
+        right = right or next(b, right)
         length = min(len(left), len(right))
         if not length:
             return
         yield left[:length], right[:length]
-        left, right = left[length:], right[length:]
-
-
-def _values(block: memoryview, dtype: str) -> Any:
-    import torch
-
-    return torch.frombuffer(block, dtype=torch_dtype(dtype))
-
-
-def _check_disjoint(opened: Opened) -> None:
-    """Raises WeightsError where two chunks share bytes of a file."""
-    # Several pieces are made of one tensor (q, k and v), so that its chunks come more than once.
-    tensors = [run.tensor for piece in opened.pieces.values() for run in piece.runs if run.tensor]
-    chunks = {(chunk, tensor.dtype, tensor.name) for tensor in tensors for chunk in tensor.chunks}
-    end, last = 0, None
-    for chunk, dtype, _ in sorted(chunks, key=lambda found: (found[0].file, found[0].offset)):
-        if chunk.file == last and chunk.offset < end:
-            raise WeightsError(
-                f"{chunk.file}: two tensors share the bytes from {chunk.offset} on; it is corrupt"
-            )
-        last, end = chunk.file, chunk.offset + chunk.rows * chunk.columns * DTYPE_BYTES[dtype]
+        left = left[length:]
+        right = right[length:]

@@ -27,10 +27,15 @@ from megatron_real.records import (
     Status,
     Verdict,
 )
+from megatron_real.runs.directory import RunDirectory
+from megatron_real.runs.ranks import Ranks
+from megatron_real.runs.rollouts import read_rollouts
 from tests.distributed import jobs, reference
 from tests.distributed.reference import Sample
 from tests.distributed.test_policy import LAYOUTS, config_of
 from tests.distributed.world import World
+from tests.unit.test_runs_reporter import ROLLOUTS, TRAINING
+from tests.unit.test_runs_reporter import config_of as reporter_config
 
 pytestmark = pytest.mark.one_version
 
@@ -181,3 +186,30 @@ def test_micro_batches_are_those_of_rollouts_that_every_rank_has(
         dealt_or_whole, size, config=config, samples=samples, reference_path=path
     ):
         assert all(found.values()), found
+
+
+def written(folder: Path) -> list[Rollout]:
+    """The rollouts of a step and of a skipped update, of which each rank holds a part, as the first rank writes them."""
+    from megatron_real.runs.reporter import Reporter
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    exchange = Exchange(rank, world)
+    ranks = Ranks(rank, world, dist.group.WORLD)
+    rollouts = exchange.keep_own(ROLLOUTS)
+    options = {"gathered": ranks.gathered_by_first, "exchange": exchange}
+    reporter = Reporter(
+        reporter_config(folder, tensorboard=False), rank=rank, world=world, **options
+    )
+    reporter.begin()
+    with reporter.progress:
+        reporter.trained(1, rollouts, TRAINING)
+        reporter.skipped(1, 2, rollouts[2:])
+        reporter.settle()
+    dist.barrier()
+    directory = RunDirectory(folder)
+    return read_rollouts(directory.rollouts(1)) + read_rollouts(directory.dump(1, 2).rollouts(1))
+
+
+def test_the_first_rank_writes_what_others_hold(world: World, tmp_path: Path) -> None:
+    for found in world.run(written, 2, folder=tmp_path / "run"):
+        assert found == ROLLOUTS + ROLLOUTS[2:]
