@@ -136,7 +136,7 @@ def summarise(completions: Sequence[Judged], *, vote: bool = False) -> Evaluatio
         unanswered_share=_mean([c.status == "unparsable" for c in completions]),
         truncated_share=_mean([c.status == "overlong" for c in completions]),
         response_tokens_mean=_mean([c.tokens for c in completions]),
-        correct=tuple(zip(of, correct, strict=True)),
+        correct=tuple(zip(of_problem, correct, strict=True)),
     )
 
 

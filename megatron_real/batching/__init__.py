@@ -1,4 +1,4 @@
-"""Rollouts -> minibatches -> micro-batches. The global denominators are fixed here, before packing."""
+"""Rollouts -> minibatches -> micro-batches: global denominators are fixed here, before packing."""
 
 from megatron_real.batching.minibatch import Minibatch, minibatches
 from megatron_real.batching.placement import Layout, Plan, plan

@@ -39,22 +39,24 @@ class Minibatch:
 def minibatches(
     rollouts: Sequence[Rollout], objective: Objective, *, groups_per_minibatch: int
 ) -> list[Minibatch]:
-    """Cuts a step's rollouts into minibatches of `groups_per_minibatch` groups, in the order of first appearance.
+    """Cuts a step's rollouts into minibatches of `groups_per_minibatch` groups.
 
-    The objective decides which rollouts train: objective/objective.py.
+    Groups keep the order of their first rollout; the last minibatch takes what is left. The
+    objective decides which rollouts train (objective/objective.py).
     """
     members: dict[int, list[Rollout]] = defaultdict(list)
     for rollout in rollouts:
         members[rollout.group].append(rollout)
     groups = list(members.values())
-    return [
-        _minibatch(groups[start : start + groups_per_minibatch], objective)
-        for start in range(0, len(groups), groups_per_minibatch)
-    ]
 
+    cut = []
+    for start in range(0, len(groups), groups_per_minibatch):
+        # Whole groups, flat: the facts of a group need all of its rollouts, the excluded ones too.
+        in_minibatch = []
+        for group in groups[start : start + groups_per_minibatch]:
+            in_minibatch.extend(group)
 
-def _minibatch(groups: Sequence[list[Rollout]], objective: Objective) -> Minibatch:
-    rollouts = [rollout for group in groups for rollout in group]
-    facts = objective.facts(RolloutTable.of(rollouts))
-    kept = facts.trains_R.nonzero().squeeze(1).tolist()
-    return Minibatch(tuple(rollouts), tuple(kept), facts)
+        facts = objective.facts(RolloutTable.of(in_minibatch))
+        kept = facts.trains_R.nonzero().squeeze(1).tolist()
+        cut.append(Minibatch(tuple(in_minibatch), tuple(kept), facts))
+    return cut

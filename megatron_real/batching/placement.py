@@ -1,13 +1,14 @@
 """Which rank computes which sequence, in which micro-batch.
 
-The loss couples the rollouts of a group, so where a group lies decides how its scores meet (policy/train_step.py):
+The loss couples the rollouts of a group, so where a group lies decides how its scores meet
+(policy/train_step.py):
 
     intact   in one micro-batch                    one pass: the scores are already together
     dp       in one micro-batch index, any rank    one pass: a gather over DP ranks within the loss
-    split    anywhere                              two passes: all scores first, then forward and backward
+    split    anywhere                              two passes: all scores first, then the gradient
 
-All three give the same gradient. `auto` takes the one that is estimated to end first: `split` packs best but computes
-one more forward pass where scores are needed.
+All three give the same gradient. `auto` takes the one that is estimated to end first: `split` packs
+best but computes one more forward pass where scores are needed.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ import heapq
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Placement = Literal["intact", "dp", "split"]
 MicroBatches = tuple[tuple[tuple[int, ...], ...], ...]
-"""[DP rank][micro-batch index] -> positions of the sequences in it; empty ones only keep the schedule in step."""
+"""[DP rank][micro-batch index] -> positions of the sequences in it. An empty one only keeps the
+ranks' schedules in step."""
 
-# A backward pass is two forward passes of work; scoring is one forward pass more.
-_STEP_WORK, _SCORING_WORK = 3.0, 1.0
-# `dp` meets at every micro-batch index, where the ranks' jitter adds up: what it cost in tools/bench_placement.py.
+# Work in units of one forward pass: a backward pass is two of them, scoring is one more.
+_STEP_WORK = 3.0
+_SCORING_WORK = 1.0
+
+# `dp` meets at every micro-batch index, where the ranks' jitter adds up: what that cost in
+# tools/bench_placement.py.
 _MEETING = 1.05
 
 
@@ -41,7 +46,8 @@ class Layout:
     pp: int = 1
     """Pipeline stages: every micro-batch passes through all of them."""
     count_multiple: int = 1
-    """The number of micro-batches on each rank must be a multiple of this (the interleaved schedule's PP size)."""
+    """The number of micro-batches on each rank must be a multiple of this (the interleaved
+    schedule's PP size)."""
 
 
 @dataclass(frozen=True)
@@ -76,32 +82,41 @@ def plan(
         cost: time of a forward pass over one sequence of the given length, in any unit.
 
     Raises:
-        ValueError: a sequence exceeds the budget, or no packing keeps the groups as `placement` wants them.
+        ValueError: a sequence exceeds the budget, or no packing keeps the groups as `placement`
+            wants them.
     """
     for length in lengths:
         if length > layout.max_tokens:
             raise ValueError(
-                f"a sequence of {length} tokens exceeds batch.max_tokens = {layout.max_tokens}; raise it"
+                f"a sequence of {length} tokens exceeds batch.max_tokens = {layout.max_tokens}; "
+                "raise it"
             )
+
     packing = _Packing(lengths, groups, layout, cost)
-    choices: tuple[Placement, ...] = (
-        ("intact", "dp", "split") if placement == "auto" else (placement,)
-    )
+    candidates: tuple[Placement, ...] = get_args(Placement)
+    if placement != "auto":
+        candidates = (placement,)
+
     plans = []
-    for choice in choices:
-        micro_batches = packing.place(choice)
-        if micro_batches is not None:
-            scoring = _SCORING_WORK if needs_scores and choice == "split" else 0.0
-            seconds = packing.seconds(micro_batches, in_step=needs_scores and choice == "dp") * (
-                _STEP_WORK + scoring
-            )
-            plans.append(Plan(choice, micro_batches, seconds))
+    for candidate in candidates:
+        micro_batches = packing.place(candidate)
+        if micro_batches is None:
+            continue
+
+        # Scores cost `split` a pass of its own, and `dp` a meeting at every micro-batch index.
+        work = _STEP_WORK
+        if needs_scores and candidate == "split":
+            work += _SCORING_WORK
+        pass_seconds = packing.seconds(micro_batches, in_step=needs_scores and candidate == "dp")
+        plans.append(Plan(candidate, micro_batches, pass_seconds * work))
+
     if not plans:
+        ranks = f" x {layout.dp} ranks" if placement == "dp" else ""
         raise ValueError(
-            f"batch.placement={placement}: the largest group does not fit into batch.max_tokens = {layout.max_tokens}"
-            f"{' x ' + str(layout.dp) + ' ranks' if placement == 'dp' else ''}; raise it or use placement=auto"
+            f"batch.placement={placement}: the largest group does not fit into "
+            f"batch.max_tokens = {layout.max_tokens}{ranks}; raise it or use placement=auto"
         )
-    return min(plans, key=lambda p: p.seconds)
+    return min(plans, key=lambda made: made.seconds)
 
 
 @dataclass(frozen=True)
@@ -118,8 +133,10 @@ class _Unit:
     """Length of the longest."""
 
     def size(self, *, padded: bool) -> int:
-        """Tokens that a micro-batch of nothing else counts."""
-        return self.longest * len(self.members) if padded else self.tokens
+        """Returns the tokens that a micro-batch of nothing else counts."""
+        if padded:
+            return self.longest * len(self.members)
+        return self.tokens
 
 
 class _Bin:
@@ -131,30 +148,38 @@ class _Bin:
         self.longest = 0
 
     def size_with(self, unit: _Unit, *, padded: bool) -> int:
-        """Tokens that it counts with `unit` added."""
+        """Returns the tokens that the bin counts with `unit` added."""
         if padded:
             return max(self.longest, unit.longest) * (len(self.members) + len(unit.members))
         return self.tokens + unit.tokens
 
     def room(self, budget: int, *, padded: bool) -> int:
-        """A bound that the `tokens`, or if padded the `longest`, of a unit that still fits cannot exceed."""
+        """Returns what the `tokens` (if padded: the `longest`) of a unit that fits cannot exceed.
+
+        It is a bound only: a padded unit of many sequences may fit less.
+        """
         if not padded:
             return budget - self.tokens
+
+        # One more sequence, and all of them padded to the longest.
         most = budget // (len(self.members) + 1)
-        return most if most >= self.longest else 0
+        if most < self.longest:
+            return 0
+        return most
 
     def add(self, unit: _Unit) -> None:
-        """Puts `unit` into it."""
+        """Puts `unit` into the bin."""
         self.members.extend(unit.members)
         self.tokens += unit.tokens
         self.longest = max(self.longest, unit.longest)
 
 
 class _Packing:
-    """Greedy packing, longest first into the least loaded bin, with the fewest micro-batches that hold everything.
+    """Greedy packing: the costliest unit first, each into the least loaded bin that has room.
 
-    Every rank plans for all ranks, so the time must not grow faster than sequences and bins: one attempt with n units
-    and b bins takes O((n + b) log b), and counts of micro-batches that cannot hold the units are never tried.
+    It takes the fewest micro-batches that hold everything. Every rank plans for all ranks, so the
+    time must not grow faster than sequences and bins: one attempt with n units and b bins takes
+    O((n + b) log b), and counts of micro-batches that cannot hold the units are never tried.
     """
 
     def __init__(
@@ -164,106 +189,151 @@ class _Packing:
         layout: Layout,
         cost: Callable[[int], float],
     ) -> None:
-        self.lengths, self.layout = lengths, layout
+        self.lengths = lengths
+        self.layout = layout
+
+        # Once for each length: the cost function counts the FLOPs of a whole model.
         cost_by_length = {length: cost(length) for length in set(lengths)}
         self.cost = [cost_by_length[length] for length in lengths]
+
         members: dict[int, list[int]] = defaultdict(list)
         for i, group in enumerate(groups):
             members[group].append(i)
+
         self.alone = [self._unit([i]) for i in range(len(lengths))]
-        self.sequences = self._costliest_first(self.alone)
-        self.groups = self._costliest_first([self._unit(group) for group in members.values()])
-
-    def _unit(self, members: Sequence[int]) -> _Unit:
-        lengths = [self.lengths[i] for i in members]
-        return _Unit(tuple(members), self._bin_cost(members), sum(lengths), max(lengths))
-
-    @staticmethod
-    def _costliest_first(units: Sequence[_Unit]) -> list[_Unit]:
-        return sorted(units, key=lambda unit: -unit.cost)
+        self.sequences = _costliest_first(self.alone)
+        self.groups = _costliest_first([self._unit(group) for group in members.values()])
 
     def place(self, placement: Placement) -> MicroBatches | None:
-        """The micro-batches under `placement`, or None where a group does not fit."""
+        """Returns the micro-batches under `placement`, or None where a group does not fit."""
         for count in self._counts(placement):
-            placed = (
-                self._across_ranks(count) if placement == "dp" else self._apart(placement, count)
-            )
-            if placed is not None:
-                return placed
+            if placement == "dp":
+                micro_batches = self._across_ranks(count)
+            else:
+                micro_batches = self._apart(placement, count)
+            if micro_batches is not None:
+                return micro_batches
         return None
 
+    def seconds(self, micro_batches: MicroBatches, *, in_step: bool) -> float:
+        """Returns the time of one forward pass over all micro-batches, in the unit of the cost.
+
+        The ranks meet at the end of the pass, or at every micro-batch index if `in_step`.
+        """
+        costs = [[self._cost_of(members) for members in rank] for rank in micro_batches]
+        longest = [max(column) for column in zip(*costs, strict=True)]
+        if in_step:
+            body = sum(longest) * _MEETING
+        else:
+            body = max(sum(rank) for rank in costs)
+
+        # The pipeline's fill and drain: the last stage begins pp - 1 micro-batches late.
+        return body + (self.layout.pp - 1) * max(longest)
+
     def _counts(self, placement: Placement) -> range:
-        """The numbers of micro-batches on a rank worth an attempt, the least first; none where a group is too large."""
-        dp, budget, step = self.layout.dp, self.layout.max_tokens, self.layout.count_multiple
-        if self._too_large(placement):
+        """Returns the numbers of micro-batches on a rank that are worth an attempt, least first.
+
+        The range is empty where a group is too large for the placement.
+        """
+        dp = self.layout.dp
+        units = self.sequences if placement == "split" else self.groups
+        # Under `dp` a unit may spread over one micro-batch index of all ranks.
+        budget = self.layout.max_tokens * dp if placement == "dp" else self.layout.max_tokens
+        if any(unit.size(padded=self.layout.padded) > budget for unit in units):
             return range(0)
+
         if placement == "dp":
-            apart = [[self.alone[i] for i in group.members] for group in self.groups]
-            if any(self._bins_needed(sequences, budget) > dp for sequences in apart):
-                return range(0)
+            # One group alone in an index has one bin on each rank for its sequences.
+            for group in self.groups:
+                sequences = [self.alone[i] for i in group.members]
+                if self._bins_needed(sequences, self.layout.max_tokens) > dp:
+                    return range(0)
+
             least = max(
-                self._bins_needed(self.groups, budget * dp),
-                -(-self._bins_needed(self.sequences, budget) // dp),
+                self._bins_needed(self.groups, budget),
+                _ceil_div(self._bins_needed(self.sequences, self.layout.max_tokens), dp),
             )
             most = len(self.groups)
         else:
-            units = self.sequences if placement == "split" else self.groups
-            least = -(-self._bins_needed(units, budget) // dp)
+            least = _ceil_div(self._bins_needed(units, budget), dp)
             # A bin for every unit is enough: the least loaded one is then empty.
-            most = -(-len(units) // dp)
-        least, most = (-(-max(1, count) // step) * step for count in (least, most))
+            most = _ceil_div(len(units), dp)
+
+        step = self.layout.count_multiple
+        least = _ceil_div(max(1, least), step) * step
+        most = _ceil_div(max(1, most), step) * step
         return range(least, most + 1, step)
 
-    def _too_large(self, placement: Placement) -> bool:
-        budget = self.layout.max_tokens * (self.layout.dp if placement == "dp" else 1)
-        units = self.sequences if placement == "split" else self.groups
-        return any(unit.size(padded=self.layout.padded) > budget for unit in units)
-
     def _bins_needed(self, units: Sequence[_Unit], budget: int) -> int:
-        """A lower bound of the bins that hold the units, whatever the packing.
+        """Returns a lower bound of the bins that hold the units, whatever the packing.
 
-        All of their tokens must fit; and of units above a k-th of the budget a bin holds fewer than k.
+        All of their tokens must fit; and of units above a k-th of the budget a bin holds fewer than
+        k.
         """
         sizes = [unit.size(padded=self.layout.padded) for unit in units]
-        needed = -(-sum(sizes) // budget)
+        needed = _ceil_div(sum(sizes), budget)
+        # Few units are so small that more than 8 fill a bin and still do not pack well.
         for k in range(2, 9):
             large = sum(size * k > budget for size in sizes)
-            needed = max(needed, -(-large // (k - 1)))
+            needed = max(needed, _ceil_div(large, k - 1))
         return needed
 
     def _apart(self, placement: Placement, count: int) -> MicroBatches | None:
+        """Returns `count` micro-batches for every rank, filled without regard to each other."""
+        dp = self.layout.dp
         units = self.sequences if placement == "split" else self.groups
-        bins = self._fill(units, count * self.layout.dp, self.layout.max_tokens)
-        return None if bins is None else self._deal(bins, count)
+        bins = self._fill(units, count * dp, self.layout.max_tokens)
+        if bins is None:
+            return None
+
+        # `count` bins to every rank, the costliest first to the rank with the least.
+        ranks: list[list[tuple[int, ...]]] = [[] for _ in range(dp)]
+        waiting = [(0.0, rank) for rank in range(dp)]
+        for members in sorted(bins, key=self._cost_of, reverse=True):
+            load, rank = heapq.heappop(waiting)
+            ranks[rank].append(tuple(members))
+            # A rank with its share leaves the queue: Megatron wants equally many on every rank.
+            if len(ranks[rank]) < count:
+                heapq.heappush(waiting, (load + self._cost_of(members), rank))
+        return tuple(tuple(rank) for rank in ranks)
 
     def _across_ranks(self, count: int) -> MicroBatches | None:
-        """Whole groups per micro-batch index, their sequences spread over the DP ranks."""
-        dp, budget = self.layout.dp, self.layout.max_tokens
-        columns = self._fill(self.groups, count, budget * dp)
+        """Returns `count` micro-batches for each rank, a group within one index of all ranks."""
+        dp = self.layout.dp
+        columns = self._fill(self.groups, count, self.layout.max_tokens * dp)
         if columns is None:
             return None
+
         rows = []
         for column in columns:
-            sequences = self._costliest_first([self.alone[i] for i in column])
-            row = self._fill(sequences, dp, budget)
+            # Within the index any rank may take any sequence: a group is free to spread.
+            sequences = _costliest_first([self.alone[i] for i in column])
+            row = self._fill(sequences, dp, self.layout.max_tokens)
             if row is None:
                 return None
             rows.append(row)
         return tuple(tuple(tuple(row[rank]) for row in rows) for rank in range(dp))
 
     def _fill(self, units: Sequence[_Unit], num_bins: int, budget: int) -> list[list[int]] | None:
-        """Each unit, the costliest first, into the least loaded bin that has room; None where none has."""
+        """Puts each unit, in the order given, into the least loaded bin that has room.
+
+        Returns:
+            [num_bins] positions of the sequences in each bin; None where a unit fits nowhere.
+        """
         padded = self.layout.padded
         bins = [_Bin() for _ in range(num_bins)]
         open_bins = [(0.0, b) for b in range(num_bins)]
-        # Bins that were too full for a unit wait here, by their room, until a unit comes that may fit: to pop all
-        # full bins again for each unit would take time by the product of units and bins.
+        # Bins that were too full for a unit wait here, by their room, until a unit comes that may
+        # fit: to pop all full bins again for each unit would take time by the product of units and
+        # bins.
         full_bins: list[tuple[int, float, int]] = []
+
         for unit in units:
             needed = unit.longest if padded else unit.tokens
             while full_bins and -full_bins[0][0] >= needed:
                 _, load, b = heapq.heappop(full_bins)
                 heapq.heappush(open_bins, (load, b))
+
             while open_bins:
                 load, b = heapq.heappop(open_bins)
                 if bins[b].size_with(unit, padded=padded) <= budget:
@@ -271,27 +341,27 @@ class _Packing:
                 heapq.heappush(full_bins, (-bins[b].room(budget, padded=padded), load, b))
             else:
                 return None
+
             bins[b].add(unit)
             heapq.heappush(open_bins, (load + unit.cost, b))
         return [filled.members for filled in bins]
 
-    def _deal(self, bins: list[list[int]], count: int) -> MicroBatches:
-        """`count` bins to every rank, the costliest first to the rank with the least."""
-        ranks: list[list[tuple[int, ...]]] = [[] for _ in range(self.layout.dp)]
-        waiting = [(0.0, rank) for rank in range(self.layout.dp)]
-        for members in sorted(bins, key=self._bin_cost, reverse=True):
-            load, rank = heapq.heappop(waiting)
-            ranks[rank].append(tuple(members))
-            if len(ranks[rank]) < count:
-                heapq.heappush(waiting, (load + self._bin_cost(members), rank))
-        return tuple(tuple(rank) for rank in ranks)
+    def _unit(self, members: Sequence[int]) -> _Unit:
+        lengths = [self.lengths[i] for i in members]
+        return _Unit(
+            members=tuple(members),
+            cost=self._cost_of(members),
+            tokens=sum(lengths),
+            longest=max(lengths),
+        )
 
-    def _bin_cost(self, members: Sequence[int]) -> float:
+    def _cost_of(self, members: Sequence[int]) -> float:
         return sum(self.cost[i] for i in members)
 
-    def seconds(self, micro_batches: MicroBatches, *, in_step: bool) -> float:
-        """Time of one forward pass over all micro-batches: ranks meet at the end, or at every index when `in_step`."""
-        costs = [[self._bin_cost(members) for members in rank] for rank in micro_batches]
-        longest = [max(column) for column in zip(*costs, strict=True)]
-        body = sum(longest) * _MEETING if in_step else max(sum(rank) for rank in costs)
-        return body + (self.layout.pp - 1) * max(longest)  # the pipeline's fill and drain
+
+def _costliest_first(units: Sequence[_Unit]) -> list[_Unit]:
+    return sorted(units, key=lambda unit: -unit.cost)
+
+
+def _ceil_div(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)

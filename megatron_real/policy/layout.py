@@ -1,4 +1,7 @@
-"""Process groups of the parallel layout: the one place that sets up torch.distributed and megatron's parallel state."""
+"""Process groups of the parallel layout.
+
+This is the one place that sets up torch.distributed and megatron-core's parallel state.
+"""
 
 from __future__ import annotations
 
@@ -17,30 +20,37 @@ from megatron_real.config import ParallelConfig
 
 
 def join_world(timeout_minutes: float) -> None:
-    """Joins the processes that torchrun or srun started (a single process by itself too): NCCL on GPUs, else gloo."""
+    """Joins the processes that torchrun or srun started; a process started alone is a world of one.
+
+    The backend is NCCL on GPUs and gloo elsewhere. A second call does nothing.
+
+    Args:
+        timeout_minutes: a collective of the default group that waits longer fails.
+    """
     on_cpu = cpu.enable()
     if dist.is_initialized():
         return
-    for name, value in (
-        ("RANK", "0"),
-        ("WORLD_SIZE", "1"),
-        ("MASTER_ADDR", "127.0.0.1"),
-        ("LOCAL_RANK", "0"),
-    ):
+
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}
+    for name, value in alone.items():
         os.environ.setdefault(name, value)
+
     options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
     if not on_cpu:
-        # Named, or NCCL guesses it from the rank: barriers would warn, and might use another rank's GPU.
+        # Named, or NCCL guesses it from the rank: barriers would warn, and might use another rank's
+        # GPU.
         options["device_id"] = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(options["device_id"])
     if "MASTER_PORT" not in os.environ:
+        # Nobody else to meet: a store in this process needs no port that another run might hold.
         options |= {"store": HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("gloo" if on_cpu else "nccl", **options)
 
 
 def leave_world() -> None:
-    """Leaves together: a rank that exits while another still talks to it makes that one's gloo threads abort."""
+    """Leaves the world, all ranks together. Collective."""
     if dist.is_initialized():
+        # A rank that exits while another still talks to it makes that one's gloo threads abort.
         dist.barrier()
         _LEFT.extend(distributed_c10d._world.pg_map)
         dist.destroy_process_group()
@@ -49,15 +59,15 @@ def leave_world() -> None:
 _LEFT: list[dist.ProcessGroup] = []
 """The process groups that this process has left, kept until its modules are torn down.
 
-A thread that ends with the interpreter must not drop the last reference to one: torch's destructor lets go
-of Python's lock, Python ends the thread where it takes it again, and C++ aborts the process for that, after
-a run that went well.
+A thread that ends with the interpreter must not drop the last reference to one: torch's destructor
+lets go of Python's lock, Python ends the thread where it takes it again, and C++ aborts the process
+for that, after a run that went well.
 """
 
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's place in the layout. megatron-core's collection, and what the train step asks of it by name."""
+    """This rank's place in the layout: megatron-core's collection, and its groups by name."""
 
     megatron: object
     """megatron-core's ProcessGroupCollection."""
@@ -74,19 +84,26 @@ class Groups:
 
     @property
     def is_last_stage(self) -> bool:
-        """This rank's pipeline stage ends with the log-probs."""
+        """Whether this rank's pipeline stage ends with the log-probs."""
         return self.pp.rank() == self.pp.size() - 1
 
     @property
     def writes_logprobs(self) -> bool:
-        """One rank of each data-parallel shard: last stage, first TP and CP rank."""
+        """Whether this rank writes the log-probs of its data-parallel shard.
+
+        One rank of each shard does: that of the last stage which is first in TP and CP.
+        """
         return self.is_last_stage and self.tp.rank() == 0 and self.cp.rank() == 0
 
 
 def set_up(parallel: ParallelConfig, *, seed: int = 1234, timeout_minutes: float = 75.0) -> Groups:
-    """Builds the process groups for a layout, replacing those of an earlier one, and seeds megatron's RNG tracker.
+    """Builds the process groups for a layout, and seeds megatron-core's RNG tracker.
+
+    The groups of an earlier call are replaced.
 
     Args:
+        parallel: the layout.
+        seed: of the RNG tracker.
         timeout_minutes: a collective of these groups that waits longer fails.
 
     Raises:

@@ -2,12 +2,13 @@
 
 Shapes: K tokens with a target, C vocabulary columns of one chunk.
 
-`fold_chunk` reads each logit once in the forward pass, `write_gradient` reads and writes it once in the backward pass;
-torch's operators, which logprobs.py keeps as the reference and for all other devices, take five passes through a second
-buffer in fp32. All arithmetic is in fp32.
+`fold_chunk` reads each logit once in the forward pass, `write_gradient` reads and writes it once in
+the backward pass; torch's operators, which logprobs.py keeps as the reference and for all other
+devices, take five passes through a second buffer in fp32. All arithmetic is in fp32.
 
-This module imports Triton. With TRITON_INTERPRET=1 in the environment when it is imported, Triton's interpreter runs the
-kernels on CPU tensors, which is how tests/distributed/test_logit_kernels.py compares them with the reference.
+This module imports Triton. With TRITON_INTERPRET=1 in the environment when it is imported, Triton's
+interpreter runs the kernels on CPU tensors, which is how tests/distributed/test_logit_kernels.py
+compares them with the reference.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -22,18 +23,19 @@ from torch import Tensor
 from triton import knobs
 
 INTERPRETED = bool(knobs.runtime.interpret)
-"""The kernels run on CPU tensors, by Triton's interpreter."""
+"""Whether the kernels run on CPU tensors, by Triton's interpreter."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes of logits that the kernels take; fp64 stays with torch."""
 
-# The block and the warps of a sum decide its order. They are fixed, never tuned by the clock: a resumed run that picked
-# others would differ in the last bit. Four logits a lane and load at 8 warps: 8 KiB of bf16 in flight a program.
+# The block and the warps of a sum decide its order. They are fixed, never tuned by the clock: a
+# resumed run that picked others would differ in the last bit. Four logits a lane and load at 8
+# warps: 8 KiB of bf16 in flight a program.
 FOLD_BLOCK = 4096
 FOLD_WARPS = 8
 
-# Every element is computed alone here, so that whatever is picked gives the same bits. The list bounds what the first
-# call compiles and times.
+# Every element is computed alone here, so that whatever is picked gives the same bits. The list
+# bounds what the first call compiles and times.
 GRADIENT_CONFIGURATIONS = [
     triton.Config({"BLOCK": block}, num_warps=warps)
     for block, warps in [(2048, 8), (1024, 4), (2048, 4), (4096, 8), (8192, 16)]
@@ -52,10 +54,15 @@ def fold_kernel(
     inverse_temperature,
     BLOCK: tl.constexpr,
 ):
-    """One program a row: brings lse and picked up to this chunk's columns [first, first + num_columns)."""
-    row = tl.program_id(0).to(tl.int64)  # row * row_stride outgrows 32 bits
+    """Brings lse and picked up to this chunk's columns [first, first + num_columns).
+
+    Each row has one program.
+    """
+    # row * row_stride outgrows 32 bits.
+    row = tl.program_id(0).to(tl.int64)
     row_logits = logits + row * row_stride
 
+    # The sum is kept relative to the highest logit so far, so that no exponential overflows.
     highest = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     for start in range(0, num_columns, BLOCK):
@@ -72,6 +79,7 @@ def fold_kernel(
     top = tl.maximum(running, chunk_lse)
     tl.store(lse + row, top + tl.log(tl.exp(running - top) + tl.exp(chunk_lse - top)))
 
+    # Where the target is not in this chunk, 0 is added.
     column = tl.load(target + row) - first
     inside = (column >= 0) & (column < num_columns)
     x = tl.load(row_logits + column, mask=inside, other=0.0)
@@ -90,7 +98,10 @@ def gradient_kernel(
     inverse_temperature,
     BLOCK: tl.constexpr,
 ):
-    """One program a row and block: softmax minus one-hot. `gradient` may be `logits`; both have the same strides."""
+    """Writes softmax minus one-hot to `gradient`. Each row and block has one program.
+
+    `gradient` may be `logits`; both have the same strides.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < num_columns
@@ -120,18 +131,22 @@ def fold_chunk(
     first: int,
     temperature: float,
 ) -> None:
-    """Brings the log-sum-exp and the targets' logits of the columns so far up to one more chunk of columns.
+    """Brings the log-sum-exp and the targets' logits up to one more chunk of columns.
 
     Args:
         logits_KC: [K, C] bf16, fp16 or fp32, rows contiguous; column c is token first + c.
         target_K: [K] int64 tokens.
-        lse_K: [K] fp32, log-sum-exp of logits / temperature over the columns so far, -inf before the first; updated.
-        picked_K: [K] fp32, the target's logit / temperature once its column has come, 0 before; updated.
+        lse_K: [K] fp32, log-sum-exp of logits / temperature over the columns so far, -inf before
+            the first; updated.
+        picked_K: [K] fp32, the target's logit / temperature once its column has come, 0 before;
+            updated.
         first: token of the chunk's first column.
         temperature: sampling temperature, > 0.
     """
     if not logits_KC.numel():
+        # A grid of no program is an error of CUDA.
         return
+
     fold_kernel[(len(logits_KC),)](
         logits_KC,
         logits_KC.stride(0),
@@ -161,7 +176,8 @@ def write_gradient(
         logits_KC: [K, C] bf16, fp16 or fp32, rows contiguous; column c is token first + c.
         target_K: [K] int64 tokens.
         lse_K: [K] fp32, log-sum-exp of logits / temperature over the whole vocabulary.
-        gradient_KC: [K, C] of any of these dtypes and of the strides of `logits_KC`, which it may be; overwritten.
+        gradient_KC: [K, C] of any of these dtypes and of the strides of `logits_KC`, which it may
+            be; overwritten.
         first: token of the chunk's first column.
         temperature: sampling temperature, > 0.
     """
@@ -208,7 +224,7 @@ def _(
 
 
 def _check_statistics(logits_KC: Tensor, target_K: Tensor, statistic_K: Tensor) -> None:
-    """What the kernels rely on and cannot see, for a rehearsal without a GPU to hold."""
+    """Asserts what the kernels rely on and cannot see, so that a rehearsal without a GPU does."""
     assert logits_KC.dtype in DTYPES and logits_KC.stride(1) == 1
     assert target_K.dtype == torch.int64 and statistic_K.dtype == torch.float32
     assert target_K.is_contiguous() and statistic_K.is_contiguous()

@@ -1,12 +1,14 @@
-"""Micro-batches as the model wants them: packed, shifted, padded and cut for this context-parallel rank.
+"""Micro-batches as the model wants them: packed, shifted, padded, and cut for this CP rank.
 
-Shapes: R sequences of the micro-batch, T tokens of this context-parallel rank. Each sequence is padded to a multiple
-of 2 * CP, of which rank r holds chunks r and 2 * CP - 1 - r; a last dummy sequence pads T for sequence parallelism.
-Padding has no target, so it has no log-prob and no gradient, and nothing before it attends to it.
+Shapes: R sequences of the micro-batch, T tokens of this context-parallel rank, K of them with a
+target. Each sequence is padded to a multiple of 2 * CP and cut into 2 * CP pieces, of which rank r
+holds r and 2 * CP - 1 - r; a last dummy sequence pads T for sequence parallelism. Padding has no
+target, so it has no log-prob and no gradient, and nothing before it attends to it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,22 +36,32 @@ class Alignment:
     """Pad each sequence to the longest of the micro-batch."""
 
     def length(self, rollout: Rollout) -> int:
-        """Tokens that a rollout takes: the last response token predicts nothing and is left out."""
+        """Returns the tokens that a rollout takes.
+
+        The last response token predicts nothing and is left out.
+        """
         return self.up(rollout.num_tokens - 1)
 
     def up(self, length: int) -> int:
-        """`length` rounded up to what context parallelism can cut."""
-        return length if self.cp == 1 else -(-length // (2 * self.cp)) * 2 * self.cp
+        """Returns `length` rounded up to what context parallelism can cut."""
+        if self.cp == 1:
+            return length
+        num_pieces = 2 * self.cp
+        return -(-length // num_pieces) * num_pieces
 
     @property
     def total_multiple(self) -> int:
         """All tokens of a micro-batch together must be a multiple of this."""
-        return math.lcm(1 if self.cp == 1 else 2 * self.cp, self.cp * self.tp)
+        # Every context-parallel rank's share is cut again by sequence parallelism.
+        return math.lcm(self.up(1), self.cp * self.tp)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch on one rank. What is known on the host is laid out here once, not in every pass."""
+    """One micro-batch on one rank.
+
+    What is known on the host is laid out here once, not in every pass.
+    """
 
     positions: tuple[int, ...]
     """[R] positions of its sequences in the minibatch's rollouts."""
@@ -60,14 +72,17 @@ class MicroBatch:
     target_T: Tensor
     """[T] int64 trained token that each position predicts, or NO_TARGET."""
     index_T: Tensor
-    """[T] int64 index of that token among the response tokens of all the minibatch's rollouts in order, or -1."""
+    """[T] int64 index of that token among the response tokens of all the minibatch's rollouts in
+    order, or -1."""
     engine_logprob_T: Tensor
     """[T] fp32 the rollout engine's log-probs of the targets (nats), 0 elsewhere."""
     cu_seqlens: Tensor
-    """[R + 1] int32 bounds of the sequences in this rank's tokens; the dummy sequence is not among them."""
+    """[R + 1] int32 bounds of the sequences in this rank's tokens; the dummy sequence is not among
+    them."""
     packed: PackedSeqParams
-    """Bounds over all context-parallel ranks together, the dummy sequence included: on the device for
-    TransformerEngine's kernels, on the host for the local layers, which would read them back in every layer."""
+    """Bounds over all context-parallel ranks together, the dummy sequence included. They are on the
+    device for TransformerEngine's kernels, and on the host for the local layers, which would read
+    them back in every layer."""
     num_tokens_R: Tensor
     """[R] trained tokens of each sequence over all context-parallel ranks."""
     num_used: int
@@ -77,7 +92,8 @@ class MicroBatch:
     rollout_K: Tensor
     """[K] int64 the rollout of each of them, as a position in the minibatch."""
     reference_logprob_T: Tensor | None
-    """[T] log-probs of the targets under the reference (nats), 0 elsewhere; None where no rollout has them."""
+    """[T] log-probs of the targets under the reference (nats), 0 elsewhere; None where no rollout
+    has them."""
 
 
 def micro_batch(
@@ -87,41 +103,48 @@ def micro_batch(
     *,
     bounds_on_host: bool = True,
 ) -> MicroBatch:
-    """Builds the micro-batch of `rollouts[i] for i in positions` on this rank's device, without waiting for it.
+    """Builds the micro-batch of `rollouts[i] for i in positions` on this rank's device.
+
+    The host does not wait for the device.
 
     Args:
-        rollouts: [R] all of the minibatch; those in `positions` are whole, all of them with reference log-probs, or none.
-        positions: those in this micro-batch; none of them for one that only keeps the schedule in step.
+        rollouts: all of the minibatch; those in `positions` are whole, all of them with reference
+            log-probs, or none.
+        positions: [R] those in this micro-batch; none of them for one that only keeps the schedule
+            in step.
         alignment: what the layout asks of lengths.
         bounds_on_host: the layers read the sequences' bounds on the host (MicroBatch.packed).
     """
     members = [rollouts[i] for i in positions]
-    lengths = [alignment.length(r) for r in members]
+    lengths = [alignment.length(rollout) for rollout in members]
     if alignment.padded and lengths:
         lengths = [max(lengths)] * len(lengths)
-    # Attention kernels exist that refuse a sequence of a single token: an empty micro-batch has two.
-    smallest = math.lcm(alignment.total_multiple, 2)
-    fill = -sum(lengths) % alignment.total_multiple if lengths else smallest
 
+    # The dummy sequence. An empty micro-batch consists of it alone, and there are attention kernels
+    # that refuse a sequence of a single token: it then has at least two.
+    if lengths:
+        fill = -sum(lengths) % alignment.total_multiple
+    else:
+        fill = math.lcm(alignment.total_multiple, 2)
+
+    # Index of each rollout's first response token among those of the whole minibatch.
     first_R = list(accumulate((r.completion.num_tokens for r in rollouts), initial=0))
     sequences = [
         _Columns.of(rollout, length, position, first_R[position])
         for rollout, length, position in zip(members, lengths, positions, strict=True)
     ]
     sequences.append(_Columns.of(None, fill, -1, 0))
-    own = _Columns(
-        *(
-            torch.cat([_own_part(column, alignment) for column in parts])
-            for parts in zip(*(vars(sequence).values() for sequence in sequences), strict=True)
-        )
-    )
+    own = _Columns.of_rank(sequences, alignment)
     kept_K = (own.target >= 0).nonzero().squeeze(1)
 
     spans = [*lengths, fill] if fill else lengths
     bounds = torch.tensor([0, *spans], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     packed_bounds = bounds if bounds_on_host else to_device(bounds)
-    longest = max(spans)
-    has_reference = any(r.reference_logprobs is not None for r in members)
+
+    reference_logprob_T = None
+    if any(rollout.reference_logprobs is not None for rollout in members):
+        reference_logprob_T = to_device(own.reference_logprob)
+
     return MicroBatch(
         positions=tuple(positions),
         position_R=to_device(torch.tensor(positions, dtype=torch.int64)),
@@ -134,24 +157,26 @@ def micro_batch(
             qkv_format="thd",
             cu_seqlens_q=packed_bounds,
             cu_seqlens_kv=packed_bounds,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+            max_seqlen_q=max(spans),
+            max_seqlen_kv=max(spans),
         ),
         num_tokens_R=to_device(torch.tensor([r.completion.num_trained for r in members])),
         num_used=sum(lengths) // alignment.cp,
         kept_K=to_device(kept_K),
         rollout_K=to_device(own.rollout[kept_K]),
-        reference_logprob_T=to_device(own.reference_logprob) if has_reference else None,
+        reference_logprob_T=reference_logprob_T,
     )
 
 
 def to_device(host: Tensor) -> Tensor:
-    """Returns a host tensor on this rank's device, which it has before anything that is launched later reads it.
+    """Returns a host tensor on this rank's device, without waiting for the copy.
 
-    From pinned memory the copy waits in the device's queue; from other memory the host would wait for the queue.
+    Whatever is launched later reads the copied values.
     """
     if not torch.cuda.is_available():
         return host
+    # From pinned memory the copy waits in the device's queue; from other memory the host would wait
+    # for the queue.
     return host.pin_memory().to(torch.cuda.current_device(), non_blocking=True)
 
 
@@ -174,7 +199,14 @@ class _Columns:
 
     @classmethod
     def of(cls, rollout: Rollout | None, length: int, position: int, first: int) -> _Columns:
-        """Lays out `rollout`, padded to `length`; its first response token has the index `first`."""
+        """Lays out one sequence.
+
+        Args:
+            rollout: None for a sequence of padding alone.
+            length: tokens, padding included.
+            position: the rollout's in the minibatch.
+            first: index of its first response token among those of the minibatch.
+        """
         columns = cls(
             token=torch.zeros(length, dtype=torch.int64),
             target=torch.full((length,), NO_TARGET),
@@ -186,11 +218,14 @@ class _Columns:
         if rollout is None:
             return columns
 
-        prompt, completion = rollout.prompt.token_ids, rollout.completion
+        prompt = rollout.prompt.token_ids
+        completion = rollout.completion
         response = torch.tensor(completion.token_ids, dtype=torch.int64)
         whole = torch.cat([torch.tensor(prompt, dtype=torch.int64), response])
         columns.token[: len(whole) - 1] = whole[:-1]
-        # The last prompt token predicts the first response token. Tokens that are not trained are inputs alone.
+
+        # The last prompt token predicts the first response token. Tokens that are not trained are
+        # inputs alone.
         answer = torch.tensor(completion.trained).nonzero().squeeze(1)
         predicting = answer + len(prompt) - 1
         columns.target[predicting] = response[answer]
@@ -201,9 +236,21 @@ class _Columns:
             columns.reference_logprob[predicting] = reference[answer]
         return columns
 
+    @classmethod
+    def of_rank(cls, sequences: Sequence[_Columns], alignment: Alignment) -> _Columns:
+        """Returns the sequences one after the other, of each this context-parallel rank's part."""
+        rank = alignment.cp_rank
+        num_pieces = 2 * alignment.cp
 
-def _own_part(whole: Tensor, alignment: Alignment) -> Tensor:
-    if alignment.cp == 1:
-        return whole
-    chunks = whole.chunk(2 * alignment.cp) if len(whole) else (whole,) * 2 * alignment.cp
-    return torch.cat([chunks[alignment.cp_rank], chunks[2 * alignment.cp - 1 - alignment.cp_rank]])
+        def own_part(column: Tensor) -> Tensor:
+            if alignment.cp == 1:
+                return column
+            # chunk() makes fewer pieces of fewer tokens: of an empty sequence, a single one.
+            pieces = column.chunk(num_pieces) if len(column) else [column] * num_pieces
+            return torch.cat([pieces[rank], pieces[num_pieces - 1 - rank]])
+
+        joined = {
+            field.name: torch.cat([own_part(getattr(s, field.name)) for s in sequences])
+            for field in dataclasses.fields(cls)
+        }
+        return cls(**joined)

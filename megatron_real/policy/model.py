@@ -1,6 +1,7 @@
 """The policy: a megatron-core GPTModel whose last stage returns log-probs instead of logits.
 
-Model building stays in this file: megatron-core 0.19 announces that GPTModel gives way to HybridModel.
+Model building stays in this file: megatron-core 0.19 announces that GPTModel gives way to
+HybridModel.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -26,12 +28,14 @@ from megatron_real.weights.stored import torch_dtype
 
 
 class LogprobHead(ColumnParallelLinear):
-    """The output layer, returning the log-prob of each target token: [T, 1, 1] instead of logits [T, 1, V / TP].
+    """The output layer: it returns the log-prob of each target token instead of logits.
 
-    With `with_entropy`, [T, 1, 2]: the entropy of each token's distribution stands beside its log-prob.
+    Its output is [T, 1, 1] where megatron-core's has [T, 1, V / TP]. With `with_entropy` it is
+    [T, 1, 2]: the entropy of each token's distribution stands beside its log-prob.
 
-    A module and not a function of the hidden states, because DDP's parameter gather hooks the module's forward: reading
-    its weight from outside would see stale values under overlap_param_gather.
+    It is a module and not a function of the hidden states, because DDP's parameter gather hooks the
+    module's forward: reading its weight from outside would see stale values under
+    overlap_param_gather.
     """
 
     target_T: Tensor
@@ -72,7 +76,8 @@ class LogprobHead(ColumnParallelLinear):
         weight: Tensor | None = None,
         runtime_gather_output: bool | None = None,
     ) -> tuple[Tensor, None]:
-        weight = self.weight if weight is None else weight
+        if weight is None:
+            weight = self.weight
         options: dict[str, Any] = {
             "tp_group": self.tp_group,
             "temperature": self.temperature,
@@ -80,6 +85,7 @@ class LogprobHead(ColumnParallelLinear):
             "return_entropy": self.with_entropy,
             "kept_K": self.kept_K,
         }
+
         outputs: Any
         if self.from_logits:
             logits, _ = super().forward(input_, weight)
@@ -93,13 +99,15 @@ class LogprobHead(ColumnParallelLinear):
                 fp32_logits=self.fp32_logits,
                 **options,
             )
+
+        # Megatron's layout: tokens, batch of one, and here the values of a token.
         if self.with_entropy:
             return torch.stack(outputs, dim=-1)[:, None, :], None
         return outputs[:, None, None], None
 
 
 class PolicyModel(GPTModel):
-    """GPTModel with a LogprobHead. One pipeline stage (or one of its virtual chunks) of the policy."""
+    """GPTModel with a LogprobHead: a pipeline stage of the policy, or one of its virtual chunks."""
 
     output_layer: Any
 
@@ -118,6 +126,7 @@ class PolicyModel(GPTModel):
         if self.config.params_dtype == torch.float64:
             # Exactness tests run in fp64, where fp32 angles would be the largest error.
             self.rotary_pos_emb.inv_freq = self.rotary_pos_emb.inv_freq.double()
+
         if self.post_process:
             head = LogprobHead(
                 self.config,
@@ -129,21 +138,35 @@ class PolicyModel(GPTModel):
                 fp32_logits=fp32_logits,
                 tp_group=self.pg_collection.tp,
             )
+            # GPTModel built an output layer, whose weight has Megatron's marks (None if tied).
             head.weight = self.output_layer.weight
             self.output_layer = head
 
     def forward(
         self, tokens_T: Tensor, target_T: Tensor, kept_K: Tensor, packed: PackedSeqParams
     ) -> Tensor:
-        """Returns the last stage's log-probs [T], with entropies [T, 2]; elsewhere hidden states for the next stage."""
+        """Returns the last stage's log-probs, or what the next stage takes.
+
+        Args:
+            tokens_T: [T] int64 input tokens.
+            target_T: [T] int64 token that each position predicts, or NO_TARGET.
+            kept_K: [K] int64 the positions with a target.
+            packed: bounds of the sequences.
+
+        Returns:
+            [T] log-probs, with entropies [T, 2]; on every stage but the last, hidden states.
+        """
         if self.post_process:
             self.output_layer.target_T = target_T
             self.output_layer.kept_K = kept_K
         out = super().forward(tokens_T[None], None, None, packed_seq_params=packed)
         if not self.post_process:
             return out
+
         outputs = out.squeeze(0)
-        return outputs if self.output_layer.with_entropy else outputs.squeeze(1)
+        if self.output_layer.with_entropy:
+            return outputs
+        return outputs.squeeze(1)
 
 
 def build_model(
@@ -156,11 +179,14 @@ def build_model(
     groups: ProcessGroupCollection,
     with_entropy: bool = False,
 ) -> list[PolicyModel]:
-    """The chunks of this rank's pipeline stage (one without virtual pipelining), on its device, weights uninitialised.
+    """Builds the chunks of this rank's pipeline stage, on its device, weights uninitialised.
+
+    Without virtual pipelining there is one chunk.
 
     Args:
         architecture: the model's sizes.
-        model, parallel: numerics and layout.
+        model: numerics, layers and recomputation.
+        parallel: the layout.
         megatron: TransformerConfig fields that override ours.
         temperature: sampling temperature of the log-probs.
         groups: megatron-core's process groups.
@@ -170,12 +196,17 @@ def build_model(
     use_te = uses_transformer_engine(model.layers)
     chunks = []
     for vp_stage in range(parallel.vpp):
+        # None, not 0, is how megatron-core knows that there is no virtual pipelining.
         stage = vp_stage if parallel.vpp > 1 else None
-        first = groups.pp.rank() == 0 and vp_stage == 0
-        last = groups.pp.rank() == parallel.pp - 1 and vp_stage == parallel.vpp - 1
+        spec: Any
+        if use_te:
+            spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        else:
+            spec = local_block_spec(config, stage)
+
         chunk = PolicyModel(
             config=config,
-            transformer_layer_spec=_te_spec(config) if use_te else local_block_spec(config, stage),
+            transformer_layer_spec=spec,
             vocab_size=architecture.vocab_size,
             padded_vocab_size=architecture.padded_vocab(parallel.tp),
             temperature=temperature,
@@ -183,8 +214,8 @@ def build_model(
             with_entropy=with_entropy,
             fp32_logits=model.fp32_head,
             max_sequence_length=architecture.max_positions,
-            pre_process=first,
-            post_process=last,
+            pre_process=groups.pp.rank() == 0 and vp_stage == 0,
+            post_process=groups.pp.rank() == parallel.pp - 1 and vp_stage == parallel.vpp - 1,
             share_embeddings_and_output_weights=architecture.tied,
             position_embedding_type="rope",
             rotary_base=architecture.rope_theta,
@@ -204,7 +235,15 @@ def transformer_config(
     parallel: ParallelConfig,
     megatron: Mapping[str, Any],
 ) -> TransformerConfig:
-    """HF sizes and our layout as megatron-core's TransformerConfig; `megatron` overrides field by field."""
+    """Returns HF sizes and our layout as megatron-core's TransformerConfig.
+
+    Args:
+        architecture: the model's sizes.
+        model: numerics, layers and recomputation.
+        parallel: the layout.
+        megatron: fields that override ours one by one; others than TransformerConfig's are left to
+            the configurations that have them.
+    """
     dtype = torch_dtype(model.dtype)
     values: dict[str, Any] = {
         "num_layers": architecture.num_layers,
@@ -226,8 +265,8 @@ def transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "attention_backend": AttnBackend.auto,
-        # The values are overwritten, but only initialisation marks a parameter as tensor-parallel, and the gradient
-        # norm leaves out every shard but the first rank's of those that are not marked.
+        # The values are overwritten, but only initialisation marks a parameter as tensor-parallel,
+        # and the gradient norm leaves out every shard but the first rank's of those not marked.
         "perform_initialization": True,
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
@@ -236,54 +275,53 @@ def transformer_config(
         "sequence_parallel": parallel.sp,
         # Megatron's own averaging is off: see train_step.py.
         "calculate_per_token_loss": True,
-        # Micro-batches differ in length; megatron-core ties that to this dispatcher even for dense models.
+        # Micro-batches differ in length; megatron-core ties that to this dispatcher even for dense
+        # models.
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",
-        # The default batched p2p gives wrong gradients in the interleaved schedule (proven by the invariance matrix).
+        # The default batched p2p gives wrong gradients in the interleaved schedule (proven by the
+        # invariance matrix).
         "overlap_p2p_comm": parallel.vpp > 1,
         "batch_p2p_comm": parallel.vpp == 1,
-        # A synchronisation of the device after each exchange, for a race in the batched calls of old versions of torch.
+        # A synchronisation of the device after each exchange, for a race in the batched calls of
+        # old versions of torch.
         "batch_p2p_sync": False,
-        **_recompute(model.recompute),
     }
+
+    if model.recompute != "none":
+        values["recompute_granularity"] = model.recompute
+    if model.recompute == "full":
+        # Every layer's input is kept, and nothing else.
+        values |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     if uses_transformer_engine(model.layers):
-        # One kernel for the rotation of all sequences, which read their bounds back in every layer before, and one for
-        # SwiGLU, which keeps one product of the MLP's width instead of two.
+        # One kernel for the rotation of all sequences, which read their bounds back in every layer
+        # before, and one for SwiGLU, which keeps one product of the MLP's width instead of two.
         values |= {"apply_rope_fusion": True, "bias_activation_fusion": True}
-    known = {f.name for f in dataclasses.fields(TransformerConfig)}
-    return TransformerConfig(**values | {k: v for k, v in megatron.items() if k in known})
+
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    values |= {name: value for name, value in megatron.items() if name in known}
+    return TransformerConfig(**values)
 
 
-def _recompute(choice: str) -> dict[str, Any]:
-    if choice == "full":
-        return {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
-    return {"recompute_granularity": "selective"} if choice == "selective" else {}
+def uses_transformer_engine(layers: str) -> bool:
+    """Returns whether model.layers means TransformerEngine's layers on this machine.
 
-
-def uses_transformer_engine(choice: str) -> bool:
-    """Whether model.layers means TransformerEngine's layers on this machine.
+    Args:
+        layers: `te`, `local`, or `auto`, which takes TransformerEngine's on a GPU if they import.
 
     Raises:
         ValueError: it asks for them, and they do not import.
     """
-    if choice == "local" or (choice == "auto" and not torch.cuda.is_available()):
+    if layers == "local" or (layers == "auto" and not torch.cuda.is_available()):
         return False
+
     try:
         import transformer_engine.pytorch  # noqa: F401
     except ImportError as error:
-        if choice == "te":
+        if layers == "te":
             raise ValueError(
-                f"model.layers=te needs TransformerEngine, which does not import ({error}); use model.layers=local"
+                f"model.layers=te needs TransformerEngine, which does not import ({error}); "
+                "use model.layers=local"
             ) from error
         return False
     return True
-
-
-def _te_spec(config: TransformerConfig) -> Any:
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)

@@ -1,17 +1,19 @@
-"""The optimizer's state as pieces of whole tensors, so that any layout reads what any other has written.
+"""The optimizer's state as pieces of whole tensors, so that any layout reads what any other wrote.
 
-Of each parameter there are three tensors of its global shape: the main parameter in fp32 and Adam's two moments. They
-have the names of megatron-core's format `fully_reshardable`, but not its way of making them. That gathers the whole
-state of a data-parallel group on every rank (12 bytes a parameter) at each save and once more at each load; and with
-torch's Adam in place of TransformerEngine's, loading fails on Adam's step (megatron-core 0.16.1), or leaves all
-parameters with one step tensor between them, which Adam then counts up once for each. Here every rank names what it
-owns: the distributed optimizer owns a run of a parameter's elements, which is at most a handful of boxes.
+Of each parameter there are three tensors of its global shape: the main parameter in fp32 and Adam's
+two moments. They have the names of megatron-core's format `fully_reshardable`, but not its way of
+making them. That gathers the whole state of a data-parallel group on every rank (12 bytes a
+parameter) at each save and once more at each load; and with torch's Adam in place of
+TransformerEngine's, loading fails on Adam's step (megatron-core 0.16.1), or leaves all parameters
+with one step tensor between them, which Adam then counts up once for each. Here every rank names
+what it owns: the distributed optimizer owns a run of a parameter's elements, which is at most a
+handful of boxes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -25,38 +27,63 @@ from megatron_real.cpu import device
 from megatron_real.pinned import host_copies
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-Owned = tuple[Tensor, int, dict[str, Tensor], bool]
-"""(parameter of the model, first element owned, {name: [elements owned] state}, this rank alone owns them)."""
+
+
+@dataclass(frozen=True)
+class Owned:
+    """The run of one parameter's elements whose state this rank has."""
+
+    parameter: Tensor
+    """The model's parameter."""
+    first: int
+    """Its first element owned."""
+    state: dict[str, Tensor]
+    """Name -> [elements owned] main parameter and moments."""
+    alone: bool
+    """Whether no other data-parallel rank has them too."""
 
 
 def sharded_optimizer_state(
     optimizer: MegatronOptimizer, model: Sequence[Any]
 ) -> dict[str, ShardedTensor]:
-    """This rank's state as sharded tensors that are views of it: reading into them sets it.
+    """Returns this rank's state as sharded tensors that are views of it: reading into them sets it.
 
     Args:
-        model: the leaves of the model's sharded state dict, which say where in the whole each parameter lies.
+        optimizer: its state is begun where it has none yet.
+        model: the leaves of the model's sharded state dict, which say where in the whole each
+            parameter lies.
     """
     begin(optimizer)
     place = {
         leaf.data: leaf for leaf in model if isinstance(leaf, (ShardedTensor, ShardedTensorFactory))
     }
+
     pieces = {}
-    for number, (parameter, first, state, alone) in enumerate(_owned(optimizer)):
+    for number, owned in enumerate(_owned(optimizer)):
+        parameter = owned.parameter
+        first = owned.first
+        last = first + len(owned.state["param"])
         for part, whole in enumerate(_parts(place[parameter])):
-            start = (
-                whole.data.storage_offset() - parameter.storage_offset()
-            )  # a fused parameter has several parts
-            low, high = (
-                max(first, start),
-                min(first + len(state["param"]), start + whole.data.numel()),
-            )
-            for offset, shape in boxes(tuple(whole.data.shape), low - start, high - start):
-                for name, tensor in state.items():
-                    begins = start + _flat(offset, tuple(whole.data.shape)) - first
-                    view = tensor[begins : begins + prod(shape)]
+            # A fused parameter has several parts, one after the other in its elements.
+            start = whole.data.storage_offset() - parameter.storage_offset()
+            low = max(first, start)
+            high = min(last, start + whole.data.numel())
+
+            shape = tuple(whole.data.shape)
+            for offset, box_shape in boxes(shape, low - start, high - start):
+                position = 0
+                for index, size in zip(offset, shape, strict=True):
+                    position = position * size + index
+
+                begins = start + position - first
+                for name, tensor in owned.state.items():
                     pieces[f"{number}.{part}.{offset}.{name}"] = _piece(
-                        whole, name, view, offset, shape, alone
+                        whole,
+                        name,
+                        tensor[begins : begins + prod(box_shape)],
+                        offset,
+                        box_shape,
+                        owned.alone,
                     )
     return pieces
 
@@ -64,23 +91,35 @@ def sharded_optimizer_state(
 def boxes(
     shape: tuple[int, ...], low: int, high: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(offset, shape) of the boxes that elements [low, high) of a tensor make, elements in row-major order.
+    """Yields (offset, shape) of the boxes that elements [low, high) of a tensor make.
 
-    Example: elements 2..8 of shape (3, 4) -> (0, 2) of (1, 2), then (1, 0) of (1, 4), then (2, 0) of (1, 1)
+    Elements are counted in row-major order.
+
+    Example: elements 2..8 of shape (3, 4) -> (0, 2) of (1, 2), then (1, 0) of (1, 4), then (2, 0)
+    of (1, 1)
     """
     if low >= high:
         return
+
     row = prod(shape[1:])
     if low % row == 0 and high % row == 0:
-        yield (low // row, *(0 for _ in shape[1:])), (high // row - low // row, *shape[1:])
+        offset = (low // row, *(0 for _ in shape[1:]))
+        yield offset, ((high - low) // row, *shape[1:])
         return
-    begin, end = -(-low // row), high // row  # the whole rows
-    if begin > end:  # within one row
-        yield from _within_row(shape, end, low - end * row, high - end * row)
+
+    # The rows [first_whole, end_whole) are there as a whole.
+    first_whole = -(-low // row)
+    end_whole = high // row
+    if first_whole > end_whole:
+        # All of it is within one row.
+        yield from _within_row(shape, end_whole, low - end_whole * row, high - end_whole * row)
         return
-    yield from _within_row(shape, begin - 1, low - (begin - 1) * row, row if low % row else 0)
-    yield from boxes(shape, begin * row, end * row)
-    yield from _within_row(shape, end, 0, high - end * row)
+
+    end_of_first = row if low % row else 0
+    before = first_whole - 1
+    yield from _within_row(shape, before, low - before * row, end_of_first)
+    yield from boxes(shape, first_whole * row, end_whole * row)
+    yield from _within_row(shape, end_whole, 0, high - end_whole * row)
 
 
 def _within_row(
@@ -95,9 +134,8 @@ def begin(optimizer: MegatronOptimizer) -> None:
     for part in _parts_of(optimizer):
         inner = part.optimizer
         missing = [p for group in inner.param_groups for p in group["params"] if not inner.state[p]]
-        if missing and isinstance(
-            inner, torch.optim.Adam
-        ):  # AdamW too; megatron-core's function leaves out its step
+        if missing and isinstance(inner, torch.optim.Adam):
+            # AdamW too, which is a subclass; megatron-core's function leaves out its step.
             for parameter in missing:
                 moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
                 inner.state[parameter] = {"step": torch.tensor(0.0), **moments}
@@ -106,7 +144,7 @@ def begin(optimizer: MegatronOptimizer) -> None:
 
 
 def adam_step(optimizer: MegatronOptimizer) -> int:
-    """Updates that Adam has counted: those that were made, not those that were skipped."""
+    """Returns the updates that Adam has counted: those that were made, not those skipped."""
     inner = _parts_of(optimizer)[0].optimizer
     counts = [int(state["step"]) for state in inner.state.values() if "step" in state]
     counts += [int(group["step"]) for group in inner.param_groups if "step" in group]
@@ -120,16 +158,19 @@ def set_adam_step(optimizer: MegatronOptimizer, step: int) -> None:
         if isinstance(inner, torch.optim.Adam):
             for state in inner.state.values():
                 state["step"] = torch.tensor(float(step))
-        else:  # TransformerEngine's and apex's count in the groups
+        else:
+            # TransformerEngine's and apex's Adam count in the groups.
             for group in inner.param_groups:
                 group["step"] = step
 
 
 class Offload:
-    """Brings an optimizer's state to the host and back: one pinned buffer, allocated once, one wait each way.
+    """Brings an optimizer's state to the host and back.
 
-    megatron-core's own offload_to_cpu allocates pageable memory for each tensor of each step, and its way back takes
-    along what belongs on the host: with torch's Adam the step counts, which it then reads back one by one.
+    There is one pinned buffer, allocated once, and one wait each way. megatron-core's own
+    offload_to_cpu allocates pageable memory for each tensor of each step, and its way back takes
+    along what belongs on the host: with torch's Adam the step counts, which it then reads back one
+    by one.
     """
 
     def __init__(self, optimizer: MegatronOptimizer) -> None:
@@ -140,85 +181,102 @@ class Offload:
     def to_host(self) -> None:
         """Frees the state's memory on the device; checkpoints read it on the host meanwhile."""
         begin(self._optimizer)
-        self._away = list(self._on_device())
+        self._away = []
+        for part in _parts_of(self._optimizer):
+            # Main parameters only where they are apart from the model's own.
+            self._away.extend(_main_copies(part))
+            for state in part.optimizer.state.values():
+                self._away.extend(state[name] for name in MOMENTS)
+
         if not self._copies:
             self._copies = host_copies(self._away)
         for tensor, copy in zip(self._away, self._copies, strict=True):
             copy.copy_(tensor.detach(), non_blocking=True)
         torch.cuda.synchronize()
+
+        # Only now that the copies have arrived may the device's memory go.
         for tensor, copy in zip(self._away, self._copies, strict=True):
             tensor.data = copy
         torch.cuda.empty_cache()
 
     def to_device(self) -> None:
-        """Undoes it. What was read into the state meanwhile, from a checkpoint, is brought along."""
+        """Brings the state back, with whatever a checkpoint has put into it meanwhile."""
         for tensor, copy in zip(self._away, self._copies, strict=True):
             tensor.data = copy.to(device(), non_blocking=True, copy=True)
         self._away = []
 
-    def _on_device(self) -> Iterator[Tensor]:
-        """Moments, and main parameters where they are apart from the model's."""
-        for part in _parts_of(self._optimizer):
-            yield from _main_copies(part)
-            for state in part.optimizer.state.values():
-                yield from (state[name] for name in MOMENTS)
-
 
 def _parts_of(optimizer: MegatronOptimizer) -> list[Any]:
-    """The optimizers of a chain, or the only one."""
+    """Returns the optimizers of a chain, or the only one."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def _owned(optimizer: MegatronOptimizer) -> Iterator[Owned]:
+    """Yields what this rank has of each parameter, in the same order in every life of a run."""
     for part in _parts_of(optimizer):
         if isinstance(part, DistributedOptimizer):
-            for by_dtype in part.gbuf_ranges:
-                for bucket in (bucket for buckets in by_dtype.values() for bucket in buckets):
-                    for parameter, ranges in bucket["param_map"].items():
-                        group, order = part.model_param_group_index_map[parameter]
-                        main = part.optimizer.param_groups[group]["params"][order]
-                        yield parameter, ranges["param"].start, _state(part, main), True
+            buckets = [
+                bucket
+                for buckets_by_dtype in part.gbuf_ranges
+                for of_dtype in buckets_by_dtype.values()
+                for bucket in of_dtype
+            ]
+            for bucket in buckets:
+                for parameter, ranges in bucket["param_map"].items():
+                    group, order = part.model_param_group_index_map[parameter]
+                    main = part.optimizer.param_groups[group]["params"][order]
+                    first = ranges["param"].start
+                    yield Owned(parameter, first, _state(part, main), alone=True)
         else:
             for parameter, main in _whole(part):
-                yield parameter, 0, _state(part, main), False
+                yield Owned(parameter, 0, _state(part, main), alone=False)
 
 
 def _whole(part: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """(parameter, main parameter) of an optimizer that is not distributed."""
+    """Yields (parameter, main parameter) of an optimizer that is not distributed."""
+    groups_without_copies = [group["params"] for group in part.optimizer.param_groups]
     if hasattr(part, "float16_groups"):
         for models, mains in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
             yield from zip(models, mains, strict=True)
-        own = part.fp32_from_fp32_groups
-    else:
-        own = [group["params"] for group in part.optimizer.param_groups]
-    yield from ((parameter, parameter) for group in own for parameter in group)
+        groups_without_copies = part.fp32_from_fp32_groups
+
+    # An fp32 parameter is its own main parameter.
+    for group in groups_without_copies:
+        for parameter in group:
+            yield parameter, parameter
 
 
 def _main_copies(part: Any) -> Iterator[Tensor]:
-    """The fp32 copies of parameters that are not fp32; an fp32 parameter is its own main parameter, or a view of it is."""
-    names = ("shard_fp32_from_float16_groups", "fp32_from_float16_groups")
-    for groups in (getattr(part, name, []) for name in names):
-        for main in (main for group in groups for main in group):
-            if main is not None:  # a precision-aware optimizer keeps them itself
-                yield main
+    """Yields the fp32 copies of parameters that are not fp32.
+
+    An fp32 parameter is its own main parameter, or a view of it is.
+    """
+    for name in ("shard_fp32_from_float16_groups", "fp32_from_float16_groups"):
+        for group in getattr(part, name, []):
+            for main in group:
+                # None where a precision-aware optimizer keeps them itself.
+                if main is not None:
+                    yield main
 
 
 def _state(part: Any, main: Tensor) -> dict[str, Tensor]:
-    state = part.optimizer.state[main]
-    return {
-        name: t.detach().view(-1)
-        for name, t in (("param", main), *((m, state[m]) for m in MOMENTS))
-    }
+    moments = part.optimizer.state[main]
+    state = {"param": main.detach().view(-1)}
+    for name in MOMENTS:
+        state[name] = moments[name].detach().view(-1)
+    return state
 
 
 def _parts(leaf: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
-    """The parts of a parameter that have places of their own in the whole, as views of it."""
-    built = leaf.build() if isinstance(leaf, ShardedTensorFactory) else leaf
-    return (
-        [built]
-        if isinstance(built, ShardedTensor)
-        else list(built.values() if isinstance(built, dict) else built)
-    )
+    """Returns the parts of a parameter that have places of their own in the whole, as views."""
+    if isinstance(leaf, ShardedTensor):
+        return [leaf]
+    built = leaf.build()
+    if isinstance(built, ShardedTensor):
+        return [built]
+    if isinstance(built, dict):
+        return list(built.values())
+    return list(built)
 
 
 def _piece(
@@ -229,33 +287,33 @@ def _piece(
     shape: tuple[int, ...],
     alone: bool,
 ) -> ShardedTensor:
-    """The box as a sharded tensor of the state `name`. Leading axes (the layer) become ordinary ones of length 1."""
+    """Returns one box as a sharded tensor of the state `name`.
+
+    Args:
+        whole: the part of the model's parameter that the box lies in.
+        name: of the state.
+        view: [elements of the box], a view of the state.
+        offset: of the box in the part.
+        shape: of the box.
+        alone: no other data-parallel rank has it.
+    """
+    # Leading axes (the layer) become ordinary ones of length 1.
     ahead = whole.prepend_axis_num
-    start = (
-        *whole.global_offset[:ahead],
-        *(a + b for a, b in zip(whole.global_offset[ahead:], offset, strict=True)),
-    )
-    local = (*(1 for _ in range(ahead)), *shape)
+    within = [a + b for a, b in zip(whole.global_offset[ahead:], offset, strict=True)]
+    local_shape = (*(1 for _ in range(ahead)), *shape)
+
     replica = whole.replica_id
-    if alone and not isinstance(
-        replica, int
-    ):  # its last part counts the ranks that the distributed optimizer is over
+    if alone and not isinstance(replica, int):
+        # Its last part counts the ranks that the distributed optimizer is over.
         replica = (*replica[:-1], 0)
     return replace(
         whole,
         key=f"optimizer.state.{name}.{whole.key}",
-        data=view.view(local),
+        data=view.view(local_shape),
         dtype=view.dtype,
-        local_shape=local,
-        global_offset=start,
+        local_shape=local_shape,
+        global_offset=(*whole.global_offset[:ahead], *within),
         axis_fragmentations=None,
         replica_id=replica,
         prepend_axis_num=0,
     )
-
-
-def _flat(offset: tuple[int, ...], shape: tuple[int, ...]) -> int:
-    position = 0
-    for index, size in zip(offset, shape, strict=True):
-        position = position * size + index
-    return position

@@ -1,4 +1,4 @@
-"""Minibatch -> this rank's packed micro-batches: the plan over all ranks, laid out on the device."""
+"""Minibatch -> this rank's packed micro-batches: a plan over all ranks, laid out on the device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Packer:
     groups: Groups
     """This rank's place in it."""
     bounds_on_host: bool = True
-    """The layers read the sequences' bounds on the host (MicroBatch.packed)."""
+    """Whether the layers read the sequences' bounds on the host (MicroBatch.packed)."""
 
     def with_placement(self, placement: Literal["auto", "intact", "dp", "split"]) -> Packer:
         """Returns the same packer with another placement of groups."""
@@ -40,7 +40,9 @@ class Packer:
         return dataclasses.replace(self, batch=batch)
 
     def pack(self, minibatch: Minibatch, *, off_policy: bool) -> Batch:
-        """Plans the minibatch over all ranks and builds this rank's micro-batches; all its rollouts are whole here.
+        """Plans the minibatch over all ranks and builds this rank's micro-batches.
+
+        All its rollouts are whole here.
 
         Args:
             minibatch: what is trained on.
@@ -53,14 +55,22 @@ class Packer:
         return self.build(minibatch, planned, minibatch.rollouts)
 
     def plan(self, minibatch: Minibatch, *, off_policy: bool) -> Plan:
-        """Which rank computes which rollouts, from their lengths and groups alone; arguments and errors as `pack`."""
-        parallel, rollouts = self.parallel, minibatch.rollouts
+        """Returns which rank computes which rollouts, from their lengths and groups alone.
+
+        Arguments and errors are those of `pack`.
+        """
+        rollouts = minibatch.rollouts
+        parallel = self.parallel
         alignment = self._alignment
+
+        # On-policy all scores are 0, and many objectives know their weights from that alone.
         free = self.objective.free_first_minibatch and not off_policy
         needs_scores = self.objective.gathers_scores and not free
         placement = self.batch.placement
         if needs_scores and self.objective.reach == "minibatch":
-            placement = "split"  # no micro-batch holds all scores
+            # No micro-batch holds all scores: a pass of its own has to gather them.
+            placement = "split"
+
         return plan(
             [alignment.length(rollouts[i]) for i in minibatch.kept],
             [rollouts[i].group for i in minibatch.kept],
@@ -73,6 +83,7 @@ class Packer:
             ),
             placement=placement,
             needs_scores=needs_scores,
+            # Causal attention: a token sees half of its sequence on average.
             cost=lambda length: length * self.architecture.flops_per_token(length / 2),
         )
 
@@ -84,20 +95,16 @@ class Packer:
             planned: of `plan`.
             rollouts: [R] those of the minibatch, whole where this rank computes them.
         """
-        own = planned.micro_batches[self.groups.dp.rank()]
-        return Batch(
-            minibatch=minibatch,
-            plan=planned,
-            micro_batches=tuple(
+        micro_batches = []
+        for members in planned.micro_batches[self.groups.dp.rank()]:
+            # The plan counts the kept sequences alone; micro-batches want places in all rollouts.
+            positions = [minibatch.kept[k] for k in members]
+            micro_batches.append(
                 micro_batch(
-                    rollouts,
-                    [minibatch.kept[k] for k in members],
-                    self._alignment,
-                    bounds_on_host=self.bounds_on_host,
+                    rollouts, positions, self._alignment, bounds_on_host=self.bounds_on_host
                 )
-                for members in own
-            ),
-        )
+            )
+        return Batch(minibatch=minibatch, plan=planned, micro_batches=tuple(micro_batches))
 
     @property
     def _alignment(self) -> Alignment:

@@ -1,6 +1,7 @@
 """Is it really the same model? Our logits beside transformers', in fp32 on fixed tokens.
 
-A round trip of weights proves nothing about the computation: a wrong rope or bias round-trips perfectly.
+A round trip of weights proves nothing about the computation: a wrong rope or bias round-trips
+perfectly.
 """
 
 from __future__ import annotations
@@ -41,25 +42,34 @@ class LogitParity:
 
     @property
     def same_model(self) -> bool:
-        """Rounding apart, which is below 2e-5 of the logits' size; a wrong rope is off by 0.006 at the least."""
+        """Whether the logits are equal but for rounding.
+
+        Rounding is below 2e-5 of the logits' size; a wrong rope is off by 0.006 at the least.
+        """
         return self.max_abs_difference <= 2e-5 * max(1.0, self.largest_logit)
 
 
 @contextmanager
 def captured_logits(head: LogprobHead) -> Iterator[list[Tensor]]:
-    """Collects the logits [T, V], gathered over TP and without padding, of each forward of `head`."""
-    found: list[Tensor] = []
+    """Collects the logits of each forward of `head` into the list that it yields.
+
+    They are [T, V], gathered over TP and without the padding of the vocabulary.
+    """
+    collected: list[Tensor] = []
 
     def capture(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        # Tied embeddings hand their weight to each call; otherwise the head has its own.
         weight = kwargs.get("weight")
+        if weight is None:
+            weight = module.weight
         logits, _ = ColumnParallelLinear.forward(
-            module, args[0], module.weight if weight is None else weight, runtime_gather_output=True
+            module, args[0], weight, runtime_gather_output=True
         )
-        found.append(logits.detach().squeeze(1)[:, : module.vocab_size])
+        collected.append(logits.detach().squeeze(1)[:, : module.vocab_size])
 
     handle = head.register_forward_hook(capture, with_kwargs=True)
     try:
-        yield found
+        yield collected
     finally:
         handle.remove()
 
@@ -72,7 +82,7 @@ def compare_logits(
     num_tokens: int = 512,
     seed: int = 0,
 ) -> LogitParity:
-    """Runs both models in this process, on random tokens of `seed`.
+    """Runs both models in this process, on random tokens, and compares their logits.
 
     Args:
         hf: directory that transformers loads, by its own config.json.
@@ -87,12 +97,16 @@ def compare_logits(
     theirs = Architecture.read(hf)
     if theirs.vocab_size != architecture.vocab_size:
         raise WeightsError(
-            f"logits over {architecture.vocab_size} and {theirs.vocab_size} tokens cannot be compared"
+            f"logits over {architecture.vocab_size} and {theirs.vocab_size} tokens "
+            "cannot be compared"
         )
+
     length = min(num_tokens, architecture.max_positions, theirs.max_positions)
     token_T = torch.randint(
         architecture.vocab_size, (length,), generator=torch.Generator().manual_seed(seed)
     )
+
+    # One after the other: each model is gone from memory before the next one is loaded.
     theirs_TV = _transformers_logits(hf, token_T)
     ours_TV = _our_logits(architecture, weights, token_T)
     return LogitParity(
@@ -115,6 +129,7 @@ def _our_logits(architecture: Architecture, weights: Weights, token_T: Tensor) -
         groups=groups.megatron,
     )
     load_weights([model], weights, architecture, tp_rank=0, tp=1)
+
     device = torch.cuda.current_device()
     token_T = token_T.to(device)
     bounds = torch.tensor([0, len(token_T)], dtype=torch.int32, device=device)
@@ -125,14 +140,17 @@ def _our_logits(architecture: Architecture, weights: Weights, token_T: Tensor) -
         max_seqlen_q=len(token_T),
         max_seqlen_kv=len(token_T),
     )
+
+    # No log-prob is wanted, so the head itself computes nothing: the hook takes the logits.
     no_target_T = torch.full_like(token_T, NO_TARGET)
     kept_K = token_T.new_empty(0)
-    with torch.inference_mode(), captured_logits(model.output_layer) as found:
+    with torch.inference_mode(), captured_logits(model.output_layer) as collected:
         model(token_T, no_target_T, kept_K, packed)
-    return found[0].cpu()
+    return collected[0].cpu()
 
 
 def _transformers_logits(hf: Path, token_T: Tensor) -> Tensor:
+    # Imported here: transformers takes seconds to load.
     from megatron_real.weights.by_transformers import load_model
 
     model = load_model(hf, torch.float32)

@@ -56,7 +56,7 @@ class Update:
     lr: float
     """Learning rate it was made with."""
     skipped: bool
-    """The loss or the gradient was not finite: weights and optimizer are as before."""
+    """Whether the loss or the gradient was not finite: weights and optimizer are as before."""
     skipped_in_a_row: int
     """Updates skipped up to this one without one that was made in between."""
 
@@ -82,7 +82,7 @@ class PolicySettings:
     mismatch_bound: float
     """|log-prob here - in the engine| (nats) beyond which a token counts in mismatch_share."""
     offload_optimizer: bool
-    """The optimizer's state leaves the device while the engine is awake."""
+    """Whether the optimizer's state leaves the device while the engine is awake."""
 
     @classmethod
     def of(cls, config: Config) -> PolicySettings:
@@ -105,7 +105,8 @@ class Policy:
 
     Example:
         settings = PolicySettings.of(config)
-        policy = Policy(settings, architecture, HfWeights(config.model.path), groups, num_updates=4000)
+        weights = HfWeights(config.model.path)
+        policy = Policy(settings, architecture, weights, groups, num_updates=4000)
         updates = [policy.update(batch) for batch in policy.prepare(rollouts)]
     """
 
@@ -119,7 +120,7 @@ class Policy:
         num_updates: int,
         exchange: Exchange | None = None,
     ) -> None:
-        """Builds the model, fills it from `weights`, and builds the optimizer, whose master weights are copies.
+        """Builds the model, fills it from `weights`, and builds the optimizer.
 
         Args:
             settings: what to build.
@@ -127,9 +128,12 @@ class Policy:
             weights: HF tensors by name; a rank reads its own slices.
             groups: this rank's place in the layout.
             num_updates: length of the learning-rate schedule.
-            exchange: brings the rollouts that other ranks hold; None: every rank has all rollouts whole.
+            exchange: brings the rollouts that other ranks hold; None: every rank has all rollouts
+                whole.
         """
-        self.settings, self.architecture, self.groups = settings, architecture, groups
+        self.settings = settings
+        self.architecture = architecture
+        self.groups = groups
         self.exchange = exchange
         self.chunks = build_model(
             architecture,
@@ -141,6 +145,7 @@ class Policy:
             groups=groups.megatron,
         )
         self.ddp = _wrap(self.chunks, settings)
+
         self.passes = Passes(self.ddp, groups)
         self.packer = Packer(
             architecture,
@@ -156,6 +161,7 @@ class Policy:
         self.skipped_in_a_row = 0
         """Updates skipped since the last one that was made."""
 
+        # Before the optimizer is built, which copies its master weights from the parameters.
         self.load_parameters(weights)
         self._optimizer: MegatronOptimizer | None = None
         # megatron-core's optimizers know no fp64; the tests of exactness need gradients alone.
@@ -176,9 +182,10 @@ class Policy:
         return self._optimizer
 
     def load_parameters(self, weights: Weights) -> None:
-        """Overwrites the model's parameters with HF weights; the optimizer's master copies stay as they are.
+        """Overwrites the model's parameters with HF weights.
 
-        Collective: one data-parallel replica reads them for all.
+        The optimizer's master copies stay as they are. Collective: one data-parallel replica reads
+        the weights for all.
         """
         load_weights(
             self.chunks,
@@ -190,28 +197,31 @@ class Policy:
         )
 
     def prepare(self, rollouts: Sequence[Rollout], *, lagging: bool = False) -> list[Batch]:
-        """Cuts one step's rollouts into the batches of its updates and computes the old log-probs that they need.
+        """Cuts one step's rollouts into the batches of its updates, and computes old log-probs.
 
-        The first batch needs none, unless the rollouts lag behind: it is trained on by the very weights that generated
-        them. Lagging rollouts want their weights in the model while this runs (snapshot.py).
+        The first batch needs none, unless the rollouts lag behind: it is trained on by the very
+        weights that generated them. Lagging rollouts want their weights in the model while this
+        runs (snapshot.py).
         """
         batches = self.cut(rollouts, lagging=lagging)
-        for batch in batches[0 if lagging else 1 :]:
+        first_to_score = 0 if lagging else 1
+        for batch in batches[first_to_score:]:
             self.step.old_logprobs(batch)
         return batches
 
     def cut(self, rollouts: Sequence[Rollout], *, lagging: bool = False) -> list[Batch]:
-        """The batches of a step's updates, without old log-probs."""
-        cut = minibatches(
+        """Returns the batches of a step's updates, without old log-probs."""
+        step_minibatches = minibatches(
             rollouts,
             self.settings.objective,
             groups_per_minibatch=self.settings.batch.minibatch_prompts,
         )
+        # The first update moves the weights, so that every later minibatch is off-policy.
         plans = [
             self.packer.plan(minibatch, off_policy=lagging or i > 0)
-            for i, minibatch in enumerate(cut)
+            for i, minibatch in enumerate(step_minibatches)
         ]
-        return self._built(self.packer, cut, plans)
+        return self._built(self.packer, step_minibatches, plans)
 
     def zero_gradients(self) -> None:
         """Clears the gradient buffers, before a pass that adds to them."""
@@ -221,20 +231,24 @@ class Policy:
             self._optimizer.zero_grad()
 
     def gradient(self, batch: Batch) -> Gradient:
-        """Fills the gradient buffers with the gradient of the minibatch's loss."""
+        """Fills the gradient buffers with the gradient of the minibatch's loss. Collective."""
         self.zero_gradients()
         return self.step.gradient(batch)
 
     def update(self, batch: Batch) -> Update:
-        """One optimizer update; a loss or gradient that is not finite leaves everything as it was."""
+        """Makes one optimizer update. Collective.
+
+        A loss or gradient that is not finite leaves everything as it was.
+        """
         gradient = self.gradient(batch)
+        # Read before the step: the scheduler moves on with it.
         lr = float(self.optimizer.param_groups[0]["lr"])
         grad_norm = self.apply_gradients(finite=math.isfinite(gradient.loss))
         skipped = self.skipped_in_a_row > 0
         return Update(gradient, grad_norm, lr, skipped, self.skipped_in_a_row)
 
     def apply_gradients(self, *, finite: bool) -> float:
-        """Makes an optimizer step with the gradients in the buffers, unless they, or the loss, are not finite.
+        """Makes an optimizer step with the gradients in the buffers if all is finite.
 
         Args:
             finite: whether the loss was.
@@ -244,7 +258,11 @@ class Policy:
         """
         self.optimizer.prepare_grads()
         norm = self.optimizer.get_grad_norm()
-        grad_norm = float(norm) if norm is not None else 0.0
+        grad_norm = 0.0
+        if norm is not None:
+            grad_norm = float(norm)
+
+        # The norm is over all ranks, so that all of them come to the same decision.
         if finite and math.isfinite(grad_norm):
             self.optimizer.step()
             self.scheduler.step(increment=1)
@@ -254,12 +272,15 @@ class Policy:
         return grad_norm
 
     def mismatch(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """Mean |log-prob here - in the engine| (nats) of each rollout under the present weights; 0 for an empty one.
-        Collective over the world."""
+        """Returns the mean |log-prob here - in the engine| (nats) of each rollout.
+
+        The log-probs are those of the present weights; an empty rollout has 0. Collective over the
+        world.
+        """
         return self.step.mismatch(self.whole(rollouts)).tolist()
 
     def whole(self, rollouts: Sequence[Rollout]) -> Batch:
-        """Packs all rollouts that have a token, whatever their labels, for a forward pass over them."""
+        """Packs all rollouts that have a token, whatever their labels, for a forward pass."""
         answered = tuple(i for i, r in enumerate(rollouts) if r.completion.num_trained)
         facts = self.settings.objective.facts(RolloutTable.of(rollouts))
         everything = Minibatch(tuple(rollouts), kept=answered, facts=facts)
@@ -270,30 +291,33 @@ class Policy:
         return batch
 
     def _built(
-        self, packer: Packer, cut: Sequence[Minibatch], plans: Sequence[Plan]
+        self, packer: Packer, step_minibatches: Sequence[Minibatch], plans: Sequence[Plan]
     ) -> list[Batch]:
-        """The minibatches' batches. The tokens that their plans want on this rank come in one exchange."""
+        """Returns the minibatches' batches.
+
+        The tokens that their plans want on this rank come in one exchange.
+        """
         if self.exchange is None:
             return [
                 packer.build(minibatch, planned, minibatch.rollouts)
-                for minibatch, planned in zip(cut, plans, strict=True)
+                for minibatch, planned in zip(step_minibatches, plans, strict=True)
             ]
 
-        # All minibatches in a row, and of each data-parallel rank the positions in it that it computes.
-        rollouts = [rollout for minibatch in cut for rollout in minibatch.rollouts]
+        # All minibatches in a row, and of each data-parallel rank the positions in it that it
+        # computes.
+        rollouts: list[Rollout] = []
         wanted: list[list[int]] = [[] for _ in range(self.groups.dp.size())]
-        first = 0
-        for minibatch, planned in zip(cut, plans, strict=True):
+        for minibatch, planned in zip(step_minibatches, plans, strict=True):
+            first = len(rollouts)
             for replica, micro_batches in enumerate(planned.micro_batches):
-                wanted[replica] += [
-                    first + minibatch.kept[k] for members in micro_batches for k in members
-                ]
-            first += len(minibatch.rollouts)
+                for members in micro_batches:
+                    wanted[replica] += [first + minibatch.kept[k] for k in members]
+            rollouts += minibatch.rollouts
         brought = self.exchange.bring(rollouts, [wanted[i] for i in self._replica_of_rank])
 
         batches = []
         first = 0
-        for minibatch, planned in zip(cut, plans, strict=True):
+        for minibatch, planned in zip(step_minibatches, plans, strict=True):
             end = first + len(minibatch.rollouts)
             batches.append(packer.build(minibatch, planned, brought[first:end]))
             first = end
@@ -306,21 +330,22 @@ class Policy:
         return self.exchange.of_ranks(self.groups.dp.rank())
 
     def token_stats(self, batches: Sequence[Batch]) -> TokenStats:
-        """Token-level figures of the step over all ranks. Collective over the world."""
+        """Returns token-level figures of the step over all ranks. Collective over the world."""
         total = TokenFigures.zeros(device())
-        if (
-            self.groups.is_last_stage and self.groups.tp.rank() == 0
-        ):  # tensor-parallel ranks have the same log-probs
+        # Tensor-parallel ranks have the same log-probs: one of them counts.
+        if self.groups.is_last_stage and self.groups.tp.rank() == 0:
             for batch in batches:
                 total.add(batch.tokens.sums, batch.tokens.largest)
+
         dist.all_reduce(total.sums)
         dist.all_reduce(total.largest, op=dist.ReduceOp.MAX)
         return TokenStats(total.sums.cpu(), float(total.largest))
 
     def make_room(self) -> None:
-        """Where rollout.offload_optimizer asks, frees the gradient buffers; the optimizer's state goes to host memory.
+        """Frees device memory for an engine, where rollout.offload_optimizer asks for it.
 
-        Forward passes and checkpoints work meanwhile, updates do not.
+        The gradient buffers are freed, and the optimizer's state goes to host memory. Forward
+        passes and checkpoints work meanwhile, updates do not.
         """
         if self.settings.offload_optimizer:
             for chunk in self.ddp:
@@ -335,21 +360,26 @@ class Policy:
                 chunk.restore_grad_buffers()
 
     def gather_parameters(self) -> None:
-        """Brings every parameter up to the last update: under overlap_param_gather the next forward pass would.
+        """Brings every parameter up to the last update. Collective.
 
-        What was gathered since then, by a pass or by this function, is not gathered again. Collective.
+        Under overlap_param_gather the next forward pass would, and until then they are old. What
+        was gathered since then, by a pass or by this function, is not gathered again.
         """
         for chunk in self.ddp:
             if not chunk.ddp_config.overlap_param_gather:
                 continue
             for buckets in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
-                # megatron-core forgets that they were gathered at the end of each backward pass, before the update.
+                # megatron-core forgets that they were gathered at the end of each backward pass,
+                # before the update.
                 pending = buckets.param_gather_handle is not None
                 if pending or not buckets.param_gather_dispatched:
                     buckets.start_param_sync(force_sync=True)
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """Every HF (name, tensor) on every rank, one at a time. Collective: all ranks consume all of it."""
+        """Yields every HF (name, tensor) on every rank, one at a time.
+
+        Collective: all ranks consume all of it.
+        """
         self.gather_parameters()
         return stream_hf(
             self.chunks, self.architecture, tp_group=self.groups.tp, pp_group=self.groups.pp
@@ -357,13 +387,16 @@ class Policy:
 
 
 def _wrap(chunks: Sequence[nn.Module], settings: PolicySettings) -> list[DistributedDataParallel]:
-    """Megatron's DDP around each chunk, and the hooks that its schedules look for in the model's config."""
-    wide = settings.model.dtype == "bf16"
+    """Wraps each chunk in Megatron's DDP.
+
+    Megatron's schedules look for hooks in the model's config, which are set here too.
+    """
     distributed = _distributed(settings)
     values = {
-        "grad_reduce_in_fp32": wide,
+        "grad_reduce_in_fp32": settings.model.dtype == "bf16",
         "use_distributed_optimizer": distributed,
-        # Buckets of gradients leave during the last backward pass, weights arrive during the next forward pass.
+        # Buckets of gradients leave during the last backward pass, weights arrive during the next
+        # forward pass.
         "overlap_grad_reduce": distributed,
         "overlap_param_gather": distributed,
     }
@@ -371,33 +404,38 @@ def _wrap(chunks: Sequence[nn.Module], settings: PolicySettings) -> list[Distrib
         **values | _fields_of(DistributedDataParallelConfig, settings.megatron)
     )
     wrapped = [
-        DistributedDataParallel(
-            chunk.config,
-            ddp_config,
-            chunk,
-            disable_bucketing=i > 0,  # later chunks' gradients arrive together
-        )
+        # Later chunks are not bucketed, as in Megatron-LM: their gradients arrive together.
+        DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
     ]
+
+    # The schedules take one function, or under virtual pipelining a list with one for each chunk.
+    no_sync: Any = [chunk.no_sync for chunk in wrapped]
+    start_param_sync: Any = [chunk.start_param_sync for chunk in wrapped]
+    if len(wrapped) == 1:
+        no_sync = no_sync[0]
+        start_param_sync = start_param_sync[0]
+
     shared: Any = chunks[0].config
     shared.finalize_model_grads_func = finalize_model_grads
     if ddp_config.overlap_grad_reduce:
-        shared.no_sync_func = _one_or_all([chunk.no_sync for chunk in wrapped])
+        shared.no_sync_func = no_sync
         if ddp_config.align_param_gather:
-            shared.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in wrapped])
+            shared.param_sync_func = start_param_sync
     return wrapped
 
 
-def _one_or_all(functions: list[Any]) -> Any:
-    return functions if len(functions) > 1 else functions[0]
-
-
 def _distributed(settings: PolicySettings) -> bool:
+    # There is no optimizer for fp64, and so none to be distributed.
     return settings.optimizer.distributed and settings.model.dtype != "fp64"
 
 
 def _fields_of(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    known = {f.name for f in dataclasses.fields(cls)}
+    """Returns those of the values that are fields of a dataclass.
+
+    The configuration's `megatron` section overrides fields of three configurations at once.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
     return {name: value for name, value in values.items() if name in known}
 
 
@@ -418,9 +456,8 @@ def _optimizer(
         "params_dtype": torch_dtype(settings.model.dtype),
         "use_distributed_optimizer": _distributed(settings),
     }
-    return get_megatron_optimizer(
-        OptimizerConfig(**values | _fields_of(OptimizerConfig, settings.megatron)), list(ddp)
-    )
+    values |= _fields_of(OptimizerConfig, settings.megatron)
+    return get_megatron_optimizer(OptimizerConfig(**values), list(ddp))
 
 
 def _scheduler(
@@ -431,6 +468,7 @@ def _scheduler(
         init_lr=0.0,
         max_lr=adam.lr,
         min_lr=adam.min_lr,
+        # megatron-core asserts that the warmup ends before the decay does.
         lr_warmup_steps=min(adam.warmup_updates, num_updates - 1),
         lr_decay_steps=num_updates,
         lr_decay_style=adam.schedule,

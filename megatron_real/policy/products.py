@@ -1,8 +1,8 @@
 """Matrix products of bf16 operands whose result stays in fp32, as the tensor cores accumulate it.
 
-On a GPU the library's product writes fp32 itself. Where it cannot (a CPU, or a torch without that overload), the
-operands are widened first: products of two bf16 numbers are exact in fp32, so that both ways differ by the order of
-their sums alone.
+On a GPU the library's product writes fp32 itself. Where it cannot (a CPU, or a torch without that
+overload), the operands are widened first: products of two bf16 numbers are exact in fp32, so that
+both ways differ by the order of their sums alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def product_into(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> None:
 def add_product(sum_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
     """Adds a @ b to `sum_MN`, whose dtype is that of the operands or wider.
 
-    On a GPU a wider sum is read and written by the product itself, and the product is not rounded before it is added.
+    On a GPU a wider sum is read and written by the product itself, and the product is not rounded
+    before it is added.
     """
     if sum_MN.device.type == "cuda" and sum_MN.dtype != a_MK.dtype:
         _add_wide_product(sum_MN, a_MK, b_KN)
@@ -59,13 +60,19 @@ def _add_wide_product_flops(
 
 @cache
 def _adds_in_place(device: torch.device) -> bool:
-    """Whether this torch adds a bf16 product to an fp32 matrix: the first versions with `out_dtype` refuse."""
+    """Returns whether this torch adds a bf16 product to an fp32 matrix.
+
+    The first versions with `out_dtype` have the overload and refuse it, so it is tried, once for
+    each device.
+    """
     if not hasattr(torch.ops.aten.addmm, "dtype_out"):
         return False
+
     factor = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
     wide = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
         torch.addmm(wide, factor, factor, out_dtype=torch.float32, out=wide)
-    except RuntimeError:  # it names a dtype, and says nothing that a caller could act upon
+    except RuntimeError:
+        # Its message names a dtype, and says nothing that a caller could act upon.
         return False
     return True

@@ -1,7 +1,8 @@
-"""The frozen policy that a KL penalty is measured against: a second set of this rank's weights, in host memory.
+"""The frozen policy that a KL penalty is measured against.
 
-Its log-probs are computed once a step, by swapping the weights in for one forward pass, and are kept with the rollouts:
-a replay of saved rollouts does not compute them again.
+It is a second set of this rank's weights, in host memory. Its log-probs are computed once a step,
+by swapping the weights in for one forward pass, and are kept with the rollouts: a replay of saved
+rollouts does not compute them again.
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ class Reference:
     """The reference of one run.
 
     Example:
-        reference = Reference(policy)            # before anything is resumed: the weights that training starts from
+        reference = Reference(policy)    # before anything is resumed: the weights of the start
         rollouts = reference.annotated(rollouts)
         batches = policy.prepare(rollouts)
     """
 
     def __init__(self, policy: Policy, weights: Weights | None = None) -> None:
-        """Takes `weights` of the same architecture as the reference, or, without any, the policy's present ones.
+        """Takes the reference's weights. The policy's own are the same afterwards, to the bit.
 
-        The policy's own weights are the same afterwards, to the bit.
+        Args:
+            policy: the model that computes the reference's log-probs too.
+            weights: of the same architecture; None for the policy's present ones.
         """
         self._policy = policy
         self._snapshot = Snapshot(policy)
@@ -44,13 +47,15 @@ class Reference:
                 policy.load_parameters(weights)
 
     def annotated(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """Returns the rollouts with their reference log-probs, where their completions are. Collective over the world.
+        """Returns the rollouts with their reference log-probs, where their completions are.
 
         Rollouts that all have theirs already, as those of a saved run do, are returned as they are.
+        Collective over the world.
         """
         if self._is_known(rollouts):
             return list(rollouts)
 
+        # Reference log-probs of some of them only would be refused when they are packed.
         bare = [dataclasses.replace(r, reference_logprobs=None) for r in rollouts]
         batch = self._policy.whole(bare)
         with self._snapshot.swapped_in():
@@ -58,11 +63,13 @@ class Reference:
         computed = self._of_rollouts(batch, values)
 
         annotated = []
+        # They have the policy's precision: what was summed in float64 was fp32 before.
         dtype = numpy.float64 if self._policy.settings.model.dtype == "fp64" else numpy.float32
         for position, rollout in enumerate(bare):
             if not isinstance(rollout.completion, Absent):
                 reference = computed.get(position)
-                if reference is None:  # without a trained token it is in no pass
+                if reference is None:
+                    # Without a trained token it is in no pass.
                     reference = numpy.zeros(rollout.completion.num_tokens)
                 rollout = dataclasses.replace(
                     rollout, reference_logprobs=reference.astype(dtype, copy=False)
@@ -71,20 +78,30 @@ class Reference:
         return annotated
 
     def _is_known(self, rollouts: Sequence[Rollout]) -> bool:
-        """Whether all rollouts that have a trained token have their reference log-probs, wherever they are."""
+        """Returns whether all rollouts have their reference log-probs, wherever they are.
+
+        Those without a trained token need none.
+        """
         here = [r for r in rollouts if not isinstance(r.completion, Absent)]
         known = all(r.reference_logprobs is not None for r in here if r.completion.num_trained)
         exchange = self._policy.exchange
-        return known if exchange is None else exchange.all_agree(known)
+        if exchange is None:
+            return known
+        return exchange.all_agree(known)
 
     def _of_rollouts(self, batch: Batch, values: Sequence[Tensor]) -> dict[int, NDArray[Any]]:
-        """By position in the batch's minibatch: float64 values of all tokens of the rollouts whose completion is here.
+        """Brings the values of tokens to where their rollouts' completions are.
 
         Args:
             batch: of all rollouts.
             values: [micro-batches] of [T] each; empty on all stages but the last.
+
+        Returns:
+            By position in the batch's minibatch, of the rollouts whose completion is here: float64
+            values of all tokens.
         """
-        exchange, groups = self._policy.exchange, self._policy.groups
+        exchange = self._policy.exchange
+        groups = self._policy.groups
         rollouts = batch.minibatch.rollouts
         if exchange is None:
             value_N = gathered_tokens(groups, batch, values).numpy()

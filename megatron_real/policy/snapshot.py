@@ -1,7 +1,8 @@
-"""A copy of the policy's parameters in host memory: the weights that generated rollouts which are trained on later.
+"""A copy of the policy's parameters in host memory.
 
-pi_old is the trainer's own, under the weights that generated. While rollouts lag behind, those weights are no longer
-the model's: they take its place for the pass that computes the old log-probs, and give it back.
+It holds the weights that generated rollouts which are trained on later. pi_old is the trainer's
+own, under the weights that generated. While rollouts lag behind, those weights are no longer the
+model's: they take its place for the pass that computes the old log-probs, and give it back.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ class Snapshot:
         self._policy.gather_parameters()
         for parameter, copy in zip(self._parameters, self._copies, strict=True):
             copy.copy_(parameter.detach(), non_blocking=True)
-        _wait()
+        _wait_for_copies()
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within, the model has the copied parameters; afterwards it has its own again, to the bit."""
+        """Gives the model the copied parameters; afterwards it has its own again, to the bit."""
         self._policy.gather_parameters()
         self._exchange()
         try:
@@ -50,16 +51,15 @@ class Snapshot:
             self._exchange()
 
     def _exchange(self) -> None:
-        """Takes the memory of a single parameter more."""
+        # One parameter at a time: the exchange takes the memory of a single parameter more.
         for parameter, copy in zip(self._parameters, self._copies, strict=True):
             own = parameter.detach().clone()
             parameter.data.copy_(copy, non_blocking=True)
             # In the device's order: the host's copy is overwritten when the device has read it.
             copy.copy_(own, non_blocking=True)
-        _wait()
+        _wait_for_copies()
 
 
-def _wait() -> None:
-    """Until the copies to the host have arrived."""
+def _wait_for_copies() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -1,24 +1,31 @@
-"""One exact update on Megatron's schedules, of any objective: scores -> gather -> weights -> backward.
+"""One exact update of any objective on Megatron's schedules.
 
-A loss may couple all rollouts of a group, but Megatron hands the loss one micro-batch at a time. What a token or a
-sequence needs of the others are a few scalars, the scores of the rollouts that its objective's reach names
-(objective/objective.py), and with them the gradient of L is that of the linear surrogate
+Scores -> gather -> weights -> backward.
 
-    sum_t u_t * log pi_t + sum_k w_k * s_k        u, w: dL/dlog pi and dL/dscore, held constant
+A loss may couple all rollouts of a group, but Megatron hands the loss one micro-batch at a time.
+What a token or a sequence needs of the others are a few scalars, the scores of the rollouts that
+its objective's reach names (objective/objective.py), and with them the gradient of L is that of the
+linear surrogate
 
-in any order, packing and layout. So an update of an objective in scores, such as REAL (Eq. 9, 10), is
+    sum_t u_t * log pi_t + sum_k w_k * s_k    u, w: dL/dlog pi and dL/dscore, held constant
 
-    first minibatch after a rollout     s = 0 exactly, w is known from the labels            1 forward, 1 backward
-    placement `intact` or `dp`          scores are gathered inside the loss                  1 forward, 1 backward
-    placement `split`                   a forward-only pass scores all, then as above        2 forward, 1 backward
+in any order, packing and layout. So an update of an objective in scores, such as REAL (Eq. 9, 10),
+takes these passes:
 
-and one whose reach is a token or its own sequence always takes one forward and one backward. The KL penalty and the
-entropy bonus are terms of single tokens, and come with either.
+    first minibatch after a rollout    s = 0 exactly, w is known from the    1 forward, 1 backward
+                                       labels
+    placement `intact` or `dp`         scores are gathered inside the loss   1 forward, 1 backward
+    placement `split`                  a forward-only pass scores all, then  2 forward, 1 backward
+                                       as above
 
-The surrogate's gradients must be summed, never averaged: every denominator is in u and w. policy/passes.py says how
-Megatron's own averaging is switched off.
+and one whose reach is a token or its own sequence always takes one forward and one backward. The KL
+penalty and the entropy bonus are terms of single tokens, and come with either.
 
-Legend: R rollouts of the minibatch, T tokens of a micro-batch on this rank, K of them response tokens.
+The surrogate's gradients must be summed, never averaged: every denominator is in u and w.
+policy/passes.py says how Megatron's own averaging is switched off.
+
+Legend: R rollouts of the minibatch (of a micro-batch: its sequences), T tokens of a micro-batch on
+this rank, K of them response tokens, N response tokens of the minibatch, S results by name.
 """
 
 from __future__ import annotations
@@ -43,22 +50,31 @@ from megatron_real.policy.passes import Outputs, Passes
 from megatron_real.records import POSITIVE
 
 _LOW_RATIO = 0.8
-"""A token whose ratio to the old policy is below it has a low ratio: GRPO's default clip, for every objective alike."""
+"""A token whose ratio to the old policy is below it has a low ratio.
+
+It is where GRPO's default clip begins, and the same for every objective.
+"""
 
 
 @dataclass
 class TokenStats:
-    """Sums over response tokens, of d = the trainer's minus the engine's log-prob at the weights that generated."""
+    """Sums over response tokens, of the difference d between the trainer and the engine.
+
+    d is the trainer's minus the engine's log-prob, both at the weights that generated.
+    """
 
     sums: Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.float64))
-    """[5] sums of -log pi (its mean estimates the entropy), |d|, k3 = e^d - 1 - d (its mean: the KL), 1 where |d| is
-    beyond the bound, and 1."""
+    """[5] sums of -log pi (its mean estimates the entropy), |d|, k3 = e^d - 1 - d (its mean: the
+    KL), 1 where |d| is beyond the bound, and 1."""
     largest: float = 0.0
     """max |d| (nats)."""
 
     def means(self) -> dict[str, float]:
-        """entropy, mismatch_mean_abs, mismatch_k3 and mismatch_max_abs (nats), and mismatch_share of the tokens beyond
-        the bound; NaN when there were no tokens."""
+        """Returns the figures of the metrics; NaN when there were no tokens.
+
+        entropy, mismatch_mean_abs, mismatch_k3 and mismatch_max_abs are in nats, mismatch_share is
+        the share of the tokens beyond the bound.
+        """
         entropy, mean_abs, k3, beyond, tokens = self.sums.tolist()
         scale = 1.0 / tokens if tokens else math.nan
         return {
@@ -72,7 +88,10 @@ class TokenStats:
 
 @dataclass
 class TokenFigures:
-    """The same while passes add to them: they stay on the device, so that no micro-batch is waited for."""
+    """What becomes TokenStats, while passes add to it.
+
+    The figures stay on the device, so that no micro-batch is waited for.
+    """
 
     sums: Tensor
     """[5] float64, as TokenStats has them."""
@@ -81,7 +100,7 @@ class TokenFigures:
 
     @classmethod
     def zeros(cls, device: torch.device) -> TokenFigures:
-        """No tokens yet."""
+        """Returns the figures of no tokens."""
         sums = torch.zeros(5, dtype=torch.float64, device=device)
         return cls(sums, torch.zeros((), dtype=torch.float64, device=device))
 
@@ -92,7 +111,10 @@ class TokenFigures:
 
 
 class Computed:
-    """A tensor that a pass leaves behind. To read it before a pass has computed it is a mistake in their order."""
+    """A tensor that a pass leaves behind.
+
+    Reading it before a pass has computed it is a mistake in the order of the passes, and fails.
+    """
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -119,17 +141,17 @@ class PassResults:
     """[R] dL / dscore of its sequences."""
 
     def has(self, name: str) -> bool:
-        """Whether a pass has computed it."""
+        """Returns whether a pass has computed the tensor of this name."""
         return name in vars(self)
 
     def forget(self, name: str) -> None:
-        """The next pass computes it anew."""
+        """Drops the tensor of this name, so that the next pass computes it anew."""
         vars(self).pop(name, None)
 
 
 @dataclass
 class Batch:
-    """A minibatch on this rank: its plan, its micro-batches, and what the passes over them have computed."""
+    """A minibatch on this rank: its plan, its micro-batches, and what passes computed of them."""
 
     minibatch: Minibatch
     """What is trained on."""
@@ -138,24 +160,29 @@ class Batch:
     micro_batches: tuple[MicroBatch, ...]
     """This rank's, in schedule order."""
     facts: Facts = field(init=False)
-    """[R] what the objective knows of all rollouts of the minibatch, float64, on the host: what couples rollouts is
-    computed there, of a few numbers that are read back once."""
+    """[R] what the objective knows of all rollouts of the minibatch, float64, on the host: what
+    couples rollouts is computed there, of a few numbers that are read back once."""
     token_facts: Facts = field(init=False)
     """[R] the same on the device, for the terms of single tokens."""
     results: list[PassResults] = field(default_factory=list)
-    """Of each micro-batch."""
+    """[micro-batches] what passes have computed of each."""
     has_old_logprobs: bool = False
-    """The old log-probs were computed; if not, the weights still are those that generated the rollouts."""
+    """Whether the old log-probs were computed; if not, the weights still are those that generated
+    the rollouts."""
     tokens: TokenFigures = field(init=False)
-    """Token-level figures of this rank's micro-batches, complete on the ranks that write log-probs."""
+    """Token-level figures of this rank's micro-batches, complete on the ranks that write
+    log-probs."""
 
     @property
     def device(self) -> torch.device:
-        """This rank's."""
+        """This rank's device."""
         return self.token_facts.label_R.device
 
     def __post_init__(self) -> None:
-        self.facts = self.minibatch.facts.map(lambda values_R: _float64(values_R))
+        def float64(values_R: Tensor) -> Tensor:
+            return values_R.double() if values_R.is_floating_point() else values_R
+
+        self.facts = self.minibatch.facts.map(float64)
         self.token_facts = self.facts.map(to_device)
         self.tokens = TokenFigures.zeros(self.device)
         self.results = [PassResults() for _ in self.micro_batches]
@@ -170,15 +197,17 @@ class Gradient:
     score_R: Tensor
     """[R] fp64 on the CPU, scores of the minibatch's rollouts; 0 for those not kept."""
     weight_R: Tensor
-    """[R] fp64 on the CPU, dL / dscore: of an objective in tokens the sum of its tokens' weights; 0 if not kept."""
+    """[R] fp64 on the CPU, dL / dscore: of an objective in tokens the sum of its tokens' weights; 0
+    if not kept."""
     kl: float = 0.0
     """The KL estimate (nats), averaged as the objective averages tokens; 0 without a penalty."""
     clipped_low_share: float = 0.0
-    """Share of the learning rollouts' tokens that a clip deprived of their gradient at a ratio below 1."""
+    """Share of the learning rollouts' tokens that a clip deprived of their gradient at a ratio
+    below 1."""
     clipped_high_share: float = 0.0
     """The same at a ratio above 1."""
     low_ratio_tokens: tuple[int, int, int] = (0, 0, 0)
-    """Response tokens with a ratio below 0.8, those of right answers among them, and all of this pass."""
+    """Response tokens with a ratio below 0.8, those of right answers among them, and all."""
 
 
 @dataclass
@@ -186,8 +215,8 @@ class TokenSums:
     """Sums over this rank's response tokens in one training pass."""
 
     values: Tensor
-    """[6] float64: the objective's own loss, the KL penalty, the entropy bonus, tokens clipped below and above ratio 1,
-    and tokens that learn."""
+    """[6] float64: the objective's own loss, the KL penalty, the entropy bonus, tokens clipped
+    below and above ratio 1, and tokens that learn."""
     low_ratio: Tensor
     """[3] float64: tokens of a low ratio, those of right answers among them, and all tokens."""
     weight_R: Tensor
@@ -205,21 +234,35 @@ class TrainStep:
         *,
         mismatch_bound: float,
     ) -> None:
-        """`mismatch_bound`: of |d| (nats), beyond which a token counts in mismatch_share."""
-        self.passes, self.groups, self.objective = passes, groups, objective
+        """
+        Args:
+            passes: over this rank's part of the model.
+            groups: this rank's place in the layout.
+            objective: the loss.
+            mismatch_bound: of |d| (nats), beyond which a token counts in mismatch_share.
+        """
+        self.passes = passes
+        self.groups = groups
+        self.objective = objective
         self.mismatch_bound = mismatch_bound
         # REAL without a penalty has no term in single tokens, and pays for none.
         self._has_token_terms = not objective.has_scores or objective.regularises
 
     def old_logprobs(self, batch: Batch) -> None:
-        """Forward pass that keeps each token's log-prob under the present weights as the old one."""
+        """Keeps each token's log-prob under the present weights as the old one.
+
+        It takes a forward pass. Collective.
+        """
         self.passes.forward(
             batch.micro_batches, lambda i, outputs: self._keep_old(batch, i, outputs)
         )
         batch.has_old_logprobs = True
 
     def mismatch(self, batch: Batch) -> Tensor:
-        """[R] on every rank: mean |d| (nats) of each rollout under the present weights, 0 if not kept."""
+        """Returns [R] mean |d| (nats) of each rollout under the present weights, 0 if not kept.
+
+        It takes a forward pass; every rank has the result. Collective.
+        """
 
         def keep(index: int, outputs: Outputs) -> None:
             micro = batch.micro_batches[index]
@@ -232,13 +275,16 @@ class TrainStep:
         if self.groups.is_last_stage:
             everything = range(len(batch.results))
             mean_R, _ = self._gathered(batch, everything, self.groups.dp)
-        return self._from_last_stage(mean_R).cpu()
+        return _from_last_stage(self.groups, mean_R).cpu()
 
     def gradient(self, batch: Batch) -> Gradient:
-        """Adds the gradient of L over the minibatch to the model's gradient buffers and finishes their reduction."""
-        objective = self.objective
-        if objective.has_scores:
+        """Adds the gradient of L over the minibatch to the model's gradient buffers.
+
+        Their reduction is finished when it returns. Collective.
+        """
+        if self.objective.has_scores:
             self._prepare_weights(batch)
+
         sums = TokenSums(
             values=torch.zeros(6, dtype=torch.float64, device=batch.device),
             low_ratio=torch.zeros(3, dtype=torch.float64, device=batch.device),
@@ -247,45 +293,83 @@ class TrainStep:
         self.passes.forward_backward(
             batch.micro_batches, lambda i, outputs: self._surrogate(batch, i, outputs, sums)
         )
-        return self._summary(batch, sums)
+
+        # Loss, scores and weights on every rank: over DP on the last stage, from there over PP.
+        num_rollouts = len(batch.facts.label_R)
+        figures = torch.zeros(7 + 2 * num_rollouts, dtype=torch.float64)
+        if self.groups.is_last_stage:
+            figures = self._figures(batch, sums)
+        if self.groups.pp.size() > 1:
+            figures = _from_last_stage(self.groups, to_device(figures)).cpu()
+        scalars, score_R, weight_R = torch.split(figures, [7, num_rollouts, num_rollouts])
+        loss, kl, clipped_low, clipped_high, *counts = scalars.tolist()
+        low, low_positive, tokens = map(round, counts)
+        return Gradient(
+            loss, score_R, weight_R, kl, clipped_low, clipped_high, (low, low_positive, tokens)
+        )
 
     def _prepare_weights(self, batch: Batch) -> None:
-        """Sets every rollout's weight before the training pass where that can be, else leaves it to the pass."""
-        objective, facts = self.objective, batch.facts
+        """Sets every rollout's weight before the training pass where that can be.
+
+        Where it cannot, the pass itself computes them, micro-batch by micro-batch.
+        """
+        objective = self.objective
         for results in batch.results:
-            results.forget("weight_R")  # an earlier pass over the same batch may have left its own
+            # An earlier pass over the same batch may have left its own.
+            results.forget("weight_R")
 
         if not batch.has_old_logprobs and objective.free_first_minibatch:
-            zero_R = torch.zeros_like(facts.advantage_R)
-            self._set_weights(batch, objective.score_weights(zero_R, zero_R, facts))
+            # On-policy every score is 0, exactly: the labels alone decide.
+            zero_R = torch.zeros_like(batch.facts.advantage_R)
+            weight_R = objective.score_weights(zero_R, zero_R, batch.facts)
         elif objective.gathers_scores and batch.plan.placement == "split":
             self.passes.forward(
                 batch.micro_batches, lambda i, outputs: self._keep_score(batch, i, outputs)
             )
-            if self.groups.is_last_stage:
-                everything = range(len(batch.results))
-                scores = self._scores_of(batch, everything, over=self.groups.dp)
-                self._set_weights(batch, self._weights(batch, *scores))
+            if not self.groups.is_last_stage:
+                return
+            everything = range(len(batch.results))
+            weight_R = self._weights(
+                batch, *self._scores_of(batch, everything, over=self.groups.dp)
+            )
+        else:
+            return
+
+        weight_R = to_device(weight_R)
+        for micro, results in zip(batch.micro_batches, batch.results, strict=True):
+            results.weight_R = weight_R[micro.position_R]
 
     def _surrogate(self, batch: Batch, index: int, outputs: Outputs, sums: TokenSums) -> Tensor:
-        """The micro-batch's part of the linear surrogate; log-probs differentiable, weights not."""
-        micro, results = batch.micro_batches[index], batch.results[index]
-        if not results.has("old_logprob_T"):  # the weights are those that generated the rollouts
+        """Returns the micro-batch's part of the linear surrogate.
+
+        The log-probs in it are differentiable, the weights are not.
+        """
+        micro = batch.micro_batches[index]
+        results = batch.results[index]
+        if not results.has("old_logprob_T"):
+            # The weights are those that generated the rollouts.
             self._keep_old(batch, index, outputs)
         if not micro.positions:
             # Its log-probs are all 0 and carry the graph that the schedule needs.
             return outputs.logprob_T.sum()
 
         self._count_low_ratios(batch, index, outputs, sums)
-        partial_score_R = self._partial_scores(micro, results, outputs.logprob_T)
+        partial_score_R = self._means(micro, outputs.logprob_T, results.old_logprob_T)
         if not self.objective.has_scores:
-            # Only a figure of the metrics: the context-parallel ranks' shares are summed with those of DP.
+            # Only a figure of the metrics: the context-parallel ranks' shares are summed with those
+            # of DP.
             results.score_R = partial_score_R.detach()
             return self._token_surrogate(batch, index, outputs, sums)
 
         results.score_R = self._summed_over_cp(partial_score_R.detach())
         if not results.has("weight_R"):
-            self._weigh_in_scope(batch, index)
+            # From the scores of this micro-batch, or, for `dp`, of this index on all DP ranks. An
+            # objective that couples nothing beyond a sequence never needs more than the former.
+            over_dp = self.objective.gathers_scores and batch.plan.placement == "dp"
+            scores = self._scores_of(batch, [index], over=self.groups.dp if over_dp else None)
+            results.weight_R = to_device(self._weights(batch, *scores))[micro.position_R]
+
+        # Each context-parallel rank's share of a score has the gradient of its own tokens.
         surrogate = (results.weight_R * partial_score_R).sum()
         if self._has_token_terms:
             surrogate = surrogate + self._token_surrogate(batch, index, outputs, sums)
@@ -294,14 +378,20 @@ class TrainStep:
     def _token_surrogate(
         self, batch: Batch, index: int, outputs: Outputs, sums: TokenSums
     ) -> Tensor:
-        """sum_t u_t * log pi_t over the response tokens, minus the entropy bonus; adds its figures to `sums`."""
-        micro, results, objective = batch.micro_batches[index], batch.results[index], self.objective
-        kept_K, rollout_K = micro.kept_K, micro.rollout_K
+        """Returns sum_t u_t * log pi_t over the response tokens, minus the entropy bonus.
+
+        The figures of these tokens are added to `sums`.
+        """
+        objective = self.objective
+        micro = batch.micro_batches[index]
+        kept_K = micro.kept_K
+        rollout_K = micro.rollout_K
         logprob_K = outputs.logprob_T[kept_K]
-        old_logprob_K = results.old_logprob_T[kept_K]
+        old_logprob_K = batch.results[index].old_logprob_T[kept_K]
         facts = batch.token_facts.to(device=logprob_K.device, dtype=logprob_K.dtype)
 
-        # Weights by autograd in log-prob space: elementwise, and nothing beside the model's own passes.
+        # Weights by autograd in log-prob space: elementwise, and nothing beside the model's own
+        # passes.
         leaf_K = logprob_K.detach().requires_grad_()
         weight_K = torch.zeros_like(leaf_K)
         with torch.enable_grad():
@@ -316,6 +406,7 @@ class TrainStep:
                     logprob_K.detach() - old_logprob_K,
                     facts.learns_R[rollout_K].double(),
                 )
+
             reference_K = None
             if objective.needs_reference:
                 assert micro.reference_logprob_T is not None, "policy/reference.py has been asked"
@@ -328,6 +419,7 @@ class TrainStep:
 
         surrogate = (weight_K * logprob_K).sum()
         if objective.entropy_bonus:
+            # The head gives the exact gradient of an entropy: no surrogate is needed.
             assert outputs.entropy_T is not None, "the model was built to compute entropies"
             token_weight_K = objective.entropy_bonus * facts.token_weight_R[rollout_K]
             bonus = (token_weight_K * outputs.entropy_T[kept_K]).sum()
@@ -338,8 +430,9 @@ class TrainStep:
     def _count_low_ratios(
         self, batch: Batch, index: int, outputs: Outputs, sums: TokenSums
     ) -> None:
-        """Adds the micro-batch's tokens whose ratio to the old policy is low, of right answers and of all."""
-        micro, old_logprob_T = batch.micro_batches[index], batch.results[index].old_logprob_T
+        """Adds the micro-batch's tokens of a low ratio, of right answers and of all, to `sums`."""
+        micro = batch.micro_batches[index]
+        old_logprob_T = batch.results[index].old_logprob_T
         log_ratio_K = outputs.logprob_T.detach()[micro.kept_K] - old_logprob_T[micro.kept_K]
         low_K = log_ratio_K < math.log(_LOW_RATIO)
         positive_K = batch.token_facts.label_R[micro.rollout_K] == POSITIVE
@@ -347,33 +440,38 @@ class TrainStep:
         sums.low_ratio += torch.stack([tokens_K.sum() for tokens_K in counted])
 
     def _keep_old(self, batch: Batch, index: int, outputs: Outputs) -> None:
-        batch.results[index].old_logprob_T = outputs.logprob_T.detach()
-        self._compare_with_engine(batch, index)
+        """Keeps a micro-batch's log-probs as the old ones, and compares them with the engine's."""
+        micro = batch.micro_batches[index]
+        old_logprob_T = outputs.logprob_T.detach()
+        batch.results[index].old_logprob_T = old_logprob_T
+        if not micro.kept_K.numel():
+            return
+
+        old_K = old_logprob_T[micro.kept_K].double()
+        difference_K = old_K - micro.engine_logprob_T[micro.kept_K].double()
+        terms = [
+            -old_K,
+            difference_K.abs(),
+            difference_K.expm1() - difference_K,
+            (difference_K.abs() > self.mismatch_bound).double(),
+            torch.ones_like(old_K),
+        ]
+        batch.tokens.add(torch.stack([term.sum() for term in terms]), difference_K.abs().max())
 
     def _keep_score(self, batch: Batch, index: int, outputs: Outputs) -> None:
-        micro, results = batch.micro_batches[index], batch.results[index]
+        """Keeps a micro-batch's scores, and its log-probs as the old ones if there are none."""
+        micro = batch.micro_batches[index]
+        results = batch.results[index]
         if not results.has("old_logprob_T"):
             self._keep_old(batch, index, outputs)
-        results.score_R = self._summed_over_cp(
-            self._partial_scores(micro, results, outputs.logprob_T)
-        )
-
-    def _weigh_in_scope(self, batch: Batch, index: int) -> None:
-        """Weights from the scores of this micro-batch, or, for `dp`, of this index on all DP ranks.
-
-        An objective that couples nothing beyond a sequence never needs more than this micro-batch.
-        """
-        over_dp = self.objective.gathers_scores and batch.plan.placement == "dp"
-        scores = self._scores_of(batch, [index], over=self.groups.dp if over_dp else None)
-        weight_R = to_device(self._weights(batch, *scores))
-        batch.results[index].weight_R = weight_R[batch.micro_batches[index].position_R]
-
-    def _partial_scores(self, micro: MicroBatch, results: PassResults, logprob_T: Tensor) -> Tensor:
-        """[R] this context-parallel rank's share of each score; log-probs are complete on each tensor-parallel rank."""
-        return self._means(micro, logprob_T, results.old_logprob_T)
+        partial_score_R = self._means(micro, outputs.logprob_T, results.old_logprob_T)
+        results.score_R = self._summed_over_cp(partial_score_R)
 
     def _means(self, micro: MicroBatch, one_T: Tensor, other_T: Tensor) -> Tensor:
-        """[R] this context-parallel rank's share of the mean over response tokens of one - other."""
+        """Returns [R] this context-parallel rank's share of the mean over tokens of one - other.
+
+        Log-probs are complete on each tensor-parallel rank, so nothing is summed over TP.
+        """
         used = slice(0, micro.num_used)
         return sequence_scores(
             one_T[used],
@@ -391,18 +489,29 @@ class TrainStep:
     def _scores_of(
         self, batch: Batch, indices: Sequence[int], *, over: dist.ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the micro-batches `indices`, of all ranks of the process group `over`, know of the minibatch's rollouts.
+        """Returns what some micro-batches know of the minibatch's rollouts.
+
+        Args:
+            batch: the minibatch.
+            indices: of its micro-batches.
+            over: the process group whose ranks bring theirs together; None for this rank alone.
 
         Returns:
-            [R] float64 scores and mean old log-probs, 0 where they are not known; [R] bool: where they are. On the
-            host, which waits for the device once.
+            [R] float64 scores and mean old log-probs, 0 where they are not known; [R] bool: where
+            they are. On the host, which waits for the device once.
         """
         # Objectives in ratios alone need no mean old log-prob, and send one row less.
         if self.objective.free_first_minibatch:
             score_R, present_R = self._gathered(batch, indices, over).cpu()
             return score_R, torch.zeros_like(score_R), present_R > 0
+
         for index in indices:
-            self._keep_old_means(batch, index)
+            micro = batch.micro_batches[index]
+            results = batch.results[index]
+            if micro.positions and not results.has("old_mean_R"):
+                old_T = results.old_logprob_T
+                means_R = self._means(micro, old_T, torch.zeros_like(old_T))
+                results.old_mean_R = self._summed_over_cp(means_R)
         score_R, present_R, old_mean_R = self._gathered(batch, indices, over, "old_mean_R").cpu()
         return score_R, old_mean_R, present_R > 0
 
@@ -413,76 +522,51 @@ class TrainStep:
         over: dist.ProcessGroup | None,
         *others: str,
     ) -> Tensor:
-        """[N, R] float64: the scores of the micro-batches `indices`, 1 where there is one, and other results by name,
-        from all ranks of the process group `over`; 0 elsewhere."""
+        """Brings results of some micro-batches to their rollouts' places in the minibatch.
+
+        Args:
+            batch: the minibatch.
+            indices: of its micro-batches.
+            over: the process group whose ranks' rows are summed; None for this rank's alone.
+            *others: names of results beside the scores.
+
+        Returns:
+            [S, R] float64: the scores, 1 where there is one, and the others; 0 elsewhere.
+        """
         advantage_R = batch.token_facts.advantage_R
-        rows_NR = advantage_R.new_zeros(2 + len(others), len(advantage_R))
+        rows_SR = advantage_R.new_zeros(2 + len(others), len(advantage_R))
         for index in indices:
-            micro, results = batch.micro_batches[index], batch.results[index]
+            micro = batch.micro_batches[index]
+            results = batch.results[index]
             if not micro.positions:
                 continue
-            rows_NR[0, micro.position_R] = results.score_R.double()
-            rows_NR[1, micro.position_R] = 1
+            rows_SR[0, micro.position_R] = results.score_R.double()
+            rows_SR[1, micro.position_R] = 1
             for row, name in enumerate(others, 2):
-                rows_NR[row, micro.position_R] = getattr(results, name).double()
-        if over is not None and over.size() > 1:
-            dist.all_reduce(rows_NR, group=over)
-        return rows_NR
+                rows_SR[row, micro.position_R] = getattr(results, name).double()
 
-    def _keep_old_means(self, batch: Batch, index: int) -> None:
-        """Computes the mean old log-prob of each sequence of a micro-batch, once."""
-        micro, results = batch.micro_batches[index], batch.results[index]
-        if micro.positions and not results.has("old_mean_R"):
-            old_T = results.old_logprob_T
-            means_R = self._means(micro, old_T, torch.zeros_like(old_T))
-            results.old_mean_R = self._summed_over_cp(means_R)
+        # A rollout lies on one data-parallel rank only: the others add 0.
+        if over is not None and over.size() > 1:
+            dist.all_reduce(rows_SR, group=over)
+        return rows_SR
 
     def _weights(
         self, batch: Batch, score_R: Tensor, old_mean_R: Tensor, present_R: Tensor
     ) -> Tensor:
-        """[R] dL / dscore of the present rollouts, whose groups are present as a whole; 0 for the others."""
+        """Returns [R] dL / dscore of the present rollouts, 0 for the others.
+
+        The groups of the present ones are present as a whole.
+        """
         return self.objective.score_weights(score_R, old_mean_R, batch.facts.of(present_R))
 
-    def _set_weights(self, batch: Batch, weight_R: Tensor) -> None:
-        weight_R = to_device(weight_R)
-        for micro, results in zip(batch.micro_batches, batch.results, strict=True):
-            results.weight_R = weight_R[micro.position_R]
-
-    def _compare_with_engine(self, batch: Batch, index: int) -> None:
-        """Adds the micro-batch's tokens to the entropy and the train/engine mismatch."""
-        micro, old_logprob_T = batch.micro_batches[index], batch.results[index].old_logprob_T
-        if not micro.kept_K.numel():
-            return
-        old_K = old_logprob_T[micro.kept_K].double()
-        difference_K = old_K - micro.engine_logprob_T[micro.kept_K].double()
-        terms = [
-            -old_K,
-            difference_K.abs(),
-            difference_K.expm1() - difference_K,
-            (difference_K.abs() > self.mismatch_bound).double(),
-            torch.ones_like(old_K),
-        ]
-        batch.tokens.add(torch.stack([term.sum() for term in terms]), difference_K.abs().max())
-
-    def _summary(self, batch: Batch, sums: TokenSums) -> Gradient:
-        """Makes loss, scores and weights known on every rank: over DP on the last stage, then from there over PP."""
-        num_rollouts = len(batch.facts.label_R)
-        figures = torch.zeros(7 + 2 * num_rollouts, dtype=torch.float64)
-        if self.groups.is_last_stage:
-            figures = self._figures(batch, sums)
-        if self.groups.pp.size() > 1:
-            figures = self._from_last_stage(to_device(figures)).cpu()
-        scalars, score_R, weight_R = torch.split(figures, [7, num_rollouts, num_rollouts])
-        loss, kl, clipped_low, clipped_high, *counts = scalars.tolist()
-        low, low_positive, tokens = map(round, counts)
-        return Gradient(
-            loss, score_R, weight_R, kl, clipped_low, clipped_high, (low, low_positive, tokens)
-        )
-
     def _figures(self, batch: Batch, sums: TokenSums) -> Tensor:
-        """[7 + 2 R] loss, KL, shares clipped low and high, tokens of a low ratio, scores and weights, on the last
-        stage's ranks; on the host."""
-        objective, facts = self.objective, batch.facts
+        """Returns [7 + 2 R] the figures of an update on the last stage's ranks, on the host.
+
+        They are loss, KL, shares clipped low and high, the three counts of low ratios, scores and
+        weights.
+        """
+        objective = self.objective
+        facts = batch.facts
         everything = range(len(batch.results))
         if self._has_token_terms and self.groups.dp_cp.size() > 1:
             # Tensor-parallel ranks have the same tokens; context-parallel ones each their part.
@@ -499,25 +583,24 @@ class TrainStep:
             learning_R = facts.num_tokens_R * (facts.advantage_R != 0)
             clipped = _clipped(weight_R == 0, score_R, learning_R)
         else:
+            # Here each context-parallel rank has its share of a score: see _surrogate.
             score_R, _, _ = self._scores_of(batch, everything, over=self.groups.dp_cp)
-            loss, weight_R, clipped = values[0], sums.weight_R.cpu(), values[3:6]
+            loss = values[0]
+            weight_R = sums.weight_R.cpu()
+            clipped = values[3:6]
 
-        penalty, bonus = values[1], values[2]
-        kl = penalty / objective.kl.coefficient if objective.kl.coefficient else penalty
+        penalty = values[1]
+        bonus = values[2]
+        kl = penalty
+        if objective.kl.coefficient:
+            kl = penalty / objective.kl.coefficient
         shares = clipped[:2] / clipped[2].clamp(min=1)
         own_loss = (loss + penalty - bonus)[None]
         return torch.cat([own_loss, kl[None], shares, sums.low_ratio.cpu(), score_R, weight_R])
 
-    def _from_last_stage(self, figures: Tensor) -> Tensor:
-        """The last pipeline stage's values, in place on every stage."""
-        if self.groups.pp.size() > 1:
-            last = dist.get_global_rank(self.groups.pp, self.groups.pp.size() - 1)
-            dist.broadcast(figures, src=last, group=self.groups.pp)
-        return figures
-
 
 def gathered_tokens(groups: Groups, batch: Batch, values: Sequence[Tensor]) -> Tensor:
-    """Brings values of single tokens together on every rank.
+    """Brings values of single tokens together on every rank. Collective.
 
     Args:
         groups: this rank's place in the layout.
@@ -525,7 +608,8 @@ def gathered_tokens(groups: Groups, batch: Batch, values: Sequence[Tensor]) -> T
         values: [micro-batches] of [T] each; empty on all stages but the last.
 
     Returns:
-        [N] float64 on the CPU, of the response tokens of the minibatch's rollouts in order; 0 for rollouts not kept.
+        [N] float64 on the CPU, of the response tokens of the minibatch's rollouts in order; 0 for
+        rollouts not kept.
     """
     value_N = torch.zeros(
         batch.minibatch.num_response_tokens,
@@ -535,17 +619,17 @@ def gathered_tokens(groups: Groups, batch: Batch, values: Sequence[Tensor]) -> T
     if groups.is_last_stage:
         for micro, value_T in zip(batch.micro_batches, values, strict=True):
             value_N[micro.index_T[micro.kept_K]] = value_T[micro.kept_K].double()
+        # A token lies on one data- and context-parallel rank only: the others add 0.
         dist.all_reduce(value_N, group=groups.dp_cp)
-    if groups.pp.size() > 1:
-        last = dist.get_global_rank(groups.pp, groups.pp.size() - 1)
-        dist.broadcast(value_N, src=last, group=groups.pp)
-    return value_N.cpu()
+    return _from_last_stage(groups, value_N).cpu()
 
 
 def values_of_replica(
     groups: Groups, batch: Batch, values: Sequence[Tensor]
 ) -> dict[int, NDArray[Any]]:
-    """Brings values of single tokens together within a data-parallel replica, on its last pipeline stage.
+    """Brings values of single tokens together within a data-parallel replica.
+
+    Collective on its last pipeline stage.
 
     Args:
         groups: this rank's place in the layout, on the last stage.
@@ -553,33 +637,40 @@ def values_of_replica(
         values: [micro-batches] of [T] each.
 
     Returns:
-        By position in the minibatch, for the rollouts that this replica computes: [n] float64 of all tokens of the
-        completion, 0 where a token is not trained.
+        By position in the minibatch, for the rollouts that this replica computes: [n] float64 of
+        all tokens of the completion, 0 where a token is not trained.
     """
     lengths_R = torch.tensor([r.completion.num_tokens for r in batch.minibatch.rollouts])
     first_R = to_device(lengths_R.cumsum(0) - lengths_R)
-    found: dict[int, NDArray[Any]] = {}
+    by_position: dict[int, NDArray[Any]] = {}
     for micro, value_T in zip(batch.micro_batches, values, strict=True):
         if not micro.positions:
             continue
-        # The micro-batch's rollouts in a row: tokens move from their places in the minibatch to those in the row.
+
+        # The micro-batch's rollouts in a row: tokens move from their places in the minibatch to
+        # those in the row.
         lengths = [int(lengths_R[position]) for position in micro.positions]
         start_R = torch.zeros_like(first_R)
         start_R[micro.position_R] = to_device(torch.tensor([0, *lengths]).cumsum(0)[:-1])
         index_K = micro.index_T[micro.kept_K] - first_R[micro.rollout_K] + start_R[micro.rollout_K]
         value_N = torch.zeros(sum(lengths), dtype=torch.float64, device=batch.device)
         value_N[index_K] = value_T[micro.kept_K].double()
-        if groups.cp.size() > 1:  # each context-parallel rank has a part of each sequence
+        if groups.cp.size() > 1:
+            # Each context-parallel rank has a part of each sequence.
             dist.all_reduce(value_N, group=groups.cp)
+
         parts = value_N.cpu().split(lengths)
-        found |= {
-            position: part.numpy() for position, part in zip(micro.positions, parts, strict=True)
-        }
-    return found
+        for position, part in zip(micro.positions, parts, strict=True):
+            by_position[position] = part.numpy()
+    return by_position
 
 
-def _float64(values_R: Tensor) -> Tensor:
-    return values_R.double() if values_R.is_floating_point() else values_R
+def _from_last_stage(groups: Groups, values: Tensor) -> Tensor:
+    """Overwrites `values` on every pipeline stage with those of the last one."""
+    if groups.pp.size() > 1:
+        last = dist.get_global_rank(groups.pp, groups.pp.size() - 1)
+        dist.broadcast(values, src=last, group=groups.pp)
+    return values
 
 
 def _clipped(no_gradient: Tensor, log_ratio: Tensor, count: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ REFUSED: Mapping[str, str] = {
     "optimizer.beta2": "the saved moments were gathered with it",
     "rollout.replay": "the rollouts come from elsewhere",
 }
-"""Settings that a resumed run may not change, with the reason. (Other prompts are refused by the prompt cursor.)"""
+"""Settings that a resumed run may not change, with the reason. (Other prompts are refused by the
+prompt cursor.)"""
 
 _WITHIN_A_STEP = (
     "batch.minibatch_prompts",
@@ -24,18 +25,24 @@ _WITHIN_A_STEP = (
     "rollout.temperature",
     "objective.",
 )
+"""Beginnings of the settings that may change between two steps and not within one."""
 _BEFORE: Mapping[str, Any] = {"objective.name": "real"}
-"""What a run did whose configuration does not have the setting, as it was made by an earlier version."""
+"""What a run did whose configuration does not have the setting, as an earlier version wrote it."""
 _UNSAID = ("trainer.run_dir",)
+"""Settings whose change is not mentioned: a run directory may be moved."""
 
 
 def changes(
     before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """(name, value before, value now) of every setting that differs; a setting that one lacks is None there."""
+    """Yields (name, value before, value now) of every setting that differs.
+
+    A setting that one of them lacks is None there.
+    """
     for name in [*before, *(name for name in now if name not in before)]:
         path = f"{prefix}{name}"
-        old, new = before.get(name, _BEFORE.get(path)), now.get(name)
+        old = before.get(name, _BEFORE.get(path))
+        new = now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             yield from changes(old, new, f"{path}.")
         elif _plain(old) != _plain(new) and path not in _UNSAID:
@@ -45,7 +52,12 @@ def changes(
 def check_changes(
     before: Mapping[str, Any], now: Mapping[str, Any], *, within_a_step: bool
 ) -> list[str]:
-    """A line for each setting that changed.
+    """Returns a line for each setting that changed.
+
+    Args:
+        before: the configuration of an earlier life.
+        now: that of this life.
+        within_a_step: the checkpoint was saved between two updates of one step.
 
     Raises:
         ValueError: one of them may not; names it, both values and the reason.
@@ -57,12 +69,13 @@ def check_changes(
             reason = "the checkpoint is in the middle of a step that was begun with it"
         if reason is not None:
             raise ValueError(
-                f"{name} was {old!r} and is now {new!r}, which a resumed run may not change: {reason}; "
-                f"set {name}={old}, or give another trainer.run_dir"
+                f"{name} was {old!r} and is now {new!r}, which a resumed run may not change: "
+                f"{reason}; set {name}={old}, or give another trainer.run_dir"
             )
         lines.append(f"{name}: {old!r} -> {new!r}")
     return lines
 
 
 def _plain(value: Any) -> Any:
+    # YAML has no tuples: a configuration that was read has lists in their place.
     return list(value) if isinstance(value, tuple) else value

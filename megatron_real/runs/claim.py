@@ -1,9 +1,9 @@
 """A run directory is looked at before anything of it changes; only the lock is taken first.
 
-    claim.take()                  whose directory is it? what have earlier lives left?     reads, and takes the lock
-    begins(...)                   resume, begin, begin anew, refuse, or nothing to do      reads
-    claim.refuse(sentence)        the start is refused: status.json says so, nothing else changes
-    Reporter.begin(...)           everything is accepted: from here on the directory is this life's
+    claim.take()            whose directory is it, what have earlier lives left? (takes the lock)
+    begins(...)             resume, begin, begin anew, refuse, or nothing to do (reads only)
+    claim.refuse(sentence)  the start is refused: status.json says so, nothing else changes
+    Reporter.begin(...)     everything is accepted: from here on the directory is this life's
 
 Loadable without torch.
 """
@@ -26,7 +26,7 @@ from megatron_real.runs.status import State, read_status, write_status
 
 
 class NothingToDo(Exception):
-    """The run has finished already; says how to go on."""
+    """The run has finished already. The text says how to go on."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Earlier:
     steps: int = 0
     """Rows of metrics."""
     exported: bool = False
-    """Trained weights are there."""
+    """Whether trained weights are there."""
 
     @classmethod
     def read(cls, directory: RunDirectory) -> Earlier:
@@ -53,18 +53,27 @@ class Earlier:
             return cls()
         if not directory.path.is_dir():
             raise ValueError(f"{directory.path} is a file; give another trainer.run_dir")
+
         others = directory.foreign_files()
         if others:
-            listed = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            listed = ", ".join(others[:3])
+            if len(others) > 3:
+                listed += ", ..."
             raise ValueError(
-                f"{directory.path} is not a run directory, and it is not empty ({listed}); give another trainer.run_dir"
+                f"{directory.path} is not a run directory, and it is not empty ({listed}); "
+                "give another trainer.run_dir"
             )
+
         try:
             steps = directory.metrics.read_bytes().count(b"\n")
         except FileNotFoundError:
             steps = 0
-        config, status = _config(directory.config), read_status(directory.status)
-        return cls(config, status, steps, exported=directory.weights.is_dir())
+        return cls(
+            config=_config(directory.config),
+            status=read_status(directory.status),
+            steps=steps,
+            exported=directory.weights.is_dir(),
+        )
 
     @property
     def state(self) -> str:
@@ -74,26 +83,34 @@ class Earlier:
 
 
 def _config(file: Path) -> dict[str, Any] | None:
+    """Returns the configuration of an earlier life; None where there is no file.
+
+    Raises:
+        ValueError: it is cut, or is no configuration.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     if not file.is_file():
         return None
+
+    values: Any = None
+    problem = "it has no section 'trainer'"
+    cause: Exception | None = None
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.load(file))
+        values = OmegaConf.to_container(OmegaConf.load(file))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise ValueError(_cut(file, str(error).splitlines()[0])) from error
-    if not isinstance(values, dict) or not isinstance(values.get("trainer"), dict):
-        raise ValueError(_cut(file, "it has no section 'trainer'"))
-    return dict(values)
+        problem = str(error).splitlines()[0]
+        cause = error
 
-
-def _cut(file: Path, problem: str) -> str:
-    return (
-        f"{file} is not a whole configuration ({problem}), so nobody knows what the run was made with; copy the "
-        f"'config' of the last file in {file.parent / 'lives'} there, or give another trainer.run_dir"
-    )
+    if isinstance(values, dict) and isinstance(values.get("trainer"), dict):
+        return dict(values)
+    raise ValueError(
+        f"{file} is not a whole configuration ({problem}), so nobody knows what the run was made "
+        f"with; copy the 'config' of the last file in {file.parent / 'lives'} there, or give "
+        "another trainer.run_dir"
+    ) from cause
 
 
 @dataclass(frozen=True)
@@ -109,18 +126,23 @@ class Beginning:
 
     @property
     def again(self) -> bool:
-        """An earlier life ended before its first checkpoint: its steps are made again."""
+        """Whether an earlier life ended before its first checkpoint: its steps are made again."""
         return self.newest is None and (self.earlier.config is not None or self.earlier.steps > 0)
 
 
 def check_without_checkpoint(
     directory: RunDirectory, earlier: Earlier, config: Mapping[str, Any], lost: list[str]
 ) -> list[str]:
-    """Whether a run may begin where no whole checkpoint is; a line for each setting that changed.
+    """Checks that a run may begin where no whole checkpoint is.
 
     Args:
+        directory: of the run.
+        earlier: what earlier lives have left in it.
         config: of this life.
         lost: a description of each checkpoint that is there or was there, and is not whole.
+
+    Returns:
+        A line for each setting that changed.
 
     Raises:
         ValueError: the steps of an earlier life would be lost, or a setting may not change.
@@ -129,16 +151,22 @@ def check_without_checkpoint(
     if lost or (directory.checkpoints / LATEST).exists():
         reasons = "; ".join(lost) or f"{LATEST} names one that is not there"
         raise ValueError(
-            f"no whole checkpoint of {path} is left ({reasons}), and its {earlier.steps} steps are not thrown away "
-            f"unasked; bring a checkpoint back, or delete {path} to begin anew, or give another trainer.run_dir"
+            f"no whole checkpoint of {path} is left ({reasons}), and its {earlier.steps} steps are "
+            f"not thrown away unasked; bring a checkpoint back, or delete {path} to begin anew, or "
+            "give another trainer.run_dir"
         )
     if earlier.config is None and not earlier.steps:
         return []
-    every = earlier.config.get("checkpoint", {}).get("every") if earlier.config else 0
+
+    # A run that would have saved was killed before its first checkpoint: it may begin anew. One
+    # that was to save nothing has in its steps all that there is of it.
+    every = 0
+    if earlier.config:
+        every = earlier.config.get("checkpoint", {}).get("every")
     if earlier.config is None or earlier.state == "finished" or (earlier.steps and not every):
         raise ValueError(
-            f"{path} holds a run already, of {earlier.steps} steps and without a checkpoint to go on from; "
-            "give another trainer.run_dir or delete it"
+            f"{path} holds a run already, of {earlier.steps} steps and without a checkpoint to go "
+            "on from; give another trainer.run_dir or delete it"
         )
     return check_changes(earlier.config, config, within_a_step=False)
 
@@ -163,11 +191,15 @@ class Claim:
     def take(self, say: Callable[[str], None]) -> Earlier:
         """Takes the lock, and reads what is there.
 
+        Args:
+            say: called with a sentence about an earlier owner.
+
         Raises:
             ValueError: the directory holds something else, or another run is using it.
         """
+        # Read before too: a directory of other files does not even get a lock.
         path = self.directory.path
-        Earlier.read(self.directory)  # a directory of other files does not even get a lock
+        Earlier.read(self.directory)
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         self._lock.take(say)
         self._held = True
@@ -176,16 +208,20 @@ class Claim:
     def refuse(self, sentence: str, state: State = "failed") -> None:
         """Says in status.json what became of this start; a directory that it made is gone again."""
         if not self._held:
-            return  # the directory is another run's, or no run's
+            # The directory is another run's, or no run's.
+            return
+
         if self.directory.path in self._made:
-            with contextlib.suppress(OSError):  # an empty directory more does no harm
+            # An empty directory more does no harm.
+            with contextlib.suppress(OSError):
                 self._remove()
         else:
-            before = read_status(self.directory.status)
-            with contextlib.suppress(OSError):  # the sentence is shown all the same
-                write_status(
-                    self.directory.status, state, sentence, before=before.get("before") or before
-                )
+            # Several refused starts in a row keep the run's own status, not each other's.
+            status = read_status(self.directory.status)
+            before = status.get("before") or status
+            # The sentence is shown whether or not it can be written.
+            with contextlib.suppress(OSError):
+                write_status(self.directory.status, state, sentence, before=before)
         self.release()
 
     def _remove(self) -> None:
@@ -193,6 +229,7 @@ class Claim:
         path = self.directory.path
         if [entry.name for entry in path.iterdir()] != [self.directory.owners.name]:
             return
+
         # A newcomer that waits for the lock must never see a part of it.
         doomed = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         path.rename(doomed)

@@ -1,10 +1,10 @@
 """Rollouts as the columns of a parquet file, and as plain rows. Loadable without torch.
 
-Values survive bit for bit. Not kept: the prompt's metadata and the seconds of its check, which training does not need.
-Every page of a file has a checksum, so that damage is found wherever it is.
+Values survive bit for bit. Not kept: the prompt's metadata and the seconds of its check, which
+training does not need. Every page of a file has a checksum, so that damage is seen wherever it is.
 
-A text that is not UTF-8, because a model emitted half a surrogate pair, stands in its column with a replacement
-character, and exactly in `not_utf8`, a JSON object by column.
+A text that is not UTF-8, because a model emitted half a surrogate pair, stands in its column with a
+replacement character, and exactly in `not_utf8`, a JSON object by column.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def write_table(
             columns[name] = pyarrow.array(list(values), type=dtype)
     columns |= _scalar_columns([_scalars(rollout) for rollout in rollouts])
     columns |= _token_columns(rollouts)
+
     table = pyarrow.table(columns)
     table = table.replace_schema_metadata({**header})
 
@@ -89,14 +90,16 @@ def write_table(
         for field in table.schema
         if pyarrow.types.is_list(field.type) and pyarrow.types.is_floating(field.type.value_type)
     ]
-    leaves = ["token_ids", "prompt_token_ids", "trained", "weight_version"]
+    # What repeats itself is kept once: texts, statuses, token ids.
+    repeated = [name for name in _SCALARS if name != "answers"]
+    for name in ("token_ids", "prompt_token_ids", "weight_version"):
+        repeated.append(f"{name}.list.element")
     pyarrow.parquet.write_table(
         table,
         file,
         row_group_size=_ROWS_OF_A_GROUP,
         compression="zstd",
-        use_dictionary=[name for name in _SCALARS if name != "answers"]
-        + [f"{name}.list.element" for name in leaves if name != "trained"],
+        use_dictionary=repeated,
         use_byte_stream_split=floats,
         write_page_checksum=True,
     )
@@ -125,25 +128,23 @@ def read_table(data: bytes, columns: Sequence[str] | None = None) -> pyarrow.Tab
 
 
 def header_of(table: pyarrow.Table) -> dict[str, str]:
-    """The texts that the file says of itself."""
+    """Returns the texts that the file says of itself."""
     metadata = table.schema.metadata or {}
     return {name.decode(): value.decode() for name, value in metadata.items()}
 
 
 def rollouts_of(table: pyarrow.Table) -> list[Rollout]:
-    """The rollouts of a table, in order. Their arrays are views of the table's memory.
+    """Returns the rollouts of a table, in order. Their arrays are views of the table's memory.
 
     Raises:
         ValueError: a column is missing, or has a value that no rollout has.
     """
-    names = ["step", *_SCALARS, "not_utf8", "prompt_token_ids", "token_ids", "logprobs"]
-    missing = [
-        name
-        for name in [*names, "trained", "weight_version", "reference_logprobs"]
-        if name not in table.column_names
-    ]
-    if missing:
-        raise ValueError(f"it has no column {missing[0]!r}")
+    of_tokens = ["prompt_token_ids", "token_ids", "logprobs"]
+    of_tokens += ["trained", "weight_version", "reference_logprobs"]
+    for name in ["step", *_SCALARS, "not_utf8", *of_tokens]:
+        if name not in table.column_names:
+            raise ValueError(f"it has no column {name!r}")
+
     scalars = table.select([*_SCALARS, "not_utf8"]).to_pylist()
     prompts = _rows_of(table, "prompt_token_ids")
     tokens = _rows_of(table, "token_ids")
@@ -151,9 +152,11 @@ def rollouts_of(table: pyarrow.Table) -> list[Rollout]:
     trained = _rows_of(table, "trained")
     versions = _rows_of(table, "weight_version")
     references = _rows_of(table, "reference_logprobs")
+
     rollouts = []
     for i, row in enumerate(scalars):
-        row |= json.loads(row["not_utf8"]) if row["not_utf8"] else {}
+        if row["not_utf8"]:
+            row |= json.loads(row["not_utf8"])
         completion = Completion(
             _present(tokens[i]),
             _present(logprobs[i]),
@@ -172,7 +175,13 @@ def rollout_of(
     completion: Completion,
     reference_logprobs: Logprobs | None,
 ) -> Rollout:
-    """A rollout from its arrays and the other values of its row, which are checked.
+    """Returns a rollout, made of its arrays and the other values of its row, which are checked.
+
+    Args:
+        row: values of the columns that have one for each rollout.
+        prompt_token_ids: tokens of its prompt.
+        completion: what an engine wrote.
+        reference_logprobs: of the completion's tokens, nats; None where there are none.
 
     Raises:
         ValueError: a label or a status that does not exist.
@@ -181,6 +190,7 @@ def rollout_of(
         raise ValueError(f"label {row['label']!r} is not 1, 0 or -1")
     if row["status"] not in set(Status):
         raise ValueError(f"status {row['status']!r} is not one of {', '.join(Status)}")
+
     prompt = Prompt(
         row["uid"],
         row["prompt"],
@@ -203,7 +213,7 @@ def rollout_of(
 
 
 def plain_rows(table: pyarrow.Table) -> Iterator[dict[str, Any]]:
-    """Each rollout as values that JSON can hold: what is not a finite number is None."""
+    """Yields each rollout as values that JSON can hold: what is not a finite number is None."""
     figures = table.select(["step", *FIGURES]).to_pylist()
     for rollout, known in zip(rollouts_of(table), figures, strict=True):
         row = known | _scalars(rollout) | _plain_tokens(rollout)
@@ -211,8 +221,11 @@ def plain_rows(table: pyarrow.Table) -> Iterator[dict[str, Any]]:
 
 
 def _plain_tokens(rollout: Rollout) -> dict[str, Any]:
-    """Columns [n] that say the same of every token, or nothing, are one value, or left out."""
-    completion, reference = rollout.completion, rollout.reference_logprobs
+    """Returns the values of single tokens, for people.
+
+    What says the same of every token is one value; what says nothing is left out.
+    """
+    completion = rollout.completion
     columns: dict[str, Any] = {
         "prompt_token_ids": list(rollout.prompt.token_ids),
         "token_ids": completion.token_ids.tolist(),
@@ -225,13 +238,17 @@ def _plain_tokens(rollout: Rollout) -> dict[str, Any]:
         columns["weight_version"] = versions[0]
     elif len(versions) > 1:
         columns["weight_version"] = completion.weight_version.tolist()
-    if reference is not None:
-        columns["reference_logprobs"] = [_finite(p) for p in reference.tolist()]
+
+    if rollout.reference_logprobs is not None:
+        values = rollout.reference_logprobs.tolist()
+        columns["reference_logprobs"] = [_finite(value) for value in values]
     return columns
 
 
 def _scalars(rollout: Rollout) -> dict[str, Any]:
-    prompt, completion, verdict = rollout.prompt, rollout.completion, rollout.verdict
+    prompt = rollout.prompt
+    completion = rollout.completion
+    verdict = rollout.verdict
     return {
         "uid": prompt.uid,
         "group": rollout.group,
@@ -250,13 +267,16 @@ def _scalars(rollout: Rollout) -> dict[str, Any]:
 
 
 def _scalar_columns(rows: Sequence[dict[str, Any]]) -> dict[str, pyarrow.Array]:
+    """Returns the columns with one value for each rollout, and `not_utf8`."""
     exact: list[str | None] = []
     readable = []
     for row in rows:
         changed = {name: _utf8(value) for name, value in row.items()}
-        odd = {name: value for name, value in row.items() if changed[name] != value}
-        # NaN is not equal to itself.
-        odd = {name: value for name, value in odd.items() if not isinstance(value, float)}
+        odd = {}
+        for name, value in row.items():
+            # A NaN is not equal to itself, and no text.
+            if changed[name] != value and not isinstance(value, float):
+                odd[name] = value
         exact.append(json.dumps(odd) if odd else None)
         readable.append(changed)
     columns = {
@@ -267,7 +287,7 @@ def _scalar_columns(rows: Sequence[dict[str, Any]]) -> dict[str, pyarrow.Array]:
 
 
 def _utf8(value: Any) -> Any:
-    """The value with what UTF-8 cannot say replaced."""
+    """Returns the value with whatever UTF-8 cannot express replaced."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, list):
@@ -278,7 +298,12 @@ def _utf8(value: Any) -> Any:
 def _token_columns(rollouts: Sequence[Rollout]) -> dict[str, pyarrow.Array]:
     completions = [rollout.completion for rollout in rollouts]
     references = [rollout.reference_logprobs for rollout in rollouts]
-    wide = any(one is not None and one.dtype == numpy.float64 for one in references)
+    # float64 for the exactness tests' policies; a column has one dtype.
+    reference_dtype: type[numpy.generic] = numpy.float32
+    for logprobs in references:
+        if logprobs is not None and logprobs.dtype == numpy.float64:
+            reference_dtype = numpy.float64
+
     prompts = [numpy.array(r.prompt.token_ids, dtype=numpy.int32) for r in rollouts]
     return {
         "prompt_token_ids": _lists(prompts, numpy.int32),
@@ -286,27 +311,31 @@ def _token_columns(rollouts: Sequence[Rollout]) -> dict[str, pyarrow.Array]:
         "logprobs": _lists([c.logprobs for c in completions], numpy.float32),
         "trained": _lists([c.trained for c in completions], numpy.bool_),
         "weight_version": _lists([c.weight_version for c in completions], numpy.int32),
-        "reference_logprobs": _lists(references, numpy.float64 if wide else numpy.float32),
+        "reference_logprobs": _lists(references, reference_dtype),
     }
 
 
 def _lists(arrays: Sequence[NDArray[Any] | None], dtype: type[numpy.generic]) -> pyarrow.ListArray:
-    """A column whose rows are these arrays; null where there is none."""
+    """Returns a column whose rows are these arrays; null where there is none."""
     lengths = [0 if array is None else len(array) for array in arrays]
     offsets = numpy.zeros(len(arrays) + 1, dtype=numpy.int32)
     numpy.cumsum(lengths, out=offsets[1:])
+
     present = [array.astype(dtype, copy=False) for array in arrays if array is not None]
-    values = numpy.concatenate(present) if present else numpy.zeros(0, dtype=dtype)
+    values = numpy.zeros(0, dtype=dtype)
+    if present:
+        values = numpy.concatenate(present)
     absent = pyarrow.array([array is None for array in arrays], type=pyarrow.bool_())
     return pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(values), mask=absent)
 
 
 def _rows_of(table: pyarrow.Table, name: str) -> list[NDArray[Any] | None]:
-    """[rows] the arrays of a column of lists, without a copy but for masks."""
+    """Returns [rows] the arrays of a column of lists, without a copy but for masks."""
     rows: list[NDArray[Any] | None] = []
     for part in table.column(name).chunks:
         offsets = part.offsets.to_numpy()
         values = part.values.to_numpy(zero_copy_only=False)
+        # The table's memory belongs to all of its rollouts.
         values.setflags(write=False)
         valid = part.is_valid().to_numpy(zero_copy_only=False)
         for i in range(len(part)):
@@ -321,5 +350,5 @@ def _present(array: NDArray[Any] | None) -> NDArray[Any]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+    # JSON has no NaN and no infinity.
     return None if isinstance(value, float) and not math.isfinite(value) else value

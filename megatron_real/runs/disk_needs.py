@@ -8,11 +8,12 @@ from megatron_real.config import Config
 from megatron_real.weights.architecture import Architecture
 
 ROLLOUT_BYTES = 8
-"""Bytes that a token of a saved rollout takes at most: its id, its log-prob and its text; 6.4 on a mixture of words."""
+"""Bytes that a token of a saved rollout takes at most: its id, its log-prob and its text; 6.4 on a
+mixture of words."""
 
 _MODEL_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 _OPTIMIZER_BYTES = 12
-"""The optimizer's own weights and two moments, in fp32 each."""
+"""Bytes of a parameter in the optimizer: its own weights and two moments, in fp32 each."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class DiskNeeds:
     checkpoint: int
     """One checkpoint: weights and optimizer."""
     num_checkpoints: int
-    """Those that are kept at the end of the run, and the one that is being written."""
+    """Checkpoints that are kept at the end of the run, and the one that is being written."""
     rollouts: int
     """All rollouts that are kept."""
     export: int
@@ -42,20 +43,25 @@ class DiskNeeds:
 def disk_needs(
     config: Config, architecture: Architecture, *, mean_response: float | None = None
 ) -> DiskNeeds:
-    """Counts a run's files.
+    """Counts the bytes of a run's files.
 
     Args:
+        config: of the run.
+        architecture: the model's sizes.
         mean_response: tokens; half of the longest response where it is not known.
     """
     weights = architecture.num_parameters * _MODEL_BYTES[config.model.dtype]
     tokens = mean_response or config.rollout.max_response_tokens / 2
     rollouts_of_a_step = config.rollout.num_prompts * config.rollout.group_size
+
+    # The newest steps are kept, and of the older ones every so many-th.
     steps = config.trainer.steps
     if config.rollout.keep_steps:
         older = max(0, steps - config.rollout.keep_steps)
         steps -= older
         if config.rollout.keep_every:
             steps += older // config.rollout.keep_every
+
     return DiskNeeds(
         checkpoint=weights + architecture.num_parameters * _OPTIMIZER_BYTES,
         num_checkpoints=_num_checkpoints(config),
@@ -65,14 +71,19 @@ def disk_needs(
 
 
 def _num_checkpoints(config: Config) -> int:
-    """As retire() in saved.py keeps them after the last step, the best one being none of the others."""
+    """Returns as many as retire() in saved.py keeps after the last step, and one being written.
+
+    The best one is taken to be none of the others.
+    """
     keep = config.checkpoint
     last = config.trainer.steps
     if not keep.every:
-        return 1  # when the run is stopped
+        # One is saved when the run is stopped.
+        return 1
+
     saved_at = {*range(keep.every, last + 1, keep.every), last}
     kept = set(sorted(saved_at)[-keep.keep :])
     if keep.keep_every:
         kept |= {step for step in saved_at if step % keep.keep_every == 0}
-    best = 1 if keep.keep_best and config.data.heldout and len(saved_at) > len(kept) else 0
-    return len(kept) + best + 1
+    best = keep.keep_best and bool(config.data.heldout) and len(saved_at) > len(kept)
+    return len(kept) + int(best) + 1

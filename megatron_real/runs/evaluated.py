@@ -1,7 +1,8 @@
-"""The layout of an evaluation's directory, and what must agree for an interrupted one to go on in it.
+"""The layout of an evaluation's directory, and what must agree for an interrupted one to go on.
 
-settings.json                     what the figures depend on        results.json, results.csv    the figures
+settings.json                     what the figures depend on
 samples/aime24/chunk-0003.jsonl   every completion of 64 problems, by default
+results.json, results.csv         the figures
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from megatron_real.evaluate import Evaluation, Judged, judged
 from megatron_real.records import Prompt, Rollout
 
 BENCH = "problems of "
-"""What the settings that are a benchmark's own begin with."""
+"""Beginning of the names of settings that are a benchmark's own."""
 
 
 @dataclass(frozen=True)
@@ -54,26 +55,31 @@ class EvaluationDirectory:
             raise ValueError(f"{self.path} is a file; give another --out")
         if not self.settings.is_file():
             return
+
         before = json.loads(self.settings.read_text(encoding="utf-8"))
-        settings = json.loads(json.dumps(settings))  # lists for tuples, as in the file
-        # Another benchmark may join, and one that was there may be left out.
-        for name in [n for n in before if n in settings or not n.startswith(BENCH)]:
-            if (was := before[name]) != (now := settings.get(name)):
+        # Lists for tuples, as in the file.
+        settings = json.loads(json.dumps(settings))
+        for name, was in before.items():
+            # Another benchmark may join, and one that was there may be left out.
+            if name.startswith(BENCH) and name not in settings:
+                continue
+            now = settings.get(name)
+            if was != now:
                 raise ValueError(
-                    f"{self.path} was begun with {name} = {was!r}, and now it is {now!r}; figures of both would be "
-                    "mixed: use the same, or give another --out"
+                    f"{self.path} was begun with {name} = {was!r}, and now it is {now!r}; figures "
+                    "of both would be mixed: use the same, or give another --out"
                 )
 
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Keeps the settings for `check`."""
-        before = (
-            json.loads(self.settings.read_text(encoding="utf-8")) if self.settings.is_file() else {}
-        )
+        before = {}
+        if self.settings.is_file():
+            before = json.loads(self.settings.read_text(encoding="utf-8"))
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.settings, json.dumps({**before, **settings}, indent=2) + "\n")
 
     def has(self, chunk: Chunk) -> bool:
-        """The chunk is complete."""
+        """Returns whether the chunk is complete."""
         return self._file(chunk).is_file()
 
     def write(
@@ -85,68 +91,87 @@ class EvaluationDirectory:
         """Keeps a complete chunk.
 
         Args:
-            answers: [rollouts] what each gave as its answer, and the class of answers it belongs to.
+            chunk: which one.
+            rollouts: every sample of its problems.
+            answers: [rollouts] what each gave as its answer, and the class of answers it belongs
+                to.
         """
         rows = []
         for rollout, (answer, answer_class) in zip(rollouts, answers, strict=True):
-            row = vars(judged(rollout, answer_class)) | {"sample": rollout.sample, "answer": answer}
-            rows.append(
-                row | {"golds": list(rollout.prompt.answers), "completion": rollout.completion.text}
-            )
+            row = dict(vars(judged(rollout, answer_class)))
+            row["sample"] = rollout.sample
+            row["answer"] = answer
+            row["golds"] = list(rollout.prompt.answers)
+            row["completion"] = rollout.completion.text
+            rows.append(row)
         # ASCII: a model may emit half a surrogate pair.
         write_whole(self._file(chunk), "".join(json.dumps(row) + "\n" for row in rows))
 
     def read(self, chunks: Sequence[Chunk]) -> list[Judged]:
-        """The completions of complete chunks.
+        """Returns the completions of complete chunks.
 
         Raises:
             ValueError: a file is broken; names it.
         """
         fields = Judged.__dataclass_fields__
-        found = []
+        completions = []
         for chunk in chunks:
             path = self._file(chunk)
             try:
                 rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-                found += [Judged(**{name: row[name] for name in fields}) for row in rows]
+                # A row has more than that, for people.
+                completions += [Judged(**{name: row[name] for name in fields}) for row in rows]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path} is broken ({type(error).__name__}: {error}); delete it to go on"
                 ) from error
-        return found
+        return completions
 
     def publish(
-        self, model: str, settings: Mapping[str, Any], found: Mapping[str, Evaluation]
+        self, model: str, settings: Mapping[str, Any], evaluations: Mapping[str, Evaluation]
     ) -> None:
-        """Writes results.json and results.csv."""
-        rows = {name: evaluation.figures() for name, evaluation in found.items()} | {
-            "average": average(found)
+        """Writes results.json and results.csv.
+
+        Args:
+            model: what was evaluated.
+            settings: what the figures depend on.
+            evaluations: name of a benchmark -> its figures.
+        """
+        benchmarks = {name: _finite(e.figures()) for name, e in evaluations.items()}
+        mean = _finite(average(evaluations))
+        results = {
+            "model": model,
+            "settings": dict(settings),
+            "benchmarks": benchmarks,
+            "average": mean,
         }
-        finite = {
-            name: {k: v if math.isfinite(v) else None for k, v in row.items()}
-            for name, row in rows.items()
-        }
-        mean = finite.pop("average")
-        whole = {"model": model, "settings": dict(settings), "benchmarks": finite, "average": mean}
-        write_whole(self.json, json.dumps(whole, indent=2) + "\n")
+        write_whole(self.json, json.dumps(results, indent=2) + "\n")
+
+        rows = {**benchmarks, "average": mean}
+        # Benchmarks with other numbers of samples have other figures: all columns, in their order.
         columns = list(dict.fromkeys(name for row in rows.values() for name in row))
         with whole_file(self.csv, newline="") as file:
             table = csv.DictWriter(file, ["benchmark", *columns], lineterminator="\n")
             table.writeheader()
-            table.writerows(
-                {"benchmark": name, **row} for name, row in (finite | {"average": mean}).items()
-            )
+            for name, row in rows.items():
+                table.writerow({"benchmark": name, **row})
 
     def _file(self, chunk: Chunk) -> Path:
         return self.samples / chunk.benchmark / f"chunk-{chunk.number:04d}.jsonl"
 
 
-def average(found: Mapping[str, Evaluation]) -> dict[str, float]:
-    """Of the benchmarks, each counting alike however many problems it has: the paper's average.
+def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
+    # JSON has no NaN and no infinity.
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
-    Its standard error is that of a mean of independent figures. Problems and failed checks are sums.
+
+def average(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
+    """Returns the average of the benchmarks, each counting alike however many problems it has.
+
+    This is the paper's average. Its standard error is that of a mean of independent figures.
+    Problems and failed checks are sums.
     """
-    rows = [evaluation.figures() for evaluation in found.values()]
+    rows = [evaluation.figures() for evaluation in evaluations.values()]
     names = [name for name in rows[0] if all(name in row for row in rows)]
     sums = {name: math.fsum(row[name] for row in rows) for name in names}
     means = {name: total / len(rows) for name, total in sums.items()}

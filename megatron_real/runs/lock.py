@@ -4,13 +4,15 @@
     owners/2     process 12 on n2, gone: it has not touched this file for LEASE_SECONDS
     owners/3     process 31 on n3: the owner, which touches this file every few seconds
 
-The process that made the last file owns the directory. Whoever finds that owner dead makes the next file, by link(2),
-which succeeds for one of all who try it, on NFS too. No name is ever used twice: nobody can take away by mistake the
-lock of somebody who was quicker, however late it wakes up. No locks of the file system are needed, which NFS and Lustre
-have only where they are set up, and no clocks of two machines are compared: a newcomer counts the lease by its own.
+The process that made the last file owns the directory. Whoever finds that owner dead makes the next
+file, by link(2), which succeeds for one of all who try it, on NFS too. No name is ever used twice:
+nobody can take away by mistake the lock of somebody who was quicker, however late it wakes up. No
+locks of the file system are needed, which NFS and Lustre have only where they are set up, and no
+clocks of two machines are compared: a newcomer counts the lease by its own.
 
-An owner is dead at once where this machine's process table says so, and when the same Slurm job was started again. The
-table says nothing about a process of another machine, of another boot, or of another container on the same machine.
+An owner is dead at once where this machine's process table says so, and when the same Slurm job was
+started again. The table says nothing about a process of another machine, of another boot, or of
+another container on the same machine.
 """
 
 from __future__ import annotations
@@ -33,20 +35,20 @@ LEASE_SECONDS = 60.0
 """An owner that has not touched its file for so long is dead."""
 _BEAT_SECONDS = 10.0
 _RELEASE_SECONDS = 5.0
-"""Wait at most so long for the thread at the end: its file system may hang."""
+"""How long the end waits for the thread, at most: its file system may hang."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who made a file of the lock. All fields are empty for a file that no owner of ours has written."""
+    """Who made a file of the lock. All fields are empty for a file that no run has written."""
 
     token: str = ""
     """Unique to one attempt to take a directory."""
     host: str = ""
     boot: str = ""
-    """Of the running kernel: two machines of the same name differ in it."""
+    """Identifier of the running kernel: two machines of the same name differ in it."""
     namespaces: str = ""
-    """In which process table the number below counts; "" where that is not known."""
+    """The process table in which the number below counts; "" where that is not known."""
     pid: int = 0
     started: str = ""
     """When the process started, in clock ticks since boot: its number alone is given out again."""
@@ -56,11 +58,11 @@ class Owner:
     restarts: int = 0
     """How often Slurm has started the job again."""
     ended: bool = False
-    """It has given the directory back, or another has taken it."""
+    """Whether it has given the directory back, or another has taken it."""
 
     @classmethod
     def of_this_process(cls) -> Owner:
-        """This process, with a new token."""
+        """Returns this process, with a new token."""
         return cls(
             token=uuid.uuid4().hex,
             host=socket.gethostname(),
@@ -75,7 +77,7 @@ class Owner:
 
     @classmethod
     def parse(cls, text: str) -> Owner:
-        """The owner that a file's text names."""
+        """Returns the owner that a file's text names; an empty one where it names none."""
         values: Any
         try:
             values = json.loads(text)
@@ -83,21 +85,27 @@ class Owner:
             return cls()
         if not isinstance(values, dict):
             return cls()
+
+        # A file of another version may have other fields: what does not fit is left out.
         kinds = {field.name: type(field.default) for field in fields(cls)}
-        fitting: dict[str, Any] = {
-            k: v for k, v in values.items() if isinstance(v, kinds.get(k, ()))
-        }
+        fitting: dict[str, Any] = {}
+        for name, value in values.items():
+            if isinstance(value, kinds.get(name, ())):
+                fitting[name] = value
         return cls(**fitting)
 
     def text(self, *, ended: bool = False) -> str:
-        """What `parse` reads."""
+        """Returns the text that `parse` reads."""
         return json.dumps(asdict(self) | {"ended": ended}) + "\n"
 
     def is_gone(self, newcomer: Owner) -> bool:
-        """Whether it is certain, on the newcomer's machine, that this owner does not run any more."""
+        """Returns whether this owner certainly runs no more, as seen on the newcomer's machine."""
         same_job = self.job and (self.cluster, self.job) == (newcomer.cluster, newcomer.job)
         if same_job and self.restarts < newcomer.restarts:
-            return True  # Slurm ends a job before it starts it again
+            # Slurm ends a job before it starts it again.
+            return True
+
+        # A process number says something in its own process table alone.
         table = (self.host, self.boot, self.namespaces)
         same_table = table == (newcomer.host, newcomer.boot, newcomer.namespaces) and all(table)
         return same_table and not _runs(self.pid, self.started)
@@ -125,14 +133,17 @@ class RunLock:
         beat: float = _BEAT_SECONDS,
         lost: Callable[[str], None] | None = None,
     ) -> None:
-        """`lost` is called with a sentence when another run has taken the directory although this one lives.
-
+        """
         Args:
             folder: of the lock's files; it is made where it is missing.
             lease: seconds without a touch after which an owner is dead.
             beat: seconds between two touches.
+            lost: called with a sentence when another run has taken the directory although this one
+                lives. Default: ends the process.
         """
-        self.folder, self.lease, self.beat = folder, lease, beat
+        self.folder = folder
+        self.lease = lease
+        self.beat = beat
         self._lost = lost or _end_process
         self._me = Owner.of_this_process()
         self._number = 0
@@ -140,7 +151,10 @@ class RunLock:
         self._thread = threading.Thread(target=self._keep, name="run-lock", daemon=True)
 
     def take(self, say: Callable[[str], None] = lambda _: None) -> None:
-        """Takes the directory, waiting up to the lease where it is not clear that its owner is dead.
+        """Takes the directory, after waiting up to the lease if its owner may be alive.
+
+        Args:
+            say: called with a sentence about an owner that is gone, or waited for.
 
         Raises:
             ValueError: another run is using it, which is named; or the directory cannot be written.
@@ -148,7 +162,8 @@ class RunLock:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # A listing may lack the newest names, as NFS caches it. So it only says where to begin.
-            number = max(self._listed(), default=1)
+            numbers = [int(name) for name in os.listdir(self.folder) if name.isdecimal()]
+            number = max(numbers, default=1)
             while not self._make(number):
                 owner, touched = self._read(number)
                 if not owner.ended:
@@ -156,9 +171,10 @@ class RunLock:
                 number += 1
         except OSError as error:
             raise ValueError(
-                f"{self.folder.parent} cannot be taken for this run: {error}; give a trainer.run_dir "
-                "where this user may make files and links"
+                f"{self.folder.parent} cannot be taken for this run: {error}; "
+                "give a trainer.run_dir where this user may make files and links"
             ) from error
+
         self._number = number
         self._mark_ended(number - 1)
         self._thread.start()
@@ -171,11 +187,8 @@ class RunLock:
         if self._number:
             self._mark_ended(self._number, only=self._me)
 
-    def _listed(self) -> list[int]:
-        return [int(name) for name in os.listdir(self.folder) if name.isdecimal()]
-
     def _make(self, number: int) -> bool:
-        """Makes the file of that number with its content in one step; False where it exists."""
+        """Makes a file with its content in one step; returns False if it exists."""
         aside = self._aside(self._me.text())
         try:
             os.link(aside, self._file(number))
@@ -189,10 +202,16 @@ class RunLock:
     def _wait_until_dead(
         self, number: int, owner: Owner, touched: int, say: Callable[[str], None]
     ) -> None:
+        """Returns once the owner of a file is dead.
+
+        Raises:
+            ValueError: it lives.
+        """
         where = self.folder.parent
         if owner.is_gone(self._me):
             say(f"{where} was left locked by {owner}, which is gone; taking over")
             return
+
         say(f"{where} is locked by {owner}; waiting up to {self.lease:g} s for a sign of life")
         ends = time.monotonic() + self.lease
         while time.monotonic() < ends:
@@ -208,31 +227,39 @@ class RunLock:
         say(f"{owner} has given no sign of life for {self.lease:g} s; taking over")
 
     def _mark_ended(self, number: int, *, only: Owner | None = None) -> None:
-        """Writes into a file that its owner is none any more; of `only` that owner, if it is given."""
+        """Writes into a file that its owner is none any more.
+
+        Args:
+            number: of the file.
+            only: the owner that the file must name; None for any.
+        """
         try:
             owner, _ = self._read(number)
             if not owner.ended and only in (None, owner):
                 self._aside(owner.text(ended=True)).replace(self._file(number))
-        except OSError as error:  # the next run finds out by itself, only later
+        except OSError as error:
+            # The next run comes to know by itself, only later.
             logger.warning("%s could not be written: %s", self._file(number), error)
 
     def _keep(self) -> None:
-        """The thread: touches the file, and ends the process where the directory is another's."""
+        """Runs the thread: touches the file, and calls `lost` where the directory is another's."""
         trouble = False
         while not self._done.wait(self.beat):
             try:
                 sentence = self._touch()
-            except OSError as error:  # a full disk, a file server that restarts: it may pass
+            except OSError as error:
+                # A full disk, a file server that restarts: it may pass, and is told once.
                 if not trouble:
                     logger.warning(
-                        "the run's lock cannot be touched (%s); trying again every %g s. After %g s "
-                        "without success another run may take the directory",
+                        "the run's lock cannot be touched (%s); trying again every %g s. "
+                        "After %g s without success another run may take the directory",
                         error,
                         self.beat,
                         self.lease,
                     )
                 trouble = True
                 continue
+
             if sentence:
                 self._lost(sentence)
                 return
@@ -241,7 +268,11 @@ class RunLock:
             trouble = False
 
     def _touch(self) -> str:
-        """Touches the file. Why that is too late, if it is: somebody has taken the directory, or removed the file."""
+        """Touches the file.
+
+        Returns:
+            "", or why it is too late: somebody has taken the directory, or removed the file.
+        """
         file = self._file(self._number)
         if not file.exists():
             return (
@@ -249,15 +280,20 @@ class RunLock:
             )
         following = self._file(self._number + 1)
         if self._read(self._number)[0] != self._me or following.exists():
+            successor, _ = self._read(self._number + 1)
             return (
-                f"{self.folder.parent} now belongs to {self._read(self._number + 1)[0]}: this run was "
-                f"silent for more than {self.lease:g} s and another has taken its directory"
+                f"{self.folder.parent} now belongs to {successor}: this run was silent for more "
+                f"than {self.lease:g} s and another has taken its directory"
             )
-        os.utime(file)  # needs no space, so a full disk does not look like a dead owner
+        # It needs no space, so that a full disk does not look like a dead owner.
+        os.utime(file)
         return ""
 
     def _read(self, number: int) -> tuple[Owner, int]:
-        """(the owner that a file names, when it was touched last); one that has ended where the file is missing."""
+        """Returns the owner that a file names, and when it was touched last (ns).
+
+        Where the file is missing, the owner is one that has ended.
+        """
         try:
             # What an open file says of itself is the server's word, not NFS's cache.
             with self._file(number).open(encoding="utf-8", errors="replace") as file:
@@ -275,32 +311,45 @@ class RunLock:
 
 
 def _namespaces() -> str:
-    """Those in which this process's number and start time count; "" where /proc does not show it in them."""
+    """Returns the namespaces in which this process's number and start time count.
+
+    "" where /proc does not show the process in them.
+    """
     if _link("/proc/self") != str(os.getpid()):
-        return ""  # this /proc is of another namespace than the process
+        # This /proc is of another namespace than the process.
+        return ""
     return " ".join(_link(f"/proc/self/ns/{kind}") for kind in ("pid", "time"))
 
 
 def _runs(pid: int, started: str) -> bool:
-    """Whether that very process runs; also where it cannot be known."""
+    """Returns whether that very process runs; True also where it cannot be known."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # it is another user's, whose start this one may not see
-    now = _start_of(pid)
-    if not started or not now:
+        # It is another user's, whose start this one may not see.
+        pass
+
+    # The number may have been given out again, to a process that started later.
+    present_start = _start_of(pid)
+    if not started or not present_start:
         return True
-    return now == started
+    return present_start == started
 
 
 def _start_of(pid: int) -> str:
-    """When a process started, in clock ticks since boot; "ended" if it only waits to be collected; "" if unknown."""
+    """Returns when a process started, in clock ticks since boot.
+
+    "ended" if it only waits to be collected by its parent; "" if unknown.
+    """
+    # The name in parentheses may hold blanks and parentheses itself: what counts is after the last.
     fields_after_name = _first_line(f"/proc/{pid}/stat").rpartition(")")[2].split()
     if len(fields_after_name) <= 19:
         return ""
-    return "ended" if fields_after_name[0] in "ZX" else fields_after_name[19]
+    if fields_after_name[0] in "ZX":
+        return "ended"
+    return fields_after_name[19]
 
 
 def _link(path: str) -> str:

@@ -1,4 +1,7 @@
-"""Host memory: of this process, and of the cgroup that its job may not outgrow. Loadable without torch."""
+"""Host memory: of this process, and of the cgroup that its job may not outgrow.
+
+Loadable without torch.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FULL_SHARE = 0.95
-"""Share of the limit at which a run saves and stops. A step may allocate some more before the next look."""
+"""Share of the limit at which a run saves and stops. A step may allocate some more before the next
+look."""
 _GROWN_SHARE = 0.02
 """What a life must have added for another life to be of any help."""
 
 
 def memory_of_process() -> dict[str, float]:
-    """resident_gib: pages of this process in memory. pinned_gib: host memory that CUDA has locked, 0 without a GPU."""
+    """Returns the host memory of this process, in GiB.
+
+    resident_gib: pages of this process in memory. pinned_gib: host memory that CUDA has locked, 0
+    without a GPU.
+    """
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     resident = pages * os.sysconf("SC_PAGE_SIZE")
-    return {"resident_gib": resident / 2**30, "pinned_gib": _pinned_bytes() / 2**30}
 
-
-def _pinned_bytes() -> int:
-    torch = sys.modules.get("torch")  # nobody has pinned anything without it
-    if torch is None or not torch.cuda.is_available():
-        return 0
-    statistics: dict[str, int] = getattr(torch.cuda, "host_memory_stats", dict)()  # since torch 2.7
-    return int(statistics.get("allocated_bytes.current", 0))
+    # Not imported: without torch nobody has pinned anything.
+    torch = sys.modules.get("torch")
+    pinned = 0
+    if torch is not None and torch.cuda.is_available():
+        # Since torch 2.7.
+        statistics: dict[str, int] = getattr(torch.cuda, "host_memory_stats", dict)()
+        pinned = int(statistics.get("allocated_bytes.current", 0))
+    return {"resident_gib": resident / 2**30, "pinned_gib": pinned / 2**30}
 
 
 @dataclass(frozen=True)
@@ -41,48 +49,64 @@ class Usage:
 def cgroup_usage(
     root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> Usage | None:
-    """Of this process's cgroup and those around it, the one nearest to its limit; None where there is no limit.
+    """Returns the memory of the cgroup that is nearest to its limit.
 
-    Reads both versions of cgroups. A container may see its own group as the root.
+    It is this process's or one around it. Both versions of cgroups are read. A container may see
+    its own group as the root.
+
+    Args:
+        root: where cgroups are mounted.
+        own: the file that names this process's groups, one a line: NUMBER:CONTROLLERS:PATH.
+
+    Returns:
+        None where there is no limit.
     """
-    usages = []
-    for group, version in _groups(root, own):
-        usage = _usage(group, version)
-        if usage is not None:
-            usages.append(usage)
-    return max(usages, key=lambda usage: usage.used / usage.limit, default=None)
-
-
-def _groups(root: Path, own: Path) -> list[tuple[Path, int]]:
-    """(directory, version) of the memory cgroups that this process is in, the outermost last."""
     try:
         lines = own.read_text().splitlines()
     except OSError:
-        return []
-    groups = []
+        return None
+
+    usages = []
     for line in lines:
         _, _, rest = line.partition(":")
         controllers, separator, path = rest.partition(":")
         if not separator:
             continue
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        base, version = (root / "memory", 1) if controllers else (root, 2)
+
+        # Version 2 names no controllers, version 1 has a hierarchy for each.
+        base = root
+        version = 2
+        if controllers:
+            if "memory" not in controllers.split(","):
+                continue
+            base = root / "memory"
+            version = 1
+
+        # Every group around this process's own limits it too.
         inner = Path(path.lstrip("/"))
-        groups += [(base / folder, version) for folder in (inner, *inner.parents)]
-    return groups
+        for folder in (inner, *inner.parents):
+            usage = _usage(base / folder, version)
+            if usage is not None:
+                usages.append(usage)
+    return max(usages, key=lambda usage: usage.used / usage.limit, default=None)
 
 
 def _usage(group: Path, version: int) -> Usage | None:
-    names = {1: ("memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file")}
-    used_file, limit_file, cached_line = names.get(
-        version, ("memory.current", "memory.max", "inactive_file")
-    )
+    """Returns the memory of one cgroup; None where it is missing or has no limit."""
+    used_file = "memory.current"
+    limit_file = "memory.max"
+    cached_line = "inactive_file"
+    if version == 1:
+        used_file = "memory.usage_in_bytes"
+        limit_file = "memory.limit_in_bytes"
+        cached_line = "total_inactive_file"
+
     try:
         limit = int((group / limit_file).read_text())
         used = int((group / used_file).read_text())
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no such group here, or "max"
+    except (OSError, ValueError):
+        # No such group is here, or its limit is "max".
         return None
     # Version 1 writes "no limit" as the largest multiple of a page.
     if limit <= 0 or limit >= 1 << 60:
@@ -91,16 +115,20 @@ def _usage(group: Path, version: int) -> Usage | None:
 
 
 class MemoryGuard:
-    """Asks a run to save and stop before the kernel kills it: memory that grows is the commonest end of long runs."""
+    """Asks a run to save and stop before the kernel kills it.
+
+    Memory that grows is the commonest end of long runs.
+    """
 
     def __init__(
         self, root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
     ) -> None:
-        self._root, self._own = root, own
+        self._root = root
+        self._own = own
         self._first: Usage | None = None
 
     def nearly_full(self) -> bool:
-        """Whether the limit is near, and this life has brought it nearer since the first call."""
+        """Returns whether the limit is near, and this life has come nearer since the first call."""
         usage = cgroup_usage(self._root, self._own)
         if usage is None:
             return False

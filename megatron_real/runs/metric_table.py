@@ -1,7 +1,7 @@
 """Every metric of a run: what it is, its unit, how it is reduced, and its group in TensorBoard and W&B.
 
-docs/metrics.md is made of this table (`python tools/reference.py`), and trackers name metrics by it. metrics.jsonl
-has the plain names.
+docs/metrics.md is made of this table (`python tools/reference.py`), and trackers name metrics by it.
+metrics.jsonl has the plain names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ class Metric:
     """One metric, or a family of them."""
 
     name: str
-    """Its name in metrics.jsonl or evaluations.jsonl; capitals stand for what varies, as in `seconds/STAGE`."""
+    """Its name in metrics.jsonl or evaluations.jsonl; capitals stand for what varies, as in
+    `seconds/STAGE`."""
     tracked: str
     """Its name in TensorBoard and W&B, group first."""
     unit: str
@@ -26,7 +27,7 @@ class Metric:
     """One sentence."""
 
     def pattern(self) -> re.Pattern[str]:
-        """Matches the names in the files; what varies is a named group."""
+        """Returns what matches the names in the files; what varies is a named group."""
         escaped = re.sub(r"[A-Z]+", lambda part: f"(?P<{part[0]}>.+)", re.escape(self.name))
         return re.compile(escaped)
 
@@ -94,11 +95,11 @@ def metric_of(name: str) -> Metric | None:
 def tracked_name(name: str) -> str:
     """Returns a metric's name in TensorBoard and W&B; a name that is not in the table is kept."""
     for metric in METRICS:
-        found = metric.pattern().fullmatch(name)
-        if found is None:
+        match = metric.pattern().fullmatch(name)
+        if match is None:
             continue
         tracked = metric.tracked
-        for part, value in found.groupdict().items():
+        for part, value in match.groupdict().items():
             tracked = tracked.replace(part, value)
         return tracked
     return name

@@ -1,7 +1,8 @@
-"""The metrics of a step, each computed in one place from the whole step, and where they are written.
+"""The metrics of a step, each computed in one place from the whole step, and their files.
 
-Nothing here is an average of averages: every rank knows all rollouts, scores and weights, so each figure is computed
-once from all of them. The reduction of each is stated where it is computed. A figure of nothing is NaN (null on disk).
+Nothing here is an average of averages: every rank knows all rollouts, scores and weights, so each
+figure is computed once from all of them. The reduction of each is stated where it is computed. A
+figure of nothing is NaN (null on disk).
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Training:
     weights: Sequence[float]
     """[rollouts] dL / dscore."""
     max_abs_weight_tau: float
-    """max |w| * tau * groups of the minibatch; at most 1 by Eq. 9 and 10. NaN for objectives without such a bound."""
+    """max |w| * tau * groups of the minibatch; at most 1 by Eq. 9 and 10. NaN for objectives
+    without such a bound."""
     grad_norms: Sequence[float]
     """[updates] gradient norm before clipping."""
     lr: float
@@ -40,19 +42,21 @@ class Training:
     skipped: Sequence[int]
     """Updates that were skipped for a loss or gradient that was not finite."""
     token_means: Mapping[str, float]
-    """Means over the response tokens that were trained on: entropy, mismatch_mean_abs, mismatch_k3 (nats) and the share
-    mismatch_share; and mismatch_max_abs, the maximum. `entropy` is the mean of -log pi of the sampled tokens: a Monte
-    Carlo estimate."""
+    """Means over the response tokens that were trained on: entropy, mismatch_mean_abs, mismatch_k3
+    (nats) and the share mismatch_share; and mismatch_max_abs, the maximum. `entropy` is the mean of
+    -log pi of the sampled tokens: a Monte Carlo estimate."""
     kl: Sequence[float]
     """[updates] KL estimate (nats) of the penalty; 0 without one."""
     clipped_low_share: Sequence[float]
-    """[updates] share of the learning tokens that a clip deprived of their gradient at a ratio below 1."""
+    """[updates] share of the learning tokens that a clip deprived of their gradient at a ratio
+    below 1."""
     clipped_high_share: Sequence[float]
     """[updates] the same above 1."""
     low_ratio_tokens: Sequence[tuple[int, int, int]]
     """[updates] response tokens with a ratio below 0.8, those of right answers among them, and all."""
     equal_groups: int
-    """Groups whose rewards are all equal, so that their advantages are 0; of objectives in advantages."""
+    """Groups whose rewards are all equal, so that their advantages are 0; of objectives in
+    advantages."""
     lag: float
     """Steps between the weights that generated the rollouts and those that the step began with."""
     tokens: int
@@ -71,28 +75,35 @@ def step_metrics(
     seconds_of_ranks: Sequence[Mapping[str, float]] = (),
     memory_of_ranks: Sequence[Mapping[str, float]] = (),
 ) -> dict[str, float]:
-    """All metrics of a step.
+    """Returns all metrics of a step.
 
-    loss, grad_norm: mean over the updates that were made. lr: of the last update. skipped_updates: count.
-    max_abs_weight_tau: maximum over the step. kl, clipped_low_share, clipped_high_share: mean over the updates.
-    equal_groups: count over the step. seconds/STAGE: wall clock of the first rank, summed over the step.
-    The others are described at the functions that compute them, and at `Training`.
+    loss, grad_norm: mean over the updates that were made. lr: of the last update. skipped_updates:
+    count. max_abs_weight_tau: maximum over the step. kl, clipped_low_share, clipped_high_share:
+    mean over the updates. equal_groups: count over the step. seconds/STAGE: wall clock of the first
+    rank, summed over the step. The others are described at the functions that compute them, and at
+    `Training`.
 
     Args:
+        rollouts: all of the step's.
+        training: what its updates were.
         seconds: of each stage; "old_logprobs" and "update" are the training ones.
         num_ranks: processes that share the training.
         peak_tflops: of one device; None leaves `mfu` out.
         seconds_of_ranks: [rank] `seconds` of each.
         memory_of_ranks: [rank] host memory of each, GiB.
     """
+    # Those of skipped updates are not finite.
+    losses = [loss for loss in training.losses if math.isfinite(loss)]
+    norms = [norm for norm in training.grad_norms if math.isfinite(norm)]
     in_training = seconds.get("old_logprobs", 0.0) + seconds.get("update", 0.0)
+
     return {
-        "loss": _mean([v for v in training.losses if math.isfinite(v)]),
+        "loss": _mean(losses),
         **rollout_metrics(rollouts),
         **score_metrics(rollouts, training.scores, training.weights),
         **training.token_means,
         "max_abs_weight_tau": training.max_abs_weight_tau,
-        "grad_norm": _mean([v for v in training.grad_norms if math.isfinite(v)]),
+        "grad_norm": _mean(norms),
         "lr": training.lr,
         "kl": _mean(training.kl),
         "clipped_low_share": _mean(training.clipped_low_share),
@@ -123,32 +134,47 @@ def low_ratio_metrics(tokens: Sequence[tuple[int, int, int]]) -> dict[str, float
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Shares and lengths of a step's rollouts. Excluded rollouts, empty responses among them, are not labelled.
+    """Returns shares and lengths of a step's rollouts.
 
-    reward_mean: mean over labelled rollouts of the verifier's reward; a rollout that no verifier saw (truncated, and
-    counted as negative) has its label instead. With rewards of 0 and 1 it is the correct share.
-    solved_share, one_class_share: of the groups that have a labelled rollout, those all correct, and those of a single
-    label (the solved ones among them). refilled_share: of all groups, those whose prompt stands in for one or more that
-    were given up. excluded_share: of all rollouts. truncated_share, response_tokens_mean, response_tokens_max: of all
-    that no engine lost. status/NAME: how many rollouts ended so. checked_early_share: of the rollouts that a verifier
-    saw, those whose check was over before their rank had finished generating. check_seconds_max: of the longest check.
+    Excluded rollouts, empty responses among them, are not labelled.
+
+    reward_mean: mean over labelled rollouts of the verifier's reward; a rollout that no verifier
+    saw (truncated, and counted as negative) has its label instead. With rewards of 0 and 1 it is
+    the correct share. solved_share, one_class_share: of the groups that have a labelled rollout,
+    those all correct, and those of a single label (the solved ones among them). refilled_share: of
+    all groups, those whose prompt stands in for one or more that were given up. excluded_share: of
+    all rollouts. truncated_share, response_tokens_mean, response_tokens_max: of all that no engine
+    lost. status/NAME: how many rollouts ended so. checked_early_share: of the rollouts that a
+    verifier saw, those whose check was over before their rank had finished generating.
+    check_seconds_max: of the longest check.
     """
-    labels: dict[int, set[int]] = defaultdict(set)
+    labels_of_groups: dict[int, set[int]] = defaultdict(set)
+    refilled_groups: dict[int, bool] = {}
     rewards: list[float] = []
-    for r in rollouts:
-        if r.label != EXCLUDED and r.completion.num_trained:
-            labels[r.group].add(r.label)
-            rewards.append(float(r.label) if r.verdict.reward is None else r.verdict.reward)
+    for rollout in rollouts:
+        refilled_groups[rollout.group] = rollout.refills > 0
+        if rollout.label == EXCLUDED or not rollout.completion.num_trained:
+            continue
+        labels_of_groups[rollout.group].add(rollout.label)
+        reward = rollout.verdict.reward
+        rewards.append(float(rollout.label) if reward is None else reward)
+    label_sets = labels_of_groups.values()
+
+    excluded_share = math.nan
+    if rollouts:
+        excluded_share = (len(rollouts) - len(rewards)) / len(rollouts)
+
+    # A lost rollout has no completion that an engine wrote.
     sampled = [r.completion for r in rollouts if r.verdict.status != Status.LOST]
     lengths = [completion.num_trained for completion in sampled]
     checks = [r.verdict for r in rollouts if r.verdict.seconds > 0]
     statuses = Counter(r.verdict.status for r in rollouts)
     return {
         "reward_mean": _mean(rewards),
-        "solved_share": _mean([found == {POSITIVE} for found in labels.values()]),
-        "one_class_share": _mean([len(found) == 1 for found in labels.values()]),
-        "refilled_share": _mean(list({r.group: r.refills > 0 for r in rollouts}.values())),
-        "excluded_share": (len(rollouts) - len(rewards)) / len(rollouts) if rollouts else math.nan,
+        "solved_share": _mean([labels == {POSITIVE} for labels in label_sets]),
+        "one_class_share": _mean([len(labels) == 1 for labels in label_sets]),
+        "refilled_share": _mean(list(refilled_groups.values())),
+        "excluded_share": excluded_share,
         "truncated_share": _mean([not completion.finished for completion in sampled]),
         "response_tokens_mean": _mean(lengths),
         "response_tokens_max": float(max(lengths, default=0)),
@@ -161,44 +187,52 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
 def score_metrics(
     rollouts: Sequence[Rollout], scores: Sequence[float], weights: Sequence[float]
 ) -> dict[str, float]:
-    """score_positive_*, score_negative_*: mean, 5th and 95th percentile over the rollouts that had a weight.
+    """Returns the mean, the 5th and the 95th percentile of the scores of each class.
 
-    The others (excluded, skipped one-class groups) were never scored. A score that is not finite is left out: its
-    update was skipped, and skipped_updates says so.
+    score_positive_*, score_negative_*: over the rollouts that had a weight. The others (excluded,
+    skipped one-class groups) were never scored. A score that is not finite is left out: its update
+    was skipped, and skipped_updates says so.
     """
     metrics = {}
     for name, label in (("positive", POSITIVE), ("negative", NEGATIVE)):
-        chosen = [
-            s
-            for r, s, w in zip(rollouts, scores, weights, strict=True)
-            if r.label == label and w != 0 and math.isfinite(s)
+        of_class = [
+            score
+            for rollout, score, weight in zip(rollouts, scores, weights, strict=True)
+            if rollout.label == label and weight != 0 and math.isfinite(score)
         ]
-        metrics[f"score_{name}_mean"] = _mean(chosen)
-        metrics[f"score_{name}_p5"] = percentile(chosen, 5)
-        metrics[f"score_{name}_p95"] = percentile(chosen, 95)
+        metrics[f"score_{name}_mean"] = _mean(of_class)
+        metrics[f"score_{name}_p5"] = percentile(of_class, 5)
+        metrics[f"score_{name}_p95"] = percentile(of_class, 95)
     return metrics
 
 
 def speed_metrics(
     tokens: int, flops: float, rank_seconds: float, peak_tflops: float | None
 ) -> dict[str, float]:
-    """Speed of training, rollouts aside: sums over the step, divided by the seconds of all ranks together.
+    """Returns the speed of training, rollouts aside.
 
-    tokens_per_second_per_rank: prompt and response tokens trained on. tflops_per_rank: model FLOPs, so that
-    recomputation and scoring passes lower it. mfu: tflops_per_rank / peak, only where the peak is known.
+    The figures are sums over the step, divided by the seconds of all ranks together.
+    tokens_per_second_per_rank: prompt and response tokens trained on. tflops_per_rank: model FLOPs,
+    so that recomputation and scoring passes lower it. mfu: tflops_per_rank / peak, only where the
+    peak is known.
     """
-    per_second = 1.0 / rank_seconds if rank_seconds > 0 else math.nan
+    per_second = math.nan
+    if rank_seconds > 0:
+        per_second = 1.0 / rank_seconds
     speed = {
         "tokens_per_second_per_rank": tokens * per_second,
         "tflops_per_rank": flops * per_second / 1e12,
     }
-    return speed | ({"mfu": speed["tflops_per_rank"] / peak_tflops} if peak_tflops else {})
+    if peak_tflops:
+        speed["mfu"] = speed["tflops_per_rank"] / peak_tflops
+    return speed
 
 
 def rank_metrics(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """rank_seconds/STAGE_min, _mean, _max over the ranks, and _slowest, the rank of the maximum; {} of a single rank.
+    """Returns how the seconds of each stage spread over the ranks; {} of a single rank.
 
-    A stage that ends in a collective takes all ranks as long as the slowest; others (rollout) show who it is.
+    rank_seconds/STAGE_min, _mean, _max, and _slowest, the rank of the maximum. A stage that ends in
+    a collective takes all ranks as long as the slowest; others (rollout) show who it is.
     """
     if len(seconds) < 2:
         return {}
@@ -206,9 +240,10 @@ def rank_metrics(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def memory_metrics(memory: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """memory/NAME_min, _mean, _max over the ranks, and _largest, the rank of the maximum; GiB of host memory.
+    """Returns how the host memory (GiB) spreads over the ranks.
 
-    resident_gib: pages of the rank's process. pinned_gib: what CUDA has locked of it. An engine's or a verifier's own
+    memory/NAME_min, _mean, _max, and _largest, the rank of the maximum. resident_gib: pages of the
+    rank's process. pinned_gib: what CUDA has locked of it. An engine's or a verifier's own
     processes are not in it.
     """
     return _over_ranks("memory", memory, which="largest")
@@ -228,23 +263,33 @@ def _over_ranks(
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Linear interpolation between the two nearest values, as numpy does by default; NaN of nothing."""
+    """Returns a percentile, between the two nearest values as in numpy's default; NaN of nothing.
+
+    Args:
+        values: in any order, all finite.
+        percent: from 0 to 100.
+    """
     if not values:
         return math.nan
+
     ordered = sorted(values)
     below, fraction = divmod(percent / 100 * (len(ordered) - 1), 1)
-    low, high = ordered[int(below)], ordered[min(int(below) + 1, len(ordered) - 1)]
+    low = ordered[int(below)]
+    high = ordered[min(int(below) + 1, len(ordered) - 1)]
     return low + fraction * (high - low)
 
 
 def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
+    if not values:
+        return math.nan
+    return math.fsum(values) / len(values)
 
 
 class MetricsWriter:
-    """Appends rows to metrics.jsonl and evaluations.jsonl, and the same figures to TensorBoard and W&B where asked.
+    """Appends rows to metrics.jsonl and evaluations.jsonl, and to TensorBoard and W&B where asked.
 
-    The files are the record. A tracker that fails is said once and left out from then on: it ends no run.
+    The files are the record. A tracker that fails is reported once and left out from then on: it
+    ends no run.
     """
 
     def __init__(
@@ -260,9 +305,12 @@ class MetricsWriter:
         """Opens the trackers.
 
         Args:
+            directory: of the run.
+            tensorboard: write TensorBoard's files too.
             wandb: the run's configuration, or None to leave W&B out.
             first_step: of a resumed run.
             config: the run's configuration, which TensorBoard shows as text.
+            say: shows a warning.
         """
         self._directory = directory
         self._say = say
@@ -273,11 +321,11 @@ class MetricsWriter:
             self._open("TensorBoard", lambda: TensorBoardTracker(directory, first_step, config))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The row of a finished step. What is not finite becomes null."""
+        """Writes the row of a finished step. What is not finite becomes null."""
         self._append(self._directory.metrics, step, metrics)
 
     def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """The row of an evaluation after `step` steps."""
+        """Writes the row of an evaluation after `step` steps."""
         self._append(self._directory.evaluations, step, values)
 
     def close(self) -> None:
@@ -288,6 +336,8 @@ class MetricsWriter:
     def _append(self, path: Path, step: int, values: Mapping[str, float]) -> None:
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         append_row(path, {"step": step} | {name: finite.get(name) for name in values})
+
+        # Trackers have no null: they get the finite values alone.
         grouped = {tracked_name(name): value for name, value in finite.items()}
         for tracker in list(self._trackers):
             self._guarded(tracker, functools.partial(tracker.write, step, grouped))
@@ -295,13 +345,14 @@ class MetricsWriter:
     def _open(self, name: str, opened: Callable[[], Tracker]) -> None:
         try:
             self._trackers.append(opened())
-        except Exception as error:  # a service or a library of others, which raises what it likes
+        except Exception as error:
+            # It is a service or a library of others, which raises what it likes.
             self._say(f"WARNING: {name} is left out: {_first_line(error)}")
 
     def _guarded(self, tracker: Tracker, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # as in _open
+        except Exception as error:
             self._trackers.remove(tracker)
             self._say(f"WARNING: {tracker.name} is left out from now on: {_first_line(error)}")
 

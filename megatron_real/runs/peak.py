@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
-# Dense bf16 TFLOP/s on tensor cores, from the vendors' data sheets. Where a sheet gives the figure "with sparsity",
-# this is half of it. The words of a key are looked for in the device's name; the longest key wins, so that
-# "NVIDIA H100 PCIe" is not taken for the faster SXM module. The value is that of the full-power part.
+# Dense bf16 TFLOP/s on tensor cores, from the vendors' data sheets. Where a sheet gives the figure
+# "with sparsity", this is half of it. The words of a key are looked for in the device's name; the
+# longest key wins, so that "NVIDIA H100 PCIe" is not taken for the faster SXM module. The value is
+# that of the full-power part.
 PEAK_TFLOPS = {
     "A100": 312.0,
     "A800": 312.0,
@@ -30,15 +31,22 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device_name: str, configured: float = 0.0) -> float | None:
-    """Peak bf16 TFLOP/s of a device: the configured value if there is one, None where it is not known.
+    """Returns the peak bf16 TFLOP/s of a device, None where it is not known.
+
+    Args:
+        device_name: as CUDA reports it.
+        configured: the value of the configuration, which counts unless it is 0.
 
     Example: peak_tflops("NVIDIA H100 80GB HBM3") -> 989.0
     """
     if configured:
         return configured
+
     words = _words(device_name)
     known = [key for key in PEAK_TFLOPS if _words(key) <= words]
-    return PEAK_TFLOPS[max(known, key=len)] if known else None
+    if not known:
+        return None
+    return PEAK_TFLOPS[max(known, key=len)]
 
 
 def _words(name: str) -> set[str]:

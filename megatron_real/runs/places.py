@@ -1,4 +1,4 @@
-"""Where a thread of this process stands: the line of code, and whether it waits there for other ranks."""
+"""Where a thread of this process stands: the line of code, and whether it waits for other ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from types import FrameType
 
 _COLLECTIVES = "/torch/distributed/"
-# A collective that was begun earlier, or work of the GPU, which may be one: Python stands at the call that waits for it.
+# A collective that was begun earlier, or work of the GPU, which may be one: Python stands at the
+# call that waits for it.
 _WAITS = re.compile(r"\.(wait|synchronize|item|tolist|cpu|numpy)\(|\b(float|int|bool)\(")
 _PACKAGE = str(Path(__file__).parents[1])
 
@@ -20,36 +21,47 @@ class Place:
     """A line that a thread executes."""
 
     where: str = "an unknown place"
-    """Such as "train_step.py:213 in _reduce"."""
+    """The line, such as "train_step.py:213 in _reduce"."""
     waits: bool = False
-    """It probably waits for other ranks there, in a collective or for a GPU."""
+    """Whether it probably waits for other ranks there, in a collective or for a GPU."""
 
     def __str__(self) -> str:
         return self.where + (", in a collective" if self.waits else "")
 
 
 def place_of(thread: int) -> Place:
-    """Where a thread stands now, by its identifier: its innermost line, and the line of this project that led there."""
+    """Returns where a thread stands now.
+
+    Args:
+        thread: its identifier.
+
+    Returns:
+        Its innermost line, and the line of this project that led there.
+    """
     frame = sys._current_frames().get(thread)
     if frame is None:
         return Place()
+
     stack = []
     while frame is not None:
         stack.append(frame)
         frame = frame.f_back
     innermost = stack[0]
-    ours = next((f for f in stack if f.f_code.co_filename.startswith(_PACKAGE)), innermost)
-    where = _line(ours) if ours is innermost else f"{_line(innermost)}, from {_line(ours)}"
-    return Place(where, waits=any(map(_is_collective, stack)) or _waits(innermost))
+
+    where = _line(innermost)
+    for frame in stack:
+        if frame.f_code.co_filename.startswith(_PACKAGE):
+            if frame is not innermost:
+                where += f", from {_line(frame)}"
+            break
+
+    in_collective = any(_COLLECTIVES in frame.f_code.co_filename for frame in stack)
+    return Place(where, waits=in_collective or _waits(innermost))
 
 
 def _line(frame: FrameType) -> str:
     name = Path(frame.f_code.co_filename).name
     return f"{name}:{frame.f_lineno} in {frame.f_code.co_name}"
-
-
-def _is_collective(frame: FrameType) -> bool:
-    return _COLLECTIVES in frame.f_code.co_filename
 
 
 def _waits(frame: FrameType) -> bool:

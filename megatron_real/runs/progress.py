@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a live bar with the present stage on a terminal, a line per step everywhere."""
+"""What a run shows while it goes: a live bar with the stage on a terminal, a line per step."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ _HELD_LINES = 1000
 class StageTimer:
     """Seconds of each stage, and a range of its name in a profiler trace.
 
-    A clock on the host is enough on a GPU too: every stage ends with a result that the host reads (completions,
-    verdicts, the scores and the gradient norm of an update), so its kernels are done. `old_logprobs` alone may run
-    over into `update`.
+    A clock on the host is enough on a GPU too: every stage ends with a result that the host reads
+    (completions, verdicts, the scores and the gradient norm of an update), so its kernels are done.
+    `old_logprobs` alone may run over into `update`.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,9 @@ class StageTimer:
     def stage(self, name: str) -> Iterator[None]:
         """Times one stage; a stage that comes several times adds up. Stages do not nest."""
         assert self.current is None, f"stage {name} begins within {self.current}"
-        self.current, self.started, self.begun = name, time.perf_counter(), self.begun + 1
+        self.current = name
+        self.started = time.perf_counter()
+        self.begun += 1
         try:
             with record_function(name):
                 yield
@@ -75,14 +77,23 @@ class StageTimer:
             self.current = None
 
     def at(self) -> tuple[int, str, float]:
-        """(stages begun, the present one or "", seconds in it), for a thread that watches."""
+        """Returns (stages begun, the present one or "", seconds in it), for another thread."""
+        # Read once: the stage may end between two looks.
         name = self.current
-        return self.begun, name or "", time.perf_counter() - self.started if name else 0.0
+        if not name:
+            return self.begun, "", 0.0
+        return self.begun, name, time.perf_counter() - self.started
 
     def take_seconds(self, only: Collection[str] = ()) -> dict[str, float]:
-        """Seconds of each stage since the last call, in the order they first ran; of the stages in `only`, if any."""
-        taken = {n: s for n, s in self._seconds.items() if not only or n in only}
-        self._seconds = {n: s for n, s in self._seconds.items() if n not in taken}
+        """Returns the seconds of each stage since the last call, in the order they first ran.
+
+        Args:
+            only: stages to take, leaving the others for a later call; empty for all.
+        """
+        taken = {}
+        for name in list(self._seconds):
+            if not only or name in only:
+                taken[name] = self._seconds.pop(name)
         return taken
 
 
@@ -95,8 +106,13 @@ class Heartbeat:
     """
 
     def __init__(self, line: Callable[[], str], say: Callable[[str], None]) -> None:
-        """`line` gives what is said, "" where there is nothing to say."""
-        self._line, self._say = line, say
+        """
+        Args:
+            line: called for the line; "" where there is nothing to say.
+            say: shows it.
+        """
+        self._line = line
+        self._say = say
         self._ended = threading.Event()
 
     def __enter__(self) -> Heartbeat:
@@ -114,9 +130,11 @@ class Heartbeat:
 
 
 class RunProgress(StageTimer):
-    """Shows the steps of a run while it times their stages. Ranks other than the first only measure.
+    """Shows the steps of a run while it times their stages.
 
-    Where standard output is no terminal there is no bar and no control character: one plain line per step.
+    Ranks other than the first only measure.
+    Where standard output is no terminal there is no bar and no control character: one plain line
+    per step.
 
     Example:
         with RunProgress(100, shown=rank == 0) as progress:
@@ -128,9 +146,17 @@ class RunProgress(StageTimer):
     def __init__(
         self, steps: int, *, shown: bool, log: Path | None = None, console: Console | None = None
     ) -> None:
-        """`log`: a file that also gets every line, with the time of day; see `log_to`."""
+        """
+        Args:
+            steps: of the whole run.
+            shown: whether this rank shows anything.
+            log: a file that also gets every line, with the time of day; see `log_to`.
+            console: where lines are shown; default: standard output.
+        """
         super().__init__()
-        self._steps, self._shown, self._log = steps, shown, log
+        self._steps = steps
+        self._shown = shown
+        self._log = log
         self._held: list[str] = []
         # A notebook shows plain lines too: rich would make an output of its own of each.
         self._console = console or Console(quiet=not shown, soft_wrap=True, force_jupyter=False)
@@ -144,7 +170,8 @@ class RunProgress(StageTimer):
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
-            refresh_per_second=4,  # the thread that draws shares the interpreter with the training
+            # Seldom: the thread that draws shares the interpreter with the training.
+            refresh_per_second=4,
             transient=True,
             disable=not self._live,
         )
@@ -153,7 +180,7 @@ class RunProgress(StageTimer):
         self._stages: list[str] = []
         self._rows = 0
         self.detail: Callable[[], str] = lambda: ""
-        """What the present stage has done so far, in a few words."""
+        """Returns what the present stage has done so far, in a few words."""
         self._heartbeat = Heartbeat(self._long_stage, self.say)
 
     def __enter__(self) -> RunProgress:
@@ -167,26 +194,32 @@ class RunProgress(StageTimer):
         self._bar.stop()
 
     def _long_stage(self) -> str:
-        """What a stage that has become long has done so far."""
-        _, name, seconds = self.at()
-        return f"{name} {seconds:.0f} s{self._described()}" if seconds >= HEARTBEAT_SECONDS else ""
+        """Returns the heartbeat's line, "" while the present stage is not long."""
+        _, _, seconds = self.at()
+        return self.stage_line() if seconds >= HEARTBEAT_SECONDS else ""
 
-    def _described(self) -> str:
-        detail = self.detail()
-        return f": {detail}" if detail else ""
+    def stage_line(self) -> str:
+        """Returns the present stage, its time so far, and what it has done; "" between stages."""
+        _, name, seconds = self.at()
+        if not name:
+            return ""
+        line = f"{name} {seconds:.0f} s"
+        if detail := self.detail():
+            line += f": {detail}"
+        return line
 
     def say(self, line: str) -> None:
-        """One line of text."""
+        """Shows one line of text, and logs it."""
         self._show(line)
         self.note(line)
 
     def _show(self, line: str) -> None:
-        """One line of text for the terminal alone."""
+        """Shows one line of text on the terminal alone."""
         if self._shown:
             self._console.print(line, highlight=False, markup=False, emoji=False)
 
     def note(self, line: str) -> None:
-        """One line of text for the log alone."""
+        """Logs one line of text, and does not show it."""
         if not self._shown:
             return
         self._held.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
@@ -194,20 +227,21 @@ class RunProgress(StageTimer):
             self.log_to(self._log)
 
     def log_to(self, file: Path) -> None:
-        """From now on this file gets every line, those that were said before it too.
+        """Makes this file get every line from now on, and those that were shown before.
 
         A run's log is in its directory, where nothing is written before the run has been accepted.
         """
         self._log = file
         if not self._held:
             return
+
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("a", encoding="utf-8") as log:
                 log.write("".join(self._held))
         except OSError:
             # The terminal has the line. It is tried again with the next one: a full disk may get
-            # room, and ends no run by its log.
+            # room, and a log that cannot be written ends no run.
             self._held = self._held[-_HELD_LINES:]
         else:
             self._held = []
@@ -215,13 +249,15 @@ class RunProgress(StageTimer):
     def step_done(
         self, step: int, metrics: Mapping[str, float], seconds: Mapping[str, float]
     ) -> None:
-        """The line of a finished step."""
+        """Shows the line of a finished step, or on a terminal its row of the table."""
         self._bar.update(self._task, completed=step)
+
         cells = {name: _number(metrics.get(key, math.nan), text) for name, key, text in _COLUMNS}
         cells["held-out"] = self._heldout
-        stages = "  ".join(f"{name} {s:.1f}" for name, s in seconds.items())
         figures = "  ".join(f"{name} {value}" for name, value in cells.items())
+        stages = "  ".join(f"{name} {value:.1f}" for name, value in seconds.items())
         line = f"step {step:{len(str(self._steps))}d}  {figures}  |  {stages} s"
+
         # The log has the same line whatever the terminal shows.
         self.note(line)
         if self._live:
@@ -230,14 +266,21 @@ class RunProgress(StageTimer):
             self._show(line)
 
     def _table_row(self, step: int, cells: Mapping[str, str], seconds: Mapping[str, float]) -> None:
-        """A row of the terminal's table, with a column per stage where the terminal is wide enough for them."""
-        if not self._stages:  # the first row
-            names = [*seconds, "seconds"]
-            heading = _row({name: name for name in ["step", *cells, *names]})
-            self._stages = names if len(heading) <= self._console.width else ["seconds"]
+        """Shows a row of the terminal's table.
+
+        There is a column per stage where the terminal is wide enough for them.
+        """
+        if not self._stages:
+            # The first row decides for the whole run: a table does not change its columns.
+            self._stages = [*seconds, "seconds"]
+            heading = _row({name: name for name in ["step", *cells, *self._stages]})
+            if len(heading) > self._console.width:
+                self._stages = ["seconds"]
+
         if self._rows % _HEADING_EVERY == 0:
             self._show(_row({name: name for name in ["step", *cells, *self._stages]}))
         self._rows += 1
+
         spent = {**seconds, "seconds": sum(seconds.values())}
         times = {name: _number(spent.get(name, math.nan), "{:.1f}") for name in self._stages}
         self._show(_row({"step": str(step), **cells, **times}))
@@ -245,7 +288,10 @@ class RunProgress(StageTimer):
     def evaluation_done(
         self, step: int, accuracy: float, standard_error: float, problems: int, seconds: float
     ) -> None:
-        """The line of an evaluation; the next steps' lines repeat its accuracy and its step."""
+        """Shows the line of an evaluation.
+
+        The next steps' lines repeat its accuracy and its step.
+        """
         self._heldout = f"{accuracy:.3f}@{step}"
         self.say(
             f"held-out accuracy after {step} steps: {accuracy:.3f} +- {standard_error:.3f} "
@@ -254,22 +300,19 @@ class RunProgress(StageTimer):
 
 
 class _StageColumn(ProgressColumn):
-    """The present stage, how long it has run, and what it has done."""
+    """The part of the bar that shows the present stage."""
 
-    def __init__(self, timer: RunProgress) -> None:
+    def __init__(self, progress: RunProgress) -> None:
         super().__init__()
-        self._timer = timer
+        self._progress = progress
 
     def render(self, task: Task) -> Text:
-        name = self._timer.current
-        if not name:
-            return Text("")
-        seconds = time.perf_counter() - self._timer.started
-        return Text(f"{name} {seconds:.0f} s{self._timer._described()}", style="cyan")
+        """Returns the text of the column; rich calls this at each refresh."""
+        return Text(self._progress.stage_line(), style="cyan")
 
 
 def _row(cells: Mapping[str, str]) -> str:
-    """The cells, each as wide as the name of its column or as what it may hold."""
+    """Returns the cells, each as wide as the name of its column or as what it may hold."""
     widths = {name: max(len(name), _WIDTHS.get(name, 5)) for name in cells}
     return "  ".join(f"{value:>{widths[name]}}" for name, value in cells.items())
 
@@ -280,11 +323,13 @@ def _number(value: float, text: str) -> str:
 
 @contextmanager
 def profile_step(step: int, steps: Collection[int], directory: Path) -> Iterator[None]:
-    """Writes a torch profiler trace (open it in ui.perfetto.dev) of a step that is among `steps`."""
+    """Writes a torch profiler trace (for ui.perfetto.dev) of a step that is among `steps`."""
     if step not in steps:
         yield
         return
+
     directory.mkdir(parents=True, exist_ok=True)
-    with profile() as trace:  # CPU, and CUDA where there is one
+    # Of the CPU, and of CUDA where there is one.
+    with profile() as trace:
         yield
     trace.export_chrome_trace(str(directory / f"step-{step:05d}.json"))

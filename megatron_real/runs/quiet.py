@@ -1,4 +1,4 @@
-"""Which warnings of other libraries are shown during a run: none that its reader can do nothing about.
+"""Which warnings of other libraries a run shows: none that its reader can do nothing about.
 
 Loadable without torch.
 """
@@ -9,8 +9,8 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Hides deprecations, and what torch and megatron-core warn of while they work as intended."""
+    """Hides deprecations, and warnings of torch and megatron-core that mean no fault."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|megatron)\b.*")
-    # tqdm, in a notebook without ipywidgets.
+    # This one is tqdm's, in a notebook without ipywidgets.
     warnings.filterwarnings("ignore", message="IProgress not found")

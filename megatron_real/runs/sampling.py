@@ -1,4 +1,7 @@
-"""The chunks of an unfinished step on disk: RUN/rollouts/chunk-STEP-DRAW-FIRST.parquet (rollout/source.py draws them)."""
+"""The chunks of an unfinished step on disk: RUN/rollouts/chunk-STEP-DRAW-FIRST.parquet.
+
+rollout/source.py draws them.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,9 @@ from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.ranks import Ranks
 from megatron_real.runs.rollouts import read_chunk, write_chunk
 
-# Settings of the sections `rollout` and `labels` that do not change what is drawn or how it is labelled: how fast, where
-# and in which pieces. Whatever is not named here counts, so that a new setting is not forgotten.
+# Settings of the sections `rollout` and `labels` that do not change what is drawn or how it is
+# labelled: how fast, where and in which pieces. Whatever is not named here counts, so that a new
+# setting is not forgotten.
 _WITHOUT_EFFECT_ON_ROLLOUTS = frozenset(
     (
         "rollout.num_servers",
@@ -64,7 +68,14 @@ class ChunkFiles:
         *,
         begun_step: int | None = None,
     ) -> None:
-        """`begun_step`: one that an earlier life has made updates of; its chunks came back with the checkpoint."""
+        """
+        Args:
+            directory: of the run.
+            ranks: all of the run's.
+            say: shows a sentence.
+            begun_step: one that an earlier life has made updates of; its chunks came back with the
+                checkpoint.
+        """
         self._directory = directory
         self._ranks = ranks
         self._exchange = Exchange(ranks.rank, ranks.world, ranks.group)
@@ -84,11 +95,12 @@ class ChunkFiles:
         kept: list[Rollout] = []
 
         def read() -> bool:
-            found = self._read(name, prompts, origin)
-            if found is None:
+            rollouts = self._read(name, prompts, origin)
+            if rollouts is None:
                 return False
-            for rollout in found:
-                # The prompts of a step that is begun may have other names now: all ranks must know the same ones.
+            for rollout in rollouts:
+                # The prompts of a step that is begun may have other names now: all ranks must know
+                # the same ones.
                 prompt = dataclasses.replace(rollout.prompt, uid=prompts[rollout.group].uid)
                 kept.append(dataclasses.replace(rollout, prompt=prompt))
             return True
@@ -146,10 +158,11 @@ def _questions(rollouts: Sequence[Rollout]) -> list[tuple[int, ...]]:
 
 
 def settings_of_rollouts(config: Config) -> dict[str, Any]:
-    """What a draw's rollouts and their labels depend on, by the names of the configuration; plain JSON values.
+    """Returns what a draw's rollouts and their labels depend on, by the names of the configuration.
 
-    A verifier of the user's own counts by what its file holds. A value that was given as an interpolation, such as
-    `${oc.env:NAME}`, may be a secret and changes with the environment: it stands here as it was given, and as a digest.
+    The values are plain JSON. A verifier of the user's own counts by what its file holds. A value
+    that was given as an interpolation, such as `${oc.env:NAME}`, may be a secret and changes with
+    the environment: it stands here as it was given, and as a digest.
     """
     written = to_plain(config)
     settings: dict[str, Any] = {}

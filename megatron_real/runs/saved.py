@@ -1,8 +1,9 @@
-"""Checkpoints on disk: their names, what makes one whole, which is the newest good one, and which are kept.
+"""Checkpoints on disk: their names, what makes one whole, and which are kept.
 
-A checkpoint is written under a temporary name, every file of it is fsynced, its manifest is written last, and only then
-does it get its name. So a directory of that name that differs from its manifest was damaged afterwards: it is set aside
-(never deleted) and the one before it is used. Loadable without torch.
+A checkpoint is written under a temporary name, every file of it is fsynced, its manifest is written
+last, and only then does it get its name. So a directory of that name that differs from its manifest
+was damaged afterwards: it is set aside (never deleted) and the one before it is used. Loadable
+without torch.
 """
 
 from __future__ import annotations
@@ -28,16 +29,20 @@ _DOOMED = ".deleted"
 """Ends the name of a checkpoint that is being deleted: half of one must not look like a whole."""
 _DAMAGED = ".damaged"
 _STALE_SECONDS = 60.0
-"""How long another machine may take to show a file that the first rank sees: an NFS client keeps attributes so long."""
+"""How long another machine may take to show a file that the first rank sees: an NFS client keeps
+attributes so long."""
 
 
 class Unreadable(ValueError):
-    """A checkpoint is there and cannot be read now. It may be whole, so nothing of it is touched."""
+    """A checkpoint is there and cannot be read now. It may be whole, so nothing is touched."""
 
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """How far a run has come. Example: Position(12, 2) is after 12 steps and two updates of the 13th."""
+    """How far a run has come.
+
+    Example: Position(12, 2) is after 12 steps and two updates of the 13th.
+    """
 
     step: int
     """Steps that are done."""
@@ -58,7 +63,7 @@ class Saved:
     """Where in the run it was taken."""
 
     def manifest(self) -> dict[str, Any]:
-        """What was written when it was complete; {} where there is none or it is cut.
+        """Returns what was written when it was complete; {} where there is none or it is cut.
 
         Raises:
             Unreadable: it is there and cannot be read.
@@ -74,7 +79,7 @@ class Saved:
         return manifest
 
     def incomplete(self) -> str:
-        """What is wrong with the names and sizes of its files, "" if nothing.
+        """Returns what is wrong with the names and sizes of its files, "" if nothing.
 
         Raises:
             Unreadable: a file is there and its size cannot be read.
@@ -94,7 +99,7 @@ class Saved:
         return ""
 
     def corrupt(self, files: Mapping[str, Sequence[Any]], *, part: int = 0, parts: int = 1) -> str:
-        """Which file has another content than when it was written, "" if none.
+        """Returns which file has another content than when it was written, "" if none.
 
         Args:
             files: of the manifest, all of them there according to `incomplete`.
@@ -104,74 +109,62 @@ class Saved:
             Unreadable: a file cannot be read, or this machine does not see it.
         """
         for name in sorted(files)[part::parts]:
-            _wait_for(self.path / name)
+            file = self.path / name
+            # This machine may not see yet what another one sees.
+            ends = time.monotonic() + _STALE_SECONDS
+            while not file.exists() and time.monotonic() < ends:
+                time.sleep(0.2)
+
             try:
-                digest = checksum(self.path / name)
+                digest = checksum(file)
             except OSError as error:
-                raise _unreadable(self.path / name, error) from error
+                raise _unreadable(file, error) from error
             if digest != files[name][1]:
                 return f"{name} has another checksum than when it was written"
         return ""
 
     def damage(self) -> str:
-        """What is wrong with it, "" if nothing. Reads every file."""
+        """Returns what is wrong with it, "" if nothing. Reads every file."""
         return self.incomplete() or self.corrupt(self.manifest()["files"])
 
 
 def _unreadable(file: Path, error: OSError) -> Unreadable:
     return Unreadable(
-        f"{file} cannot be read ({error.strerror or error}); nothing was changed: see to it that this process may "
-        "read it, then start the same command again"
+        f"{file} cannot be read ({error.strerror or error}); nothing was changed: see to it that "
+        "this process may read it, then start the same command again"
     )
 
 
-def _wait_for(file: Path) -> None:
-    """Waits while this machine does not see a file that another one sees."""
-    ends = time.monotonic() + _STALE_SECONDS
-    while not file.exists() and time.monotonic() < ends:
-        time.sleep(0.2)
-
-
 def checksum(file: Path) -> str:
-    """SHA-256 of a file's content."""
+    """Returns the SHA-256 of a file's content."""
     with file.open("rb") as stream:
-        return (
-            hashlib.file_digest(stream, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _sha256(stream)
-        )
+        if hasattr(hashlib, "file_digest"):
+            return hashlib.file_digest(stream, "sha256").hexdigest()
 
-
-def _sha256(stream: Any) -> str:
-    """For Python 3.10, whose hashlib reads no files."""
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+        # Python 3.10's hashlib reads no files.
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
 
 
 def saved(folder: Path) -> list[Saved]:
-    """The checkpoints of a folder, the newest first, whole or not.
+    """Returns the checkpoints of a folder, the newest first, whole or not.
 
     Raises:
         Unreadable: the folder is there and cannot be listed.
     """
+    checkpoints = []
     try:
-        paths = list(folder.iterdir())
-        return _named_checkpoints(paths)
+        for path in folder.iterdir():
+            name = _NAME.fullmatch(path.name)
+            if name and path.is_dir():
+                checkpoints.append(Saved(path, Position(int(name[1]), int(name[2] or 0))))
     except FileNotFoundError:
         return []
     except OSError as error:
         raise _unreadable(folder, error) from error
-
-
-def _named_checkpoints(paths: Iterable[Path]) -> list[Saved]:
-    checkpoints = []
-    for path in paths:
-        name = _NAME.fullmatch(path.name)
-        if name and path.is_dir():
-            checkpoints.append(Saved(path, Position(int(name[1]), int(name[2] or 0))))
-    return sorted(checkpoints, key=lambda one: one.position, reverse=True)
+    return sorted(checkpoints, key=lambda checkpoint: checkpoint.position, reverse=True)
 
 
 def set_aside(one: Saved) -> Path:
@@ -182,17 +175,17 @@ def set_aside(one: Saved) -> Path:
 
 
 def set_aside_before(folder: Path) -> list[str]:
-    """The names of damaged checkpoints that earlier lives have set aside."""
+    """Returns the names of damaged checkpoints that earlier lives have set aside."""
     return sorted(path.name for path in folder.glob(f"step_*{_DAMAGED}*"))
 
 
 def temporary(folder: Path, position: Position) -> Path:
-    """The name that a checkpoint has while it is written."""
+    """Returns the path that a checkpoint has while it is written."""
     return folder / f"{position}{_UNFINISHED}"
 
 
 def left_behind(folder: Path) -> list[Path]:
-    """What writers and deleters that died have left."""
+    """Returns what writers and deleters that died have left."""
     return sorted([*folder.glob(f"step_*{_UNFINISHED}"), *folder.glob(f"step_*{_DOOMED}*")])
 
 
@@ -202,7 +195,8 @@ def clean(folder: Path) -> tuple[list[str], list[str]]:
     Returns:
         The names that are gone, and a sentence for each that could not be deleted.
     """
-    deleted, failures = [], []
+    deleted = []
+    failures = []
     for path in left_behind(folder):
         failure = _delete(path)
         if failure:
@@ -221,15 +215,18 @@ def commit(
     """Gives a completely written checkpoint its name.
 
     Args:
+        folder: of the run's checkpoints.
+        position: where in the run it was taken.
         digests: file name -> (bytes, checksum), every file but the manifest; all are fsynced.
         header: what else the manifest holds.
     """
-    partial, final = temporary(folder, position), folder / str(position)
-    write_whole(
-        partial / MANIFEST,
-        json.dumps({**header, "files": {k: list(v) for k, v in digests.items()}}, indent=1),
-    )
+    partial = temporary(folder, position)
+    final = folder / str(position)
+    files = {name: list(digest) for name, digest in digests.items()}
+    write_whole(partial / MANIFEST, json.dumps({**header, "files": files}, indent=1))
+    # The names of its files are on disk before its own is.
     fsync(partial)
+
     if final.is_symlink() or final.exists():
         # The same position, reached again after a resume from before it.
         doomed = _free_name(final.with_name(f"{final.name}{_DOOMED}"))
@@ -243,7 +240,10 @@ def commit(
 
 
 def name_latest(folder: Path, position: Position) -> None:
-    """Writes the name of the newest checkpoint, for people and scripts; a run itself looks at the checkpoints."""
+    """Writes the name of the newest checkpoint, for people and scripts.
+
+    A run itself looks at the checkpoints.
+    """
     write_whole(folder / LATEST, f"{position}\n")
 
 
@@ -252,38 +252,43 @@ def retire(
 ) -> tuple[list[Position], list[str]]:
     """Deletes the checkpoints that need not be kept.
 
-    Kept are the `keep` newest, those after every `keep_every`-th step (0: none for that reason), the one with the best
-    held-out accuracy, the newest of equals, and links: whoever moved a checkpoint elsewhere wants to keep it.
+    Kept are the `keep` newest, those after every `keep_every`-th step (0: none for that reason),
+    the one with the best held-out accuracy, the newest of equals, and links: whoever moved a
+    checkpoint elsewhere wants to keep it.
 
     Returns:
         The positions that are gone, and a sentence for each that could not be deleted.
     """
     present = saved(folder)
-    kept = {one.position for one in present[:keep]}
+    kept = {checkpoint.position for checkpoint in present[:keep]}
     ratings = []
-    for one in present:
-        position = one.position
-        if one.path.is_symlink():
+    for checkpoint in present:
+        position = checkpoint.position
+        if checkpoint.path.is_symlink():
             kept.add(position)
         if keep_every and not position.update and position.step % keep_every == 0:
             kept.add(position)
-        rating = one.manifest().get("accuracy")
+        rating = checkpoint.manifest().get("accuracy")
         if rating is not None:
             ratings.append((float(rating), position))
     if ratings and keep_best:
         kept.add(max(ratings)[1])
 
-    gone, failures = [], []
-    for one in present:
-        if one.position in kept:
+    gone = []
+    failures = []
+    for checkpoint in present:
+        if checkpoint.position in kept:
             continue
-        doomed = _free_name(one.path.with_name(f"{one.path.name}{_DOOMED}"))
+
+        # Renamed first: half of a deleted checkpoint must not look like a whole one.
+        doomed = _free_name(checkpoint.path.with_name(f"{checkpoint.path.name}{_DOOMED}"))
         try:
-            one.path.rename(doomed)
+            checkpoint.path.rename(doomed)
         except OSError as error:
-            failures.append(f"{one.path.name} could not be deleted: {error}")
+            failures.append(f"{checkpoint.path.name} could not be deleted: {error}")
             continue
-        gone.append(one.position)
+
+        gone.append(checkpoint.position)
         failure = _delete(doomed)
         if failure:
             failures.append(failure)
@@ -291,7 +296,11 @@ def retire(
 
 
 def _delete(path: Path) -> str:
-    """Deletes a directory, or a link but not what it points to; why that failed, or ""."""
+    """Deletes a directory, or a link but not what it points to.
+
+    Returns:
+        A sentence about why that failed, or "".
+    """
     try:
         if path.is_symlink() or not path.is_dir():
             path.unlink()
@@ -310,7 +319,8 @@ def sync_files(files: Iterable[Path]) -> None:
 
 
 def _free_name(path: Path) -> Path:
-    free, number = path, 1
+    free = path
+    number = 1
     while free.exists() or free.is_symlink():
         number += 1
         free = path.with_name(f"{path.name}-{number}")

@@ -1,4 +1,7 @@
-"""status.json of a run directory: what became of the last start, for scripts. Loadable without torch."""
+"""status.json of a run directory: what became of the last start, for scripts.
+
+Loadable without torch.
+"""
 
 from __future__ import annotations
 
@@ -21,27 +24,29 @@ STATES: Mapping[State, str] = {
     "failed": "It was refused, or has failed in a way that the same command would repeat.",
     "crashed": "It ended by an accident, after which the same command may succeed.",
 }
-"""State -> what it says."""
+"""State -> its meaning, as `status` and the docs print it."""
 
 _MAX_REASON = 2000
 """Characters of a reason that are kept: the file then stays within its first block on disk."""
 
 _OF_THE_RUN = ("state", "reason", "time", "life", "diverged")
-"""What a start that was refused leaves of the run's own status."""
+"""Fields of the run's own status that a start which was refused keeps."""
 
 
 def life_of_this_process() -> str:
-    """The Slurm job and its restart, JOB.RESTART; ".0" outside of Slurm."""
+    """Returns the Slurm job and its restart, JOB.RESTART; ".0" outside of Slurm."""
     return f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
 
 def read_status(file: Path) -> dict[str, Any]:
-    """The status as it was written; {} where there is none or it cannot be read as one."""
+    """Returns the status as it was written; {} where there is none or it cannot be read as one."""
     try:
         status = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return status if isinstance(status, dict) else {}
+    if not isinstance(status, dict):
+        return {}
+    return status
 
 
 def write_status(
@@ -55,8 +60,12 @@ def write_status(
     """Replaces the status, on a full disk too.
 
     Args:
+        file: the run's status.json.
+        state: what became of the start.
+        reason: a sentence; cut where it is long.
         diverged: the run failed because its weights or updates were not finite.
-        before: the status that the run itself has, where this one is only of a start that was refused.
+        before: the status that the run itself has, where this one is only of a start that was
+            refused.
 
     Raises:
         OSError: the file can neither be replaced nor overwritten.
@@ -72,20 +81,20 @@ def write_status(
     if before:
         status["before"] = {name: before[name] for name in _OF_THE_RUN if name in before}
     line = json.dumps(status) + "\n"
+
     try:
         write_whole(file, line)
     except OSError:
         # A full disk has no block for a new file. The old one's block is still there, and longer
         # than a status.
-        _overwrite(file, line)
-
-
-def _overwrite(file: Path, text: str) -> None:
-    descriptor = os.open(file, os.O_WRONLY)
-    try:
-        os.pwrite(descriptor, text.encode(), 0)
-        os.truncate(descriptor, len(text.encode()))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    file.with_name(f"{file.name}.new").unlink(missing_ok=True)
+        content = line.encode()
+        descriptor = os.open(file, os.O_WRONLY)
+        try:
+            # The new content first: a reader meanwhile sees a status with a tail, never an empty
+            # file.
+            os.pwrite(descriptor, content, 0)
+            os.truncate(descriptor, len(content))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        file.with_name(f"{file.name}.new").unlink(missing_ok=True)

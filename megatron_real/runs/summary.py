@@ -1,4 +1,4 @@
-"""What a run has reached so far, in a few lines, read from its own files: all its lives are in it."""
+"""What a run has reached so far, in a few lines, read from its files: all its lives are in it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def summary_lines(directory: RunDirectory, *, rollouts_per_step: int) -> list[st
     """Returns the lines of a summary; [] before the first step.
 
     Args:
+        directory: of the run.
         rollouts_per_step: prompts of a step times the group size.
     """
     steps, _ = read_rows(directory.metrics)
@@ -28,20 +29,32 @@ def summary_lines(directory: RunDirectory, *, rollouts_per_step: int) -> list[st
     accuracies = [(row["step"], row.get("heldout/pass_at_1")) for row in evaluations]
     accuracies = [(step, value) for step, value in accuracies if value is not None]
     if len(accuracies) > 1:
-        (first, before), (last, after) = accuracies[0], accuracies[-1]
+        first, before = accuracies[0]
+        last, after = accuracies[-1]
         lines.append(
             f"  held-out accuracy  {before:.3f} after step {first}, {after:.3f} after step {last}"
         )
+
+    # Of a short run the two windows do not overlap either.
     window = max(1, min(_WINDOW, len(steps) // 2))
-    before, after = _reward(steps[:window]), _reward(steps[-window:])
+    before = _mean_reward(steps[:window])
+    after = _mean_reward(steps[-window:])
     lines.append(
-        f"  reward             {before:.3f} in the first {window} steps, {after:.3f} in the last {window}"
+        f"  reward             {before:.3f} in the first {window} steps, "
+        f"{after:.3f} in the last {window}"
     )
 
-    seconds = _seconds(steps)
+    seconds: dict[str, float] = {}
+    for row in steps:
+        for name, value in row.items():
+            if name.startswith("seconds/") and value is not None:
+                stage = name.removeprefix("seconds/")
+                seconds[stage] = seconds.get(stage, 0.0) + value
     total = sum(seconds.values())
     longest = sorted(seconds, key=lambda name: seconds[name], reverse=True)[:3]
-    shares = ", ".join(f"{name} {seconds[name] / total:.0%}" for name in longest) if total else ""
+    shares = ""
+    if total:
+        shares = ", ".join(f"{name} {seconds[name] / total:.0%}" for name in longest)
     lines.append(f"  time in steps      {duration(total)} ({shares})")
 
     lengths = [row.get("response_tokens_mean") or 0.0 for row in steps]
@@ -68,17 +81,9 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _reward(steps: Sequence[Mapping[str, Any]]) -> float:
+def _mean_reward(steps: Sequence[Mapping[str, Any]]) -> float:
+    # A step whose rollouts are all excluded has none.
     rewards = [row["reward_mean"] for row in steps if row.get("reward_mean") is not None]
-    return math.fsum(rewards) / len(rewards) if rewards else math.nan
-
-
-def _seconds(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of each stage, over all steps."""
-    seconds: dict[str, float] = {}
-    for row in steps:
-        for name, value in row.items():
-            if name.startswith("seconds/") and value is not None:
-                stage = name.removeprefix("seconds/")
-                seconds[stage] = seconds.get(stage, 0.0) + value
-    return seconds
+    if not rewards:
+        return math.nan
+    return math.fsum(rewards) / len(rewards)
