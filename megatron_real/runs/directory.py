@@ -16,7 +16,7 @@ class RunDirectory:
     checkpoints/     step_12/ and so on, and latest   status.json                 running, stopped, crashed, ...
     owners/          whose run this is, and was       rollouts/chunk-*            parts of a step that is not finished
     servers/         what vLLM servers said           lives/life-0001.json        what each life was started with
-    wandb.json       its id in Weights & Biases     heldout/step-00012.json     right answers to each held-out problem
+    wandb.json       its id in Weights & Biases        heldout/step-00012.json     right answers to each held-out problem
     """
 
     def __init__(self, path: str | Path) -> None:
