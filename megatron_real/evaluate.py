@@ -57,13 +57,15 @@ class Evaluation:
     """Share of completions cut at the length limit."""
     response_tokens_mean: float
     """Mean response length."""
+    correct: tuple[tuple[str, int], ...] = ()
+    """(uid, correct completions) of each problem, in the order of the problems."""
 
     def figures(self) -> dict[str, float]:
-        """Returns every figure by name, pass@k as pass_at_K; no majority where no vote was held."""
+        """Returns the figures of the whole set by name, pass@k as pass_at_K; no majority where no vote was held."""
         figures = {"pass_at_1": self.pass_at_1, "standard_error": self.standard_error}
         figures |= {f"pass_at_{k}": value for k, value in self.pass_at_k}
         for name, value in vars(self).items():
-            if name != "pass_at_k" and value is not None:
+            if name not in ("pass_at_k", "correct") and value is not None:
                 figures[name] = value
         return figures
 
@@ -134,6 +136,7 @@ def summarise(completions: Sequence[Judged], *, vote: bool = False) -> Evaluatio
         unanswered_share=_mean([c.status == "unparsable" for c in completions]),
         truncated_share=_mean([c.status == "overlong" for c in completions]),
         response_tokens_mean=_mean([c.tokens for c in completions]),
+        correct=tuple(zip(of_problem, correct, strict=True)),
     )
 
 

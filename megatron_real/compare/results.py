@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from megatron_real.compare.sweep import SweepRun
+from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.rows import read_rows
 from megatron_real.runs.status import read_status
 
@@ -42,6 +44,8 @@ class RunResult:
     """Steps done."""
     accuracy: float
     """pass@1 on data.heldout after the last step; NaN without held-out problems."""
+    accuracy_of: Mapping[str, float]
+    """{problem: share of its samples that were right} of that evaluation; {} where the run has not kept it."""
     reward: float
     """Mean reward over the last tenth of the steps."""
     seconds: float
@@ -76,6 +80,7 @@ def read_result(run: SweepRun) -> RunResult:
         reason="" if finished else str(status.get("reason") or ""),
         steps=len(rows),
         accuracy=_accuracy(evaluations, run.config.trainer.steps) if finished else math.nan,
+        accuracy_of=_accuracy_of(directory, run.config.trainer.steps) if finished else {},
         reward=_reward(rows) if finished else math.nan,
         seconds=_seconds(rows) + _seconds(evaluations),
         tokens=round(math.fsum(row.get("response_tokens_mean") or 0.0 for row in rows) * per_step),
@@ -95,6 +100,16 @@ def _outcome(status: Mapping[str, Any]) -> Outcome:
 def _accuracy(evaluations: Sequence[Mapping[str, Any]], steps: int) -> float:
     last = [row.get("heldout/pass_at_1") for row in evaluations if row.get("step") == steps]
     return float(last[-1]) if last and last[-1] is not None else math.nan
+
+
+def _accuracy_of(directory: RunDirectory, steps: int) -> dict[str, float]:
+    """{} of a run that was made before its directory had this file, or whose file is broken."""
+    try:
+        answers = json.loads(directory.heldout_answers(steps).read_text(encoding="utf-8"))
+        samples = answers["samples"]
+        return {problem: correct / samples for problem, correct in answers["correct"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+        return {}
 
 
 def _reward(rows: Sequence[Mapping[str, Any]]) -> float:

@@ -6,14 +6,18 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.stats
+from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 """Of the intervals."""
 _RESAMPLES = 9999
 """Of the bootstrap. The generator's seed is fixed: the same runs give the same interval."""
+_BATCH = 1000
+"""Resamples that are computed together, which bounds the memory: a number for each of their problems and seeds."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Difference(Mean):
     """Lower end of the confidence interval; NaN for fewer than two seeds."""
     high: float
     """Upper end."""
+    resampled: str
+    """What the interval knows the spread of: "seeds", or "seeds and problems"."""
 
 
 def mean_over_seeds(values: Sequence[float]) -> Mean:
@@ -48,36 +54,78 @@ def mean_over_seeds(values: Sequence[float]) -> Mean:
     return Mean(statistics.fmean(values), error, len(values))
 
 
-def paired_difference(first: Mapping[int, float], other: Mapping[int, float]) -> Difference:
+def paired_difference(
+    first: Mapping[int, float],
+    other: Mapping[int, float],
+    *,
+    first_problems: Mapping[int, Mapping[str, float]] | None = None,
+    other_problems: Mapping[int, Mapping[str, float]] | None = None,
+) -> Difference:
     """Returns `other` minus `first`, seed by seed.
 
     Two runs of one seed see the same prompts in the same order and are evaluated by the same draws. What they share
     cancels in their difference, so that the interval is of the differences and not of the two means. A seed that only
     one of them has says nothing about the difference and is left out.
 
-    The interval is the bias-corrected and accelerated bootstrap (BCa) over seeds.
+    The interval is the bias-corrected and accelerated bootstrap (BCa) over seeds. Where every run says what each problem
+    contributed to its figure, problems are resampled too, independently of the seeds: all runs answer the same ones, so
+    that a resample has whole rows and whole columns of the seeds x problems table (Owen 2007, arXiv:0708.1850).
 
     Args:
         first: {seed: figure} of the variant that the others are compared with.
         other: {seed: figure}.
+        first_problems: {seed: {problem: its figure}}, whose mean over problems is `first`; None, or another set of
+            problems for any of the runs, leaves the interval to the seeds.
+        other_problems: the same of `other`.
     """
     seeds = sorted(first.keys() & other.keys())
     differences = [other[seed] - first[seed] for seed in seeds]
     mean = mean_over_seeds(differences)
+    table_SN = _problem_differences(seeds, first_problems or {}, other_problems or {})
+    resampled = "seeds" if table_SN is None else "seeds and problems"
     low = high = math.nan
     if math.isfinite(mean.standard_error):
-        low, high = _interval(differences)
-    return Difference(mean.value, mean.standard_error, mean.count, low, high)
+        low, high = _interval(np.asarray(differences)[:, None] if table_SN is None else table_SN)
+    return Difference(mean.value, mean.standard_error, mean.count, low, high, resampled)
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    if min(values) == max(values):
-        return values[0], values[0]  # BCa has no acceleration where nothing varies
+def _problem_differences(
+    seeds: Sequence[int],
+    first: Mapping[int, Mapping[str, float]],
+    other: Mapping[int, Mapping[str, float]],
+) -> NDArray[np.float64] | None:
+    """[seeds, problems] other - first; None where the runs do not all have the same problems."""
+    runs = [of.get(seed, {}) for seed in seeds for of in (first, other)]
+    problems = sorted(runs[0]) if runs else []
+    if not problems or any(run.keys() != runs[0].keys() for run in runs):
+        return None
+    rows = [[other[seed][name] - first[seed][name] for name in problems] for seed in seeds]
+    return np.asarray(rows)
+
+
+def _interval(table_SN: NDArray[np.float64]) -> tuple[float, float]:
+    """The interval of the mean of a table [seeds, problems]; with a single column, over seeds alone."""
+    if table_SN.min() == table_SN.max():
+        return float(table_SN[0, 0]), float(table_SN[0, 0])  # nothing varies: no acceleration
+    num_seeds, num_problems = table_SN.shape
+
+    def mean_of_seeds(seed_S: Any, axis: int) -> Any:
+        return table_SN[seed_S.astype(int), 0].mean(axis)
+
+    def mean_of_both(seed_S: Any, problem_N: Any, axis: int) -> Any:
+        # Problems first: one row of the transposed table has the problem's difference of every seed.
+        of_each_seed = table_SN.T[problem_N.astype(int)].mean(axis=-2)
+        return np.take_along_axis(of_each_seed, seed_S.astype(int), axis).mean(axis)
+
+    # What scipy resamples are the numbers of rows and of columns, [..., S] and [..., N].
+    seeds, problems = np.arange(num_seeds), np.arange(num_problems)
     result = scipy.stats.bootstrap(
-        (np.asarray(values),),
-        np.mean,
+        (seeds,) if num_problems == 1 else (seeds, problems),
+        mean_of_seeds if num_problems == 1 else mean_of_both,
         confidence_level=CONFIDENCE,
         n_resamples=_RESAMPLES,
+        batch=_BATCH,
+        vectorized=True,
         method="BCa",
         rng=np.random.default_rng(0),
     )

@@ -55,9 +55,7 @@ def variant_rows(sweep: Sweep, results: Sequence[RunResult]) -> list[VariantRow]
         differences = {}
         if variant != sweep.variants[0]:
             differences = {
-                figure: paired_difference(
-                    _by_seed(results, sweep.variants[0], figure), _by_seed(results, variant, figure)
-                )
+                figure: _difference(results, sweep.variants[0], variant, figure)
                 for figure in FIGURES
             }
         row = VariantRow(
@@ -80,7 +78,21 @@ def variant_rows(sweep: Sweep, results: Sequence[RunResult]) -> list[VariantRow]
     return rows
 
 
-def _by_seed(results: Sequence[RunResult], variant: str, figure: str) -> dict[int, float]:
+def _difference(results: Sequence[RunResult], first: str, variant: str, figure: str) -> Difference:
+    """Of two variants; accuracies come with those of each problem."""
+    if figure != "accuracy":
+        return paired_difference(
+            _by_seed(results, first, figure), _by_seed(results, variant, figure)
+        )
+    return paired_difference(
+        _by_seed(results, first, figure),
+        _by_seed(results, variant, figure),
+        first_problems=_by_seed(results, first, "accuracy_of"),
+        other_problems=_by_seed(results, variant, "accuracy_of"),
+    )
+
+
+def _by_seed(results: Sequence[RunResult], variant: str, figure: str) -> dict[int, Any]:
     return {
         result.seed: getattr(result, figure)
         for result in results
@@ -97,9 +109,16 @@ def as_json(sweep: Sweep, results: Sequence[RunResult]) -> dict[str, Any]:
         "budget_rollouts": sweep.budget,
         "seeds": sweep.seeds,
         "variants": [dataclasses.asdict(row) for row in rows],
-        "runs": [dataclasses.asdict(result) for result in results],
+        "runs": [_plain_run(result) for result in results],
     }
     plain: dict[str, Any] = _finite(whole)
+    return plain
+
+
+def _plain_run(result: RunResult) -> dict[str, Any]:
+    """A run without the accuracy of each problem, which its directory has."""
+    plain = dataclasses.asdict(result)
+    del plain["accuracy_of"]
     return plain
 
 

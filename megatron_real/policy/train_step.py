@@ -47,6 +47,13 @@ from megatron_real.objective.functions import kl_penalty
 from megatron_real.policy.layout import Groups
 from megatron_real.policy.microbatch import MicroBatch, to_device
 from megatron_real.policy.passes import Outputs, Passes
+from megatron_real.records import POSITIVE
+
+_LOW_RATIO = 0.8
+"""A token whose ratio to the old policy is below it has a low ratio.
+
+It is where GRPO's default clip begins, and the same for every objective.
+"""
 
 
 @dataclass
@@ -205,6 +212,8 @@ class Gradient:
     below 1."""
     clipped_high_share: float = 0.0
     """The same at a ratio above 1."""
+    low_ratio_tokens: tuple[int, int, int] = (0, 0, 0)
+    """Response tokens with a ratio below 0.8, those of right answers among them, and all."""
 
 
 @dataclass
@@ -214,6 +223,8 @@ class TokenSums:
     values: Tensor
     """[6] float64: the objective's own loss, the KL penalty, the entropy bonus, tokens clipped
     below and above ratio 1, and tokens that learn."""
+    low_ratio: Tensor
+    """[3] float64: tokens of a low ratio, those of right answers among them, and all tokens."""
     weight_R: Tensor
     """[R] float64: sum of the objective's own token weights."""
 
@@ -285,6 +296,7 @@ class TrainStep:
 
         sums = TokenSums(
             values=torch.zeros(6, dtype=torch.float64, device=batch.device),
+            low_ratio=torch.zeros(3, dtype=torch.float64, device=batch.device),
             weight_R=torch.zeros_like(batch.token_facts.advantage_R),
         )
 
@@ -299,14 +311,17 @@ class TrainStep:
 
         # Loss, scores and weights on every rank: over DP on the last stage, from there over PP.
         num_rollouts = len(batch.facts.label_R)
-        figures = torch.zeros(4 + 2 * num_rollouts, dtype=torch.float64)
+        figures = torch.zeros(7 + 2 * num_rollouts, dtype=torch.float64)
         if self.groups.is_last_stage:
             figures = self._figures(batch, sums)
         if self.groups.pp.size() > 1:
             figures = _from_last_stage(self.groups, to_device(figures)).cpu()
-        scalars, score_R, weight_R = torch.split(figures, [4, num_rollouts, num_rollouts])
-        loss, kl, clipped_low, clipped_high = scalars.tolist()
-        return Gradient(loss, score_R, weight_R, kl, clipped_low, clipped_high)
+        scalars, score_R, weight_R = torch.split(figures, [7, num_rollouts, num_rollouts])
+        loss, kl, clipped_low, clipped_high, *counts = scalars.tolist()
+        low, low_positive, tokens = map(round, counts)
+        return Gradient(
+            loss, score_R, weight_R, kl, clipped_low, clipped_high, (low, low_positive, tokens)
+        )
 
     def _prepare_weights(self, batch: Batch) -> None:
         """Sets every rollout's weight before the training pass where that can be.
@@ -353,6 +368,7 @@ class TrainStep:
             # Its log-probs are all 0 and carry the graph that the schedule needs.
             return outputs.logprob_T.sum()
 
+        self._count_low_ratios(batch, index, outputs, sums)
         partial_score_R = self._means(micro, outputs.logprob_T, results.old_logprob_T)
         if not self.objective.has_scores:
             # Only a figure of the metrics: the context-parallel ranks' shares are summed with those
@@ -435,6 +451,18 @@ class TrainStep:
         (weight_T,) = torch.autograd.grad(surrogate, outputs.logprob_T, retain_graph=True)
         results.token_weight_T = weight_T
         results.log_ratio_T = outputs.logprob_T.detach() - results.old_logprob_T
+
+    def _count_low_ratios(
+        self, batch: Batch, index: int, outputs: Outputs, sums: TokenSums
+    ) -> None:
+        """Adds the micro-batch's tokens of a low ratio, of right answers and of all, to `sums`."""
+        micro = batch.micro_batches[index]
+        old_logprob_T = batch.results[index].old_logprob_T
+        log_ratio_K = outputs.logprob_T.detach()[micro.kept_K] - old_logprob_T[micro.kept_K]
+        low_K = log_ratio_K < math.log(_LOW_RATIO)
+        positive_K = batch.token_facts.label_R[micro.rollout_K] == POSITIVE
+        counted = [low_K, low_K & positive_K, torch.ones_like(low_K)]
+        sums.low_ratio += torch.stack([tokens_K.sum() for tokens_K in counted])
 
     def _keep_old(self, batch: Batch, index: int, outputs: Outputs) -> None:
         """Keeps a micro-batch's log-probs as the old ones, and compares them with the engine's."""
@@ -557,9 +585,10 @@ class TrainStep:
         return self.objective.score_weights(score_R, old_mean_R, batch.facts.of(present_R))
 
     def _figures(self, batch: Batch, sums: TokenSums) -> Tensor:
-        """Returns [4 + 2 R] the figures of an update on the last stage's ranks, on the host.
+        """Returns [7 + 2 R] the figures of an update on the last stage's ranks, on the host.
 
-        They are loss, KL, shares clipped low and high, scores and weights.
+        They are loss, KL, shares clipped low and high, the three counts of low ratios, scores and
+        weights.
         """
         objective = self.objective
         facts = batch.facts
@@ -568,6 +597,8 @@ class TrainStep:
             # Tensor-parallel ranks have the same tokens; context-parallel ones each their part.
             dist.all_reduce(sums.values, group=self.groups.dp_cp)
             dist.all_reduce(sums.weight_R, group=self.groups.dp_cp)
+        if self.groups.dp_cp.size() > 1:
+            dist.all_reduce(sums.low_ratio, group=self.groups.dp_cp)
         values = sums.values.cpu()
 
         if objective.has_scores:
@@ -589,7 +620,8 @@ class TrainStep:
         if objective.kl.coefficient:
             kl = penalty / objective.kl.coefficient
         shares = clipped[:2] / clipped[2].clamp(min=1)
-        return torch.cat([(loss + penalty - bonus)[None], kl[None], shares, score_R, weight_R])
+        own_loss = (loss + penalty - bonus)[None]
+        return torch.cat([own_loss, kl[None], shares, sums.low_ratio.cpu(), score_R, weight_R])
 
 
 def gathered_tokens(groups: Groups, batch: Batch, values: Sequence[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ class RunDirectory:
     owners/          whose run this is, and was       rollouts/chunk-*            parts of a step that is not finished
     servers/         what vLLM servers said           lives/life-0001.json        what each life was started with
     wandb.json       its id in Weights & Biases       mlflow.json                 its id in MLflow
+                                                      heldout/step-00012.json     right answers to each held-out problem
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -32,6 +33,7 @@ class RunDirectory:
         self.dumps = self.path / "dumps"
         self.checkpoints = self.path / "checkpoints"
         self.status = self.path / "status.json"
+        self.heldout = self.path / "heldout"
         self.lives = self.path / "lives"
         self.owners = self.path / "owners"
 
@@ -50,6 +52,10 @@ class RunDirectory:
     def tracker(self, setting: str) -> Path:
         """What a tracker knows the run by; `setting` is the tracker's name in the configuration."""
         return self.path / f"{setting}.json"
+
+    def heldout_answers(self, step: int) -> Path:
+        """Where the evaluation after a step writes how many right answers each problem got."""
+        return self.heldout / f"step-{step:05d}.json"
 
     def rollouts(self, step: int) -> Path:
         """Where the rollouts of a step are written."""

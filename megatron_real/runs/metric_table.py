@@ -57,6 +57,8 @@ METRICS = (
     Metric("kl", "objective/kl", "nats", _UPDATES, "KL estimate of the penalty; 0 without one."),
     Metric("clipped_low_share", "objective/clipped_low_share", "share", _UPDATES, "Learning tokens that a clip deprived of their gradient at a ratio below 1."),
     Metric("clipped_high_share", "objective/clipped_high_share", "share", _UPDATES, "The same at a ratio above 1."),
+    Metric("low_ratio_share", "objective/low_ratio_share", "share", "sums over the step", "Response tokens whose ratio to the policy that generated them was below 0.8 when they were trained on."),
+    Metric("low_ratio_positive_share", "objective/low_ratio_positive_share", "share", "sums over the step", "Those of right answers among these: hard positive tokens."),
     Metric("equal_groups", "objective/equal_groups", "groups", "count over the step", "Groups whose rewards are all equal, which have no advantage."),
     Metric("skipped_updates", "objective/skipped_updates", "updates", "count over the step", "Updates that were skipped for a loss or gradient that was not finite."),
     Metric("lag", "rollout/lag", "steps", "of the step", "Steps between the weights that generated and those that train."),

@@ -55,6 +55,8 @@ class Training:
     below 1."""
     clipped_high_share: Sequence[float]
     """[updates] the same above 1."""
+    low_ratio_tokens: Sequence[tuple[int, int, int]]
+    """[updates] response tokens with a ratio below 0.8, those of right answers among them, and all."""
     equal_groups: int
     """Groups whose rewards are all equal, so that their advantages are 0; of objectives in
     advantages."""
@@ -114,6 +116,7 @@ def step_metrics(
         "kl": _mean(training.kl),
         "clipped_low_share": _mean(training.clipped_low_share),
         "clipped_high_share": _mean(training.clipped_high_share),
+        **low_ratio_metrics(training.low_ratio_tokens),
         "equal_groups": float(training.equal_groups),
         "lag": training.lag,
         "skipped_updates": float(len(training.skipped)),
@@ -121,6 +124,20 @@ def step_metrics(
         **rank_metrics(seconds_of_ranks),
         **memory_metrics(memory_of_ranks),
         **speed_metrics(training.tokens, training.flops, in_training * num_ranks, peak_tflops),
+    }
+
+
+def low_ratio_metrics(tokens: Sequence[tuple[int, int, int]]) -> dict[str, float]:
+    """Shares of the step's response tokens, each counted in the update that trained on it.
+
+    low_ratio_share: of all, those whose ratio to the policy that generated them was below 0.8. low_ratio_positive_share:
+    of these, the tokens of right answers, which a policy gradient in ratios pulls at the less the lower they are; NaN
+    where none was low.
+    """
+    low, positive, every = (sum(counts) for counts in zip(*tokens, strict=True))
+    return {
+        "low_ratio_share": low / every if every else math.nan,
+        "low_ratio_positive_share": positive / low if low else math.nan,
     }
 
 

@@ -317,6 +317,9 @@ class Reporter:
         seconds = sum(self.progress.take_seconds(only=_STAGES_OF_EVALUATION).values())
         if self._writer is None:
             return
+        # Before the row: where a row is, its problems are too.
+        answers = {"samples": evaluation.samples, "correct": dict(evaluation.correct)}
+        write_whole(self.directory.heldout_answers(step), json.dumps(answers) + "\n")
         row = {f"heldout/{name}": float(value) for name, value in evaluation.figures().items()}
         self._writer.write_evaluation(step, row | {"seconds/evaluation": seconds})
         self.progress.evaluation_done(

@@ -42,6 +42,7 @@ def summary(
         kl=[update.gradient.kl for update in updates],
         clipped_low_share=[update.gradient.clipped_low_share for update in updates],
         clipped_high_share=[update.gradient.clipped_high_share for update in updates],
+        low_ratio_tokens=[update.gradient.low_ratio_tokens for update in updates],
         equal_groups=sum(batch.facts.num_equal_groups for batch in batches),
         lag=lag,
         tokens=sum(kept),

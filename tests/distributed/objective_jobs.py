@@ -59,6 +59,7 @@ def gradients(
             "loss": gradient.loss,
             "gradients": gradients_of(policy),
             "clipped": (gradient.clipped_low_share, gradient.clipped_high_share),
+            "low_ratio": gradient.low_ratio_tokens,
         }
     return found
 

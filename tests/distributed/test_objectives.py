@@ -218,6 +218,31 @@ def test_clips_bite_on_both_sides(world: World, tiny_model: ModelMaker) -> None:
     for case in ("real", "sapo"):
         assert found[case]["clipped"] == (0.0, 0.0), case
 
+    counts = low_ratio_tokens(tiny_model, layout)
+    assert 0 < counts[1] < counts[0] < counts[2], "some tokens, of right and of wrong answers"
+    assert {found[case]["low_ratio"] for case in found} == {counts}
+
+
+def low_ratio_tokens(tiny_model: ModelMaker, layout: Layout) -> tuple[int, int, int]:
+    """Tokens whose ratio is below 0.8, those of right answers among them, and all, in groups of both labels."""
+    path, old_path = model_paths(tiny_model, layout.model)
+    policy, old = reference.load(path), reference.load(old_path)
+    samples = reference.minibatch(layout.order, vocab=101)
+    labels = {
+        group: {s.label for s in samples if s.group == group}
+        for group in {s.group for s in samples}
+    }
+    low = positive = every = 0
+    for sample in samples:
+        if sample.label == -1 or not {0, 1} <= labels[sample.group]:
+            continue
+        with torch.no_grad():
+            ratio = (reference.logprobs(policy, sample) - reference.logprobs(old, sample)).exp()
+        low += int((ratio < 0.8).sum())
+        positive += int((ratio < 0.8).sum()) * sample.label
+        every += len(ratio)
+    return low, positive, every
+
 
 def test_the_mismatch_does_not_depend_on_the_objective(
     world: World, tiny_model: ModelMaker

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
@@ -21,6 +22,7 @@ from megatron_real.compare.statistics import mean_over_seeds, paired_difference
 from megatron_real.compare.sweep import Sweep, SweepRun, load_sweep
 from megatron_real.compare.table import as_json, figure_table, runs_table, variant_rows, write_table
 from megatron_real.config import to_plain
+from megatron_real.disk import write_whole
 from megatron_real.runs.rows import append_row
 from megatron_real.runs.status import write_status
 
@@ -54,6 +56,58 @@ def test_the_interval_of_two_differences_by_hand() -> None:
     assert difference.value == pytest.approx(0.2)
     assert difference.standard_error == pytest.approx(0.1)
     assert (difference.low, difference.high) == pytest.approx((0.1, 0.3))
+
+
+def per_problem(*rows: list[float]) -> dict[int, dict[str, float]]:
+    """{seed: {problem: figure}} of a row for each seed."""
+    return {
+        seed: {f"heldout/{i}": value for i, value in enumerate(row)}
+        for seed, row in enumerate(rows)
+    }
+
+
+ZERO = {0: 0.0, 1: 0.0}
+ZERO_OF = per_problem([0.0, 0.0], [0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        # Every seed gains 1 on one problem and 0 on the other: a resample of the two problems has the
+        # mean 0, 1/2 or 1 in 1, 2 and 1 of 4 cases, so that more than 2.5 % lie at either end.
+        pytest.param(per_problem([0.0, 1.0], [0.0, 1.0]), id="problems differ, seeds agree"),
+        pytest.param(per_problem([0.0, 0.0], [1.0, 1.0]), id="seeds differ, problems agree"),
+    ],
+)
+def test_the_interval_over_seeds_and_problems_by_hand(table: dict[int, dict[str, float]]) -> None:
+    means = {seed: sum(row.values()) / 2 for seed, row in table.items()}
+    found = paired_difference(ZERO, means, first_problems=ZERO_OF, other_problems=table)
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.0, 1.0))
+    assert found.resampled == "seeds and problems"
+
+
+def test_without_the_problems_the_interval_is_over_seeds() -> None:
+    means = {0: 0.5, 1: 0.5}
+    others = per_problem([0.0, 1.0], [0.0, 1.0])
+    others[1]["heldout/9"] = others[1].pop("heldout/1")  # another set of problems
+    for problems in ({}, others):
+        found = paired_difference(ZERO, means, first_problems=ZERO_OF, other_problems=problems)
+        assert (found.low, found.high, found.resampled) == (0.5, 0.5, "seeds")
+
+
+def test_the_interval_is_as_wide_as_both_spreads() -> None:
+    """The variance of a mean over both is about that over seeds plus that over problems (Owen 2007, Section 3)."""
+    rng = np.random.default_rng(3)
+    table_SN = rng.normal(0.1, 0.1, (8, 1)) + rng.normal(0.0, 0.5, (1, 60))
+    rows = per_problem(*table_SN.tolist())
+    zeros = per_problem(*np.zeros_like(table_SN).tolist())
+    means = dict(enumerate(table_SN.mean(1).tolist()))
+    zero = dict.fromkeys(means, 0.0)
+    found = paired_difference(zero, means, first_problems=zeros, other_problems=rows)
+    error = math.sqrt(table_SN.mean(1).var(ddof=1) / 8 + table_SN.mean(0).var(ddof=1) / 60)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    over_seeds = paired_difference(zero, means)
+    assert over_seeds.high - over_seeds.low < 0.8 * (found.high - found.low)
 
 
 def test_seeds_are_paired() -> None:
@@ -269,11 +323,12 @@ def keep(
     run: SweepRun,
     *,
     accuracy: float | None = None,
+    correct: dict[str, int] | None = None,
     state: Any = "finished",
     reason: str = "",
     diverged: bool = False,
 ) -> None:
-    """Writes what a run leaves in its directory."""
+    """Writes what a run leaves in its directory; `correct`: of two samples of each problem."""
     directory = run.directory
     directory.path.mkdir(parents=True)
     OmegaConf.save(OmegaConf.create(to_plain(run.config)), directory.config)
@@ -284,6 +339,9 @@ def keep(
     if accuracy is not None:
         last = {"step": 10, "heldout/pass_at_1": accuracy, "seconds/evaluation": 6.0}
         append_row(directory.evaluations, last)
+    if correct is not None:
+        answers = json.dumps({"samples": 2, "correct": correct})
+        write_whole(directory.heldout_answers(10), answers)
     write_status(directory.status, state, reason, diverged=diverged)
 
 
@@ -299,6 +357,28 @@ def test_figures_of_a_run(base: Path) -> None:
     assert (result.outcome, result.steps) == (Outcome.FINISHED, 10)
     assert (result.accuracy, result.reward) == (0.75, 1.0)
     assert result.seconds == 36.0 and result.tokens == 10 * 5 * 32
+
+
+def test_the_problems_of_a_run(base: Path) -> None:
+    first, grpo, *_ = load_sweep(write_sweep(base)).runs
+    keep(first, accuracy=0.75, correct={"heldout/0": 2, "heldout/1": 1})
+    assert read_result(first).accuracy_of == {"heldout/0": 1.0, "heldout/1": 0.5}
+    keep(grpo, accuracy=0.75)
+    assert read_result(grpo).accuracy_of == {}, "a run of an earlier version"
+    grpo.directory.heldout_answers(10).parent.mkdir()
+    grpo.directory.heldout_answers(10).write_text('{"samples": 2, "corr')
+    assert read_result(grpo).accuracy_of == {}, "a file that was cut"
+
+
+def test_the_table_resamples_problems_where_runs_have_them(base: Path) -> None:
+    sweep = load_sweep(write_sweep(base, seeds=[1, 2]))
+    for run in sweep.runs:
+        right = {"heldout/0": 0, "heldout/1": 2 if run.variant == "grpo" else 0}
+        keep(run, accuracy=sum(right.values()) / 4, correct=right)
+    _, grpo = variant_rows(sweep, results_of(sweep))
+    found = grpo.differences["accuracy"]
+    assert (found.low, found.high, found.resampled) == (0.0, 1.0, "seeds and problems")
+    assert grpo.differences["reward"].resampled == "seeds"
 
 
 def test_a_refused_start_leaves_a_run_as_it_was(base: Path) -> None:

@@ -98,6 +98,7 @@ def test_figures_by_hand() -> None:
         unanswered_share=1 / 8,
         truncated_share=1 / 8,
         response_tokens_mean=7.0,
+        correct=(("p", 3), ("q", 1)),
     )
 
 

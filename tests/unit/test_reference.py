@@ -17,7 +17,7 @@ TRAINING = Training(
     token_means=dict.fromkeys(
         ("entropy", "mismatch_mean_abs", "mismatch_k3", "mismatch_share", "mismatch_max_abs"), 0.0
     ),
-    kl=[0.0], clipped_low_share=[0.0], clipped_high_share=[0.0], equal_groups=0, lag=0, tokens=1, flops=1.0,
+    kl=[0.0], clipped_low_share=[0.0], clipped_high_share=[0.0], low_ratio_tokens=[(1, 1, 2)], equal_groups=0, lag=0, tokens=1, flops=1.0,
 )  # fmt: skip
 
 

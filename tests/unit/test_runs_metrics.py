@@ -54,6 +54,7 @@ def training(**changes):
         "kl": [0.25, 0.75],
         "clipped_low_share": [0.0, 0.5],
         "clipped_high_share": [0.125, 0.125],
+        "low_ratio_tokens": [(0, 0, 10), (4, 1, 6)],
         "equal_groups": 2,
         "lag": 0.0,
         "tokens": 18,
@@ -176,6 +177,8 @@ def test_step_metrics_golden():
         "kl": 0.5,  # means over the two updates
         "clipped_low_share": 0.25,
         "clipped_high_share": 0.125,
+        "low_ratio_share": 0.25,  # 0 + 4 of 10 + 6 tokens
+        "low_ratio_positive_share": 0.25,  # 0 + 1 of these 4
         "equal_groups": 2.0,
         "entropy": 0.3,
         "score_positive_mean": 0.25,

@@ -28,6 +28,7 @@ def accuracy(pass_at_1=0.5):
         unanswered_share=0.25,
         truncated_share=0.0,
         response_tokens_mean=4.0,
+        correct=(("heldout/0", 2), ("heldout/1", 0)),
     )
 
 
@@ -55,6 +56,7 @@ TRAINING = Training(
     kl=[math.nan, math.nan],
     clipped_low_share=[0.0, math.nan],
     clipped_high_share=[0.0, math.nan],
+    low_ratio_tokens=[(1, 1, 4), (0, 0, 0)],
     equal_groups=0,
     tokens=16,
     flops=1e9,
@@ -116,6 +118,7 @@ def test_a_run_leaves_its_files_and_says_where(done):
         "metrics.jsonl",
         "evaluations.jsonl",
         "curves.png",
+        "heldout/step-00000.json",
         "status.json",
         "logs/run.log",
         "profile/step-00001.json",
@@ -123,6 +126,8 @@ def test_a_run_leaves_its_files_and_says_where(done):
         "dumps/step-00001-update-2/rollouts/step-00001.parquet",
     }
     assert list((path / "tensorboard").iterdir())
+    answers = json.loads((path / "heldout/step-00000.json").read_text())
+    assert answers == {"samples": 2, "correct": {"heldout/0": 2, "heldout/1": 0}}
     row = json.loads((path / "metrics.jsonl").read_text())
     assert (row["step"], row["reward_mean"], row["skipped_updates"], row["mismatch_mean_abs"]) == (
         1,
