@@ -28,7 +28,8 @@ RUNS = sorted(
     for path in CONFIGS.rglob("*.yaml")
     if path.name not in ("recipe.yaml", "1.5b.yaml", "7b.yaml") and path.parent.name != "compare"
 )
-PAPER = [path for path in RUNS if path.name not in ("quickstart.yaml", "smollm2.yaml")]
+SMALL = ("quickstart.yaml", "smollm2.yaml", "sums.yaml", "sums_stress.yaml")
+PAPER = [path for path in RUNS if path.name not in SMALL]
 
 
 def model_directory(model: str, path: Path) -> Path:
