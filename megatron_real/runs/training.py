@@ -74,7 +74,7 @@ def _of_rollouts(policy: Policy, batch: Batch, name: str) -> list[NDArray[numpy.
     if policy.groups.is_last_stage:
         values = [getattr(results, name) for results in batch.results]
     value_N = gathered_tokens(policy.groups, batch, values).float().numpy()
-    ends = numpy.cumsum([len(rollout.completion.token_ids) for rollout in rollouts])
+    ends = numpy.cumsum([rollout.completion.num_tokens for rollout in rollouts])
     return list(numpy.split(value_N, ends[:-1]))
 
 
