@@ -225,7 +225,7 @@ def test_clips_bite_on_both_sides(world: World, tiny_model: ModelMaker) -> None:
 
 def low_ratio_tokens(tiny_model: ModelMaker, layout: Layout) -> tuple[int, int, int]:
     """Tokens whose ratio is below 0.8, those of right answers among them, and all, in groups of both labels."""
-    path, old_path = model_paths(tiny_model, layout.model)
+    path, old_path = model_paths(tiny_model, layout.model, layers_of(layout))
     policy, old = reference.load(path), reference.load(old_path)
     samples = reference.minibatch(layout.order, vocab=101)
     labels = {
