@@ -6,6 +6,7 @@ import json
 import math
 import struct
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,11 @@ def test_wandb_offline_keeps_the_configuration_and_every_figure(
     identity = json.loads((directory.path / "wandb.json").read_text())["id"]
     assert file.name == f"run-{identity}.wandb"
 
+    # The process that writes may close the file a little after the run has ended.
+    ended = time.monotonic() + 60
+    while "exit" not in (kinds := [one.WhichOneof("record_type") for one in wandb_records(file)]):
+        assert time.monotonic() < ended, kinds
+        time.sleep(0.1)
     configuration, history = read_wandb(file)
     assert configuration["objective"]["tau"] == 0.5
     assert configuration["run_directory"] == str(directory.path)
@@ -119,13 +125,9 @@ def test_wandb_offline_keeps_the_configuration_and_every_figure(
 
 def read_wandb(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Reads the records that W&B would send: the configuration, and the rows of figures."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
     configuration: dict[str, Any] = {}
     history = []
-    for data in records_of(file.read_bytes()):
-        record = Record()
-        record.ParseFromString(data)
+    for record in wandb_records(file):
         for item in record.run.config.update:
             configuration[item.key] = json.loads(item.value_json)
         if record.HasField("history"):
@@ -134,6 +136,16 @@ def read_wandb(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                 row[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
             history.append(row)
     return configuration, history
+
+
+def wandb_records(file: Path) -> Iterator[Any]:
+    """The messages of a run's file, in the order in which they were written."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for data in records_of(file.read_bytes()):
+        record = Record()
+        record.ParseFromString(data)
+        yield record
 
 
 def records_of(log: bytes) -> Iterator[bytes]:
