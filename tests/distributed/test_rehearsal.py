@@ -219,7 +219,7 @@ def test_its_peak_is_that_of_torch_on_a_cpu(
     world: World, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The same update of the same model, with fake CUDA tensors and with torch's own allocator."""
-    config, (measured,) = plan_memory.measure(world, tiny_model, "fp32")
+    config, (measured,) = plan_memory.measure(world, tiny_model, "plain")
     file = tmp_path / "run.yaml"
     file.write_text(f"model: {{path: {config.model.path}}}\n")
     words = (
