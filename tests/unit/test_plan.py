@@ -503,6 +503,45 @@ def test_several_numbers_of_gpus_are_one_table(capsys: pytest.CaptureFixture[str
     assert max(map(len, table.splitlines())) <= 80
 
 
+def test_a_model_too_large_for_an_engine_of_one_gpu_gets_a_larger_engine(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """131 GiB of weights are more than the GPU has: rollout.tp=1 must not hide that 70B trains with engines of 8."""
+    assert cli.main(["plan", "r1-distill-llama-70b", "--gpus", "8,32"]) == 0
+    shown = capsys.readouterr().out
+    assert "8: none fits" in shown
+    taken = "No layout fits with engines of rollout.tp=1; taken are rollout.tp=8 on 32 GPUs."
+    assert taken in " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= 80
+
+    assert cli.main(["plan", "r1-distill-llama-70b", "--gpus", "8"]) == 1
+    assert re.search(r"nearest that works: .*, rollout.tp=8\)", capsys.readouterr().out)
+
+
+def test_the_engine_of_a_model_that_fits_is_as_configured(file: Path) -> None:
+    """Larger engines are only the last resort: 7B fits on one GPU, and on two where that is asked."""
+    assert {made.run.config.rollout.tp for made in ranked(planned(file))} == {1}
+    wider = ranked(planned(file, "rollout.tp=2"))
+    assert {made.run.config.rollout.tp for made in wider} <= {1, 2}
+
+
+def test_memory_that_the_kv_cache_leaves_free_is_said(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A larger cache that the sentence names fits, and its step takes the seconds that were promised."""
+    assert cli.main(["plan", str(file), "parallel.tp=4", "rollout.kv_cache_mib=4096"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    promise = re.search(r"with (rollout.kv_cache_mib=\d+) a step takes ([\d.]+) s", shown)
+    assert promise is not None
+    words = ["parallel.tp=4", promise[1]]
+    assert cli.main(["plan", str(file), *words, "--json"]) == 0
+    layout = json.loads(capsys.readouterr().out)["layout"]
+    assert f"{told_apart(layout['seconds']['step']):g}" == promise[2]
+
+    assert cli.main(["plan", str(file), *words]) == 0
+    assert "stay free while" not in capsys.readouterr().out
+
+
 def test_too_few_gpus_get_the_nearest_that_works(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "r1-distill-qwen-7b", "--gpus", "2"]) == 1
     shown = capsys.readouterr().out
