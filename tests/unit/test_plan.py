@@ -506,7 +506,9 @@ def test_several_numbers_of_gpus_are_one_table(capsys: pytest.CaptureFixture[str
 def test_a_model_too_large_for_an_engine_of_one_gpu_gets_a_larger_engine(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """131 GiB of weights are more than the GPU has: rollout.tp=1 must not hide that 70B trains with engines of 8."""
+    """131 GiB of weights are more than the GPU has: rollout.tp=1 must not hide
+    that 70B trains with engines of 8.
+    """
     assert cli.main(["plan", "r1-distill-llama-70b", "--gpus", "8,32"]) == 0
     shown = capsys.readouterr().out
     assert "8: none fits" in shown
@@ -519,7 +521,9 @@ def test_a_model_too_large_for_an_engine_of_one_gpu_gets_a_larger_engine(
 
 
 def test_the_engine_of_a_model_that_fits_is_as_configured(file: Path) -> None:
-    """Larger engines are only the last resort: 7B fits on one GPU, and on two where that is asked."""
+    """Larger engines are only the last resort: 7B fits on one GPU,
+    and on two where that is asked.
+    """
     assert {made.run.config.rollout.tp for made in ranked(planned(file))} == {1}
     wider = ranked(planned(file, "rollout.tp=2"))
     assert {made.run.config.rollout.tp for made in wider} <= {1, 2}
@@ -528,7 +532,9 @@ def test_the_engine_of_a_model_that_fits_is_as_configured(file: Path) -> None:
 def test_memory_that_the_kv_cache_leaves_free_is_said(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A larger cache that the sentence names fits, and its step takes the seconds that were promised."""
+    """A larger cache that the sentence names fits, and its step takes the seconds
+    that were promised.
+    """
     assert cli.main(["plan", str(file), "parallel.tp=4", "rollout.kv_cache_mib=4096"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     promise = re.search(r"with (rollout.kv_cache_mib=\d+) a step takes ([\d.]+) s", shown)
