@@ -1,7 +1,10 @@
-"""Installs megatron_real. torch is not listed: take the build that fits your machine (CPU, CUDA, or the container's).
+"""Installs megatron_real.
 
-transformer-engine, apex and flash-attn are used where an NGC image brings them and are never needed. They are not
-extras either: PyPI's apex is an unrelated package, and PyPI's transformer-engine alone breaks megatron-core's imports.
+torch is not listed: take the build that fits your machine (CPU, CUDA, or the container's).
+
+transformer-engine, apex and flash-attn are used where an NGC image brings them and are never
+needed. They are not extras either: PyPI's apex is an unrelated package, and PyPI's
+transformer-engine alone breaks megatron-core's imports.
 """
 
 from pathlib import Path

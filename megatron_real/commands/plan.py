@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ SUMMARY = "estimate memory, time and cost of a run, and rank its layouts"
 EXAMPLES = """\
 examples:
   megatron-real plan --model r1-distill-qwen-7b
-  megatron-real plan --model r1-distill-qwen-32b --gpus 16,32,64 rollout.tp=4
+  megatron-real plan --model r1-distill-qwen-32b --gpus 16,32,64
   megatron-real plan my.yaml --gpus 8 --from runs/first
   megatron-real plan examples/configs/compare/paper_1.5b.yaml --model r1-distill-qwen-1.5b
   megatron-real plan my.yaml --gpus 32 --gpu h200-141g parallel.tp=4
@@ -47,6 +47,9 @@ exit codes: 0 the layout fits, 1 it does not, 2 the input was refused
 PLANNED = next(
     name for name, engine in ENGINES.items() if engine.sized_kv_cache and not engine.own_processes
 )
+
+_GAIN = 0.9
+"""A step with a larger KV cache is mentioned where it takes at most this share of the seconds."""
 
 _WIDTH = 80
 """Columns of a terminal that sentences are folded to."""
@@ -122,12 +125,16 @@ def run(options: argparse.Namespace) -> int:
         if len(options.gpus) > 1:
             return _compare_gpu_counts(source, device, options)
         estimate, note = source.estimate(device, options.gpus[0])
+        configured = estimate.run.config.rollout.tp
         best = ranked(estimate.run)
         if note and best:
             estimate = best[0]
     except ValueError as error:
         return refuse(error)
 
+    engines = ""
+    if best:
+        engines = _other_engines(configured, {estimate.run.cluster.gpus: best[0]})
     best = best[: options.top]
     if options.json:
         print(json.dumps(_json(estimate, best), indent=2))
@@ -137,6 +144,7 @@ def run(options: argparse.Namespace) -> int:
             paragraphs.insert(0, f"{note}; the fastest layout that fits is planned")
         if not best:
             paragraphs.insert(-1, _nearest(estimate.run))
+        paragraphs[-1:-1] = filter(None, [engines, _larger_cache(estimate)])
         print("\n\n".join(map(_wrapped, paragraphs)))
     if estimate.fits:
         return 0
@@ -275,6 +283,7 @@ def _compare_gpu_counts(source: _Source, device: Device, options: argparse.Names
     best: dict[int, Estimate | None] = {}
     for gpus in options.gpus:
         estimate, _ = source.estimate(device, gpus)
+        configured = estimate.run.config.rollout.tp
         best[gpus] = next(iter(ranked(estimate.run)), None)
 
     if options.json:
@@ -286,7 +295,7 @@ def _compare_gpu_counts(source: _Source, device: Device, options: argparse.Names
             objects.append({"gpus": gpus, "layout": layout})
         print(json.dumps({"gpu": device.name, "sweep": objects}, indent=2))
     else:
-        rows = [["GPUs and layout", "recompute", "step s", "hours", "GPU-hours", "USD", "GiB"]]
+        rows = [["GPUs and layout", "recompute", "step s", "hours", "GPU-hours", "USD"]]
         for gpus, fastest in best.items():
             if fastest is None:
                 rows.append([f"{gpus}: none fits", *("-" for _ in rows[0][1:])])
@@ -299,11 +308,14 @@ def _compare_gpu_counts(source: _Source, device: Device, options: argparse.Names
                     f"{fastest.hours:,.0f}",
                     f"{fastest.gpu_hours:,.0f}",
                     f"{fastest.usd:,.0f}",
-                    f"{fastest.peak / 2**30:.0f}",
                 ]
             )
         print(f"The fastest layout that fits, for each number of {device.name} GPUs that train:\n")
         print(table(rows))
+        fitting = {gpus: fastest for gpus, fastest in best.items() if fastest is not None}
+        engines = _other_engines(configured, fitting)
+        if engines:
+            print("\n" + _wrapped(engines))
     if any(best.values()):
         return 0
     return 1
@@ -358,6 +370,57 @@ def _plan_sweep(source: _Source, device: Device, options: argparse.Namespace) ->
     return 1
 
 
+def _other_engines(configured: int, best: Mapping[int, Estimate]) -> str:
+    """Returns which engines were taken where none of the configured size fits, "" where one does.
+
+    Args:
+        configured: rollout.tp of the configuration.
+        best: the fastest layout for each number of GPUs.
+    """
+    counts: dict[int, list[str]] = {}
+    for gpus, fastest in best.items():
+        tp = fastest.run.config.rollout.tp
+        if tp not in (1, configured):
+            counts.setdefault(tp, []).append(str(gpus))
+    if not counts:
+        return ""
+
+    taken = [f"rollout.tp={tp} on {', '.join(gpus)} GPUs" for tp, gpus in sorted(counts.items())]
+    return (
+        f"No layout fits with engines of rollout.tp={configured}; taken are {'; '.join(taken)}. "
+        "Set it in the run's configuration too."
+    )
+
+
+def _larger_cache(estimate: Estimate) -> str:
+    """Returns what a larger KV cache would gain, "" where it gains less than the plan can tell.
+
+    The default of rollout.kv_cache_mib suits any GPU, so a plan with it waits for rollouts that
+    the memory left free would generate beside each other.
+    """
+    run = estimate.run
+    if not estimate.fits or run.config.rollout.replay:
+        return ""
+    in_use = max(stage.peaks["rollout"] for stage in estimate.stages)
+    if run.server_gpus:
+        in_use = sum(estimate.server.values())
+    free_mib = (estimate.budget - in_use) >> 20
+    kv_cache_mib = (run.config.rollout.kv_cache_mib + free_mib) // 1024 * 1024
+
+    rollout = dataclasses.replace(run.config.rollout, kv_cache_mib=kv_cache_mib)
+    config = dataclasses.replace(run.config, rollout=rollout)
+    larger = Estimate(dataclasses.replace(run, config=config))
+    before = estimate.seconds.total
+    after = larger.seconds.total
+    if not larger.fits or after > _GAIN * before:
+        return ""
+    return (
+        f"{free_mib / 1024:.0f} GiB stay free while the engine decodes: with "
+        f"rollout.kv_cache_mib={kv_cache_mib} a step takes {told_apart(after):g} s instead of "
+        f"{told_apart(before):g} s."
+    )
+
+
 def _nearest(run: Run) -> str:
     """Returns what would work where no layout fits: more of the same GPUs, or larger ones."""
     cluster = run.cluster
@@ -367,7 +430,7 @@ def _nearest(run: Run) -> str:
             continue
         layouts = ranked(dataclasses.replace(run, cluster=dataclasses.replace(cluster, gpus=gpus)))
         if layouts:
-            options.append(f"{gpus} x {cluster.device.name} ({layouts[0].name})")
+            options.append(f"{gpus} x {cluster.device.name} ({_words(layouts[0])})")
             break
 
     for device in sorted(DEVICES.values(), key=lambda device: device.memory_gib):
@@ -376,12 +439,20 @@ def _nearest(run: Run) -> str:
         larger = dataclasses.replace(cluster, device=device)
         layouts = ranked(dataclasses.replace(run, cluster=larger))
         if layouts:
-            options.append(f"{cluster.gpus} x {device.name} ({layouts[0].name})")
+            options.append(f"{cluster.gpus} x {device.name} ({_words(layouts[0])})")
             break
 
     if not options:
         return "Nothing near works."
     return f"The nearest that works: {' or '.join(options)}."
+
+
+def _words(estimate: Estimate) -> str:
+    """Returns a layout's name, and the size of its engines where it is not the default."""
+    tp = estimate.run.config.rollout.tp
+    if tp == 1:
+        return estimate.name
+    return f"{estimate.name}, rollout.tp={tp}"
 
 
 def _json(estimate: Estimate, best: Iterable[Estimate]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -20,6 +20,8 @@ from megatron_real.plan.speed import Run, StepTime, step_time
 RESERVE_SHARE = 0.08
 
 Recompute = Literal["none", "selective", "full"]
+
+_ENGINE_SIZES = (1, 2, 4, 8)  # GPUs of one engine, all within a node
 
 _DISTINCT = 0.03  # relative difference of times that the ranking takes seriously
 
@@ -99,9 +101,21 @@ def ranked(run: Run) -> list[Estimate]:
 
     Each has its fastest recomputation. There, times that differ by less than the estimates can tell
     count as equal, and the one with more room is taken.
+
+    Engines have the configured size (rollout.tp), and in the training processes 1 GPU as well. Where
+    nothing fits so, the other sizes are tried: the default of 1 GPU must not hide that a large
+    model trains with engines of 4.
     """
+    configured = {run.config.rollout.tp}
+    if not run.server_gpus:
+        configured.add(1)
+    return _fitting(run, configured) or _fitting(run, set(_ENGINE_SIZES) - configured)
+
+
+def _fitting(run: Run, engine_sizes: Iterable[int]) -> list[Estimate]:
+    """Returns the layouts that fit with engines of these numbers of GPUs, the fastest first."""
     best: dict[ParallelConfig, Estimate] = {}
-    for config in _layouts(run):
+    for config in _layouts(run, engine_sizes):
         made = Estimate(dataclasses.replace(run, config=config))
         known = best.get(config.parallel)
         if made.fits and (known is None or _order(made) < _order(known)):
@@ -138,26 +152,27 @@ def _order(made: Estimate) -> tuple[int, int, int]:
     return round(math.log(made.seconds.total) / _DISTINCT), pieces, made.peak
 
 
-def _layouts(run: Run) -> Iterator[Config]:
+def _layouts(run: Run, engine_sizes: Iterable[int]) -> Iterator[Config]:
     """Yields the configuration under every layout that divides model, batch and GPUs.
 
-    Engines in the training processes take one GPU or the configuration's rollout.tp, servers the
-    latter.
+    Of the engines' sizes those are left out that cannot cut the model or, in the training
+    processes, share the GPUs.
     """
     config = run.config
-    engine_sizes = [config.rollout.tp]
-    if not run.server_gpus:
-        engine_sizes = sorted({1, config.rollout.tp})
+    a = run.architecture
+    sizes = [
+        tp
+        for tp in sorted(engine_sizes)
+        if a.num_heads % tp == 0
+        and a.can_cut_kv_heads(tp)
+        and (run.server_gpus or run.cluster.gpus % tp == 0)
+    ]
     recomputations: tuple[Recompute, ...] = ("none", "selective", "full")
-    for parallel, recompute, engine_tp in itertools.product(
-        _parallels(run), recomputations, engine_sizes
-    ):
-        yield dataclasses.replace(
-            config,
-            parallel=parallel,
-            model=dataclasses.replace(config.model, recompute=recompute),
-            rollout=dataclasses.replace(config.rollout, tp=engine_tp),
-        )
+    # Made once: a record checks its bounds whenever it is made.
+    models = [dataclasses.replace(config.model, recompute=name) for name in recomputations]
+    rollouts = [dataclasses.replace(config.rollout, tp=tp) for tp in sizes]
+    for parallel, model, rollout in itertools.product(_parallels(run), models, rollouts):
+        yield dataclasses.replace(config, parallel=parallel, model=model, rollout=rollout)
 
 
 def _parallels(run: Run) -> Iterator[ParallelConfig]:

@@ -1,4 +1,6 @@
-"""The memory that `megatron-real plan` foretells, against what real models under real layouts allocate."""
+"""The memory that `megatron-real plan` foretells, against what real models under
+real layouts allocate.
+"""
 
 from __future__ import annotations
 
@@ -83,8 +85,8 @@ def samples() -> list[Sample]:
 
 
 def config_of(
-    path: Path, *, dtype: str = "fp32", logprobs: str = "linear", recompute: str = "none", max_tokens: int = SEQUENCES,
-    **parallel: Any,
+    path: Path, *, dtype: str = "fp32", logprobs: str = "linear", recompute: str = "none",
+    max_tokens: int = SEQUENCES, **parallel: Any,
 ) -> Config:  # fmt: skip
     return Config(
         model=ModelConfig(path=str(path), dtype=dtype, logprobs=logprobs, recompute=recompute),  # type: ignore[arg-type]
@@ -139,7 +141,9 @@ def test_foretold_memory_is_what_is_allocated(
 
 @pytest.mark.one_version
 def test_the_bounds_tell_layouts_apart(world: World, tiny_model: ModelMaker) -> None:
-    """What is measured under SP at TP 4 is beyond the bounds for TP 1, for no SP and for full recomputation."""
+    """What is measured under SP at TP 4 is beyond the bounds for TP 1,
+    for no SP and for full recomputation.
+    """
     config, (rank,) = measure(world, tiny_model, "tp4-sp-over-kv-heads")
     path = Path(config.model.path)
     (unsharded,) = foretold(config_of(path), 1)
@@ -152,7 +156,9 @@ def test_the_bounds_tell_layouts_apart(world: World, tiny_model: ModelMaker) -> 
 
 @pytest.mark.one_version
 def test_a_pass_without_backward_keeps_no_activations(world: World, tiny_model: ModelMaker) -> None:
-    """Four micro-batches are scored in the room of one: autograd is off, and nothing of them outlives its score."""
+    """Four micro-batches are scored in the room of one: autograd is off,
+    and nothing of them outlives its score.
+    """
     peaks = []
     for max_tokens in (SEQUENCES, SEQUENCES // 4):
         config = config_of(tiny_model("qwen2", dtype="bfloat16", **SIZES), max_tokens=max_tokens)
