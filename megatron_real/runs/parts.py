@@ -1,12 +1,13 @@
 """A file of rollouts in parts, as a run on several nodes writes it. Loadable without torch.
 
-    one node       rollouts/step-00012.parquet                             the file
-    four nodes     rollouts/step-00012.parquet/part-00001-of-00004.parquet  the rollouts that the first node holds
-                                               ...
-                                               part-00004-of-00004.parquet
+    one node       step-00012.parquet                               the file
+    four nodes     step-00012.parquet/part-00001-of-00004.parquet   what the first node holds
+                                      ...
+                                      part-00004-of-00004.parquet
 
-Parts are written beside it, in step-00012.parquet.new. The first rank gives that directory its name once all parts are on
-disk: what has the name is whole, and has no part of an earlier attempt. Readers take a path and need not know which it is.
+Parts are written beside it, in step-00012.parquet.new. The first rank gives that directory its
+name once all parts are on disk: what has the name is whole, and has no part of an earlier attempt.
+Readers take a path and need not know which it is.
 """
 
 from __future__ import annotations
@@ -43,18 +44,21 @@ class Part:
 
     @contextmanager
     def open(self, path: Path) -> Iterator[BinaryIO]:
-        """Yields this part of `path` to write. It counts from `name_parts` on; a whole file counts at its end."""
+        """Yields this part of `path` to write. It counts from `name_parts` on; a whole file does so
+        when it is closed."""
         if self.of > 1:
             path = _unfinished(path) / self.name
         elif path.is_dir():
-            # An earlier life, on several nodes, has written parts; a file does not replace a directory.
+            # An earlier life, on several nodes, has written parts, which a file does not replace.
             delete(path)
         with whole_binary_file(path) as file:
             yield file
 
 
 def name_parts(path: Path, *, of: int) -> None:
-    """Gives the directory of parts its name, in place of what has it. Call it once all of them are written.
+    """Gives the directory of parts its name, in place of what has it.
+
+    Call it once all of them are written.
 
     Args:
         path: of the whole.

@@ -123,7 +123,10 @@ class Ranks:
 
 
 def _ranks_per_node(world: int, group: dist.ProcessGroup | None) -> int:
-    """Returns torchrun's LOCAL_WORLD_SIZE; all ranks where it is missing, or is not the same on every node. Collective."""
+    """Returns torchrun's LOCAL_WORLD_SIZE, or `world` where it is missing or differs between nodes.
+
+    Collective.
+    """
     own = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     extremes = torch.tensor([own, -own])
     if group is not None:

@@ -1,4 +1,6 @@
-"""Runs from Python: the notebook from top to bottom, and what a second run in one process finds of the first."""
+"""Runs from Python: the notebook from top to bottom, and what a second run in one
+process finds of the first.
+"""
 
 from __future__ import annotations
 

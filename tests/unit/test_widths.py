@@ -1,4 +1,6 @@
-"""What a command prints on a terminal of 80 columns fits it, and no table has two columns of one name."""
+"""What a command prints on a terminal of 80 columns fits it,
+and no table has two columns of one name.
+"""
 
 from __future__ import annotations
 
