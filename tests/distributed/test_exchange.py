@@ -238,7 +238,7 @@ def test_the_first_rank_of_a_node_writes_what_others_hold(
 
 
 def cannot_write(folder: Path) -> tuple[str, list[int], list[Path]]:
-    """What the ranks say where the second node's part cannot be written, and what counts as written."""
+    """What ranks say where a part cannot be written, and what counts as written."""
     from megatron_real.runs import reporter as module
 
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -1,4 +1,4 @@
-"""A step's rollouts in parts, as several nodes write them: one reader, and nothing counts before all of it is there."""
+"""A step's rollouts in parts, as several nodes write them: one reader, and all parts or none."""
 
 from __future__ import annotations
 
