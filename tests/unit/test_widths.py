@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from rich.console import Console
 
 from megatron_real.benchmark import table
+from megatron_real.cli import main
 from megatron_real.commands import labels
 from megatron_real.commands.convert import amount
 from megatron_real.commands.doctor import _text
@@ -36,6 +40,21 @@ def test_the_table_of_a_verifier_fits(capsys: pytest.CaptureFixture[str]) -> Non
     labels._show({"words-and-punctuation-in-box(FN)": tally}, tally, [], 1.0)
     printed = capsys.readouterr().out
     assert "false positives" in printed
+    assert max(map(len, printed.splitlines())) <= WIDTH
+
+
+def test_golds_that_nobody_can_match_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    golds = ["the answer depends on " + "the choice of the origin " * 4, "\\sqrt{" * 40, "5"]
+    problems = [{"prompt": f"Question {i}?", "answer": gold} for i, gold in enumerate(golds)]
+    file = tmp_path / "problems.jsonl"
+    file.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    assert main(["labels", "golds", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 3 problems" in printed
+    assert "the answer depends on" in printed
     assert max(map(len, printed.splitlines())) <= WIDTH
 
 
