@@ -1,10 +1,12 @@
-"""REAL inside a megatron-core training loop of your own, through this package's public functions alone.
+"""REAL inside a megatron-core training loop of your own, through this package's
+public functions alone.
 
     torchrun --nproc-per-node 2 examples/own_megatron_loop.py
 
-The model, the optimizer and the loop below are plain megatron-core. REAL needs three calls: `vocab_parallel_logprobs`
-on your logits, `sequence_scores` and `real_weights`. Each data-parallel rank holds whole groups here; where a group is
-spread over ranks or micro-batches, gather the scores (one float a rollout) before `real_weights`.
+The model, the optimizer and the loop below are plain megatron-core. REAL needs three calls:
+`vocab_parallel_logprobs` on your logits, `sequence_scores` and `real_weights`. Each data-parallel
+rank holds whole groups here; where a group is spread over ranks or micro-batches, gather the scores
+(one float a rollout) before `real_weights`.
 """
 
 from __future__ import annotations

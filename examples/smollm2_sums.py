@@ -1,12 +1,15 @@
-"""What examples/smollm2.sh needs beside the project: its problems, a lenient verifier, and answers side by side.
+"""What examples/smollm2.sh needs beside the project: its problems, a lenient verifier,
+and answers side by side.
 
     python examples/smollm2_sums.py problems --out runs/smollm2/data
-    python examples/smollm2_sums.py compare --before runs/smollm2/before --after runs/smollm2/run/after
+    python examples/smollm2_sums.py compare --before runs/smollm2/before \\
+        --after runs/smollm2/run/after
 
-The task is the sum of two two-digit numbers. One worked example in the chat shows the form of an answer,
-`13 + 24 = 37`, and the strict verifier of training (labels.verifier=exact) wants that form letter by letter. `lenient`
-only wants the right number at the end of whatever was said, so that learning the form is told apart from learning the
-sums: labels.verifier=examples/smollm2_sums.py:lenient.
+The task is the sum of two two-digit numbers. One worked example in the chat shows the form of an
+answer, `13 + 24 = 37`, and the strict verifier of training (labels.verifier=exact) wants that form
+letter by letter. `lenient` only wants the right number at the end of whatever was said, so that
+learning the form is told apart from learning the sums:
+labels.verifier=examples/smollm2_sums.py:lenient.
 """
 
 from __future__ import annotations
@@ -58,7 +61,10 @@ def main() -> None:
 
 
 def write_problems(out: Path) -> None:
-    """All sums of two two-digit numbers. A held-out pair's mirror, 67 + 58 of 58 + 67, is in neither file."""
+    """All sums of two two-digit numbers.
+
+    A held-out pair's mirror, 67 + 58 of 58 + 67, is in neither file.
+    """
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     random.Random(0).shuffle(pairs)
     heldout = list({frozenset(pair): pair for pair in pairs}.values())[:HELD_OUT]
@@ -79,7 +85,10 @@ def _write(path: Path, pairs: Sequence[Pair]) -> None:
 
 
 def chat(pair: Pair) -> list[dict[str, str]]:
-    """The question after one worked example. The system message is there because the model's own one is longer."""
+    """The question after one worked example.
+
+    The system message is there because the model's own one is longer.
+    """
     return [
         {"role": "system", "content": "You calculate."},
         {"role": "user", "content": "13 + 24"},

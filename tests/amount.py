@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 ALL = "MEGATRON_REAL_TESTS_ALL"
-"""Environment variable that tests/conftest.py sets for --all, so that each lane of pytest-xdist has it too."""
+"""Environment variable that tests/conftest.py sets for --all,
+so that each lane of pytest-xdist has it too.
+"""
 
 FIRST_VERSION = "0.16.1"
 
@@ -22,7 +24,9 @@ def examples(number: int) -> int:
 
 
 def on_first_version() -> bool:
-    """Whether this is the megatron-core on which everything runs; what runs on the second one too is thinner there."""
+    """Whether this is the megatron-core on which everything runs;
+    what runs on the second one too is thinner there.
+    """
     return version("megatron-core") == FIRST_VERSION
 
 
@@ -33,9 +37,11 @@ def core(rows: Sequence[Any], kept: Sequence[Any]) -> list[Any]:
 
 
 def cover(*axes: Sequence[Any]) -> list[Any]:
-    """Returns parameters for all combinations; by default each value of each axis occurs, the rest is of the grid.
+    """Returns parameters for all combinations; by default each value of each axis occurs,
+    the rest is of the grid.
 
-    The core is a diagonal: its row i has the value i of each axis, from the beginning again where an axis is short.
+    The core is a diagonal: its row i has the value i of each axis, from the beginning again where
+    an axis is short.
     """
     core = {tuple(i % len(axis) for axis in axes) for i in range(max(len(axis) for axis in axes))}
     rows = []

@@ -43,8 +43,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         file = item.nodeid.partition("::")[0]
         shares = file.startswith(("tests/integration/", "tests/faults/"))
         if shares and not item.get_closest_marker("xdist_group"):
-            # The tests of a file share the runs that its fixtures make, and those on Slurm one cluster:
-            # two would number their jobs alike, and jobs take their ports by number.
+            # The tests of a file share the runs that its fixtures make, and those on Slurm one
+            # cluster: two would number their jobs alike, and jobs take their ports by number.
             on_slurm = file.startswith("tests/integration/slurm/")
             item.add_marker(pytest.mark.xdist_group("slurm" if on_slurm else Path(file).stem))
     # Lanes take tests in this order: what is short comes last and evens them out.
@@ -52,15 +52,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 LONGEST = ("test_vllm", "test_resume", "test_server", "test_train", "test_eval", "test_slurm")
-"""Files of tests/integration by what they cost (docs/testing.md), the two first ones without a fixture in common."""
+"""Files of tests/integration by what they cost (docs/testing.md),
+the two first ones without a fixture in common.
+"""
 DIRECTORIES = ("distributed", "integration", "faults", "unit")
-"""Those of tests/distributed need no base model, which tests/run.sh has made beside them meanwhile."""
+"""Those of tests/distributed need no base model,
+which tests/run.sh has made beside them meanwhile.
+"""
 
 
 def _place_in_line(item: pytest.Item) -> tuple[int, int]:
     file = item.path
     directory = next((i for i, name in enumerate(DIRECTORIES) if name in file.parts), 0)
     return directory, LONGEST.index(file.stem) if file.stem in LONGEST else len(LONGEST)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(ids: list[str]) -> None:
+    """Refuses lanes that would not keep the tests of a group together.
+
+    pytest-xdist tells a group by the end of a test's name, which it changes where pytest lets it.
+    Without groups nothing fails, but each lane makes all servers and runs for itself.
+    """
+    grouped = any(name.startswith("tests/integration/") for name in ids)
+    if grouped and all(name_of(name) == name for name in ids):
+        pytest.exit(
+            f"pytest {pytest.__version__} ignores the groups of this pytest-xdist, so that "
+            "lanes would start each server twice: install pytest<9.2",
+            returncode=pytest.ExitCode.USAGE_ERROR,
+        )
 
 
 def pytest_terminal_summary(
@@ -83,7 +103,9 @@ def pytest_terminal_summary(
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """Makes a file or directory once for all lanes: `once(name, make)` returns the path that make(path) filled."""
+    """Makes a file or directory once for all lanes: `once(name, make)` returns the path that
+    make(path) filled.
+    """
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # each lane has a folder of its own in it
@@ -102,7 +124,9 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes, once per set of sizes, an HF directory with a random model whose every weight matters."""
+    """Makes, once per set of sizes, an HF directory with a random model whose
+    every weight matters.
+    """
     import torch
     import transformers
 
@@ -116,7 +140,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         dtype: str = "float64",
         **sizes: object,
     ) -> Path:
-        """`moved`: standard deviation of noise on top of the same weights, for a policy that has been updated."""
+        """`moved`: standard deviation of noise on top of the same weights,
+        for a policy that has been updated.
+        """
         key = (family, seed, moved, dtype, str(sorted(sizes.items())))
         if key not in made:
             shape = {

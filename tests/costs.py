@@ -1,6 +1,8 @@
-"""What each test costs: seconds of CPU time of pytest and of all processes below it, and of the clock.
+"""What each test costs: seconds of CPU time of pytest and of all processes below it,
+and of the clock.
 
-A busy machine slows a test's clock down much more than it adds to its work, so tests are compared by their CPU time.
+A busy machine slows a test's clock down much more than it adds to its work, so tests are compared
+by their CPU time.
 
     pytest --costs FILE          adds a line for each test to the file, and shows a table at the end
     python -m tests.costs FILE   shows that table of a file, of a run that was broken off too
@@ -22,7 +24,9 @@ TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds(pid: int) -> float:
-    """Returns the CPU time of a process, of its children that have ended, and of all that live below it."""
+    """Returns the CPU time of a process, of its children that have ended,
+    and of all that live below it.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         children = []
@@ -31,14 +35,19 @@ def cpu_seconds(pid: int) -> float:
     except OSError:  # it has ended meanwhile; its parent counts it from now on
         return 0.0
 
-    # utime, stime, cutime and cstime: fields 14 to 17 of proc(5); the text after the name begins with field 3.
+    # utime, stime, cutime and cstime: fields 14 to 17 of proc(5); the text after the name begins
+    # with field 3.
     ticks = sum(int(field) for field in fields[11:15])
     return ticks / TICKS_PER_SECOND + sum(cpu_seconds(int(child)) for child in children)
 
 
 def name_of(node: str) -> str:
-    """Returns a test's name without the group that pytest-xdist adds to it, which only these tests have."""
-    return node.partition("@")[0] if node.startswith("tests/integration/") else node
+    """Returns a test's name without the group that pytest-xdist adds to it.
+
+    An "@" within the brackets of a parameter is the test's own.
+    """
+    name, at, group = node.rpartition("@")
+    return name if at and "]" not in group else node
 
 
 @dataclass

@@ -1,15 +1,17 @@
-"""Starts command lines of Python by a fork of a process that has imported torch, megatron-core and transformers.
+"""Starts command lines of Python by a fork of a process that has imported torch,
+megatron-core and transformers.
 
-A new interpreter needs seven seconds of CPU time for these imports, a fork milliseconds. `Popen` and `run` take the
-place of those of `subprocess`: a command line of this interpreter (`python -m MODULE ...` or `python SCRIPT ...`) is
-forked from the zygote and has its own environment, directory, standard streams and session; any other command, and one
-with a `preexec_fn`, is started as usual. The ranks that torchrun starts are forked in the same way.
+A new interpreter needs seven seconds of CPU time for these imports, a fork milliseconds. `Popen`
+and `run` take the place of those of `subprocess`: a command line of this interpreter (`python -m
+MODULE ...` or `python SCRIPT ...`) is forked from the zygote and has its own environment,
+directory, standard streams and session; any other command, and one with a `preexec_fn`, is started
+as usual. The ranks that torchrun starts are forked in the same way.
 
-The vLLM servers that such a process starts are forked too: first the guard, then by the guard the server, and by the
-server its engine.
+The vLLM servers that such a process starts are forked too: first the guard, then by the guard the
+server, and by the server its engine.
 
-What a fork cannot show is that the imports themselves are right and enough: some tests start real processes, and
-`REAL_SERVERS` has a process start real servers.
+What a fork cannot show is that the imports themselves are right and enough: some tests start real
+processes, and `REAL_SERVERS` has a process start real servers.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ class Request:
 
 
 class Popen(subprocess.Popen[Any]):
-    """As subprocess.Popen; the process is the zygote's child, which reports its end over a socket."""
+    """As subprocess.Popen; the process is the zygote's child,
+    which reports its end over a socket.
+    """
 
     def __init__(self, args: Sequence[Any], **options: Any) -> None:
         self._words = _forkable(args, options)
@@ -97,7 +101,9 @@ class Popen(subprocess.Popen[Any]):
             self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
     def _try_wait(self, wait_flags: int) -> tuple[int, int]:
-        """Returns the process's id and its wait status; (0, 0) while it runs and nobody wants to wait."""
+        """Returns the process's id and its wait status; (0, 0) while it runs and
+        nobody wants to wait.
+        """
         if self._report is None:
             return super()._try_wait(wait_flags)  # type: ignore[misc, no-any-return]
         if wait_flags & os.WNOHANG and not _has_word(self._report):
@@ -120,7 +126,9 @@ class Popen(subprocess.Popen[Any]):
 
 
 def _has_word(connection: socket.socket) -> bool:
-    """Whether something can be read. select() knows no descriptor above 1023, and tests that keep tensors have more."""
+    """Whether something can be read. select() knows no descriptor above 1023,
+    and tests that keep tensors have more.
+    """
     poller = select.poll()
     poller.register(connection, select.POLLIN)
     return bool(poller.poll(0))
@@ -146,7 +154,9 @@ def run(
 
 
 def _forkable(args: Any, options: Mapping[str, Any]) -> list[str] | None:
-    """Returns the words after the interpreter where the zygote can run this command line, else None."""
+    """Returns the words after the interpreter where the zygote can run this command line,
+    else None.
+    """
     words = [os.fspath(word) for word in args]
     is_special = any(options.get(name) for name in ("shell", "preexec_fn", "pass_fds"))
     if is_special or words[0] != sys.executable:
@@ -177,7 +187,8 @@ def _ask(kind: str, request: Request, streams: Sequence[int]) -> tuple[int, sock
 
 
 def add_interpreter(folder: Path, kind: str) -> str:
-    """Makes an executable `python` that forks from the zygote of a kind, for shell scripts; returns a PATH with it first.
+    """Makes an executable `python` that forks from the zygote of a kind, for shell scripts;
+    returns a PATH with it first.
 
     Args:
         folder: An empty directory for it.
@@ -203,7 +214,10 @@ def run_as_stand_in(address: str) -> NoReturn:
 
 
 _addresses: dict[str, str] = {}
-"""Paths of the sockets of the zygotes that run, by kind. In a forked process all kinds are the zygote it is from."""
+"""Paths of the sockets of the zygotes that run, by kind.
+
+In a forked process all kinds are the zygote it is from.
+"""
 _starting = threading.Lock()
 
 
@@ -230,9 +244,11 @@ def _address(kind: str) -> str:
 
 
 class _Child(subprocess.Popen[Any]):
-    """As subprocess.Popen for one of this interpreter's command lines; the process is a fork of this one.
+    """As subprocess.Popen for one of this interpreter's command lines;
+    the process is a fork of this one.
 
-    It is in this process's group, which a guard ends as a whole; the zygote's children have other groups.
+    It is in this process's group, which a guard ends as a whole; the zygote's children have other
+    groups.
     """
 
     def _execute_child(self, *arguments: Any) -> None:
@@ -269,7 +285,9 @@ class Server:
         self._listener.listen(64)
         self._running: dict[int, socket.socket] = {}
         self._requesters: dict[int, int] = {}
-        """Process -> the one that asked for it; without guards, which find out by themselves who has ended."""
+        """Process -> the one that asked for it; without guards,
+        which find out by themselves who has ended.
+        """
         # A child's end wakes the loop by a byte in this pipe.
         self._wakes, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake)
@@ -301,7 +319,8 @@ class Server:
             report = self._running.pop(pid)
             self._requesters.pop(pid, None)
             if os.WIFSIGNALED(status):
-                # A test that kills torchrun means the whole job, and its ranks are in sessions of their own.
+                # A test that kills torchrun means the whole job, and its ranks are in sessions of
+                # their own.
                 for child, requester in self._requesters.items():
                     if requester == pid:
                         os.kill(child, signal.SIGKILL)
@@ -376,8 +395,11 @@ def _run_as_main(words: Sequence[str]) -> int:
 
 
 def _fork_the_ranks() -> None:
-    """Has torchrun, which this process may be, fork its ranks. Verifiers are started by a run as usual: they look at
-    their process group, their limits and their memory."""
+    """Has torchrun, which this process may be, fork its ranks.
+
+    Verifiers are started by a run as usual: they look at their process group, their limits and
+    their memory.
+    """
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     subprocess_handler.Popen = Popen  # type: ignore[attr-defined]
@@ -390,7 +412,8 @@ def _import_vllm() -> None:
     os.environ.update(ENVIRONMENT)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-    # Each engine would compile its small functions, for 10 s and more; processes that are not forked do.
+    # Each engine would compile its small functions, for 10 s and more; processes that are not
+    # forked do.
     import torch._dynamo.config
 
     torch._dynamo.config.disable = True
@@ -440,7 +463,9 @@ def main() -> None:
 
 
 def _run_and_exit(words: Sequence[str]) -> NoReturn:
-    """Runs a command line and ends as an interpreter does, but without the seconds that it takes to throw modules away."""
+    """Runs a command line and ends as an interpreter does, but without the seconds that it takes to
+    throw modules away.
+    """
     code = _run_as_main(words)
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()

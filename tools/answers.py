@@ -1,6 +1,8 @@
-"""Prints what two models answer to a few problems, side by side: `python tools/answers.py BEFORE AFTER`.
+"""Prints what two models answer to a few problems, side by side:
+`python tools/answers.py BEFORE AFTER`.
 
-BEFORE has heldout.jsonl beside its weights. Both answer greedily, so that the same models answer the same.
+BEFORE has heldout.jsonl beside its weights. Both answer greedily, so that the same models answer
+the same.
 """
 
 from __future__ import annotations

@@ -1,15 +1,19 @@
-"""What a rank does beside the model, which must not grow with ranks or steps: planning, prompts, shares of engines.
+"""What a rank does beside the model, which must not grow with ranks or steps: planning, prompts,
+shares of engines.
 
     python tools/bench_bookkeeping.py
-    python tools/bench_bookkeeping.py --before 37a47e0      # the planner of that commit beside today's
-    python tools/bench_bookkeeping.py --steps 10000         # and that many steps of a run of 64 ranks
+    # with the planner of an earlier commit beside today's
+    python tools/bench_bookkeeping.py --before 37a47e0
+    # with that many steps of a run of 64 ranks
+    python tools/bench_bookkeeping.py --steps 10000
 
-One process does what each rank of a run does alike. Lengths of answers are exponential with a mean of 3,000 tokens, cut
-at 8,192, under a budget of 10,240; groups of 8. A plan with the planner of an earlier commit is given up after --patience
-seconds.
+One process does what each rank of a run does alike. Lengths of answers are exponential with a mean
+of 3,000 tokens, cut at 8,192, under a budget of 10,240; groups of 8. A plan with the planner of an
+earlier commit is given up after --patience seconds.
 
-The run of 64 ranks draws 32 prompts of 40,000 a step in groups of 8, shares them out, cuts minibatches, plans, learns
-lengths, and takes the state that a checkpoint would save. Its memory and its time a step must stay flat.
+The run of 64 ranks draws 32 prompts of 40,000 a step in groups of 8, shares them out, cuts
+minibatches, plans, learns lengths, and takes the state that a checkpoint would save. Its memory and
+its time a step must stay flat.
 """
 
 from __future__ import annotations
@@ -85,7 +89,9 @@ def timed_plan(module: Any, count: int, dp: int) -> tuple[float, float, str]:
 
 
 def patient_plan(module: Any, count: int, dp: int, patience: float) -> tuple[float, float] | None:
-    """Seconds and estimate of a plan in a process of its own; None where it takes longer than `patience`."""
+    """Seconds and estimate of a plan in a process of its own;
+    None where it takes longer than `patience`.
+    """
     context = mp.get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=lambda: theirs.send(timed_plan(module, count, dp)[:2]))

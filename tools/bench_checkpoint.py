@@ -4,11 +4,12 @@
     python tools/bench_checkpoint.py --parameters 500 --saves 3
     torchrun --nproc-per-node 2 tools/bench_checkpoint.py
 
-The plain save is megatron-core's own: dist_checkpointing.save of the same model and optimizer, files fsynced, in its
-fastest format, `dp_reshardable` (`fully_reshardable`, which ours can be read as, first gathers the optimizer at twice
-its size). Its saves come first, so that its memory and our staged copy need not fit together; both write to the same
-disk. The first save of each is not counted: it makes plans and memory that the later ones use again. `step while
-writing` against `step` is what a save costs beyond its stand-still.
+The plain save is megatron-core's own: dist_checkpointing.save of the same model and optimizer,
+files fsynced, in its fastest format, `dp_reshardable` (`fully_reshardable`, which ours can be read
+as, first gathers the optimizer at twice its size). Its saves come first, so that its memory and our
+staged copy need not fit together; both write to the same disk. The first save of each is not
+counted: it makes plans and memory that the later ones use again. `step while writing` against
+`step` is what a save costs beyond its stand-still.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def main() -> None:
 
 def shape(parameters: float) -> dict[str, int]:
     """Of a model with about so many parameters."""
-    # 2 x vocabulary x hidden + layers x (attention 2.5 hidden^2 + 3 x 2.75 hidden^2), solved for hidden.
+    # 2 x vocabulary x hidden + layers x (attention 2.5 hidden^2 + 3 x 2.75 hidden^2), solved for
+    # hidden.
     a, b = LAYERS * (2.5 + 3 * 2.75), 2 * VOCABULARY
     hidden = int((-b + (b * b + 4 * a * parameters) ** 0.5) / (2 * a)) // 128 * 128
     sizes = {

@@ -1,13 +1,15 @@
-"""Conversion beside `cp` of the same bytes, in one run: seconds of work and of the whole process, memory, ratios.
+"""Conversion beside `cp` of the same bytes, in one run: seconds of work and of the whole process,
+memory, ratios.
 
     python tools/bench_convert.py --shape 1.5b
-    python tools/bench_convert.py --shape 7b --sparse     # the source is a hole, so that only the copies take disk
+    # the source is a hole, so that only the copies take disk
+    python tools/bench_convert.py --shape 7b --sparse
     python tools/bench_convert.py --peer "bridge=python their_script.py {hf} {out}"
 
-Makes a synthetic model of the shape, then repeats cp, both conversions, both with a cast, and any peers, each in a
-process of its own, and takes medians. `work` begins when Python and torch are loaded and includes bringing the files to
-disk, so ratios are to a cp that does that too. Memory is the anonymous memory of the process and its children, the most
-seen at 20 ms intervals.
+Makes a synthetic model of the shape, then repeats cp, both conversions, both with a cast, and any
+peers, each in a process of its own, and takes medians. `work` begins when Python and torch are
+loaded and includes bringing the files to disk, so ratios are to a cp that does that too. Memory is
+the anonymous memory of the process and its children, the most seen at 20 ms intervals.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ from megatron_real.weights.hf import hf_files
 from megatron_real.weights.mapping import hf_shapes
 
 QWEN = {
-    "architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "rope_theta": 10000,
-    "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "bfloat16", "num_hidden_layers": 28,
+    "architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 131072, "rms_norm_eps": 1e-6,
+    "rope_theta": 10000, "tie_word_embeddings": False, "hidden_act": "silu",
+    "torch_dtype": "bfloat16", "num_hidden_layers": 28,
 }  # fmt: skip
 SHAPES = {
     "tiny": {
@@ -150,7 +153,9 @@ def measure(
 
 
 def run(command: str) -> tuple[float, float, float]:
-    """Work s (the program's own word, else the process's), process s, and peak anonymous memory (GiB)."""
+    """Work s (the program's own word, else the process's), process s,
+    and peak anonymous memory (GiB).
+    """
     started = time.perf_counter()
     process = subprocess.Popen(shlex.split(command), stdout=subprocess.PIPE, text=True)
     peak = 0

@@ -1,17 +1,20 @@
-"""How a step's rollouts reach the ranks that train on them, and the disk: before and after, side by side.
+"""How a step's rollouts reach the ranks that train on them, and the disk: before and after,
+side by side.
 
     python tools/bench_data_plane.py
 
-    before   every rank's rollouts are pickled and gathered by all ranks (all_gather_object); files are JSON lines
-    after    facts are summed as a table, tokens go once to the ranks that train on them (exchange.py); files are parquet
+    before   every rank's rollouts are pickled and gathered by all ranks (all_gather_object); files
+             are JSON lines
+    after    facts are summed as a table, tokens go once to the ranks that train on them
+             (exchange.py); files are parquet
 
-The first table is the real code on ranks of this machine, over gloo. The second is one process that plays one rank of a
-large run, of the recipe's worst step: it does all that this rank's CPU does, with the very bytes that would come from the
-others; its seconds are of the processor, and the network takes no time. Data-parallel replicas are of 8 ranks there. The
-third is about files.
+The first table is the real code on ranks of this machine, over gloo. The second is one process that
+plays one rank of a large run, of the recipe's worst step: it does all that this rank's CPU does,
+with the very bytes that would come from the others; its seconds are of the processor, and the
+network takes no time. Data-parallel replicas are of 8 ranks there. The third is about files.
 
-Bytes a rank counts what it sends and receives, a sum over ranks as a ring moves it (twice the tensor). Peak is host memory
-beyond what the process had before.
+Bytes a rank counts what it sends and receives, a sum over ranks as a ring moves it (twice the
+tensor). Peak is host memory beyond what the process had before.
 """
 
 from __future__ import annotations
@@ -71,7 +74,9 @@ class Cost:
 
 
 def made_rollouts(count: int, tokens: int, *, shared: bool) -> list[Rollout]:
-    """Whole groups of rollouts that are equally long; `shared` where all may have the same arrays."""
+    """Whole groups of rollouts that are equally long;
+    `shared` where all may have the same arrays.
+    """
     generator = numpy.random.default_rng(0)
 
     def completion() -> Completion:
@@ -97,7 +102,9 @@ def made_rollouts(count: int, tokens: int, *, shared: bool) -> list[Rollout]:
 
 
 def share_of(rollouts: Sequence[Rollout], rank: int, world: int) -> list[Rollout]:
-    """The rollouts that a rank has sampled; the last ranks have none where there are more ranks than rollouts."""
+    """The rollouts that a rank has sampled; the last ranks have none where there
+    are more ranks than rollouts.
+    """
     each = max(1, len(rollouts) // world)
     return list(rollouts[rank * each : (rank + 1) * each])
 
@@ -172,7 +179,8 @@ def real_rank(rank: int, world: int, port: int, options: argparse.Namespace, out
         return exchange.num_bytes
 
     costs = [measured(before, options.rounds), measured(after, options.rounds)]
-    # Plain figures: what starts this file as a module of another name could not read a class of it back.
+    # Plain figures: what starts this file as a module of another name could not read a class of it
+    # back.
     out.put((rank, [astuple(cost) for cost in costs]))
     dist.barrier()
     dist.destroy_process_group()
@@ -265,7 +273,8 @@ def played(world: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     def facts_and_verdicts(share: Sequence[Rollout]) -> dict[Any, Any]:
         return {(r.group, r.sample): (r.completion, r.verdict) for r in share}
 
-    # Every rank has as many as the first one; the last ones of a world larger than the step have none.
+    # Every rank has as many as the first one; the last ones of a world larger than the step have
+    # none.
     num_shares = len(rollouts) // len(own)
     theirs = pickle.dumps(facts_and_verdicts(own))
     nothing = pickle.dumps({})

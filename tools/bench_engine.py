@@ -1,4 +1,6 @@
-"""What the benchmarks of the rollouts share: a small Qwen2 with a tokenizer on disk, and a configuration with vLLM."""
+"""What the benchmarks of the rollouts share: a small Qwen2 with a tokenizer on disk,
+and a configuration with vLLM.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ PROMPT_TOKENS = 64
 def configured(
     *, dtype: Any, response_tokens: int, kv_cache_mib: int, **parallel: Any
 ) -> Iterator[Config]:
-    """Joins the world; the configuration of a random model in a directory that all ranks see while it lasts."""
+    """Joins the world; the configuration of a random model in a directory that
+    all ranks see while it lasts.
+    """
     with shared_directory() as path:
         write_model(path, **SHAPE)
         if dist.get_rank() == 0:

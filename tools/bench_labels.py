@@ -1,9 +1,11 @@
-"""Checks per second of a verifier on 1 worker, and on more of them as a ratio to that, side by side in one run.
+"""Checks per second of a verifier on 1 worker, and on more of them as a ratio to that,
+side by side in one run.
 
     python tools/bench_labels.py [--workers 1 2] [--checks 1024] [--verifier math_verify]
 
-The completions are as long as reasoning is (4,000 words before the answer); half of them are right. Rounds alternate
-between the pools, and the median counts, so that other load on the machine hits all of them alike.
+The completions are as long as reasoning is (4,000 words before the answer); half of them are right.
+Rounds alternate between the pools, and the median counts, so that other load on the machine hits
+all of them alike.
 """
 
 from __future__ import annotations

@@ -1,32 +1,38 @@
 """Log-probs of target tokens, forward and backward: ours against megatron-core's cross entropy.
 
-    python tools/bench_logprobs.py                                     # CPU: T 1024, H 1536, V 151936, bf16
+    # a CPU: T 1024, H 1536, V 151936, bf16
+    python tools/bench_logprobs.py
     python tools/bench_logprobs.py --dtype fp32 --tokens 512
-    python tools/bench_logprobs.py --tokens 8192 --hidden 3584 --vocab 152064      # an 80 GB GPU: the 7B model
+    # an 80 GB GPU: the 7B model
+    python tools/bench_logprobs.py --tokens 8192 --hidden 3584 --vocab 152064
 
-Two tables. The first starts from hidden states and ends with the gradients of hidden states and output weight:
+Two tables. The first starts from hidden states and ends with the gradients of hidden states and
+output weight:
 
     naive        log_softmax of the fp32 logits
-    megatron     logits = hidden @ weight.T, then megatron-core's vocab_parallel_cross_entropy: the baseline
+    megatron     logits = hidden @ weight.T, then megatron-core's vocab_parallel_cross_entropy: the
+                 baseline
     ours/logits  the same logits, then vocab_parallel_logprobs
     ours/linear  linear_logprobs: no logits beyond a chunk
     ours/torch   the same by torch's operators, on a GPU where Triton's kernels are its default
-    liger        Liger's fused linear cross entropy for tensor parallelism, on a GPU where it is installed
+    liger        Liger's fused linear cross entropy for tensor parallelism, on a GPU where it is
+                 installed
 
-The second starts from given logits and ends with their gradient: megatron-core's cross entropy against
-vocab_parallel_logprobs alone. (megatron-core overwrites fp32 logits in place, ours never writes to its input; the
-logits are therefore made anew, outside the clock, before each call.)
+The second starts from given logits and ends with their gradient: megatron-core's cross entropy
+against vocab_parallel_logprobs alone. (megatron-core overwrites fp32 logits in place, ours never
+writes to its input; the logits are therefore made anew, outside the clock, before each call.)
 
-Times are the fastest of several rounds, each of which times all paths in turn. Where neighbours share the cores, add
---cpu-time: processor time of one thread.
+Times are the fastest of several rounds, each of which times all paths in turn. Where neighbours
+share the cores, add --cpu-time: processor time of one thread.
 
-Memory is the peak of live bytes during forward and backward, inputs and their gradients aside. It is read from the
-profiler's record of every allocation and release of torch's allocator, on the CPU and on a GPU alike, so temporaries
-within an operator count, and a gradient is left out exactly: by the address of the allocation that became it, not by
-subtracting its size from a peak at which it may not have existed.
+Memory is the peak of live bytes during forward and backward, inputs and their gradients aside. It
+is read from the profiler's record of every allocation and release of torch's allocator, on the CPU
+and on a GPU alike, so temporaries within an operator count, and a gradient is left out exactly: by
+the address of the allocation that became it, not by subtracting its size from a peak at which it
+may not have existed.
 
-To reach (bf16): ours/logits no slower than megatron at no more memory; ours/linear at most 1.4 times megatron's time
-(1.35 on a GPU) with at least 8 times less memory.
+To reach (bf16): ours/logits no slower than megatron at no more memory; ours/linear at most 1.4
+times megatron's time (1.35 on a GPU) with at least 8 times less memory.
 """
 
 from __future__ import annotations
@@ -78,7 +84,9 @@ def liger(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor) -> Tensor:
 
 
 def peak_extra_bytes(run: Callable[[], Any], inputs: Iterable[Tensor]) -> int:
-    """Peak of live bytes that `run` allocates, without the storages that end as the inputs' gradients."""
+    """Peak of live bytes that `run` allocates, without the storages that end as
+    the inputs' gradients.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
         torch.cuda.synchronize()
@@ -126,8 +134,9 @@ def compare(
     renew: Callable[[], None],
     options: argparse.Namespace,
 ) -> None:
-    """Times and measures the paths, forward and backward, and prints their table; `megatron` is the baseline. `renew`
-    prepares the inputs of a run."""
+    """Times and measures the paths, forward and backward, and prints their table;
+    `megatron` is the baseline. `renew` prepares the inputs of a run.
+    """
     gradient_T = torch.rand(options.tokens, device=cpu.device())
 
     def prepare(name: str) -> Callable[[], None]:

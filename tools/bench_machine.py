@@ -1,4 +1,6 @@
-"""What the benchmarks share: side-by-side timing, the line that describes the machine, and a table with a JSON twin."""
+"""What the benchmarks share: side-by-side timing, the line that describes the machine,
+and a table with a JSON twin.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def describe() -> str:
         }
     amx = ", AMX bf16" if "amx_bf16" in facts.get("flags", "") else ""
     name = facts.get("model name", "unknown processor")
-    return f"{name}{amx}, {os.cpu_count()} cores, {torch.get_num_threads()} threads a process, {versions}"
+    threads = torch.get_num_threads()
+    return f"{name}{amx}, {os.cpu_count()} cores, {threads} threads a process, {versions}"
 
 
 def add_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
@@ -55,8 +58,11 @@ def apply_options(options: argparse.Namespace) -> None:
 def interleaved(
     paths: Mapping[str, Callable[[], Callable[[], Any]]], options: argparse.Namespace
 ) -> dict[str, float]:
-    """Seconds of each path, the fastest of the rounds. Calling a path prepares it outside the clock and returns what is
-    timed. Every round times all of them in turn, so that a busy neighbour hits all alike; a first round warms up."""
+    """Seconds of each path, the fastest of the rounds.
+
+    Calling a path prepares it outside the clock and returns what is timed. Every round times all of
+    them in turn, so that a busy neighbour hits all alike; a first round warms up.
+    """
     clock = time.process_time if options.cpu_time else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in paths}
     for _ in range(1 + options.rounds):

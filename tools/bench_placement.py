@@ -1,21 +1,23 @@
-"""Placement of groups: what `auto` chooses against the fastest fixed placement, on batches unlike each other.
+"""Placement of groups: what `auto` chooses against the fastest fixed placement,
+on batches unlike each other.
 
     torchrun --nproc-per-node 2 tools/bench_placement.py
 
-Data parallelism of 2 over a small Qwen2 on megatron-core. For each batch, every placement's gradient (a later
-minibatch: scores are needed; the optimizer, alike for all, is left out) is timed, the fastest of several rounds, each
-of which times all placements in turn. The time under `auto` is that of the plan it chose, which is one of these.
+Data parallelism of 2 over a small Qwen2 on megatron-core. For each batch, every placement's
+gradient (a later minibatch: scores are needed; the optimizer, alike for all, is left out) is timed,
+the fastest of several rounds, each of which times all placements in turn. The time under `auto` is
+that of the plan it chose, which is one of these.
 
     uniform         many short groups of equal length
     long tail       every group has one response many times as long as the others
     big groups      two groups, each larger than a micro-batch: `intact` has no plan
 
-To reach: `auto` within 5 % of the best. The estimates behind the choice are given for comparison, as ratios to the best
-estimate.
+To reach: `auto` within 5 % of the best. The estimates behind the choice are given for comparison,
+as ratios to the best estimate.
 
-Where neighbours share the cores, add --cpu-time. Each rank's processor time (of one thread) is taken between the points
-where ranks wait for each other, the all-reduces; the slowest rank's time, summed over these intervals, is what an
-undisturbed machine would take, communication aside.
+Where neighbours share the cores, add --cpu-time. Each rank's processor time (of one thread) is
+taken between the points where ranks wait for each other, the all-reduces; the slowest rank's time,
+summed over these intervals, is what an undisturbed machine would take, communication aside.
 """
 
 from __future__ import annotations
@@ -77,7 +79,9 @@ def processor_time(run: Callable[[], Any]) -> float:
 
 
 def planned(policy: Policy, minibatch: Minibatch, placement: Any) -> Batch | None:
-    """The batch as a later minibatch, its old log-probs not yet computed; None where a group does not fit."""
+    """The batch as a later minibatch, its old log-probs not yet computed;
+    None where a group does not fit.
+    """
     try:
         return policy.packer.with_placement(placement).pack(minibatch, off_policy=True)
     except ValueError:

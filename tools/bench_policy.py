@@ -1,4 +1,6 @@
-"""What the benchmarks of the train step share: a small Qwen2 policy with random weights, and random rollouts for it."""
+"""What the benchmarks of the train step share: a small Qwen2 policy with random weights,
+and random rollouts for it.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,10 @@ def new_policy(config: Config, shape: Mapping[str, int] = SHAPE) -> Policy:
 def rollouts(
     groups: Sequence[Sequence[int]], prompt_tokens: int, *, seed: int = 0, vocab: int = VOCAB
 ) -> list[Rollout]:
-    """Rollouts of the given response lengths, one list a group. Every group has both labels, so none is dropped."""
+    """Rollouts of the given response lengths, one list a group.
+
+    Every group has both labels, so none is dropped.
+    """
     draw = random.Random(seed)
 
     def tokens(n: int) -> tuple[int, ...]:

@@ -1,11 +1,13 @@
 """What a report costs: seconds, memory and size of the page, for long runs with many rollouts.
 
-    python tools/bench_report.py                                   # 3 runs of 1,400 steps x 1,024 rollouts
+    # 3 runs of 1,400 steps of 1,024 rollouts
+    python tools/bench_report.py
     python tools/bench_report.py --steps 100 --rollouts 128 --runs 1
 
-The runs are synthetic, with the metrics of a real one and rollouts of groups of 8. A report reads the rollouts of at most 40
-steps of a run, which are drawn one by one; the files of all other steps are links to the first of them, as they are never
-opened. The report is the command, in a process of its own: its seconds are those of the clock, its memory is its peak.
+The runs are synthetic, with the metrics of a real one and rollouts of groups of 8. A report reads
+the rollouts of at most 40 steps of a run, which are drawn one by one; the files of all other steps
+are links to the first of them, as they are never opened. The report is the command, in a process of
+its own: its seconds are those of the clock, its memory is its peak.
 """
 
 from __future__ import annotations
@@ -171,7 +173,9 @@ def drawn(step: int, options: argparse.Namespace) -> Iterator[Rollout]:
 
 
 def metrics_of(step: int, draw: random.Random) -> dict[str, Any]:
-    """The row of a step: every curve that the report draws, as noisy as real ones, and the times of 8 ranks."""
+    """The row of a step: every curve that the report draws, as noisy as real ones,
+    and the times of 8 ranks.
+    """
     noisy = 1 - math.exp(-step / 300) + draw.gauss(0, 0.05)
     row: dict[str, Any] = {
         "step": step,

@@ -1,11 +1,12 @@
-"""Tokens per second of our rollout stage against vLLM called directly, on the same prompts in one run.
+"""Tokens per second of our rollout stage against vLLM called directly,
+on the same prompts in one run.
 
     python tools/bench_rollout.py [--dtype bf16]
 
-Directly: an engine of vLLM's own making, with the same limits, that reads the weights from disk; one call for all
-prompts, n samples each, with the log-probs that REAL needs. Ours: the stage, with the spread, a seed for each answer,
-the completions as records and on their way to the verifier. Every answer has the full length: the end-of-sequence token
-is one that is hardly ever drawn.
+Directly: an engine of vLLM's own making, with the same limits, that reads the weights from disk;
+one call for all prompts, n samples each, with the log-probs that REAL needs. Ours: the stage, with
+the spread, a seed for each answer, the completions as records and on their way to the verifier.
+Every answer has the full length: the end-of-sequence token is one that is hardly ever drawn.
 
 To reach: at least 0.95.
 """

@@ -1,28 +1,32 @@
-"""The train step: REAL against supervised fine-tuning (SFT) by cross-entropy on the same packed batches.
+"""The train step: REAL against supervised fine-tuning (SFT) by cross-entropy on
+the same packed batches.
 
     python tools/bench_train_step.py                                  # one process
     torchrun --nproc-per-node 2 tools/bench_train_step.py             # data parallel
 
-A small Qwen2 (6 layers, hidden 384, vocabulary 32768) with random weights takes optimizer updates through the real
-Policy on megatron-core. The SFT step is the same update, optimizer included, on the same micro-batches and
-through the same log-prob path; only its loss is the mean of -log pi. Rollouts have random lengths and both labels in
-every group, so that REAL has nothing to leave out.
+A small Qwen2 (6 layers, hidden 384, vocabulary 32768) with random weights takes optimizer updates
+through the real Policy on megatron-core. The SFT step is the same update, optimizer included, on
+the same micro-batches and through the same log-prob path; only its loss is the mean of -log pi.
+Rollouts have random lengths and both labels in every group, so that REAL has nothing to leave out.
 
     SFT             one update: the baseline of the minibatch rows
     first           first minibatch after a rollout: no old log-probs, no scoring pass
-    later, split    a later minibatch, its old log-probs computed before: a scoring pass, then the update
+    later, split    a later minibatch, its old log-probs computed before: a scoring pass, then the
+                    update
     later, dp       the scores are gathered within the loss: one pass
     later, intact   the same, without communication
     SFT x 4         packing and four updates: the baseline of the rollout rows
     rollout, ...    packing, old log-probs of minibatches 2 to 4, then four updates, by placement
     NAME, first     another objective's first minibatch, and
-    NAME, later     a later one: one pass where its reach is a token or a sequence, two where it is more
+    NAME, later     a later one: one pass where its reach is a token or a sequence, two where it is
+                    more
 
-Times are the fastest of several rounds, each of which times all in turn. Where neighbours share the cores, add
---cpu-time: processor time of one thread (a single process only).
+Times are the fastest of several rounds, each of which times all in turn. Where neighbours share the
+cores, add --cpu-time: processor time of one thread (a single process only).
 
-To reach: first at most 1.05 times SFT, later at most 1.45, rollout at most 1.6. By counted work (a forward pass 1, a
-backward pass 2) they are 1, 1.33 for split and 1 for the others, and 1.5 for split and 1.25 for the others.
+To reach: first at most 1.05 times SFT, later at most 1.45, rollout at most 1.6. By counted work (a
+forward pass 1, a backward pass 2) they are 1, 1.33 for split and 1 for the others, and 1.5 for
+split and 1.25 for the others.
 """
 
 from __future__ import annotations
@@ -91,7 +95,9 @@ class Trial:
 
 
 def sft_update(policy: Policy, batch: Batch) -> None:
-    """Supervised fine-tuning on the batch's responses: everything but the loss is the real step's."""
+    """Supervised fine-tuning on the batch's responses:
+    everything but the loss is the real step's.
+    """
     num_tokens = batch.minibatch.num_response_tokens
     policy.zero_gradients()
     policy.passes.forward_backward(
@@ -185,9 +191,13 @@ def main() -> None:
         for name, value in seconds.items()
     ]
     tokens = sum(map(sum, lengths)) // NUM_MINIBATCHES
-    title = f"Train step: {options.dtype}, DP {dist.get_world_size()}, {options.groups} groups of {options.group_size}"
     if dist.get_rank() == 0:
-        show(f"{title}, about {tokens} response tokens a minibatch", rows, options)
+        title = (
+            f"Train step: {options.dtype}, DP {dist.get_world_size()}, "
+            f"{options.groups} groups of {options.group_size}, "
+            f"about {tokens} response tokens a minibatch"
+        )
+        show(title, rows, options)
 
 
 if __name__ == "__main__":

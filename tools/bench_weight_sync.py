@@ -5,7 +5,8 @@
 
     memcpy           every HF tensor copied into memory that exists
     to the engine    the sync with its checks of names and shapes, up to the engine's own weights
-    with packing     on a CPU vLLM computes with a copy of each matrix in oneDNN's layout, made anew by each sync
+    with packing     on a CPU vLLM computes with a copy of each matrix in oneDNN's layout, made anew
+                     by each sync
     with checksums   and every tensor summed on both sides (rollout.sync.checksum_every)
 
 To reach: at most 3 times the memcpy to the engine.
@@ -96,7 +97,8 @@ def measure(config: Config, options: argparse.Namespace) -> None:
     ]
     if dist.get_rank() == 0:
         show(
-            f"Weight sync, {size / 1e6:.0f} MB in {options.dtype}, policy TP {options.tp}, engine TP 1",
+            f"Weight sync, {size / 1e6:.0f} MB in {options.dtype}, "
+            f"policy TP {options.tp}, engine TP 1",
             rows,
             options,
         )

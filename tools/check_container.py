@@ -1,10 +1,12 @@
-"""Checks that the versions which the Dockerfile pins exist and fit together, without docker and without a GPU.
+"""Checks that the versions which the Dockerfile pins exist and fit together,
+without docker and without a GPU.
 
     python tools/check_container.py [--torch 2.15.0a0+875d815502] [--pin VLLM=0.32.0 ...]
 
-uv resolves them for the base's Python and platform against the package index, with the base's torch standing in as a
-wheel without content: whatever wants another torch, or another package than its neighbours, fails, and uv says why.
-vLLM's own requirements are taken as use_existing_torch.py leaves them: without the lines that name torch.
+uv resolves them for the base's Python and platform against the package index, with the base's torch
+standing in as a wheel without content: whatever wants another torch, or another package than its
+neighbours, fails, and uv says why. vLLM's own requirements are taken as use_existing_torch.py
+leaves them: without the lines that name torch.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# nvcr.io/nvidia/vllm:26.10-py3, built on the same month's torch as nvcr.io/nvidia/pytorch:26.10-py3:
+# nvcr.io/nvidia/vllm:26.10-py3, built on the same month's torch as
+# nvcr.io/nvidia/pytorch:26.10-py3:
 # docs.nvidia.com/deeplearning/frameworks/vllm-release-notes/rel-26-10.html
 TORCH = "2.15.0a0+875d815502"
 TARGET = (
@@ -34,7 +37,9 @@ PACKAGES = {"VLLM": "vllm", "MEGATRON_CORE": "megatron-core", "MATH_VERIFY": "ma
 
 
 def main() -> int:
-    """Prints what the image would hold; returns 1, with the resolver's reason, if there is no such image."""
+    """Prints what the image would hold; returns 1, with the resolver's reason,
+    if there is no such image.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

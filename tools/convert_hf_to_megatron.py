@@ -1,4 +1,5 @@
-"""HF weights -> Megatron checkpoint: `python tools/convert_hf_to_megatron.py HF_DIR OUT`; -h lists the options.
+"""HF weights -> Megatron checkpoint: `python tools/convert_hf_to_megatron.py HF_DIR OUT`;
+-h lists the options.
 
 The same as `megatron-real convert to-megatron`, for those who look for a converter in tools/.
 """

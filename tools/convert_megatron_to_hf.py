@@ -1,4 +1,5 @@
-"""Megatron checkpoint -> HF weights: `python tools/convert_megatron_to_hf.py CKPT OUT`; -h lists the options.
+"""Megatron checkpoint -> HF weights: `python tools/convert_megatron_to_hf.py CKPT OUT`;
+-h lists the options.
 
 The same as `megatron-real convert to-hf`, for those who look for a converter in tools/.
 """

@@ -1,10 +1,11 @@
-"""Counts tests and what they assert, here and at another commit: a change of the tests' speed must not lose any.
+"""Counts tests and what they assert, here and at another commit:
+a change of the tests' speed must not lose any.
 
     python tools/count_tests.py            # this checkout
     python tools/count_tests.py main~20    # beside that of a commit
 
-Test functions are counted, not the parameters that each is run with (`pytest --collect-only` has those); an assertion is an
-assert statement or a pytest.raises, wherever it stands below tests/.
+Test functions are counted, not the parameters that each is run with (`pytest --collect-only` has
+those); an assertion is an assert statement or a pytest.raises, wherever it stands below tests/.
 """
 
 from __future__ import annotations

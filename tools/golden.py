@@ -1,26 +1,37 @@
-"""The golden curves: figures of small fixed runs that a change of structure must not move by one bit.
+"""The golden curves: figures of small fixed runs that a change of structure must
+not move by one bit.
 
-    python tools/golden.py compare                  # `replay` and `tiny`, about half a minute; exit code 1 if one differs
-    python tools/golden.py compare tiny --steps 20  # the first 20 of its 60 steps
-    python tools/golden.py compare quickstart       # the quickstart's 60 steps, several minutes
-    python tools/golden.py make [NAME ...]          # writes tests/golden/NAME.jsonl anew, after a wanted change
+    # `replay` and `tiny`, about half a minute; exit code 1 if one differs
+    python tools/golden.py compare
+    # the first 20 of its 60 steps
+    python tools/golden.py compare tiny --steps 20
+    # the quickstart's 60 steps, several minutes
+    python tools/golden.py compare quickstart
+    # writes tests/golden/NAME.jsonl anew, after a wanted change
+    python tools/golden.py make [NAME ...]
 
-    replay      10 steps of fixed rollouts in float64, two minibatches each, for every variant of the objective, by
-                Policy.prepare and Policy.gradient. megatron-core's optimizers know no float64, so the weights move by
-                a plain gradient step of this file's own. Scores of the second minibatch are far from 0.
-    tiny        60 steps of `megatron-real train` in float32 on one process: sampling by transformers, an own verifier,
-                chunks, refilled groups, several micro-batches, Adam. Weights and prompts come from Python's random
-                numbers, so every machine begins with the same bits.
-    quickstart  60 steps of examples/configs/quickstart.yaml on two processes, as examples/quickstart.sh runs them, from a
-                shipped base model. All 60 rows are those of the code from before the objectives (0048429).
+    replay      10 steps of fixed rollouts in float64, two minibatches each, for every variant of
+                the objective, by Policy.prepare and Policy.gradient. megatron-core's optimizers
+                know no float64, so the weights move by a plain gradient step of this file's own.
+                Scores of the second minibatch are far from 0.
+    tiny        60 steps of `megatron-real train` in float32 on one process: sampling by
+                transformers, an own verifier, chunks, refilled groups, several micro-batches, Adam.
+                Weights and prompts come from Python's random numbers, so every machine begins with
+                the same bits.
+    quickstart  60 steps of examples/configs/quickstart.yaml on two processes, as
+                examples/quickstart.sh runs them, from a shipped base model. All 60 rows are those
+                of the code from before the objectives (0048429).
 
-The first line of a file names the processor and the packages that it was made with. On the same ones the comparison is
-byte for byte: threads, instruction set and MKL's code path are fixed below. Elsewhere
+The first line of a file names the processor and the packages that it was made with. On the same
+ones the comparison is byte for byte: threads, instruction set and MKL's code path are fixed below.
+Elsewhere
 
-    replay      agrees to a relative 1e-9. A change of 1e-13 in the step size moved no figure by more than 1e-13, so that
-                rounding (1e-16) stays far below it, and any mistake far above;
-    the others  agree in their first step to a relative 1e-4, and in the mean reward of the last ten steps to 0.15. A
-                draw that rounding moves to another token changes all later figures, so no more can be asked.
+    replay      agrees to a relative 1e-9. A change of 1e-13 in the step size moved no figure by
+                more than 1e-13, so that rounding (1e-16) stays far below it, and any mistake far
+                above;
+    the others  agree in their first step to a relative 1e-4, and in the mean reward of the last ten
+                steps to 0.15. A draw that rounding moves to another token changes all later
+                figures, so no more can be asked.
 """
 
 from __future__ import annotations
@@ -41,7 +52,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 
-# One thread, and the arithmetic that every x86-64 machine with AVX2 has: sums are formed in the same order everywhere.
+# One thread, and the arithmetic that every x86-64 machine with AVX2 has: sums are formed in the
+# same order everywhere.
 FIXED = {
     "OMP_NUM_THREADS": "1",
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -53,7 +65,9 @@ FIXED = {
 }
 
 Row = dict[str, Any]
-"""One line of a golden file: the step, and loss, grad_norm and what else there is, as JSON's exact floats."""
+"""One line of a golden file: the step, and loss, grad_norm and what else there is,
+as JSON's exact floats.
+"""
 
 
 def main() -> int:
@@ -158,7 +172,8 @@ def compare(name: str, rows: Sequence[Row], expected: Sequence[Row], *, exact: b
 def figures(name: str, folder: Path, steps: int) -> list[Row]:
     """The rows of a curve, computed now by child processes with the fixed arithmetic.
 
-    `steps` is the length of a training run. Its learning rate is constant: a shorter run is a longer one's beginning.
+    `steps` is the length of a training run. Its learning rate is constant: a shorter run is a
+    longer one's beginning.
     """
     if name == "replay":
         output = _python(__file__, "_replay", folder)
@@ -257,7 +272,9 @@ def tiny_base(path: Path) -> None:
 
 
 def random_model(path: Path, dtype: str, **sizes: Any) -> None:
-    """A Qwen2 whose every weight is a multiple of 2^-20 drawn by Python's generator: exact in every dtype used here."""
+    """A Qwen2 whose every weight is a multiple of 2^-20 drawn by Python's generator:
+    exact in every dtype used here.
+    """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -341,7 +358,9 @@ def _passes(
 
 
 def fixed_rollouts(step: int) -> list[Any]:
-    """Groups of unequal lengths: mixed, of one class, with excluded rollouts, wholly excluded, with an empty one."""
+    """Groups of unequal lengths: mixed, of one class, with excluded rollouts, wholly excluded,
+    with an empty one.
+    """
     from megatron_real.records import Completion, Prompt, Rollout, Verdict
 
     draw = random.Random(step)

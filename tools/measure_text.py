@@ -1,4 +1,5 @@
-"""Measures how a package's text reads: the length of functions, comments, blank lines, dense assignments, vague names.
+"""Measures how a package's text reads: the length of functions, comments, blank lines,
+dense assignments, vague names.
 
     python tools/measure_text.py megatron_real
     python tools/measure_text.py megatron_real path/to/another_package    # side by side

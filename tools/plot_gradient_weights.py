@@ -1,10 +1,12 @@
-"""Draws Figure 1 of the paper: how strongly GRPO and REAL pull at a rollout, by how far the policy has moved on it.
+"""Draws Figure 1 of the paper: how strongly GRPO and REAL pull at a rollout,
+by how far the policy has moved on it.
 
     python tools/plot_gradient_weights.py --out docs/gradient_weights.png
 
-Both curves come from the library's own functions. The x axis is the log-ratio s: of one token in GRPO, its mean over
-the response in REAL. GRPO pulls least at the correct answers the policy is losing and most at the wrong ones it is
-moving towards, without bound; REAL's pull grows with the mistake and never exceeds 1 / tau.
+Both curves come from the library's own functions. The x axis is the log-ratio s: of one token in
+GRPO, its mean over the response in REAL. GRPO pulls least at the correct answers the policy is
+losing and most at the wrong ones it is moving towards, without bound; REAL's pull grows with the
+mistake and never exceeds 1 / tau.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ NOTES = {  # label: (text, x, y, color) of what there is to see
 
 
 def real_magnitude(score_X: Tensor, label: int) -> Tensor:
-    """[X] |w| of a rollout at each score, one group for each: C - 1 more rollouts of its side, at score 0, make C."""
+    """[X] |w| of a rollout at each score, one group for each: C - 1 more rollouts of its side,
+    at score 0, make C.
+    """
     num_others = C - 1
     other_side = NEGATIVE if label == POSITIVE else POSITIVE
     score_XG = torch.zeros(len(score_X), 1 + num_others + 1, dtype=score_X.dtype)

@@ -1,4 +1,5 @@
-"""Draws how far engine and trainer differ over the steps of runs: the mismatch metrics of docs/rollouts.md.
+"""Draws how far engine and trainer differ over the steps of runs:
+the mismatch metrics of docs/rollouts.md.
 
 python tools/plot_mismatch.py --out docs/mismatch.png --runs "SmolLM2, bf16=runs/smollm2/run"
 """

@@ -3,9 +3,10 @@
     python tools/plot_paper.py --sweep runs/results/seeds --figure 2 --out docs/results_figure_2.png
     python tools/plot_paper.py --sweep runs/results/seeds --figure 5 --out docs/results_figure_5.png
 
-Figure 2 is about ratios: which share of the low ones are of right answers, and what clips take away. Figure 4 is how
-each method trains; Figure 5 is the same of REAL, REAL without its anchor, and plain BCE. A line is the mean over seeds,
-its band from the lowest seed to the highest. Figure 1 is tools/plot_gradient_weights.py.
+Figure 2 is about ratios: which share of the low ones are of right answers, and what clips take
+away. Figure 4 is how each method trains; Figure 5 is the same of REAL, REAL without its anchor, and
+plain BCE. A line is the mean over seeds, its band from the lowest seed to the highest. Figure 1 is
+tools/plot_gradient_weights.py.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from matplotlib.axes import Axes
 
 from megatron_real.runs.rows import read_rows
 
-# Okabe and Ito's palette (2008), which colour-blind readers can tell apart; more variants change the dash.
+# Okabe and Ito's palette (2008), which colour-blind readers can tell apart; more variants change
+# the dash.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 DASHES = ("solid", "dashed", "dotted")
 
@@ -120,7 +122,9 @@ def draw(figure: Figure, sweep: Path, variants: Sequence[str], out: Path) -> Non
 
 
 def curves(variant: Path, metric: str) -> NDArray[np.float64]:
-    """[seeds, steps] of a metric, NaN where a step has no such figure; of runs that have the most steps."""
+    """[seeds, steps] of a metric, NaN where a step has no such figure;
+    of runs that have the most steps.
+    """
     found = []
     for run in sorted(variant.glob("seed-*")):
         rows, _ = read_rows(run / "metrics.jsonl")

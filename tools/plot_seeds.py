@@ -1,6 +1,8 @@
-"""Draws the held-out accuracy of several runs over their steps: the quickstart's seeds and its control.
+"""Draws the held-out accuracy of several runs over their steps:
+the quickstart's seeds and its control.
 
-python tools/plot_seeds.py --out docs/quickstart_seeds.png --runs runs/seed-1 runs/seed-2 --controls runs/permuted-1
+python tools/plot_seeds.py --out docs/quickstart_seeds.png --runs runs/seed-1 runs/seed-2 --controls
+runs/permuted-1
 """
 
 from __future__ import annotations

@@ -1,11 +1,16 @@
-"""Prepares the paper's training sets and benchmarks from their published files: one schema, no duplicates, no leaks.
+"""Prepares the paper's training sets and benchmarks from their published files: one schema,
+no duplicates, no leaks.
 
-    python tools/prepare_data.py --out data                                   # all eight, from the Hugging Face hub
-    python tools/prepare_data.py --out data aime24=aime.parquet dapo=dapo/    # some of them, from files on disk
-    python tools/prepare_data.py --out data aime25=math-ai/aime25             # another publisher's hub dataset
+    # all eight, from the Hugging Face hub
+    python tools/prepare_data.py --out data
+    # some of them, from files on disk
+    python tools/prepare_data.py --out data aime24=aime.parquet dapo=dapo/
+    # another publisher's hub dataset
+    python tools/prepare_data.py --out data aime25=math-ai/aime25
 
-Writes NAME.jsonl for each, which `data.train`, `data.heldout` and `megatron-real eval --bench` take; report.json with
-every count; leaks.jsonl with the training questions that a benchmark asks. docs/evaluation.md says more.
+Writes NAME.jsonl for each, which `data.train`, `data.heldout` and `megatron-real eval --bench`
+take; report.json with every count; leaks.jsonl with the training questions that a benchmark asks.
+docs/evaluation.md says more.
 """
 
 from __future__ import annotations

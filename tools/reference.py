@@ -1,8 +1,10 @@
-"""Writes the pages of the documentation that are made of the code: `python tools/reference.py [--check]`.
+"""Writes the pages of the documentation that are made of the code:
+`python tools/reference.py [--check]`.
 
-docs/metrics.md: every metric. docs/settings.md: every setting. docs/commands.md: every command, with its help.
-docs/statuses.md: statuses of rollouts, states of runs, exit codes. docs/api.md: every public function, with its docstring.
-`--check` writes nothing and fails where a page is not what it would write.
+docs/metrics.md: every metric. docs/settings.md: every setting. docs/commands.md: every command,
+with its help. docs/statuses.md: statuses of rollouts, states of runs, exit codes. docs/api.md:
+every public function, with its docstring. `--check` writes nothing and fails where a page is not
+what it would write.
 """
 
 from __future__ import annotations
@@ -36,9 +38,12 @@ def metrics_page() -> str:
     lines = [
         "# Metrics\n",
         NOTE,
-        "`metrics.jsonl` of a run directory has a row for each step, and `evaluations.jsonl` one for each evaluation.",
-        "Trackers (TensorBoard, Weights & Biases, MLflow) show the same figures in groups. A figure of nothing, such as the",
-        "mean score of right answers where there were none, is null in the files and left out elsewhere.",
+        "`metrics.jsonl` of a run directory has a row for each step, and `evaluations.jsonl` one "
+        "for each evaluation.",
+        "Trackers (TensorBoard, Weights & Biases, MLflow) show the same figures in groups. A "
+        "figure of nothing, such as the",
+        "mean score of right answers where there were none, is null in the files and left out "
+        "elsewhere.",
     ]
     group = ""
     for metric in METRICS:
@@ -51,7 +56,8 @@ def metrics_page() -> str:
             lines.append("| --- | --- | --- | --- | --- |")
         meaning = metric.meaning.replace("|", r"\|")
         lines.append(
-            f"| `{metric.name}` | `{metric.tracked}` | {metric.unit} | {metric.reduction} | {meaning} |"
+            f"| `{metric.name}` | `{metric.tracked}` | {metric.unit} | {metric.reduction} | "
+            f"{meaning} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -61,8 +67,10 @@ def settings_page() -> str:
     lines = [
         "# Settings\n",
         NOTE,
-        "`megatron-real config [PREFIX ...]` prints the same, and `megatron-real config --schema` a JSON schema for editors.",
-        "[Configuration](configuration.md) says how files, bases and words of the command line come together.",
+        "`megatron-real config [PREFIX ...]` prints the same, and `megatron-real config --schema` "
+        "a JSON schema for editors.",
+        "[Configuration](configuration.md) says how files, bases and words of the command line "
+        "come together.",
     ]
     section = ""
     for setting in every_setting():
@@ -88,7 +96,8 @@ def commands_page() -> str:
     lines = [
         "# Commands\n",
         NOTE,
-        "Words complete in bash and zsh where `argcomplete` is installed (`pip install 'megatron_real[completion]'`) and the shell",
+        "Words complete in bash and zsh where `argcomplete` is installed (`pip install "
+        "'megatron_real[completion]'`) and the shell",
         'was told: `eval "$(register-python-argcomplete megatron-real)"`.',
     ]
     parser = build_parser()
@@ -107,7 +116,8 @@ def statuses_page() -> str:
         "# Statuses and exit codes\n",
         NOTE,
         "## Rollouts\n",
-        "Each rollout has one status. `status/NAME` in the metrics counts them; [Labels](labels.md) says which label each",
+        "Each rollout has one status. `status/NAME` in the metrics counts them; "
+        "[Labels](labels.md) says which label each",
         "leads to.\n",
         "| status | meaning |",
         "| --- | --- |",
@@ -119,7 +129,8 @@ def statuses_page() -> str:
         lines.append(f"| {name} | {Label[name.upper()].value} | {meaning} |")
     lines += [
         "\n## Runs\n",
-        "`status.json` of a run directory has the state of its last start, with the reason and the time. `before` is the",
+        "`status.json` of a run directory has the state of its last start, with the reason and the "
+        "time. `before` is the",
         "run's own state where the last start was refused.\n",
         "| state | meaning |",
         "| --- | --- |",
@@ -150,7 +161,8 @@ def api_page() -> str:
     lines = [
         "# Public functions\n",
         NOTE,
-        "`from megatron_real import NAME`. Shapes are in square brackets: R rollouts, T packed tokens, H the model's width, V",
+        "`from megatron_real import NAME`. Shapes are in square brackets: R rollouts, T packed "
+        "tokens, H the model's width, V",
         "this rank's part of the vocabulary.",
     ]
     for name in megatron_real.__all__:

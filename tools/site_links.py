@@ -1,4 +1,5 @@
-"""A hook of mkdocs: links that lead out of docs/ become the names of files, which the site does not have.
+"""A hook of mkdocs: links that lead out of docs/ become the names of files,
+which the site does not have.
 
 In the repository they work as links. A name that does not exist fails the build.
 """

@@ -35,7 +35,8 @@ examples:
   megatron-real labels check answers.jsonl
   megatron-real labels golds data/train.jsonl
 
-exit codes: 0 all as expected, 1 a row was judged otherwise, 2 the input was refused
+exit codes: 0 all as expected, 1 a row was judged otherwise, 2 the input was
+refused
 """
 
 _MAX_SHOWN = 20

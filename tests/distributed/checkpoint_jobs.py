@@ -67,7 +67,9 @@ def resumed(
 
 
 def state_of(policy: Any) -> dict[str, Any]:
-    """The weights by their HF names, and this rank's pieces of the optimizer's state with their places."""
+    """The weights by their HF names, and this rank's pieces of the optimizer's
+    state with their places.
+    """
     from megatron_real.policy.state import sharded_state
 
     pieces = [
@@ -96,7 +98,9 @@ def stopped_within_a_step(config: Config, samples: list[Sample], done: int) -> d
 def taken_up(
     config: Config, samples: list[Sample], begun: dict[str, Any], done: int
 ) -> dict[str, Any]:
-    """The same rest, in this layout, from `begun`; the updates before it are made again to have the same weights."""
+    """The same rest, in this layout, from `begun`; the updates before it are made
+    again to have the same weights.
+    """
     from megatron_real.policy.state import Unfinished, prepare
 
     policy = new_policy(config, config.model.path)
@@ -112,7 +116,9 @@ def taken_up(
 
 
 def assembled(ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The whole tensors of the optimizer's state, from the pieces of all ranks; NaN where nobody has an element."""
+    """The whole tensors of the optimizer's state, from the pieces of all ranks;
+    NaN where nobody has an element.
+    """
     whole: dict[str, torch.Tensor] = {}
     for rank in ranks:
         for key, shape, offset, data in rank["pieces"]:

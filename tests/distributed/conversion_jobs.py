@@ -1,4 +1,6 @@
-"""What the workers of the conversion tests run: megatron-core's own loader and writer against our converters."""
+"""What the workers of the conversion tests run: megatron-core's own loader and
+writer against our converters.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,18 @@ def _policy(config: Config) -> Any:
 
 
 def _sharded(policy: Any) -> dict[str, Any]:
-    """The model's sharded state dict as Megatron-LM makes it: `model`, or `model0`, ... with virtual stages."""
+    """The model's sharded state dict as Megatron-LM makes it: `model`, or `model0`,
+    ... with virtual stages.
+    """
     if len(policy.chunks) == 1:
         return {"model": policy.chunks[0].sharded_state_dict()}
     return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
 
 
 def _load_by_megatron(policy: Any, checkpoint: str) -> None:
-    """dist_checkpointing, or Megatron-LM's way with the older format: torch.load and a strict load_state_dict."""
+    """dist_checkpointing, or Megatron-LM's way with the older format:
+    torch.load and a strict load_state_dict.
+    """
     from megatron.core import dist_checkpointing
 
     if (Path(checkpoint) / ".metadata").exists():
@@ -53,7 +59,9 @@ def _load_by_megatron(policy: Any, checkpoint: str) -> None:
 
 
 def logits_of_checkpoint(config: Config, checkpoint: str, tokens: list[int]) -> Any:
-    """Logits [T, V] of tokens[:-1] (one rank of the last stage), after megatron-core and we loaded alike."""
+    """Logits [T, V] of tokens[:-1] (one rank of the last stage),
+    after megatron-core and we loaded alike.
+    """
     from megatron_real.weights.conversion import open_megatron
     from megatron_real.weights.stream import global_parameters
 
@@ -88,8 +96,9 @@ def _logits(policy: Any, tokens: list[int]) -> Any:
 
 
 def save_by_megatron(config: Config, out: str, *, steps: int) -> dict[str, Any] | None:
-    """Trains for `steps` optimizer steps on random gradients, saves model and optimizer by megatron-core, and returns
-    the gathered HF tensors of the first rank."""
+    """Trains for `steps` optimizer steps on random gradients, saves model and optimizer by
+    megatron-core, and returns the gathered HF tensors of the first rank.
+    """
     from megatron.core import dist_checkpointing
 
     policy = _policy(config)
@@ -115,9 +124,11 @@ def save_by_megatron(config: Config, out: str, *, steps: int) -> dict[str, Any] 
 
 
 def load_by_megatron_lm(path: str, checkpoint: str, ckpt_format: str) -> dict[str, Any]:
-    """Megatron-LM's own load_checkpoint, as its pretrain scripts call it; the HF tensors that the model then holds.
+    """Megatron-LM's own load_checkpoint, as its pretrain scripts call it;
+    the HF tensors that the model then holds.
 
-    Of its arguments only those of the model's sizes are given, the rest comes by --use-checkpoint-args.
+    Of its arguments only those of the model's sizes are given, the rest comes by
+    --use-checkpoint-args.
     """
     import sys
     import typing

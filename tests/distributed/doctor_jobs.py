@@ -42,7 +42,9 @@ def all_reduce(*, faulty_rank: int | None) -> Finding:
 
 
 def reported(*, run_dir: Path) -> list[Finding]:
-    """The whole report of two nodes, whose disks are made to differ: a throttled one gives both the same figure."""
+    """The whole report of two nodes, whose disks are made to differ:
+    a throttled one gives both the same figure.
+    """
     rank, true = dist.get_rank(), machine._written_and_read
 
     def measured(file: Path) -> tuple[float, float]:

@@ -1,4 +1,6 @@
-"""What the workers of the distributed tests run: functions of plain arguments, called on every rank."""
+"""What the workers of the distributed tests run: functions of plain arguments,
+called on every rank.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def new_policy(config: Config, path: str, num_updates: int = 100) -> Any:
 
 
 def gradient(config: Config, old_path: str | None, samples: list[Sample]) -> dict[str, Any]:
-    """Loss, gradient of every parameter under its HF name, and counted model forwards, of one minibatch."""
+    """Loss, gradient of every parameter under its HF name, and counted model forwards,
+    of one minibatch.
+    """
     policy = new_policy(config, config.model.path)
     batch = prepared(policy, old_path, samples)
     forwards = [0]
@@ -66,7 +70,9 @@ def gradient(config: Config, old_path: str | None, samples: list[Sample]) -> dic
 
 
 def prepared(policy: Any, old_path: str | None, samples: list[Sample]) -> Any:
-    """The minibatch as one batch; with `old_path`, its old log-probs are those of the weights there."""
+    """The minibatch as one batch; with `old_path`, its old log-probs are those of
+    the weights there.
+    """
     from megatron_real.weights.hf import HfWeights
 
     settings = policy.settings
@@ -80,7 +86,9 @@ def prepared(policy: Any, old_path: str | None, samples: list[Sample]) -> Any:
 
 
 def gradients_of(policy: Any) -> dict[str, Any] | None:
-    """The gradient buffers under HF names, on the first rank: the sync's mapping is linear, so it fits gradients."""
+    """The gradient buffers under HF names, on the first rank: the sync's mapping is linear,
+    so it fits gradients.
+    """
     for chunk in policy.chunks:
         for parameter in chunk.parameters():
             parameter.data = parameter.main_grad

@@ -1,4 +1,6 @@
-"""The rows of the invariance matrix: a pairwise cover of all that may change where and when a token is computed."""
+"""The rows of the invariance matrix: a pairwise cover of all that may change
+where and when a token is computed.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ def possible_pairs() -> frozenset[tuple[Any, ...]]:
 
 
 def pairwise_cover() -> list[Layout]:
-    """Greedy: of 300 random layouts always the one with the most new pairs, until none is missing."""
+    """Greedy: of 300 random layouts always the one with the most new pairs,
+    until none is missing.
+    """
     draw, missing, rows = random.Random(1), set(possible_pairs()), []
     while missing:
         best = max(
@@ -97,7 +101,9 @@ def pairwise_cover() -> list[Layout]:
 
 
 def level_cover(rows: Sequence[Layout]) -> list[Layout]:
-    """Greedy: rows in which every level of every factor occurs, in the order of `rows`; far fewer than for the pairs."""
+    """Greedy: rows in which every level of every factor occurs, in the order of `rows`;
+    far fewer than for the pairs.
+    """
     missing = {(factor, level) for factor, levels in LEVELS.items() for level in levels}
     chosen: list[Layout] = []
     while missing:

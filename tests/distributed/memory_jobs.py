@@ -1,4 +1,6 @@
-"""What the memory tests measure on every rank of real models: each allocation and release of torch's allocator."""
+"""What the memory tests measure on every rank of real models:
+each allocation and release of torch's allocator.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,11 @@ from tests.distributed.reference import Sample
 
 
 def measured(config: Config, samples: list[Sample]) -> dict[str, int]:
-    """Of one rank: its parameters, the bytes that it holds between passes, and what each pass adds at its peak.
+    """Of one rank: its parameters, the bytes that it holds between passes,
+    and what each pass adds at its peak.
 
-    A first update comes before: it makes the optimizer's states and megatron-core's communication buffers.
+    A first update comes before: it makes the optimizer's states and megatron-core's communication
+    buffers.
     """
     before = living_bytes()
     policy = jobs.new_policy(config, config.model.path)
@@ -52,7 +56,8 @@ def living_bytes() -> int:
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most that `run` holds of its own at any time: every allocation and release of torch's allocator counts.
+    """The most that `run` holds of its own at any time: every allocation and release of torch's
+    allocator counts.
 
     The profiler misses what gloo's threads release, so the lower of two runs is taken.
     """

@@ -77,7 +77,9 @@ def gradients_of(policy: Any) -> dict[str, Any] | None:
 
 
 def mismatches(config: Config, samples: list[Sample]) -> dict[str, list[float]]:
-    """The mean |log-prob here - in the engine| of each rollout, measured by a step of each objective."""
+    """The mean |log-prob here - in the engine| of each rollout,
+    measured by a step of each objective.
+    """
     from megatron_real.objective.registry import OBJECTIVES
     from megatron_real.policy.train_step import TrainStep
 
@@ -93,7 +95,9 @@ def mismatches(config: Config, samples: list[Sample]) -> dict[str, list[float]]:
 def averaged_per_micro_batch(
     config: Config, old_path: str, samples: list[Sample]
 ) -> dict[str, Any] | None:
-    """DAPO's token mean taken in each micro-batch by itself and averaged over micro-batches: the classic mistake."""
+    """DAPO's token mean taken in each micro-batch by itself and averaged over micro-batches:
+    the classic mistake.
+    """
     from megatron_real.policy.train_step import TrainStep
     from megatron_real.weights.hf import HfWeights
 

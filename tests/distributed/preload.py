@@ -1,4 +1,6 @@
-"""Everything heavy that a rank of a test needs, imported once: ranks are forked from a process that has it."""
+"""Everything heavy that a rank of a test needs, imported once:
+ranks are forked from a process that has it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The invariance matrix's reference: transformers' model and Eq. 8 as printed. Imports nothing from megatron_real."""
+"""The invariance matrix's reference: transformers' model and Eq. 8 as printed.
+Imports nothing from megatron_real.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,10 @@ class Sample:
 
 
 def minibatch(seed: int, vocab: int) -> list[Sample]:
-    """Unequal lengths, groups of unequal size and label counts, an excluded rollout, a one-class group, a wholly
-    excluded group, a one-token response; in shuffled order. With an even seed, longer responses have spans in
-    their middle that are not trained, and some end with one."""
+    """Unequal lengths, groups of unequal size and label counts, an excluded rollout, a one-class
+    group, a wholly excluded group, a one-token response; in shuffled order. With an even seed,
+    longer responses have spans in their middle that are not trained, and some end with one.
+    """
     generator = torch.Generator().manual_seed(seed)
     labels = {
         3: (1, 0, 0, 1, 0),
@@ -57,7 +60,9 @@ def minibatch(seed: int, vocab: int) -> list[Sample]:
 
 
 def _masked(length: int) -> tuple[bool, ...]:
-    """Trained tokens at both ends of a response of 4 and more, one in the middle of a longer one."""
+    """Trained tokens at both ends of a response of 4 and more,
+    one in the middle of a longer one.
+    """
     trained = [True] * length
     if length >= 4:
         trained[1 : length - 1] = [False] * (length - 2)
@@ -69,7 +74,9 @@ def _masked(length: int) -> tuple[bool, ...]:
 
 
 def load(path: Path, dtype: torch.dtype = torch.float64) -> Any:
-    """transformers' model; in float64 also where transformers always computes in float32: rotary angles and norms."""
+    """transformers' model; in float64 also where transformers always computes in float32:
+    rotary angles and norms.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
@@ -101,7 +108,9 @@ def logprobs(model: Any, sample: Sample) -> Tensor:
 
 
 def loss(scores: list[Tensor], samples: list[Sample]) -> Tensor:
-    """Eq. 8, averaged over the groups with a labelled rollout; one-class groups give no loss but count."""
+    """Eq. 8, averaged over the groups with a labelled rollout;
+    one-class groups give no loss but count.
+    """
     groups: dict[int, list[int]] = defaultdict(list)
     for i, sample in enumerate(samples):
         if sample.label != -1:
@@ -119,8 +128,9 @@ def loss(scores: list[Tensor], samples: list[Sample]) -> Tensor:
 def gradient(
     path: Path, old_path: Path | None, samples: list[Sample]
 ) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradient of every parameter at the weights of `path`, rollouts drawn by those of `old_path` (None: by
-    `path` itself)."""
+    """Loss and gradient of every parameter at the weights of `path`,
+    rollouts drawn by those of `old_path` (None: by `path` itself).
+    """
     model = load(path)
     old = model if old_path is None else load(old_path)
     scores = []

@@ -1,6 +1,7 @@
 """The printed formulas of all objectives, written over lists of sequences, and nothing of ours.
 
-Each takes the sequences of a minibatch one by one and is differentiated directly, by autograd through the whole model.
+Each takes the sequences of a minibatch one by one and is differentiated directly, by autograd
+through the whole model.
 
     s.logprob, s.old, s.reference    [n] log-probs of a sequence's response tokens
     s.reward, s.label, s.group       what the verifier said of it
@@ -291,4 +292,6 @@ CASES = {
     "lpo-reverse": Case("lpo", {"divergence": "reverse"}, lambda s: lpo(s, reverse=True)),
     "conspo": Case("conspo", {"margin": 0.1}, lambda s: conspo(s, 0.1)),
 }
-"""Name -> case. Every objective of the registry has one; the settings make clips bite on both sides."""
+"""Name -> case. Every objective of the registry has one; the settings make clips
+bite on both sides.
+"""

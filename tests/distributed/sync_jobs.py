@@ -1,4 +1,6 @@
-"""What the tests of the weight sync run on every rank: real engines, real policies, and ways to damage what passes."""
+"""What the tests of the weight sync run on every rank: real engines, real policies,
+and ways to damage what passes.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,9 @@ class Pair:
         self._moves = 0
 
     def move(self) -> None:
-        """Other weights, as an update would make them, only more so; replicated parameters move alike."""
+        """Other weights, as an update would make them, only more so;
+        replicated parameters move alike.
+        """
         self._moves += 1
         draw = torch.Generator().manual_seed(self._moves)
         for chunk in self.policy.chunks:
@@ -158,7 +162,9 @@ def doubled(stream: Stream, name: str) -> Stream:
 def damaged_on_the_way(
     pair: Pair, damage: Callable[[Stream], Stream], *, rank: int | None = None
 ) -> Any:
-    """The engine's loading, except that on `rank` (None: on all) the tensors are damaged after they were sent."""
+    """The engine's loading, except that on `rank` (None: on all) the tensors are
+    damaged after they were sent.
+    """
     load = pair.engine.prepare_for_inference
     here = rank is None or dist.get_rank() == rank
     return lambda weights: load(damage(iter(weights)) if here else weights)

@@ -1,4 +1,6 @@
-"""Checkpoints across layouts, against the very tensors that were saved: equal bit for bit, or the test fails."""
+"""Checkpoints across layouts, against the very tensors that were saved: equal bit for bit,
+or the test fails.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,10 @@ def test_without_the_copy_the_file_holds_later_weights(
 def test_a_step_is_ended_on_another_layout(
     world: World, tiny_model: ModelMaker, before: str, after: str
 ) -> None:
-    """The scores of the remaining updates are against the old log-probs that were kept. Same layout: bit for bit."""
+    """The scores of the remaining updates are against the old log-probs that were kept.
+
+    Same layout: bit for bit.
+    """
     path = tiny_model("qwen2")
     stopped = run(world, path, before, jobs.stopped_within_a_step, done=1)[0]
     found = run(world, path, after, jobs.taken_up, begun=stopped["begun"], done=1)[0]

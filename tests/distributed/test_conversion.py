@@ -1,4 +1,6 @@
-"""Converted checkpoints under megatron-core's own loader, megatron-core's checkpoints under our export."""
+"""Converted checkpoints under megatron-core's own loader, megatron-core's
+checkpoints under our export.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,9 @@ def test_logits_of_a_converted_checkpoint(
     name: str,
     layout: tuple[int, int, int],
 ) -> None:
-    """megatron-core's loader and ours fill the same parameters, and the logits are transformers'."""
+    """megatron-core's loader and ours fill the same parameters,
+    and the logits are transformers'.
+    """
     tp, pp, vpp = layout
     path = model_of(tiny_model, name)
     out = hf_to_megatron(path, tmp_path / "megatron", tp_chunks=2 if tp > 1 else 1).out
@@ -123,7 +127,9 @@ def logits_of(world: World, config: Config, checkpoint: Path) -> torch.Tensor:
 def test_logits_tell_models_apart(
     world: World, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The control: the same weights with another rope pass every check of bytes and fail this one."""
+    """The control: the same weights with another rope pass every check of bytes
+    and fail this one.
+    """
     path = model_of(tiny_model, "llama3-rope")
     plain = model_of(tiny_model, "llama2")
     assert all(
@@ -175,7 +181,9 @@ def test_trained_checkpoints_export(
     dp: int,
     dtype: str,
 ) -> None:
-    """What megatron-core saves after optimizer steps, optimizer included, exports equal to the gathered parameters."""
+    """What megatron-core saves after optimizer steps, optimizer included,
+    exports equal to the gathered parameters.
+    """
     path = model_of(tiny_model, name)
     config = config_of(path, tp=tp, pp=pp, vpp=vpp, dtype=dtype)
     saved = tmp_path / "iter_0000003"

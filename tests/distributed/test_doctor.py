@@ -1,4 +1,6 @@
-"""What the doctor finds out by its ranks together, on real gloo, and that it finds what is broken."""
+"""What the doctor finds out by its ranks together, on real gloo,
+and that it finds what is broken.
+"""
 
 from __future__ import annotations
 

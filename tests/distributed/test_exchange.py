@@ -1,4 +1,6 @@
-"""Rollouts travel between ranks: facts to all, tokens to those that want them, bit for bit, and to nobody else."""
+"""Rollouts travel between ranks: facts to all, tokens to those that want them, bit for bit,
+and to nobody else.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ PROMPTS = [Prompt(f"p/{i}", f"{i}+1=", (i, 2, 3), (str(i + 1),)) for i in range(
 
 
 def made_rollouts() -> list[Rollout]:
-    """Of every kind: empty, masked in the middle, with half a surrogate pair, a NaN, a reason, no reward."""
+    """Of every kind: empty, masked in the middle, with half a surrogate pair, a NaN, a reason,
+    no reward.
+    """
     draw = random.Random(3)
     rollouts = []
     for group, prompt in enumerate(PROMPTS):
@@ -71,7 +75,9 @@ def made_rollouts() -> list[Rollout]:
 
 
 def travel() -> dict[str, Any]:
-    """Rank 1 holds nothing, the others every second rollout; then tokens go to rank 1 alone, and to all."""
+    """Rank 1 holds nothing, the others every second rollout; then tokens go to rank 1 alone,
+    and to all.
+    """
     rank, world, whole = dist.get_rank(), dist.get_world_size(), made_rollouts()
     exchange = Exchange(rank, world)
     own = [r for i, r in enumerate(whole) if (0, 2)[i % 2] == rank]
@@ -124,7 +130,9 @@ def test_tokens_go_where_they_are_wanted_and_facts_everywhere(world: World) -> N
 
 
 def dealt_or_whole(config: Config, samples: list[Sample], reference_path: str) -> dict[str, bool]:
-    """Everything that a rank computes with, of rollouts that are everywhere and of those that one rank holds each."""
+    """Everything that a rank computes with, of rollouts that are everywhere and of those that one
+    rank holds each.
+    """
     from megatron_real.policy.reference import Reference
     from megatron_real.weights.hf import HfWeights
 
@@ -189,7 +197,9 @@ def test_micro_batches_are_those_of_rollouts_that_every_rank_has(
 
 
 def written(folder: Path) -> list[Rollout]:
-    """The rollouts of a step and of a skipped update, of which each rank holds a part, as the first rank writes them."""
+    """The rollouts of a step and of a skipped update, of which each rank holds a part,
+    as the first rank writes them.
+    """
     from megatron_real.runs.reporter import Reporter
 
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -1,7 +1,8 @@
 """The proof of the project: loss and gradients of a minibatch are those of Eq. 8 under any layout.
 
-The reference (reference.py) is transformers' model and the printed equation in float64. Rows are a pairwise cover of
-all factors (layouts.py); each runs the real model, schedules and train step of megatron-core.
+The reference (reference.py) is transformers' model and the printed equation in float64. Rows are a
+pairwise cover of all factors (layouts.py); each runs the real model, schedules and train step of
+megatron-core.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ from tests.distributed.world import World
 ROWS = pairwise_cover()
 THIN = level_cover(ROWS)
 TOLERANCE = {"fp64": 1e-10, "fp32": 2e-5, "bf16": 1e-1}
-"""Relative error of each parameter's gradient, in the 2-norm. bf16's worst are the k biases, 6e-2: softmax hardly feels
-them, so their gradient is small; the others stay below 3e-2."""
+"""Relative error of each parameter's gradient, in the 2-norm. bf16's worst are the k biases, 6e-2:
+softmax hardly feels them, so their gradient is small; the others stay below 3e-2.
+"""
 
 ModelMaker = Callable[..., Path]
 
@@ -162,15 +164,17 @@ def test_long_grid(world: World, tiny_model: ModelMaker, expected: Any, seed: in
 
 
 PLAIN = replace(
-    ROWS[0], tp=1, sp=False, pp=1, vpp=1, cp=1, dp=1, max_tokens=64, packing="packed", placement="split", model="qwen2",
-    logprobs="linear", recompute="none", first=False,
+    ROWS[0], tp=1, sp=False, pp=1, vpp=1, cp=1, dp=1, max_tokens=64, packing="packed",
+    placement="split", model="qwen2", logprobs="linear", recompute="none", first=False,
 )  # fmt: skip
 
 
 def test_control_averaging_pieces_of_groups_is_wrong(
     world: World, tiny_model: ModelMaker, expected: Any
 ) -> None:
-    """What a trainer does that takes each micro-batch's rollouts for whole groups: off by more than 10 %."""
+    """What a trainer does that takes each micro-batch's rollouts for whole groups:
+    off by more than 10 %.
+    """
     path, old_path = model_paths(tiny_model, PLAIN.model)
     (found,) = world.run(
         jobs.naive_gradient,
@@ -186,7 +190,9 @@ def test_control_averaging_pieces_of_groups_is_wrong(
 def test_control_batched_p2p_breaks_the_interleaved_schedule(
     world: World, tiny_model: ModelMaker
 ) -> None:
-    """megatron-core's default p2p under VPP: the loss is exact, the gradients are not (docs/design.md)."""
+    """megatron-core's default p2p under VPP: the loss is exact,
+    the gradients are not (docs/design.md).
+    """
     layout = replace(PLAIN, pp=2, vpp=2, first=True, placement="dp", max_tokens=256)
     path, _ = model_paths(tiny_model, layout.model)
     samples = [reference.Sample((5, 6, 7), (i, 9, i + 2, 4), i % 2, i // 4) for i in range(16)]

@@ -1,4 +1,6 @@
-"""Rollouts that lag behind: pi_old is of the weights that generated them, and the first minibatch is scored too."""
+"""Rollouts that lag behind: pi_old is of the weights that generated them,
+and the first minibatch is scored too.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,10 @@ def lagging(config: Config, samples: list[Sample]) -> dict[str, Any]:
 def test_old_log_probs_are_those_of_the_weights_that_generated(
     world: World, tiny_model: ModelMaker, layout: str
 ) -> None:
-    """To the bit, and so are the weights afterwards. Control: under the present weights they differ."""
+    """To the bit, and so are the weights afterwards.
+
+    Control: under the present weights they differ.
+    """
     size, options = LAYOUTS[layout]
     config, samples = config_of(tiny_model("qwen2"), **options), reference.minibatch(1, vocab=101)
     ranks = world.run(lagging, size, config=config, samples=samples)
@@ -76,7 +81,9 @@ def test_old_log_probs_are_those_of_the_weights_that_generated(
 def lagged_gradient(
     config: Config, old_path: str, samples: list[Sample], lag: bool
 ) -> dict[str, Any]:
-    """The gradient under the weights of the configuration, of rollouts that those of `old_path` generated."""
+    """The gradient under the weights of the configuration, of rollouts that those
+    of `old_path` generated.
+    """
     from megatron_real.policy.snapshot import Snapshot
     from megatron_real.weights.hf import HfWeights
     from megatron_real.weights.stream import load_weights
@@ -99,8 +106,10 @@ def lagged_gradient(
 def test_the_gradient_is_that_of_the_printed_equation(
     world: World, tiny_model: ModelMaker, layout: str
 ) -> None:
-    """Eq. 8 by transformers in float64, with the old log-probs of other weights. Control: the shortcut of the first
-    minibatch, which takes them to be the same, is off by far."""
+    """Eq. 8 by transformers in float64, with the old log-probs of other weights.
+
+    Control: the shortcut of the first minibatch, which takes them to be the same, is off by far.
+    """
     path, old_path = model_paths(tiny_model, "qwen2")
     samples, (size, options) = reference.minibatch(1, vocab=101), LAYOUTS[layout]
     config = config_of(path, **options)

@@ -1,4 +1,6 @@
-"""The log-prob head's Triton kernels, run by Triton's interpreter on a CPU, against torch's operators and float64."""
+"""The log-prob head's Triton kernels, run by Triton's interpreter on a CPU,
+against torch's operators and float64.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ pytestmark = pytest.mark.one_version
 
 TEMPERATURE = 0.6
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""Largest relative error of an output or gradient, which rounding of the operands' dtype explains."""
+"""Largest relative error of an output or gradient,
+which rounding of the operands' dtype explains.
+"""
 
 SIZES = {
     "ragged": {"tokens": 12, "hidden": 5, "vocab": 131, "per_rank": 67, "chunk": 23},
@@ -27,11 +31,16 @@ SIZES = {
     "one-token": {"tokens": 4, "hidden": 3, "vocab": 70, "per_rank": 35, "chunk": 1},
     "two-blocks": {"tokens": 4, "hidden": 4, "vocab": 4500, "per_rank": 4500, "chunk": 4500},
 }
-"""`ragged` has columns of padding on the last ranks, `two-blocks` a row that one block of a program does not hold."""
+"""`ragged` has columns of padding on the last ranks, `two-blocks` a row that one
+block of a program does not hold.
+"""
 
 
 def inputs(case: str, dtype: torch.dtype, tp: int) -> dict[str, torch.Tensor]:
-    """The same on every rank. Logits of a few nats, so that probabilities are neither all equal nor all 0 or 1."""
+    """The same on every rank.
+
+    Logits of a few nats, so that probabilities are neither all equal nor all 0 or 1.
+    """
     sizes, draw = SIZES[case], torch.Generator().manual_seed(1)
     tokens, hidden, vocab = sizes["tokens"], sizes["hidden"], sizes["vocab"]
     rows = max(sizes["per_rank"] * tp, vocab + -vocab % tp)
@@ -70,7 +79,9 @@ def by_kernels_and_by_torch(
 
 
 def _import_triton_for_its_interpreter() -> None:
-    """Triton's own functions become the interpreter's when it is imported, and this process was forked with them."""
+    """Triton's own functions become the interpreter's when it is imported,
+    and this process was forked with them.
+    """
     os.environ["TRITON_INTERPRET"] = "1"
     for name in list(sys.modules):
         if name.split(".")[0] == "triton" and not name.startswith("triton._C"):
@@ -126,15 +137,18 @@ def test_kernels_equal_torch(
         for name, value in kernels.items():
             message = f"{name}: relative error"
             assert _relative(value, by_torch[name]) <= TOLERANCE[dtype], message
-            # Both are compared with float64 too. Triton's interpreter cuts off the bits of bf16 that a GPU rounds
-            # (tests/unit/test_logit_kernels.py looks at the instruction), which doubles the error of a gradient.
+            # Both are compared with float64 too. Triton's interpreter cuts off the bits of bf16
+            # that a GPU rounds (tests/unit/test_logit_kernels.py looks at the instruction), which
+            # doubles the error of a gradient.
             factor = 2.5 if dtype == torch.bfloat16 else 1.2
             error = _relative(value, expected[name])
             assert error <= factor * _relative(by_torch[name], expected[name]) + 1e-6, message
 
 
 def fp32_logits_and_rounded() -> tuple[float, float]:
-    """Returns errors of log-probs of bf16 operands against float64, with the logits in fp32 and rounded."""
+    """Returns errors of log-probs of bf16 operands against float64,
+    with the logits in fp32 and rounded.
+    """
     x = inputs("ragged", torch.bfloat16, 1)
     expected = reference("ragged", torch.bfloat16, 1)["logprob"]
     vocab = SIZES["ragged"]["vocab"]

@@ -1,4 +1,6 @@
-"""Vocabulary-parallel log-probs and their gradients against a single-process log_softmax in float64."""
+"""Vocabulary-parallel log-probs and their gradients against a single-process
+log_softmax in float64.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
 
 def inputs(dtype: torch.dtype, tp: int) -> dict[str, torch.Tensor]:
-    """The same on every rank. At TP 4 the last rank's columns are all padding: 4 x 48 > 101 + 48."""
+    """The same on every rank.
+
+    At TP 4 the last rank's columns are all padding: 4 x 48 > 101 + 48.
+    """
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, generator=draw, dtype=torch.float64)
     weight = torch.randn(max(tp * PER_RANK, 128), HIDDEN, generator=draw, dtype=torch.float64)[
@@ -46,8 +51,8 @@ def expected(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     (logprob * x["upstream"]).sum().backward()
     entropy = -(logp.exp() * logp).sum(1) * chosen
     return {
-        "logprob": logprob.detach(), "entropy": entropy.detach(), "logits": logits.grad, "hidden": hidden.grad,
-        "weight": weight.grad,
+        "logprob": logprob.detach(), "entropy": entropy.detach(), "logits": logits.grad,
+        "hidden": hidden.grad, "weight": weight.grad,
     }  # fmt: skip
 
 

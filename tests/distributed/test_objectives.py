@@ -1,8 +1,9 @@
-"""Every objective under every layout of the cover: loss and gradients are those of the paper's formula.
+"""Every objective under every layout of the cover: loss and gradients are those
+of the paper's formula.
 
-The reference (reference_objectives.py) differentiates the printed formula through transformers' model in float64. One
-run of a layout takes all objectives in turn over one megatron-core model. Micro-batches, data-parallel ranks and, where
-CP is 2, the sequences themselves are cut.
+The reference (reference_objectives.py) differentiates the printed formula through transformers'
+model in float64. One run of a layout takes all objectives in turn over one megatron-core model.
+Micro-batches, data-parallel ranks and, where CP is 2, the sequences themselves are cut.
 """
 
 from __future__ import annotations
@@ -34,14 +35,16 @@ Expected = Callable[[Layout, str], tuple[float, dict[str, torch.Tensor]]]
 def layers_of(layout: Layout) -> int:
     """Layers of the model: as few as the pipeline can cut.
 
-    How many there are makes no difference to an objective, and with eight (test_invariance.py) this file takes thrice
-    as long.
+    How many there are makes no difference to an objective, and with eight (test_invariance.py) this
+    file takes thrice as long.
     """
     return max(2, layout.pp * layout.vpp)
 
 
 def reference_path(tiny_model: ModelMaker, model: str, layers: int) -> Path:
-    """The weights that the KL is measured against: neither the policy's nor those that drew the rollouts."""
+    """The weights that the KL is measured against: neither the policy's nor those
+    that drew the rollouts.
+    """
     family, tied = model.split("-")[0], model.endswith("tied")
     return tiny_model(family, moved=-0.02, tie_word_embeddings=tied, num_hidden_layers=layers)
 
@@ -62,7 +65,9 @@ def logprobs_and_entropies(
 
 @pytest.fixture(scope="session")
 def expected(tiny_model: ModelMaker) -> Expected:
-    """Loss and gradients by formula, once per model, number of layers, order, kind of minibatch and case."""
+    """Loss and gradients by formula, once per model, number of layers, order,
+    kind of minibatch and case.
+    """
 
     @cache
     def computed(
@@ -132,9 +137,11 @@ def run(
 
 
 def rows_of(case: str) -> list[int]:
-    """Rows in which a case meets every level of every factor; the next case begins to look one row further on.
+    """Rows in which a case meets every level of every factor;
+    the next case begins to look one row further on.
 
-    They are of the first rows alone, because each row that is run at all costs its start on up to eight ranks.
+    They are of the first rows alone, because each row that is run at all costs its start on up to
+    eight ranks.
     """
     start = list(formulas.CASES).index(case) % FIRST_ROWS
     rows = level_cover([*ROWS[start:FIRST_ROWS], *ROWS[:start]])
@@ -144,8 +151,9 @@ def rows_of(case: str) -> list[int]:
 def cases_of(number: int) -> list[str]:
     """The cases that are run in a row of the cover by default.
 
-    On the second version of megatron-core each case is run once: an objective is computed from log-probs, to which the
-    version can make no other difference than the one that the matrix of one objective sees (test_invariance.py).
+    On the second version of megatron-core each case is run once: an objective is computed from
+    log-probs, to which the version can make no other difference than the one that the matrix of one
+    objective sees (test_invariance.py).
     """
     if on_first_version():
         return [case for case in formulas.CASES if number in rows_of(case)]
@@ -210,7 +218,9 @@ def test_every_case_on_every_row(
 
 
 def test_clips_bite_on_both_sides(world: World, tiny_model: ModelMaker) -> None:
-    """Otherwise the rows above would prove little: ratios must leave the trust regions above and below 1."""
+    """Otherwise the rows above would prove little: ratios must leave the trust
+    regions above and below 1.
+    """
     layout = replace(PLAIN, dp=2, cp=2)
     found = run(world, tiny_model, layout, "fp64", ["grpo", "dapo", "gspo", "real", "sapo"])
     for case in ("grpo", "dapo", "gspo"):
@@ -224,7 +234,9 @@ def test_clips_bite_on_both_sides(world: World, tiny_model: ModelMaker) -> None:
 
 
 def low_ratio_tokens(tiny_model: ModelMaker, layout: Layout) -> tuple[int, int, int]:
-    """Tokens whose ratio is below 0.8, those of right answers among them, and all, in groups of both labels."""
+    """Tokens whose ratio is below 0.8, those of right answers among them, and all,
+    in groups of both labels.
+    """
     path, old_path = model_paths(tiny_model, layout.model, layers_of(layout))
     policy, old = reference.load(path), reference.load(old_path)
     samples = reference.minibatch(layout.order, vocab=101)
@@ -260,7 +272,9 @@ def test_the_mismatch_does_not_depend_on_the_objective(
 def test_control_a_mean_per_micro_batch_is_caught(
     world: World, tiny_model: ModelMaker, expected: Expected
 ) -> None:
-    """DAPO's denominator counted in each micro-batch by itself: the gradient is off by more than 2 %."""
+    """DAPO's denominator counted in each micro-batch by itself:
+    the gradient is off by more than 2 %.
+    """
     path, old_path = model_paths(tiny_model, PLAIN.model, layers_of(PLAIN))
     (gradients,) = world.run(
         objective_jobs.averaged_per_micro_batch,

@@ -54,15 +54,20 @@ LAYOUTS = {
     "dp2-not-distributed": (2, {"distributed": False}),
     "dp2-overlap": (2, {"megatron": {"overlap_grad_reduce": True, "overlap_param_gather": True}}),
     "tp2-sp-dp2-overlap": (
-        4, {"tp": 2, "sp": True, "megatron": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
+        4, {"tp": 2, "sp": True,
+            "megatron": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
     ),
-    "tp4-dp2-overlap": (8, {"tp": 4, "megatron": {"overlap_grad_reduce": True, "overlap_param_gather": True}}),
+    "tp4-dp2-overlap": (
+        8, {"tp": 4, "megatron": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
+    ),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def updated(world: World, tiny_model: ModelMaker) -> Callable[[str, bool], dict[str, Any]]:
-    """Losses, gradient norms and weights of three updates, once for each layout and kind of head."""
+    """Losses, gradient norms and weights of three updates,
+    once for each layout and kind of head.
+    """
 
     @cache
     def compute(layout: str, tied: bool) -> dict[str, Any]:
@@ -82,8 +87,10 @@ def updated(world: World, tiny_model: ModelMaker) -> Callable[[str, bool], dict[
 def test_three_updates_agree(
     updated: Callable[[str, bool], dict[str, Any]], layout: str, tied: bool
 ) -> None:
-    """Parameters move by about 3e-3 (lr 1e-3, three updates); layouts differ by fp32 rounding, which Adam amplifies
-    where a gradient is nearly 0. Stale weights under overlap_param_gather would differ by the whole movement."""
+    """Parameters move by about 3e-3 (lr 1e-3, three updates); layouts differ by fp32 rounding,
+    which Adam amplifies where a gradient is nearly 0. Stale weights under overlap_param_gather
+    would differ by the whole movement.
+    """
     plain, other = updated("plain", tied), updated(layout, tied)
     assert other["losses"] == pytest.approx(plain["losses"], rel=1e-4)
     assert other["grad_norms"] == pytest.approx(plain["grad_norms"], rel=1e-4)
@@ -94,7 +101,9 @@ def test_three_updates_agree(
 
 
 def updates_with_told_shapes(config: Config, samples: list[reference.Sample]) -> dict[str, Any]:
-    """`jobs.updates`, in which stages tell each other every shape, as megatron-core's own communicator lets them."""
+    """`jobs.updates`, in which stages tell each other every shape,
+    as megatron-core's own communicator lets them.
+    """
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
     from megatron_real.policy.passes import PlannedShapes
@@ -137,7 +146,9 @@ def test_a_batch_that_is_not_finite_is_skipped(world: World, tiny_model: ModelMa
 
 
 def offloaded(config: Config, samples: list[reference.Sample]) -> dict[str, Any]:
-    """Updates with a generation's place between them: memory is lent, the policy scores, memory comes back."""
+    """Updates with a generation's place between them: memory is lent, the policy scores,
+    memory comes back.
+    """
     policy, rollouts = jobs.new_policy(config, config.model.path), jobs.rollouts_of(samples)
     held = []
     for _ in range(2):
@@ -180,7 +191,8 @@ def test_lent_memory_changes_nothing(world: World, tiny_model: ModelMaker, layou
     )
 
 
-# The six R1-Distills scaled down: heads, KV heads and their ratio, head size and biases kept in kind.
+# The six R1-Distills scaled down: heads, KV heads and their ratio, head size and biases kept in
+# kind.
 R1_DISTILL = {
     "qwen-1.5b": (
         "qwen2",
@@ -205,8 +217,8 @@ R1_DISTILL = {
     ),
 }
 LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
 }  # fmt: skip
 
 
@@ -297,7 +309,9 @@ class Watched:
 
 
 def loaded_by_replicas(config: Config, other: str) -> tuple[int, dict[str, float], str]:
-    """Pieces that this rank read, sums of its parameters afterwards, and what it says of files that are cut."""
+    """Pieces that this rank read, sums of its parameters afterwards,
+    and what it says of files that are cut.
+    """
     from megatron_real.weights.hf import HfWeights
     from megatron_real.weights.stream import global_parameters
 
@@ -313,7 +327,9 @@ def loaded_by_replicas(config: Config, other: str) -> tuple[int, dict[str, float
 
 
 def test_one_replica_reads_the_weights_for_all(world: World, tiny_model: ModelMaker) -> None:
-    """Two replicas of two tensor-parallel parts: ranks 0 and 1 read their parts, 2 and 3 get them from there."""
+    """Two replicas of two tensor-parallel parts: ranks 0 and 1 read their parts,
+    2 and 3 get them from there.
+    """
     path, other = tiny_model(), tiny_model(seed=1)
     config = config_of(path, tp=2)
     answers = world.run(loaded_by_replicas, 4, config=config, other=str(other))

@@ -79,7 +79,9 @@ def test_what_ranks_make_together_stays_on_each(world: World) -> None:
 
 
 def surveyed(folder: str, fault: str) -> tuple[str, float]:
-    """The checkpoint that a survey finds, or why it finds none, and the seconds, under a fault on the last rank."""
+    """The checkpoint that a survey finds, or why it finds none, and the seconds,
+    under a fault on the last rank.
+    """
     import os
 
     from megatron_real.runs import checkpoint, saved

@@ -1,4 +1,6 @@
-"""Rehearsals: every layout kind on a tiny model, figures against closed forms, and planted faults that must be caught."""
+"""Rehearsals: every layout kind on a tiny model, figures against closed forms,
+and planted faults that must be caught.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,8 @@ LAYOUTS: dict[str, tuple[int, int, str]] = {
     **{f"objective-{name}": (2, 1, f"objective.name={name} parallel.tp=2") for name in OBJECTIVES},
 }
 
-# Each layout takes 2 s: these see every kind of schedule, collective and phase once, and the closed forms use them.
+# Each layout takes 2 s: these see every kind of schedule, collective and phase once, and the closed
+# forms use them.
 DEFAULT = (
     "dp", "tp", "interleaved-last", "all", "logits", "full", "split", "offload", "lag", "mismatch",
 )  # fmt: skip
@@ -135,7 +138,10 @@ def test_every_layout_runs(reports: Mapping[str, RankReport], name: str) -> None
 
 
 SYNCS_AT_MOST = 2
-"""A micro-batch: scores to the host, weights back. What a pass does once does not count with the micro-batches."""
+"""A micro-batch: scores to the host, weights back.
+
+What a pass does once does not count with the micro-batches.
+"""
 OF_A_PASS = 5
 """Loss, figures, scores, and megatron-core's count of tokens, which it reads once an update."""
 
@@ -169,7 +175,8 @@ def test_flops_are_those_of_the_closed_form(reports: Mapping[str, RankReport], n
     head = 2 * targets * HIDDEN * VOCABULARY
     layers_forward = LAYERS * (2 * tokens * matrices + attention)
     assert report.phase("old_logprobs").flops == layers_forward + head
-    # The head makes its gradient with the logits: one product for them, and two with their gradient.
+    # The head makes its gradient with the logits: one product for them, and two with their
+    # gradient.
     layers_backward = LAYERS * (4 * tokens * matrices + attention * 5 // 2)
     assert report.phase("gradient").flops == layers_forward + layers_backward + 3 * head
 
@@ -204,7 +211,9 @@ def gathered_over_data(report: RankReport, phase: str) -> int:
 
 
 def test_parameters_are_gathered_once_after_an_update(reports: Mapping[str, RankReport]) -> None:
-    """By whatever comes first: a checkpoint, or a pass; the stream after it finds them as they are."""
+    """By whatever comes first: a checkpoint, or a pass;
+    the stream after it finds them as they are.
+    """
     report = reports["dp"]
     assert gathered_over_data(report, "sharded state") == 2 * report.parameters // 4
     assert gathered_over_data(report, "stream") == 0
@@ -219,7 +228,7 @@ def test_its_peak_is_that_of_torch_on_a_cpu(
     world: World, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The same update of the same model, with fake CUDA tensors and with torch's own allocator."""
-    config, (measured,) = plan_memory.measure(world, tiny_model, "fp32")
+    config, (measured,) = plan_memory.measure(world, tiny_model, "plain")
     file = tmp_path / "run.yaml"
     file.write_text(f"model: {{path: {config.model.path}}}\n")
     words = (
@@ -307,7 +316,9 @@ def test_planted_faults_are_caught(findings: Mapping[str, str], fault: str) -> N
 
 
 def test_the_optimizer_leaves_through_one_pinned_buffer(reports: Mapping[str, RankReport]) -> None:
-    """One wait for the copies and one of megatron-core's each way; of the host's memory no more than is copied."""
+    """One wait for the copies and one of megatron-core's each way;
+    of the host's memory no more than is copied.
+    """
     report = reports["offload"]
     leave = report.phase("make_room")
     assert sum("pageable" in site for site in leave.syncs) == 0, dict(leave.syncs)

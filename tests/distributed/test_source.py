@@ -1,4 +1,6 @@
-"""Where a step's rollouts come from, on two ranks: kept chunks and what they were drawn under, one step ahead, replay."""
+"""Where a step's rollouts come from, on two ranks: kept chunks and what they were drawn under,
+one step ahead, replay.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ class Weights:
         yield "weight", self.present
 
     def mismatch(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """Below any bound under the weights that generated, which are 0 in these tests, and beyond it otherwise."""
+        """Below any bound under the weights that generated, which are 0 in these tests,
+        and beyond it otherwise.
+        """
         return [float(self.present.abs().max())] * len(rollouts)
 
     def make_room(self) -> None: ...
@@ -153,7 +157,9 @@ COOLER = dataclasses.replace(OPTIONS, settings={"rollout.temperature": 0.3})
 
 
 def lives(folder: Path) -> dict[str, Any]:
-    """The same step by several lives of a run, each after the first with the chunks of the one before on disk."""
+    """The same step by several lives of a run, each after the first with the
+    chunks of the one before on disk.
+    """
     life = partial(Job, folder, new_labeller())
     first = life()
     drawn = first.first_step()
@@ -185,7 +191,9 @@ def lives(folder: Path) -> dict[str, Any]:
 def test_a_kept_chunk_is_used_only_where_it_would_be_drawn_so_again(
     world: World, tmp_path: Path
 ) -> None:
-    """Other settings, weights, answers or prompts: drawn again, with a word on what has changed; the same on both."""
+    """Other settings, weights, answers or prompts: drawn again, with a word on what has changed;
+    the same on both.
+    """
     ranks = world.run(lives, 2, folder=tmp_path)
     assert sum(rank["asked at first"] for rank in ranks) >= 6
     assert all(rank["the same"] for rank in ranks)
@@ -206,7 +214,9 @@ def test_a_kept_chunk_is_used_only_where_it_would_be_drawn_so_again(
 
 
 def partly_trained(folder: Path) -> tuple[bool, int, str]:
-    """A step that is begun keeps its chunks under moved weights and other settings, but not for other prompts."""
+    """A step that is begun keeps its chunks under moved weights and other settings,
+    but not for other prompts.
+    """
     life = partial(Job, folder, new_labeller())
     drawn = life().first_step()
     moved = life(options=COOLER, weights=1.0, begun_step=1)
@@ -227,7 +237,9 @@ def versions(rollout: Rollout) -> list[int]:
 
 
 def ahead_of_time(folder: Path, bound: float | None) -> dict[str, Any]:
-    """Three steps one step ahead, the weights moving between them; and an evaluation's loan of the engine."""
+    """Three steps one step ahead, the weights moving between them;
+    and an evaluation's loan of the engine.
+    """
     options = dataclasses.replace(OPTIONS, chunk_prompts=0, refill_rounds=0, exclude_mismatch=bound)
     labeller = new_labeller()
     lagging = Job(folder / "lagging", labeller, options, ahead=True)
@@ -251,7 +263,9 @@ def ahead_of_time(folder: Path, bound: float | None) -> dict[str, Any]:
 
 
 def test_one_step_ahead_hands_over_the_weights_that_generated(world: World, tmp_path: Path) -> None:
-    """The draws are those of `Fresh`, seed for seed; the mismatch is that of the generating weights, 0 up to step 2."""
+    """The draws are those of `Fresh`, seed for seed; the mismatch is that of the generating
+    weights, 0 up to step 2.
+    """
     for found in world.run(ahead_of_time, 2, folder=tmp_path, bound=0.5):
         assert found["lags"] == [0.0, 1.0, 1.0]
         assert found["versions"] == [{1}, {1}, {2}], "the step that began with those weights"
@@ -271,7 +285,9 @@ def test_a_replay_reads_steps_in_order_of_group_and_sample() -> None:
 
 
 class Mortal(Counting):
-    """Its server ends after two completions, and takes the policy's weights again once it is back."""
+    """Its server ends after two completions, and takes the policy's weights
+    again once it is back.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -296,7 +312,9 @@ class Mortal(Counting):
 
 
 def synced_within_the_step() -> tuple[int, int]:
-    """Syncs of a draw whose server ends in the middle of it, and completions that are lost for good."""
+    """Syncs of a draw whose server ends in the middle of it,
+    and completions that are lost for good.
+    """
     engine, policy = Mortal(), Weights()
     labeller = Labeller(
         "exact", workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=1.0

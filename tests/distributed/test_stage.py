@@ -1,4 +1,7 @@
-"""The rollout stage on two ranks: streaming, engines that fail, dynamic sampling. Every rank must know the same."""
+"""The rollout stage on two ranks: streaming, engines that fail, dynamic sampling.
+
+Every rank must know the same.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,9 @@ PROMPTS = [Prompt(f"p/{i}", f"{i}+1=", (i,), (str(i + 1),)) for i in range(24)]
 
 
 class Adder:
-    """Knows each answer, and gives one that is off by one, by chance of its seed, in a third of its samples."""
+    """Knows each answer, and gives one that is off by one, by chance of its seed,
+    in a third of its samples.
+    """
 
     name, tokenizer, tp, process = "adder", None, 1, "rank"
 
@@ -64,7 +69,9 @@ class Adder:
 
 
 class Watched(Adder):
-    """Hands out a completion when the verifier of its rank has begun with all before: `seen` has a file for each."""
+    """Hands out a completion when the verifier of its rank has begun with all before:
+    `seen` has a file for each.
+    """
 
     def __init__(self, seen: Path) -> None:
         self.seen = seen / str(dist.get_rank())
@@ -163,7 +170,9 @@ def alike(ranks: list[list[Rollout]]) -> list[Rollout]:
 
 
 def test_completions_are_verified_while_others_are_generated(world: World, tmp_path: Path) -> None:
-    """Each rank generates 12; while it waits with the last one, the verifier has begun with the 11th."""
+    """Each rank generates 12; while it waits with the last one,
+    the verifier has begun with the 11th.
+    """
     file = tmp_path / "own.py"
     file.write_text(VERIFIER.replace("FOLDER", str(tmp_path)))
     streamed = alike(
@@ -236,7 +245,9 @@ def test_a_rank_may_have_nothing_to_do(world: World) -> None:
 
 
 def refilled(rounds: int) -> tuple[list[Any], dict[str, Any]]:
-    """Two steps of 6 prompts with dynamic sampling, as the loop does it; and where the order of prompts stands."""
+    """Two steps of 6 prompts with dynamic sampling, as the loop does it;
+    and where the order of prompts stands.
+    """
     stage, cursor = stage_of(Adder, retries=1), PromptCursor(PROMPTS, seed=1)
     steps: list[Any] = []
     for step in range(2):
@@ -273,7 +284,9 @@ def one_class(rollouts: list[Any]) -> list[int]:
 
 
 class BySeed(Adder):
-    """Each answer follows from its own seed alone, as an engine with a seed for each request gives it."""
+    """Each answer follows from its own seed alone, as an engine with a seed for
+    each request gives it.
+    """
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
@@ -300,7 +313,9 @@ def spread_groups() -> tuple[list[Any], int]:
 
 
 def test_groups_are_spread_over_engines_without_other_answers(world: World) -> None:
-    """Two prompts of four samples on one engine, and on four, of which two would idle if groups stayed whole."""
+    """Two prompts of four samples on one engine, and on four,
+    of which two would idle if groups stayed whole.
+    """
     ((alone, count),) = world.run(spread_groups, 1)
     assert count == 8
     spread = world.run(spread_groups, 4)
@@ -309,7 +324,9 @@ def test_groups_are_spread_over_engines_without_other_answers(world: World) -> N
 
 
 class Mortal(Adder):
-    """Its process on the last rank ends after five completions; until it is brought back it gives none."""
+    """Its process on the last rank ends after five completions;
+    until it is brought back it gives none.
+    """
 
     alive = True
 
@@ -325,7 +342,9 @@ class Mortal(Adder):
 
 
 def brought_back(bring_back: bool) -> tuple[int, int]:
-    """Completions that are lost for good where one engine alone answers, and how often it was to be brought back."""
+    """Completions that are lost for good where one engine alone answers,
+    and how often it was to be brought back.
+    """
     engine, calls = Mortal(), []
 
     def before_retry() -> None:

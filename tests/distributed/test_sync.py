@@ -1,4 +1,5 @@
-"""The weight sync with the embedded engine: what is lost or damaged is named, and a sync that hangs ends the run.
+"""The weight sync with the embedded engine: what is lost or damaged is named,
+and a sync that hangs ends the run.
 
 The same with vLLM: tests/integration/test_vllm.py.
 """
@@ -45,7 +46,9 @@ def test_every_single_bit_changes_the_checksum() -> None:
 
 
 def test_signs_that_change_in_pairs_change_the_checksum() -> None:
-    """The sign of every second fp32 element is the uppermost bit of its 8 bytes, which a product alone would lose."""
+    """The sign of every second fp32 element is the uppermost bit of its 8 bytes,
+    which a product alone would lose.
+    """
     tensor = torch.linspace(1, 2, 16)
     tensor[[1, 7]] *= -1
     assert checksum(tensor) != checksum(tensor.abs()) != checksum(-tensor)
@@ -94,7 +97,9 @@ def test_damage_is_named(world: World, tiny_model: ModelMaker, layout: str) -> N
 def test_the_mismatch_of_each_rollout(
     world: World, tiny_model: ModelMaker, parallel: dict[str, int]
 ) -> None:
-    """Against transformers in fp32: the given log-probs are its own, moved by a known amount for each rollout."""
+    """Against transformers in fp32: the given log-probs are its own,
+    moved by a known amount for each rollout.
+    """
     from transformers import AutoModelForCausalLM
 
     path = tiny_model("qwen2", dtype="float32")

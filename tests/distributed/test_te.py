@@ -1,6 +1,8 @@
-"""TransformerEngine's own layers and FusedAdam under our train step, over emulated kernels (tests/emulated_te).
+"""TransformerEngine's own layers and FusedAdam under our train step,
+over emulated kernels (tests/emulated_te).
 
-In fp32 its attention is its own in torch's operators, in bf16 it calls the fused kernel of cuDNN, which is emulated.
+In fp32 its attention is its own in torch's operators, in bf16 it calls the fused kernel of cuDNN,
+which is emulated.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ def te_world() -> Iterator[TeWorld]:
 
 
 def calls_and_gradient(**arguments: Any) -> tuple[dict[str, int], dict[str, Any]]:
-    """The job of the invariance matrix, and which of TransformerEngine's kernels it called how often."""
+    """The job of the invariance matrix, and which of TransformerEngine's kernels
+    it called how often.
+    """
     import transformer_engine_torch
 
     transformer_engine_torch.calls.clear()
@@ -122,7 +126,9 @@ def test_three_updates_are_those_of_local_layers(
 def test_saved_and_resumed_in_another_layout(
     te_world: TeWorld, tiny_model: ModelMaker, tmp_path: Path, layout: str
 ) -> None:
-    """The state comes back bit for bit; three more updates in the layout that saved go on bit for bit too."""
+    """The state comes back bit for bit; three more updates in the layout that
+    saved go on bit for bit too.
+    """
     path, folder = tiny_model("qwen2"), str(tmp_path / "saved")
     options: dict[str, Any] = {"tp2-sp": {"tp": 2, "sp": True}, "pp2-dp2": {"pp": 2}}[layout]
     config = with_te(policy_config(path, **options))
@@ -150,7 +156,9 @@ def test_saved_and_resumed_in_another_layout(
 def test_a_checkpoint_of_other_layers_is_resumed(
     te_world: TeWorld, world: Any, tiny_model: ModelMaker, tmp_path: Path, to_te: bool
 ) -> None:
-    """Local layers have no `_extra_state`, TransformerEngine's have one each: neither is in the way of the other."""
+    """Local layers have no `_extra_state`, TransformerEngine's have one each:
+    neither is in the way of the other.
+    """
     folder, local = str(tmp_path / "saved"), policy_config(tiny_model("qwen2"))
     te = with_te(local)
     first, second = (local, te) if to_te else (te, local)

@@ -1,7 +1,9 @@
-"""Process groups of any size for test functions: each call has fresh processes, forked from one that has imported all.
+"""Process groups of any size for test functions: each call has fresh processes,
+forked from one that has imported all.
 
-Importing torch and megatron-core costs seconds, forking milliseconds. Fresh processes carry nothing over from one test
-to the next: no process group, whose threads would go on polling, and no random state.
+Importing torch and megatron-core costs seconds, forking milliseconds. Fresh processes carry nothing
+over from one test to the next: no process group, whose threads would go on polling, and no random
+state.
 """
 
 from __future__ import annotations
@@ -17,19 +19,25 @@ from typing import Any
 from tests.ports import free_port
 
 SECONDS = 600
-"""Longest that one call may take: for ranks that hang. A layout of twenty cases needs ten on an idle machine, and a
-busy one has needed a hundred."""
+"""Longest that one call may take: for ranks that hang.
+
+A layout of twenty cases needs ten on an idle machine, and a busy one has needed a hundred.
+"""
 
 
 class World:
-    """`run(function, size, **arguments)` calls function(**arguments) on `size` ranks and returns their results."""
+    """`run(function, size, **arguments)` calls function(**arguments) on `size`
+    ranks and returns their results.
+    """
 
     def __init__(self, preload: str = "tests.distributed.preload") -> None:
         self._context = mp.get_context("forkserver")
         self._context.set_forkserver_preload([preload])
 
     def run(self, function: Callable[..., Any], size: int, **arguments: Any) -> list[Any]:
-        """Raises AssertionError with the ranks' tracebacks, TimeoutError where a rank does not answer."""
+        """Raises AssertionError with the ranks' tracebacks, TimeoutError where a
+        rank does not answer.
+        """
         port, ranks = free_port(), {}
         processes = []
         for rank in range(size):
@@ -54,13 +62,16 @@ class World:
             raise AssertionError("\n".join(failures))
         if len(answers) < size:
             raise TimeoutError(
-                f"{function.__name__}: only ranks {sorted(answers)} of {size} answered in {SECONDS} s"
+                f"{function.__name__}: only ranks {sorted(answers)} of {size} answered "
+                f"in {SECONDS} s"
             )
         return [answers[rank][1] for rank in range(size)]
 
 
 def _answers(ranks: dict[Connection, int]) -> dict[int, tuple[bool, Any]]:
-    """By rank: whether it went well, and the result or the traceback; those that are there after the first failure."""
+    """By rank: whether it went well, and the result or the traceback;
+    those that are there after the first failure.
+    """
     answers: dict[int, tuple[bool, Any]] = {}
     deadline, waiting = time.monotonic() + SECONDS, dict(ranks)
     while waiting and time.monotonic() < deadline and all(ok for ok, _ in answers.values()):

@@ -1,7 +1,7 @@
 """Imports TransformerEngine's own Python on a machine without a GPU, over the emulated kernels.
 
-Its published wheel has the Python part and no library; docs/testing.md says how to get it. To be called before megatron
-is imported, which asks once whether TransformerEngine is there.
+Its published wheel has the Python part and no library; docs/testing.md says how to get it. To be
+called before megatron is imported, which asks once whether TransformerEngine is there.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def _on_cpu(function: Any) -> Any:
 
 
 def _build_modules_without_cuda(base: Any) -> None:
-    """Its modules refuse to be built where torch.cuda.is_available() is false, and megatron_real.cpu needs it false."""
+    """Its modules refuse to be built where torch.cuda.is_available() is false,
+    and megatron_real.cpu needs it false.
+    """
     build = base.__init__
 
     @functools.wraps(build)

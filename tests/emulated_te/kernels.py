@@ -1,8 +1,10 @@
-"""TransformerEngine's compiled half, as far as dense bf16 and fp32 training calls it, in torch's operators on a CPU.
+"""TransformerEngine's compiled half, as far as dense bf16 and fp32 training calls it,
+in torch's operators on a CPU.
 
-Each function stands where `transformer_engine_torch` has one of the same name, takes its arguments in its order, and
-computes what it documents; tests/unit/test_emulated_te.py compares each with an operator of torch. Arguments that
-dense training never sets (fp8 quantizers, userbuffers, dropout) must have their neutral value, else an assertion fails.
+Each function stands where `transformer_engine_torch` has one of the same name, takes its arguments
+in its order, and computes what it documents; tests/unit/test_emulated_te.py compares each with an
+operator of torch. Arguments that dense training never sets (fp8 quantizers, userbuffers, dropout)
+must have their neutral value, else an assertion fails.
 
 Shapes: T packed tokens, H heads, D head size, B sequences, L the longest of them.
 """
@@ -85,9 +87,11 @@ def generic_gemm(
     alpha: float = 1.0,
     beta: float | None = None,
 ) -> tuple[Tensor, Tensor | None, None, Any]:
-    """Returns op(B) @ op(A) in row-major order, and the bias's gradient where `grad` and a bias are given.
+    """Returns op(B) @ op(A) in row-major order, and the bias's gradient where
+    `grad` and a bias are given.
 
-    The library is column-major: its A B is our B A. The operands are two-dimensional but for leading token dimensions.
+    The library is column-major: its A B is our B A. The operands are two-dimensional but for
+    leading token dimensions.
     """
     assert quantizer is None and not gelu and comm_overlap is None
     assert A.dtype == B.dtype, f"operands of {A.dtype} and {B.dtype}"
@@ -112,13 +116,17 @@ def generic_gemm(
 
 
 def sequences_of(cu_seqlens: Tensor) -> list[slice]:
-    """Returns where each sequence lies among the packed tokens; those without a token are left out."""
+    """Returns where each sequence lies among the packed tokens;
+    those without a token are left out.
+    """
     bounds = cu_seqlens.tolist()
     return [slice(a, b) for a, b in itertools.pairwise(bounds) if b > a]
 
 
 def _attend(q_LHD: Tensor, k_LHD: Tensor, v_LHD: Tensor, scale: float) -> Tensor:
-    """Returns [L, H, D] causal attention of one sequence; each key head serves a group of query heads."""
+    """Returns [L, H, D] causal attention of one sequence; each key head serves a
+    group of query heads.
+    """
     q, k, v = (x.transpose(0, 1)[None] for x in (q_LHD, k_LHD, v_LHD))
     out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)
@@ -130,7 +138,9 @@ def fused_attn_fwd(
     mask_type: Any, softmax_type: Any, window: Any, bottom_right: Any,
     cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any,
 ) -> list[Tensor]:  # fmt: skip
-    """Returns [T, H, D] causal attention within each packed sequence, and two statistics that nothing here reads."""
+    """Returns [T, H, D] causal attention within each packed sequence,
+    and two statistics that nothing here reads.
+    """
     assert cu_seqlens_q.dtype == cu_seqlens_kv.dtype == torch.int32
     assert mask_type.name == "NVTE_PADDING_CAUSAL_MASK" and q.dim() == 3 and dropout == 0.0
     assert q.shape[2] % 8 == 0 and q.shape[1] % k.shape[1] == 0
@@ -229,7 +239,9 @@ def multi_tensor_adam(
     chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], lr: float, beta1: float,
     beta2: float, eps: float, step: int, mode: int, bias_correction: int, weight_decay: float,
 ) -> None:  # fmt: skip
-    """One step of Adam on lists of gradients, parameters and two moments; `mode` 1 decays as AdamW does."""
+    """One step of Adam on lists of gradients, parameters and two moments;
+    `mode` 1 decays as AdamW does.
+    """
     correction1 = 1 - beta1**step if bias_correction else 1.0
     correction2 = 1 - beta2**step if bias_correction else 1.0
     for gradient, parameter, moment, square in zip(*lists, strict=True):

@@ -1,4 +1,6 @@
-"""What ranks with TransformerEngine's layers are forked from: its Python first, then all that other ranks have."""
+"""What ranks with TransformerEngine's layers are forked from: its Python first,
+then all that other ranks have.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Ranks with TransformerEngine's layers: a World in a process of its own, whose ranks are forked from another preload.
+"""Ranks with TransformerEngine's layers: a World in a process of its own,
+whose ranks are forked from another preload.
 
-multiprocessing has one fork server for each process, and the one of the tests' process knows no TransformerEngine.
+multiprocessing has one fork server for each process, and the one of the tests' process knows no
+TransformerEngine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What ranks run in the fault-injection tests: `python -m tests.faults.jobs CASE RANK WORLD PORT FOLDER`.
+"""What ranks run in the fault-injection tests: `python -m tests.faults.jobs CASE
+RANK WORLD PORT FOLDER`.
 
-Each is real lifelines, ranks, watches and gloo collectives, without a model: the places where a fault comes are those of
-a training run, and an end comes in seconds.
+Each is real lifelines, ranks, watches and gloo collectives, without a model: the places where a
+fault comes are those of a training run, and an end comes in seconds.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ class Run:
             os._exit(3)
 
     def steps(self) -> None:
-        """Three stages with a collective each, and work of the first rank alone between two of them."""
+        """Three stages with a collective each, and work of the first rank alone
+        between two of them.
+        """
         try:
             for step in range(1, 4):
                 with self.timer.stage("rollout"):
@@ -87,7 +90,9 @@ def steps(folder: Path) -> None:
 
 
 def thread(folder: Path) -> None:
-    """A collective in a thread, as a checkpoint's writer has: what fails there fails on every rank, and all go on."""
+    """A collective in a thread, as a checkpoint's writer has: what fails there fails on every rank,
+    and all go on.
+    """
     run = Run(folder)
     writers = Ranks.of_all(timedelta(seconds=300))
     heard: list[str] = []

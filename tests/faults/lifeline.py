@@ -51,7 +51,9 @@ time.sleep(600)
 def start(
     rank: int, case: str, folder: Path, *wrapper: str, host: str = "127.0.0.1"
 ) -> subprocess.Popen[str]:
-    """One of three ranks that do what the case says, started by a wrapping command; `host` is the first rank's."""
+    """One of three ranks that do what the case says, started by a wrapping command;
+    `host` is the first rank's.
+    """
     script = RANK
     if case == "leave":
         script = RANK.replace(

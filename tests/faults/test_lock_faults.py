@@ -1,4 +1,6 @@
-"""The lock of a run directory where the file system is slow, fails or lies, and where processes do not see each other."""
+"""The lock of a run directory where the file system is slow, fails or lies,
+and where processes do not see each other.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,9 @@ print(json.dumps(found))
 def test_of_many_newcomers_one_gets_a_dead_owners_lock(
     tmp_path: Path, faulty: Disk, started: ExitStack, trials: int
 ) -> None:
-    """With pauses between operations on names, two newcomers got a lock that was taken away by renaming it."""
+    """With pauses between operations on names, two newcomers got a lock that was
+    taken away by renaming it.
+    """
     dead = holder(started, tmp_path / "owners")
     assert holds(dead)
     dead.kill()
@@ -128,7 +132,9 @@ def test_of_many_processes_one_gets_it(tmp_path: Path, faulty: Disk, started: Ex
 def test_a_full_disk_does_not_end_an_owners_life(
     tmp_path: Path, faulty: Disk, started: ExitStack
 ) -> None:
-    """Neither ENOSPC while it writes nor a time in which nothing works: the thread goes on, and says so."""
+    """Neither ENOSPC while it writes nor a time in which nothing works: the thread goes on,
+    and says so.
+    """
     owner = holder(started, tmp_path / "owners", **faulty.environment)
     assert holds(owner)
     assert owner.stderr is not None

@@ -1,4 +1,6 @@
-"""A cable that is cut between two network namespaces, as between two machines: no process hears of it."""
+"""A cable that is cut between two network namespaces, as between two machines:
+no process hears of it.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""A table of fault x place x expected end: a rank that sleeps, freezes, dies or errs at a named point of a run.
+"""A table of fault x place x expected end: a rank that sleeps, freezes,
+dies or errs at a named point of a run.
 
-A fault is POINT:RANK:KIND, and happens in tests/faults/jobs.py. Every rank must end by itself, with the right words.
+A fault is POINT:RANK:KIND, and happens in tests/faults/jobs.py. Every rank must end by itself, with
+the right words.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ class Row:
     case: str
     fault: str
     words: tuple[str, ...]
-    """What each rank's output must have in it, in order of ranks; FROZEN for one that never wakes up."""
+    """What each rank's output must have in it, in order of ranks;
+    FROZEN for one that never wakes up.
+    """
     code: int = 1
     """Of the ranks that end."""
 
@@ -75,7 +79,8 @@ TABLE = {
         "store",
         "",
         (
-            "weight sync 1 did not finish in 2 s (rollout.sync.timeout_seconds): rank 0, 1 waits for a key",
+            "weight sync 1 did not finish in 2 s (rollout.sync.timeout_seconds): rank 0, 1 waits "
+            "for a key",
             f"rank 0 {NAMED} ended without a word",
         ),
     ),

@@ -68,8 +68,8 @@ def command(base: Path, run_dir: Path, *words: str, processes: int = 2) -> list[
         f"data.heldout={base}/heldout.jsonl",
     ]
     return [
-        sys.executable, *launcher, "-m", "megatron_real", "train", str(CONFIG), f"trainer.run_dir={run_dir}",
-        "trainer.tensorboard=false", *paths, *words,
+        sys.executable, *launcher, "-m", "megatron_real", "train", str(CONFIG),
+        f"trainer.run_dir={run_dir}", "trainer.tensorboard=false", *paths, *words,
     ]  # fmt: skip
 
 

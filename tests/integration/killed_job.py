@@ -1,7 +1,9 @@
-"""A run that kills itself at a given moment: `python -m tests.integration.killed_job PLAN.json train CONFIG ...`.
+"""A run that kills itself at a given moment: `python -m tests.integration.killed_job PLAN.json
+train CONFIG ...`.
 
-PLAN.json says how many steps go well, in which stage the kill comes then, and how long after the stage's beginning. A
-thread waits for that moment, writes down the stage, and sends SIGKILL: nobody writes a last word.
+PLAN.json says how many steps go well, in which stage the kill comes then, and how long after the
+stage's beginning. A thread waits for that moment, writes down the stage, and sends SIGKILL: nobody
+writes a last word.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class Killer(RunProgress):
         return begun, stage
 
     def _watch(self) -> None:
-        """A stage that is over before its kill is left alone; the next of its kind is given a quarter of that time."""
+        """A stage that is over before its kill is left alone;
+        the next of its kind is given a quarter of that time.
+        """
         stage, seconds = self.plan["stage"], self.plan["seconds"]
         while True:
             time.sleep(0.0005)

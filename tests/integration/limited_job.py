@@ -1,4 +1,5 @@
-"""`megatron-real` with a limit on the size of the files that it writes, which stands in for a full disk.
+"""`megatron-real` with a limit on the size of the files that it writes,
+which stands in for a full disk.
 
 python -m tests.integration.limited_job train ...
 """
@@ -11,7 +12,9 @@ import sys
 from megatron_real import cli
 
 LARGEST_FILE = 600 << 10
-"""Bytes: less than a checkpoint's shard, more than all else that a short run of the quickstart writes."""
+"""Bytes: less than a checkpoint's shard, more than all else that a short run of
+the quickstart writes.
+"""
 
 
 if __name__ == "__main__":

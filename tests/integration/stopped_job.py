@@ -1,4 +1,5 @@
-"""A run that is asked to stop in a given place: `python -m tests.integration.stopped_job SIGNAL STAGE N train CONFIG`.
+"""A run that is asked to stop in a given place: `python -m tests.integration.stopped_job SIGNAL
+STAGE N train CONFIG`.
 
 It gets the signal as the N-th stage of that name begins, and goes on to the next seam.
 """

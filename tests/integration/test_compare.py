@@ -1,4 +1,6 @@
-"""`megatron-real compare` with real training: a sweep that is killed and started again ends with the same table."""
+"""`megatron-real compare` with real training: a sweep that is killed and started
+again ends with the same table.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def finish(sweep: Path, code: int = 0) -> dict[str, Any]:
 
 
 def kill_at(sweep: Path, run: str, row: int, *, whole: bool) -> None:
-    """Starts a sweep and kills it when a run has written a row; `whole`: the run that is at work too."""
+    """Starts a sweep and kills it when a run has written a row; `whole`:
+    the run that is at work too.
+    """
     process = subprocess.Popen(
         command(sweep),
         cwd=ROOT,
@@ -85,7 +89,9 @@ def kill_at(sweep: Path, run: str, row: int, *, whole: bool) -> None:
 
 @pytest.mark.grid
 def test_a_killed_sweep_ends_with_the_same_table(base: Path, tmp_path: Path) -> None:
-    """The second time the run is left behind: it hears of the sweep's end, saves, and the next start waits for it."""
+    """The second time the run is left behind: it hears of the sweep's end, saves,
+    and the next start waits for it.
+    """
     expected = finish(write_sweep(base, tmp_path / "undisturbed"))
     assert [row["counts"]["finished"] for row in expected["variants"]] == [2, 2]
     assert expected["variants"][1]["differences"]["accuracy"]["count"] == 2

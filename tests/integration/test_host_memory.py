@@ -21,8 +21,9 @@ def test_three_hundred_steps_with_the_engine_on_need_no_more_memory(
     base: Path, tmp_path: Path
 ) -> None:
     words = [
-        f"trainer.steps={STEPS}", "rollout.engine=vllm", "rollout.num_prompts=4", "rollout.group_size=4",
-        "batch.minibatch_prompts=4", "data.heldout=", "checkpoint.every=100", "objective.one_class_groups=keep",
+        f"trainer.steps={STEPS}", "rollout.engine=vllm", "rollout.num_prompts=4",
+        "rollout.group_size=4", "batch.minibatch_prompts=4", "data.heldout=",
+        "checkpoint.every=100", "objective.one_class_groups=keep",
     ]  # fmt: skip
     done = train(base, tmp_path / "run", *words, processes=1)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,6 @@
-"""Rollouts on disk that were drawn under other settings or for other answers are never trained on without a word."""
+"""Rollouts on disk that were drawn under other settings or for other answers are
+never trained on without a word.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,17 @@ from tests import zygote
 from tests.integration.conftest import ROOT, command, rows, train
 
 WORDS = (
-    "trainer.steps=1", "rollout.num_prompts=16", "rollout.chunk_prompts=8", "batch.minibatch_prompts=8",
-    "data.heldout=", "trainer.export=false",
+    "trainer.steps=1", "rollout.num_prompts=16", "rollout.chunk_prompts=8",
+    "batch.minibatch_prompts=8", "data.heldout=", "trainer.export=false",
 )  # fmt: skip
 
 
 def test_rollouts_of_other_settings_and_answers_are_drawn_again(base: Path, tmp_path: Path) -> None:
-    """Stopped after one of the first step's two chunks; then a refused attempt, an edit of the data, another one.
+    """Stopped after one of the first step's two chunks; then a refused attempt,
+    an edit of the data, another one.
 
-    The refused attempt is what once hid the change: the run's configuration was that of the last attempt.
+    The refused attempt is what once hid the change: the run's configuration was that of the last
+    attempt.
     """
     run_dir, data = tmp_path / "run", tmp_path / "train.jsonl"
     data.write_bytes((base / "train.jsonl").read_bytes())

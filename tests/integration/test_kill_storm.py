@@ -1,4 +1,6 @@
-"""30 kills over one run, at seeded random moments of every stage: nothing is lost, nothing comes twice."""
+"""30 kills over one run, at seeded random moments of every stage: nothing is lost,
+nothing comes twice.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ def test_a_storm_of_kills(base: Path, tmp_path: Path) -> None:
         hits[killed(base, run_dir, tmp_path, plan)] += 1
         latest = run_dir / "checkpoints/latest"
         print(
-            f"{stage} hit; newest checkpoint {latest.read_text().strip() if latest.exists() else 'none'}",
+            f"{stage} hit; newest checkpoint "
+            f"{latest.read_text().strip() if latest.exists() else 'none'}",
             flush=True,
         )
     assert sum(hits.values()) == KILLS and all(hits[stage] >= LEAST for stage in STAGES), hits

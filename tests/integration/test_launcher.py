@@ -1,4 +1,6 @@
-"""`megatron-real train --nproc N`: one sentence for what is refused, one error for a rank that fails, two lines for Ctrl-C."""
+"""`megatron-real train --nproc N`: one sentence for what is refused,
+one error for a rank that fails, two lines for Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def command(base: Path, run_dir: Path, *words: str) -> list[str]:
 
 
 def start(words: list[str], **environment: str) -> subprocess.Popen[str]:
-    """Starts a command line; in new processes, which read PYTHONPATH, where something is set for them."""
+    """Starts a command line; in new processes, which read PYTHONPATH,
+    where something is set for them.
+    """
     new_process: Any = subprocess.Popen if environment else zygote.Popen
     process: subprocess.Popen[str] = new_process(
         words,

@@ -1,4 +1,6 @@
-"""Whole runs under other objectives: a reference survives a resume, and saved rollouts train another objective."""
+"""Whole runs under other objectives: a reference survives a resume,
+and saved rollouts train another objective.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,12 @@ from tests.integration.conftest import rows, train
 from tests.integration.test_resume import assert_same_run
 
 SMALL = (
-    "rollout.num_prompts=16", "batch.minibatch_prompts=4", "evaluation.max_problems=20", "checkpoint.every=1",
+    "rollout.num_prompts=16", "batch.minibatch_prompts=4", "evaluation.max_problems=20",
+    "checkpoint.every=1",
 )  # fmt: skip
 WITH_REFERENCE = (
-    "objective.name=grpo", "objective.kl.to=reference", "objective.kl.coefficient=0.1", "optimizer.lr=1e-4",
-    "objective.entropy_bonus=0.001",
+    "objective.name=grpo", "objective.kl.to=reference", "objective.kl.coefficient=0.1",
+    "optimizer.lr=1e-4", "objective.entropy_bonus=0.001",
 )  # fmt: skip
 KEPT = "trainer.keep_token_weights=true"
 
@@ -24,8 +27,8 @@ def test_a_reference_is_the_same_after_a_resume_and_a_replay_needs_none_of_it(
 ) -> None:
     """The reference is the starting weights, not those that a checkpoint brings back. Bit for bit.
 
-    The saved rollouts carry its log-probs. A replay by the same objective computes the same losses from them, and a
-    replay by another objective trains.
+    The saved rollouts carry its log-probs. A replay by the same objective computes the same losses
+    from them, and a replay by another objective trains.
     """
     words = (*SMALL, *WITH_REFERENCE)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -62,7 +65,9 @@ def test_a_reference_is_the_same_after_a_resume_and_a_replay_needs_none_of_it(
 
 
 def assert_tokens_add_up(run_dir: Path) -> None:
-    """A rollout's weight is the sum of its tokens' weights, and its score the mean of their log-ratios."""
+    """A rollout's weight is the sum of its tokens' weights, and its score the
+    mean of their log-ratios.
+    """
     saved = rows(run_dir / "rollouts/step-00001.parquet")
     trained = [row for row in saved if row["weight"]]
     assert trained

@@ -1,4 +1,6 @@
-"""Runs from Python: the notebook from top to bottom, and what a further run in one process finds of those before."""
+"""Runs from Python: the notebook from top to bottom, and what a further run in one
+process finds of those before.
+"""
 
 from __future__ import annotations
 

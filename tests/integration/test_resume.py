@@ -1,4 +1,6 @@
-"""A run that is killed, stopped or moved, and started again by the same command, ends as if nothing had happened."""
+"""A run that is killed, stopped or moved, and started again by the same command,
+ends as if nothing had happened.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ from tests.integration.conftest import ROOT, command, rows, train
 from tests.ports import free_port
 
 WORDS = (
-    "trainer.steps=12", "rollout.num_prompts=16", "rollout.chunk_prompts=8", "batch.minibatch_prompts=4",
-    "evaluation.every=5", "evaluation.max_problems=20", "checkpoint.every=3", "optimizer.schedule=cosine",
+    "trainer.steps=12", "rollout.num_prompts=16", "rollout.chunk_prompts=8",
+    "batch.minibatch_prompts=4", "evaluation.every=5", "evaluation.max_problems=20",
+    "checkpoint.every=3", "optimizer.schedule=cosine",
 )  # fmt: skip
 DEADLINE = 400.0
 
@@ -221,7 +224,9 @@ def test_two_runs_do_not_share_a_directory(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_costs_a_warning_or_the_run(base: Path, tmp_path: Path) -> None:
-    """A file size limit stands in for the disk: the checkpoint's shards break it, the rows and rollouts do not."""
+    """A file size limit stands in for the disk: the checkpoint's shards break it,
+    the rows and rollouts do not.
+    """
     for choice, code in (("go_on", 0), ("stop", 1)):
         run_dir = tmp_path / choice
         words = [

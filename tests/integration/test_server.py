@@ -1,4 +1,6 @@
-"""Rollouts by vLLM servers that the run starts: two ranks with a server each, and with one that they share."""
+"""Rollouts by vLLM servers that the run starts: two ranks with a server each,
+and with one that they share.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +135,9 @@ def test_a_killed_server_is_survived(found: Found) -> None:
 
 
 def ends(group: int) -> bool:
-    """Whether a process group is gone soon: a guard leaves its server some seconds to end by itself."""
+    """Whether a process group is gone soon: a guard leaves its server some
+    seconds to end by itself.
+    """
     for _ in range(1200):
         try:
             os.killpg(group, 0)
@@ -152,10 +156,14 @@ def test_servers_end_with_the_run(found: Found) -> None:
 def test_servers_end_with_a_run_that_is_killed() -> None:
     """The guard alone: its input closes when the process that holds the other end is killed."""
     guard = ROOT / "megatron_real/rollout/server_guard.py"
-    sleeper = "import subprocess, time; subprocess.Popen(['sleep', '600']); print('up', flush=True); time.sleep(600)"
+    sleeper = (
+        "import subprocess, time; subprocess.Popen(['sleep', '600']); print('up', flush=True); "
+        "time.sleep(600)"
+    )
     starter = (
         "import subprocess, sys, time\n"
-        f"child = subprocess.Popen([sys.executable, {str(guard)!r}, sys.executable, '-c', {sleeper!r}], "
+        "child = subprocess.Popen("
+        f"[sys.executable, {str(guard)!r}, sys.executable, '-c', {sleeper!r}], "
         "stdin=subprocess.PIPE, start_new_session=True)\n"
         "print(child.pid, flush=True)\n"
         "time.sleep(600)\n"
@@ -202,8 +210,10 @@ def test_a_server_that_does_not_start_is_one_sentence(base: Path, tmp_path: Path
 
 
 def test_rollouts_of_the_next_step_are_generated_ahead(base: Path, tmp_path: Path) -> None:
-    """pi_old is that of the weights that generated: else it would differ from the engine's log-probs by far more. The
-    run stops after two steps and goes on; its third step has nothing ahead."""
+    """pi_old is that of the weights that generated: else it would differ from the engine's
+    log-probs by far more. The run stops after two steps and goes on; its third step has nothing
+    ahead.
+    """
     words = ["rollout.max_lag=1", "optimizer.lr=1e-3", "checkpoint.every=2", "evaluation.every=1"]
     for steps in (2, 4):
         done = run(

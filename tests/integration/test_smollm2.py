@@ -1,4 +1,6 @@
-"""The pieces of examples/smollm2.sh in short: a real language model, vLLM's rollouts, both verifiers."""
+"""The pieces of examples/smollm2.sh in short: a real language model, vLLM's rollouts,
+both verifiers.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(made: Path) -> Path:
-    """Two steps in fp32. vLLM prefills at most 96 tokens at a time: were prompts cut, the second one would be."""
+    """Two steps in fp32. vLLM prefills at most 96 tokens at a time: were prompts cut,
+    the second one would be.
+    """
     paths = [
         f"{key}={made / 'data' / name}.jsonl"
         for key, name in (("data.train", "train"), ("data.heldout", "heldout"))

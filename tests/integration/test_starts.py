@@ -1,7 +1,8 @@
-"""A run directory is not changed by a start that is refused, and status.json tells the truth after every end.
+"""A run directory is not changed by a start that is refused,
+and status.json tells the truth after every end.
 
-The runs are made in this process, one after the other, by the command line's own function: a start takes a second then,
-and two runs in one process are part of what is promised.
+The runs are made in this process, one after the other, by the command line's own function: a start
+takes a second then, and two runs in one process are part of what is promised.
 """
 
 from __future__ import annotations
@@ -160,7 +161,9 @@ def test_the_configuration_of_every_life_is_kept(runs: Runs, finished: Path) -> 
 
 
 def test_rollouts_drawn_otherwise_are_not_trained_on_after_a_refusal(runs: Runs) -> None:
-    """R3: killed with a chunk of step 3 on disk; a refused start at another temperature; then one that is accepted."""
+    """R3: killed with a chunk of step 3 on disk; a refused start at another temperature;
+    then one that is accepted.
+    """
     assert runs.train("trainer.steps=2") == 0
     chunk = runs.directory / "rollouts/chunk-00003-0-00000.parquet"
     shutil.copy(runs.directory / "rollouts/step-00002.parquet", chunk)
@@ -256,7 +259,9 @@ def test_curves_that_cannot_be_drawn_end_no_run(
 
 
 def test_ruined_weights_fail_and_name_the_checkpoint_before(runs: Runs, finished: Path) -> None:
-    """R7: one update of lr 1e30 a step; the next thing that asks for the weights is a sync or a checkpoint."""
+    """R7: one update of lr 1e30 a step; the next thing that asks for the weights
+    is a sync or a checkpoint.
+    """
     runs.become(finished)
     words = ["trainer.steps=5", "optimizer.lr=1e30", "batch.minibatch_prompts=4"]
     assert runs.train(*words, "objective.one_class_groups=keep") == 1
@@ -273,7 +278,9 @@ def full() -> OSError:
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """From the second row of metrics on, no file can be made or grow; what is there can be overwritten."""
+    """From the second row of metrics on, no file can be made or grow;
+    what is there can be overwritten.
+    """
     from megatron_real import disk
     from megatron_real.runs import metrics, status
 
@@ -325,7 +332,9 @@ def test_a_last_checkpoint_that_fails_is_no_success(
 def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """R5: the new checkpoint is whole whatever becomes of the old one, and the next start goes on."""
+    """R5: the new checkpoint is whole whatever becomes of the old one,
+    and the next start goes on.
+    """
 
     def busy(path: Path, **_: Any) -> None:
         raise OSError(16, "Device or resource busy", str(path))
@@ -376,12 +385,14 @@ class Run:
     def define_metric(self, *words, **options): pass
     def log(self, values):
         with open(self.file, "a") as out: out.write(json.dumps(values["step"]) + "\\n")
-        if pathlib.Path(self.file).with_name("unreachable").exists(): raise OSError("no route to host")
+        if pathlib.Path(self.file).with_name("unreachable").exists():
+            raise OSError("no route to host")
     def finish(self): pass
 
 def init(*, id, resume, dir, **options):
     here = pathlib.Path(__file__).parent
-    if (here / "no_key").exists(): raise RuntimeError("No API key configured. Use `wandb login` to log in.")
+    if (here / "no_key").exists():
+        raise RuntimeError("No API key configured. Use `wandb login` to log in.")
     assert resume == "allow"
     with open(here / "ids", "a") as out: out.write(id + "\\n")
     return Run(here / "logged")

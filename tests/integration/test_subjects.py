@@ -1,4 +1,6 @@
-"""A run directory, its export, its checkpoints and cached hub models stand for weights wherever a command takes them."""
+"""A run directory, its export, its checkpoints and cached hub models stand for weights wherever a
+command takes them.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +50,8 @@ def test_eval_of_other_weights_clamps_what_the_model_cannot_hold(
     words = ["rollout.engine=transformers", "model.dtype=fp32"]
     assert evaluate(untrained, untrained / "train.jsonl", tmp_path, *words) == 0
     assert (
-        "the model holds 128 tokens, so data.max_prompt_tokens=64 and rollout.max_response_tokens=64"
-        in capsys.readouterr().err
+        "the model holds 128 tokens, so data.max_prompt_tokens=64 and "
+        "rollout.max_response_tokens=64" in capsys.readouterr().err
     )
 
 

@@ -64,7 +64,9 @@ def test_held_out_accuracy_rises(learned: Path) -> None:
 
 
 def test_permuted_labels_teach_nothing(base: Path, tmp_path: Path) -> None:
-    """The true labels of as many steps raise the accuracy by 0.2 and more (test_vllm.py, test_server.py)."""
+    """The true labels of as many steps raise the accuracy by 0.2 and more (test_vllm.py,
+    test_server.py).
+    """
     done = train(base, tmp_path / "run", "trainer.steps=10", "labels.permute=true")
     assert done.returncode == 0, done.stderr
     first, *_, last = heldout(tmp_path / "run")
@@ -120,7 +122,9 @@ def test_an_export_has_a_card_and_can_be_shared(
 
 
 def test_dynamic_sampling_replaces_groups_of_one_class(base: Path, tmp_path: Path) -> None:
-    """Small decoding batches, so that there is something to verify while the next one is decoded."""
+    """Small decoding batches, so that there is something to verify while the
+    next one is decoded.
+    """
     words = ["trainer.steps=3", "data.heldout=", "trainer.export=false", "rollout.batch_size=32"]
     runs = {"off": [], "on": ["rollout.refill_rounds=3"], "again": ["rollout.refill_rounds=3"]}
     for name, more in runs.items():
@@ -150,7 +154,10 @@ def test_a_verifier_that_fails_too_often_stops_every_process(base: Path, tmp_pat
     )
     assert done.returncode == 1
     # The other rollouts of the 512, if any, were cut and not checked.
-    reason = r"(\d{3}) of \1 checks failed \(\1 crashed\), more than labels.max_failed_share = 0.2; most often: KeyError"
+    reason = (
+        r"(\d{3}) of \1 checks failed \(\1 crashed\), more than labels.max_failed_share = 0.2; "
+        "most often: KeyError"
+    )
     assert re.search(reason, done.stderr)
     assert "TooManyFailedChecks" not in done.stderr, (
         "a sentence of ours; torchrun adds a traceback of its own"
@@ -189,7 +196,9 @@ def test_replay_on_another_layout_gives_the_same_losses(
 def test_updates_that_are_not_finite_stop_the_run(
     learned: Path, base: Path, tmp_path: Path
 ) -> None:
-    """A learning rate of 1e30 ruins the weights with the first update; all later ones are skipped."""
+    """A learning rate of 1e30 ruins the weights with the first update;
+    all later ones are skipped.
+    """
     words = [f"rollout.replay={learned}", "data.heldout=", "optimizer.lr=1e30", "trainer.steps=30"]
     done = train(base, tmp_path / "run", *words, processes=1)
     assert done.returncode == 1

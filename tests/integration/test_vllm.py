@@ -1,4 +1,6 @@
-"""Rollouts by real vLLM in the training processes, on two ranks: as two engines (TP 1) and as one (TP 2)."""
+"""Rollouts by real vLLM in the training processes, on two ranks:
+as two engines (TP 1) and as one (TP 2).
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,8 @@ def test_damage_is_named(found: Found) -> None:
             if f"model.layers.0.{name.split('.', 3)[3]}" not in answer["held"]:
                 continue  # llama has no biases
             element, shard = damages[f"{where}-element"], damages[f"{where}-shard"]
-            # With tensor parallelism the last element is in the last rank's part; replicated KV heads are in both.
+            # With tensor parallelism the last element is in the last rank's part; replicated KV
+            # heads are in both.
             assert f"{name} on rank{'s 0, 1' if tp == 1 else ' 1'}" in element, (where, element)
             assert f"{name} on rank 1" in shard
             assert f"{name} on ranks 0, 1" in damages[f"{where}-dropped"]
@@ -115,7 +118,9 @@ def test_a_tied_head_is_held_and_sent(found: Found) -> None:
 
 
 def test_answers_do_not_depend_on_the_engine_that_gives_them(found: Found) -> None:
-    """Two engines have different prompts, one engine's two ranks verify different answers to the same prompts."""
+    """Two engines have different prompts, one engine's two ranks verify different
+    answers to the same prompts.
+    """
     tp, _, answers = found
     spreads = [answer["spread"] for answer in answers]
     assert all(s["equal"] and s["different_samples"] for s in spreads)
@@ -154,7 +159,9 @@ def test_held_out_accuracy_rises(base: Path, tmp_path: Path) -> None:
 
 
 def test_rollouts_beyond_the_mismatch_bound_are_excluded(base: Path, tmp_path: Path) -> None:
-    """fp32 differences of about 1e-6: a bound below them excludes nearly all, the one above excludes none."""
+    """fp32 differences of about 1e-6: a bound below them excludes nearly all,
+    the one above excludes none.
+    """
     done = run(
         base, tmp_path / "run", "trainer.steps=1", "data.heldout=", "rollout.exclude_mismatch=1e-12"
     )
@@ -164,7 +171,9 @@ def test_rollouts_beyond_the_mismatch_bound_are_excluded(base: Path, tmp_path: P
 
 
 def test_auto_takes_vllm_and_says_so(base: Path, tmp_path: Path) -> None:
-    """Also beside another job of the node, or after one that was killed: its memory has another name."""
+    """Also beside another job of the node, or after one that was killed:
+    its memory has another name.
+    """
     words = ["rollout.engine=auto", "trainer.steps=1", "data.heldout=", "rollout.tp=2"]
     of_another = Path("/dev/shm/-tp:0-[0-1]-cpushm_0")  # as vLLM names it without our part
     of_another.touch()

@@ -1,4 +1,6 @@
-"""A built wheel works outside of the checkout: commands, public functions and a training of two steps."""
+"""A built wheel works outside of the checkout: commands, public functions and a
+training of two steps.
+"""
 
 from __future__ import annotations
 

@@ -26,10 +26,11 @@ NAMES = {
 
 
 def parity(pair: Pair) -> dict[str, Any]:
-    """After each of three syncs, with the weights moved in between: the largest difference to the engine's log-probs.
+    """After each of three syncs, with the weights moved in between:
+    the largest difference to the engine's log-probs.
 
-    Controls: how far the answers of the sync before are off under the new weights, before and after the engine has
-    them. Prompts are longer than a block of the prefix cache.
+    Controls: how far the answers of the sync before are off under the new weights, before and after
+    the engine has them. Prompts are longer than a block of the prefix cache.
     """
     found: dict[str, Any] = {"synced": [], "stale": [], "problems": []}
     asked = [*prompts(2), *prompts(2, tokens=200)]
@@ -44,7 +45,9 @@ def parity(pair: Pair) -> dict[str, Any]:
 
 
 def forgotten(pair: Pair) -> dict[str, float]:
-    """What the largest difference is when the prefix cache is kept, or when the packed weights are."""
+    """What the largest difference is when the prefix cache is kept,
+    or when the packed weights are.
+    """
     from megatron_real.rollout import vllm_engine
 
     asked = prompts(2, tokens=200)
@@ -66,7 +69,9 @@ def forgotten(pair: Pair) -> dict[str, float]:
 
 
 def damages(pair: Pair) -> dict[str, str]:
-    """One element, one rank's part, or a whole tensor lost between the trainer and the engine's memory."""
+    """One element, one rank's part, or a whole tensor lost between the trainer
+    and the engine's memory.
+    """
     found = {}
     load = pair.engine.prepare_for_inference
     for where, name in NAMES.items():
@@ -87,7 +92,9 @@ def damages(pair: Pair) -> dict[str, str]:
 
 
 def spread(pair: Pair) -> dict[str, Any]:
-    """Whether the answers of all engines of a stage are those that one engine gives for all prompts."""
+    """Whether the answers of all engines of a stage are those that one engine
+    gives for all prompts.
+    """
     from megatron_real.labels import Labeller
     from megatron_real.rollout.engine import completed
     from megatron_real.rollout.spread import prompt_seed

@@ -1,6 +1,7 @@
 """What tests/integration/test_server.py runs on each rank: vLLM servers beside a real policy.
 
-torchrun --nproc-per-node 2 -m tests.integration.vllm_server_job MODEL ROLLOUT_TP NUM_SERVERS OUT.json
+torchrun --nproc-per-node 2 -m tests.integration.vllm_server_job MODEL ROLLOUT_TP NUM_SERVERS
+OUT.json
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ def refused(pair: Pair) -> str:
 
 
 def leaks(pair: Pair) -> list[str]:
-    """Files of the run, and command lines of this machine, that have the key or the other secret in them."""
+    """Files of the run, and command lines of this machine, that have the key or
+    the other secret in them.
+    """
     files = [
         *Path(pair.engine._config.trainer.run_dir).rglob("*.*"),
         *Path("/proc").glob("[0-9]*/cmdline"),
@@ -114,7 +117,9 @@ def one_fails(pair: Pair) -> str:
 
 
 def patience(pair: Pair) -> str:
-    """What a request is answered with whose time is over: long answers, and a hundredth of what they take."""
+    """What a request is answered with whose time is over: long answers,
+    and a hundredth of what they take.
+    """
     engine, config = pair.engine, pair.engine._config
     rollout = dataclasses.replace(config.rollout, request_timeout_seconds=1e-3)
     engine._config = dataclasses.replace(config, rollout=rollout)
@@ -128,7 +133,9 @@ def patience(pair: Pair) -> str:
 
 
 def killed(pair: Pair) -> dict[str, Any]:
-    """A server that is killed while it answers, in the last rank's hands: its answers, and the next sync."""
+    """A server that is killed while it answers, in the last rank's hands: its answers,
+    and the next sync.
+    """
     from megatron_real.labels import Labeller
     from megatron_real.rollout.stage import RolloutStage
 

@@ -1,4 +1,6 @@
-"""Answers read and compared: our table of 99, generated spellings, and where in a text an answer is looked for."""
+"""Answers read and compared: our table of 99, generated spellings,
+and where in a text an answer is looked for.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ MAX_FALSE_NEGATIVE_SHARE = 0.01
 
 
 def test_every_answer_of_the_table_is_judged_as_it_should_be() -> None:
-    """Each was judged otherwise once. A row whose expectation was open carries the reason of the decision."""
+    """Each was judged otherwise once.
+
+    A row whose expectation was open carries the reason of the decision.
+    """
     verify = load("math_verify")
     rows = [json.loads(line) for line in TABLE.read_text(encoding="utf-8").splitlines()]
     found = {row["id"]: verify(row["completion"], row["gold"], {})[0] for row in rows}
@@ -168,7 +173,8 @@ DECIDED = [
     ("a \\sin A", "A \\sin a", False),  # math-verify does not see the case of a letter
     ("\\frac{3}{2}", "3:2", True),
     ("10:30", "10:30 \\text{ AM}", True),
-    ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\left[\\begin{array}{c} 1 \\\\ 2 \\end{array}\\right]", True),
+    ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}",
+     "\\left[\\begin{array}{c} 1 \\\\ 2 \\end{array}\\right]", True),
     ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix} 2 \\\\ 1 \\end{pmatrix}", False),
     ("x = 1, y = 2", "y = 2, x = 1", True),
     ("x = 1, y = 2", "x = 2, y = 1", False),
@@ -190,7 +196,8 @@ def test_decided_pairs(gold: str, answer: str, agrees: bool) -> None:
 
 @pytest.mark.parametrize(
     "piece",
-    ["(", "((1,", "\\frac{", "\\frac", "{", "^", "^{", "[", "\\{", "1,", "1 ", ",", "\\text{", "|", "=", "_", "\\sqrt[", "or "],
+    ["(", "((1,", "\\frac{", "\\frac", "{", "^", "^{", "[", "\\{", "1,", "1 ", ",", "\\text{", "|",
+     "=", "_", "\\sqrt[", "or "],
     ids=str,
 )  # fmt: skip
 def test_reading_survives_what_is_repeated_without_end(piece: str) -> None:

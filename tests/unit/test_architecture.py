@@ -11,9 +11,10 @@ from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
 
 QWEN_1_5B: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-    "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-6, "rope_theta": 10000, "tie_word_embeddings": False, "hidden_act": "silu",
+    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 1536, "intermediate_size": 8960,
+    "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
+    "vocab_size": 151936, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6,
+    "rope_theta": 10000, "tie_word_embeddings": False, "hidden_act": "silu",
 }  # fmt: skip
 LLAMA3 = {
     "factor": 8.0,
@@ -36,9 +37,11 @@ def test_r1_distill_qwen_1_5b() -> None:
 
 
 def test_a_kv_cache_counts_the_heads_as_they_are() -> None:
-    """R1-Distill 1.5B in bf16: 2 x 28 layers x 2 KV heads x 128 x 2 bytes = 28,672 a token; one head on each of 2
-    ranks, and a copy of one on each of 4. Qwen3's heads have 128 numbers where config.json does not say, although
-    hidden_size / num_attention_heads may be 64 (Qwen3-0.6B: 1024 / 16): 2 x 28 x 8 x 128 x 2 = 114,688."""
+    """R1-Distill 1.5B in bf16: 2 x 28 layers x 2 KV heads x 128 x 2 bytes = 28,672 a token; one
+    head on each of 2 ranks, and a copy of one on each of 4. Qwen3's heads have 128 numbers where
+    config.json does not say, although hidden_size / num_attention_heads may be 64 (Qwen3-0.6B: 1024
+    / 16): 2 x 28 x 8 x 128 x 2 = 114,688.
+    """
     qwen = Architecture.from_config(QWEN_1_5B)
     assert [qwen.kv_bytes_per_token(tp=tp, width=2) for tp in (1, 2, 4)] == [28672, 14336, 14336]
     assert [tp for tp in range(1, 7) if qwen.can_cut_kv_heads(tp)] == [1, 2, 4, 6]

@@ -45,7 +45,9 @@ def test_denominator_counts_groups_with_a_labelled_rollout() -> None:
 )
 @settings(deadline=None)
 def test_kept_are_those_with_a_weight(labels: list[list[int]], one_class: str) -> None:
-    """Batching drops rollouts before there are scores; the objective must agree on which have no weight."""
+    """Batching drops rollouts before there are scores; the objective must agree
+    on which have no weight.
+    """
     rollouts = [rollout(g, y) for g, ys in enumerate(labels) for y in ys]
     objective = make_objective("real", one_class_groups=one_class)
     (only,) = minibatches(rollouts, objective, groups_per_minibatch=9)
@@ -153,7 +155,9 @@ def test_plans_are_those_of_the_plain_packing(
 
 
 def test_planning_does_not_grow_with_ranks_times_sequences() -> None:
-    """Comparisons of bins, counted: the number for 8 times the ranks and sequences is about 8 times as large."""
+    """Comparisons of bins, counted: the number for 8 times the ranks and
+    sequences is about 8 times as large.
+    """
 
     def comparisons(dp: int) -> int:
         lengths = [256 + (i * 2654435761) % 8192 for i in range(4 * dp)]

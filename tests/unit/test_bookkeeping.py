@@ -13,7 +13,9 @@ from tests.integration.conftest import ROOT
 
 @pytest.mark.grid
 def test_ten_thousand_steps_of_64_ranks_keep_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted once every prompt has been seen, whose expected length is kept: after 4,000 / 32 steps."""
+    """Counted once every prompt has been seen, whose expected length is kept:
+    after 4,000 / 32 steps.
+    """
     monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
     run = importlib.import_module("bench_bookkeeping").Bookkeeping(ranks=64, prompts=4_000)
     for _ in range(200):

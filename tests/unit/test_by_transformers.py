@@ -62,7 +62,9 @@ def test_another_rotary_embedding_is_refused(model: Path, monkeypatch: pytest.Mo
 
 
 def test_models_are_whole_after_the_cpu_room_was_entered(model: Path) -> None:
-    """In a new process: torch has seen no `with torch.device` before its constructors are wrapped."""
+    """In a new process: torch has seen no `with torch.device` before its
+    constructors are wrapped.
+    """
     program = """
 import sys, torch
 from megatron_real import cpu

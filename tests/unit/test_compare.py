@@ -1,4 +1,6 @@
-"""Sweeps: refused in one sentence before anything starts, read from run directories, and compared seed by seed."""
+"""Sweeps: refused in one sentence before anything starts, read from run directories,
+and compared seed by seed.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,8 @@ def test_one_seed_has_no_spread() -> None:
 
 
 def test_the_interval_of_two_differences_by_hand() -> None:
-    # Differences 0.1 and 0.3. Their four resamples have the means 0.1, 0.2, 0.2, 0.3, so that 25 % lie at
-    # either end: the 95 % interval is [0.1, 0.3]. Standard error: |0.3 - 0.1| / 2.
+    # Differences 0.1 and 0.3. Their four resamples have the means 0.1, 0.2, 0.2, 0.3, so that 25 %
+    # lie at either end: the 95 % interval is [0.1, 0.3]. Standard error: |0.3 - 0.1| / 2.
     difference = paired_difference({1: 0.5, 2: 0.4}, {1: 0.6, 2: 0.7})
     assert difference.value == pytest.approx(0.2)
     assert difference.standard_error == pytest.approx(0.1)
@@ -73,8 +75,8 @@ ZERO_OF = per_problem([0.0, 0.0], [0.0, 0.0])
 @pytest.mark.parametrize(
     "table",
     [
-        # Every seed gains 1 on one problem and 0 on the other: a resample of the two problems has the
-        # mean 0, 1/2 or 1 in 1, 2 and 1 of 4 cases, so that more than 2.5 % lie at either end.
+        # Every seed gains 1 on one problem and 0 on the other: a resample of the two problems has
+        # the mean 0, 1/2 or 1 in 1, 2 and 1 of 4 cases, so that more than 2.5 % lie at either end.
         pytest.param(per_problem([0.0, 1.0], [0.0, 1.0]), id="problems differ, seeds agree"),
         pytest.param(per_problem([0.0, 0.0], [1.0, 1.0]), id="seeds differ, problems agree"),
     ],
@@ -96,7 +98,9 @@ def test_without_the_problems_the_interval_is_over_seeds() -> None:
 
 
 def test_the_interval_is_as_wide_as_both_spreads() -> None:
-    """The variance of a mean over both is about that over seeds plus that over problems (Owen 2007, Section 3)."""
+    """The variance of a mean over both is about that over seeds plus that over
+    problems (Owen 2007, Section 3).
+    """
     rng = np.random.default_rng(3)
     table_SN = rng.normal(0.1, 0.1, (8, 1)) + rng.normal(0.0, 0.5, (1, 60))
     rows = per_problem(*table_SN.tolist())
@@ -111,7 +115,9 @@ def test_the_interval_is_as_wide_as_both_spreads() -> None:
 
 
 def test_seeds_are_paired() -> None:
-    """Seeds differ by 0.4, variants by 0.1 on each: paired the interval is that of 0.1, crossed it covers 0."""
+    """Seeds differ by 0.4, variants by 0.1 on each: paired the interval is that of 0.1,
+    crossed it covers 0.
+    """
     first = {1: 0.1, 2: 0.5, 3: 0.9}
     paired = paired_difference(first, {1: 0.2, 2: 0.6, 3: 1.0})
     crossed = paired_difference(first, {1: 1.0, 2: 0.2, 3: 0.6})
@@ -275,7 +281,11 @@ printf '%s\\n' "$@" > "$SHOWN"
 """
 _SCONTROL = """\
 #!/usr/bin/env bash
-case "$*" in *hostnames*) echo n1 ;; *node*) echo NodeAddr=127.0.0.1 ;; *) echo JobState=RUNNING ;; esac
+case "$*" in
+    *hostnames*) echo n1 ;;
+    *node*) echo NodeAddr=127.0.0.1 ;;
+    *) echo JobState=RUNNING ;;
+esac
 """
 
 
@@ -436,7 +446,8 @@ def test_the_table_of_what_is_there(base: Path, capsys: pytest.CaptureFixture[st
 
 STUB = """\
 #!{python} -S
-# Stands for `python -m megatron_real train BASE WORD...`: leaves what a run leaves, in milliseconds.
+# Stands for `python -m megatron_real train BASE WORD...`:
+# leaves what a run leaves, in milliseconds.
 import json, pathlib, sys
 
 words = dict(word.split("=", 1) for word in sys.argv[5:] if "=" in word)
@@ -461,7 +472,8 @@ if plan == "stop once" and number == 1:
     end("stopped", 75)
 shift = 0.1 if words.get("objective.name") == "grpo" else 0.0
 for step in range(1, 11):
-    row = {{"step": step, "reward_mean": step / 10, "response_tokens_mean": 5.0, "seconds/rollout": 1.0}}
+    row = {{"step": step, "reward_mean": step / 10}}
+    row |= {{"response_tokens_mean": 5.0, "seconds/rollout": 1.0}}
     with (run / "metrics.jsonl").open("a") as rows:
         rows.write(json.dumps(row) + chr(10))
 row = {{"step": 10, "heldout/pass_at_1": seed / 10 + shift}}
@@ -472,7 +484,9 @@ end("finished", 0)
 
 @pytest.fixture
 def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
-    """Puts a stub in the place of the interpreter that starts runs; {"VARIANT SEED": what goes wrong}."""
+    """Puts a stub in the place of the interpreter that starts runs; {"VARIANT SEED":
+    what goes wrong}.
+    """
 
     python = sys.executable
 

@@ -1,4 +1,6 @@
-"""The configuration: shipped files load, wrong ones are refused in one sentence with the value and the remedy."""
+"""The configuration: shipped files load, wrong ones are refused in one sentence
+with the value and the remedy.
+"""
 
 from __future__ import annotations
 
@@ -76,9 +78,13 @@ REFUSED = {
     "objective.variant=grpo": "objective.variant is 'grpo'; it takes one of anchored, vanilla, bce",
     "objective.tau=0": "objective.tau is 0.0; it must be above 0",
     "objective.name=ppo": "objective.name is 'ppo'; it takes one of real, grpo, ",
-    "objective.clip_high=0.3": "objective.clip_high is a setting of dapo, gspo, cispo, not of real; "
-    "set objective.name=dapo, or leave it out",
-    "objective.name=grpo objective.tau=1": "objective.tau is a setting of real, disco, conspo, not of grpo; ",
+    "objective.clip_high=0.3": (
+        "objective.clip_high is a setting of dapo, gspo, cispo, not of real; set "
+        "objective.name=dapo, or leave it out"
+    ),
+    "objective.name=grpo objective.tau=1": (
+        "objective.tau is a setting of real, disco, conspo, not of grpo; "
+    ),
     "objective.name=grpo objective.clp=1": "unknown key objective.clp of grpo; did you mean clip?",
     "objective.name=grpo objective.clip=0": "objective.clip is 0.0; it must be above 0",
     "objective.kl.to=ref": "objective.kl.to is 'ref'; it takes one of none, reference, old",
@@ -86,7 +92,9 @@ REFUSED = {
     "objective=grpo": "objective is 'grpo'; it is a section and takes keys below it",
     "objective.name=dapo rollout.group_size=1": "which leaves no loss to objective.name=dapo",
     "rollout.top_p=0.9": "or set rollout.allow_truncated_sampling=true",
-    "rollout.num_prompts=65": "batch.minibatch_prompts = 32 does not divide rollout.num_prompts = 65",
+    "rollout.num_prompts=65": (
+        "batch.minibatch_prompts = 32 does not divide rollout.num_prompts = 65"
+    ),
     "model.fp32_head=true model.logprobs=logits": "model.fp32_head needs model.logprobs=linear",
     "rollout.group_size=1": "rollout.group_size = 1 makes every group one-class",
     "rollout.retries=-1": "rollout.retries is -1; it must be 0 (off) or above",
@@ -95,36 +103,64 @@ REFUSED = {
     "rollout.refill_rounds=-1": "rollout.refill_rounds is -1; it must be 0 (off) or above",
     "rollout.max_lag=1": "rollout.max_lag = 1 needs rollout.engine=vllm-server, not auto",
     "rollout.max_lag=2": "rollout.max_lag is 2; it takes one of 0, 1",
-    "rollout.engine=vllm-server rollout.max_lag=1 rollout.refill_rounds=1": "set the former or the latter to 0",
+    "rollout.engine=vllm-server rollout.max_lag=1 rollout.refill_rounds=1": (
+        "set the former or the latter to 0"
+    ),
     "rollout.num_servers=2": "need rollout.engine=vllm-server, not auto",
-    "rollout.engine=vllm-server rollout.servers=[a:1]": "rollout.servers has 'a:1'; an address is of the form http://",
-    "rollout.engine=vllm-server model.dtype=fp64": "model.dtype = fp64 is not known to rollout.engine=vllm",
-    "labels.excluded=[wrong,ok]": "labels.excluded is 'ok'; it takes one of wrong, unparsable, timeout, crashed",
+    "rollout.engine=vllm-server rollout.servers=[a:1]": (
+        "rollout.servers has 'a:1'; an address is of the form http://"
+    ),
+    "rollout.engine=vllm-server model.dtype=fp64": (
+        "model.dtype = fp64 is not known to rollout.engine=vllm"
+    ),
+    "labels.excluded=[wrong,ok]": (
+        "labels.excluded is 'ok'; it takes one of wrong, unparsable, timeout, crashed"
+    ),
     "labels.verifier=own.py:judge labels.require_think=true": "which is given the whole text",
     "batch.max_tokens=100": "raise it to at least 9216",
     "parallel.sp=true": "parallel.sp=true needs parallel.tp > 1",
     "parallel.vpp=2": "parallel.vpp = 2 needs parallel.pp > 1",
-    "parallel.tp=8": "parallel.tp = 8 does not divide the model's 12 attention heads; take one of [1, 2, 3, 4, 6, 12]",
+    "parallel.tp=8": (
+        "parallel.tp = 8 does not divide the model's 12 attention heads; take one of [1, 2, 3, "
+        "4, 6, 12]"
+    ),
     "parallel.pp=3": "does not divide the model's 28 layers",
-    "data.max_prompt_tokens=9000 batch.max_tokens=20000": "exceeds the model's max_position_embeddings 16384",
+    "data.max_prompt_tokens=9000 batch.max_tokens=20000": (
+        "exceeds the model's max_position_embeddings 16384"
+    ),
     "model.path=/nowhere": "model.path is '/nowhere', which has no config.json",
-    "megatron.hidden_dropuot=0": "unknown key megatron.hidden_dropuot; did you mean hidden_dropout?",
+    "megatron.hidden_dropuot=0": (
+        "unknown key megatron.hidden_dropuot; did you mean hidden_dropout?"
+    ),
     "megatron.hidden_dropout=0.1": "dropout makes pi_theta differ from pi_old",
     "megatron.num_moe_experts=8": "mixture-of-experts models are not supported",
     "megatron.lora_rank=8": "LoRA is not supported",
     "megatron.tensor_model_parallel_size=2": "is set by parallel.tp; set that instead",
-    "rollout.tis_clip=2": "unknown key rollout.tis_clip; the mismatch between engine and trainer is not weighted away",
+    "rollout.tis_clip=2": (
+        "unknown key rollout.tis_clip; the mismatch between engine and trainer is not weighted away"
+    ),
     "rollout.is_fast=1": "unknown key rollout.is_fast; known here: allow_truncated_sampling, ",
-    "rollout.engine=sglang": "rollout.engine is sglang; it takes one of auto, vllm, vllm-server, transformers",
-    "rollout.engine=vllm rollout.tp=3": "rollout.tp = 3 neither divides the model's 2 key-value heads nor is a multiple",
+    "rollout.engine=sglang": (
+        "rollout.engine is sglang; it takes one of auto, vllm, vllm-server, transformers"
+    ),
+    "rollout.engine=vllm rollout.tp=3": (
+        "rollout.tp = 3 neither divides the model's 2 key-value heads nor is a multiple"
+    ),
     "given.x=1": "unknown key given; known here",
     "data.suffix=${nothing}": "Interpolation key 'nothing' not found",
     "rollout.sync.probe_every=-1": "rollout.sync.probe_every is -1; it must be 0 (off) or above",
     "rollout.sleep_level=3": "rollout.sleep_level is 3; it takes one of 0, 1, 2",
     "rollout.exclude_mismatch=0": "rollout.exclude_mismatch is 0.0; it must be above 0, or null",
-    "rollout.engine=transformers rollout.tp=2": "rollout.tp = 2 needs rollout.engine=vllm or vllm-server, not transformers; set rollout.tp=1",
-    "rollout.engine=vllm model.dtype=fp64": "model.dtype = fp64 is not known to rollout.engine=vllm",
-    "rollout.engine=vllm rollout.tp=5": "rollout.tp = 5 does not divide the model's 12 attention heads",
+    "rollout.engine=transformers rollout.tp=2": (
+        "rollout.tp = 2 needs rollout.engine=vllm or vllm-server, not transformers; set "
+        "rollout.tp=1"
+    ),
+    "rollout.engine=vllm model.dtype=fp64": (
+        "model.dtype = fp64 is not known to rollout.engine=vllm"
+    ),
+    "rollout.engine=vllm rollout.tp=5": (
+        "rollout.tp = 5 does not divide the model's 12 attention heads"
+    ),
     "rollout.engine=vllm rollout.kv_cache_mib=100": "does not hold one sequence",
     "rollout.vllm.seed=1": "rollout.vllm.seed is set by trainer.seed; set that instead",
     "optimizer.beta2=1": "optimizer.beta2 is 1.0; it must lie in [0, 1)",
@@ -167,8 +203,10 @@ def test_fewer_rollouts_than_data_parallel_ranks_are_said() -> None:
 
 
 def test_the_smallest_kv_cache_holds_one_sequence(file: Path) -> None:
-    """R1-Distill 1.5B in bf16: 2 x 28 layers x 2 KV heads x 128 x 2 bytes = 28,672 a token; 9216 tokens are 72 blocks
-    of 128, and one more: 73 x 128 x 28,672 bytes = 255.5 MiB; half of it on each of two ranks."""
+    """R1-Distill 1.5B in bf16: 2 x 28 layers x 2 KV heads x 128 x 2 bytes = 28,672 a token; 9216
+    tokens are 72 blocks of 128, and one more: 73 x 128 x 28,672 bytes = 255.5 MiB; half of it on
+    each of two ranks.
+    """
     for tp, enough in ((1, 256), (2, 128)):
         words = ["rollout.engine=vllm", f"rollout.tp={tp}"]
         config.load(file, [*words, f"rollout.kv_cache_mib={enough}"])
@@ -177,8 +215,9 @@ def test_the_smallest_kv_cache_holds_one_sequence(file: Path) -> None:
 
 
 def test_a_qwen3_without_head_dim_needs_its_whole_kv_cache(file: Path, model: Path) -> None:
-    """The sizes of Qwen3-0.6B: 2 x 28 layers x 8 KV heads x 128 x 2 bytes = 114,688 a token, 73 blocks of 128 as above:
-    1022 MiB. By hidden_size / num_attention_heads = 64 it would be half."""
+    """The sizes of Qwen3-0.6B: 2 x 28 layers x 8 KV heads x 128 x 2 bytes = 114,688 a token,
+    73 blocks of 128 as above: 1022 MiB. By hidden_size / num_attention_heads = 64 it would be half.
+    """
     values = json.loads((model / "config.json").read_text()) | {
         "architectures": ["Qwen3ForCausalLM"],
         "hidden_size": 1024,

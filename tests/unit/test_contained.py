@@ -1,4 +1,6 @@
-"""Which verifiers run what a completion says, what becomes of those that do, and what a worker leaves behind."""
+"""Which verifiers run what a completion says, what becomes of those that do,
+and what a worker leaves behind.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ def box(text: str) -> str:
     return f"\\boxed{{{text}}}"
 
 
-# --- what never evaluates text -------------------------------------------------------------------------------------
+# --- what never evaluates text --------------------------------------------------------------------
 
 AUDITED = """
 import ast, json, random, sys
@@ -57,11 +59,13 @@ def is_code(source):
 def hook(event, arguments):
     # ast.parse goes by this file name: it makes a tree and no code.
     parsed_only = event == "compile" and arguments[1] in ("<unknown>", b"<unknown>")
-    if event == "compile" and not parsed_only and "evil" in str(arguments[0]) and is_code(arguments[0]):
+    compiled = event == "compile" and not parsed_only
+    if compiled and "evil" in str(arguments[0]) and is_code(arguments[0]):
         seen.append([event, str(arguments[0])[:200]])
     if event == "exec" and "evil" in str(arguments[0].co_names) + str(arguments[0].co_consts):
         seen.append([event, str(arguments[0].co_names)[:200]])
-    if event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect"):
+    processes = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork")
+    if event in processes or event == "socket.connect":
         seen.append([event, ""])
 checks = json.load(sys.stdin)
 sys.addaudithook(hook)
@@ -101,14 +105,17 @@ EVIL = [
     "\"\"\"evil\"\"\"",
 ]  # fmt: skip
 PIECES = [
-    "evil", "__import__('os')", "(", ")", "[", "]", "{", "}", ".", "'", '"', "\\", "$", ";", "=", ":=", "lambda", "\\frac",
-    "\\sqrt", "^", "_", "1", "2.5", "x", "+", "-", "*", "/", ",", " ", "\n", "eval", "exec", "\\text{", "\\left(",
-    "\\right)", "%", "!", "@", "f'{", "}'", "\0", "for evil in", "**",
+    "evil", "__import__('os')", "(", ")", "[", "]", "{", "}", ".", "'", '"', "\\", "$", ";", "=",
+    ":=", "lambda", "\\frac", "\\sqrt", "^", "_", "1", "2.5", "x", "+", "-", "*", "/", ",", " ",
+    "\n", "eval", "exec", "\\text{", "\\left(", "\\right)", "%", "!", "@", "f'{", "}'", "\0",
+    "for evil in", "**",
 ]  # fmt: skip
 
 
 def audited(verifier: str, checks: list[tuple[str, list[str], dict[str, Any]]]) -> list[Any]:
-    """[number of checks, events with code of the text], seen in a process of its own: a hook cannot be taken off."""
+    """[number of checks, events with code of the text], seen in a process of its own:
+    a hook cannot be taken off.
+    """
     script = AUDITED.format(verifier=verifier, tests=str(Path(__file__).parent))
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -151,7 +158,9 @@ def test_scorers_that_evaluated_answers_no_longer_do(few: bool) -> None:
 
 
 def _entry(task: str) -> dict[str, Any]:
-    """A small row of the task: what its scorer reads, without the cost of making a problem for most of them."""
+    """A small row of the task: what its scorer reads, without the cost of making
+    a problem for most of them.
+    """
     import reasoning_gym
 
     slow = task not in gym.LISTS | gym.NUMBERS | gym.EXPRESSIONS
@@ -210,7 +219,8 @@ def test_arithmetic() -> None:
     assert found == ARITHMETIC
 
 
-# What the library's own scorers pay in full whatever the question is, beside right answers: (answer, gold, extra_info).
+# What the library's own scorers pay in full whatever the question is, beside right answers:
+# (answer, gold, extra_info).
 PAID_ALWAYS = [
     ("nan", "3.0 - 2.0i", {"source_dataset": "complex_arithmetic", "result": [3.0, -2.0]}),
     ("nan+nanj", "3.0 - 2.0i", {"source_dataset": "complex_arithmetic", "result": [3.0, -2.0]}),
@@ -253,7 +263,10 @@ FAILED_ON = [
 
 
 def test_an_answer_cannot_choose_to_fail_its_check() -> None:
-    """A failed check is no negative, and many of them end the run. What a row fails on is still raised."""
+    """A failed check is no negative, and many of them end the run.
+
+    What a row fails on is still raised.
+    """
     from reasoning_gym import get_score_answer_fn
 
     for answer, gold, task in FAILED_ON:
@@ -268,17 +281,21 @@ def test_an_answer_cannot_choose_to_fail_its_check() -> None:
         assert verify(box(answer), ["5"], {}) == ("wrong", 0.0)
 
 
-# --- reasoning_gym's attack ----------------------------------------------------------------------------------------
+# --- reasoning_gym's attack -----------------------------------------------------------------------
 
 ATTACK = (
-    "[__import__('os').system('touch {file}'), open('{file}.keys', 'w').write(__import__('os').environ['CANARY_API_KEY']), "
-    "[setattr(c, 'score_answer', lambda *_: 1.0) for c in __import__('reasoning_gym').factory.DATASETS['spiral_matrix'][:1]]]"
+    "[__import__('os').system('touch {file}'), "
+    "open('{file}.keys', 'w').write(__import__('os').environ['CANARY_API_KEY']), "
+    "[setattr(c, 'score_answer', lambda *_: 1.0) "
+    "for c in __import__('reasoning_gym').factory.DATASETS['spiral_matrix'][:1]]]"
 )
 REPRODUCED = """
 import sys
 import uuid
 from reasoning_gym import get_score_answer_fn
-def score(answer): return get_score_answer_fn("spiral_matrix")(answer, {"answer": "1 2", "metadata": {}})
+def score(answer):
+    entry = {"answer": "1 2", "metadata": {}}
+    return get_score_answer_fn("spiral_matrix")(answer, entry)
 before = score("7 7"); score(sys.argv[1]); print(before, score("7 7"))
 """
 
@@ -287,7 +304,9 @@ before = score("7 7"); score(sys.argv[1]); print(before, score("7 7"))
 def test_an_answer_that_reasoning_gym_would_run_does_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shell command, a key from the environment, a replaced scorer: all three work on the library by itself."""
+    """A shell command, a key from the environment, a replaced scorer:
+    all three work on the library by itself.
+    """
     monkeypatch.setenv("CANARY_API_KEY", "secret")
     bare = ATTACK.format(file=tmp_path / "bare")
     done = subprocess.run(
@@ -301,10 +320,13 @@ def test_an_answer_that_reasoning_gym_would_run_does_nothing(
     attack = box(ATTACK.format(file=tmp_path / "held"))
     texts = [box("7 7"), attack, box("7 7"), box("1 2"), box("[1, 2]")]
     checks = [Check(text, ["1 2"], row) for text in texts]
+    held = tmp_path / "held"
+    countdown = {"source_dataset": "countdown", "target": 24}
     games = [
-        Check(box("(6*4)"), ["24"], {"source_dataset": "countdown", "numbers": [6, 4], "target": 24}),
-        Check(box("__import__('os').system('touch " + str(tmp_path / "held") + "')"), ["24"], {"source_dataset": "countdown", "numbers": [6, 4], "target": 24}),
-        Check(box("max(6, 4)*4"), ["24"], {"source_dataset": "countdown", "numbers": [6, 4, 4], "target": 24}),
+        Check(box("(6*4)"), ["24"], countdown | {"numbers": [6, 4]}),
+        Check(box(f"__import__('os').system('touch {held}')"), ["24"],
+              countdown | {"numbers": [6, 4]}),
+        Check(box("max(6, 4)*4"), ["24"], countdown | {"numbers": [6, 4, 4]}),
         Check(box("2*x + x"), ["3*x"], {"source_dataset": "polynomial_multiplication"}),
         Check(box("1"), ["1"], {"source_dataset": "composite"}),
         Check(box("1"), ["1"], {"source_dataset": "of_another_version"}),
@@ -324,7 +346,9 @@ def test_an_answer_that_reasoning_gym_would_run_does_nothing(
 def test_another_version_of_reasoning_gym_needs_walls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody has read its scorers, so each check is in a child of a worker that has read no request."""
+    """Nobody has read its scorers, so each check is in a child of a worker that
+    has read no request.
+    """
     metadata = tmp_path / "reasoning_gym-9.9.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: reasoning_gym\nVersion: 9.9\n")
@@ -338,7 +362,7 @@ def test_another_version_of_reasoning_gym_needs_walls(
             assert [o.reward for o in pool.run([check] * 2)] == [1.0, 1.0]
 
 
-# --- verifiers of a user's own -------------------------------------------------------------------------------------
+# --- verifiers of a user's own --------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -362,7 +386,8 @@ EVALUATED = {
     "planted": ("crashed", "NameError: name 'planted' is not defined"),
     "os._exit(0)": ("crashed", "the verifier process ended with code 0"),
     "sys.exit(3)": ("crashed", "the verifier process ended with code 3"),
-    "os.write(0, b'x') and [os.write(n, b'{}') for n in range(3, 64) if os.path.exists('/dev/null')]": (
+    "os.write(0, b'x') and "
+    "[os.write(n, b'{}') for n in range(3, 64) if os.path.exists('/dev/null')]": (
         "crashed", "OSError: [Errno 9] Bad file descriptor",
     ),
     "[os.close(n) for n in range(3, 5)]": ("crashed", "OSError: [Errno 9] Bad file descriptor"),
@@ -370,13 +395,21 @@ EVALUATED = {
     "os.kill(os.getppid(), 9)": ("crashed", "OSError: [Errno 38] Function not implemented"),
     "os.fork()": ("crashed", "OSError: [Errno 38] Function not implemented"),
     "os.environ['CANARY_API_KEY']": ("crashed", "KeyError: 'CANARY_API_KEY'"),
-    "open('/etc/passwd')": ("crashed", "FileNotFoundError: [Errno 2] No such file or directory: '/etc/passwd'"),
-    "(_ for _ in ()).throw(ValueError(chr(27) + '[2J' + chr(10)))": ("crashed", "ValueError:  [2J "),
+    "open('/etc/passwd')": (
+        "crashed", "FileNotFoundError: [Errno 2] No such file or directory: '/etc/passwd'",
+    ),
+    "(_ for _ in ()).throw(ValueError(chr(27) + '[2J' + chr(10)))": (
+        "crashed", "ValueError:  [2J ",
+    ),
     "float('inf')": ("crashed", "the verifier gave the reward inf"),
-    "(lambda f: f(f))(lambda f: f(f))": ("crashed", "RecursionError: maximum recursion depth exceeded"),
+    "(lambda f: f(f))(lambda f: f(f))": (
+        "crashed", "RecursionError: maximum recursion depth exceeded",
+    ),
     "0.5": ("score", ""),
     # Of all descriptors there is the pipe of its one answer.
-    "[stat.S_ISFIFO(os.fstat(n).st_mode) for n in range(3, 64) if is_open(n)] == [True]": ("ok", ""),
+    "[stat.S_ISFIFO(os.fstat(n).st_mode) for n in range(3, 64) if is_open(n)] == [True]": (
+        "ok", "",
+    ),
 }  # fmt: skip
 IS_OPEN = """
 import stat
@@ -409,7 +442,8 @@ def test_a_verifier_that_evaluates_is_contained(
     found = {
         text: (status, reason.partition(" while ")[0]) for text, (status, reason) in found.items()
     }
-    # Which descriptors are open differs, and who is first to end the child: what counts is that no verdict gets out.
+    # Which descriptors are open differs, and who is first to end the child: what counts is that no
+    # verdict gets out.
     for text in (
         "[os.close(n) for n in range(3, 5)]",
         "os.closerange(0, 64) or True",
@@ -424,8 +458,10 @@ def test_an_own_verifier_is_a_module_with_its_folder_on_the_path(
 ) -> None:
     (tmp_path / "beside.py").write_text("def right(text): return text == 'a'\n")
     head = (
-        "TRUSTED = True\nimport dataclasses, pickle\nimport beside\nfrom concurrent.futures import ProcessPoolExecutor\n"
-        "@dataclasses.dataclass\nclass Row:\n    kept: dataclasses.InitVar[int]\n    name: str = ''\n"
+        "TRUSTED = True\nimport dataclasses, pickle\nimport beside\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "@dataclasses.dataclass\nclass Row:\n    kept: dataclasses.InitVar[int]\n"
+        "    name: str = ''\n"
     )
     body = (
         "assert pickle.loads(pickle.dumps(Row(1, 'a'))).name == 'a' and __name__ == 'judges'\n"
@@ -448,7 +484,8 @@ def test_what_a_verifier_started_ends_with_it(
     """A grandchild in a session of its own, which no signal to a process group reaches."""
     marker = f"grandchild-{uuid.uuid4().hex}"
     start = f"subprocess.Popen(['sh', '-c', 'sleep 600; echo {marker}'], start_new_session=True)"
-    # As a trusted verifier at each check; one that is contained could only have done so while it was loaded.
+    # As a trusted verifier at each check; one that is contained could only have done so while it
+    # was loaded.
     head = "TRUSTED = True\nimport subprocess" if trusted else f"import subprocess\n{start}"
     body = (
         f"{start}; time.sleep(text == 'slow' and 600 or 0); return True"
@@ -478,7 +515,10 @@ def test_what_a_verifier_started_ends_with_it(
 def test_a_verifier_in_the_home_directory_is_refused(
     own: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would show its folder to completions, and keys lie there. Containers say by HOME where that is."""
+    """It would show its folder to completions, and keys lie there.
+
+    Containers say by HOME where that is.
+    """
     name = own("return True")
     for home in (tmp_path, tmp_path / "user"):
         monkeypatch.setenv("HOME", str(home))
@@ -492,7 +532,9 @@ def test_a_verifier_in_the_home_directory_is_refused(
 def test_the_path_of_libraries_shows_no_private_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not the working directory, the home directory or what has them in it, nor anything relative."""
+    """Not the working directory, the home directory or what has them in it,
+    nor anything relative.
+    """
     home = Path(pwd.getpwuid(os.getuid()).pw_dir)
     canaries = [tmp_path / "canary", home / f"canary-{uuid.uuid4().hex}"]
     monkeypatch.chdir(tmp_path)
@@ -573,7 +615,10 @@ JUNK = [
 
 def test_a_junk_reply_costs_its_check_only(own: Callable[..., str]) -> None:
     """From a trusted verifier, which alone has the worker's descriptors."""
-    write = "[os.write(n, text.encode() + b'\\n') for n in map(int, os.listdir('/proc/self/fd')) if n > 2 and os.path.realpath(f'/proc/self/fd/{n}').split('/')[-1].startswith('pipe')]"
+    write = (
+        "[os.write(n, text.encode() + b'\\n') for n in map(int, os.listdir('/proc/self/fd')) "
+        "if n > 2 and os.path.realpath(f'/proc/self/fd/{n}').split('/')[-1].startswith('pipe')]"
+    )
     name = own(f"text and {write}; return True", "TRUSTED = True")
     texts = [piece for junk in JUNK for piece in (junk, "")]
     with VerifierPool(name, **OPTIONS) as pool:
@@ -600,13 +645,15 @@ def test_a_closed_pool_leaves_no_descriptor() -> None:
     assert descriptors() <= before
 
 
-# --- the ladder ----------------------------------------------------------------------------------------------------
+# --- the ladder -----------------------------------------------------------------------------------
 
 
 def test_what_the_lowest_rung_refuses(
     own: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Code is refused, tasks that evaluate by name, `require` altogether; mathematics goes on; own verifiers are warned of."""
+    """Code is refused, tasks that evaluate by name, `require` altogether; mathematics goes on;
+    own verifiers are warned of.
+    """
     lowest = OPTIONS | {"highest": Rung.LIMITS}
     with pytest.raises(ValueError, match="programs run in a sandbox only"):
         VerifierPool("code", **lowest)
@@ -648,13 +695,15 @@ def test_off_still_gives_each_check_a_clean_child(own: Callable[..., str]) -> No
         assert [o.reward for o in pool.run([Check("", [])] * 3)] == [1.0] * 3
 
 
-# --- code as an answer ---------------------------------------------------------------------------------------------
+# --- code as an answer ----------------------------------------------------------------------------
 
 SOLUTIONS = {
     "humaneval": [
-        "from typing import List\ndef running_total(numbers: List[int]) -> List[int]:\n    total, out = 0, []\n"
+        "from typing import List\ndef running_total(numbers: List[int]) -> List[int]:\n"
+        "    total, out = 0, []\n"
         "    for n in numbers:\n        total += n\n        out.append(total)\n    return out",
-        "def near_pair(values, gap):\n    v = sorted(values)\n    return any(b - a < gap for a, b in zip(v, v[1:]))",
+        "def near_pair(values, gap):\n    v = sorted(values)\n"
+        "    return any(b - a < gap for a, b in zip(v, v[1:]))",
     ],
     "mbpp": [
         "def longest_word(text):\n    return max(text.split(), key=len)",
@@ -668,7 +717,9 @@ SOLUTIONS = {
 @needs_walls
 @pytest.mark.parametrize("shape", SOLUTIONS)
 def test_rows_of_the_known_shapes(shape: str) -> None:
-    """Through the prompts' reader and the labeller: the right program is positive, one that passes a part is not."""
+    """Through the prompts' reader and the labeller: the right program is positive,
+    one that passes a part is not.
+    """
     rows = read_rows(SAMPLES / f"{shape}.jsonl")
     assert len(rows) == len(SOLUTIONS[shape])
     right = [f"<think>```python\nwrong\n```</think>```python\n{s}\n```" for s in SOLUTIONS[shape]]
@@ -690,7 +741,9 @@ def test_rows_of_the_known_shapes(shape: str) -> None:
 
 @needs_walls
 def test_a_program_does_not_bring_what_judges_it() -> None:
-    """HumanEval's find_zero is judged by poly, which stands in its prompt: a program's own poly may be 0 everywhere."""
+    """HumanEval's find_zero is judged by poly, which stands in its prompt:
+    a program's own poly may be 0 everywhere.
+    """
     test = "def check(candidate):\n    assert abs(poly([1, 2], candidate([1, 2]))) < 1e-4\n"
     poly = "def poly(xs, x):\n    return sum(c * x**i for i, c in enumerate(xs))"
     row = {"test": test, "entry_point": "find_zero"}
@@ -710,7 +763,10 @@ def test_names_that_a_test_binds_are_not_the_programs() -> None:
         "        assert 'negative' in str(error)\n    match candidate(4):\n        case [*roots]:\n"
         "            assert roots == [-2, 2]\n        case other:\n            assert not other\n"
     )
-    program = "def roots_of(n):\n    if n < 0: raise ValueError('negative')\n    return [-(n**0.5), n**0.5]"
+    program = (
+        "def roots_of(n):\n    if n < 0: raise ValueError('negative')\n"
+        "    return [-(n**0.5), n**0.5]"
+    )
     row = {"test": test, "entry_point": "roots_of"}
     with VerifierPool("code", **OPTIONS) as pool:
         (outcome,) = pool.run([Check(f"```python\n{program}\n```", [], row)])

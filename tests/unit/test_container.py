@@ -1,4 +1,6 @@
-"""The Dockerfile, as far as a machine without docker can tell: a real linter, and its pins resolved on the index."""
+"""The Dockerfile, as far as a machine without docker can tell: a real linter,
+and its pins resolved on the index.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +48,9 @@ def test_the_image_holds_what_it_copies_and_nothing_of_the_user() -> None:
     """Every COPY is let in by .dockerignore, which begins by shutting out everything."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     assert lines[1] == "*"
-    copied = [w for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith("COPY ")
-              for w in line.split()[1:-1]]  # fmt: skip
+    recipe = (ROOT / "Dockerfile").read_text().splitlines()
+    copies = [line.split()[1:-1] for line in recipe if line.startswith("COPY ")]
+    copied = [name for names in copies for name in names]
     assert sorted(f"!{name}" for name in copied) == sorted(
         line for line in lines if line.startswith("!")
     )

@@ -1,4 +1,6 @@
-"""HF <-> Megatron conversion: identical bytes there and back, every kind of source, and refusals in one sentence."""
+"""HF <-> Megatron conversion: identical bytes there and back, every kind of source,
+and refusals in one sentence.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def test_blocks_smaller_than_a_row_and_many_workers(source: Path, tmp_path: Path
 
 
 def test_many_files_come_back_as_they_were(source: Path, tmp_path: Path) -> None:
-    """transformers cuts the weights into shards; the export has the same ones, and the same index."""
+    """transformers cuts the weights into shards; the export has the same ones,
+    and the same index.
+    """
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(source, dtype="auto").save_pretrained(
@@ -90,7 +94,9 @@ def test_shards_of_a_size_load_in_transformers(source: Path, tmp_path: Path) -> 
 
 
 def test_bin_and_snapshot_sources(source: Path, tmp_path: Path) -> None:
-    """pytorch_model.bin, whole and in parts, and a hub snapshot whose files are links, give the same checkpoint."""
+    """pytorch_model.bin, whole and in parts, and a hub snapshot whose files are links,
+    give the same checkpoint.
+    """
     weights = HfWeights(source)
     tensors = {name: weights.read(name) for name in weights.names}
     whole, parts, snapshot = (tmp_path / kind for kind in ("whole", "parts", "snapshot"))

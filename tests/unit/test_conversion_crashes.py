@@ -1,4 +1,6 @@
-"""kill -9 in the middle of a conversion: nothing, or a partial directory that the next run completes."""
+"""kill -9 in the middle of a conversion: nothing, or a partial directory that the
+next run completes.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def changes(convert: Callable[[Path, Path], Converted], source: Path, out: Path)
 def kill(
     convert: Callable[[Path, Path], Converted], source: Path, out: Path, *, after: int
 ) -> None:
-    """Runs the conversion in a process of its own, which kills itself after so many changes of the disk."""
+    """Runs the conversion in a process of its own, which kills itself after so
+    many changes of the disk.
+    """
     child = os.fork()
     if not child:
         try:
@@ -103,7 +107,9 @@ def test_kills_at_random_moments(
 def test_a_resumed_run_copies_only_what_is_missing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The third part of the tensors fails; the second run writes exactly the bytes that the first one did not."""
+    """The third part of the tensors fails; the second run writes exactly the
+    bytes that the first one did not.
+    """
     written = [0]
     write = transfer._write
 
@@ -147,7 +153,9 @@ def test_a_spoilt_partial_is_made_again(
 def test_a_line_of_the_journal_that_was_cut_short_spoils_no_other(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk was full in the middle of a line; the next run appends behind it, and the one after reads both."""
+    """The disk was full in the middle of a line; the next run appends behind it,
+    and the one after reads both.
+    """
     monkeypatch.setattr(transfer, "_finish", _full_disk)
     for cut_short in (True, False):
         with pytest.raises(WeightsError, match="is full"):

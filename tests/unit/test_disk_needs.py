@@ -31,7 +31,9 @@ def recipe(**rollout: Any) -> Config:
 
 
 def test_the_recipe_of_7b() -> None:
-    """14 bytes a parameter. Kept: 100, 200, ... 1000, 990, the best one; and one that is being written."""
+    """14 bytes a parameter. Kept: 100, 200, ... 1000, 990, the best one;
+    and one that is being written.
+    """
     needs = disk_needs(recipe(), SEVEN_B)
     assert needs.checkpoint == 106_400_000_000
     assert needs.num_checkpoints == 10 + 1 + 1 + 1

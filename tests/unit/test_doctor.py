@@ -1,4 +1,6 @@
-"""What one process finds, each thing also broken; what ranks find together is in tests/distributed/test_doctor.py."""
+"""What one process finds, each thing also broken; what ranks find together is in
+tests/distributed/test_doctor.py.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +122,9 @@ def test_disk_speed_leaves_nothing_and_fails_on_a_file(tmp_path: Path) -> None:
 def test_a_full_disk_fails_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The limit on file sizes stands in for a full disk: a write beyond it is refused by the kernel."""
+    """The limit on file sizes stands in for a full disk: a write beyond it is
+    refused by the kernel.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 20, hard))
     try:

@@ -1,4 +1,6 @@
-"""Each emulated kernel of TransformerEngine against an operator of torch that computes the same in another way."""
+"""Each emulated kernel of TransformerEngine against an operator of torch that
+computes the same in another way.
+"""
 
 from __future__ import annotations
 

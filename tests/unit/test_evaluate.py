@@ -49,8 +49,8 @@ def test_pass_at_k_of_many_samples() -> None:
     assert pass_at_k(1, 2000, 1000) == pytest.approx(0.5, abs=1e-12)
 
 
-# Answer 0 is correct. Votes: 0 has 2, 1 has 1 -> 1. 1 has 2 -> 0. A tie of right and wrong -> 1/2; of right and two
-# wrong ones -> 1/3. Who has no answer does not vote. Nobody votes -> 0.
+# Answer 0 is correct. Votes: 0 has 2, 1 has 1 -> 1. 1 has 2 -> 0. A tie of right and wrong -> 1/2;
+# of right and two wrong ones -> 1/3. Who has no answer does not vote. Nobody votes -> 0.
 VOTES = {
     "right": ([(True, 0), (True, 0), (False, 1)], 1.0),
     "wrong": ([(True, 0), (False, 1), (False, 1)], 0.0),
@@ -74,7 +74,8 @@ def test_figures_by_hand() -> None:
 
     pass@1 = 1/2. Shares 3/4 and 1/4: variance 1/8 (n - 1 = 1), standard error sqrt(1/8 / 2) = 1/4.
     pass@2 = mean of 1 - C(1,2)/C(4,2) = 1 and 1 - C(3,2)/C(4,2) = 1/2, so 3/4. pass@4 = 1.
-    Majority: 3 votes for the right answer -> 1; one right vote against two wrong of a kind -> 0; mean 1/2.
+    Majority: 3 votes for the right answer -> 1; one right vote against two wrong of a kind -> 0;
+    mean 1/2.
     """
     found = summarise(
         [

@@ -1,4 +1,6 @@
-"""Weights from anywhere: whatever their headers, indices and pickles say, the end is a sentence or the right tensor."""
+"""Weights from anywhere: whatever their headers, indices and pickles say,
+the end is a sentence or the right tensor.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +102,9 @@ def headers(draw: st.DrawFn, plain_header: bytes) -> bytes:
 
 @pytest.mark.parametrize("part", range(2))
 def test_fuzzed_safetensors_headers(plain: bytes, tmp_path: Path, part: int) -> None:
-    """4,000 cases with --all; what is accepted is what the safetensors library reads, byte for byte."""
+    """4,000 cases with --all; what is accepted is what the safetensors library reads,
+    byte for byte.
+    """
     length = struct.unpack("<Q", plain[:8])[0]
     accepted = [0]
 

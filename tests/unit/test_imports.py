@@ -1,4 +1,6 @@
-"""Imports run one way: a module imports its own package and what lies below it, and nothing else of this project."""
+"""Imports run one way: a module imports its own package and what lies below it,
+and nothing else of this project.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 KNOWN = {
     ("config", "weights"): (
-        "the checks of a layout ask the one reader of config.json, weights/architecture.py; it knows neither torch nor "
+        "the checks of a layout ask the one reader of config.json, weights/architecture.py; it "
+        "knows neither torch nor "
         "the configuration, and belongs below the two"
     ),
 }
@@ -48,7 +51,9 @@ def layer_of(name: str) -> int:
 
 
 def imported(source: str) -> Iterator[tuple[int, str]]:
-    """(line, top-level name) of everything of this project that a source imports, inside functions too."""
+    """(line, top-level name) of everything of this project that a source imports,
+    inside functions too.
+    """
     for node in ast.walk(ast.parse(source)):
         modules: list[str] = []
         if isinstance(node, ast.Import):

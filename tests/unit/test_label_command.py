@@ -23,7 +23,9 @@ def write(path: Path, rows: list[Any]) -> str:
 
 
 def test_check_counts_by_kind(tmp_path: Path, capsys: Any) -> None:
-    """A false positive (of exact, which ends 1) and a false negative beside three rows that are as expected."""
+    """A false positive (of exact, which ends 1) and a false negative beside three
+    rows that are as expected.
+    """
     agreeing = write(tmp_path / "a.jsonl", ROWS)
     assert main(["labels", "check", agreeing, "--json", "--workers", "1"]) == 0
     report = json.loads(capsys.readouterr().out)

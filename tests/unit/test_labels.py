@@ -54,7 +54,8 @@ def statuses(pool: VerifierPool, *texts: str, golds: tuple[str, ...] = ("5",)) -
 
 SLOW = box("\\sin(10^{10^{9}})")
 """An answer that no comparison ends on: a value of it takes a thousand million digits."""
-# Gold answer is 5 throughout. Numbers of this size take minutes and gigabytes: the wall clock ends them.
+# Gold answer is 5 throughout. Numbers of this size take minutes and gigabytes: the wall clock ends
+# them.
 HOSTILE = {
     # arithmetic that never ends
     box("9^9^9^9"): "wrong",
@@ -195,7 +196,9 @@ def test_letter_by_letter() -> None:
 
 
 def hostile_batch() -> tuple[list[tuple[Prompt, Completion]], list[int | None]]:
-    """64 prompts x 8 rollouts, 8 % of them hostile (a fifth of these would take for ever), and the honest labels."""
+    """64 prompts x 8 rollouts, 8 % of them hostile (a fifth of these would take for ever),
+    and the honest labels.
+    """
     draw = random.Random(5)
     slow = [text for text, status in HOSTILE.items() if status == "timeout"]
     texts = [*HOSTILE, *slow * 3]
@@ -232,7 +235,9 @@ def test_each_timeout_among_the_last_checks_cuts_the_next_ones_processor_time() 
 
 
 def test_a_batch_with_hostile_answers_ends_in_time_and_every_honest_one_is_right() -> None:
-    """Two workers lose less than three times one check's wall clock each, for the eight checks that would never end."""
+    """Two workers lose less than three times one check's wall clock each,
+    for the eight checks that would never end.
+    """
     items, expected = hostile_batch()
     memory, timeout, trainer = 1024, 5.0, psutil.Process()
     with Labeller("math_verify", workers=2, timeout_seconds=timeout, memory_mib=memory) as label:
@@ -277,7 +282,9 @@ def test_a_worker_that_died_while_idle_costs_nothing(fresh_pool: VerifierPool) -
 
 
 def test_signals_to_the_whole_tree_leave_the_verifiers_alive(fresh_pool: VerifierPool) -> None:
-    """Slurm's scancel and a terminal's Ctrl-C reach every process of a job; the run needs its verdicts to its seam."""
+    """Slurm's scancel and a terminal's Ctrl-C reach every process of a job;
+    the run needs its verdicts to its seam.
+    """
     started = [worker._process for worker in fresh_pool._workers]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         for worker in fresh_pool._workers:
@@ -307,7 +314,9 @@ def worker_process(worker: _Worker) -> psutil.Process:
 
 @pytest.fixture
 def own(tmp_path: Path) -> Callable[[str], str]:
-    """The name of a trusted verifier with this body; tests/unit/test_sandbox.py has those that are not trusted."""
+    """The name of a trusted verifier with this body; tests/unit/test_sandbox.py
+    has those that are not trusted.
+    """
 
     def make(body: str) -> str:
         file = tmp_path / "own.py"
@@ -381,11 +390,14 @@ def test_a_worker_whose_memory_grows_is_replaced_before_it_meets_its_limit(
 
 
 def test_workers_check_at_the_same_time(own: Callable[[str], str], tmp_path: Path) -> None:
-    """Each check waits until as many are in progress as there are workers; see also tools/bench_labels.py."""
+    """Each check waits until as many are in progress as there are workers;
+    see also tools/bench_labels.py.
+    """
     arrived = f"{str(tmp_path)!r} + '/arrived'"
     body = (
         f"open({arrived} + text, 'w').close()\n"
-        f"    while sum(name.startswith('arrived') for name in os.listdir({str(tmp_path)!r})) < 4: time.sleep(0.01)\n"
+        f"    while sum(name.startswith('arrived') for name in os.listdir({str(tmp_path)!r})) < 4: "
+        "time.sleep(0.01)\n"
         "    return True"
     )
     with VerifierPool(own(body), **(OPTIONS | {"workers": 4, "timeout_seconds": 120})) as pool:
@@ -495,8 +507,8 @@ def test_failed_checks_are_excluded_and_too_many_stop_the_run(own: Callable[[str
         assert [v.label for v in label(items)[:5]] == [EXCLUDED] + [POSITIVE] * 4
         with pytest.raises(
             TooManyFailedChecks,
-            match=r"1 of 4 checks failed \(1 crashed\), more than labels.max_failed_share = 0.2; most often: KeyError: "
-            "'crash'",
+            match=r"1 of 4 checks failed \(1 crashed\), more than labels.max_failed_share = 0.2; "
+            "most often: KeyError: 'crash'",
         ):
             label(
                 items[:4] + items[5:]
@@ -514,10 +526,11 @@ def test_scores_need_a_threshold(own: Callable[[str], str]) -> None:
 
 
 PIECES = [
-    "\\boxed{", "{", "}", "\\", "</think>", "<think>", "$", "\\frac", "\\sqrt", "\\left(", "\\right)", "\\text{", "|",
-    "\\begin{pmatrix}", "\\end{pmatrix}", "^", "_", "!", "\\%", "&", "=", "<", ",", ".", ";", "1", "23", "0.5", "x",
-    "i", "\\pi", "\\infty", "\\int_0^1", "\\sum_{n=1}^{3}", "\\cup", "[", ")", "\0", "\u0665", "\u00b2", "\ud800", "\n",
-    " ", "\\binom", "\\pm", "\\degree", "\\circ",
+    "\\boxed{", "{", "}", "\\", "</think>", "<think>", "$", "\\frac", "\\sqrt", "\\left(",
+    "\\right)", "\\text{", "|", "\\begin{pmatrix}", "\\end{pmatrix}", "^", "_", "!", "\\%", "&",
+    "=", "<", ",", ".", ";", "1", "23", "0.5", "x", "i", "\\pi", "\\infty", "\\int_0^1",
+    "\\sum_{n=1}^{3}", "\\cup", "[", ")", "\0", "\u0665", "\u00b2", "\ud800", "\n", " ", "\\binom",
+    "\\pm", "\\degree", "\\circ",
 ]  # fmt: skip
 
 
@@ -528,7 +541,9 @@ PIECES = [
 @settings(max_examples=300, deadline=None)
 @example("\\boxed{\\begin{pmatrix}1", ["\\end{pmatrix}"])
 def test_fuzzed_answers_end_in_a_status(pool: VerifierPool, text: str, gold: list[str]) -> None:
-    """A timeout is a status (2!!!!!! takes for ever), an exception that got out of the parsing is not."""
+    """A timeout is a status (2!!!!!! takes for ever), an exception that got out
+    of the parsing is not.
+    """
     for answer in (text, box(text.replace("\\boxed{", ""))):
         (outcome,) = pool.run([Check(answer, ["5", "".join(gold)])])
         assert outcome.status in ("ok", "wrong", "unparsable", "timeout"), outcome.reason

@@ -72,7 +72,10 @@ def test_a_rank_that_hangs_is_named(ranks: list[subprocess.Popen[str]]) -> None:
 def test_a_rank_without_a_sign_of_life_is_named(
     ranks: list[subprocess.Popen[str]], victim: int
 ) -> None:
-    """A stopped process keeps its socket open, as a machine that vanished does. Every rank sees that the first one did."""
+    """A stopped process keeps its socket open, as a machine that vanished does.
+
+    Every rank sees that the first one did.
+    """
     ranks[victim].send_signal(signal.SIGSTOP)
     others = [p for i, p in enumerate(ranks) if i != victim]
     for said in ends(others, within=120.0):

@@ -73,7 +73,9 @@ def joins(address: tuple[str, int], secret: str) -> str:
 
 
 def test_nobody_takes_a_workers_place() -> None:
-    """Strangers come before the worker: one that speaks the store's protocol, a scanner, one that stays silent."""
+    """Strangers come before the worker: one that speaks the store's protocol, a scanner,
+    one that stays silent.
+    """
     listener = listen("127.0.0.1")
     address = listener.getsockname()
     with ThreadPoolExecutor(2) as pool:
@@ -98,7 +100,9 @@ def test_nobody_takes_a_workers_place() -> None:
 
 @pytest.mark.parametrize("impostor", ["worker", "sender"])
 def test_who_slips_into_the_group_gets_no_weights(impostor: str) -> None:
-    """The group's own connections ask for no secret: whoever was quicker there still has to prove that it knows it."""
+    """The group's own connections ask for no secret: whoever was quicker there still has to prove
+    that it knows it.
+    """
     store = HashStore()
     known = {"worker": ("secret", "guessed"), "sender": ("guessed", "secret")}[impostor]
 

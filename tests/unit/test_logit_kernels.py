@@ -1,6 +1,7 @@
 """The log-prob head's kernels, compiled for GPUs that are not here.
 
-pytest -s shows the table of docs/benchmarks.md: registers, bytes of spills and shared memory of each kernel.
+pytest -s shows the table of docs/benchmarks.md: registers, bytes of spills and shared memory of
+each kernel.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ pytestmark = pytest.mark.skipif(
 
 
 def compiled(kernel: str, dtype: str, architecture: int) -> Any:
-    """Returns the kernel as Triton compiles it for an architecture (90 is sm_90) and logits of a dtype.
+    """Returns the kernel as Triton compiles it for an architecture (90 is sm_90)
+    and logits of a dtype.
 
-    Pointers, row stride and columns are multiples of 16, as torch's buffers and whole chunks of 8192 columns are.
+    Pointers, row stride and columns are multiples of 16, as torch's buffers and whole chunks of
+    8192 columns are.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -59,7 +62,9 @@ def compiled(kernel: str, dtype: str, architecture: int) -> Any:
 
 
 def resources(binary: bytes, tmp_path: Path) -> dict[str, int]:
-    """Returns what the assembler allots a thread (REG registers, LOCAL and STACK bytes) and a program (SHARED bytes)."""
+    """Returns what the assembler allots a thread (REG registers, LOCAL and STACK bytes) and a
+    program (SHARED bytes).
+    """
     file = tmp_path / "kernel.cubin"
     file.write_bytes(binary)
     command = [str(BINARIES / "cuobjdump"), "--dump-resource-usage", str(file)]
@@ -80,9 +85,11 @@ def test_compiles_without_spills(
         f"| {kernel} | {dtype} | sm_{architecture} | {used['REG']} | {spilled} | {used['SHARED']} |"
     )
     assert spilled == 0, f"{used}: registers spill to memory"
-    # 64 registers in 8 warps leave room for four programs on a multiprocessor, which hide each other's loads.
+    # 64 registers in 8 warps leave room for four programs on a multiprocessor, which hide each
+    # other's loads.
     assert used["REG"] <= 64, used
     assert "ld.global.v4" in result.asm["ptx"], "a load is not of 16 bytes"
     if dtype == "bf16" and kernel == "gradient":
-        # The interpreter cuts off what the hardware rounds: that it is rounded to the nearest can be seen here alone.
+        # The interpreter cuts off what the hardware rounds: that it is rounded to the nearest can
+        # be seen here alone.
         assert "cvt.rn.bf16" in result.asm["ptx"]

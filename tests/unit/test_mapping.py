@@ -1,4 +1,6 @@
-"""The HF <-> Megatron mapping: rows in their places, shards that join to what they were cut from."""
+"""The HF <-> Megatron mapping: rows in their places,
+shards that join to what they were cut from.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,9 @@ def test_qkv_rows_are_grouped_by_kv_head() -> None:
 
 
 def test_a_rank_reads_only_its_own_slices(tiny_model: Callable[..., Path]) -> None:
-    """The bytes that two ranks read add up to the file's data, norms read twice; padding is not read at all."""
+    """The bytes that two ranks read add up to the file's data, norms read twice;
+    padding is not read at all.
+    """
     weights = HfWeights(tiny_model("qwen2"))
     architecture = Architecture.read(weights.directory)
     read = [0, 0]

@@ -1,4 +1,6 @@
-"""Several training sets: their shares, verifiers and settings, and prompts filtered by how often they were solved."""
+"""Several training sets: their shares, verifiers and settings,
+and prompts filtered by how often they were solved.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ def prompts(name: str, count: int) -> list[Prompt]:
 
 
 def test_each_set_has_its_share_and_no_prompt_is_left_out() -> None:
-    """8 and 3 prompts at 2 : 1. The first is there once, so the epoch has 12: 4 of the second, one of its 3 twice."""
+    """8 and 3 prompts at 2 : 1.
+
+    The first is there once, so the epoch has 12: 4 of the second, one of its 3 twice.
+    """
     sets = {"a": prompts("x", 8), "b": prompts("x", 3)}
     epoch = mixed(sets, {"a": 2.0, "b": 1.0}, seed=1)
     counts = Counter(prompt.uid for prompt in epoch)
@@ -77,11 +82,15 @@ def test_sets_have_their_own_suffix_and_verifier(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "two ways": ({"train": "x.jsonl", "sources": {"a": {"path": "y"}}}, "data.sources are both given"),
+    "two ways": ({"train": "x.jsonl", "sources": {"a": {"path": "y"}}},
+                 "data.sources are both given"),
     "no path": ({"sources": {"a": {"weight": 1}}}, "data.sources.a has no path"),
-    "unknown": ({"sources": {"a": {"path": "x", "wieght": 1}}}, "unknown key data.sources.a.wieght"),
-    "weight": ({"sources": {"a": {"path": "x", "weight": 0}}}, "data.sources.a.weight = 0; give a number above 0"),
-    "text": ({"sources": {"a": {"path": "x", "suffix": 3}}}, "data.sources.a.suffix = 3; give text"),
+    "unknown": ({"sources": {"a": {"path": "x", "wieght": 1}}},
+                "unknown key data.sources.a.wieght"),
+    "weight": ({"sources": {"a": {"path": "x", "weight": 0}}},
+               "data.sources.a.weight = 0; give a number above 0"),
+    "text": ({"sources": {"a": {"path": "x", "suffix": 3}}},
+             "data.sources.a.suffix = 3; give text"),
 }  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""The REAL objective against numbers worked out by hand, the equations as printed, autograd and finite differences.
+"""The REAL objective against numbers worked out by hand, the equations as printed,
+autograd and finite differences.
 
 Legend: R rollouts, G groups. Everything is float64 unless the test is about precision.
 """
@@ -29,7 +30,10 @@ TAU = 0.5
 def printed_loss(
     score, label, group, *, tau=TAU, variant="anchored", one_class_groups="skip", num_groups=None
 ):
-    """Eq. 8, 2 and 11 letter by letter, in Python floats, one group at a time. Shares no code with the library."""
+    """Eq. 8, 2 and 11 letter by letter, in Python floats, one group at a time.
+
+    Shares no code with the library.
+    """
     total, counted = 0.0, 0
     for g in set(group):
         plus = [s for s, y, h in zip(score, label, group, strict=True) if h == g and y == 1]
@@ -60,7 +64,8 @@ def batch(
     return torch.tensor(score, dtype=torch.float64), torch.tensor(label), torch.tensor(group)
 
 
-# Unequal sizes; an excluded rollout; both kinds of one-class group, one by exclusion; a wholly excluded group.
+# Unequal sizes; an excluded rollout; both kinds of one-class group, one by exclusion; a wholly
+# excluded group.
 MIXED = batch(
     ([0.3, -0.2, 0.1, 0.7, -0.4], [1, 0, 1, 0, 0]),
     ([-0.6, 0.2, 9.0], [0, 1, -1]),
@@ -110,7 +115,8 @@ def test_two_correct_three_wrong_on_policy(variant, expected):
 @pytest.mark.parametrize(
     ("variant", "expected"),
     [
-        # s = (tau log 2, tau log 3): e^(-s/tau) = 1/2 of the positive, e^(s/tau) = 3 of the negative.
+        # s = (tau log 2, tau log 3): e^(-s/tau) = 1/2 of the positive, e^(s/tau) = 3 of the
+        # negative.
         pytest.param(
             "anchored", math.log(1.5) + math.log(4), id="anchored: log(1 + 1/2) + log(1 + 3)"
         ),
@@ -128,8 +134,8 @@ def test_off_policy_by_hand(variant, expected):
 
 
 def test_weights_by_hand():
-    # Positives: e^(-s/tau) = 1/2 and 4, so p = 1/11 and 8/11. Negatives: e^(s/tau) = 3 and 1, so p = 3/5 and 1/5.
-    # |w| = p / tau = 2 p.
+    # Positives: e^(-s/tau) = 1/2 and 4, so p = 1/11 and 8/11. Negatives: e^(s/tau) = 3 and 1, so p
+    # = 3/5 and 1/5. |w| = p / tau = 2 p.
     score, label, group = batch(
         ([TAU * math.log(2), -TAU * math.log(4), TAU * math.log(3), 0.0], [1, 1, 0, 0])
     )
@@ -262,7 +268,9 @@ def test_bound_is_reached_by_a_hopeless_mistake():
 
 
 def test_naive_split_of_a_group_is_wrong():
-    """Negative control: the loss couples a group, so averaging it piecewise is another gradient altogether."""
+    """Negative control: the loss couples a group, so averaging it piecewise is
+    another gradient altogether.
+    """
     score, label, group = batch(
         ([0.3, -0.2, 0.1, 0.7, -0.4, 0.2, -0.1, 0.0], [1, 0, 1, 0, 1, 1, 0, 0])
     )
@@ -275,7 +283,9 @@ def test_naive_split_of_a_group_is_wrong():
 
 
 def test_surrogate_has_the_gradient_of_the_loss():
-    """Backward of sum_k w_k * s_k, piece by piece and out of order, is that of the loss in the parameters."""
+    """Backward of sum_k w_k * s_k, piece by piece and out of order,
+    is that of the loss in the parameters.
+    """
     _, label, group = MIXED
     features = torch.randn(
         len(label), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
@@ -462,7 +472,8 @@ def test_finite_and_bounded_at_extreme_scores(variant, one_class_groups, ratio):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_float32_weights_are_accurate_far_from_zero(variant):
-    # Two positives 0.25 apart at z ~ 1e4: a backward through the rounded log-sum-exp would be 1e-3 off.
+    # Two positives 0.25 apart at z ~ 1e4: a backward through the rounded log-sum-exp would be 1e-3
+    # off.
     score, label, group = batch(([-5000.0, -4999.75, 0.0], [1, 1, 0]))
     expected = real_weights(score, label, group, variant=variant)
     leaf = score.float().requires_grad_()
@@ -475,8 +486,8 @@ def test_float32_weights_are_accurate_far_from_zero(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_float64_sees_beyond_twenty(variant):
-    # The tail e^-z that F.softplus drops above 20. With z+ = 25: dL/ds of the positive misses 1/tau by the factor
-    # 1 / (1 + e^25) = 1.4e-11, all of it far above float64's rounding.
+    # The tail e^-z that F.softplus drops above 20. With z+ = 25: dL/ds of the positive misses 1/tau
+    # by the factor 1 / (1 + e^25) = 1.4e-11, all of it far above float64's rounding.
     score, label, group = batch(([-25 * TAU, 0.0], [1, 0]))
     leaf = score.requires_grad_()
     (gradient,) = torch.autograd.grad(real_loss(leaf, label, group, variant=variant), leaf)

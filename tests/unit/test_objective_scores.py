@@ -89,13 +89,16 @@ def test_nan_of_a_response_token_is_not_hidden():
 
 
 def test_shards_of_the_tokens_add_up():
-    """Context parallelism: each rank holds some tokens of each sequence and divides by the global count."""
+    """Context parallelism: each rank holds some tokens of each sequence and
+    divides by the global count.
+    """
     logprob, old = torch.randn(
         2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
     whole = sequence_scores(logprob, old, cu_seqlens=torch.tensor([0, 4, 10]))
     num_tokens = torch.tensor([4, 6])
-    # Rank 0: one token of the first sequence and five of the second; rank 1: the others, three and one.
+    # Rank 0: one token of the first sequence and five of the second; rank 1: the others, three and
+    # one.
     shards = [([0, 5, 6, 7, 8, 9], [0, 1, 6]), ([1, 2, 3, 4], [0, 3, 4])]
     parts = [
         sequence_scores(

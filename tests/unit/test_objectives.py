@@ -1,4 +1,6 @@
-"""The objectives by hand, against autograd and finite differences, and with everything excluded that can be."""
+"""The objectives by hand, against autograd and finite differences,
+and with everything excluded that can be.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ from megatron_real.objective.registry import OBJECTIVES
 
 ALL = list(OBJECTIVES)
 
-# One group of three rollouts of 2, 1 and 3 tokens; the first is right. Log-ratios, all with old log-prob -1:
-#   rollout 0 (right)  +0.1, +0.3     rollout 1 (wrong)  -0.4     rollout 2 (wrong)  0.0, +0.2, -0.2
+# One group of three rollouts of 2, 1 and 3 tokens; the first is right. Log-ratios, all with old
+# log-prob -1: rollout 0 (right)  +0.1, +0.3     rollout 1 (wrong)  -0.4     rollout 2 (wrong)  0.0,
+# +0.2, -0.2
 DELTA = [0.1, 0.3, -0.4, 0.0, 0.2, -0.2]
 ROLLOUT_T = torch.tensor([0, 0, 1, 2, 2, 2])
 LABEL_R = torch.tensor([1, 0, 0])
@@ -27,7 +30,8 @@ GROUP_R = torch.tensor([4, 4, 4])
 OLD_T = torch.full((6,), -1.0, dtype=torch.float64)
 LOGPROB_T = OLD_T + torch.tensor(DELTA, dtype=torch.float64)
 
-# Rewards 1, 0, 0: mean 1/3, sum of squares 4/9 + 1/9 + 1/9 = 2/3, sample variance 1/3. So A = 2/sqrt(3), -1/sqrt(3) twice.
+# Rewards 1, 0, 0: mean 1/3, sum of squares 4/9 + 1/9 + 1/9 = 2/3, sample variance 1/3. So A =
+# 2/sqrt(3), -1/sqrt(3) twice.
 A_RIGHT = 2 / math.sqrt(3)
 A_WRONG = -1 / math.sqrt(3)
 
@@ -38,8 +42,10 @@ def loss_of(name: str, **settings: Any) -> float:
 
 
 def test_grpo_by_hand() -> None:
-    """Ratios e^0.1 and e^0.3 clip at 1.2 where A > 0; e^-0.4 = 0.67 clips at 0.8 where A < 0; the third keeps 1,
-    e^0.2 and e^-0.2 (0.819, within). Token means within a rollout, then the mean over 3."""
+    """Ratios e^0.1 and e^0.3 clip at 1.2 where A > 0; e^-0.4 = 0.67 clips at 0.8 where A < 0; the
+    third keeps 1, e^0.2 and e^-0.2 (0.819, within). Token means within a rollout, then the mean
+    over 3.
+    """
     right = -(math.exp(0.1) + 1.2) / 2 * A_RIGHT
     wrong_short = -0.8 * A_WRONG
     wrong_long = -(1 + math.exp(0.2) + math.exp(-0.2)) / 3 * A_WRONG
@@ -63,7 +69,10 @@ def test_dapo_by_hand() -> None:
 
 
 def test_dapos_overlong_punishment_by_hand() -> None:
-    """max_tokens 3 and a buffer of 2: lengths 1, 2, 3 are punished by 0, 1/2, 1. Rewards 1/2, 0, -1: mean -1/6."""
+    """max_tokens 3 and a buffer of 2: lengths 1, 2, 3 are punished by 0, 1/2, 1.
+
+    Rewards 1/2, 0, -1: mean -1/6.
+    """
     table = RolloutTable(LABEL_R, GROUP_R, LABEL_R.double(), torch.bincount(ROLLOUT_T))
     objective = make_objective("dapo", overlong_buffer=2, max_tokens=3)
     deviation = math.sqrt(((2 / 3) ** 2 + (1 / 6) ** 2 + (5 / 6) ** 2) / 2)
@@ -72,13 +81,17 @@ def test_dapos_overlong_punishment_by_hand() -> None:
 
 
 def test_gspo_by_hand() -> None:
-    """Scores 0.2, -0.4, 0: the first clips at 1.1 (A > 0), the second at 0.9 (A < 0), the third is 1."""
+    """Scores 0.2, -0.4, 0: the first clips at 1.1 (A > 0), the second at 0.9 (A < 0),
+    the third is 1.
+    """
     expected = -(1.1 * A_RIGHT + 0.9 * A_WRONG + 1.0 * A_WRONG) / 3
     assert loss_of("gspo", clip_low=0.1, clip_high=0.1) == pytest.approx(expected, rel=1e-12)
 
 
 def test_cispo_by_hand() -> None:
-    """Weights e^0.1 and 1.2 (bound), e^-0.4 (no lower bound), 1, 1.2 (e^0.2 = 1.22), e^-0.2, times A log pi."""
+    """Weights e^0.1 and 1.2 (bound), e^-0.4 (no lower bound), 1, 1.2 (e^0.2 = 1.22), e^-0.2,
+    times A log pi.
+    """
     weights = [math.exp(0.1), 1.2, math.exp(-0.4), 1.0, 1.2, math.exp(-0.2)]
     advantages = [A_RIGHT, A_RIGHT, A_WRONG, A_WRONG, A_WRONG, A_WRONG]
     terms = [-w * a * (delta - 1) for w, a, delta in zip(weights, advantages, DELTA, strict=True)]
@@ -100,7 +113,10 @@ def test_sapo_by_hand() -> None:
 
 
 def test_disco_by_hand() -> None:
-    """Likelihoods -0.8, -1.4, -1. KL of old to new: the mean of -delta over 6 tokens is 0, below delta."""
+    """Likelihoods -0.8, -1.4, -1.
+
+    KL of old to new: the mean of -delta over 6 tokens is 0, below delta.
+    """
     soft_mean = 2 * math.log((math.exp(-1.4 / 2) + math.exp(-1.0 / 2)) / 2)
     assert loss_of("disco", tau=2.0) == pytest.approx(-(-0.8 - soft_mean), rel=1e-12)
 
@@ -115,7 +131,9 @@ def test_disco_punishes_divergence() -> None:
 
 
 def test_lpo_by_hand() -> None:
-    """Target softmax of R / std with std = 1/sqrt(3); policy softmax of the summed log-ratios 0.4, -0.4, 0."""
+    """Target softmax of R / std with std = 1/sqrt(3); policy softmax of the summed log-ratios 0.4,
+    -0.4, 0.
+    """
     root = math.sqrt(3)
     target = [math.exp(root), 1.0, 1.0]
     target = [t / sum(target) for t in target]
@@ -156,7 +174,9 @@ def test_kl_estimates_by_hand(estimator: Any) -> None:
 
 
 def minibatch(seed: int, *, spread: float = 0.5) -> dict[str, Any]:
-    """Five groups: mixed ones, one of one class, one wholly excluded, one with excluded rollouts of NaN."""
+    """Five groups: mixed ones, one of one class, one wholly excluded,
+    one with excluded rollouts of NaN.
+    """
     labels = [1, 0, 0, 1, 1, 1, -1, -1, 0, 1, -1, 0, 1, 0]
     groups = [3, 3, 3, 3, 8, 8, 5, 5, 2, 2, 2, 2, 9, 9]
     generator = torch.Generator().manual_seed(seed)
@@ -186,7 +206,9 @@ PENALTIES = {
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("name", [n for n in ALL if n != "cispo"])
 def test_weights_are_finite_differences(name: str, penalty: str) -> None:
-    """Central differences of the loss in every token; CISPO's weights are constants and have no such test."""
+    """Central differences of the loss in every token; CISPO's weights are
+    constants and have no such test.
+    """
     objective = make_objective(name, kl=PENALTIES[penalty])
     case = minibatch(seed=1)
     weight_T = token_weights(objective, **case)
@@ -203,7 +225,9 @@ def test_weights_are_finite_differences(name: str, penalty: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in ALL if make_objective(n).has_scores])
 def test_closed_form_weights_are_autograd(name: str) -> None:
-    """What the trainer takes from `score_weights` and what autograd finds through the whole loss."""
+    """What the trainer takes from `score_weights` and what autograd finds
+    through the whole loss.
+    """
     objective = make_objective(name)
     case = minibatch(seed=2)
     label_R, group_R = case["label_R"], case["group_R"]
@@ -263,7 +287,8 @@ def test_order_does_not_matter(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in ALL if make_objective(n).reach == "token"])
 def test_a_token_needs_no_other(name: str) -> None:
-    """Reach `token`: the weights of a part of a sequence, computed from that part alone, are those of the whole.
+    """Reach `token`: the weights of a part of a sequence, computed from that part alone,
+    are those of the whole.
 
     The facts (lengths, advantages, denominators) are the minibatch's; only log-probs are missing.
     """
@@ -332,7 +357,9 @@ def test_a_penalty_trains_groups_that_the_objective_skips() -> None:
 
 
 def test_vanilla_keeps_no_group_of_one_class() -> None:
-    """Its loss couples the sides, so `keep` gives such a group no gradient: nothing of it is packed."""
+    """Its loss couples the sides, so `keep` gives such a group no gradient:
+    nothing of it is packed.
+    """
     table = RolloutTable(
         torch.tensor([1, 1, 1, 0]),
         torch.tensor([0, 0, 1, 1]),

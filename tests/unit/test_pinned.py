@@ -1,4 +1,6 @@
-"""Host memory for a GPU's copies, and the thread that writes them, with the driver's answers recorded."""
+"""Host memory for a GPU's copies, and the thread that writes them,
+with the driver's answers recorded.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ def test_the_writing_thread_is_on_the_ranks_own_gpu(monkeypatch: pytest.MonkeyPa
 def test_what_is_written_is_not_copied_by_way_of_a_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """torch's overlapping loader waits for the device after each so many bytes; 0 takes the other loader."""
+    """torch's overlapping loader waits for the device after each so many bytes;
+    0 takes the other loader.
+    """
     ahead = []
 
     def save(_state: Any, *, storage_writer: Any, **_: Any) -> None:

@@ -1,4 +1,6 @@
-"""What `megatron-real plan` counts, against figures derived by hand; its memory is measured in tests/distributed."""
+"""What `megatron-real plan` counts, against figures derived by hand;
+its memory is measured in tests/distributed.
+"""
 
 from __future__ import annotations
 
@@ -114,8 +116,9 @@ def test_refused_rates(tmp_path: Path, text: str | None, message: str) -> None:
 
 
 def test_parameters_of_7b() -> None:
-    """Qwen2 7B: 28 layers of 3584 x 4608 + 4608 (q, k, v), 3584 x 3584, 3 x 3584 x 18944 and two norms; embedding and
-    head of 152064 x 3584; the last norm. Its published count is 7,615,616,512."""
+    """Qwen2 7B: 28 layers of 3584 x 4608 + 4608 (q, k, v), 3584 x 3584, 3 x 3584 x 18944 and two
+    norms; embedding and head of 152064 x 3584; the last norm. Its published count is 7,615,616,512.
+    """
     a = Architecture.from_config(R1_7B)
     assert stage_parameters(a, ParallelConfig(), 0) == a.num_parameters == 7_615_616_512
 
@@ -143,13 +146,17 @@ def test_a_tied_head_on_another_stage_is_a_copy() -> None:
 def test_micro_batches_in_flight(
     pp: int, vpp: int, micro_batches: int, expected: list[int]
 ) -> None:
-    """1F1B warms up with as many forwards as stages follow; interleaved, with two for each and (vpp - 1) x pp."""
+    """1F1B warms up with as many forwards as stages follow; interleaved,
+    with two for each and (vpp - 1) x pp.
+    """
     parallel = ParallelConfig(pp=pp, vpp=vpp)
     assert [in_flight(parallel, stage, micro_batches) for stage in range(pp)] == expected
 
 
 def test_resident_bytes(file: Path) -> None:
-    """bf16: 2 bytes of weight, 4 of gradient, 12 of master weight and moments over the 8 data-parallel ranks."""
+    """bf16: 2 bytes of weight, 4 of gradient, 12 of master weight and moments over the 8
+    data-parallel ranks.
+    """
     run = planned(file, "parallel.tp=4", "parallel.sp=true")
     (stage,) = stage_memory(run.architecture, run.config, dp=run.dp, shapes=Shapes(micro_batches=1))
     n = stage.resident.parameters
@@ -186,7 +193,9 @@ def test_a_sleeping_engine_leaves_the_update_its_memory(file: Path) -> None:
 
 
 def test_step_numbers_of_the_recipe(file: Path) -> None:
-    """128 prompts x 8, 32 prompts an update; 256 + 4096 tokens: 3 rollouts in 16,384, 32 a rank: 11 micro-batches."""
+    """128 prompts x 8, 32 prompts an update; 256 + 4096 tokens: 3 rollouts in 16,384, 32 a rank:
+    11 micro-batches.
+    """
     run = planned(file, "parallel.tp=4")
     assert (run.dp, run.rollouts, run.updates, run.mean_tokens, run.micro_batches) == (
         8,
@@ -213,8 +222,9 @@ def test_step_numbers_of_the_recipe(file: Path) -> None:
 def test_passes_are_those_of_the_objective(
     file: Path, words: tuple[str, ...], passes: tuple[float, float, float]
 ) -> None:
-    """In forward passes over the step: old log-probs of 3 of 4 minibatches, the reference, and the updates with a
-    scoring pass where scores are coupled beyond a training pass."""
+    """In forward passes over the step: old log-probs of 3 of 4 minibatches, the reference,
+    and the updates with a scoring pass where scores are coupled beyond a training pass.
+    """
     run = planned(file, *words, gpus=1, train_utilization=0.4)
     forward = 1024 * 4352 * run.architecture.flops_per_token(2176) / (989e12 * 0.4)
     seconds = step_time(run)
@@ -225,8 +235,9 @@ def test_passes_are_those_of_the_objective(
 
 
 def test_update_on_one_gpu_is_work_over_speed(file: Path) -> None:
-    """No traffic on one GPU: an update is 3 forward passes at the given share of 989 TFLOP/s, 4 when recomputed; the
-    old log-probs are those of 3 of 4 minibatches."""
+    """No traffic on one GPU: an update is 3 forward passes at the given share of 989 TFLOP/s,
+    4 when recomputed; the old log-probs are those of 3 of 4 minibatches.
+    """
     run = planned(file, gpus=1, train_utilization=0.4)
     forward = 1024 * 4352 * run.architecture.flops_per_token(2176) / (989e12 * 0.4)
     seconds = step_time(run)
@@ -247,7 +258,9 @@ def test_pipeline_bubble(file: Path) -> None:
 
 
 def test_decoding_reads_weights_and_cache(file: Path) -> None:
-    """One sequence an engine: each of the 8192 steps reads the weights and, on average, half of the longest context."""
+    """One sequence an engine: each of the 8192 steps reads the weights and, on average,
+    half of the longest context.
+    """
     words = ("rollout.num_prompts=8", "rollout.group_size=4", "batch.minibatch_prompts=8")
     run = planned(file, *words, decode_utilization=0.5, mean_response=8192)
     read = run.weight_bytes + (256 + 4096) * 57_344
@@ -258,7 +271,9 @@ SERVERS = ["rollout.engine=vllm-server", "rollout.num_servers=4", "rollout.tp=2"
 
 
 def test_servers_take_the_engine_along(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """4 servers of 2 GPUs decode as 8 GPUs that train would with rollout.tp=2; the policy has its own to itself."""
+    """4 servers of 2 GPUs decode as 8 GPUs that train would with rollout.tp=2;
+    the policy has its own to itself.
+    """
     inside, apart = (
         Estimate(planned(file, "parallel.tp=4", *words, gpus=8))
         for words in (["rollout.tp=2"], SERVERS)
@@ -491,7 +506,9 @@ def test_several_numbers_of_gpus_are_one_table(capsys: pytest.CaptureFixture[str
 def test_a_model_too_large_for_an_engine_of_one_gpu_gets_a_larger_engine(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """131 GiB of weights are more than the GPU has: rollout.tp=1 must not hide that 70B trains with engines of 8."""
+    """131 GiB of weights are more than the GPU has: rollout.tp=1 must not hide
+    that 70B trains with engines of 8.
+    """
     assert cli.main(["plan", "r1-distill-llama-70b", "--gpus", "8,32"]) == 0
     shown = capsys.readouterr().out
     assert "8: none fits" in shown
@@ -504,7 +521,9 @@ def test_a_model_too_large_for_an_engine_of_one_gpu_gets_a_larger_engine(
 
 
 def test_the_engine_of_a_model_that_fits_is_as_configured(file: Path) -> None:
-    """Larger engines are only the last resort: 7B fits on one GPU, and on two where that is asked."""
+    """Larger engines are only the last resort: 7B fits on one GPU,
+    and on two where that is asked.
+    """
     assert {made.run.config.rollout.tp for made in ranked(planned(file))} == {1}
     wider = ranked(planned(file, "rollout.tp=2"))
     assert {made.run.config.rollout.tp for made in wider} <= {1, 2}
@@ -513,7 +532,9 @@ def test_the_engine_of_a_model_that_fits_is_as_configured(file: Path) -> None:
 def test_memory_that_the_kv_cache_leaves_free_is_said(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A larger cache that the sentence names fits, and its step takes the seconds that were promised."""
+    """A larger cache that the sentence names fits, and its step takes the seconds
+    that were promised.
+    """
     assert cli.main(["plan", str(file), "parallel.tp=4", "rollout.kv_cache_mib=4096"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     promise = re.search(r"with (rollout.kv_cache_mib=\d+) a step takes ([\d.]+) s", shown)

@@ -168,7 +168,9 @@ def test_a_resumed_cursor_says_what_is_different_about_the_prompts() -> None:
 
 
 def dataset(folder: Path, *names: str) -> Path:
-    """Parquet or arrow files by name below a folder, each of one row that is called like its file."""
+    """Parquet or arrow files by name below a folder,
+    each of one row that is called like its file.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -187,11 +189,13 @@ def dataset(folder: Path, *names: str) -> Path:
 # Files of a folder, and the splits that they are of.
 SPLITS = {
     "parquet of the hub": (
-        ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet"],
+        ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet",
+         "data/test-00000-of-00001.parquet"],
         {"train": 2, "test": 1},
     ),
     "DatasetDict": (
-        ["train/data-00000-of-00001.arrow", "test/data-00000-of-00001.arrow", "train/cache-1f.arrow"],
+        ["train/data-00000-of-00001.arrow", "test/data-00000-of-00001.arrow",
+         "train/cache-1f.arrow"],
         {"train": 1, "test": 1},
     ),
     "plain names": (["train.parquet", "validation.parquet"], {"train": 1, "validation": 1}),
@@ -246,7 +250,9 @@ def test_lines_that_are_no_object_are_named(tmp_path: Path, line: str) -> None:
 
 
 def test_odd_columns_are_read_or_counted(tmp_path: Path, caplog: Any) -> None:
-    """extra_info and reward_model as JSON text, a blank line, half a surrogate pair, an image, a message that is none."""
+    """extra_info and reward_model as JSON text, a blank line, half a surrogate pair, an image,
+    a message that is none.
+    """
     rows = [
         {"problem": "?", "reward_model": '{"ground_truth": "7"}', "extra_info": '{"level": 2}'},
         {"problem": "\ud835", "answer": "5"},

@@ -7,7 +7,8 @@ import pytest
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.published import PUBLISHED, published_model
 
-# Numbers of parameters that the Hub shows for the published safetensors of deepseek-ai/DeepSeek-R1-Distill-*.
+# Numbers of parameters that the Hub shows for the published safetensors of
+# deepseek-ai/DeepSeek-R1-Distill-*.
 PARAMETERS = {
     "r1-distill-qwen-1.5b": 1_777_088_000,
     "r1-distill-qwen-7b": 7_615_616_512,

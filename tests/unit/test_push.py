@@ -1,4 +1,6 @@
-"""The model card of an export, and its way to the hub: what a dry run lists, what is refused, what really goes."""
+"""The model card of an export, and its way to the hub: what a dry run lists, what is refused,
+what really goes.
+"""
 
 from __future__ import annotations
 
@@ -180,7 +182,10 @@ def test_what_is_no_whole_export_is_refused_in_a_sentence(
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The calls of the hub that an upload makes, and what they were. The client is huggingface_hub itself."""
+    """The calls of the hub that an upload makes, and what they were.
+
+    The client is huggingface_hub itself.
+    """
 
     present = ("README.md", "model-00001-of-00002.safetensors", "runs/old.bin")
     calls: ClassVar[list[tuple[str, str, bytes]]]

@@ -1,4 +1,6 @@
-"""The paper's recipe for its two models: the configurations load, fit the models, and run on 8 to 64 GPUs."""
+"""The paper's recipe for its two models: the configurations load, fit the models,
+and run on 8 to 64 GPUs.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +37,10 @@ PAPER = [path for path in RUNS if path.name not in SMALL]
 def model_directory(model: str, path: Path) -> Path:
     heads, kv_heads, hidden, ffn, vocabulary = SHAPES[model]
     shape = {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 28, "hidden_size": hidden,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": ffn,
-        "vocab_size": vocabulary, "max_position_embeddings": 131072, "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-6,
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 28,
+        "hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "intermediate_size": ffn, "vocab_size": vocabulary, "max_position_embeddings": 131072,
+        "tie_word_embeddings": False, "rms_norm_eps": 1e-6,
     }  # fmt: skip
     (path / "config.json").write_text(json.dumps(shape))
     return path
@@ -58,7 +60,8 @@ def test_shipped_configurations_can_be_planned(
 ) -> None:
     model = model_directory("7b" if "7b" in file.name else "1.5b", tmp_path)
     words = [str(file), f"model.path={model}", "--gpus", "8", "--top", "1"]
-    # The examples' own models have a smaller vocabulary and shorter answers: one sequence of theirs fits in any case.
+    # The examples' own models have a smaller vocabulary and shorter answers: one sequence of theirs
+    # fits in any case.
     assert cli.main(["plan", *words, "rollout.kv_cache_mib=24576", "--gpu", "h100-80g"]) == 0
     assert "fits: " in capsys.readouterr().out
 
@@ -182,7 +185,8 @@ OVERRIDES = {
     "trainer.steps=2  optimizer.lr=1e-4": ["trainer.steps=2", "optimizer.lr=1e-4"],
     "'data.suffix=step by step' a=1": ["data.suffix=step by step", "a=1"],
     'data.suffix="step by step"': ["data.suffix=step by step"],
-    "data.suffix=$(touch hit)`touch hit`;touch": ["data.suffix=$(touch", "hit)`touch", "hit`;touch"],
+    "data.suffix=$(touch hit)`touch hit`;touch": ["data.suffix=$(touch", "hit)`touch",
+                                                  "hit`;touch"],
     "a=* b=~ c=$HOME d={1..3} e=<(ls) f=$((1/0))": [
         "a=*", "b=~", "c=$HOME", "d={1..3}", "e=<(ls)", "f=$((1/0))",
     ],
@@ -208,7 +212,9 @@ def test_an_open_quote_in_overrides_is_refused() -> None:
 
 
 def test_no_value_of_a_users_block_is_read_by_a_shell() -> None:
-    """eval and sh -c would read it as a command; without quotes it would be split, and its patterns matched."""
+    """eval and sh -c would read it as a command; without quotes it would be split,
+    and its patterns matched.
+    """
     for script in ("job.sh", "node.sh", "words.sh"):
         text = (ROOT / "examples/slurm" / script).read_text()
         code = "\n".join(line for line in text.splitlines() if not line.startswith("#"))

@@ -1,4 +1,6 @@
-"""The pages that are made of the code are those of the code, and the table of metrics has every metric."""
+"""The pages that are made of the code are those of the code,
+and the table of metrics has every metric.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,12 @@ from megatron_real.runs.metrics import Training, step_metrics
 
 ROOT = Path(__file__).parents[2]
 TRAINING = Training(
-    losses=[1.0], scores=[], weights=[], max_abs_weight_tau=1.0, grad_norms=[1.0], lr=1e-6, skipped=[],
-    token_means=dict.fromkeys(
+    losses=[1.0], scores=[], weights=[], max_abs_weight_tau=1.0, grad_norms=[1.0], lr=1e-6,
+    skipped=[], token_means=dict.fromkeys(
         ("entropy", "mismatch_mean_abs", "mismatch_k3", "mismatch_share", "mismatch_max_abs"), 0.0
     ),
-    kl=[0.0], clipped_low_share=[0.0], clipped_high_share=[0.0], low_ratio_tokens=[(1, 1, 2)], equal_groups=0, lag=0, tokens=1, flops=1.0,
+    kl=[0.0], clipped_low_share=[0.0], clipped_high_share=[0.0], low_ratio_tokens=[(1, 1, 2)],
+    equal_groups=0, lag=0, tokens=1, flops=1.0,
 )  # fmt: skip
 
 

@@ -57,9 +57,12 @@ def test_a_replay_that_fits_is_taken_without_a_word(saved: RunDirectory) -> None
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"steps": 3}, r"has the rollouts of steps 1 to 2, but trainer.steps is 3; set trainer.steps=2"),
-        ({"num_prompts": 8}, r"of 4 prompts, but rollout.num_prompts is 8.*set rollout.num_prompts=4"),
-        ({"temperature": 1.0}, r"sampled at rollout.temperature = 0.7.*set rollout.temperature=0.7"),
+        ({"steps": 3},
+         r"has the rollouts of steps 1 to 2, but trainer.steps is 3; set trainer.steps=2"),
+        ({"num_prompts": 8},
+         r"of 4 prompts, but rollout.num_prompts is 8.*set rollout.num_prompts=4"),
+        ({"temperature": 1.0},
+         r"sampled at rollout.temperature = 0.7.*set rollout.temperature=0.7"),
         ({"replay": "/nowhere/at/all"}, r"rollout.replay = /nowhere/at/all is no directory"),
         ({"replay": str(Path(__file__).parent)}, r"has no rollouts of step 1"),
     ],
@@ -92,7 +95,8 @@ def test_a_kept_batch_of_a_skipped_update_can_be_replayed(tmp_path: Path) -> Non
     assert check_replay(config_of(dump, steps=1, temperature=0.2)) == []
     fewer = RolloutConfig(num_prompts=8, replay=str(dump.path))
     with pytest.raises(ValueError, match=r"set rollout\.num_prompts=4"):
-        check_replay(Config(trainer=TrainerConfig(steps=1), rollout=fewer, batch=BatchConfig(minibatch_prompts=8)))  # fmt: skip
+        check_replay(Config(trainer=TrainerConfig(steps=1), rollout=fewer,
+                            batch=BatchConfig(minibatch_prompts=8)))  # fmt: skip
 
 
 def test_the_check_needs_no_torch() -> None:

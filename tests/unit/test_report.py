@@ -1,4 +1,6 @@
-"""The report: columns of its curves, variants, tables, what rollouts it carries, and hostile texts in a browser."""
+"""The report: columns of its curves, variants, tables, what rollouts it carries,
+and hostile texts in a browser.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ def make_run(
     Args:
         path, steps, seed, lr: of the run.
         texts: the answers of each group; by default 5, which is right, and 6.
-        weights: of the two tokens of every answer, where they are kept: the model then has a tokenizer as well.
+        weights: of the two tokens of every answer, where they are kept:
+            the model then has a tokenizer as well.
         state: of status.json.
     """
     run = RunDirectory(path)
@@ -122,7 +125,9 @@ def make_run(
 
 
 def make_tokenizer(path: Path) -> Path:
-    """Writes the tokenizer of a model whose token 8 is a five and whose token 2 would like to be a script."""
+    """Writes the tokenizer of a model whose token 8 is a five and whose token 2
+    would like to be a script.
+    """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
@@ -341,7 +346,8 @@ def test_in_a_browser_tokens_are_shaded_by_what_they_got(tmp_path: Path) -> None
     assert found["errors"] == []
     assert found["tokens"] == ["5", SCRIPT]
     up, down = (0, 114, 178), (213, 94, 0)
-    # The first token's weight is half of the group's largest and negative: the loss falls as it gets likelier.
+    # The first token's weight is half of the group's largest and negative: the loss falls as it
+    # gets likelier.
     assert colours(found["weights"]) == [(up, 0.38), (down, 0.75)]
     assert colours(found["ratios"]) == [(up, 0.11), (down, 0.75)]
     assert colours(found["logprobs"]) == [(down, 0.07), (down, 0.45)]
@@ -444,14 +450,17 @@ CLICKS = """
 
 
 def in_browser(page: Path, clicks: str) -> dict[str, Any]:
-    """Opens a page from disk in a headless browser, runs `clicks` a second later, and returns what they found."""
+    """Opens a page from disk in a headless browser, runs `clicks` a second later,
+    and returns what they found.
+    """
     text = page.read_text(encoding="utf-8")
     nonce = re.search(r"nonce-([0-9a-f]{32})", text)
     assert nonce is not None
     first = (
         f'<script nonce="{nonce[1]}">window.faults = [];'
         'addEventListener("error", (event) => faults.push(String(event.message)));'
-        'addEventListener("securitypolicyviolation", (event) => faults.push(event.violatedDirective));'
+        'addEventListener("securitypolicyviolation", (event) => '
+        "faults.push(event.violatedDirective));"
         "</script>"
     )
     last = (

@@ -55,7 +55,9 @@ def test_spread(costs: list[float], engines: int, expected: list[list[int]]) -> 
 def test_spread_takes_each_prompt_once_and_bounds_the_longest_share(
     costs: list[float], engines: int
 ) -> None:
-    """Graham's bound for any order: the engine that ends last began its last prompt when all others were busy."""
+    """Graham's bound for any order: the engine that ends last began its last
+    prompt when all others were busy.
+    """
     shares = spread(costs, engines)
     assert sorted(i for share in shares for i in share) == list(range(len(costs)))
     longest = max(sum(costs[i] for i in share) for share in shares)

@@ -75,7 +75,9 @@ def test_a_directory_without_rollouts_is_refused(
 
 @pytest.fixture
 def groups(tmp_path: Path) -> RunDirectory:
-    """A step of two groups of a right and a wrong answer, with figures of their tokens, and a tokenizer."""
+    """A step of two groups of a right and a wrong answer, with figures of their tokens,
+    and a tokenizer.
+    """
     run = RunDirectory(tmp_path / "groups")
     rollouts = []
     for group in (0, 1):
@@ -140,7 +142,8 @@ def test_tokens_are_shaded_by_their_weights(
     groups: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = read(capsys, str(groups.path), "--step", "40", "--label", "right", "--shade", "weight")
-    # The largest of the group, whose negative weight makes it likelier: the strongest blue. The other is half of it.
+    # The largest of the group, whose negative weight makes it likelier: the strongest blue. The
+    # other is half of it.
     assert "\x1b[97;48;5;26mfive\x1b[0m" in text
     assert "\x1b[97;48;5;94m\u241b[2J\x1b[0m" in text
 

@@ -55,9 +55,10 @@ def test_a_cut_file_is_named(tmp_path: Path) -> None:
 
 def test_rollout_metrics() -> None:
     expected = {
-        "reward_mean": 3 / 5, "solved_share": 1 / 3, "one_class_share": 2 / 3, "excluded_share": 1 / 6,
-        "truncated_share": 1 / 6, "response_tokens_mean": 4.0, "response_tokens_max": 8.0, "status/ok": 3.0,
-        "status/overlong": 1.0, "status/timeout": 1.0, "status/wrong": 1.0, "status/crashed": 0.0,
+        "reward_mean": 3 / 5, "solved_share": 1 / 3, "one_class_share": 2 / 3,
+        "excluded_share": 1 / 6, "truncated_share": 1 / 6, "response_tokens_mean": 4.0,
+        "response_tokens_max": 8.0, "status/ok": 3.0, "status/overlong": 1.0, "status/timeout": 1.0,
+        "status/wrong": 1.0, "status/crashed": 0.0,
     }  # fmt: skip
     found = rollout_metrics(STEP)
     assert {name: found[name] for name in expected} == expected

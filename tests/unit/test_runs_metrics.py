@@ -27,8 +27,8 @@ def rollout(group, label, length, status="ok", reward=None, finished=True):
     return Rollout(prompt, group, 0, completion, Verdict(status, label, reward))
 
 
-# group 0 solved; group 1 mixed, its wrong one truncated and never checked; group 2 one-class after exclusion;
-# group 3 wholly excluded: an exploded check and an empty response.
+# group 0 solved; group 1 mixed, its wrong one truncated and never checked; group 2 one-class after
+# exclusion; group 3 wholly excluded: an exploded check and an empty response.
 STEP = [
     rollout(0, POSITIVE, 2, reward=1.0),
     rollout(0, POSITIVE, 4, reward=1.0),
@@ -157,7 +157,8 @@ def test_percentile_is_numpys(percent, size):
 
 
 def test_speed_metrics_golden():
-    # 1200 tokens and 60 TFLOP in 3 s on 2 ranks: 200 tokens/s and 10 TFLOP/s a rank, a tenth of the peak of 100
+    # 1200 tokens and 60 TFLOP in 3 s on 2 ranks: 200 tokens/s and 10 TFLOP/s a rank, a tenth of the
+    # peak of 100
     found = speed_metrics(1200, 60e12, 6.0, 100.0)
     assert found == pytest.approx(
         {"tokens_per_second_per_rank": 200, "tflops_per_rank": 10, "mfu": 0.1}
@@ -184,7 +185,8 @@ def test_step_metrics_golden():
         "score_positive_mean": 0.25,
         "score_negative_mean": -0.5,
         "seconds/rollout": 100.0,
-        "tokens_per_second_per_rank": 3.0,  # 18 / (2 ranks x 3 s): the rollout stage is not training
+        # 18 / (2 ranks x 3 s): the rollout stage is not training.
+        "tokens_per_second_per_rank": 3.0,
         "tflops_per_rank": 1.0,
         "mfu": 0.1,
     }

@@ -60,10 +60,12 @@ def test_a_plain_log_is_one_line_a_step_without_control_characters():
     text = file.getvalue()
     assert re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text) is None
     assert text.splitlines() == [
-        "step  1  reward 0.500  held-out -  loss 1.250  solved 0.25  one-class 0.38  tokens 32  grad -"
+        "step  1  reward 0.500  held-out -  loss 1.250  solved 0.25  one-class 0.38  "
+        "tokens 32  grad -"
         "  |  rollout 1.3  update 0.5 s",
         "held-out accuracy after 1 steps: 0.625 +- 0.030 on 300 problems (2.0 s)",
-        "step  2  reward 0.500  held-out 0.625@1  loss 1.250  solved 0.25  one-class 0.38  tokens 32  grad -"
+        "step  2  reward 0.500  held-out 0.625@1  loss 1.250  solved 0.25  one-class 0.38  "
+        "tokens 32  grad -"
         "  |  rollout 1.0 s",
     ]
 

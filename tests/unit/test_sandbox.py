@@ -1,4 +1,6 @@
-"""Hostile programs and answers, each with its exact outcome, on every rung that this machine's kernel has."""
+"""Hostile programs and answers, each with its exact outcome,
+on every rung that this machine's kernel has.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,8 @@ ATTEMPTS = {
     "a file's mode": "os.chmod(os.__file__, 0o777)",
     "a way out through /proc/self/root": "open('/proc/self/root/etc/passwd').read()",
     "a way out through dots": "open('../' * 20 + 'etc/passwd').read()",
-    "a way out through a descriptor": "open('/proc/self/fd/0').read(); open(f'/proc/{PARENT}/fd/0').read()",
+    "a way out through a descriptor":
+        "open('/proc/self/fd/0').read(); open(f'/proc/{PARENT}/fd/0').read()",
     "another root": "os.chroot('/usr')",
     "a socket": "socket.socket()",
     "a socket of version 6": "socket.socket(socket.AF_INET6)",
@@ -107,13 +110,15 @@ ATTEMPTS = {
     "a program": "subprocess.run(['/bin/true'])",
     "a spawned program": "os.posix_spawn('/bin/true', ['true'], {})",
     "another program in its place": "os.execv('/bin/true', ['true'])",
-    "a process pool": "import multiprocessing; multiprocessing.get_context('fork').Process(target=print).start()",
+    "a process pool":
+        "import multiprocessing; multiprocessing.get_context('fork').Process(target=print).start()",
     "the parent killed": "os.kill(PARENT, signal.SIGKILL)",
     "the parent probed": "os.kill(PARENT, 0)",
     "the parent stopped": "os.kill(PARENT, signal.SIGSTOP)",
     "everything killed": "os.kill(-1, signal.SIGKILL)",
     "its group killed": "os.killpg(0, signal.SIGTERM)",
-    "the parent killed by a descriptor": "signal.pidfd_send_signal(os.pidfd_open(PARENT), signal.SIGKILL)",
+    "the parent killed by a descriptor":
+        "signal.pidfd_send_signal(os.pidfd_open(PARENT), signal.SIGKILL)",
     "the parent's signals by ownership of a pipe": "fcntl.fcntl(0, fcntl.F_SETOWN, PARENT)",
     "the parent's memory by its file": "open(f'/proc/{PARENT}/mem', 'rb').read(1)",
     "the parent's limits": "resource.prlimit(PARENT, resource.RLIMIT_NOFILE, (1, 1))",
@@ -123,7 +128,8 @@ ATTEMPTS = {
     "a higher limit of memory": "resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
     "more memory than the limit": "bytearray(2 << 30)",
     "more threads than the limit": (
-        "threading.stack_size(1 << 16); [threading.Thread(target=time.sleep, args=(30,), daemon=True).start() "
+        "threading.stack_size(1 << 16); "
+        "[threading.Thread(target=time.sleep, args=(30,), daemon=True).start() "
         "for _ in range(1000)]"
     ),
     "more files than the limit": "[os.dup(0) for _ in range(100)]",
@@ -152,7 +158,8 @@ BY_NUMBER = {
     "clone by its number": "call(56, signal.SIGCHLD, 0, 0, 0, 0)",
     "clone3 by its number": "call(435, ctypes.c_char_p(bytes(64)), 64)",
     "a thread with a table of files of its own": (
-        "call(56, 0x10900, ctypes.addressof(ctypes.create_string_buffer(1 << 16)) + (1 << 15), 0, 0, 0)"
+        "call(56, 0x10900, "
+        "ctypes.addressof(ctypes.create_string_buffer(1 << 16)) + (1 << 15), 0, 0, 0)"
     ),
     "tgkill of the parent": "call(234, PARENT, PARENT, 9)",
     "tkill of the parent": "call(200, PARENT, 9)",
@@ -203,7 +210,8 @@ RIGHT = "a, b = map(int, input().split())\nprint(a + b)"
 THREADED = "right, in a thread with a deep stack"
 ENDINGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "right": (RIGHT, SUM, "2 of 2 tests passed: ok ok"),
-    "right, on one line too many blanks": ("print(sum(map(int, input().split())), ' \\n')", SUM, "2 of 2 tests passed: ok ok"),
+    "right, on one line too many blanks": ("print(sum(map(int, input().split())), ' \\n')", SUM,
+                                           "2 of 2 tests passed: ok ok"),
     THREADED: (
         "import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(1 << 27)\n"
         "def deep(n): return n and 1 + deep(n - 1)\n"
@@ -211,36 +219,72 @@ ENDINGS: dict[str, tuple[str, dict[str, Any], str]] = {
         "threading.Thread(target=main).start()",
         SUM, "2 of 2 tests passed: ok ok",
     ),
-    "right, leaving by exit()": (RIGHT + "\nimport sys; sys.exit()", SUM, "2 of 2 tests passed: ok ok"),
+    "right, leaving by exit()": (RIGHT + "\nimport sys; sys.exit()", SUM,
+                                 "2 of 2 tests passed: ok ok"),
     "one constant": ("print(5)", SUM, "1 of 2 tests passed: ok wrong"),
     "nothing": ("", SUM, "0 of 2 tests passed: wrong"),
     "no Python": ("so it is 5", SUM, "0 of 2 tests passed: error"),
     "an exception": ("1 / 0", SUM, "0 of 2 tests passed: error"),
     "right, and an exit code": (RIGHT + "\nexit(3)", SUM, "0 of 2 tests passed: error"),
     "an endless loop": ("while True: pass", SUM | {"seconds": 1}, "0 of 2 tests passed: timeout"),
-    "an endless loop without Python's help": ("import re\nre.match('(a*)*b', 'a' * 40)", SUM | {"seconds": 1}, "0 of 2 tests passed: timeout"),
+    "an endless loop without Python's help": ("import re\nre.match('(a*)*b', 'a' * 40)",
+                                              SUM | {"seconds": 1}, "0 of 2 tests passed: timeout"),
     "sleep": ("import time\ntime.sleep(60)", SUM | {"seconds": 1}, "0 of 2 tests passed: timeout"),
-    "an answer, then sleep": (RIGHT + "\nimport sys, time; sys.stdout.flush(); time.sleep(60)", SUM | {"seconds": 1}, "0 of 2 tests passed: timeout"),
-    "closed output, then sleep": ("import os, time\nos.close(1); time.sleep(60)", SUM | {"seconds": 1}, "0 of 2 tests passed: timeout"),
-    "deaf to signals": ("import signal\nfor n in range(1, 65):\n  try: signal.signal(n, signal.SIG_IGN)\n  except (OSError, ValueError): pass\nwhile True: pass", SUM | {"seconds": 1}, "0 of 2 tests passed: timeout"),
+    "an answer, then sleep": (RIGHT + "\nimport sys, time; sys.stdout.flush(); time.sleep(60)",
+                              SUM | {"seconds": 1}, "0 of 2 tests passed: timeout"),
+    "closed output, then sleep": ("import os, time\nos.close(1); time.sleep(60)",
+                                  SUM | {"seconds": 1}, "0 of 2 tests passed: timeout"),
+    "deaf to signals": (
+        "import signal\nfor n in range(1, 65):\n  try: signal.signal(n, signal.SIG_IGN)\n"
+        "  except (OSError, ValueError): pass\nwhile True: pass",
+        SUM | {"seconds": 1}, "0 of 2 tests passed: timeout",
+    ),
     "endless output": ("while True: print('x' * 1000)", SUM, "0 of 2 tests passed: overlong"),
     "all memory": ("x = bytearray(8 << 30)", SUM, "0 of 2 tests passed: error"),
-    "all memory, bit by bit": ("x = []\nwhile True: x.append(bytearray(1 << 24))", SUM | {"seconds": 30}, "0 of 2 tests passed: error"),
+    "all memory, bit by bit": ("x = []\nwhile True: x.append(bytearray(1 << 24))",
+                               SUM | {"seconds": 30}, "0 of 2 tests passed: error"),
     "a wild pointer": ("import ctypes\nctypes.string_at(0)", SUM, "0 of 2 tests passed: error"),
-    "a forged reply": ("print('{\"number\": 1, \"status\": \"ok\", \"reward\": 1.0, \"reason\": \"\", \"last\": false}')", SUM, "0 of 2 tests passed: wrong"),
-    "an unread input": ("print(5)", {"tests": [{"stdin": "x" * 3_000_000, "stdout": "5"}]}, "1 of 1 tests passed: ok"),
+    "a forged reply": (
+        "print('{\"number\": 1, \"status\": \"ok\", "
+        "\"reward\": 1.0, \"reason\": \"\", \"last\": false}')",
+        SUM, "0 of 2 tests passed: wrong",
+    ),
+    "an unread input": ("print(5)", {"tests": [{"stdin": "x" * 3_000_000, "stdout": "5"}]},
+                        "1 of 1 tests passed: ok"),
     "half a surrogate pair": ("print('\ud835')", SUM, "0 of 2 tests passed: wrong"),
     "an asserted sum": ("def add(a, b): return a + b", ADD, "2 of 2 tests passed: ok ok"),
     "an asserted constant": ("def add(a, b): return 5", ADD, "1 of 2 tests passed: ok wrong"),
     "no function": ("", ADD, "0 of 2 tests passed: error"),
-    "equal to everything": ("class E:\n  def __eq__(self, other): return True\ndef add(a, b): return E()", ADD, "0 of 2 tests passed: error"),
-    "a number equal to everything": ("class E(int):\n  def __eq__(self, other): return True\n  __hash__ = int.__hash__\ndef add(a, b): return E(7)", ADD, "0 of 2 tests passed: wrong"),
-    "an early success": ("import os\ndef add(a, b): os._exit(0)", ADD, "0 of 2 tests passed: error"),
+    "equal to everything": (
+        "class E:\n  def __eq__(self, other): return True\ndef add(a, b): return E()",
+        ADD, "0 of 2 tests passed: error",
+    ),
+    "a number equal to everything": (
+        "class E(int):\n  def __eq__(self, other): return True\n  __hash__ = int.__hash__\n"
+        "def add(a, b): return E(7)",
+        ADD, "0 of 2 tests passed: wrong",
+    ),
+    "an early success": ("import os\ndef add(a, b): os._exit(0)", ADD,
+                         "0 of 2 tests passed: error"),
     "an early success at once": ("raise SystemExit(0)", ADD, "0 of 2 tests passed: error"),
-    "asserts that do nothing": ("import builtins\nbuiltins.AssertionError = SystemExit\ndef add(a, b): raise AssertionError", ADD, "0 of 2 tests passed: error"),
-    "a passing assertion of its own": ("def add(a, b): raise AssertionError('passed')", ADD, "0 of 2 tests passed: wrong"),
-    "an answer to a question nobody asked": ("import os\ndef add(a, b):\n  for n in range(64):\n    try: os.write(n, b'{\"value\": 5, \"arguments\": []}\\n')\n    except OSError: pass\n  return 0", ADD, "1 of 2 tests passed: ok wrong"),
-    "junk": ("import os\ndef add(a, b):\n  for n in range(64):\n    try: os.write(n, b'\\xff[[[\\n' + b'[' * 100000)\n    except OSError: pass", ADD, "0 of 2 tests passed: error"),
+    "asserts that do nothing": (
+        "import builtins\nbuiltins.AssertionError = SystemExit\n"
+        "def add(a, b): raise AssertionError",
+        ADD, "0 of 2 tests passed: error",
+    ),
+    "a passing assertion of its own": ("def add(a, b): raise AssertionError('passed')", ADD,
+                                       "0 of 2 tests passed: wrong"),
+    "an answer to a question nobody asked": (
+        "import os\ndef add(a, b):\n  for n in range(64):\n"
+        "    try: os.write(n, b'{\"value\": 5, \"arguments\": []}\\n')\n"
+        "    except OSError: pass\n  return 0",
+        ADD, "1 of 2 tests passed: ok wrong",
+    ),
+    "junk": (
+        "import os\ndef add(a, b):\n  for n in range(64):\n"
+        "    try: os.write(n, b'\\xff[[[\\n' + b'[' * 100000)\n    except OSError: pass",
+        ADD, "0 of 2 tests passed: error",
+    ),
     "a test's own list emptied": (
         "def same(items):\n  items.clear()\n  return []",
         {"tests": [{"assert": "(lambda items: same(items) == sorted(items))([2, 1])"}]},
@@ -253,16 +297,20 @@ ENDINGS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "a set of one hash, with long members": (
         "import megatron_real.labels.code.plain as plain\ndef add(a, b): return 0\n"
-        "plain.encode = lambda value: {'set': [{'tuple': [0] * 50 + [i * (2**61 - 1)]} for i in range(5000)]}",
+        "plain.encode = lambda value: "
+        "{'set': [{'tuple': [0] * 50 + [i * (2**61 - 1)]} for i in range(5000)]}",
         ADD, "0 of 2 tests passed: error",
     ),
     "the end of its judge's iteration": (
         "def add(a, b): raise StopIteration",
-        {"tests": [{"assert": "all(map(lambda sums: add(*sums[:2]) == sums[2], [(2, 3, 5), (4, 5, 9)]))"}]},
+        {"tests": [{"assert":
+            "all(map(lambda sums: add(*sums[:2]) == sums[2], [(2, 3, 5), (4, 5, 9)]))"}]},
         "0 of 1 tests passed: error",
     ),
-    "a number beyond all floats": ("def add(a, b): return 10**5000", ADD, "0 of 2 tests passed: error"),
-    "a value that holds itself": ("def add(a, b):\n  x = []\n  x.append(x)\n  return x", ADD, "0 of 2 tests passed: error"),
+    "a number beyond all floats": ("def add(a, b): return 10**5000", ADD,
+                                   "0 of 2 tests passed: error"),
+    "a value that holds itself": ("def add(a, b):\n  x = []\n  x.append(x)\n  return x", ADD,
+                                  "0 of 2 tests passed: error"),
 }  # fmt: skip
 
 
@@ -284,7 +332,9 @@ def test_each_program_ends_in_its_own_way(code: VerifierPool) -> None:
 
 
 def test_nothing_is_left_after_the_table(code: VerifierPool, attempts: dict[str, Outcome]) -> None:
-    """The worker, its supervisor, the first of its namespace and the launcher: as many as before any check."""
+    """The worker, its supervisor, the first of its namespace and the launcher:
+    as many as before any check.
+    """
     (worker,) = code._workers
     assert worker._process is not None
     below = psutil.Process(worker._process.pid).children(recursive=True)

@@ -70,7 +70,9 @@ def test_damage_is_named_and_set_aside(tmp_path: Path, harm, name: str, words: s
 
 @pytest.mark.parametrize("name", ["a.distcp", "manifest.json"])
 def test_what_cannot_be_read_is_not_damaged(tmp_path: Path, name: str) -> None:
-    """A link that leads to itself errs for every user, root too: ELOOP, as EACCES or EIO would be."""
+    """A link that leads to itself errs for every user, root too: ELOOP,
+    as EACCES or EIO would be.
+    """
     one = make(tmp_path, 10)
     content = (one.path / name).read_bytes()
     (one.path / name).unlink()
@@ -154,7 +156,8 @@ def test_the_same_position_again_replaces_it(tmp_path: Path) -> None:
         ({"keep": 2, "keep_every": 0, "keep_best": False}, ["step_50", "step_40_update_1"]),
         ({"keep": 1, "keep_every": 20, "keep_best": False}, ["step_50", "step_40", "step_20"]),
         ({"keep": 1, "keep_every": 0, "keep_best": True}, ["step_50", "step_30"]),
-        ({"keep": 9, "keep_every": 0, "keep_best": False}, ["step_50", "step_40_update_1", "step_40", "step_30",
+        ({"keep": 9, "keep_every": 0, "keep_best": False},
+         ["step_50", "step_40_update_1", "step_40", "step_30",
                                                             "step_20", "step_10"]),
     ],
     ids=["newest", "every 20th", "best", "all"],

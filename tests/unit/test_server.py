@@ -1,4 +1,6 @@
-"""The command line of a vLLM server: what is secret is not in it, and reaches the server all the same."""
+"""The command line of a vLLM server: what is secret is not in it,
+and reaches the server all the same.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ def test_the_server_gets_the_words_of_both(tmp_path: Path, monkeypatch: pytest.M
     out = tmp_path / "seen.json"
     (tmp_path / "some_server.py").write_text(
         "import json, os, pathlib, sys\n"
-        f"pathlib.Path({str(out)!r}).write_text(json.dumps([__name__, sys.argv[1:], dict(os.environ)]))\n"
+        f"pathlib.Path({str(out)!r}).write_text(json.dumps([__name__, sys.argv[1:], "
+        "dict(os.environ)]))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(server_main, "SERVER", "some_server")
@@ -64,7 +67,9 @@ def test_the_server_gets_the_words_of_both(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_server_that_dies_in_a_broadcast_takes_nobody_along() -> None:
-    """The link is aborted as soon as the call fails, so that NCCL's watchdog finds nothing to end the process for."""
+    """The link is aborted as soon as the call fails, so that NCCL's watchdog finds nothing to end
+    the process for.
+    """
     waits, events = Event(), list[str]()
 
     class BrokenLink:

@@ -1,4 +1,6 @@
-"""Who may ask a vLLM server what: the door alone, both sides' proofs over a real socket, and vLLM's own table of routes."""
+"""Who may ask a vLLM server what: the door alone, both sides' proofs over a real socket,
+and vLLM's own table of routes.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,9 @@ def test_without_the_key_nothing_is_answered(door: Door, case: str) -> None:
 
 
 def test_a_request_that_changes_something_comes_once(door: Door) -> None:
-    """Who overhears a request cannot send it again; a completion may be asked for twice, and changes nothing."""
+    """Who overhears a request cannot send it again; a completion may be asked for twice,
+    and changes nothing.
+    """
     again = claim("/reset_prefix_cache", b"")
     assert [status(ask(door, "/reset_prefix_cache", header=again)) for _ in range(2)] == [200, 401]
     again = claim("/v1/completions", b"")
@@ -206,7 +210,9 @@ needs_vllm = pytest.mark.skipif(
 @needs_vllm
 @pytest.mark.filterwarnings("ignore")
 def test_every_route_of_vllm_is_closed_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table is vLLM's own, of the server that a run starts: routes that a later version adds are in it."""
+    """The table is vLLM's own, of the server that a run starts:
+    routes that a later version adds are in it.
+    """
     for name, value in environment(Config(), KEY, gpus=[]).items():
         monkeypatch.setenv(name, value)
     from vllm.entrypoints.launchers.app import build_app

@@ -1,4 +1,6 @@
-"""The site of the documentation is built: every page is in its order, and every link and anchor leads somewhere."""
+"""The site of the documentation is built: every page is in its order,
+and every link and anchor leads somewhere.
+"""
 
 from __future__ import annotations
 

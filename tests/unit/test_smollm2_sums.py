@@ -1,4 +1,6 @@
-"""examples/smollm2_sums.py: lenient against strict on a table of answers, the problems, and the comparison."""
+"""examples/smollm2_sums.py: lenient against strict on a table of answers, the problems,
+and the comparison.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,8 @@ def test_held_out_pairs_and_their_mirrors_are_not_trained_on(example: Any, tmp_p
     }
     assert len(set(asked["heldout"])) == len(set(pairs["heldout"])) == 400
     assert not set(pairs["train"]) & set(pairs["heldout"])
-    # 8,100 ordered pairs; of the 400 held-out ones, those of two different numbers take their mirror with them.
+    # 8,100 ordered pairs; of the 400 held-out ones, those of two different numbers take their
+    # mirror with them.
     different = sum(len(pair) == 2 for pair in pairs["heldout"])
     assert len(set(asked["train"])) == len(asked["train"]) == 8100 - 400 - different
 

@@ -1,4 +1,7 @@
-"""Published files of every known form -> one schema; duplicates, near duplicates, leaks. The problems are our own."""
+"""Published files of every known form -> one schema; duplicates, near duplicates, leaks.
+
+The problems are our own.
+"""
 
 from __future__ import annotations
 
@@ -171,7 +174,9 @@ def test_what_changes_the_question_counts(one: str, other: str) -> None:
 
 
 def test_near_questions_by_hand() -> None:
-    """Ten letters have 8 trigrams; changing the last letter leaves 7 of 8, changing the fifth leaves 5 of 8."""
+    """Ten letters have 8 trigrams; changing the last letter leaves 7 of 8,
+    changing the fifth leaves 5 of 8.
+    """
     index = Index({"b/0": "a b c d e f g h i j"}, size=3, share=5 / 8)
     shares = {
         q: index.closest(q)
@@ -205,7 +210,10 @@ def test_overlap_equals_brute_force(one: list[str], other: list[str]) -> None:
     assert (match.share if match else 0.0) == (expected if expected >= 0.5 else 0.0)
 
 
-LONG = "A farmer has twelve sheep and sells all but five of them at the market on Monday. How many sheep are left?"
+LONG = (
+    "A farmer has twelve sheep and sells all but five of them at the market on Monday. "
+    "How many sheep are left?"
+)
 TRAIN = [
     (LONG, "5"),
     (LONG.replace("twelve", "thirty"), "5"),
@@ -309,7 +317,9 @@ def test_without_a_network_the_remedy_is_said(
 
 
 def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """huggingface_hub's own cache, filled by hand: two files of one dataset, another that is not asked for."""
+    """huggingface_hub's own cache, filled by hand: two files of one dataset,
+    another that is not asked for.
+    """
     snapshot = tmp_path / "hub/datasets--opencompass--AIME2025/snapshots/1234"
     snapshot.mkdir(parents=True)
     (snapshot.parents[1] / "refs").mkdir()

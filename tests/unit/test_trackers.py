@@ -1,4 +1,6 @@
-"""Trackers, each really run without a network: what they hold afterwards, over two lives, and that none ends a run."""
+"""Trackers, each really run without a network: what they hold afterwards, over two lives,
+and that none ends a run.
+"""
 
 from __future__ import annotations
 
@@ -149,9 +151,11 @@ def wandb_records(file: Path) -> Iterator[Any]:
 
 
 def records_of(log: bytes) -> Iterator[bytes]:
-    """The records of a log in LevelDB's format, as W&B writes it: 7 bytes that name it, then blocks of 32 KiB.
+    """The records of a log in LevelDB's format, as W&B writes it: 7 bytes that name it,
+    then blocks of 32 KiB.
 
-    A record's parts each have a header of 7 bytes: a checksum, the length, and 1 whole, 2 first, 3 middle or 4 last.
+    A record's parts each have a header of 7 bytes: a checksum, the length, and 1 whole, 2 first, 3
+    middle or 4 last.
     """
     assert log[:4] == b":W&B"
     at = 7

@@ -1,7 +1,10 @@
-"""What a command prints on a terminal of 80 columns fits it, and no table has two columns of one name."""
+"""What a command prints on a terminal of 80 columns fits it,
+and no table has two columns of one name.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -9,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from megatron_real.benchmark import table
-from megatron_real.cli import main
-from megatron_real.commands import labels
+from megatron_real.cli import build_parser, main
+from megatron_real.commands import COMMANDS, labels
 from megatron_real.commands.convert import amount
 from megatron_real.commands.doctor import _text
 from megatron_real.commands.terminal import hanging
@@ -56,6 +59,31 @@ def test_golds_that_nobody_can_match_fit(
     assert "2 of 3 problems" in printed
     assert "the answer depends on" in printed
     assert max(map(len, printed.splitlines())) <= WIDTH
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_the_help_of_every_command_fits(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    parser = build_parser()
+    for word in command.split():
+        (commands,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        parser = commands.choices[word]
+    wide = [line for line in parser.format_help().splitlines() if len(line) > WIDTH]
+    assert not wide
+
+
+def test_the_settings_fit_and_the_nearest_are_named_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    assert main(["config"]) == 0
+    wide = [line for line in capsys.readouterr().out.splitlines() if len(line) > WIDTH]
+    assert not wide
+
+    assert main(["config", "objective.tauu"]) == 2
+    named = capsys.readouterr().err.strip().split("the nearest are ")[1].split(", ")
+    assert named[0] == "objective.tau"
+    assert len(set(named)) == len(named) == 5
 
 
 def test_a_line_of_the_doctor_is_folded_under_its_words(monkeypatch: pytest.MonkeyPatch) -> None:

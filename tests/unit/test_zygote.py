@@ -17,7 +17,8 @@ from tests.amount import core, cover, on_first_version
 PROGRAM = """
 import os, sys, threading, atexit
 atexit.register(print, "the end")
-print(sys.argv[1:], __name__, sys.stdin.read(), os.getcwd(), sorted(os.environ), os.getsid(0) == os.getpid())
+own_session = os.getsid(0) == os.getpid()
+print(sys.argv[1:], __name__, sys.stdin.read(), os.getcwd(), sorted(os.environ), own_session)
 print("a warning", file=sys.stderr)
 threading.Thread(target=print, args=["a thread"]).start()
 sys.exit({code!r})

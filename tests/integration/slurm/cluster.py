@@ -1,7 +1,8 @@
-"""A real Slurm on one machine: its own munged, slurmctld and two slurmds, with their own ports and directories.
+"""A real Slurm on one machine: its own munged, slurmctld and two slurmds,
+with their own ports and directories.
 
-Two nodes of eight GPUs that Slurm only counts (no job here asks for a device), two partitions of which `night` preempts
-`main`. Everything that was started is known by its pid, and stopped.
+Two nodes of eight GPUs that Slurm only counts (no job here asks for a device), two partitions of
+which `night` preempts `main`. Everything that was started is known by its pid, and stopped.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def missing() -> str:
     """Why there can be no cluster on this machine; "" if there can."""
     absent = [name for name in _NEEDED if shutil.which(name, path=_PATH) is None]
     return (
-        f"no {', '.join(absent)} here: apt-get install slurm-wlm munge (tests/run.sh does it as root)"
+        f"no {', '.join(absent)} here: apt-get install slurm-wlm munge (tests/run.sh does it as "
+        "root)"
         if absent
         else ""
     )
@@ -160,7 +162,8 @@ class Cluster:
             (self.folder / name).mkdir()
         controller, *ports = (free_port() for _ in range(1 + len(NODES)))
         nodes = "\n".join(
-            f"NodeName={node} NodeHostName={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} CPUs=2 "
+            f"NodeName={node} NodeHostName={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} "
+            "CPUs=2 "
             "RealMemory=1000 Gres=gpu:8"
             for node, port in zip(NODES, ports, strict=True)
         )

@@ -17,14 +17,16 @@ from tests.integration.slurm import cluster as slurm
 from tests.integration.slurm.cluster import Cluster
 
 OVERRIDES = (
-    "model.dtype=fp32", "rollout.engine=transformers", "trainer.steps=12", "trainer.tensorboard=false", "data.suffix=",
-    "data.max_prompt_tokens=16", "rollout.num_prompts=16", "rollout.chunk_prompts=8", "rollout.temperature=1.0",
-    "rollout.max_response_tokens=8", "labels.workers=1",
-    "labels.require_think=false", "batch.minibatch_prompts=4", "batch.max_tokens=2048",
-    "optimizer.lr=5e-5", "evaluation.every=5", "evaluation.max_problems=20", "evaluation.samples=1",
-    "checkpoint.every=3", "parallel.tp=1", "parallel.sp=false",
+    "model.dtype=fp32", "rollout.engine=transformers", "trainer.steps=12",
+    "trainer.tensorboard=false", "data.suffix=", "data.max_prompt_tokens=16",
+    "rollout.num_prompts=16", "rollout.chunk_prompts=8", "rollout.temperature=1.0",
+    "rollout.max_response_tokens=8", "labels.workers=1", "labels.require_think=false",
+    "batch.minibatch_prompts=4", "batch.max_tokens=2048", "optimizer.lr=5e-5", "evaluation.every=5",
+    "evaluation.max_problems=20", "evaluation.samples=1", "checkpoint.every=3", "parallel.tp=1",
+    "parallel.sp=false",
 )  # fmt: skip
-# Bounds for a machine that is far busier than two lanes make it; a job that has ended ends the wait.
+# Bounds for a machine that is far busier than two lanes make it; a job that has ended ends the
+# wait.
 START_SECONDS, RUN_SECONDS = 600.0, 900.0
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
@@ -85,7 +87,9 @@ class Run:
     def wait_for(
         self, happened: Callable[[], object], what: str, seconds: float = START_SECONDS
     ) -> None:
-        """As Cluster.wait_for, but no longer than a job is there; shows all logs where nothing happens."""
+        """As Cluster.wait_for, but no longer than a job is there;
+        shows all logs where nothing happens.
+        """
         try:
             self.cluster.wait_for(lambda: happened() or self._over(), what, seconds=seconds)
         except AssertionError as error:
@@ -124,7 +128,9 @@ class Run:
         return self.log.read_text() if self.log.exists() else ""
 
     def everything_said(self) -> str:
-        """The jobs' log and the ends of the logs that torchrun and the ranks wrote, for a failure."""
+        """The jobs' log and the ends of the logs that torchrun and the ranks wrote,
+        for a failure.
+        """
         logs = [
             f"{file.relative_to(self.directory)}:\n{file.read_text(errors='replace')[-1500:]}"
             for file in sorted((self.directory / "logs").rglob("*.log"))
@@ -180,8 +186,8 @@ def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"data.heldout={base}/heldout.jsonl",
     )
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "megatron_real", "train",
-        "examples/configs/real_7b.yaml", f"trainer.run_dir={run_dir}", *paths, *OVERRIDES,
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "megatron_real",
+        "train", "examples/configs/real_7b.yaml", f"trainer.run_dir={run_dir}", *paths, *OVERRIDES,
     ]  # fmt: skip
     done = zygote.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_SECONDS)
     assert done.returncode == 0, done.stderr

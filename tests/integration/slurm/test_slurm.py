@@ -1,4 +1,6 @@
-"""`sbatch examples/real_7b.sh`, on a real Slurm: from HF weights to HF weights, through whatever happens on the way."""
+"""`sbatch examples/real_7b.sh`, on a real Slurm: from HF weights to HF weights,
+through whatever happens on the way.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from tests.integration.test_resume import assert_same_run
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_is_requeued(run: Run, undisturbed: Path) -> None:
-    """From HF weights through conversion, two nodes and a stop in the middle to exported weights and curves."""
+    """From HF weights through conversion, two nodes and a stop in the middle to
+    exported weights and curves.
+    """
     job = run.submit()
     run.wait_for_row(4)
     run.cluster.run("scancel", "--signal=USR1", job)

@@ -1,4 +1,6 @@
-"""What takes jobs away on a cluster: the run goes on by itself and ends as the undisturbed one, bit for bit."""
+"""What takes jobs away on a cluster: the run goes on by itself and ends as the undisturbed one,
+bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def test_the_warning_before_the_time_limit(run: Run, undisturbed: Path) -> None:
 
 
 def test_preempted_by_a_higher_partition(run: Run, undisturbed: Path) -> None:
-    """The night's job takes both nodes; within the grace time the run saves, and it goes on when the nodes are free."""
+    """The night's job takes both nodes; within the grace time the run saves,
+    and it goes on when the nodes are free.
+    """
     job = run.submit()
     run.wait_for_row(5)
     night = run.cluster.run(
@@ -90,7 +94,9 @@ def test_all_ranks_and_launchers_killed(run: Run, undisturbed: Path) -> None:
 
 
 def test_the_next_job_of_a_chain_takes_over_from_a_killed_one(run: Run, undisturbed: Path) -> None:
-    """Nothing of the first job is left, its script neither; the second one was waiting for its end."""
+    """Nothing of the first job is left, its script neither;
+    the second one was waiting for its end.
+    """
     first, second = (run.submit("--dependency=singleton") for _ in range(2))
     run.wait_for_row(5)
     assert run.cluster.fields(second)["JobState"] == "PENDING"
@@ -118,7 +124,9 @@ def test_three_faults_without_progress_end_the_chain(
 def test_slurmd_killed_while_a_checkpoint_is_written(
     cluster: Cluster, base: Path, tmp_path: Path
 ) -> None:
-    """Slurm gives the node up and takes the job away from the other one; when slurmd is back the run goes on."""
+    """Slurm gives the node up and takes the job away from the other one;
+    when slurmd is back the run goes on.
+    """
     words = ("rollout.num_prompts=64", "checkpoint.every=2")
     whole, run = (Run(cluster, base, tmp_path / name, *words) for name in ("undisturbed", "run"))
     whole.wait_for_end(whole.submit())
@@ -128,7 +136,8 @@ def test_slurmd_killed_while_a_checkpoint_is_written(
     run.wait_for(lambda: list(checkpoints.glob("*.partial")), "checkpoint that is being written")
     cluster.kill("n2")
     try:
-        # What Slurm does itself after SlurmdTimeout and some retries, which are longer than this run.
+        # What Slurm does itself after SlurmdTimeout and some retries, which are longer than this
+        # run.
         cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=slurmd is gone")
         run.wait_for_restart(job, 1)
     finally:
@@ -143,7 +152,8 @@ def test_a_port_that_is_taken_is_a_fault_that_passes(run: Run, undisturbed: Path
     """torchrun cannot listen; its reason is shown, and the requeued job starts."""
     job = run.submit("--hold")
     with socket.socket() as taken:
-        # Bound but not listening: nothing answers there, so that the job takes the port for a free one.
+        # Bound but not listening: nothing answers there, so that the job takes the port for a free
+        # one.
         taken.bind(("127.0.0.1", 20_000 + int(job)))
         run.cluster.run("scontrol", "release", job)
         run.wait_for_restart(job, 1)
