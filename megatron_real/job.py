@@ -74,8 +74,12 @@ class HeldoutEvaluation:
         """
         generator = self.source.generator
         seed = self.source.options.draw_seed(0)
+        stage = generator.stage
         with self.source.awake(), generator.timed("evaluation"):
-            return evaluate(generator.stage, self.problems, self.sampling, seed=seed)
+            of_training = stage.work
+            evaluation = evaluate(stage, self.problems, self.sampling, seed=seed)
+            stage.work = of_training
+        return evaluation
 
 
 @dataclass(frozen=True)
@@ -266,6 +270,7 @@ def _build(
     if not config.rollout.replay:
         drawing = _drawing(config, architecture, exchange, say)
         reporter.progress.detail = _generating(reporter.progress, drawing.stage)
+        reporter.engine_work = drawing.stage.take_work
         stateful = {"cursor": drawing.cursor, "lengths": drawing.stage.lengths}
 
     checkpoints = checkpoint.Checkpoints(config, policy, reporter, stateful, ranks, stop)

@@ -85,6 +85,19 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class EngineWork:
+    """What this rank's engine has done."""
+
+    seconds: float = 0.0
+    """In which it generated."""
+    tokens: int = 0
+    """Response tokens that it handed out, on whichever of its ranks."""
+
+    def __add__(self, other: EngineWork) -> EngineWork:
+        return EngineWork(self.seconds + other.seconds, self.tokens + other.tokens)
+
+
+@dataclass(frozen=True)
 class Sampled:
     """This rank's share of a step's completions."""
 
@@ -96,6 +109,8 @@ class Sampled:
     """The engine that answers each, of all ranks' completions."""
     drawn: tuple[Drawn, ...]
     """In order of place; what the engine lost is an empty completion with the verdict `lost`."""
+    work: EngineWork = EngineWork()
+    """What they took."""
 
 
 class RolloutStage:
@@ -134,6 +149,13 @@ class RolloutStage:
         self.lengths = ExpectedLengths()
         self.generation: Generation | None = None
         """The present or the last share of this rank."""
+        self.work = EngineWork()
+        """Of the draws that were labelled since `take_work`."""
+
+    def take_work(self) -> dict[str, float]:
+        """Returns `work` as plain numbers, and begins anew; {} on all ranks of an engine but its first."""
+        work, self.work = self.work, EngineWork()
+        return dataclasses.asdict(work) if self.member == 0 else {}
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> Sampled:
         """This rank's share. Verifies completions as the engine hands them out; waits for no verdict and no rank."""
@@ -154,8 +176,8 @@ class RolloutStage:
         }
         sampling_of_part = dataclasses.replace(sampling, num_samples=together)
         own = [parts[p] for p in shares[self.index]]
-        drawn = self._draw(prompts, own, sampling_of_part, seed, attempt=0)
-        return Sampled(sampling, seed, engine_of, drawn)
+        drawn, work = self._draw(prompts, own, sampling_of_part, seed, attempt=0)
+        return Sampled(sampling, seed, engine_of, drawn, work)
 
     def label(
         self,
@@ -173,6 +195,7 @@ class RolloutStage:
         Raises:
             TooManyFailedChecks, RewardNeedsThreshold: on every rank alike.
         """
+        self.work += sampled.work
         known = self._shared(prompts, sampled.drawn)
         once = dataclasses.replace(sampled.sampling, num_samples=1)
         for attempt in range(1, self.retries + 1):
@@ -185,7 +208,8 @@ class RolloutStage:
                 for i, k in lost
                 if (sampled.engine_of[i, k] + attempt) % self.engines == self.index
             ]
-            again = self._draw(prompts, mine, once, sampled.seed, attempt=attempt)
+            again, work = self._draw(prompts, mine, once, sampled.seed, attempt=attempt)
+            self.work += work
             known |= self._shared(prompts, again)
 
         rollouts = [known[place] for place in sorted(known)]
@@ -201,7 +225,7 @@ class RolloutStage:
         seed: int,
         *,
         attempt: int,
-    ) -> tuple[Drawn, ...]:
+    ) -> tuple[tuple[Drawn, ...], EngineWork]:
         """Samples each row of `places`, the samples of one prompt, and gives what it finishes at once to the verifier.
 
         Of an engine on several ranks each verifies a part, and returns it.
@@ -215,9 +239,11 @@ class RolloutStage:
         drawn: dict[Place, Drawn] = {}
         failure = "the engine did not return it"
         self.generation = generation = Generation(len(mine), time.monotonic())
+        num_tokens = 0
         try:
             wanted = set(mine)
             for j, k, completion in self.engine.generate(asked, sampling, seeds=seeds):
+                num_tokens += completion.num_trained
                 place = places[j][k]
                 if place in wanted:
                     verdict = self.labeller.submit(asked[j], completion)
@@ -228,10 +254,11 @@ class RolloutStage:
             logger.warning(
                 "rank %d: the %s engine failed (%s)", self.rank, self.engine.name, failure
             )
+        work = EngineWork(time.monotonic() - generation.started, num_tokens)
         early = {
             place: dataclasses.replace(d, early=d.verdict.done()) for place, d in drawn.items()
         }
-        return tuple(early.get(place) or _lost(place, failure) for place in mine)
+        return tuple(early.get(place) or _lost(place, failure) for place in mine), work
 
     def _shared(self, prompts: Sequence[Prompt], drawn: Sequence[Drawn]) -> dict[Place, Rollout]:
         """Every rank's rollouts by place, once the verdicts on those of this rank are there."""

@@ -82,6 +82,8 @@ class Reporter:
         self._gathered = gathered
         self._exchange = exchange or Exchange(rank, world)
         self._writer: MetricsWriter | None = None
+        self.engine_work: Callable[[], Mapping[str, float]] | None = None
+        """Gives what this rank's engine has done in the step; None where there is no engine."""
         self.begun = False
         """Whether the run directory is this life's."""
         # A step's rollouts are written while the next step runs, by one thread: files come in order.
@@ -212,6 +214,9 @@ class Reporter:
         seconds = self.progress.take_seconds()
         seconds_of_ranks = self._gathered(seconds)
         memory_of_ranks = self._gathered(memory_of_process())
+        engines: Sequence[Mapping[str, float]] = ()
+        if self.engine_work is not None:
+            engines = [work for work in self._gathered(self.engine_work()) if work]
         self.settle()  # host memory holds the rollouts of one step that is being written, not of many
         kept = self._kept(step, rollouts)
         whole = self._exchange.to_nodes(rollouts, kept)
@@ -233,6 +238,7 @@ class Reporter:
             peak_tflops=peak,
             seconds_of_ranks=seconds_of_ranks,
             memory_of_ranks=memory_of_ranks,
+            engines=engines,
         )
         self._writer.write(step, metrics)
         self.progress.step_done(step, metrics, seconds)
