@@ -183,14 +183,22 @@ class Exchange:
         everything = range(len(rollouts))
         return self.bring(rollouts, [everything] + [()] * (self.world - 1), text=True)
 
-    def to_nodes(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """The rollouts, of which the first rank of each node has whole, with their text, what ranks of its node hold.
+    def to_nodes(
+        self, rollouts: Sequence[Rollout], positions: Sequence[int] | None = None
+    ) -> list[Rollout]:
+        """Brings the first rank of each node, whole and with their text, what ranks of its node hold.
 
-        On one node that is `to_first`; on several, no rank gets more than its node's share, and nothing leaves a node.
+        On one node that is `to_first`. On several no rank gets more than its node's share, and no
+        tokens leave a node.
+
+        Args:
+            rollouts: the same on every rank but for what is absent.
+            positions: those in `rollouts` that are wanted; None: all.
         """
         wanted: list[list[int]] = [[] for _ in range(self.world)]
-        for position, rollout in enumerate(rollouts):
-            wanted[self._node_of(rollout) * self.ranks_per_node].append(position)
+        for position in range(len(rollouts)) if positions is None else positions:
+            first_of_node = self._node_of(rollouts[position]) * self.ranks_per_node
+            wanted[first_of_node].append(position)
         return self.bring(rollouts, wanted, text=True)
 
     def held_by_node(self, rollouts: Sequence[Rollout]) -> list[int]:

@@ -640,6 +640,8 @@ def _disk(run: Run) -> str:
         rollouts = f"rollouts of the last {newest} steps"
     if every:
         rollouts += f" and of every {every}th"
+    if run.config.rollout.keep_groups:
+        rollouts = f"{run.config.rollout.keep_groups} groups of the {rollouts}"
     return (
         f"disk: up to {_gib(needs.total)} GiB: {needs.num_checkpoints} checkpoints of "
         f"{_gib(needs.checkpoint)}, {rollouts} {_gib(needs.rollouts)} (rollout.keep_steps), "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -212,9 +213,12 @@ class Reporter:
         seconds_of_ranks = self._gathered(seconds)
         memory_of_ranks = self._gathered(memory_of_process())
         self.settle()  # host memory holds the rollouts of one step that is being written, not of many
-        whole = self._exchange.to_nodes(rollouts)
+        kept = self._kept(step, rollouts)
+        whole = self._exchange.to_nodes(rollouts, kept)
         if self._exchange.first_of_node:
-            self._writing = self._rollout_thread.submit(self._write_rollouts, step, whole, training)
+            self._writing = self._rollout_thread.submit(
+                self._write_rollouts, step, whole, kept, training
+            )
         if self._exchange.num_nodes > 1:
             self._written_step = step
         if self._writer is None:
@@ -258,10 +262,26 @@ class Reporter:
             name_parts(self.directory.rollouts(step), of=self._exchange.num_nodes)
             self._drop_rollouts(step)
 
-    def _write_rollouts(self, step: int, rollouts: Sequence[Rollout], training: Training) -> None:
+    def _kept(self, step: int, rollouts: Sequence[Rollout]) -> list[int]:
+        """The positions of the rollouts that are written, the same on every rank: whole groups."""
+        groups = sorted({rollout.group for rollout in rollouts})
+        count = self.config.rollout.keep_groups
+        if 0 < count < len(groups):
+            draw = random.Random(f"kept groups {self.config.trainer.seed} {step}")
+            groups = draw.sample(groups, count)
+        chosen = set(groups)
+        return [i for i, rollout in enumerate(rollouts) if rollout.group in chosen]
+
+    def _write_rollouts(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        kept: Sequence[int],
+        training: Training,
+    ) -> None:
         """In the thread: this node's part of a step, which on one node is all of it."""
         exchange = self._exchange
-        own = exchange.held_by_node(rollouts)
+        own = sorted(set(kept) & set(exchange.held_by_node(rollouts)))
         figures = training.token_figures
         minibatches = self._minibatches(rollouts)
         write_rollouts(

@@ -49,6 +49,7 @@ _WITHOUT_EFFECT_ON_ROLLOUTS = frozenset(
         "rollout.chunk_prompts",
         "rollout.keep_steps",
         "rollout.keep_every",
+        "rollout.keep_groups",
         "rollout.replay",
         "labels.workers",
         "labels.sandbox",
