@@ -131,9 +131,9 @@ class WeightSync:
         )
         # The ranks of an engine return the same answer, so one of them speaks for all.
         tp = self.engine.tp
-        label = Verdict(Status.OK, POSITIVE, None)  # `mismatch` does not look at it
+        verdict = Verdict(Status.OK, POSITIVE, None)  # `mismatch` does not look at it
         rollouts = [
-            Rollout(self._prompt, group=engine, sample=0, completion=completion, verdict=label)
+            Rollout(self._prompt, group=engine, sample=0, completion=completion, verdict=verdict)
             for engine, completion in enumerate(answers[::tp])
         ]
         for engine, difference in enumerate(mismatch(rollouts)):
