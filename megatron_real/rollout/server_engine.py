@@ -11,6 +11,7 @@ sync.
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import secrets
@@ -232,6 +233,15 @@ class VllmServerEngine:
 
     def finish_inference(self) -> None:
         """Does nothing: a server has its memory for itself."""
+
+    def close(self) -> None:
+        """Ends the server that this rank has started; one that is given serves on."""
+        if self._link is not None:
+            self._link.close()
+        if self.started is not None:
+            self.started.stop()
+            # A later process of this machine may get the same process group's number.
+            atexit.unregister(self.started.stop)
 
     def _complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion | EngineFailed:
         """Asks the server for one completion.
