@@ -103,7 +103,8 @@ class Engine(Protocol):
     def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes over the policy's weights, a stream of HF (name, tensor), one at a time.
 
-        The stream is checked against `held` on the way (sync.py): it has every tensor once, in its shape.
+        The stream is checked against `held` on the way (sync.py): it has every tensor once, in its
+        shape.
         """
 
     def generate(
@@ -130,7 +131,8 @@ class Engine(Protocol):
     def close(self) -> None:
         """Ends the engine and what it has started, so that this process may build another one.
 
-        Called once, before the process leaves its process groups. A process that ends need not call it.
+        It is called once, before the process leaves its process groups. A process that ends need
+        not call it.
         """
 
 

@@ -1,4 +1,6 @@
-"""The road that weights take from the trainer to a server: a process group of one sender and the server's workers.
+"""The road that weights take from the trainer to a server.
+
+It is a process group of one sender and the server's workers.
 
 The process group lies outside both sides' worlds, so neither side has to know the other's. It is
 gloo between CPUs and NCCL between GPUs, by the same lines. The sender lays tensors end to end into
@@ -97,7 +99,7 @@ def buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
 
 
 def unpacked(flat: Tensor, slots: Sequence[Slot]) -> Iterator[tuple[str, Tensor]]:
-    """Returns the (name, tensor) pairs of a bucket that has arrived; the tensors are views of it."""
+    """Returns the (name, tensor) pairs of a bucket that has arrived; they are views of it."""
     return ((slot.name, _view(flat, slot)) for slot in slots)
 
 

@@ -1,8 +1,8 @@
 """One vLLM server: how it is started and ended, and how requests are made.
 
 It is vLLM's own OpenAI server, with our worker (server_worker.py) and our check of the key
-(server_door.py). The key is in the environment of both sides alone: never in a command line, a file,
-a log or a request (server_proof.py).
+(server_door.py). The key is in the environment of both sides alone: never in a command line, a
+file, a log or a request (server_proof.py).
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     server              0        1        0        1
     sends weights       yes      yes      no       no      only the first rank of a server
 
-Each rank asks one server. When a server dies, the answers to its ranks are lost, and the stage draws
-them again on another server. A server that this run has started is started again before the next
-sync.
+Each rank asks one server. When a server dies, the answers to its ranks are lost, and the stage
+draws them again on another server. A server that this run has started is started again before the
+next sync.
 """
 
 from __future__ import annotations

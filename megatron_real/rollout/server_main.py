@@ -2,7 +2,8 @@
 
 A command line can be read by every user of its machine; the environment cannot.
 
-MEGATRON_REAL_SERVER_ARGUMENTS='["--hf-token", "..."]' python -m megatron_real.rollout.server_main --port 8000 ...
+    MEGATRON_REAL_SERVER_ARGUMENTS='["--hf-token", "..."]' \\
+        python -m megatron_real.rollout.server_main --port 8000 ...
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ class Worker(VllmWorker):
         """Says how the engine was started, and which part of each tensor this worker holds.
 
         Returns:
-            `logprobs_mode` and `max_model_len`, and under `held`, by name, [shape, [[start, stop] of
-            each axis]].
+            `logprobs_mode` and `max_model_len`, and under `held`, by name, [shape, [[start, stop]
+            of each axis]].
         """
         held = {}
         for name, part in parts_of(self.get_model()).items():

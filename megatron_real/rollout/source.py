@@ -1,15 +1,17 @@
-"""Where a step's rollouts come from: drawn within the step, drawn one step ahead, or read from a saved run.
+"""Where a step's rollouts come from.
+
+They are drawn within the step, drawn one step ahead, or read from a saved run.
 
     take(step)    weights to the engine -> chunks of prompts -> completions -> verdicts
                   -> mismatch filter -> groups of one class drawn again
                   -> the engine releases its memory
 
 `Fresh` does all of it within the step. `OneStepAhead` lets the engine generate the next step's
-rollouts while this one trains (ahead.py draws the timeline): its rollouts lag one step behind, which
-no caller needs to know. `Replay` reads the rollouts of an earlier run.
+rollouts while this one trains (ahead.py draws the timeline): its rollouts lag one step behind,
+which no caller needs to know. `Replay` reads the rollouts of an earlier run.
 
-A draw depends on the run's seed, the step, the draw's number and its prompts; not on the layout, and
-not on earlier interruptions. A whole chunk is kept on disk: a step that is taken up again draws the
+A draw depends on the run's seed, the step, the draw's number and its prompts; not on the layout,
+and not on earlier interruptions. A whole chunk is kept on disk: a step that is taken up again draws the
 missing chunks only.
 """
 
@@ -335,7 +337,7 @@ class Fresh:
 
 
 class OneStepAhead(Fresh):
-    """Draws a step's rollouts while the step before trains, from the weights that the engine got then.
+    """Draws a step's rollouts while the step before trains, from the weights of that time.
 
     The first step of each life of the run is drawn as by `Fresh`.
     """

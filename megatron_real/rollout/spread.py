@@ -1,4 +1,8 @@
-"""Which engine answers which prompt: by expected length, so that all engines end at about the same time."""
+"""Which engine answers which prompt.
+
+Prompts are dealt out by the expected length of their answers, so that all engines end at about the
+same time.
+"""
 
 from __future__ import annotations
 

@@ -51,7 +51,9 @@ class WeightSync:
     All ranks of the job call it together.
 
     Example:
-        sync = WeightSync(engine, config.rollout.sync, tied=False, probe=prompts[0], temperature=1.0)
+        sync = WeightSync(
+            engine, config.rollout.sync, tied=False, probe=prompts[0], temperature=1.0
+        )
         sync.run(policy.stream(), policy.mismatch)
     """
 
@@ -200,7 +202,8 @@ class WeightSync:
     ) -> Iterator[tuple[str, Tensor]]:
         """Yields the stream, and tells the watch which tensor this rank waits for.
 
-        From the second sync on the tensor's name is known before it comes, by the last sync's order.
+        From the second sync on the tensor's name is known before it comes, by the last sync's
+        order.
         """
         number = 0
         last = ""

@@ -1,8 +1,8 @@
 """vLLM in the training processes: one engine on each `rollout.tp` neighbouring ranks.
 
-It works on GPUs and on CPUs alike. The processes that train are those that generate (vLLM's external
-launcher: every rank of an engine runs the same schedule), so weights go from model to model without
-a file or a socket between them. On a GPU the engine sleeps while the policy trains.
+It works on GPUs and on CPUs alike. The processes that train are those that generate (vLLM's
+external launcher: every rank of an engine runs the same schedule), so weights go from model to
+model without a file or a socket between them. On a GPU the engine sleeps while the policy trains.
 """
 
 from __future__ import annotations
@@ -128,9 +128,9 @@ class VllmEngine:
                 enable_sleep_mode=self.sleep_level > 0,
                 distributed_executor_backend="external_launcher",
             )
-        # vLLM's own clean-up ends the process groups of the whole process: at exit, where the job has
-        # ended them already, with a traceback; and when the engine is collected, in the middle of
-        # whatever runs then. It also thaws at exit the objects that vLLM froze, which libraries
+        # vLLM's own clean-up ends the process groups of the whole process: at exit, where the job
+        # has ended them already, with a traceback; and when the engine is collected, in the middle
+        # of whatever runs then. It also thaws at exit the objects that vLLM froze, which libraries
         # would report as leaks: that part is done here.
         finalizer = getattr(self.llm.llm_engine.engine_core, "_finalizer", None)
         if finalizer:

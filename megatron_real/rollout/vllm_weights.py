@@ -1,7 +1,8 @@
 """Where each HF tensor lies in a vLLM model.
 
 It is derived from the layers themselves and not from vLLM's loaders, whose work it checks. vLLM
-joins q, k, v into one parameter and gate, up into another, and cuts them over tensor-parallel ranks:
+joins q, k, v into one parameter and gate, up into another, and cuts them over tensor-parallel
+ranks:
 
     QKVParallelLinear            rows of the rank's heads; KV heads are repeated where there are
                                  fewer of them than ranks
@@ -86,7 +87,7 @@ def _rows(module: Any, parameter: nn.Parameter) -> list[_Rows]:
 
         kv_size = module.num_kv_heads * module.head_size
         kv_total = module.total_num_kv_heads * module.head_size
-        # With fewer KV heads than ranks, `num_kv_head_replicas` neighbouring ranks hold the same one.
+        # With fewer KV heads than ranks, `num_kv_head_replicas` neighbouring ranks hold the same.
         kv_start = module.tp_rank // module.num_kv_head_replicas * kv_size
         kv = _Rows(kv_total, kv_start, kv_size)
         return [q, kv, kv]

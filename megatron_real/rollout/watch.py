@@ -75,7 +75,8 @@ class Watch:
         if self._done.wait(self.seconds):
             return
 
-        # Asked in a thread of its own: a store that does not answer must not keep the process alive.
+        # Asked in a thread of its own: a store that does not answer must not keep the process
+        # alive.
         places = ["the job's store does not say where the ranks stand"]
         asking = threading.Thread(target=self._ask, args=(places,), daemon=True)
         asking.start()
