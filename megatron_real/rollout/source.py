@@ -11,8 +11,8 @@ rollouts while this one trains (ahead.py draws the timeline): its rollouts lag o
 which no caller needs to know. `Replay` reads the rollouts of an earlier run.
 
 A draw depends on the run's seed, the step, the draw's number and its prompts; not on the layout,
-and not on earlier interruptions. A whole chunk is kept on disk: a step that is taken up again draws the
-missing chunks only.
+and not on earlier interruptions. A whole chunk is kept on disk: a step that is taken up again draws
+the missing chunks only.
 """
 
 from __future__ import annotations
