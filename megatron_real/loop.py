@@ -1,7 +1,7 @@
 """Algorithm 1 of REAL, and the map of this project: each stage of `train` is a package.
 
-prompts -> rollouts -> labels -> batches, old log-probs -> updates -> metrics on disk -> evaluation -> checkpoint
-   ^                                                          |
+prompts -> rollouts -> labels -> batches, old log-probs -> updates -> metrics on disk
+   ^                                                          |    -> evaluation -> checkpoint
    +---------------------- weights to the engine <------------+
 
 stage           consumes                  produces                  waits for
@@ -15,8 +15,8 @@ update          one batch at a time       new weights               all ranks, o
 checkpoint      everything                a copy that a thread      the copy, not the disk
                                           writes
 
-The first three are rollout/source.py. A run may stop at the seams of its stages, and the same command goes on from
-there; see runs/checkpoint.py.
+The first three are in rollout/source.py. A run may stop at the seams of its stages, and the same
+command goes on from there; see runs/checkpoint.py.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def _stop_if_not_finite(
         if update.skipped_in_a_row >= job.config.trainer.max_skipped_updates:
             raise NonFinite(
                 f"{update.skipped_in_a_row} updates in a row had a loss or gradient that was not "
-                f"finite; their batches are in {job.reporter.directory.dumps}, each a directory for "
-                f"rollout.replay; {job.checkpoints.last_good()}; try a lower optimizer.lr"
+                f"finite; their batches are in {job.reporter.directory.dumps}, each a directory "
+                f"for rollout.replay; {job.checkpoints.last_good()}; try a lower optimizer.lr"
             )
 
 

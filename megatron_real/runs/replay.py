@@ -54,8 +54,8 @@ def _check_steps(saved: RunDirectory, steps: int) -> None:
             continue
         if step == 1:
             raise ValueError(
-                f"rollout.replay = {saved.path} has no rollouts of step 1; give the directory of an "
-                "earlier run that still has them"
+                f"rollout.replay = {saved.path} has no rollouts of step 1; give the directory of "
+                "an earlier run that still has them"
             )
         raise ValueError(
             f"rollout.replay = {saved.path} has the rollouts of steps 1 to {step - 1}, but "

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -94,7 +93,7 @@ class Reporter:
         self._writer: MetricsWriter | None = None
         self.begun = False
         """Whether the run directory is this life's."""
-        # A step's rollouts are written while the next step runs, by one thread: files come in order.
+        # A step's rollouts are written while the next step runs. One thread keeps files in order.
         self._rollout_thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts-to-disk")
         self._writing: Future[None] | None = None
         self._written_step = 0  # whose parts have no name yet; 0: none, and always so on one node
@@ -222,7 +221,10 @@ class Reporter:
             delete(left_over)
 
     def step(self, step: int) -> AbstractContextManager[None]:
-        """One step; a torch profiler trace of it is written by the first rank where trainer.profile asks."""
+        """Returns the context of one step.
+
+        Where trainer.profile asks for it, the first rank writes a trace of torch's profiler.
+        """
         return profile_step(
             step, self.config.trainer.profile if self.first else (), self.directory.profile
         )
@@ -271,7 +273,8 @@ class Reporter:
     def settle(self) -> None:
         """Waits until the rollouts of every finished step are on disk. Collective.
 
-        It raises the error that has kept them from being written. A checkpoint that counts a step must not be on disk before the step's rollouts are.
+        It raises the error that has kept them from being written. A checkpoint that counts a step
+        must not be on disk before the step's rollouts are.
         """
         writing = self._writing
         self._writing = None
@@ -378,10 +381,10 @@ class Reporter:
         is_power_of_two = self._idle & (self._idle - 1) == 0
         if is_power_of_two:
             self.progress.say(
-                f"WARNING: step {step} taught nothing, like {self._idle} of {self._steps} steps so far: no rollout had "
-                f"a weight ({metrics['solved_share']:.0%} of the groups all right, "
-                f"{metrics['one_class_share']:.0%} of one label, {metrics['excluded_share']:.0%} of the rollouts "
-                "excluded)"
+                f"WARNING: step {step} taught nothing, like {self._idle} of {self._steps} steps so "
+                f"far: no rollout had a weight ({metrics['solved_share']:.0%} of the groups all right, "
+                f"{metrics['one_class_share']:.0%} of one label, "
+                f"{metrics['excluded_share']:.0%} of the rollouts excluded)"
             )
 
     def skipped(self, step: int, update: int, rollouts: Sequence[Rollout]) -> None:

@@ -1,6 +1,7 @@
 """The chunks of an unfinished step on disk: RUN/rollouts/chunk-STEP-DRAW-FIRST.parquet.
 
-rollout/source.py draws them. On several nodes a chunk is written in parts, and each node reads its share of them again.
+rollout/source.py draws them. On several nodes a chunk is written in parts, and each node reads its
+share of them again.
 """
 
 from __future__ import annotations
@@ -149,7 +150,10 @@ class ChunkFiles:
         return self._exchange.share(own, prompts)
 
     def write(self, name: ChunkName, origin: Origin, rollouts: Sequence[Rollout]) -> None:
-        """Keeps a chunk: what the ranks of a node hold is written by the first of them. Collective."""
+        """Keeps a chunk. Collective.
+
+        The first rank of a node writes what the ranks of the node hold.
+        """
         exchange = self._exchange
         file = self._directory.chunk(name.step, name.draw, name.first_prompt)
         whole = exchange.to_nodes(rollouts)
@@ -201,15 +205,16 @@ class ChunkFiles:
             return _Reading(damaged=str(error))
 
         if begun:
-            # These rollouts are partly trained on: the weights have moved since, and what they were drawn and labelled
-            # under stays. Only their prompts must be those that the rest of the step counts on.
+            # These rollouts are partly trained on: the weights have moved since, and what the
+            # rollouts were drawn and labelled under stays. Only their prompts must be those that the rest of the step counts on.
             changed = []
             if not _answer(into, prompts):
                 raise _other_prompts(file, name.step)
         elif changed:
             return _Reading(len(into), changed=tuple(changed))
 
-        # The prompts of a step that is begun may have other names now: all ranks must know the same ones.
+        # The prompts of a step that is begun may have other names now: all ranks must know the
+        # same ones.
         for i, rollout in enumerate(into):
             prompt = dataclasses.replace(rollout.prompt, uid=prompts[rollout.group].uid)
             into[i] = dataclasses.replace(rollout, prompt=prompt)
@@ -231,7 +236,8 @@ def _answer(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> bool:
 
 def _other_prompts(file: Path, step: int) -> ValueError:
     return EveryRankError(
-        f"{file} answers other prompts than step {step} asks, and the step is partly trained on; use the same data"
+        f"{file} answers other prompts than step {step} asks, and the step is partly trained on; "
+        "use the same data"
     )
 
 
