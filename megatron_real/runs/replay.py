@@ -64,9 +64,15 @@ def _check_steps(saved: RunDirectory, steps: int) -> None:
 
 
 def _check_temperature(saved: RunDirectory, temperature: float) -> None:
-    """A batch that was kept for a look (dumps/) has no configuration, and nothing to compare with."""
+    """Checks whether the saved rollouts were sampled at a temperature.
+
+    Raises:
+        ValueError: they were sampled at another one.
+    """
+    # The batch of a skipped update (dumps/) has no configuration to compare with.
     if not saved.config.is_file():
         return
+
     from omegaconf import OmegaConf
 
     before = OmegaConf.select(OmegaConf.load(saved.config), "rollout.temperature")

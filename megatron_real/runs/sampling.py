@@ -206,7 +206,8 @@ class ChunkFiles:
 
         if begun:
             # These rollouts are partly trained on: the weights have moved since, and what the
-            # rollouts were drawn and labelled under stays. Only their prompts must be those that the rest of the step counts on.
+            # rollouts were drawn and labelled under stays. Only their prompts must be those that
+            # the rest of the step counts on.
             changed = []
             if not _answer(into, prompts):
                 raise _other_prompts(file, name.step)
