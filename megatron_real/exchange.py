@@ -50,9 +50,37 @@ _FACTS = numpy.dtype(
 class Exchange:
     """All ranks of a job, as far as rollouts travel between them. Every method but `keep_own` is collective."""
 
-    def __init__(self, rank: int, world: int, group: dist.ProcessGroup | None = None) -> None:
-        """`group`: a gloo group of all ranks, in their order; None for the default group."""
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        group: dist.ProcessGroup | None = None,
+        *,
+        ranks_per_node: int = 0,
+    ) -> None:
+        """
+        Args:
+            rank, world: this rank, and how many there are.
+            group: a gloo group of all ranks, in their order; None for the default group.
+            ranks_per_node: successive ranks that share a node, the same number on each; 0: all share one.
+        """
         self.rank, self.world, self.group = rank, world, group
+        self.ranks_per_node = ranks_per_node or world
+
+    @property
+    def node(self) -> int:
+        """The node of this rank, from 0."""
+        return self.rank // self.ranks_per_node
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the job."""
+        return self.world // self.ranks_per_node
+
+    @property
+    def first_of_node(self) -> bool:
+        """Whether this is the rank that reads and writes rollouts for its node."""
+        return self.rank % self.ranks_per_node == 0
 
     def share(self, own: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[Rollout]:
         """Makes every rank's rollouts known on every rank.
@@ -154,6 +182,31 @@ class Exchange:
         """The rollouts, which the first rank has whole, with their text."""
         everything = range(len(rollouts))
         return self.bring(rollouts, [everything] + [()] * (self.world - 1), text=True)
+
+    def to_nodes(
+        self, rollouts: Sequence[Rollout], positions: Sequence[int] | None = None
+    ) -> list[Rollout]:
+        """Brings the first rank of each node, whole and with their text, what ranks of its node hold.
+
+        On one node that is `to_first`. On several no rank gets more than its node's share, and no
+        tokens leave a node.
+
+        Args:
+            rollouts: the same on every rank but for what is absent.
+            positions: those in `rollouts` that are wanted; None: all.
+        """
+        wanted: list[list[int]] = [[] for _ in range(self.world)]
+        for position in range(len(rollouts)) if positions is None else positions:
+            first_of_node = self._node_of(rollouts[position]) * self.ranks_per_node
+            wanted[first_of_node].append(position)
+        return self.bring(rollouts, wanted, text=True)
+
+    def held_by_node(self, rollouts: Sequence[Rollout]) -> list[int]:
+        """The positions of the rollouts that ranks of this node hold; those that every rank has are the first node's."""
+        return [i for i, rollout in enumerate(rollouts) if self._node_of(rollout) == self.node]
+
+    def _node_of(self, rollout: Rollout) -> int:
+        return 0 if rollout.holder is None else rollout.holder // self.ranks_per_node
 
     def returned(
         self,

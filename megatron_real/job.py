@@ -208,7 +208,7 @@ def _build(
 ) -> Job:
     """Builds this rank's part, in an order in which each check comes before what it protects."""
     directory = RunDirectory(config.trainer.run_dir)
-    exchange = Exchange(ranks.rank, ranks.world, ranks.group)
+    exchange = Exchange(ranks.rank, ranks.world, ranks.group, ranks_per_node=ranks.per_node)
     reporter = ranks.together(
         lambda: Reporter(
             config,

@@ -80,13 +80,15 @@ def _run(config: Config, stop: StopRequest) -> None:
 
 
 def _leave() -> None:
-    """Leaves the process groups, so that another run may begin.
+    """Ends the engine and leaves the process groups, so that another run may begin.
 
     Ranks of one job are not left here: one that fails cannot wait for the others. They learn of it by the lifeline.
     """
     import torch.distributed as dist
 
     from megatron_real.policy.layout import leave_world
+    from megatron_real.rollout import close_engines
 
     if dist.is_initialized() and dist.get_world_size() == 1:
+        close_engines()
         leave_world()

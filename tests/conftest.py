@@ -67,6 +67,22 @@ def _place_in_line(item: pytest.Item) -> tuple[int, int]:
     return directory, LONGEST.index(file.stem) if file.stem in LONGEST else len(LONGEST)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(ids: list[str]) -> None:
+    """Refuses lanes that would not keep the tests of a group together.
+
+    pytest-xdist tells a group by the end of a test's name, which it changes where pytest lets it.
+    Without groups nothing fails, but each lane makes all servers and runs for itself.
+    """
+    grouped = any(name.startswith("tests/integration/") for name in ids)
+    if grouped and all(name_of(name) == name for name in ids):
+        pytest.exit(
+            f"pytest {pytest.__version__} ignores the groups of this pytest-xdist, so that "
+            "lanes would start each server twice: install pytest<9.2",
+            returncode=pytest.ExitCode.USAGE_ERROR,
+        )
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:

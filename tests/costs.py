@@ -42,10 +42,12 @@ def cpu_seconds(pid: int) -> float:
 
 
 def name_of(node: str) -> str:
-    """Returns a test's name without the group that pytest-xdist adds to it,
-    which only these tests have.
+    """Returns a test's name without the group that pytest-xdist adds to it.
+
+    An "@" within the brackets of a parameter is the test's own.
     """
-    return node.partition("@")[0] if node.startswith("tests/integration/") else node
+    name, at, group = node.rpartition("@")
+    return name if at and "]" not in group else node
 
 
 @dataclass

@@ -109,7 +109,8 @@ install_torch() {
         # An index that has no CPU build says so within a second.
         printf 'environment: %s for CPUs ...' "$1"
         local began=$SECONDS
-        if install "$1+cpu" > "$venv/install.log" 2>&1; then
+        # Twice: an index that did not answer looks like one that has no such build.
+        if install "$1+cpu" > "$venv/install.log" 2>&1 || install "$1+cpu" > "$venv/install.log" 2>&1; then
             echo " $((SECONDS - began)) s"
             return
         fi

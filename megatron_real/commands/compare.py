@@ -26,16 +26,16 @@ SUMMARY = "train variants of a configuration with several seeds, and compare the
 EXAMPLES = """\
 examples:
   megatron-real compare examples/configs/compare/quickstart.yaml --nproc 2
-  megatron-real compare sweep.yaml --list                the runs, and the command of each
-  megatron-real compare sweep.yaml --table --json        what is there so far; starts nothing
-  sbatch --array=0-17 examples/compare.sh                the same runs as jobs of a cluster
+  megatron-real compare sweep.yaml --list          the runs and their commands
+  megatron-real compare sweep.yaml --table --json  what is there; starts nothing
+  sbatch --array=0-17 examples/compare.sh          each run as a job
 
 The same command goes on where the sweep was stopped. A run that diverged or
 failed is counted and not started again; delete its directory for another try.
 
-exit codes: 0 all runs have finished; 1 some diverged or failed, or (--table) are
-not finished; 2 the input was refused; 75 stopped early, start the same command
-again; 130 interrupted
+exit codes: 0 all runs have finished; 1 some diverged or failed, or (--table)
+are not finished; 2 the input was refused; 75 stopped early, start the same
+command again; 130 interrupted
 """
 
 

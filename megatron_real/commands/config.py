@@ -10,7 +10,7 @@ import json
 import sys
 import textwrap
 
-from megatron_real.commands.terminal import refuse
+from megatron_real.commands.terminal import hanging, refuse
 from megatron_real.config.describe import every_setting
 from megatron_real.config.json_schema import json_schema
 from megatron_real.config.names import closest
@@ -19,11 +19,12 @@ from megatron_real.objective.registry import OBJECTIVES
 SUMMARY = "explain every setting: type, default, bounds, meaning"
 EXAMPLES = """\
 examples:
-  megatron-real config                             all settings
-  megatron-real config rollout.sync batch          those that begin so
-  megatron-real config objective.clip              with the objectives that have it
-  megatron-real config --schema > schema.json      for editors; then in a YAML file:
-                                                   # yaml-language-server: $schema=schema.json
+  megatron-real config                          all settings
+  megatron-real config rollout.sync batch       those that begin so
+  megatron-real config objective.clip           with the objectives that have it
+  megatron-real config --schema > schema.json   for editors
+
+Then in a YAML file: # yaml-language-server: $schema=schema.json
 """
 
 _WIDTH = 80
@@ -46,7 +47,8 @@ def run(options: argparse.Namespace) -> int:
     all_settings = every_setting()
     settings = [s for s in all_settings if not prefixes or s.path.startswith(prefixes)]
     if not settings:
-        names = closest(prefixes[0], [setting.path for setting in all_settings])
+        # One path may have several meanings, one for each kind of objective.
+        names = closest(prefixes[0], {setting.path for setting in all_settings})
         return refuse(
             ValueError(
                 f"no setting begins with {' or '.join(prefixes)}; the nearest are "
@@ -59,6 +61,6 @@ def run(options: argparse.Namespace) -> int:
         # Named only where not every objective has the setting; no names mean that all have it.
         if len(setting.objectives) not in (0, len(OBJECTIVES)):
             head += f"  [{', '.join(setting.objectives)}]"
-        print(head)
+        print(hanging(head, 4))
         print(textwrap.indent(textwrap.fill(setting.meaning, _WIDTH - 4), "    "))
     return 0

@@ -27,7 +27,8 @@ examples:
   megatron-real doctor my.yaml
   srun megatron-real doctor --run-dir /shared/runs      on the nodes of a job
 
-exit codes: 0 nothing failed (warnings allowed), 1 something did, 2 the input was refused
+exit codes: 0 nothing failed (warnings allowed), 1 something did, 2 the input
+was refused
 """
 
 _JOIN_MINUTES = 3.0

@@ -23,7 +23,7 @@ SUMMARY = "measure pass@1, pass@k and maj@k on benchmarks"
 EXAMPLES = """\
 examples:
   megatron-real eval runs/first --bench MATH-500=data/math500.jsonl
-  megatron-real eval runs/first/checkpoints/step_40 --bench MATH-500=data/math500.jsonl
+  megatron-real eval runs/first/checkpoints/step_40 --bench AIME=data/aime.jsonl
   megatron-real eval my.yaml --bench AIME=data/aime24.jsonl --samples 16
 """
 

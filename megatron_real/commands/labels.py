@@ -23,7 +23,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from megatron_real.commands.terminal import refuse
+from megatron_real.commands.terminal import hanging, refuse
 from megatron_real.labels.golds import kind_of, unmatchable
 from megatron_real.labels.pool import Check, VerifierPool
 from megatron_real.labels.verifiers import check_name
@@ -35,10 +35,12 @@ examples:
   megatron-real labels check answers.jsonl
   megatron-real labels golds data/train.jsonl
 
-exit codes: 0 all as expected, 1 a row was judged otherwise, 2 the input was refused
+exit codes: 0 all as expected, 1 a row was judged otherwise, 2 the input was
+refused
 """
 
 _MAX_SHOWN = 20
+_MAX_GOLD = 60  # characters of a gold answer: one without spaces still fits a line of 80 columns
 
 
 @dataclass(frozen=True)
@@ -263,9 +265,13 @@ def _golds(options: argparse.Namespace) -> int:
     for kind, count in kinds.most_common():
         print(f"{count:8d}  {kind}")
     print(
-        f"{len(problems)} of {len(rows)} problems have a gold answer that no completion is likely "
-        f"to match"
+        hanging(
+            f"{len(problems)} of {len(rows)} problems have a gold answer that no completion is "
+            "likely to match",
+            2,
+        )
     )
     for problem in problems[:_MAX_SHOWN]:
-        print(f"  {problem.uid}: {problem.reason}: {problem.golds[0][:80]!r}")
+        gold = repr(problem.golds[0][:_MAX_GOLD])
+        print(hanging(f"  {problem.uid}: {problem.reason}: {gold}", 4))
     return 0

@@ -36,7 +36,8 @@ examples:
   megatron-real plan --model r1-distill-qwen-7b
   megatron-real plan --model r1-distill-qwen-32b --gpus 16,32,64
   megatron-real plan my.yaml --gpus 8 --from runs/first
-  megatron-real plan examples/configs/compare/paper_1.5b.yaml --model r1-distill-qwen-1.5b
+  megatron-real plan examples/configs/compare/paper_1.5b.yaml \\
+      --model r1-distill-qwen-1.5b
   megatron-real plan my.yaml --gpus 32 --gpu h200-141g parallel.tp=4
 
 exit codes: 0 the layout fits, 1 it does not, 2 the input was refused
@@ -85,7 +86,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="N[,N...]",
         help="GPUs that train; several are compared in one table; default: 8",
     )
-    parser.add_argument("--gpu", choices=sorted(DEVICES), default="h100-80g", help="kind of GPU")
+    parser.add_argument(
+        "--gpu",
+        choices=sorted(DEVICES),
+        default="h100-80g",
+        metavar="KIND",
+        help=f"kind of GPU: {', '.join(sorted(DEVICES))}; default: h100-80g",
+    )
     parser.add_argument("--top", type=int, default=5, metavar="N", help="layouts in the ranking")
     parser.add_argument(
         "--price", type=float, metavar="USD", help="of one GPU for one hour; default: a list price"
@@ -633,6 +640,8 @@ def _disk(run: Run) -> str:
         rollouts = f"rollouts of the last {newest} steps"
     if every:
         rollouts += f" and of every {every}th"
+    if run.config.rollout.keep_groups:
+        rollouts = f"{run.config.rollout.keep_groups} groups of the {rollouts}"
     return (
         f"disk: up to {_gib(needs.total)} GiB: {needs.num_checkpoints} checkpoints of "
         f"{_gib(needs.checkpoint)}, {rollouts} {_gib(needs.rollouts)} (rollout.keep_steps), "

@@ -21,12 +21,13 @@ from megatron_real.weights.hf import BIN_INDEX, INDEX, HfWeights, side_files
 SUMMARY = "upload a run's export, with its model card, to the Hugging Face hub"
 EXAMPLES = """\
 examples:
-  megatron-real push runs/first NAME/MODEL --dry-run          what would go; needs no network
-  megatron-real push runs/first NAME/MODEL                    into a private repository
+  megatron-real push runs/first NAME/MODEL --dry-run  what would go; no network
+  megatron-real push runs/first NAME/MODEL            into a private repository
   megatron-real push runs/first NAME/MODEL --public --eval runs/eval/first
 
 the token is that of `hf auth login` or HF_TOKEN
-exit codes: 0 uploaded, 1 the upload failed, 2 the input was refused and nothing was sent
+exit codes: 0 uploaded, 1 the upload failed, 2 the input was refused and nothing
+was sent
 """
 
 _WEIGHTS = (".safetensors", ".bin", INDEX, BIN_INDEX)

@@ -23,10 +23,12 @@ from megatron_real.weights.published import PUBLISHED, published_model
 SUMMARY = "run a training step of a GPU cluster on one CPU core, without GPU or weights"
 EXAMPLES = """\
 examples:
-  megatron-real rehearse examples/configs/real_7b.yaml --model r1-distill-qwen-7b --gpus 16
-  megatron-real rehearse my.yaml --gpus 64 --gpu h200-141g --all-stages parallel.tp=8 parallel.pp=4
+  megatron-real rehearse my.yaml --model r1-distill-qwen-7b --gpus 16
+  megatron-real rehearse my.yaml --gpus 64 --gpu h200-141g --all-stages \\
+      parallel.tp=8 parallel.pp=4
 
-exit codes: 0 it runs and fits, 1 it breaks or does not fit, 2 the input was refused
+exit codes: 0 it runs and fits, 1 it breaks or does not fit, 2 the input was
+refused
 """
 
 _SITES = 8
@@ -42,9 +44,18 @@ def add(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file"
     )
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs that train")
-    parser.add_argument("--gpu", choices=sorted(DEVICES), default="h100-80g", help="kind of GPU")
     parser.add_argument(
-        "--model", choices=PUBLISHED, help="shapes that ship with the package, for model.path"
+        "--gpu",
+        choices=sorted(DEVICES),
+        default="h100-80g",
+        metavar="KIND",
+        help=f"kind of GPU: {', '.join(sorted(DEVICES))}; default: h100-80g",
+    )
+    parser.add_argument(
+        "--model",
+        choices=PUBLISHED,
+        metavar="NAME",
+        help="shapes that ship with the package, for model.path: " + ", ".join(PUBLISHED),
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--rank", type=int, default=0, help="global rank to rehearse")

@@ -18,7 +18,7 @@ examples:
   megatron-real report runs/first
   megatron-real report runs/real-1 runs/real-2 runs/grpo-1 --out compared.html
   megatron-real report runs/first --steps 1 40 60 --eval runs/eval/first
-  megatron-real report runs/first --watch 60       again every minute, while the run goes on
+  megatron-real report runs/first --watch 60   again every minute of the run
 
 needs Bokeh and Jinja: pip install 'megatron_real[report]'
 """

@@ -30,7 +30,7 @@ examples:
   megatron-real rollouts runs/my-run --step 40 --sort weight --limit 20
   megatron-real rollouts runs/my-run --step 40 --shade weight | less -R
   megatron-real rollouts runs/my-run --steps 12 --without-tokens | head -3
-  megatron-real rollouts runs/my-run --steps 1-100 | jq 'select(.label == 0) | .completion'
+  megatron-real rollouts runs/my-run --steps 1-9 | jq 'select(.label == 0)'
 """
 
 LABELS = {"right": Label.POSITIVE, "wrong": Label.NEGATIVE, "excluded": Label.EXCLUDED}
@@ -74,7 +74,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     steps.add_argument("--step", metavar="STEP", help="to be read: one step, group by group")
     parser.add_argument("--label", choices=LABELS, help="only rollouts of this label")
     parser.add_argument(
-        "--status", choices=[status.value for status in Status], help="only rollouts that ended so"
+        "--status",
+        choices=[status.value for status in Status],
+        metavar="STATUS",
+        help=f"only rollouts that ended so: {', '.join(status.value for status in Status)}",
     )
     parser.add_argument(
         "--search", default="", metavar="TEXT", help="only where prompt or answer has this text"

@@ -19,7 +19,7 @@ SUMMARY = "train a policy, or go on with a run that was stopped"
 EXAMPLES = """\
 examples:
   megatron-real train examples/configs/quickstart.yaml --nproc 2
-  megatron-real train my.yaml --nproc 8 parallel.tp=2 trainer.run_dir=runs/second
+  megatron-real train my.yaml --nproc 8 parallel.tp=2 trainer.run_dir=runs/two
   megatron-real train my.yaml --nproc 8 --dry-run
   torchrun --nproc-per-node 8 -m megatron_real train my.yaml
   srun megatron-real train my.yaml

@@ -178,6 +178,9 @@ class RolloutConfig:
     """Newest steps whose rollouts stay on disk; 0: all of them, at most 8 bytes a token."""
     keep_every: Annotated[int, ZeroIsOff] = 0
     """Beside the newest, every so many steps' rollouts stay on disk; 0: no others."""
+    keep_groups: Annotated[int, ZeroIsOff] = 0
+    """Groups of a finished step whose rollouts are written, drawn by the run's seed; 0: all. A step
+    of which some are missing cannot be replayed."""
     replay: str = ""
     """Run directory whose saved rollouts are trained on instead of generating: no engine is
     started."""

@@ -240,7 +240,7 @@ def _free(run_dir: Path, needs: DiskNeeds | None = None) -> Finding:
     verdict: Verdict = "warn"
     if free < 2 * needs.checkpoint:
         verdict = "fail"
-    remedy = "make room, raise checkpoint.keep_every, or set rollout.keep_steps"
+    remedy = "make room, raise checkpoint.keep_every, or set rollout.keep_steps or keep_groups"
     return Finding(verdict, "free space", description, remedy)
 
 

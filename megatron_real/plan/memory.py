@@ -395,7 +395,10 @@ def _head(
     chunk = min(logits * wide, CHUNK_BYTES[shapes.device])
     working = chunk * (2 if shapes.device == "cpu" and width == 2 else 1)
     if config.model.logprobs == "logits":
-        return working + logits * width * (2 if backward else 1) + layer.gathered * width
+        # The rows with a target are copied out of a chunk, in the logits' own dtype.
+        copied = chunk * width // wide
+        kept = logits * width * (2 if backward else 1)
+        return working + copied + kept + layer.gathered * width
     if shapes.device == "cuda" and width <= 4 and not config.objective.entropy_bonus:
         # Triton's kernels work in the logits' own buffer; fp32 logits leave their gradient to one
         # of bf16.

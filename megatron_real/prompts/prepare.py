@@ -18,6 +18,7 @@ from typing import Any
 from megatron_real.disk import write_whole
 from megatron_real.labels.golds import why_unmatchable
 from megatron_real.labels.normal_form import read
+from megatron_real.labels.pool import Check, VerifierPool
 from megatron_real.prompts.overlap import Index, identity
 from megatron_real.prompts.rows import raw_rows
 from megatron_real.prompts.sources import BY_NAME, SOURCES, Source, Unusable, prepared
@@ -179,7 +180,7 @@ def _read(
     """
     first_row: dict[tuple[str, ...], dict[str, Any]] = {}
     num_copies: Counter[tuple[str, ...]] = Counter()
-    disagreeing: set[tuple[str, ...]] = set()
+    other_golds: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
     benchmark_rows: list[dict[str, Any]] = []
     for raw in _published_rows(source, where):
         counts.read += 1
@@ -194,9 +195,10 @@ def _read(
         key = identity(_question(row))
         num_copies[key] += 1
         first = first_row.setdefault(key, row)
-        # By their normal forms: \dfrac12 and \frac{1}{2} agree.
+        # By their normal forms: \dfrac12 and \frac{1}{2} agree. What differs there is compared at
+        # the end, by algebra.
         if repr(list(map(read, _golds(first)))) != repr(list(map(read, _golds(row)))):
-            disagreeing.add(key)
+            other_golds.setdefault(key, set()).add(tuple(_golds(row)))
         if source.split == "test":
             benchmark_rows.append(row)
 
@@ -211,6 +213,13 @@ def _read(
         counts.repeated = len(benchmark_rows) - len(first_row)
         return benchmark_rows
 
+    pairs = [
+        (key, tuple(_golds(first_row[key])), others)
+        for key, golds in other_golds.items()
+        for others in sorted(golds)
+    ]
+    agree = _agree([(golds, others) for _, golds, others in pairs])
+    disagreeing = {key for (key, _, _), is_same in zip(pairs, agree, strict=True) if not is_same}
     num_disagreeing = sum(num_copies[key] for key in disagreeing)
     if num_disagreeing:
         counts.dropped["answers of equal questions disagree"] += num_disagreeing
@@ -218,6 +227,29 @@ def _read(
     if num_duplicates:
         counts.dropped["duplicate"] += num_duplicates
     return [row for key, row in first_row.items() if key not in disagreeing]
+
+
+def _agree(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[bool]:
+    """Returns of each pair of gold answers whether the verifier of a run takes one for the other.
+
+    Each accepted answer of one side must be right by those of the other: 1/2 and 0.5 agree, 3 and
+    [3, 4] agree. Verifiers have processes of their own, with limits of time and memory: algebra
+    on a published answer may take for ever. What they cannot compare disagrees.
+    """
+    if not pairs:
+        return []
+    checks = []
+    owners = []
+    for i, pair in enumerate(pairs):
+        for side, (answers, golds) in enumerate((pair, pair[::-1])):
+            for answer in answers:
+                checks.append(Check(f"\\boxed{{{answer}}}", tuple(golds)))
+                owners.append((i, side))
+    with VerifierPool("math_verify", workers=1, timeout_seconds=10, memory_mib=1024) as pool:
+        statuses = [outcome.status for outcome in pool.run(checks)]
+
+    wrong = {owner for owner, status in zip(owners, statuses, strict=True) if status != "ok"}
+    return [(i, 0) not in wrong or (i, 1) not in wrong for i in range(len(pairs))]
 
 
 def _published_rows(source: Source, where: str) -> Iterator[Mapping[str, Any]]:

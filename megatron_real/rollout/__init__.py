@@ -11,7 +11,7 @@ from megatron_real.config.engines import AUTO, ENGINES, candidates
 from megatron_real.rollout.engine import Engine
 from megatron_real.rollout.stage import RolloutStage
 
-__all__ = ["Engine", "RolloutStage", "build_engine"]
+__all__ = ["Engine", "RolloutStage", "build_engine", "close_engines"]
 
 
 def build_engine(config: Config, *, say: Callable[[str], None]) -> Engine:
@@ -34,7 +34,18 @@ def build_engine(config: Config, *, say: Callable[[str], None]) -> Engine:
         )
     say(f"rollouts by {name}{f' (rollout.engine={AUTO}: {reason})' if reason else ''}")
     engine: Engine = module.build(config, say=say)
+    _open_engines.append(engine)
     return engine
+
+
+def close_engines() -> None:
+    """Ends the engines that this process has built, before it leaves its process groups."""
+    while _open_engines:
+        _open_engines.pop().close()
+
+
+_open_engines: list[Engine] = []
+"""A job that fails while it is built returns no engine that could be closed."""
 
 
 def _first_that_works(config: Config) -> tuple[str, str]:

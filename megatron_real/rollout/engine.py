@@ -99,6 +99,12 @@ class Engine(Protocol):
     def finish_inference(self) -> None:
         """Gives back the memory that only generation needs."""
 
+    def close(self) -> None:
+        """Ends the engine and what it has started, so that this process may build another one.
+
+        Called once, before the process leaves its process groups. A process that ends need not call it.
+        """
+
 
 def held_on(process: int, parts: Mapping[str, Part]) -> dict[str, Held]:
     """What an engine of one process at hand expects."""

@@ -10,6 +10,7 @@ next ranks' server. A server that this run has started is started again before t
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import secrets
@@ -211,6 +212,15 @@ class VllmServerEngine:
 
     def finish_inference(self) -> None:
         """A server has its memory for itself."""
+
+    def close(self) -> None:
+        """Ends the server that this rank has started; one that is given serves on."""
+        if self._link is not None:
+            self._link.close()
+        if self.started is not None:
+            self.started.stop()
+            # A later process of this machine may get the same process group's number.
+            atexit.unregister(self.started.stop)
 
     def _complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion | EngineFailed:
         body = {

@@ -88,6 +88,9 @@ class TransformersEngine:
         if device().type == "cuda":
             torch.cuda.empty_cache()
 
+    def close(self) -> None:
+        """It has nothing but its model."""
+
     def _decode(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: str
     ) -> list[Completion]:

@@ -54,7 +54,13 @@ def missing(config: Config) -> str:
 
 def build(config: Config, *, say: Callable[[str], None]) -> VllmEngine:
     """Builds the engine; collective over all ranks."""
-    return VllmEngine(config)
+    try:
+        return VllmEngine(config)
+    except BaseException:
+        # Of several ranks, each learns of another's failure by the lifeline and ends.
+        if dist.get_world_size() == 1:
+            _leave_groups()
+        raise
 
 
 def engine_arguments(config: Config) -> dict[str, Any]:
@@ -108,10 +114,11 @@ class VllmEngine:
                 enable_sleep_mode=self.sleep_level > 0,
                 distributed_executor_backend="external_launcher",
             )
-        # At exit vLLM would end the process groups that the job has ended already, with a traceback. What else its
-        # clean-up does there is to thaw the objects that it froze, which libraries would report as leaks.
+        # vLLM's own clean-up ends the process groups of the whole process: at exit, where the job has ended them
+        # already, with a traceback; and when the engine is collected, in the middle of whatever runs then. What else
+        # it does at exit is to thaw the objects that it froze, which libraries would report as leaks.
         if finalizer := getattr(self.llm.llm_engine.engine_core, "_finalizer", None):
-            finalizer.atexit = False
+            finalizer.detach()
             atexit.register(gc.unfreeze)
         (self.model,) = self.llm.collective_rpc(lambda worker: worker.get_model())
         self.finish_inference()
@@ -156,6 +163,20 @@ class VllmEngine:
         if self.sleep_level:
             self.llm.sleep(level=self.sleep_level)
 
+    def close(self) -> None:
+        """Frees weights and KV cache, and leaves vLLM's process groups, which it keeps in globals of its module."""
+        core: Any = self.llm.llm_engine.engine_core
+        core.engine_core.model_executor.shutdown()
+        core.engine_core.scheduler.shutdown()
+        _leave_groups()
+        _forget_frames()
+        atexit.unregister(gc.unfreeze)
+        gc.unfreeze()
+        del self.llm, self.model
+        gc.collect()  # the engine is a ring of references
+        if device().type == "cuda":
+            torch.cuda.empty_cache()
+
     def _parts(self) -> dict[str, Part]:
         from megatron_real.rollout.vllm_weights import parts_of
 
@@ -192,6 +213,33 @@ class VllmEngine:
                 f"GPU has {free:,} free: {weights + self.kv_cache_bytes - free:,} bytes are missing; lower "
                 "rollout.kv_cache_mib, raise rollout.tp, or shard the policy further (parallel.*)"
             )
+
+
+def _leave_groups() -> None:
+    """Leaves the process groups of vLLM and not the world, which is the job's to leave.
+
+    vLLM's own function for it, destroy_distributed_environment, ends the world as well.
+    """
+    from vllm.distributed import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+    parallel_state._WORLD = None
+    parallel_state._NODE_COUNT = None
+
+
+def _forget_frames() -> None:
+    """Lets go of the job that imported vLLM's reader of audio.
+
+    That module keeps the error of a library that is not installed, its traceback the frames of all callers, and those
+    the policy and everything else of the job.
+    """
+    from vllm.multimodal.media import audio
+
+    error = getattr(audio, "_torchcodec_import_exc", None)
+    if error is not None:
+        error.__traceback__ = None
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:

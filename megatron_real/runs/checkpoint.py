@@ -47,6 +47,7 @@ from megatron_real.policy.train_step import Batch
 from megatron_real.runs.changes import check_changes
 from megatron_real.runs.claim import Beginning, Earlier, NothingToDo, check_without_checkpoint
 from megatron_real.runs.directory import RunDirectory
+from megatron_real.runs.parts import delete
 from megatron_real.runs.ranks import EveryRankError, Ranks
 from megatron_real.runs.reporter import Reporter
 from megatron_real.runs.ruin import NonFinite, ruin
@@ -460,7 +461,7 @@ class Checkpoints:
         if values["unfinished"]:
             for chunk in self.reporter.directory.chunks(self.position.step + 1):
                 _put(chunk, partial / chunk.name)
-        sync_files(file for file in partial.iterdir() if file.suffix != ".distcp")
+        sync_files(file for file in partial.rglob("*") if file.suffix != ".distcp")
 
     def _complete(
         self, position: Position, digests: Mapping[str, Any], header: Mapping[str, Any]
@@ -569,16 +570,24 @@ def _digests(folder: Path, rank: int) -> dict[str, tuple[int, str]]:
     """Size and checksum of the files that this rank wrote; those of no rank in particular are the first's."""
     own = [
         f
-        for f in folder.iterdir()
+        for f in folder.rglob("*")
+        if f.is_file()
         if f.name.startswith(f"__{rank}_") or (rank == 0 and f.suffix != ".distcp")
     ]
-    return {file.name: (file.stat().st_size, checksum(file)) for file in own}
+    return {
+        file.relative_to(folder).as_posix(): (file.stat().st_size, checksum(file)) for file in own
+    }
 
 
 def _put(source: Path, target: Path) -> None:
-    """The same file under another name, by a link where that works: such files are replaced, never written into."""
+    """The same file, or parts, under another name, by links where that works: they are replaced, never written into."""
+    if target.exists():
+        delete(target)
+    if source.is_dir():
+        for part in source.iterdir():
+            _put(part, target / part.name)
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:

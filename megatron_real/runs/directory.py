@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_real.runs.parts import UNFINISHED
+
 
 class RunDirectory:
     """Paths below a run's directory. The first rank writes all of them; every rank may read.
@@ -58,7 +60,7 @@ class RunDirectory:
         return self.heldout / f"step-{step:05d}.json"
 
     def rollouts(self, step: int) -> Path:
-        """Where the rollouts of a step are written."""
+        """Where the rollouts of a step are written: a file, or a directory of parts (parts.py)."""
         return self.path / "rollouts" / f"step-{step:05d}.parquet"
 
     def saved_rollouts(self, step: int) -> Path:
@@ -87,6 +89,10 @@ class RunDirectory:
         files = self._files_of_rollouts("step-*")
         return sorted({int(file.stem.removeprefix("step-")) for file in files})
 
+    def unfinished_rollouts(self) -> list[Path]:
+        """What a process that has ended has left in the middle of writing rollouts."""
+        return sorted(self.path.glob(f"rollouts/*{UNFINISHED}"))
+
     def _files_of_rollouts(self, pattern: str) -> list[Path]:
         found = sorted(self.path.glob(f"rollouts/{pattern}"))
         return [file for file in found if file.suffix in (".parquet", ".jsonl")]
@@ -99,4 +105,4 @@ class RunDirectory:
 def _existing(file: Path) -> Path:
     """The file, or the one that an earlier version has written in its place."""
     earlier = file.with_suffix(".jsonl")
-    return earlier if earlier.is_file() and not file.is_file() else file
+    return earlier if earlier.is_file() and not file.exists() else file

@@ -52,7 +52,10 @@ def disk_needs(
     """
     weights = architecture.num_parameters * _MODEL_BYTES[config.model.dtype]
     tokens = mean_response or config.rollout.max_response_tokens / 2
-    rollouts_of_a_step = config.rollout.num_prompts * config.rollout.group_size
+    groups = config.rollout.num_prompts
+    if config.rollout.keep_groups:
+        groups = min(groups, config.rollout.keep_groups)
+    rollouts_of_a_step = groups * config.rollout.group_size
 
     # The newest steps are kept, and of the older ones every so many-th.
     steps = config.trainer.steps

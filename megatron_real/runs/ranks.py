@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +28,8 @@ class Ranks:
     world: int = 1
     group: dist.ProcessGroup | None = None
     """None for a single process."""
+    per_node: int = 0
+    """Successive ranks that share a node; 0: all of them share one."""
 
     @classmethod
     def of_all(cls, timeout: timedelta) -> Ranks:
@@ -39,7 +42,7 @@ class Ranks:
         group = None
         if world > 1:
             group = dist.new_group(backend="gloo", timeout=timeout)
-        return cls(dist.get_rank(), world, group)
+        return cls(dist.get_rank(), world, group, _ranks_per_node(world, group))
 
     @property
     def first(self) -> bool:
@@ -117,3 +120,18 @@ class Ranks:
         Raises as `every`.
         """
         return self.every(lambda: action() if self.first else None)[0]  # type: ignore[return-value]
+
+
+def _ranks_per_node(world: int, group: dist.ProcessGroup | None) -> int:
+    """Returns torchrun's LOCAL_WORLD_SIZE, or `world` where it is missing or differs between nodes.
+
+    Collective.
+    """
+    own = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    extremes = torch.tensor([own, -own])
+    if group is not None:
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    largest, smallest = int(extremes[0]), -int(extremes[1])
+    if largest != smallest or world % largest:
+        return world
+    return largest

@@ -37,7 +37,7 @@ def check_replay(config: Config) -> list[str]:
 
 
 def _check_steps(saved: RunDirectory, steps: int) -> None:
-    missing = next((n for n in range(1, steps + 1) if not saved.saved_rollouts(n).is_file()), None)
+    missing = next((n for n in range(1, steps + 1) if not saved.saved_rollouts(n).exists()), None)
     if missing is None:
         return
     if missing == 1:

@@ -1,9 +1,14 @@
-"""Everything a run writes and shows, in one place. The first rank writes; the others only measure their stages."""
+"""Everything a run writes and shows, in one place.
+
+The first rank writes; the others only measure their stages. On several nodes the first rank of each node writes a part of
+the rollouts: those that ranks of its node hold.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +17,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+from megatron_real.collective import on_every_rank
 from megatron_real.config import Config, to_dict, to_plain
 from megatron_real.disk import write_whole
 from megatron_real.evaluate import Evaluation
@@ -23,6 +30,7 @@ from megatron_real.runs.curves import plot_curves
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.memory import memory_of_process
 from megatron_real.runs.metrics import MetricsWriter, Training, step_metrics
+from megatron_real.runs.parts import Part, delete, name_parts
 from megatron_real.runs.peak import peak_tflops
 from megatron_real.runs.progress import RunProgress, profile_step
 from megatron_real.runs.rollouts import write_rollouts
@@ -64,7 +72,7 @@ class Reporter:
 
         Args:
             gathered: collective; every rank's values on the first rank, which alone reads them.
-            exchange: brings the first rank what it writes; None where it has all rollouts whole.
+            exchange: brings those that write what they write; None where the first rank has all rollouts whole.
 
         Raises:
             ValueError: a tracker is asked for whose package is not installed.
@@ -72,13 +80,14 @@ class Reporter:
         self.config, self.world, self.first = config, world, rank == 0
         self.directory = RunDirectory(config.trainer.run_dir)
         self._gathered = gathered
-        self._exchange = exchange or Exchange(0, 1)
+        self._exchange = exchange or Exchange(rank, world)
         self._writer: MetricsWriter | None = None
         self.begun = False
         """Whether the run directory is this life's."""
         # A step's rollouts are written while the next step runs, by one thread: files come in order.
         self._rollout_thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts-to-disk")
         self._writing: Future[None] | None = None
+        self._written_step = 0  # whose parts have no name yet; 0: none, and always so on one node
         self._steps = self._idle = 0
         self._step_times: list[float] = []
         if self.first:
@@ -176,7 +185,9 @@ class Reporter:
                 self._say_lost(file, present, size)
         for step, rollouts in self.directory.kept_rollouts():
             if step > steps + 1:
-                rollouts.unlink()
+                delete(rollouts)
+        for left_over in self.directory.unfinished_rollouts():
+            delete(left_over)
 
     def _say_lost(self, file: Path, present: int, size: int) -> None:
         """Rows of finished steps are gone: somebody has cut or deleted the file. Training does not need them."""
@@ -201,11 +212,17 @@ class Reporter:
         seconds = self.progress.take_seconds()
         seconds_of_ranks = self._gathered(seconds)
         memory_of_ranks = self._gathered(memory_of_process())
-        whole = self._exchange.to_first(rollouts)
+        self.settle()  # host memory holds the rollouts of one step that is being written, not of many
+        kept = self._kept(step, rollouts)
+        whole = self._exchange.to_nodes(rollouts, kept)
+        if self._exchange.first_of_node:
+            self._writing = self._rollout_thread.submit(
+                self._write_rollouts, step, whole, kept, training
+            )
+        if self._exchange.num_nodes > 1:
+            self._written_step = step
         if self._writer is None:
             return
-        self.settle()  # host memory holds the rollouts of one step that is being written, not of many
-        self._writing = self._rollout_thread.submit(self._write_rollouts, step, whole, training)
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         peak = peak_tflops(device, self.config.trainer.peak_tflops)
         metrics = step_metrics(
@@ -225,27 +242,61 @@ class Reporter:
             self._summarise()
 
     def settle(self) -> None:
-        """Waits until the rollouts of every finished step are on disk. Raises what has kept them from it.
+        """Waits until the rollouts of every finished step are on disk. Raises what has kept them from it. Collective.
 
         A checkpoint that counts a step must not be on disk before the step's rollouts are.
         """
         writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        if not self._written_step:
+            if writing is not None:
+                writing.result()
+            return
 
-    def _write_rollouts(self, step: int, rollouts: Sequence[Rollout], training: Training) -> None:
+        # The parts are a step's rollouts once every node has written its own.
+        step, self._written_step = self._written_step, 0
+        on_every_rank(
+            lambda: writing.result() if writing is not None else None,
+            group=self._exchange.group or dist.group.WORLD,
+        )
+        if self.first:
+            name_parts(self.directory.rollouts(step), of=self._exchange.num_nodes)
+            self._drop_rollouts(step)
+
+    def _kept(self, step: int, rollouts: Sequence[Rollout]) -> list[int]:
+        """The positions of the rollouts that are written, the same on every rank: whole groups."""
+        groups = sorted({rollout.group for rollout in rollouts})
+        count = self.config.rollout.keep_groups
+        if 0 < count < len(groups):
+            draw = random.Random(f"kept groups {self.config.trainer.seed} {step}")
+            groups = draw.sample(groups, count)
+        chosen = set(groups)
+        return [i for i, rollout in enumerate(rollouts) if rollout.group in chosen]
+
+    def _write_rollouts(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        kept: Sequence[int],
+        training: Training,
+    ) -> None:
+        """In the thread: this node's part of a step, which on one node is all of it."""
+        exchange = self._exchange
+        own = sorted(set(kept) & set(exchange.held_by_node(rollouts)))
+        figures = training.token_figures
+        minibatches = self._minibatches(rollouts)
         write_rollouts(
             self.directory.rollouts(step),
-            rollouts,
+            [rollouts[i] for i in own],
             step=step,
-            scores=training.scores,
-            weights=training.weights,
-            minibatches=self._minibatches(rollouts),
-            token_figures=training.token_figures,
+            scores=[training.scores[i] for i in own],
+            weights=[training.weights[i] for i in own],
+            minibatches=[minibatches[i] for i in own],
+            token_figures={name: [arrays[i] for i in own] for name, arrays in figures.items()},
+            part=Part(exchange.node + 1, exchange.num_nodes),
         )
-        self._drop_rollouts(
-            step
-        )  # the chunks only now: a kill in between leaves the one or the other
+        # The chunks only now: a kill in between leaves the one or the other.
+        if exchange.num_nodes == 1:
+            self._drop_rollouts(step)
 
     def _estimate_time_left(self, step: int) -> None:
         """Says once, after the first steps of this life, how long the others will take."""
@@ -280,7 +331,7 @@ class Reporter:
             ]
         for file in doomed:
             try:
-                file.unlink()
+                delete(file)
             except OSError as error:  # a file too many harms nothing: a chunk says what it is of
                 self.progress.say(f"WARNING: {file.name} could not be deleted: {error}")
 
@@ -329,9 +380,9 @@ class Reporter:
 
     def finish(self, warning: str = "") -> None:
         """Draws the curves and says where everything is. `warning`: something of the end that did not go well."""
+        self.settle()
         if self._writer is None:
             return
-        self.settle()
         self._writer.close()
         self._draw()
         reasons = [warning] if warning else []

@@ -1,11 +1,14 @@
 """Rollouts on disk: a parquet file a step, exact enough to be trained on again (columns.py has its columns).
 
+Where several nodes write, the file is a directory of their parts (parts.py), which readers here hide.
+
 A chunk, a part of a step that is not finished, also says what it was drawn under (rollout/origin.py). Earlier versions
 wrote a JSON object a line, in files named .jsonl; those are still read. Loadable without torch.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy
 from numpy.typing import NDArray
 
-from megatron_real.disk import whole_binary_file
 from megatron_real.records import Completion, Logprobs, Rollout
 from megatron_real.runs.columns import (
     header_of,
@@ -26,11 +28,13 @@ from megatron_real.runs.columns import (
     write_table,
 )
 from megatron_real.runs.directory import RunDirectory
+from megatron_real.runs.parts import Part, part_files
 
 if TYPE_CHECKING:
     from megatron_real.rollout.origin import Origin
 
 _ORIGIN = "drawn_under"
+_WHOLE = Part()
 
 
 def write_rollouts(
@@ -42,15 +46,17 @@ def write_rollouts(
     weights: Sequence[float] | None = None,
     minibatches: Sequence[int] | None = None,
     token_figures: Mapping[str, Sequence[NDArray[Any] | None]] | None = None,
+    part: Part = _WHOLE,
 ) -> None:
-    """Writes all rollouts of a step. The file is replaced as a whole: readers see the old one or the new one.
+    """Writes rollouts of a step. The file is replaced as a whole: readers see the old one or the new one.
 
     Args:
-        path: the file.
-        rollouts: of the step, in order.
+        path: the step's file.
+        rollouts: of the step, in order; those of the part.
         step: its number.
         scores, weights, minibatches: [rollouts] once they are known; null in the file until then.
         token_figures: [rollouts] arrays [n] of log_ratios and token_weights, where they are kept.
+        part: of the step; nobody reads it before parts.name_parts has been called.
 
     Raises:
         ValueError: one of them is not as long as `rollouts`.
@@ -61,16 +67,18 @@ def write_rollouts(
             raise ValueError(
                 f"{len(values)} values of {name} for {len(rollouts)} rollouts; give one for each"
             )
-    with whole_binary_file(path) as file:
+    with part.open(path) as file:
         write_table(
             file, rollouts, step=step, figures=figures, header={}, token_figures=token_figures
         )
 
 
-def write_chunk(path: Path, rollouts: Sequence[Rollout], *, step: int, origin: Origin) -> None:
-    """Writes a part of an unfinished step, and what it was drawn under."""
+def write_chunk(
+    path: Path, rollouts: Sequence[Rollout], *, step: int, origin: Origin, part: Part = _WHOLE
+) -> None:
+    """Writes a chunk of an unfinished step, or one part of it, and what it was drawn under."""
     header = {_ORIGIN: json.dumps(origin.to_plain())}
-    with whole_binary_file(path) as file:
+    with part.open(path) as file:
         write_table(file, rollouts, step=step, figures={}, header=header)
 
 
@@ -80,9 +88,15 @@ def read_rollouts(path: Path) -> list[Rollout]:
     Raises:
         ValueError: the file is missing or damaged; names it.
     """
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"there are no saved rollouts at {path}; {_saved_steps(path.parent)}")
-    return _read(path)[1]
+    files = part_files(path)
+    rollouts = [rollout for file in files for rollout in _read(file)[1]]
+    if not rollouts:
+        raise _empty(path)
+    if len(files) > 1:
+        rollouts.sort(key=lambda rollout: (rollout.group, rollout.sample))
+    return rollouts
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -95,10 +109,16 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
             yield _row_of(path, number, line)
         return
+    # Each part is in order.
+    parts = [_rows_of_part(file) for file in part_files(path)]
+    yield from heapq.merge(*parts, key=lambda row: (row["group"], row["sample"]))
+
+
+def _rows_of_part(file: Path) -> Iterator[dict[str, Any]]:
     try:
-        yield from plain_rows(read_table(path.read_bytes()))
+        yield from plain_rows(read_table(file.read_bytes()))
     except ValueError as error:
-        raise _damaged(path, error) from error
+        raise _damaged(file, error) from error
 
 
 def read_minibatches(path: Path) -> list[tuple[int, int | None]]:
@@ -110,17 +130,19 @@ def read_minibatches(path: Path) -> list[tuple[int, int | None]]:
     if path.suffix == ".jsonl":
         rows = list(read_rows(path))
     else:
-        try:
-            rows = read_table(path.read_bytes(), ["group", "minibatch"]).to_pylist()
-        except ValueError as error:
-            raise _damaged(path, error) from error
+        rows = []
+        for file in part_files(path):
+            try:
+                rows += read_table(file.read_bytes(), ["group", "minibatch"]).to_pylist()
+            except ValueError as error:
+                raise _damaged(file, error) from error
     if not rows:
-        raise ValueError(f"{path} is empty; it holds no rollout to train on")
+        raise _empty(path)
     return [(row["group"], row.get("minibatch")) for row in rows]
 
 
 def read_chunk(path: Path) -> tuple[Origin | None, list[Rollout]]:
-    """What a chunk was drawn under, None where it does not say so, and its rollouts.
+    """What a chunk, or one part of it, was drawn under, None where it does not say so, and its rollouts.
 
     Raises:
         ValueError: it is damaged; names it.
@@ -149,9 +171,11 @@ def _read(path: Path) -> tuple[Mapping[str, Any] | None, list[Rollout]]:
             rollouts = rollouts_of(table)
         except ValueError as error:
             raise _damaged(path, error) from error
-    if not rollouts:
-        raise ValueError(f"{path} is empty; it holds no rollout to train on")
     return plain, rollouts
+
+
+def _empty(path: Path) -> ValueError:
+    return ValueError(f"{path} is empty; it holds no rollout to train on")
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:

@@ -1,6 +1,6 @@
 """The chunks of an unfinished step on disk: RUN/rollouts/chunk-STEP-DRAW-FIRST.parquet.
 
-rollout/source.py draws them.
+rollout/source.py draws them. On several nodes a chunk is written in parts, and each node reads its share of them again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from megatron_real.records import Prompt, Rollout
 from megatron_real.rollout.origin import Origin
 from megatron_real.rollout.source import ChunkName
 from megatron_real.runs.directory import RunDirectory
-from megatron_real.runs.ranks import Ranks
+from megatron_real.runs.parts import Part, name_parts, part_files
+from megatron_real.runs.ranks import EveryRankError, Ranks
 from megatron_real.runs.rollouts import read_chunk, write_chunk
 
 # Settings of the sections `rollout` and `labels` that do not change what is drawn or how it is
@@ -48,6 +49,7 @@ _WITHOUT_EFFECT_ON_ROLLOUTS = frozenset(
         "rollout.chunk_prompts",
         "rollout.keep_steps",
         "rollout.keep_every",
+        "rollout.keep_groups",
         "rollout.replay",
         "labels.workers",
         "labels.sandbox",
@@ -55,6 +57,20 @@ _WITHOUT_EFFECT_ON_ROLLOUTS = frozenset(
         "labels.permute",
     )
 )
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What a rank has found of a kept chunk. It goes to every rank, without the rollouts."""
+
+    num_rollouts: int = 0
+    """That this rank has read."""
+    damaged: str = ""
+    """Which file is no file of rollouts, and why."""
+    changed: tuple[str, ...] = ()
+    """What the rollouts were drawn under that is otherwise now."""
+    groups: frozenset[int] = frozenset()
+    """Of the rollouts, counted from the chunk's first."""
 
 
 class ChunkFiles:
@@ -78,83 +94,135 @@ class ChunkFiles:
         """
         self._directory = directory
         self._ranks = ranks
-        self._exchange = Exchange(ranks.rank, ranks.world, ranks.group)
-        self._say = say
+        self._exchange = Exchange(
+            ranks.rank, ranks.world, ranks.group, ranks_per_node=ranks.per_node
+        )
+        self._say = say if ranks.first else _say_nothing
         self._begun_step = begun_step
 
     def read(
         self, name: ChunkName, prompts: Sequence[Prompt], origin: Origin
     ) -> list[Rollout] | None:
-        """The kept rollouts of a chunk, which the first rank holds; None where they are to be drawn. Collective.
+        """The kept rollouts of a chunk, held by those that have read them; None where they are to be drawn. Collective.
 
-        The first rank alone looks for the file and judges it: all ranks must go the same way.
+        The first rank reads a file, and the first rank of each node its share of parts. All ranks must go the same way:
+        they use a chunk only where all of it is as it would be drawn now.
 
         Raises:
             ValueError: of a step that is partly trained on, the file is damaged or the prompts are others now.
         """
-        kept: list[Rollout] = []
-
-        def read() -> bool:
-            rollouts = self._read(name, prompts, origin)
-            if rollouts is None:
-                return False
-            for rollout in rollouts:
-                # The prompts of a step that is begun may have other names now: all ranks must know
-                # the same ones.
-                prompt = dataclasses.replace(rollout.prompt, uid=prompts[rollout.group].uid)
-                kept.append(dataclasses.replace(rollout, prompt=prompt))
-            return True
-
-        if not self._ranks.on_first(read):
-            return None
-        return self._exchange.share(kept, prompts)
-
-    def write(self, name: ChunkName, origin: Origin, rollouts: Sequence[Rollout]) -> None:
-        """Keeps a chunk. The first rank writes, and every rank gives it what it holds. Collective."""
-        whole = self._exchange.to_first(rollouts)
-        if self._ranks.first:
-            file = self._directory.chunk(name.step, name.draw, name.first_prompt)
-            write_chunk(file, whole, step=name.step, origin=origin)
-
-    def _read(
-        self, name: ChunkName, prompts: Sequence[Prompt], origin: Origin
-    ) -> list[Rollout] | None:
+        # The first rank alone looks for it: file systems of other nodes lag behind.
         file = self._directory.saved_chunk(name.step, name.draw, name.first_prompt)
-        if not file.is_file():
+        if not self._ranks.on_first(file.exists):
             return None
-        try:
-            before, rollouts = read_chunk(file)
-        except ValueError as error:
-            if name.step == self._begun_step:
-                raise  # what the step has been trained on cannot be drawn again
-            self._say(f"step {name.step}: {error}; its rollouts are drawn again")
-            return None
-        if name.step == self._begun_step:
-            # These rollouts are partly trained on: the weights have moved since, and what they were drawn and labelled
-            # under stays. Only their prompts must be those that the rest of the step counts on.
-            if [p.token_ids for p in prompts] != _questions(rollouts):
-                raise ValueError(
-                    f"{file} answers other prompts than step {name.step} asks, and the step is partly "
-                    "trained on; use the same data"
-                )
-            changed = []
-        else:
-            changed = ["nothing says under what"] if before is None else before.differences(origin)
 
+        own: list[Rollout] = []
+        readings = self._ranks.every(lambda: self._read(file, name, prompts, origin, into=own))
+        count = sum(reading.num_rollouts for reading in readings)
+        damaged = next((reading.damaged for reading in readings if reading.damaged), "")
+        changed = next((reading.changed for reading in readings if reading.changed), ())
+        if not count and not damaged:
+            damaged = f"{file} is empty; it holds no rollout to train on"
+        if damaged:
+            self._say(f"step {name.step}: {damaged}; its rollouts are drawn again")
+            return None
         if changed:
             self._say(
-                f"step {name.step}: {len(rollouts)} rollouts on disk were drawn otherwise, and are drawn again: "
+                f"step {name.step}: {count} rollouts on disk were drawn otherwise, and are drawn again: "
                 f"{'; '.join(changed)}"
             )
             return None
-        self._say(f"step {name.step}: {len(rollouts)} rollouts are on disk and not sampled again")
-        return rollouts
+        groups = frozenset[int]().union(*(reading.groups for reading in readings))
+        if len(groups) != len(prompts):
+            raise _other_prompts(file, name.step)
+        self._say(f"step {name.step}: {count} rollouts are on disk and not sampled again")
+        return self._exchange.share(own, prompts)
+
+    def write(self, name: ChunkName, origin: Origin, rollouts: Sequence[Rollout]) -> None:
+        """Keeps a chunk: what the ranks of a node hold is written by the first of them. Collective."""
+        exchange = self._exchange
+        file = self._directory.chunk(name.step, name.draw, name.first_prompt)
+        whole = exchange.to_nodes(rollouts)
+
+        def write() -> None:
+            own = [whole[i] for i in exchange.held_by_node(whole)]
+            part = Part(exchange.node + 1, exchange.num_nodes)
+            write_chunk(file, own, step=name.step, origin=origin, part=part)
+
+        if exchange.num_nodes == 1:
+            if self._ranks.first:
+                write()
+            return
+        self._ranks.every(lambda: write() if exchange.first_of_node else None)
+        if self._ranks.first:
+            name_parts(file, of=exchange.num_nodes)
+
+    def _read(
+        self,
+        file: Path,
+        name: ChunkName,
+        prompts: Sequence[Prompt],
+        origin: Origin,
+        *,
+        into: list[Rollout],
+    ) -> _Reading:
+        """Reads this rank's share of a chunk's parts, and judges it.
+
+        Args:
+            into: gets the rollouts.
+        """
+        exchange = self._exchange
+        if not exchange.first_of_node:
+            return _Reading()
+
+        begun = name.step == self._begun_step
+        changed: list[str] = []
+        try:
+            # A run may have other nodes than the one before it.
+            for part in part_files(file)[exchange.node :: exchange.num_nodes]:
+                before, rollouts = read_chunk(part)
+                into += rollouts
+                changed = (
+                    ["nothing says under what"] if before is None else before.differences(origin)
+                )
+        except ValueError as error:
+            if begun:
+                raise  # what the step has been trained on cannot be drawn again
+            return _Reading(damaged=str(error))
+
+        if begun:
+            # These rollouts are partly trained on: the weights have moved since, and what they were drawn and labelled
+            # under stays. Only their prompts must be those that the rest of the step counts on.
+            changed = []
+            if not _answer(into, prompts):
+                raise _other_prompts(file, name.step)
+        elif changed:
+            return _Reading(len(into), changed=tuple(changed))
+
+        # The prompts of a step that is begun may have other names now: all ranks must know the same ones.
+        for i, rollout in enumerate(into):
+            prompt = dataclasses.replace(rollout.prompt, uid=prompts[rollout.group].uid)
+            into[i] = dataclasses.replace(rollout, prompt=prompt)
+        return _Reading(len(into), groups=frozenset(rollout.group for rollout in into))
 
 
-def _questions(rollouts: Sequence[Rollout]) -> list[tuple[int, ...]]:
-    """[groups] the tokens of each group's prompt."""
-    by_group = {rollout.group: rollout.prompt.token_ids for rollout in rollouts}
-    return [by_group[group] for group in sorted(by_group)]
+def _say_nothing(_: str) -> None:
+    """The first rank speaks."""
+
+
+def _answer(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> bool:
+    """Whether every rollout is of the prompt in whose place it stands."""
+    return all(
+        rollout.group < len(prompts)
+        and rollout.prompt.token_ids == prompts[rollout.group].token_ids
+        for rollout in rollouts
+    )
+
+
+def _other_prompts(file: Path, step: int) -> ValueError:
+    return EveryRankError(
+        f"{file} answers other prompts than step {step} asks, and the step is partly trained on; use the same data"
+    )
 
 
 def settings_of_rollouts(config: Config) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_real.collective import RankFailed
 from megatron_real.config import Config
 from megatron_real.exchange import Exchange
 from megatron_real.records import (
@@ -30,8 +31,9 @@ from megatron_real.records import (
     Verdict,
 )
 from megatron_real.runs.directory import RunDirectory
+from megatron_real.runs.parts import part_files
 from megatron_real.runs.ranks import Ranks
-from megatron_real.runs.rollouts import read_rollouts
+from megatron_real.runs.rollouts import read_rollouts, read_rows
 from tests.distributed import jobs, reference
 from tests.distributed.reference import Sample
 from tests.distributed.test_policy import LAYOUTS, config_of
@@ -196,14 +198,12 @@ def test_micro_batches_are_those_of_rollouts_that_every_rank_has(
         assert all(found.values()), found
 
 
-def written(folder: Path) -> list[Rollout]:
-    """The rollouts of a step and of a skipped update, of which each rank holds a part,
-    as the first rank writes them.
-    """
+def written(folder: Path, ranks_per_node: int) -> list[Rollout]:
+    """The rollouts of a step and of a skipped update, as written by ranks that hold a part each."""
     from megatron_real.runs.reporter import Reporter
 
     rank, world = dist.get_rank(), dist.get_world_size()
-    exchange = Exchange(rank, world)
+    exchange = Exchange(rank, world, ranks_per_node=ranks_per_node)
     ranks = Ranks(rank, world, dist.group.WORLD)
     rollouts = exchange.keep_own(ROLLOUTS)
     options = {"gathered": ranks.gathered_by_first, "exchange": exchange}
@@ -220,6 +220,57 @@ def written(folder: Path) -> list[Rollout]:
     return read_rollouts(directory.rollouts(1)) + read_rollouts(directory.dump(1, 2).rollouts(1))
 
 
-def test_the_first_rank_writes_what_others_hold(world: World, tmp_path: Path) -> None:
-    for found in world.run(written, 2, folder=tmp_path / "run"):
+@pytest.mark.parametrize("ranks_per_node", [2, 1])
+def test_the_first_rank_of_a_node_writes_what_others_hold(
+    world: World, tmp_path: Path, ranks_per_node: int
+) -> None:
+    for found in world.run(written, 2, folder=tmp_path / "run", ranks_per_node=ranks_per_node):
         assert found == ROLLOUTS + ROLLOUTS[2:]
+    file = RunDirectory(tmp_path / "run").rollouts(1)
+    if ranks_per_node == 2:
+        assert file.is_file()
+        return
+    parts = [list(read_rows(part)) for part in part_files(file)]
+    places = [[(row["group"], row["sample"]) for row in part] for part in parts]
+    assert places == [[(r.group, r.sample) for r in ROLLOUTS[node::2]] for node in (0, 1)]
+    figures = [(row["score"], row["minibatch"]) for row in read_rows(file)]
+    assert figures == [(0.1, 1), (-0.1, 1), (None, 2), (None, 2)]
+
+
+def cannot_write(folder: Path) -> tuple[str, list[int], list[Path]]:
+    """What ranks say where a part cannot be written, and what counts as written."""
+    from megatron_real.runs import reporter as module
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    exchange = Exchange(rank, world, ranks_per_node=1)
+    ranks = Ranks(rank, world, dist.group.WORLD)
+    reporter = module.Reporter(
+        reporter_config(folder, tensorboard=False),
+        rank=rank,
+        world=world,
+        gathered=ranks.gathered_by_first,
+        exchange=exchange,
+    )
+    reporter.begin()
+    directory = RunDirectory(folder)
+    if rank == 0:
+        directory.chunk(1, 0, 0).parent.mkdir(parents=True)
+        directory.chunk(1, 0, 0).touch()
+    elif rank == 1:
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError("no space left")
+
+        module.write_rollouts = full
+    with reporter.progress:
+        reporter.trained(1, exchange.keep_own(ROLLOUTS), TRAINING)
+        with pytest.raises(RankFailed) as failure:
+            reporter.settle()
+    dist.barrier()
+    return str(failure.value), directory.saved_steps(), directory.chunks(1)
+
+
+def test_a_step_without_one_of_its_parts_is_not_written(world: World, tmp_path: Path) -> None:
+    for said, steps, chunks in world.run(cannot_write, 2, folder=tmp_path / "run"):
+        assert said == "rank 1: OSError: no space left"
+        assert steps == [] and len(chunks) == 1

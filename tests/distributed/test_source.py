@@ -5,6 +5,7 @@ one step ahead, replay.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -27,6 +28,7 @@ from megatron_real.rollout.source import DrawOptions, Fresh, Generator, OneStepA
 from megatron_real.rollout.stage import RolloutStage
 from megatron_real.rollout.sync import WeightSync
 from megatron_real.runs.directory import RunDirectory
+from megatron_real.runs.parts import part_files
 from megatron_real.runs.ranks import EveryRankError, Ranks
 from megatron_real.runs.sampling import ChunkFiles
 from tests.distributed.test_stage import PROMPTS, SAMPLING, Adder, everywhere, known
@@ -112,7 +114,9 @@ class Job:
         weights: float = 0.0,
         begun_step: int | None = None,
         ahead: bool = False,
+        ranks_per_node: int = 2,
     ) -> None:
+        os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node)
         ranks = Ranks.of_all(timedelta(minutes=1))
         self.said: list[str] = []
         self.engine, self.weights = Counting(), Weights(weights)
@@ -156,17 +160,19 @@ OTHER_QUESTIONS = [changed(p, token_ids=(99,)) for p in PROMPTS]
 COOLER = dataclasses.replace(OPTIONS, settings={"rollout.temperature": 0.3})
 
 
-def lives(folder: Path) -> dict[str, Any]:
+def lives(folder: Path, ranks_per_node: int) -> dict[str, Any]:
     """The same step by several lives of a run, each after the first with the
     chunks of the one before on disk.
     """
-    life = partial(Job, folder, new_labeller())
+    life = partial(Job, folder, new_labeller(), ranks_per_node=ranks_per_node)
     first = life()
     drawn = first.first_step()
     found: dict[str, Any] = {"asked at first": first.engine.asked}
 
     again = life()
     found["the same"] = again.first_step() == drawn and again.engine.asked == 0
+    moved = life(ranks_per_node=3 - ranks_per_node)
+    found["on other nodes"] = moved.first_step() == drawn and moved.engine.asked == 0
     for name, options in (
         ("settings", {"options": COOLER}),
         ("weights", {"weights": 1.0}),
@@ -180,7 +186,7 @@ def lives(folder: Path) -> dict[str, Any]:
 
     dist.barrier()
     if dist.get_rank() == 0:
-        cut = RunDirectory(folder).chunks(1)[0]
+        cut = part_files(RunDirectory(folder).chunks(1)[0])[-1]
         cut.write_bytes(cut.read_bytes()[:-7])
     dist.barrier()
     job = life()
@@ -188,15 +194,16 @@ def lives(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize("ranks_per_node", [2, 1])
 def test_a_kept_chunk_is_used_only_where_it_would_be_drawn_so_again(
-    world: World, tmp_path: Path
+    world: World, tmp_path: Path, ranks_per_node: int
 ) -> None:
     """Other settings, weights, answers or prompts: drawn again, with a word on what has changed;
     the same on both.
     """
-    ranks = world.run(lives, 2, folder=tmp_path)
+    ranks = world.run(lives, 2, folder=tmp_path, ranks_per_node=ranks_per_node)
     assert sum(rank["asked at first"] for rank in ranks) >= 6
-    assert all(rank["the same"] for rank in ranks)
+    assert all(rank["the same"] and rank["on other nodes"] for rank in ranks)
     words = {
         "settings": "rollout.temperature was 1.0 and is 0.3",
         "weights": "the policy's weights have changed",
@@ -206,18 +213,20 @@ def test_a_kept_chunk_is_used_only_where_it_would_be_drawn_so_again(
     same, _, said = ranks[0]["a cut chunk"]
     asked_again = sum(rank["a cut chunk"][1] for rank in ranks)
     assert same and 0 < asked_again < sum(rank["asked at first"] for rank in ranks)
-    assert [s for s in said if "is not a whole file of rollouts" in s and "drawn again" in s]
+    damaged = "part-00002-of-00002" if ranks_per_node == 1 else "chunk-00001-0-00000"
+    named = f"{damaged}.parquet is not a whole file of rollouts"
+    assert [s for s in said if named in s and "drawn again" in s]
     for name, sentence in words.items():
         asked, said = ranks[0][name]
         assert asked and said[0].startswith("step 1: ") and said[0].endswith(sentence), said
         assert ranks[1][name] == (True, []), "the first rank speaks"
 
 
-def partly_trained(folder: Path) -> tuple[bool, int, str]:
+def partly_trained(folder: Path, ranks_per_node: int) -> tuple[bool, int, str]:
     """A step that is begun keeps its chunks under moved weights and other settings,
     but not for other prompts.
     """
-    life = partial(Job, folder, new_labeller())
+    life = partial(Job, folder, new_labeller(), ranks_per_node=ranks_per_node)
     drawn = life().first_step()
     moved = life(options=COOLER, weights=1.0, begun_step=1)
     same = moved.first_step() == drawn
@@ -226,8 +235,12 @@ def partly_trained(folder: Path) -> tuple[bool, int, str]:
     return same, moved.engine.asked, str(refusal.value)
 
 
-def test_a_step_that_is_partly_trained_on_keeps_its_rollouts(world: World, tmp_path: Path) -> None:
-    for same, asked, refusal in world.run(partly_trained, 2, folder=tmp_path):
+@pytest.mark.parametrize("ranks_per_node", [2, pytest.param(1, marks=pytest.mark.grid)])
+def test_a_step_that_is_partly_trained_on_keeps_its_rollouts(
+    world: World, tmp_path: Path, ranks_per_node: int
+) -> None:
+    options = {"folder": tmp_path, "ranks_per_node": ranks_per_node}
+    for same, asked, refusal in world.run(partly_trained, 2, **options):
         assert same and asked == 0
         assert "answers other prompts than step 1 asks" in refusal
 

@@ -47,6 +47,8 @@ class Adder:
 
     def finish_inference(self) -> None: ...
 
+    def close(self) -> None: ...
+
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:

@@ -25,6 +25,7 @@ from tests.emulated_te.world import TeWorld
 
 pytestmark = [
     pytest.mark.one_version,
+    pytest.mark.xdist_group("te"),  # its layers are imported in one lane
     pytest.mark.skipif(
         not available(), reason="TransformerEngine's Python is missing: docs/testing.md"
     ),

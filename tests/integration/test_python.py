@@ -1,5 +1,5 @@
-"""Runs from Python: the notebook from top to bottom, and what a second run in one
-process finds of the first.
+"""Runs from Python: the notebook from top to bottom, and what a further run in one
+process finds of those before.
 """
 
 from __future__ import annotations
@@ -21,35 +21,59 @@ SHORT = [
     "data.heldout=",
 ]
 
-TWO_RUNS = """\
-import signal, sys, threading
+RUNS = """\
+import gc, signal, sys, threading
 import psutil
 import megatron_real
 
 
 heard = signal.getsignal(signal.SIGINT)
-losses = []
-for name in ("first", "second", "first"):
-    words = [*sys.argv[2:], f"trainer.run_dir={sys.argv[1]}/{name}"]
+losses = {}
+for run_of_engine in sys.argv[2].split(","):
+    name, engine = run_of_engine.split("=")
+    words = [*sys.argv[3:], f"trainer.run_dir={sys.argv[1]}/{name}", f"rollout.engine={engine}"]
     run = megatron_real.train(megatron_real.load_config("examples/configs/quickstart.yaml", words))
     assert run.status()["state"] == "finished"
     assert run.steps() == [1, 2]
-    losses.append([row["loss"] for row in run.metrics()])
+    losses.setdefault(engine, []).append([row["loss"] for row in run.metrics()])
     assert len(run.rollout_rows(2)) == len(run.rollouts(2)) == 64
     assert signal.getsignal(signal.SIGINT) is heard, "the run has kept Ctrl-C for itself"
-    assert not psutil.Process().children(), "the run has left its verifiers"
-    assert threading.active_count() == 1, threading.enumerate()
-assert losses[0] == losses[1] == losses[2], losses
+    assert not psutil.Process().children(), "the run has left its verifiers or its servers"
+
+    gc.collect()
+    policies = [o for o in gc.get_objects() if type(o).__name__ == "Policy"]
+    assert not policies, "the run's weights and optimizer are still in memory"
+    # vLLM's bars of progress leave their clock running, one for the whole process.
+    threads = [t.name for t in threading.enumerate() if t.name != "tqdm_monitor"]
+    assert len(threads) == 1, threads
+for engine, of_runs in losses.items():
+    assert all(of_run == of_runs[0] for of_run in of_runs), (engine, of_runs)
 """
 
 
-def test_two_runs_in_one_process_are_equal_and_leave_nothing_behind(
-    base: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    "runs",
+    [
+        "first=transformers,second=transformers,first=transformers",
+        pytest.param(
+            "first=vllm,between=transformers,second=vllm",
+            marks=[pytest.mark.grid, pytest.mark.xdist_group("vllm")],
+        ),
+        pytest.param(
+            "first=vllm-server,second=vllm-server",
+            marks=[pytest.mark.grid, pytest.mark.xdist_group("vllm")],
+        ),
+    ],
+)
+def test_runs_in_one_process_are_equal_and_leave_nothing_behind(
+    base: Path, tmp_path: Path, runs: str
 ) -> None:
-    script = tmp_path / "two_runs.py"
-    script.write_text(TWO_RUNS)
+    if "vllm" in runs:
+        pytest.importorskip("vllm", reason="vLLM is not installed")
+    script = tmp_path / "runs.py"
+    script.write_text(RUNS)
     paths = [f"model.path={base}", f"data.train={base}/train.jsonl"]
-    python(script, tmp_path, *SHORT, *paths)
+    python(script, tmp_path, runs, *SHORT, *paths)
 
 
 def test_a_directory_of_no_run_is_refused(tmp_path: Path) -> None:

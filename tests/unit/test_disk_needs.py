@@ -47,6 +47,10 @@ def test_a_retention_of_rollouts_counts() -> None:
     assert needs.rollouts == 20 * 128 * 8 * 1000 * 8
     needs = disk_needs(recipe(keep_steps=20, keep_every=50), SEVEN_B, mean_response=1000)
     assert needs.rollouts == (20 + 19) * 128 * 8 * 1000 * 8, "50, 100, ... 950 too"
+    needs = disk_needs(recipe(keep_steps=20, keep_groups=16), SEVEN_B, mean_response=1000)
+    assert needs.rollouts == 20 * 16 * 8 * 1000 * 8
+    needs = disk_needs(recipe(keep_groups=500), SEVEN_B, mean_response=1000)
+    assert needs.rollouts == 1000 * 128 * 8 * 1000 * 8, "more than there are"
 
 
 @pytest.mark.parametrize(

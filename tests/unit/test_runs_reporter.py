@@ -236,3 +236,26 @@ def test_the_newest_steps_and_every_so_many_keep_their_rollouts(tmp_path):
             reporter.trained(step, ROLLOUTS, TRAINING)
         reporter.settle()
     assert RunDirectory(tmp_path / "run").saved_steps() == [3, 6, 7, 8]
+
+
+def test_a_sample_of_groups_is_drawn_by_the_seed_and_counted_whole(tmp_path):
+    groups = {}
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        config = config_of(tmp_path / name, seed=seed)
+        rollout = dataclasses.replace(config.rollout, keep_groups=1)
+        reporter = begun(dataclasses.replace(config, rollout=rollout), rank=0, world=1)
+        with reporter.progress:
+            for step in range(1, 9):
+                reporter.trained(step, ROLLOUTS, TRAINING)
+            reporter.settle()
+        directory = RunDirectory(tmp_path / name)
+        steps = [list(read_rows(directory.rollouts(step))) for step in range(1, 9)]
+        assert [len(rows) for rows in steps] == [2] * 8, "one group of two"
+        groups[name] = [{row["group"] for row in rows} for rows in steps]
+        for rows in steps:
+            figures = [(row["minibatch"], row["score"]) for row in rows]
+            assert figures in ([(1, 0.1), (1, -0.1)], [(2, None), (2, None)])
+        metrics = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
+        assert metrics["reward_mean"] == 0.5, "of all rollouts"
+    assert groups["first"] == groups["again"] != groups["other"]
+    assert {0} in groups["first"] and {1} in groups["first"], "each step draws anew"

@@ -221,6 +221,10 @@ TRAIN = [
     ("what is seven times SIX", "42"),
     ("Name a prime below ten.", "3"),
     ("Name a prime below ten.", "7"),
+    ("What is half of one?", "1/2"),
+    ("What is half of one?", "0.5"),
+    ("Solve 2x = x^2.", "x=0, x=2"),
+    ("Solve 2x = x^2.", "2, 0"),
 ]
 
 
@@ -233,9 +237,9 @@ def test_duplicates_disagreement_and_leaks(tmp_path: Path) -> None:
     }
     done = prepare(sources, tmp_path / "out")
     counts = done.counts["deepscaler"]
-    assert (counts.read, counts.kept) == (6, 1)
+    assert (counts.read, counts.kept) == (10, 3)
     assert counts.dropped == {
-        "duplicate": 1, "answers of equal questions disagree": 2, "asked by a benchmark": 1,
+        "duplicate": 3, "answers of equal questions disagree": 2, "asked by a benchmark": 1,
         "near a benchmark's question": 1,
     }  # fmt: skip
     assert (done.counts["math500"].kept, done.counts["math500"].repeated) == (3, 1), (
@@ -254,7 +258,7 @@ def test_duplicates_disagreement_and_leaks(tmp_path: Path) -> None:
     )
 
     kept = prepare(sources, tmp_path / "kept", keep_leaks=True)
-    assert (kept.counts["deepscaler"].kept, len(kept.leaks)) == (3, 2)
+    assert (kept.counts["deepscaler"].kept, len(kept.leaks)) == (5, 2)
 
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:

@@ -4,11 +4,16 @@ and no table has two columns of one name.
 
 from __future__ import annotations
 
+import argparse
+import json
+from pathlib import Path
+
 import pytest
 from rich.console import Console
 
 from megatron_real.benchmark import table
-from megatron_real.commands import labels
+from megatron_real.cli import build_parser, main
+from megatron_real.commands import COMMANDS, labels
 from megatron_real.commands.convert import amount
 from megatron_real.commands.doctor import _text
 from megatron_real.commands.terminal import hanging
@@ -39,6 +44,46 @@ def test_the_table_of_a_verifier_fits(capsys: pytest.CaptureFixture[str]) -> Non
     printed = capsys.readouterr().out
     assert "false positives" in printed
     assert max(map(len, printed.splitlines())) <= WIDTH
+
+
+def test_golds_that_nobody_can_match_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    golds = ["the answer depends on " + "the choice of the origin " * 4, "\\sqrt{" * 40, "5"]
+    problems = [{"prompt": f"Question {i}?", "answer": gold} for i, gold in enumerate(golds)]
+    file = tmp_path / "problems.jsonl"
+    file.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    assert main(["labels", "golds", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 3 problems" in printed
+    assert "the answer depends on" in printed
+    assert max(map(len, printed.splitlines())) <= WIDTH
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_the_help_of_every_command_fits(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    parser = build_parser()
+    for word in command.split():
+        (commands,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        parser = commands.choices[word]
+    wide = [line for line in parser.format_help().splitlines() if len(line) > WIDTH]
+    assert not wide
+
+
+def test_the_settings_fit_and_the_nearest_are_named_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    assert main(["config"]) == 0
+    wide = [line for line in capsys.readouterr().out.splitlines() if len(line) > WIDTH]
+    assert not wide
+
+    assert main(["config", "objective.tauu"]) == 2
+    named = capsys.readouterr().err.strip().split("the nearest are ")[1].split(", ")
+    assert named[0] == "objective.tau"
+    assert len(set(named)) == len(named) == 5
 
 
 def test_a_line_of_the_doctor_is_folded_under_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
