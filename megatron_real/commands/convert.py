@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 from megatron_real.commands.subject import checkpoint_of_run, hf_config_of
 from megatron_real.commands.terminal import INTERRUPTED, REFUSED, hanging, refuse, say
 from megatron_real.config.locate import is_run_directory, weights_directory
+from megatron_real.runs.card import CARD, model_card
 from megatron_real.runs.directory import RunDirectory
+from megatron_real.runs.saved import saved
 from megatron_real.weights import WeightsError
 from megatron_real.weights.stored import stored_dtype
 from megatron_real.weights.transfer import Limits
@@ -217,8 +219,26 @@ def _to_hf(options: argparse.Namespace) -> int:
     options.source = checkpoint_of_run(options.source)
     hf_config = options.hf_config or hf_config_of(options.source)
     return _convert(
-        options, megatron_to_hf, hf_config=hf_config, max_shard_bytes=options.max_shard_size
+        options,
+        megatron_to_hf,
+        hf_config=hf_config,
+        max_shard_bytes=options.max_shard_size,
+        texts=_card(options.source),
     )
+
+
+def _card(checkpoint: Path) -> dict[str, str]:
+    """Returns the model card of a run's checkpoint by its name, as the run's own export has one.
+
+    There is none for a checkpoint without a run. Which packages trained is not recorded.
+    """
+    owner = RunDirectory(checkpoint.parent.parent)
+    if not is_run_directory(owner.path):
+        return {}
+    for known in saved(owner.checkpoints):
+        if known.path.name == checkpoint.name:
+            return {CARD: model_card(owner, last_step=known.position.step)}
+    return {}
 
 
 def _convert(options: argparse.Namespace, conversion: Any, **keywords: Any) -> int:

@@ -65,6 +65,9 @@ CURVES = (
 )
 """Metrics with a chart, where a run has them and they are not 0 throughout."""
 
+_LEGEND_COLUMNS = 2  # names beside each other, on a phone too
+_LEGEND_ROW_PIXELS = 20
+
 Column = NDArray[numpy.float32]
 
 
@@ -186,6 +189,7 @@ def _curves(variants: Sequence[Variant]) -> list[figure]:
             for i in drawn:
                 _add_curve(plot, sources[i], name, variants[i].name, i)
             _finish(plot)
+            _legend_below(plot, len(drawn))
             curves.append(plot)
     return curves
 
@@ -279,6 +283,7 @@ def _held_out_figure(
         tooltips.append(("1 standard error", "@low to @high"))
         plot.add_tools(HoverTool(tooltips=tooltips, renderers=[points], visible=False))
     _finish(plot)
+    _legend_below(plot, len({label for _, label, _ in of_runs}))
     return plot
 
 
@@ -317,6 +322,7 @@ def _stages(variants: Sequence[Variant]) -> figure | None:
     plot.x_range.start = 0
     _finish(plot)
     plot.legend.orientation = "horizontal"
+    plot.legend.spacing = 12
     plot.add_layout(plot.legend[0], "below")
     return plot
 
@@ -329,6 +335,18 @@ def stage_seconds(runs: Sequence[Run]) -> dict[str, float]:
         name.removeprefix("seconds/"): math.fsum(row.get(name) or 0.0 for row in rows) / len(rows)
         for name in names
     }
+
+
+def _legend_below(plot: figure, num_names: int) -> None:
+    """Puts the legend under the chart: within it, it covers the ends of the curves."""
+    if not plot.legend:
+        return
+    plot.legend.ncols = _LEGEND_COLUMNS
+    plot.legend.padding = 2
+    plot.legend.margin = 2
+    plot.legend.spacing = 6
+    plot.height += _LEGEND_ROW_PIXELS * math.ceil(num_names / _LEGEND_COLUMNS)
+    plot.add_layout(plot.legend[0], "below")
 
 
 def _finish(plot: figure) -> None:

@@ -57,12 +57,18 @@ _WINDOW = 5
 """Steps at either end whose rewards are averaged."""
 
 
-def model_card(directory: RunDirectory, versions: Mapping[str, str] | None = None) -> str:
-    """Returns the card of a run's export.
+def model_card(
+    directory: RunDirectory,
+    versions: Mapping[str, str] | None = None,
+    *,
+    last_step: int | None = None,
+) -> str:
+    """Returns the card of a run's export, or of one of its checkpoints.
 
     Args:
         directory: a run that has begun.
         versions: of the packages that trained; None where they are not known.
+        last_step: steps that the weights have been trained for; None: all of the run's.
 
     Raises:
         ValueError: config.yaml is no configuration.
@@ -76,6 +82,7 @@ def model_card(directory: RunDirectory, versions: Mapping[str, str] | None = Non
         row
         for row in read_rows(directory.evaluations)[0]
         if row.get("heldout/pass_at_1") is not None
+        and (last_step is None or row["step"] <= last_step)
     ]
     fields = _inherited(source)
     if base := _hub_id(source):
@@ -97,7 +104,7 @@ def model_card(directory: RunDirectory, versions: Mapping[str, str] | None = Non
         f"---\n{data.to_yaml().strip()}\n---",
         f"# {name}",
         _introduction(config, source),
-        _figures(directory, evaluations),
+        _figures(directory, evaluations, last_step),
         "## Settings\n\n" + _table(["setting", "value"], _settings(config)),
     ]
     if versions:
@@ -186,8 +193,12 @@ def _introduction(config: Mapping[str, Any], source: Path) -> str:
     )
 
 
-def _figures(directory: RunDirectory, evaluations: Sequence[Mapping[str, Any]]) -> str:
+def _figures(
+    directory: RunDirectory, evaluations: Sequence[Mapping[str, Any]], last_step: int | None
+) -> str:
     steps, _ = read_rows(directory.metrics)
+    if last_step is not None:
+        steps = [row for row in steps if row["step"] <= last_step]
     lines = ["## Figures", ""]
     if steps:
         window = max(1, min(_WINDOW, len(steps) // 2))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +163,7 @@ def megatron_to_hf(
     hf_config: Path | None = None,
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
+    texts: Mapping[str, str] | None = None,
     limits: Limits | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -179,6 +180,7 @@ def megatron_to_hf(
         dtype: key of stored.DTYPE_BYTES; None: that of the checkpoint's matrices, for all tensors.
         max_shard_bytes: largest file; None: the files that the weights came from, where they were
             recorded and the dtype is kept, else 5 GB.
+        texts: other files by their names, such as a model card.
         limits: threads and memory.
         overwrite: replace `out`.
         progress: called for each tensor that is done.
@@ -220,6 +222,8 @@ def megatron_to_hf(
             plan.targets.append(Target(file.name, offset, pieces[name]))
     for name, data in hf_side_files(config, dtype=matrix_dtype, index=index).items():
         plan.add_file(name, data)
+    for name, text in (texts or {}).items():
+        plan.add_file(name, text.encode())
     return _write(plan, out, matrix_dtype, limits, overwrite, progress)
 
 

@@ -59,6 +59,12 @@ def test_convert_takes_a_run(finished: Path, tmp_path: Path) -> None:
     assert cli.main(["convert", "to-hf", str(finished), str(tmp_path / "out")]) == 0
     assert cli.main(["convert", "verify", str(finished), str(tmp_path / "out")]) == 0
 
+    # Its card is that of the run's own export, but for the packages, which the run does not record.
+    card = (tmp_path / "out/README.md").read_text()
+    exported = (finished / "hf/README.md").read_text()
+    assert exported.startswith(card.rstrip())
+    assert "## Versions" in exported
+
 
 def test_a_run_without_weights_is_refused(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -86,6 +86,13 @@ def test_a_card_says_what_the_hub_asks_for(run: RunDirectory) -> None:
     assert f"| torch | {torch.__version__} |" in card.text
 
 
+def test_the_card_of_a_checkpoint_ends_with_its_step(run: RunDirectory) -> None:
+    whole = ModelCard(model_card(run))
+    early = ModelCard(model_card(run, last_step=1))
+    assert "* 2 steps." in whole.text and "after 2 steps" in whole.text
+    assert "* 1 steps." in early.text and "after 2 steps" not in early.text
+
+
 def test_a_card_tells_no_path_and_no_secret(run: RunDirectory) -> None:
     card = (run.weights / CARD).read_text()
     assert "somebody" not in card and str(run.path.parent) not in card

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from megatron_real import cli
 from megatron_real.records import Completion, Prompt, Rollout, Verdict
+from megatron_real.report import charts
 from megatron_real.report.browser import MAX_TEXT, sample_of, spaced, visible
 from megatron_real.report.charts import band_columns, curve_columns, stage_seconds, thinned
 from megatron_real.report.tables import benchmarks, differences, events, rank_times
@@ -336,6 +337,18 @@ def test_a_wrong_request_is_refused_in_a_sentence_and_nothing_is_written(
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def test_legends_are_below_the_charts_and_cover_no_curve(tmp_path: Path) -> None:
+    pytest.importorskip("bokeh")
+    paths = [make_run(tmp_path / f"run-{i}", lr=1e-6 * (i + 1)) for i in range(3)]
+    variants = variants_of([read_run(path) for path in paths])
+    curves = charts._curves(variants)
+    assert len(curves) >= 5
+    for curve in curves:
+        (legend,) = curve.legend
+        assert legend in curve.below
+        assert len(legend.items) == 3
 
 
 @pytest.mark.grid
