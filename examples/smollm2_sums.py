@@ -30,8 +30,8 @@ Pair = tuple[int, int]
 
 def lenient(text: str, answers: Sequence[str], _metadata: Mapping[str, Any]) -> bool:
     """The last number in the text is the last one of a gold answer."""
-    said = _last_number(text)
-    return said is not None and said in {_last_number(answer) for answer in answers}
+    number = _last_number(text)
+    return number is not None and number in {_last_number(answer) for answer in answers}
 
 
 def _last_number(text: str) -> str | None:
@@ -53,11 +53,11 @@ def main() -> None:
         "--before", type=Path, required=True, help="directory with evaluations strict/ and lenient/"
     )
     compare.add_argument("--after", type=Path, required=True, help="the same, of the trained model")
-    chosen = parser.parse_args()
-    if chosen.command == "problems":
-        write_problems(chosen.out)
+    options = parser.parse_args()
+    if options.command == "problems":
+        write_problems(options.out)
     else:
-        print(side_by_side(chosen.before, chosen.after))
+        print(side_by_side(options.before, options.after))
 
 
 def write_problems(out: Path) -> None:
@@ -109,8 +109,8 @@ def side_by_side(before: Path, after: Path) -> str:
             f"{verifier:18s}{_pass_at_1(before / verifier):24s}{_pass_at_1(after / verifier)}"
         )
     lines += ["", f"{'answers':18s}{'before':24s}after"]
-    said = zip(_first_answers(before / "strict"), _first_answers(after / "strict"), strict=True)
-    for (sum_, first), (_, second) in said:
+    answers = zip(_first_answers(before / "strict"), _first_answers(after / "strict"), strict=True)
+    for (sum_, first), (_, second) in answers:
         lines.append(f"{sum_:18s}{first:24.22s}{second:.22s}")
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,6 +25,7 @@ def main() -> None:
         sys.exit(f"usage: python {sys.argv[0]} BEFORE AFTER")
     logging.disable_progress_bar()
     before, after = map(Path, sys.argv[1:])
+
     rows = [json.loads(line) for line in (before / "heldout.jsonl").read_text().splitlines()]
     rows = rows[:NUM_CANDIDATES]
     answers = [answers_of(path, [row["prompt"] for row in rows]) for path in (before, after)]
@@ -43,14 +45,17 @@ def main() -> None:
 @torch.inference_mode()
 def answers_of(path: Path, prompts: list[list[dict[str, str]]]) -> list[str]:
     """Returns the model's most likely answer to each prompt; prompts are of one length."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path)
+    # Any: the annotations of transformers' classes depend on its version.
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    model: Any = AutoModelForCausalLM.from_pretrained(path)
     tokens = tokenizer.apply_chat_template(
         prompts, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )["input_ids"]
     mask = torch.ones_like(tokens)
+
     out = model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=8)
-    return tokenizer.batch_decode(out[:, tokens.shape[1] :], skip_special_tokens=True)
+    answers: list[str] = tokenizer.batch_decode(out[:, tokens.shape[1] :], skip_special_tokens=True)
+    return answers
 
 
 if __name__ == "__main__":

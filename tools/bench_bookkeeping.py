@@ -36,7 +36,7 @@ from bench_machine import add_options, apply_options, show
 from megatron_real.batching import Layout, minibatches, placement, plan
 from megatron_real.objective import make_objective
 from megatron_real.prompts import PromptCursor
-from megatron_real.records import Completion, Prompt, Rollout, Verdict
+from megatron_real.records import Completion, Label, Prompt, Rollout, Status, Verdict
 from megatron_real.rollout.spread import ExpectedLengths, samples_together, spread
 
 MAX_TOKENS = 10240
@@ -108,8 +108,8 @@ def plans(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for count, dp in SIZES:
         rounds = [timed_plan(placement, count, dp) for _ in range(1 + options.rounds)]
-        seconds, estimate, chosen = min(rounds[1:])
-        row = {"rollouts": count, "DP": dp, "placement": chosen, "seconds": seconds}
+        seconds, estimate, place = min(rounds[1:])
+        row = {"rollouts": count, "DP": dp, "placement": place, "seconds": seconds}
         if before is not None:
             earlier = patient_plan(before, count, dp, options.patience)
             row["before, seconds"] = earlier[0] if earlier else f"over {options.patience:.0f}"
@@ -131,6 +131,7 @@ def cursors(options: argparse.Namespace) -> list[dict[str, Any]]:
         started = time.perf_counter()
         cursor = PromptCursor(prompts, seed=0)
         built = time.perf_counter() - started
+
         started = time.perf_counter()
         for _ in range(100):
             cursor.next_batch(8)
@@ -149,7 +150,8 @@ class Bookkeeping:
     def __init__(self, *, ranks: int, prompts: int = 40_000, num_prompts: int = 32) -> None:
         self.cursor = PromptCursor(made_prompts(prompts), seed=0)
         self.lengths = ExpectedLengths()
-        self.ranks, self.num_prompts = ranks, num_prompts
+        self.ranks = ranks
+        self.num_prompts = num_prompts
         self.objective = make_objective("real")
         self.draw = random.Random(0)
         self.completions = [_completion(n) for n in range(1, 65)]
@@ -161,12 +163,14 @@ class Bookkeeping:
         together = samples_together(len(prompts), GROUP, self.ranks)
         parts = [prompt for prompt in prompts for _ in range(GROUP // together)]
         assert len(spread(self.lengths.costs(parts, together), self.ranks)) == self.ranks
+
         rollouts = [
             Rollout(prompt, i, k, self.draw.choice(self.completions), self._verdict())
             for i, prompt in enumerate(prompts)
             for k in range(GROUP)
         ]
         self.lengths.learn(rollouts)
+
         (minibatch,) = minibatches(rollouts, self.objective, groups_per_minibatch=len(prompts))
         made = plan(
             [rollouts[i].num_tokens for i in minibatch.kept],
@@ -175,14 +179,16 @@ class Bookkeeping:
             placement="auto",
             needs_scores=True,
         )
+
+        # What a checkpoint would save.
         self.cursor.peek(self.num_prompts)
         self.cursor.state_dict()
         self.lengths.state_dict()
         return len(made.micro_batches[0])
 
     def _verdict(self) -> Verdict:
-        label = self.draw.randint(0, 1)
-        return Verdict("ok", label, float(label))  # type: ignore[arg-type]
+        label = Label(self.draw.randint(0, 1))
+        return Verdict(Status.OK, label, float(label))
 
 
 def _completion(tokens: int) -> Completion:

@@ -47,7 +47,8 @@ from megatron_real.policy.state import sharded_state
 from megatron_real.runs.ranks import Ranks
 from megatron_real.runs.staging import Staging, write, write_common
 
-LAYERS, VOCABULARY = 12, 32_000
+LAYERS = 12
+VOCABULARY = 32_000
 CONFIG = Config(
     model=ModelConfig(dtype="bf16"),
     data=DataConfig(max_prompt_tokens=64),
@@ -66,20 +67,21 @@ def main() -> None:
     parser.add_argument(
         "--folder", default=None, help="where to write; a temporary directory by default"
     )
-    chosen = parser.parse_args()
-    policy = new_policy(CONFIG, shape(chosen.parameters * 1e6))
+    options = parser.parse_args()
+    policy = new_policy(CONFIG, shape(options.parameters * 1e6))
     batch = policy.prepare(rollouts([[60, 60], [60, 60]], prompt_tokens=60, vocab=VOCABULARY))[0]
-    with shared_directory(chosen.folder) as folder:
-        figures = measure(policy, lambda: policy.update(batch), chosen.saves, folder / "saved")
+    with shared_directory(options.folder) as folder:
+        figures = measure(policy, lambda: policy.update(batch), options.saves, folder / "saved")
     if dist.get_rank() == 0:
         print(json.dumps(figures, indent=1))
 
 
 def shape(parameters: float) -> dict[str, int]:
-    """Of a model with about so many parameters."""
+    """Returns the sizes of a model with about that many parameters."""
     # 2 x vocabulary x hidden + layers x (attention 2.5 hidden^2 + 3 x 2.75 hidden^2), solved for
     # hidden.
-    a, b = LAYERS * (2.5 + 3 * 2.75), 2 * VOCABULARY
+    a = LAYERS * (2.5 + 3 * 2.75)
+    b = 2 * VOCABULARY
     hidden = int((-b + (b * b + 4 * a * parameters) ** 0.5) / (2 * a)) // 128 * 128
     sizes = {
         "hidden_size": hidden,
@@ -95,7 +97,7 @@ def measure(policy: Policy, step: Callable[[], object], saves: int, target: Path
     ranks = Ranks.of_all(timedelta(minutes=30))
     step()  # makes the optimizer's states
     content = {"distrib_optim_sharding_type": "dp_reshardable"}
-    found: dict[str, list[float]] = defaultdict(list)
+    seconds: dict[str, list[float]] = defaultdict(list)
 
     def plain() -> None:
         make_empty(target, ranks)
@@ -106,23 +108,24 @@ def measure(policy: Policy, step: Callable[[], object], saves: int, target: Path
             "optimizer": policy.optimizer.sharded_state_dict(model, metadata=content),
         }
         dist_checkpointing.save(state, str(target))
-        found["plain"].append(time.perf_counter() - began)
-        found["step"].append(timed(step))
+        seconds["plain"].append(time.perf_counter() - began)
+        seconds["step"].append(timed(step))
 
-    staging, thread = Staging(policy.groups.dp_cp), ThreadPoolExecutor(1)
+    staging = Staging(policy.groups.dp_cp)
+    thread = ThreadPoolExecutor(1)
 
     def ours() -> None:
         make_empty(target, ranks)
         began = time.perf_counter()
         by_key, common = staging.copy(sharded_state(policy))
-        found["stood"].append(time.perf_counter() - began)
+        seconds["stood"].append(time.perf_counter() - began)
         if ranks.first:
             write_common(target, common)
         written = thread.submit(write, target, by_key, ranks.group)
         began = time.perf_counter()
-        found["step while writing"].append(timed(step))
+        seconds["step while writing"].append(timed(step))
         written.result()
-        found["written"].append(time.perf_counter() - began)
+        seconds["written"].append(time.perf_counter() - began)
 
     for save in (plain, ours):
         for _ in track(
@@ -132,7 +135,8 @@ def measure(policy: Policy, step: Callable[[], object], saves: int, target: Path
             disable=not ranks.first,
         ):
             save()
-    medians = {name: statistics.median(values[1:]) for name, values in found.items()}
+
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     size = sum(file.stat().st_size for file in target.iterdir())
     return {
         "parameters": sum(p.numel() for p in policy.chunks[0].parameters()),

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 from bench_machine import show
 
@@ -80,12 +81,12 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.dir) as name:
         size = make_model(Path(name) / "hf", options.shape, sparse=options.sparse)
-        found = measure(
+        rounds = measure(
             Path(name), options.rounds, dict(peer.split("=", 1) for peer in options.peer)
         )
     show(
         f"shape {options.shape}, {size / 1e9:.2f} GB bf16, medians of {options.rounds}",
-        rows_of(found),
+        rows_of(rounds),
         options,
     )
 
@@ -111,8 +112,8 @@ def make_model(directory: Path, shape: str, *, sparse: bool) -> int:
     return sum(file.size for file in files)
 
 
-def _fill(stream, size: int) -> None:  # type: ignore[no-untyped-def]
-    """Random numbers around 0, as weights are: the same block again and again."""
+def _fill(stream: BinaryIO, size: int) -> None:
+    """Writes random numbers around 0, as weights are: the same block again and again."""
     import torch
 
     block = (torch.randn(BLOCK // 2) * 0.02).bfloat16().view(torch.uint8).numpy().tobytes()
@@ -124,24 +125,27 @@ def measure(
     root: Path, rounds: int, peers: dict[str, str]
 ) -> dict[str, list[tuple[float, float, float]]]:
     """Name -> (work s, process s, GiB) of each round."""
-    hf, forth, out = root / "hf", root / "megatron", root / "out"
+    hf = root / "hf"
+    megatron = root / "megatron"
+    out = root / "out"
     convert = f"{sys.executable} -m megatron_real convert"
     commands = {
         "cp": f"cp -r --sparse=never {hf} {out}",
         REFERENCE: f"sh -c 'cp -r --sparse=never {hf} {out} && sync -f {out}'",
         "HF to Megatron": f"{convert} to-megatron {hf} {out} --json",
         "HF to Megatron, cast": f"{convert} to-megatron {hf} {out} --dtype fp16 --json",
-        "Megatron to HF": f"{convert} to-hf {forth} {out} --json",
-        "Megatron to HF, cast": f"{convert} to-hf {forth} {out} --dtype fp16 --json",
+        "Megatron to HF": f"{convert} to-hf {megatron} {out} --json",
+        "Megatron to HF, cast": f"{convert} to-hf {megatron} {out} --dtype fp16 --json",
         **{name: command.format(hf=hf, out=out) for name, command in peers.items()},
     }
-    run(f"{convert} to-megatron {hf} {forth} --json")
-    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in commands}
+    run(f"{convert} to-megatron {hf} {megatron} --json")
+
+    rounds_of: dict[str, list[tuple[float, float, float]]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, command in commands.items():
             os.sync()  # what earlier commands left to be written, and blocks that they freed
             time.sleep(2)
-            found[name].append(run(command))
+            rounds_of[name].append(run(command))
             if name == "Megatron to HF":
                 same = all(
                     filecmp.cmp(hf / file.name, file, shallow=False)
@@ -149,7 +153,7 @@ def measure(
                 )
                 assert same, "the round trip must give the source's bytes"
             shutil.rmtree(out)
-    return found
+    return rounds_of
 
 
 def run(command: str) -> tuple[float, float, float]:
@@ -185,11 +189,11 @@ def anonymous_bytes(pid: int) -> int:
     return own + sum(anonymous_bytes(int(child)) for child in children)
 
 
-def rows_of(found: dict[str, list[tuple[float, float, float]]]) -> list[dict[str, object]]:
+def rows_of(rounds_of: dict[str, list[tuple[float, float, float]]]) -> list[dict[str, object]]:
     """A row for each program."""
     median = {
         name: [statistics.median(column) for column in zip(*rounds, strict=True)]
-        for name, rounds in found.items()
+        for name, rounds in rounds_of.items()
     }
     reference = median[REFERENCE][0]
     return [

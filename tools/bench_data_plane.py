@@ -127,7 +127,9 @@ def measured(
     action: Callable[[], int], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> Cost:
     """The median of the seconds, and the largest peak, after one round that warms up."""
-    seconds, peaks, num_bytes = [], [], 0
+    seconds = []
+    peaks = []
+    num_bytes = 0
     for _ in range(1 + rounds):
         gc.collect()
         before = _reset_peak()
@@ -313,14 +315,15 @@ def played(world: int, options: argparse.Namespace) -> list[dict[str, Any]]:
 def _copied(rollout: Rollout) -> Rollout:
     """The same with arrays and a text of its own."""
     c = rollout.completion
-    arrays = (numpy.array(a) for a in (c.token_ids, c.logprobs, c.trained, c.weight_version))
-    ids, logprobs, trained, versions = arrays
-    return replace(
-        rollout,
-        completion=Completion(
-            ids, logprobs, str(bytes(c.text, "ascii"), "ascii"), c.finished, trained, versions
-        ),
+    completion = Completion(
+        numpy.array(c.token_ids),
+        numpy.array(c.logprobs),
+        str(bytes(c.text, "ascii"), "ascii"),
+        c.finished,
+        numpy.array(c.trained, dtype=bool),
+        numpy.array(c.weight_version),
     )
+    return replace(rollout, completion=completion)
 
 
 # ---- files ----

@@ -45,14 +45,14 @@ def main() -> None:
     ]
     seconds: list[list[float]] = [[] for _ in pools]
     for number in range(options.rounds + 1):
-        for pool, found in zip(pools, seconds, strict=True):
+        for pool, seconds_of_pool in zip(pools, seconds, strict=True):
             started = time.monotonic()
             pool.run(checks)
             if number:  # the first round warms up
-                found.append(time.monotonic() - started)
+                seconds_of_pool.append(time.monotonic() - started)
     base = statistics.median(seconds[0])
-    for workers, pool, found in zip(options.workers, pools, seconds, strict=True):
-        median = statistics.median(found)
+    for workers, pool, seconds_of_pool in zip(options.workers, pools, seconds, strict=True):
+        median = statistics.median(seconds_of_pool)
         print(f"{workers:3d} workers  {len(checks) / median:8.0f} checks/s  {base / median:5.2f} x")
         pool.close()
 

@@ -72,7 +72,9 @@ def megatron(logits_TV: Tensor, target_T: Tensor) -> Tensor:
 
 def without_kernels(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor) -> Tensor:
     with logprobs.without_kernels():  # backward does as forward did
-        return linear_logprobs(hidden_TH, weight_VH, target_T)
+        logprob_T = linear_logprobs(hidden_TH, weight_VH, target_T)
+    assert isinstance(logprob_T, Tensor)
+    return logprob_T
 
 
 def liger(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ def _allocations(recorded: Any) -> list[Any]:
 
 def compare(
     title: str,
-    paths: Mapping[str, Callable[[], Tensor]],
+    paths: Mapping[str, Callable[[], Any]],
     inputs: Sequence[Tensor],
     renew: Callable[[], None],
     options: argparse.Namespace,
@@ -159,7 +161,8 @@ def compare(
 
 
 def from_hidden(options: argparse.Namespace, sizes: str) -> None:
-    dtype, device = DTYPES[options.dtype], cpu.device()
+    dtype = DTYPES[options.dtype]
+    device = cpu.device()
     hidden_TH = (
         torch.randn(options.tokens, options.hidden, device=device).to(dtype).requires_grad_()
     )
@@ -174,7 +177,7 @@ def from_hidden(options: argparse.Namespace, sizes: str) -> None:
     def renew() -> None:
         hidden_TH.grad = weight_VH.grad = None
 
-    paths = {
+    paths: dict[str, Callable[[], Any]] = {
         "naive": lambda: naive(hidden_TH @ weight_VH.t(), target_T),
         "megatron": lambda: megatron(hidden_TH @ weight_VH.t(), target_T),
         "ours/logits": lambda: vocab_parallel_logprobs(hidden_TH @ weight_VH.t(), target_T),
@@ -198,7 +201,7 @@ def from_logits(options: argparse.Namespace, sizes: str) -> None:
         logits_TV.grad = None
         logits_TV.data.normal_(0, 2)
 
-    paths = {
+    paths: dict[str, Callable[[], Any]] = {
         "megatron": lambda: megatron(logits_TV, target_T),
         "ours/logits": lambda: vocab_parallel_logprobs(logits_TV, target_T),
     }

@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,5 +33,6 @@ def write_model(directory: Path, **shape: int) -> None:
     if dist.get_rank() == 0:
         logging.disable_progress_bar()
         torch.manual_seed(0)
-        Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=False)).save_pretrained(directory)
+        settings: dict[str, Any] = {**shape, "tie_word_embeddings": False}
+        Qwen2ForCausalLM(Qwen2Config(**settings)).save_pretrained(directory)
     dist.barrier()

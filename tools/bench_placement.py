@@ -26,6 +26,7 @@ import argparse
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,8 @@ def wall_time(run: Callable[[], Any]) -> float:
 
 def processor_time(run: Callable[[], Any]) -> float:
     """The slowest rank's processor time between all-reduces, summed over these intervals."""
-    all_reduce, marks = dist.all_reduce, [time.process_time()]
+    all_reduce = dist.all_reduce
+    marks = [time.process_time()]
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         marks.append(time.process_time())
@@ -97,9 +99,8 @@ def measure(policy: Policy, minibatch: Minibatch, options: argparse.Namespace) -
             batch = planned(policy, minibatch, placement)
             if batch is not None:
                 policy.step.old_logprobs(batch)
-                seconds.setdefault(placement, []).append(
-                    clock(lambda batch=batch: policy.gradient(batch))
-                )
+                run = partial(policy.gradient, batch)
+                seconds.setdefault(placement, []).append(clock(run))
     return {placement: min(values[1:]) for placement, values in seconds.items()}
 
 
@@ -135,10 +136,15 @@ def main() -> None:
 
 
 def _row(policy: Policy, minibatch: Minibatch, seconds: dict[str, float]) -> dict[str, float | str]:
-    plans = {
-        placement: planned(policy, minibatch, placement).plan for placement in ("auto", *seconds)
-    }
-    choice, best, estimate = plans["auto"].placement, min(seconds.values()), plans["auto"].seconds
+    plans = {}
+    for placement in ("auto", *seconds):
+        batch = planned(policy, minibatch, placement)
+        assert batch is not None, "what was measured had a plan"
+        plans[placement] = batch.plan
+
+    choice = plans["auto"].placement
+    estimate = plans["auto"].seconds
+    best = min(seconds.values())
     return {
         **{placement: seconds.get(placement, "no plan") for placement in PLACEMENTS},
         "auto": seconds[choice],

@@ -13,7 +13,7 @@ from bench_model import shared_directory, write_model
 from megatron_real.config import Config
 from megatron_real.policy.layout import set_up
 from megatron_real.policy.policy import Policy, PolicySettings
-from megatron_real.records import Completion, Prompt, Rollout, Verdict
+from megatron_real.records import Completion, Label, Prompt, Rollout, Status, Verdict
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.hf import HfWeights
 
@@ -61,9 +61,7 @@ def rollouts(
         prompt = Prompt(uid=str(g), text="", token_ids=tokens(prompt_tokens), answers=("",))
         for i, length in enumerate(lengths):
             completion = Completion(tokens(length), (-10.0,) * length, "", True)
-            made.append(Rollout(prompt, g, i, completion, _verdict(i % 2)))
+            label = Label(i % 2)
+            status = Status.OK if label else Status.WRONG
+            made.append(Rollout(prompt, g, i, completion, Verdict(status, label, float(label))))
     return made
-
-
-def _verdict(label: int) -> Verdict:
-    return Verdict("ok" if label else "wrong", label, float(label))

@@ -30,7 +30,7 @@ import numpy
 import yaml
 from bench_machine import describe
 
-from megatron_real.records import Completion, Prompt, Rollout, Verdict
+from megatron_real.records import Completion, Label, Prompt, Rollout, Status, Verdict
 from megatron_real.report.browser import MAX_STEPS, spaced
 from megatron_real.report.charts import CURVES
 from megatron_real.runs.directory import RunDirectory
@@ -162,14 +162,15 @@ def drawn(step: int, options: argparse.Namespace) -> Iterator[Rollout]:
             True,
         )
         right = bool(draw.random() < 0.5)
+        status = Status.OK if right else Status.WRONG
         prompt = Prompt(f"train/{group}", "What is 42 + 7? " * 8, (1, 2, 3) * 30, ("49",))
         yield Rollout(
             prompt,
             group,
             sample,
             completion,
-            Verdict("ok" if right else "wrong", int(right), float(right)),
-        )  # type: ignore[arg-type]
+            Verdict(status, Label(right), float(right)),
+        )
 
 
 def metrics_of(step: int, draw: random.Random) -> dict[str, Any]:

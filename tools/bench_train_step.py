@@ -59,7 +59,8 @@ class Trial:
     """One objective over the policy's model: what a loop would do with it, each part by itself."""
 
     def __init__(self, policy: Policy, objective: Objective, placement: Any = "split") -> None:
-        self.policy, self.objective = policy, objective
+        self.policy = policy
+        self.objective = objective
         self.step = TrainStep(
             policy.passes, policy.groups, objective, mismatch_bound=policy.settings.mismatch_bound
         )
@@ -118,7 +119,12 @@ def paths(policy: Policy, made: list[Rollout]) -> dict[str, Callable[[], Callabl
     def sft_rollout() -> Callable[[], Any]:
         trial = Trial(policy, real)
         packed = [trial.batch(m, off_policy=False) for m in trial.cut(made)]
-        return lambda: [sft_update(policy, batch) for batch in packed]
+
+        def update_by_each() -> None:
+            for batch in packed:
+                sft_update(policy, batch)
+
+        return update_by_each
 
     def first(objective: Objective) -> Callable[[], Any]:
         trial = Trial(policy, objective)

@@ -34,6 +34,10 @@ from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.hf import HfWeights
 
 
+def _leave(model: Any) -> None:
+    """Stands for `vllm_engine.pack`, and packs nothing."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -75,7 +79,7 @@ def measure(config: Config, options: argparse.Namespace) -> None:
         pack = vllm_engine.pack
 
         def prepare() -> Callable[[], Any]:
-            vllm_engine.pack = pack if packing else lambda _: None
+            vllm_engine.pack = pack if packing else _leave
             sync.config = dataclasses.replace(sync.config, checksum_every=int(checksums))
             return lambda: sync.run(policy.stream())
 

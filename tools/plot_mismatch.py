@@ -30,10 +30,10 @@ def main() -> None:
     parser.add_argument(
         "--runs", nargs="+", required=True, metavar="NAME=RUN_DIR", help="curves and their runs"
     )
-    chosen = parser.parse_args()
+    options = parser.parse_args()
 
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(10, 3), layout="constrained")
-    for word in chosen.runs:
+    for word in options.runs:
         name, _, run = word.partition("=")
         rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
         for axis, metric in zip(axes, PANELS, strict=True):
@@ -45,7 +45,7 @@ def main() -> None:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
-    figure.savefig(chosen.out, dpi=110)
+    figure.savefig(options.out, dpi=110)
 
 
 if __name__ == "__main__":

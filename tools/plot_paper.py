@@ -125,13 +125,13 @@ def curves(variant: Path, metric: str) -> NDArray[np.float64]:
     """[seeds, steps] of a metric, NaN where a step has no such figure;
     of runs that have the most steps.
     """
-    found = []
+    curves = []
     for run in sorted(variant.glob("seed-*")):
         rows, _ = read_rows(run / "metrics.jsonl")
         values = [row.get(metric) for row in rows]
-        found.append([np.nan if value is None else float(value) for value in values])
-    steps = max(map(len, found), default=0)
-    return np.array([curve for curve in found if len(curve) == steps])
+        curves.append([np.nan if value is None else float(value) for value in values])
+    steps = max(map(len, curves), default=0)
+    return np.array([curve for curve in curves if len(curve) == steps])
 
 
 def draw_mean(axis: Axes, curves_SN: NDArray[np.float64], color: str, dash: str, name: str) -> None:

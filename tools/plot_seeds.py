@@ -30,12 +30,12 @@ def main() -> None:
         default=[],
         help="run directories with labels.permute=true",
     )
-    chosen = parser.parse_args()
+    options = parser.parse_args()
 
     figure, axis = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
     for kind, runs, color in (
-        ("REAL", chosen.runs, "#2f6db3"),
-        ("labels permuted", chosen.controls, "#8a8a8a"),
+        ("REAL", options.runs, "#2f6db3"),
+        ("labels permuted", options.controls, "#8a8a8a"),
     ):
         for i, run in enumerate(runs):
             rows = [
@@ -53,7 +53,7 @@ def main() -> None:
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    figure.savefig(chosen.out, dpi=110)
+    figure.savefig(options.out, dpi=110)
 
 
 if __name__ == "__main__":

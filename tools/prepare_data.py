@@ -44,23 +44,23 @@ def main() -> int:
     parser.add_argument(
         "sources", nargs="*", metavar="NAME[=FILE|FOLDER|HUB_ID]", help="default: all of them"
     )
-    chosen = parser.parse_args()
-    asked = [word.partition("=")[::2] for word in chosen.sources] or [
+    options = parser.parse_args()
+    asked = [word.partition("=")[::2] for word in options.sources] or [
         (source.name, "") for source in SOURCES
     ]
     try:
         done = prepare(
             dict(asked),
-            chosen.out,
-            keep_leaks=chosen.keep_leaks,
-            gram_size=chosen.gram_size,
-            gram_share=chosen.gram_share,
+            options.out,
+            keep_leaks=options.keep_leaks,
+            gram_size=options.gram_size,
+            gram_share=options.gram_share,
             say=print,
         )
     except ValueError as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2
-    _show(done, chosen.out, chosen.keep_leaks)
+    _show(done, options.out, options.keep_leaks)
     return 0
 
 

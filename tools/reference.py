@@ -204,7 +204,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="fail where a page has changed")
     options = parser.parse_args()
     for name, page in PAGES.items():
-        file, text = DOCS / name, page()
+        file = DOCS / name
+        text = page()
         if not options.check:
             file.write_text(text, encoding="utf-8")
         elif not file.exists() or file.read_text(encoding="utf-8") != text:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_real.batching import minibatches
 from megatron_real.config import Config
-from megatron_real.records import Completion, Prompt, Rollout, Verdict
+from megatron_real.records import Completion, Label, Prompt, Rollout, Status, Verdict
 from tests.distributed.reference import Sample
 
 
@@ -23,7 +23,7 @@ def rollouts_of(samples: list[Sample]) -> list[Rollout]:
             group=s.group,
             sample=i,
             completion=completion_of(s),
-            verdict=Verdict("ok", s.label, float(s.label)),
+            verdict=Verdict(Status.OK, Label(s.label), float(s.label)),
         )
         for i, s in enumerate(samples)
     ]

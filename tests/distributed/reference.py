@@ -115,13 +115,15 @@ def loss(scores: list[Tensor], samples: list[Sample]) -> Tensor:
     for i, sample in enumerate(samples):
         if sample.label != -1:
             groups[sample.group].append(i)
-    total = torch.zeros((), dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64)
+    total = zero
     for members in groups.values():
         positive = [i for i in members if samples[i].label == 1]
         negative = [i for i in members if samples[i].label == 0]
         if positive and negative:
-            total = total + torch.log(1 + sum(torch.exp(-scores[i] / TAU) for i in positive))
-            total = total + torch.log(1 + sum(torch.exp(scores[j] / TAU) for j in negative))
+            positive_sum = sum((torch.exp(-scores[i] / TAU) for i in positive), start=zero)
+            negative_sum = sum((torch.exp(scores[j] / TAU) for j in negative), start=zero)
+            total = total + torch.log(1 + positive_sum) + torch.log(1 + negative_sum)
     return total / len(groups)
 
 
