@@ -54,7 +54,7 @@ def objective_loss(
             no reference_T.
     """
     dtype = torch.promote_types(logprob_T.dtype, torch.float32)
-    facts = _facts(objective, logprob_T, rollout_T, label_R, group_R, reward_R)
+    facts = _facts(objective, logprob_T, old_logprob_T, rollout_T, label_R, group_R, reward_R)
     facts = facts.to(device=logprob_T.device, dtype=dtype)
 
     # Tokens that do not train are left out by index: nothing they hold can reach a sum or a
@@ -162,18 +162,22 @@ def kl_penalty(
 def _facts(
     objective: Objective,
     logprob_T: Tensor,
+    old_logprob_T: Tensor,
     rollout_T: Tensor,
     label_R: Tensor,
     group_R: Tensor,
     reward_R: Tensor | None,
 ) -> Facts:
     """Returns the objective's facts of tensors, after checking that these fit together."""
-    num_rollouts = len(label_R)
-    if rollout_T.dim() != 1 or rollout_T.shape != logprob_T.shape:
+    shapes = [list(t.shape) for t in (logprob_T, old_logprob_T, rollout_T)]
+    if rollout_T.dim() != 1 or shapes != [list(rollout_T.shape)] * 3:
         raise ValueError(
-            "logprob_T and rollout_T must both be [T], got "
-            f"{list(logprob_T.shape)} and {list(rollout_T.shape)}."
+            "logprob_T, old_logprob_T and rollout_T must all be [T], got "
+            f"{shapes[0]}, {shapes[1]} and {shapes[2]}."
         )
+    if label_R.dim() != 1:
+        raise ValueError(f"label_R must be [R], got {list(label_R.shape)}.")
+    num_rollouts = len(label_R)
 
     rollout_T = rollout_T.cpu()
     if rollout_T.is_floating_point():

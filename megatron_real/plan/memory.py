@@ -29,7 +29,7 @@ CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 BUCKET_BYTES = 256 << 20
 """What goes to a server at a time, at least: rollout/link.py."""
 
-MODELLED = frozenset({"grad_reduce_in_fp32", "bias_activation_fusion"})
+MODELLED = frozenset({"grad_reduce_in_fp32", "bias_activation_fusion", "apply_rope_fusion"})
 """Fields of `megatron.*` that the estimates follow."""
 
 # What a vLLM engine takes beside weights and KV cache: activations of its largest batch of 8192
@@ -240,6 +240,7 @@ class _Layer:
         self.cp = parallel.cp
         self.selective = config.model.recompute == "selective"
         self.fused_activation = bool(config.megatron.get("bias_activation_fusion", self.te))
+        self.fused_rope = bool(config.megatron.get("apply_rope_fusion", self.te))
 
     @property
     def input(self) -> int:
@@ -283,8 +284,11 @@ class _Layer:
         if not self.selective:
             statistics = self.tokens * self.heads * 4
 
-        # Cosines and sines, once for q and once for k.
-        rotary = 4 * self.tokens * self.head_dim * self.width
+        # Cosines and sines, once for q and once for k; the fused kernel keeps the angles that all
+        # layers share.
+        rotary = 0
+        if not self.fused_rope:
+            rotary = 4 * self.tokens * self.head_dim * self.width
 
         # Norms of q and k keep their inputs; ours also keep them in fp32.
         norms: float = 0
@@ -299,8 +303,12 @@ class _Layer:
         if not (self.te or self.selective):
             outputs = 2 * query
 
-        # The value is a view of the product of q, k and v, so all of that product stays.
+        # The rotated keys, and the values. These are a view of the product of q, k and v, so all of
+        # that product stays, unless TransformerEngine copies them for its kernel; what selective
+        # recomputation keeps is the view.
         keys = key + query + 2 * key
+        if self.te and not self.selective:
+            keys = 2 * key
         if self.cp > 1 and not self.te and not self.selective:
             keys = 2 * key * self.cp  # ours gathers all ranks' keys and values
         return int(query + keys + outputs + statistics + rotary + norms)

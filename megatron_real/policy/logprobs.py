@@ -77,8 +77,14 @@ def vocab_parallel_logprobs(
         `return_entropy` a pair of log-probs and entropies. Tokens without a target have 0.
 
     Raises:
-        ValueError: shapes, temperature, chunk size or targets are out of range.
+        ValueError: shapes or dtypes that do not fit, a temperature, chunk size or target out of
+            range.
     """
+    if logits_TV.dim() != 2 or target_T.dim() != 1 or len(logits_TV) != len(target_T):
+        raise ValueError(
+            f"logits_TV must be [T, V] and target_T [T], got {list(logits_TV.shape)} and "
+            f"{list(target_T.shape)}"
+        )
     _check(logits_TV, target_T, logits_TV.shape[1], tp_group, temperature, vocab_size, chunk_size)
     if kept_K is None:
         kept_K = _positions_with_target(target_T)
@@ -141,8 +147,20 @@ def linear_logprobs(
         `return_entropy` a pair of log-probs and entropies. Tokens without a target have 0.
 
     Raises:
-        ValueError: shapes, temperature, chunk size or targets are out of range.
+        ValueError: shapes or dtypes that do not fit, a temperature, chunk size or target out of
+            range.
     """
+    if hidden_TH.dim() != 2 or weight_VH.dim() != 2 or target_T.dim() != 1:
+        raise ValueError(
+            "hidden_TH must be [T, H], weight_VH [V, H] and target_T [T], got "
+            f"{list(hidden_TH.shape)}, {list(weight_VH.shape)} and {list(target_T.shape)}"
+        )
+    if hidden_TH.shape[1] != weight_VH.shape[1] or hidden_TH.dtype != weight_VH.dtype:
+        raise ValueError(
+            "hidden_TH and weight_VH must have one H and one dtype, got "
+            f"{list(hidden_TH.shape)} {hidden_TH.dtype} and {list(weight_VH.shape)} "
+            f"{weight_VH.dtype}"
+        )
     world = 1
     if sequence_parallel and tp_group is not None:
         world = dist.get_world_size(tp_group)
@@ -151,16 +169,7 @@ def linear_logprobs(
             f"hidden has {len(hidden_TH)} tokens on each of {world} ranks, "
             f"but there are {len(target_T)} targets"
         )
-    _check(
-        weight_VH,
-        target_T,
-        weight_VH.shape[0],
-        tp_group,
-        temperature,
-        vocab_size,
-        chunk_size,
-        has_rows_of_tokens=False,
-    )
+    _check(weight_VH, target_T, weight_VH.shape[0], tp_group, temperature, vocab_size, chunk_size)
 
     if kept_K is None:
         kept_K = _positions_with_target(target_T)
@@ -718,25 +727,21 @@ def _check(
     temperature: float,
     vocab_size: int | None,
     chunk_size: int | None,
-    has_rows_of_tokens: bool = True,
 ) -> None:
-    """Refuses arguments that do not fit together.
+    """Refuses arguments that do not fit together; their dimensions fit already.
 
     Args:
-        matrix: [T, V] logits, or [V, H] the output weight without `has_rows_of_tokens`.
+        matrix: logits or output weight.
         columns: of the vocabulary on this rank.
         The others are the callers'.
 
     Raises:
         ValueError: always with what is wrong and what is expected.
     """
-    fits = matrix.dim() == 2 and target_T.dim() == 1
-    if fits and has_rows_of_tokens:
-        fits = matrix.shape[0] == target_T.shape[0]
-    if not fits:
-        raise ValueError(
-            f"expected [T, V] and [T], got {tuple(matrix.shape)} and {tuple(target_T.shape)}"
-        )
+    if not matrix.is_floating_point():
+        raise ValueError(f"logits, or the output weight, must be floats, got {matrix.dtype}")
+    if target_T.dtype != torch.int64:
+        raise ValueError(f"target_T must hold int64 token ids, got {target_T.dtype}")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
     if chunk_size is not None and chunk_size < 1:

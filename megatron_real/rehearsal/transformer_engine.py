@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 DType = enum.IntEnum(
     "DType",
@@ -84,12 +83,31 @@ def _answer_for_its_version(version: str) -> None:
     metadata.version = answer
 
 
+class _Export:
+    """Any name of an ONNX package, as an import, a decorator, a type or an operator takes it."""
+
+    def __call__(self, *_: Any, **__: Any) -> _Export:
+        return self
+
+    def __getattr__(self, name: str) -> _Export:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __getitem__(self, _key: Any) -> _Export:
+        return self
+
+
 def _stand_in_for_onnx() -> None:
+    """TransformerEngine imports ONNX for its export, which no training calls, and defines operators with it."""
     for name in ("onnx", "onnxscript", "onnxscript.ir"):
         try:
             __import__(name)
         except ImportError:
-            sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None))
+            module: Any = types.ModuleType(name)
+            module.__spec__ = ModuleSpec(name, None)
+            module.__getattr__ = _Export().__getattr__
+            sys.modules[name] = module
 
 
 def _import_common(folder: Path) -> Any:

@@ -163,10 +163,36 @@ def test_control_unreduced_hidden_gradient_is_seen(world: World) -> None:
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"vocab_size": 9}, "vocab_size is 9"),
         ({"target_T": torch.tensor([1, 8])}, "target 8 is outside"),
-        ({"target_T": torch.tensor([1])}, "expected"),
+        ({"target_T": torch.tensor([1])}, r"got \[2, 8\] and \[1\]"),
+        ({"target_T": torch.tensor(1)}, r"got \[2, 8\] and \[\]"),
+        ({"target_T": torch.tensor([1.0, 2.0])}, "int64 token ids, got torch.float32"),
+        ({"logits_TV": torch.zeros(8)}, r"got \[8\] and \[2\]"),
+        ({"logits_TV": torch.zeros(2, 1, 8)}, r"got \[2, 1, 8\] and \[2\]"),
+        ({"logits_TV": torch.zeros(2, 8).long()}, "must be floats, got torch.int64"),
     ],
 )
 def test_refuses(change: dict[str, Any], message: str) -> None:
     arguments = {"logits_TV": torch.zeros(2, 8), "target_T": torch.tensor([1, 2])} | change
     with pytest.raises(ValueError, match=message):
         vocab_parallel_logprobs(arguments.pop("logits_TV"), arguments.pop("target_T"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_TH": torch.zeros(4)}, r"got \[4\], \[8, 4\] and \[2\]"),
+        ({"weight_VH": torch.zeros(())}, r"got \[2, 4\], \[\] and \[2\]"),
+        ({"target_T": torch.tensor(1)}, r"got \[2, 4\], \[8, 4\] and \[\]"),
+        ({"hidden_TH": torch.zeros(3, 4)}, "hidden has 3 tokens on each of 1 ranks"),
+        ({"hidden_TH": torch.zeros(2, 5)}, "must have one H and one dtype"),
+        ({"weight_VH": torch.zeros(8, 4).double()}, "must have one H and one dtype"),
+    ],
+)
+def test_refuses_hidden_states(change: dict[str, torch.Tensor], message: str) -> None:
+    arguments = {
+        "hidden_TH": torch.zeros(2, 4),
+        "weight_VH": torch.zeros(8, 4),
+        "target_T": torch.tensor([1, 2]),
+    } | change
+    with pytest.raises(ValueError, match=message):
+        linear_logprobs(**arguments)

@@ -5,6 +5,7 @@ and with everything excluded that can be.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -402,6 +403,31 @@ REFUSED = [
 def test_refuses(words: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make_objective(**words)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"old_logprob_T": OLD_T[:1]}, "must all be [T], got "),
+        ({"logprob_T": LOGPROB_T[None]}, "must all be [T], got "),
+        ({"rollout_T": ROLLOUT_T.double()}, "rollout_T must hold integers, got torch.float64."),
+        ({"rollout_T": ROLLOUT_T + 1}, "rollout_T must lie in [0, 3), got 1 to 3."),
+        ({"label_R": torch.tensor(1)}, "label_R must be [R], got []."),
+        ({"group_R": GROUP_R[:1]}, "must all be [R], got [[3], [1], [3], [3]]."),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(change: dict[str, Any], message: str) -> None:
+    arguments = {
+        "logprob_T": LOGPROB_T,
+        "old_logprob_T": OLD_T,
+        "rollout_T": ROLLOUT_T,
+        "label_R": LABEL_R,
+        "group_R": GROUP_R,
+    } | change
+    objective = make_objective("gspo")
+    for function in (objective_loss, token_weights):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            function(objective, **arguments)
 
 
 def test_a_reference_without_its_log_probs_is_refused() -> None:

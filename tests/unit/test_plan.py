@@ -34,6 +34,7 @@ from megatron_real.plan.speed import Cluster, Run, _decay, step_time
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.rows import append_row
 from megatron_real.weights.architecture import Architecture
+from megatron_real.weights.published import published_model
 
 ROOT = Path(__file__).parents[2]
 R1_7B = {
@@ -85,6 +86,37 @@ def gpu_day(share: float = 0.5, *, rehearsed: bool = False, machine: str = "NVID
         },
     }
     return json.dumps({"rehearsed_on_a_cpu": rehearsed, "stages": stages})
+
+
+REHEARSED = [
+    # model, GPUs, stage, micro-batches, GiB at the peak of a gradient, further words
+    ("r1-distill-qwen-7b", 16, 0, 3, 62.19, ()),
+    ("r1-distill-qwen-7b", 16, 0, 3, 34.19, ("parallel.tp=4",)),
+    ("r1-distill-qwen-7b", 16, 0, 4, 50.67, ("parallel.pp=2",)),
+    ("r1-distill-qwen-7b", 16, 1, 4, 34.58, ("parallel.pp=2",)),
+    ("r1-distill-qwen-32b", 32, 0, 4, 51.55, ("parallel.tp=8", "parallel.pp=2")),
+    ("r1-distill-qwen-32b", 32, 1, 4, 38.49, ("parallel.tp=8", "parallel.pp=2")),
+    ("r1-distill-llama-70b", 64, 0, 8, 68.03, ("parallel.tp=8", "parallel.pp=4")),
+    ("r1-distill-llama-70b", 64, 3, 8, 38.06, ("parallel.tp=8", "parallel.pp=4")),
+]
+"""With TransformerEngine's layers, by the commands of docs/rehearsal.md."""
+
+
+@pytest.mark.parametrize(("model", "gpus", "stage", "micro_batches", "gib", "words"), REHEARSED)
+def test_it_foretells_what_true_sizes_were_rehearsed_to_take(
+    model: str, gpus: int, stage: int, micro_batches: int, gib: float, words: tuple[str, ...]
+) -> None:
+    path = published_model(model)
+    recipe = config.load(
+        str(ROOT / "examples/configs/real_7b.yaml"), (*words, f"model.path={path}")
+    )
+    memory = stage_memory(
+        Architecture.read(path),
+        recipe,
+        dp=config.check_world(recipe, gpus),
+        shapes=Shapes(micro_batches, layers="te", device="cuda"),
+    )[stage]
+    assert memory.resident.total + memory.update.total == pytest.approx(gib * 2**30, rel=0.01)
 
 
 def test_rates_of_a_gpu_day_take_the_place_of_published_ones(tmp_path: Path) -> None:
