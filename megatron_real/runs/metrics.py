@@ -56,7 +56,8 @@ class Training:
     clipped_high_share: Sequence[float]
     """[updates] the same above 1."""
     low_ratio_tokens: Sequence[tuple[int, int, int]]
-    """[updates] response tokens with a ratio below 0.8, those of right answers among them, and all."""
+    """[updates] number of response tokens with a ratio below 0.8, of those in right answers, and of
+    all."""
     equal_groups: int
     """Groups whose rewards are all equal, so that their advantages are 0; of objectives in
     advantages."""
@@ -69,8 +70,11 @@ class Training:
     token_figures: Mapping[str, Sequence[NDArray[numpy.float32] | None]] = field(
         default_factory=dict
     )
-    """Where they are kept: `log_ratios` and `token_weights`, [rollouts] arrays [n] over the response tokens, 0 for those
-    that were not trained on; None for the rollouts of an update that an earlier life of the run has made."""
+    """`log_ratios` and `token_weights`, where they are kept: [rollouts] arrays [n].
+
+    They are over the response tokens, 0 for tokens that were not trained on. The entry is None for
+    the rollouts of an update that an earlier life of the run has made.
+    """
 
 
 def step_metrics(
@@ -131,11 +135,12 @@ def step_metrics(
 
 
 def low_ratio_metrics(tokens: Sequence[tuple[int, int, int]]) -> dict[str, float]:
-    """Shares of the step's response tokens, each counted in the update that trained on it.
+    """Returns shares of the step's response tokens, each counted in the update that trained on it.
 
-    low_ratio_share: of all, those whose ratio to the policy that generated them was below 0.8. low_ratio_positive_share:
-    of these, the tokens of right answers, which a policy gradient in ratios pulls at the less the lower they are; NaN
-    where none was low.
+    low_ratio_share: of all tokens, those whose ratio to the policy that generated them was below
+        0.8.
+    low_ratio_positive_share: of these, the tokens of right answers, which a policy gradient in
+        ratios pulls at the less the lower they are; NaN where none was low.
     """
     low, positive, every = (sum(counts) for counts in zip(*tokens, strict=True))
     return {

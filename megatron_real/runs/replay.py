@@ -97,8 +97,8 @@ def _check_prompts(file: Path, config: Config) -> list[str]:
     if num_prompts != config.rollout.num_prompts:
         raise ValueError(
             f"{file} has the rollouts of {num_prompts} prompts, but rollout.num_prompts is "
-            f"{config.rollout.num_prompts}, by which the learning-rate schedule counts updates; set "
-            f"rollout.num_prompts={num_prompts}"
+            f"{config.rollout.num_prompts}, by which the learning-rate schedule counts updates; "
+            f"set rollout.num_prompts={num_prompts}"
         )
 
     saved_size = len({group for group, update in updates if update == 1})
@@ -106,6 +106,6 @@ def _check_prompts(file: Path, config: Config) -> list[str]:
     if saved_size in (0, size):  # 0: the rollouts were saved before they were trained on
         return []
     return [
-        f"the saved run made its updates of {saved_size} prompts, this replay makes them of {size}; "
-        f"set batch.minibatch_prompts={saved_size} for the same updates"
+        f"the saved run made its updates of {saved_size} prompts, this replay makes them of "
+        f"{size}; set batch.minibatch_prompts={saved_size} for the same updates"
     ]
