@@ -164,7 +164,7 @@ def fused_attn_bwd(
     for part in sequences_of(cu_seqlens_q):
         with torch.enable_grad():
             inputs = [x[part].detach().requires_grad_() for x in (q, k, v)]
-            out = _attend(*inputs, scale)
+            out = _attend(inputs[0], inputs[1], inputs[2], scale)
         for whole, own in zip(grads, torch.autograd.grad(out, inputs, d_o[part]), strict=True):
             whole[part] = own
     return [*grads, None]
