@@ -1,7 +1,7 @@
 """Algorithm 1 of REAL, and the map of this project: each stage of `train` is a package.
 
-prompts -> rollouts -> labels -> batches, old log-probs -> updates -> metrics on disk -> evaluation -> checkpoint
-   ^                                                          |
+prompts -> rollouts -> labels -> batches, old log-probs -> updates -> metrics on disk
+   ^                                                          |    -> evaluation -> checkpoint
    +---------------------- weights to the engine <------------+
 
 stage           consumes                  produces                  waits for
@@ -15,8 +15,8 @@ update          one batch at a time       new weights               all ranks, o
 checkpoint      everything                a copy that a thread      the copy, not the disk
                                           writes
 
-The first three are rollout/source.py. A run may stop at the seams of its stages, and the same command goes on from
-there; see runs/checkpoint.py.
+The first three are in rollout/source.py. A run may stop at the seams of its stages, and the same
+command goes on from there; see runs/checkpoint.py.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ from megatron_real.weights.stream import write_hf
 
 def train(job: Job) -> None:
     """Trains the policy by REAL. Every process of the job runs this together."""
-    config, reporter, checkpoints = job.config, job.reporter, job.checkpoints
+    config = job.config
+    reporter = job.reporter
+    checkpoints = job.checkpoints
     with reporter.progress:
         if checkpoints.position == Position(0):
             _evaluate(job, step=0)
@@ -53,6 +55,7 @@ def train(job: Job) -> None:
                     reporter.trained(step, taken.rollouts, training)
                 _stop_if_not_finite(job, step, batches, updates)
             checkpoints.step_done(step, accuracy=_evaluate_if_due(job, step))
+
         unsaved = checkpoints.close()
         if config.trainer.export:
             _export(job)
@@ -60,7 +63,7 @@ def train(job: Job) -> None:
 
 
 def _with_reference(job: Job, taken: StepRollouts) -> StepRollouts:
-    """The rollouts with their log-probs under the reference, where a KL penalty asks for them."""
+    """Adds the rollouts' log-probs under the reference, where a KL penalty asks for them."""
     if job.reference is None:
         return taken
     with job.reporter.progress.stage("reference"):
@@ -68,11 +71,15 @@ def _with_reference(job: Job, taken: StepRollouts) -> StepRollouts:
 
 
 def _updates(job: Job, taken: StepRollouts) -> tuple[list[Batch], list[Update]]:
-    """The step's batches and the updates that they made, those of an earlier life of the run among them."""
+    """Makes the updates of a step, and returns its batches and updates.
+
+    Updates that an earlier life of the run has made are among them, and are not made again.
+    """
     timed = job.reporter.progress.stage
     with timed("old_logprobs"), taken.generating_weights():
         begun = job.checkpoints.take_begun()
         batches, updates = prepare(job.policy, taken.rollouts, begun, lagging=taken.lag > 0)
+
     while len(updates) < len(batches):
         with timed("update"):
             updates.append(job.policy.update(batches[len(updates)]))
@@ -84,25 +91,33 @@ def _updates(job: Job, taken: StepRollouts) -> tuple[list[Batch], list[Update]]:
 def _stop_if_not_finite(
     job: Job, step: int, batches: Sequence[Batch], updates: Sequence[Update]
 ) -> None:
+    """Keeps the batches of skipped updates, and ends the run after too many in a row.
+
+    Raises:
+        NonFinite: trainer.max_skipped_updates updates in a row were skipped.
+    """
     for number, (batch, update) in enumerate(zip(batches, updates, strict=True), 1):
         if update.skipped:
             job.reporter.skipped(step, number, batch.minibatch.rollouts)
         if update.skipped_in_a_row >= job.config.trainer.max_skipped_updates:
             raise NonFinite(
-                f"{update.skipped_in_a_row} updates in a row had a loss or gradient that was not finite; their batches "
-                f"are in {job.reporter.directory.dumps}, each a directory for rollout.replay; "
-                f"{job.checkpoints.last_good()}; try a lower optimizer.lr"
+                f"{update.skipped_in_a_row} updates in a row had a loss or gradient that was not "
+                f"finite; their batches are in {job.reporter.directory.dumps}, each a directory "
+                f"for rollout.replay; {job.checkpoints.last_good()}; try a lower optimizer.lr"
             )
 
 
 def _evaluate_if_due(job: Job, step: int) -> float | None:
+    """Evaluates after the last step, and after every evaluation.every steps; see `_evaluate`."""
     every = job.config.evaluation.every
-    due = step == job.config.trainer.steps or (every > 0 and step % every == 0)
-    return _evaluate(job, step) if due else None
+    is_last = step == job.config.trainer.steps
+    if is_last or (every > 0 and step % every == 0):
+        return _evaluate(job, step)
+    return None
 
 
 def _evaluate(job: Job, step: int) -> float | None:
-    """pass@1 on the held-out problems; None where there are none."""
+    """Returns pass@1 on the held-out problems; None where there are none."""
     if job.evaluation is None:
         return None
     result = job.evaluation.run()
@@ -111,9 +126,13 @@ def _evaluate(job: Job, step: int) -> float | None:
 
 
 def _export(job: Job) -> None:
-    """Writes the weights as an HF directory with a model card, in the dtype of the weights that training started from."""
-    stream, path = job.policy.stream(), job.config.model.path
+    """Writes the weights as an HF directory with a model card.
+
+    Their dtype is that of the weights that training started from.
+    """
+    stream = job.policy.stream()
     if job.reporter.first:
+        path = job.config.model.path
         directory = job.reporter.directory
         card = {CARD: model_card(directory, versions())}
         write_hf(directory.weights, stream, source=path, dtype=job.weights.dtype, texts=card)

@@ -2,8 +2,8 @@
 
     Prompt --rollout--> Completion --labels--> Verdict --> Rollout --batching--> Sequence
 
-Every stage consumes records of one kind and produces records of the next; nothing is a dict batch. Loadable without
-torch, so that prompts and labels can be tested and used on their own.
+Every stage consumes records of one kind and produces records of the next; nothing is a dict batch.
+The module loads without torch, so that prompts and labels can be tested and used on their own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ UNKNOWN_VERSION = -1
 
 
 class Status(str, Enum):
-    """What became of the check of one completion. Equal to its value as text, and written as such."""
+    """What became of the check of one completion.
+
+    A status equals its value as text, and is written as such.
+    """
 
     OK = "ok"
     """The answer is right."""
@@ -86,7 +89,13 @@ EXCLUDED = Label.EXCLUDED
 class Prompt:
     """One question, rendered by the chat template and tokenised.
 
-    Example: Prompt(uid="train/17", text="<|user|>2+3=<|assistant|>", token_ids=(5, 9, 12, 10, 7), answers=("5",))
+    Example:
+        Prompt(
+            uid="train/17",
+            text="<|user|>2+3=<|assistant|>",
+            token_ids=(5, 9, 12, 10, 7),
+            answers=("5",),
+        )
     """
 
     uid: str
@@ -130,25 +139,39 @@ class Segment:
     end: int
     """One beyond the position of its last token."""
     trained: bool
-    """The policy sampled these tokens and is trained on them; False for a tool's output or a user's turn."""
+    """Whether the policy sampled these tokens and is trained on them.
+
+    It is False for a tool's output or a user's turn.
+    """
 
 
 @dataclass(frozen=True, init=False, eq=False)
 class Completion:
     """What follows the prompt: tokens that the policy sampled, and perhaps others between them.
 
-    The arrays are immutable. Only trained tokens have a log-prob, count in n_k and have a gradient; the others are
-    context. An engine that returns one answer to one prompt trains every token.
+    The arrays are immutable. Only trained tokens have a log-prob, count in n_k and have a gradient;
+    the others are context. An engine that returns one answer to one prompt trains every token.
 
-    Example: Completion([8, 2, 40, 41, 9], [-0.5, -1.0, 0.0, 0.0, -0.25], "...", True, trained=[1, 1, 0, 0, 1])
-    has three segments, of which the middle one is a tool's output.
+    Example:
+        Completion(
+            [8, 2, 40, 41, 9],
+            [-0.5, -1.0, 0.0, 0.0, -0.25],
+            "...",
+            True,
+            trained=[1, 1, 0, 0, 1],
+        )
+
+    It has three segments, of which the middle one is a tool's output.
     """
 
     token_ids: TokenIds
     """[n] int32 tokens, with the end-of-sequence token when one was produced."""
     logprobs: Logprobs
-    """[n] float32 the engine's own log-probs (nats) of the sampling distribution; they only measure the train/engine
-    mismatch. Meaningless where a token is not trained."""
+    """[n] float32 the engine's own log-probs (nats) of the sampling distribution.
+
+    They only measure the mismatch of trainer and engine, and mean nothing where a token is not
+    trained.
+    """
     text: str
     """Decoded response without special tokens."""
     finished: bool
@@ -156,7 +179,10 @@ class Completion:
     trained: TokenMask
     """[n] bool, the tokens that the policy sampled and is trained on."""
     weight_version: NDArray[numpy.int32]
-    """[n] int32 number of the step that began with the weights that sampled each token; UNKNOWN_VERSION if unknown."""
+    """[n] int32 number of the step that began with the weights that sampled each token.
+
+    It is UNKNOWN_VERSION where that is not known.
+    """
 
     def __init__(
         self,
@@ -227,9 +253,10 @@ class Completion:
 
 
 class Absent(Completion):
-    """A completion whose tokens and text are in the memory of another rank (exchange.py); its lengths are known here.
+    """A completion whose tokens and text are in the memory of another rank (exchange.py).
 
-    To read its arrays or its text is a mistake in the program: an AttributeError.
+    Its lengths are known here. Reading its arrays or its text is a mistake in the program, and
+    raises AttributeError.
     """
 
     def __init__(
@@ -293,13 +320,14 @@ class Verdict:
     label: Label
     """What the rollout counts as; its number is taken too."""
     reward: float | None
-    """1.0 or 0.0 from a binary verifier, its number from a scoring one, None where the check failed."""
+    """1.0 or 0.0 from a binary verifier, its number from a scoring one; None where the check
+    failed."""
     seconds: float = 0.0
     """Wall-clock time of the check; 0 where no verifier saw the completion."""
     reason: str = ""
     """Why there is no verdict, where the check failed or the completion was lost."""
     early: bool = False
-    """True when the check was over before the engine of its rank had finished its last completion."""
+    """Whether the check was over before the rank's engine had finished its last completion."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a status or a label that does not exist."""
@@ -319,10 +347,16 @@ class Rollout:
     completion: Completion
     verdict: Verdict
     refills: int = 0
-    """Prompts that were drawn for this group before, and given up because their rollouts were of one class."""
+    """Number of prompts that were drawn for this group before.
+
+    They were given up because their rollouts were of one class.
+    """
     reference_logprobs: Logprobs | None = None
-    """[n] log-probs (nats) of the completion's tokens under the reference policy, 0 where a token is not trained;
-    None where none were asked for. float32, or float64 where the model computes in it."""
+    """[n] log-probs (nats) of the completion's tokens under the reference policy.
+
+    They are 0 where a token is not trained; None where none were asked for. The dtype is float32,
+    or float64 where the model computes in it.
+    """
     holder: int | None = None
     """The rank that holds the completion; elsewhere it may be `Absent`. None: every rank has it."""
 
@@ -350,7 +384,7 @@ class Rollout:
 
 
 def _immutable(values: Any, dtype: type[numpy.generic]) -> NDArray[Any]:
-    """Returns the values as an array [n] that nobody can write to; a copy unless they are one already."""
+    """Returns the values as a read-only array [n]; a copy unless they are one already."""
     if isinstance(values, numpy.ndarray) and values.dtype == dtype and not values.flags.writeable:
         array = values
     else:

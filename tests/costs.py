@@ -66,9 +66,13 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        cpu, clock = cpu_seconds(os.getpid()), time.monotonic()
+        cpu_before = cpu_seconds(os.getpid())
+        clock_before = time.monotonic()
+
         result = yield
-        cpu, clock = cpu_seconds(os.getpid()) - cpu, time.monotonic() - clock
+
+        cpu = cpu_seconds(os.getpid()) - cpu_before
+        clock = time.monotonic() - clock_before
         with self._file.open("a") as lines:
             lines.write(f"{cpu:.2f}\t{clock:.2f}\t{name_of(item.nodeid)}\n")
         return result
@@ -97,10 +101,12 @@ def table(costs: dict[str, Cost], *, shown: int = 40) -> str:
 
     lines = ["  CPU s  clock s  tests  file"]
     for file, of_file in sorted(files.items(), key=lambda pair: -sum(c.cpu for c in pair[1])):
-        cpu, clock = sum(c.cpu for c in of_file), sum(c.clock for c in of_file)
+        cpu = sum(c.cpu for c in of_file)
+        clock = sum(c.clock for c in of_file)
         lines.append(f"{cpu:7.1f}  {clock:7.1f}  {len(of_file):5d}  {file}")
 
-    cpu, clock = sum(c.cpu for c in costs.values()), sum(c.clock for c in costs.values())
+    cpu = sum(c.cpu for c in costs.values())
+    clock = sum(c.clock for c in costs.values())
     lines += [f"{cpu:7.1f}  {clock:7.1f}  {len(costs):5d}  all", "", "  CPU s  clock s  test"]
     for test, cost in sorted(costs.items(), key=lambda pair: -pair[1].cpu)[:shown]:
         lines.append(f"{cost.cpu:7.1f}  {cost.clock:7.1f}  {test}")

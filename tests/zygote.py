@@ -78,9 +78,12 @@ class Popen(subprocess.Popen[Any]):
             return
 
         # The order of CPython 3.10 to 3.13: ..., cwd, env, ..., p2cread, p2cwrite, c2pread, ...
-        cwd, env = arguments[5], arguments[6]
+        cwd = arguments[5]
+        env = arguments[6]
         pipes = arguments[10:16]
-        stdin, stdout, stderr = pipes[0], pipes[3], pipes[5]
+        stdin = pipes[0]
+        stdout = pipes[3]
+        stderr = pipes[5]
         streams = [
             0 if stdin == -1 else stdin,
             1 if stdout == -1 else stdout,
@@ -105,7 +108,7 @@ class Popen(subprocess.Popen[Any]):
         nobody wants to wait.
         """
         if self._report is None:
-            return super()._try_wait(wait_flags)  # type: ignore[misc, no-any-return]
+            return super()._try_wait(wait_flags)  # type: ignore[misc]
         if wait_flags & os.WNOHANG and not _has_word(self._report):
             return 0, 0
         status = self._report.recv(16)
@@ -116,7 +119,7 @@ class Popen(subprocess.Popen[Any]):
 
     def _internal_poll(self, *arguments: Any, **options: Any) -> int | None:
         if self._report is None:
-            return super()._internal_poll(*arguments, **options)  # type: ignore[misc, no-any-return]
+            return super()._internal_poll(*arguments, **options)  # type: ignore[misc]
         with self._waitpid_lock:  # type: ignore[attr-defined]
             if self.returncode is None:
                 pid, status = self._try_wait(os.WNOHANG)
@@ -252,7 +255,8 @@ class _Child(subprocess.Popen[Any]):
     """
 
     def _execute_child(self, *arguments: Any) -> None:
-        words, stdin = _forkable(arguments[0], {}), arguments[10]  # as in Popen above
+        words = _forkable(arguments[0], {})
+        stdin = arguments[10]  # as in Popen above
         if words is None:
             super()._execute_child(*arguments)  # type: ignore[misc]
             return
@@ -391,7 +395,7 @@ def _run_as_main(words: Sequence[str]) -> int:
     if isinstance(code, str):
         print(code, file=sys.stderr)
         code = 1
-    return int(code or 0)  # type: ignore[call-overload, no-any-return]
+    return int(code or 0)  # type: ignore[call-overload]
 
 
 def _fork_the_ranks() -> None:
@@ -402,7 +406,7 @@ def _fork_the_ranks() -> None:
     """
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-    subprocess_handler.Popen = Popen  # type: ignore[attr-defined]
+    subprocess_handler.Popen = Popen  # type: ignore[attr-defined, assignment]
 
 
 def _import_vllm() -> None:
@@ -437,7 +441,7 @@ def _fork_the_servers() -> None:
     from megatron_real.rollout import server
 
     forking = {**vars(subprocess), "Popen": _start_server}
-    server.subprocess = types.SimpleNamespace(**forking)  # type: ignore[attr-defined]
+    server.subprocess = types.SimpleNamespace(**forking)  # type: ignore[attr-defined, assignment]
 
 
 def main() -> None:

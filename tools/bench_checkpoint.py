@@ -15,7 +15,6 @@ counted: it makes plans and memory that the later ones use again. `step while wr
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from bench_machine import add_result_options, show
 from bench_model import shared_directory
 from bench_policy import new_policy, rollouts
 from megatron.core import dist_checkpointing
@@ -67,13 +67,16 @@ def main() -> None:
     parser.add_argument(
         "--folder", default=None, help="where to write; a temporary directory by default"
     )
+    add_result_options(parser)
     options = parser.parse_args()
     policy = new_policy(CONFIG, shape(options.parameters * 1e6))
     batch = policy.prepare(rollouts([[60, 60], [60, 60]], prompt_tokens=60, vocab=VOCABULARY))[0]
     with shared_directory(options.folder) as folder:
         figures = measure(policy, lambda: policy.update(batch), options.saves, folder / "saved")
     if dist.get_rank() == 0:
-        print(json.dumps(figures, indent=1))
+        rows = [{"figure": name, "value": value} for name, value in figures.items()]
+        title = f"Saves of {options.parameters}M parameters, {dist.get_world_size()} processes"
+        show(title, rows, options)
 
 
 def shape(parameters: float) -> dict[str, int]:

@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from bench_machine import show
+from bench_machine import add_result_options, show
 
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.hf import hf_files
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME=COMMAND", help="with {hf} and {out}"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
+    add_result_options(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.dir) as name:
         size = make_model(Path(name) / "hf", options.shape, sparse=options.sparse)

@@ -15,6 +15,8 @@ import random
 import statistics
 import time
 
+from bench_machine import add_result_options, show
+
 from megatron_real.labels.pool import Check, VerifierPool
 
 FORMS = (
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--checks", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--verifier", default="math_verify")
+    add_result_options(parser)
     options = parser.parse_args()
     checks = honest_checks(options.checks)
     pools = [
@@ -50,11 +53,16 @@ def main() -> None:
             pool.run(checks)
             if number:  # the first round warms up
                 seconds_of_pool.append(time.monotonic() - started)
+
     base = statistics.median(seconds[0])
+    rows = []
     for workers, pool, seconds_of_pool in zip(options.workers, pools, seconds, strict=True):
         median = statistics.median(seconds_of_pool)
-        print(f"{workers:3d} workers  {len(checks) / median:8.0f} checks/s  {base / median:5.2f} x")
+        rows.append(
+            {"workers": workers, "checks/s": len(checks) / median, "x the first": base / median}
+        )
         pool.close()
+    show(f"{options.verifier}, {len(checks)} checks", rows, options)
 
 
 def honest_checks(count: int) -> list[Check]:

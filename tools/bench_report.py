@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy
 import yaml
-from bench_machine import describe
+from bench_machine import add_result_options, show
 
 from megatron_real.records import Completion, Label, Prompt, Rollout, Status, Verdict
 from megatron_real.report.browser import MAX_STEPS, spaced
@@ -67,8 +67,8 @@ def main() -> None:
     parser.add_argument(
         "--token-weights", action="store_true", help="with trainer.keep_token_weights"
     )
+    add_result_options(parser)
     options = parser.parse_args()
-    print(describe())
 
     with tempfile.TemporaryDirectory() as folder:
         runs = [Path(folder) / f"real-{seed}" for seed in range(options.runs)]
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def measure(runs: list[Path], out: Path, options: argparse.Namespace) -> None:
-    """Runs the command, and prints a row of a table."""
+    """Runs the command, and prints its figures."""
     command = [sys.executable, "-m", "megatron_real", "report", *map(str, runs), "--out", str(out)]
     started = time.perf_counter()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -90,14 +90,17 @@ def measure(runs: list[Path], out: Path, options: argparse.Namespace) -> None:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = time.perf_counter() - started
     cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
-    print(
-        "| runs | steps | rollouts a step | seconds | CPU seconds | peak memory, MiB | page, MB |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    print(
-        f"| {len(runs)} | {options.steps:,} | {options.rollouts:,} | {seconds:.1f} | {cpu:.1f} | "
-        f"{used.ru_maxrss / 1024:,.0f} | {out.stat().st_size / 1e6:.2f} |"
-    )
+
+    row = {
+        "runs": len(runs),
+        "steps": options.steps,
+        "rollouts a step": options.rollouts,
+        "seconds": seconds,
+        "CPU seconds": cpu,
+        "peak memory, MiB": used.ru_maxrss / 1024,
+        "page, MB": out.stat().st_size / 1e6,
+    }
+    show("A report", [row], options)
 
 
 def write_run(

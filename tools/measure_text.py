@@ -93,16 +93,19 @@ class Figures:
 
     def rows(self) -> dict[str, str]:
         """The table's rows: what is measured, and its figure."""
-        thousands = self.lines / 1000
+        # A directory may hold no function, or only empty files; what is a share of nothing is 0.
+        lines = max(self.lines, 1)
+        thousands = lines / 1000
         once = sum(n for name, n in self.private_functions.items() if self.uses[name] == n)
         functions = len(self.function_lines)
+        function_lines = self.function_lines or [0]
         return {
             "lines that are not blank": f"{self.lines:,}",
-            "functions: median lines": f"{statistics.median(self.function_lines):.0f}",
-            "functions: longest": f"{max(self.function_lines)}",
+            "functions: median lines": f"{statistics.median(function_lines):.0f}",
+            "functions: longest": f"{max(function_lines)}",
             "functions per 1,000 lines": f"{functions / thousands:.0f}",
-            "private helpers used once, of all functions": f"{once / functions:.0%}",
-            "comments, of lines": f"{self.comment_lines / self.lines:.1%}",
+            "private helpers used once, of all functions": f"{once / max(functions, 1):.0%}",
+            "comments, of lines": f"{self.comment_lines / lines:.1%}",
             f"blank lines in bodies of {LONG_BODY} lines or more": (
                 f"{self.long_body_blank_lines / max(self.long_body_lines, 1):.1%}"
             ),

@@ -1,7 +1,7 @@
-"""`megatron-real push RUN_DIR REPO`: uploads a run's export, with its model card, to the Hugging Face hub.
+"""`megatron-real push RUN_DIR REPO`: uploads a run's export and model card to the Hugging Face hub.
 
-Everything is checked before anything is sent, and all files go in one commit: a repository never holds half a model.
-The token is the hub's own (`hf auth login`, or HF_TOKEN), and is never shown.
+Everything is checked before anything is sent, and all files go in one commit: a repository never
+holds half a model. The token is the hub's own (`hf auth login`, or HF_TOKEN), and is never shown.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def _gather(path: Path, evaluations: Sequence[str]) -> Upload:
     """Finds the files of a run's export.
 
     Raises:
-        ValueError: there is none, a file of it must not be published, or an evaluation has no results.
+        ValueError: there is no export, a file of it must not be published, or an evaluation has no
+            results.
     """
     owner = path if is_run_directory(path) else path.absolute().parent
     directory = RunDirectory(owner)
@@ -123,8 +124,8 @@ def _gather(path: Path, evaluations: Sequence[str]) -> Upload:
     is_export = is_run_directory(owner) and (path == owner or path.absolute() == export.absolute())
     if not is_export:
         raise ValueError(
-            f"{path} is neither a run's directory nor the hf/ in one; give trainer.run_dir of a run that has "
-            "ended (`hf upload` sends any other directory)"
+            f"{path} is neither a run's directory nor the hf/ in one; give trainer.run_dir of a "
+            "run that has ended (`hf upload` sends any other directory)"
         )
     if not (export / "config.json").is_file():
         raise ValueError(
@@ -185,13 +186,18 @@ def _guarded(send: Callable[[], str]) -> int:
 
 
 def _send(upload: Upload, repo: str, *, private: bool, message: str) -> str:
-    """Makes the repository where there is none, and one commit with everything. Returns the address of the commit."""
+    """Makes the repository where there is none, and one commit with everything.
+
+    Returns:
+        The address of the commit.
+    """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(library_name="megatron_real")
     api.whoami()  # a token that has expired is said before a byte is sent
     api.create_repo(repo, private=private, exist_ok=True)
-    # Shards of a model that was there before would be loaded beside the new ones, or instead of them.
+    # Shards of a model that was there before would be loaded beside the new ones, or instead of
+    # them.
     stale = [
         name
         for name in api.list_repo_files(repo)

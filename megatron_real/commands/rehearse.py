@@ -1,6 +1,7 @@
-"""`megatron-real rehearse CONFIG --gpus N`: a step of one rank, or of one of each pipeline stage, without a GPU.
+"""`megatron-real rehearse CONFIG --gpus N`: a step of one rank without a GPU.
 
-Exit codes: 0 it runs and fits, 1 it breaks or does not fit, 2 the input was refused. docs/rehearsal.md.
+With --all-stages it is a step of one rank of each pipeline stage. docs/rehearsal.md shows the
+output. Exit codes: 0 the step runs and fits, 1 it breaks or does not fit, 2 the input was refused.
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="M",
-        help="of the update on a data-parallel rank; default: twice the pipeline's stages, 3 at least",
+        help=(
+            "of the update on a data-parallel rank; default: twice the pipeline's stages, 3 at "
+            "least"
+        ),
     )
     parser.add_argument("--json", action="store_true", help="all counts as JSON")
 
@@ -111,9 +115,10 @@ def _requests(options: argparse.Namespace) -> list[Request]:
 
 
 def _ranks(config: Config, options: argparse.Namespace) -> list[int]:
-    """The ranks asked for. Megatron numbers stages last: the first rank of a stage is a multiple of all the others."""
+    """Returns the ranks that the user asks for."""
     if not options.all_stages:
         return [options.rank]
+    # Megatron's rank numbers count pipeline stages last: each stage is one block of ranks.
     ranks_of_stage = options.gpus // config.parallel.pp
     return [stage * ranks_of_stage for stage in range(config.parallel.pp)]
 
@@ -128,7 +133,7 @@ def _as_json(report: RankReport, budget: int) -> dict[str, Any]:
 
 
 def _text(report: RankReport, budget: int) -> list[str]:
-    """The paragraphs of one rank."""
+    """Returns the paragraphs of one rank."""
     place = " ".join(f"{axis} {number}" for axis, number in report.place.items())
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     title = f"rank {report.rank} ({place}); {versions}; rehearsed in {report.seconds:.0f} s"
@@ -139,8 +144,9 @@ def _text(report: RankReport, budget: int) -> list[str]:
         return paragraphs
 
     load = (
-        f"{report.micro_batches} micro-batches of {report.sequences} sequences, {report.tokens} tokens on "
-        f"this rank, groups {report.placement}; {report.parameters / 1e6:,.1f} million parameters"
+        f"{report.micro_batches} micro-batches of {report.sequences} sequences, "
+        f"{report.tokens} tokens on this rank, groups {report.placement}; "
+        f"{report.parameters / 1e6:,.1f} million parameters"
     )
     paragraphs.append(_folded(load))
     paragraphs.append(table(_against_plan(report)))

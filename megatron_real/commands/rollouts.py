@@ -1,7 +1,9 @@
-"""`megatron-real rollouts`: a run's rollouts, as JSON lines for programs or as a page of text for people.
+"""`megatron-real rollouts`: a run's rollouts, as JSON lines for programs or as text for people.
 
-    megatron-real rollouts RUN_DIR [--steps 12 20-29 ...] [--without-tokens]     JSON lines (docs/checkpoints.md)
-    megatron-real rollouts RUN_DIR --step 40 --label wrong | less                one step, group by group, to be read
+JSON lines (docs/checkpoints.md), and one step to be read, group by group:
+
+    megatron-real rollouts RUN_DIR [--steps 12 20-29 ...] [--without-tokens]
+    megatron-real rollouts RUN_DIR --step 40 --label wrong | less
 
 It reads only, and needs neither torch nor a GPU.
 """
@@ -56,7 +58,8 @@ _SORTS: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
 }
 _FULL = {"logprob": 5.0, "ratio": math.log(2)}
 """The figure of the strongest colour (nats); of a weight it is the largest one of the group."""
-# Backgrounds of a terminal with 256 colours, from weak to strong: blue for what became or is made likelier, else orange.
+# Backgrounds of a terminal with 256 colours, from weak to strong: blue for what became or is made
+# likelier, else orange.
 _UP = (17, 18, 19, 20, 26)
 _DOWN = (52, 94, 130, 166, 202)
 
@@ -91,7 +94,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shade",
         choices=SHADES,
-        help="with --step: colour each token by its log-prob, its ratio to the old policy or its weight in the loss",
+        help=(
+            "with --step: colour each token by its log-prob, its ratio to the old policy or its "
+            "weight in the loss"
+        ),
     )
     parser.add_argument(
         "--without-tokens", action="store_true", help="leave out token ids and their figures"
@@ -156,7 +162,10 @@ def _print_json(rows: Iterable[Mapping[str, Any]], without_tokens: bool) -> None
 def _print_text(
     rows: Sequence[Mapping[str, Any]], directory: RunDirectory, options: argparse.Namespace
 ) -> None:
-    """Prints rollouts under their prompts. What a terminal would act on is replaced by visible characters."""
+    """Prints rollouts under their prompts.
+
+    Characters that a terminal would act on are replaced by visible ones.
+    """
     write = _writer()
     if not rows:
         write("no rollout of this step is as asked for\n")
@@ -179,7 +188,7 @@ def _print_text(
 
 
 def _writer() -> Callable[[str], object]:
-    """A function that writes text in whatever a terminal or a file can hold."""
+    """Returns a function that writes text in whatever a terminal or a file can hold."""
     encoding = sys.stdout.encoding or "ascii"
 
     def write(text: str) -> None:
@@ -228,7 +237,8 @@ def _decoder(
     decode = token_decoder(config if isinstance(config, dict) else {})
     if decode is None:
         raise ValueError(
-            f"--shade needs the tokenizer.json of the run's model, which {directory.config} does not lead to"
+            f"--shade needs the tokenizer.json of the run's model, which {directory.config} does "
+            "not lead to"
         )
     return decode
 

@@ -46,7 +46,14 @@ class Executor:
         num_ranks: int | None,
         say: Callable[[str], None],
     ) -> None:
-        """`lock`: descriptor of the sweep's lock, which a run inherits. `num_ranks`: None for one process alone."""
+        """Starts nothing yet.
+
+        Args:
+            logs: directory of the files that have what runs print.
+            lock: descriptor of the sweep's lock, which a run inherits.
+            num_ranks: processes of a run; None for one process without a launcher.
+            say: tells the user.
+        """
         self._logs = logs
         self._lock = lock
         self._num_ranks = num_ranks
@@ -64,7 +71,11 @@ class Executor:
             signal.signal(number, signal.SIG_DFL)
 
     def execute(self, run: SweepRun) -> int:
-        """Trains a run, or goes on with it; returns its exit code, negative for a signal that killed it."""
+        """Trains a run, or goes on with it.
+
+        Returns:
+            Its exit code, negative for a signal that killed it.
+        """
         log = self.log(run)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
@@ -97,21 +108,24 @@ class Executor:
     def _follow(self, run: SweepRun, process: subprocess.Popen[bytes]) -> None:
         """Waits for the end of a run, and says meanwhile how far it is."""
         steps = run.config.trainer.steps
-        part = max(1, steps // _PARTS)
-        size = shown = 0
+        steps_of_part = max(1, steps // _PARTS)
+        metrics = run.directory.metrics
+        size = 0
+        shown = 0
         while process.poll() is None:
             time.sleep(_POLL_SECONDS)
-            metrics = run.directory.metrics
-            grown = metrics.stat().st_size if metrics.exists() else 0
-            if grown == size:
+            # The file is read only when it has grown: polling costs next to nothing.
+            if not metrics.exists() or metrics.stat().st_size == size:
                 continue
-            size = grown
+            size = metrics.stat().st_size
             rows, _ = read_rows(metrics)
-            if rows and (len(rows) // part != shown // part):
-                shown = len(rows)
-                reward = rows[-1].get("reward_mean")
-                of_step = f", reward {reward:.3f}" if reward is not None else ""
-                self._say(f"{run.name}: step {shown} of {steps}{of_step}")
+            if not rows or len(rows) // steps_of_part == shown // steps_of_part:
+                continue
+
+            shown = len(rows)
+            reward = rows[-1].get("reward_mean")
+            of_step = "" if reward is None else f", reward {reward:.3f}"
+            self._say(f"{run.name}: step {shown} of {steps}{of_step}")
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
         self.asked_to_stop = True
@@ -121,16 +135,20 @@ class Executor:
 
 
 def _stop_with_parent() -> None:
-    """A run whose sweep was killed saves and stops, where the kernel can tell it (Linux)."""
+    """Asks the kernel to send SIGTERM to this process when its parent ends.
+
+    So a run whose sweep was killed saves and stops. Other kernels than Linux cannot do it.
+    """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def sweep_lock(out: Path, say: Callable[[str], None]) -> Iterator[int]:
-    """Holds the sweep's lock; waits while another start of it, or a run that one has left behind, is at work.
+    """Holds the sweep's lock, and gives its descriptor.
 
-    A run inherits the descriptor: the kernel holds the lock until the last process that has it is gone.
+    It waits while another start of the sweep, or a run that one has left behind, is at work. A run
+    inherits the descriptor: the kernel holds the lock until the last process that has it is gone.
     """
     out.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -139,7 +157,8 @@ def sweep_lock(out: Path, say: Callable[[str], None]) -> Iterator[int]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say(
-                f"another start of the sweep in {out}, or a run of it, is at work; waiting for its end"
+                f"another start of the sweep in {out}, or a run of it, is at work; waiting for its "
+                "end"
             )
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor

@@ -15,7 +15,10 @@ from megatron_real.runs.rows import read_rows
 from megatron_real.runs.status import read_status
 
 _WINDOW_SHARE = 0.1
-"""The reward of a run is the mean over this share of its steps, the last ones: a single step's is noisy."""
+"""Share of a run's steps, the last ones, whose mean is the run's reward.
+
+A single step's reward is noisy.
+"""
 
 
 class Outcome(StrEnum):
@@ -26,14 +29,17 @@ class Outcome(StrEnum):
     DIVERGED = "diverged"
     """Its weights, or too many updates in a row, were not finite."""
     FAILED = "failed"
-    """It ended by another error, which the same command would repeat, or did so in this start of the sweep."""
+    """It ended by another error.
+
+    The same command would repeat the error, or the run ended in this start of the sweep.
+    """
     UNFINISHED = "unfinished"
     """It has not begun, is at work, or was interrupted."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run and its figures; the figures are those of a finished run, and NaN for all others."""
+    """A run and its figures, which are NaN unless the run is finished."""
 
     variant: str
     seed: int
@@ -41,19 +47,25 @@ class RunResult:
     reason: str
     """Why it ended early; "" where nothing is known."""
     steps: int
-    """Steps done."""
+    """Number of steps done."""
     accuracy: float
     """pass@1 on data.heldout after the last step; NaN without held-out problems."""
     accuracy_of: Mapping[str, float]
-    """{problem: share of its samples that were right} of that evaluation; {} where the run has not kept it."""
+    """Share of a problem's samples that were right in that evaluation, by problem.
+
+    It is empty where the run has not kept it.
+    """
     reward: float
     """Mean reward over the last tenth of the steps."""
     seconds: float
-    """Wall clock of steps and evaluations, of the first rank; start-up and what was done twice are not in it."""
+    """Wall clock of steps and evaluations on the first rank.
+
+    Start-up and steps that were done again are not in it.
+    """
     tokens: int
-    """Response tokens of all steps done."""
+    """Number of response tokens of all steps done."""
     skipped_updates: int
-    """Updates that were left out because loss or gradient were not finite."""
+    """Number of updates that were left out because loss or gradient were not finite."""
 
     @property
     def name(self) -> str:
@@ -71,24 +83,35 @@ def read_result(run: SweepRun) -> RunResult:
     rows, _ = read_rows(directory.metrics)
     evaluations, _ = read_rows(directory.evaluations)
 
-    finished = outcome == Outcome.FINISHED
-    per_step = run.config.rollout.num_prompts * run.config.rollout.group_size
+    reason = str(status.get("reason") or "")
+    accuracy = math.nan
+    accuracy_of = {}
+    reward = math.nan
+    if outcome == Outcome.FINISHED:
+        reason = ""
+        accuracy = _accuracy(evaluations, run.config.trainer.steps)
+        accuracy_of = _accuracy_of(directory, run.config.trainer.steps)
+        reward = _reward(rows)
+
+    rollouts_per_step = run.config.rollout.num_prompts * run.config.rollout.group_size
+    mean_tokens = math.fsum(row.get("response_tokens_mean") or 0.0 for row in rows)
     return RunResult(
         variant=run.variant,
         seed=run.seed,
         outcome=outcome,
-        reason="" if finished else str(status.get("reason") or ""),
+        reason=reason,
         steps=len(rows),
-        accuracy=_accuracy(evaluations, run.config.trainer.steps) if finished else math.nan,
-        accuracy_of=_accuracy_of(directory, run.config.trainer.steps) if finished else {},
-        reward=_reward(rows) if finished else math.nan,
+        accuracy=accuracy,
+        accuracy_of=accuracy_of,
+        reward=reward,
         seconds=_seconds(rows) + _seconds(evaluations),
-        tokens=round(math.fsum(row.get("response_tokens_mean") or 0.0 for row in rows) * per_step),
+        tokens=round(mean_tokens * rollouts_per_step),
         skipped_updates=int(sum(row.get("skipped_updates") or 0 for row in rows)),
     )
 
 
 def _outcome(status: Mapping[str, Any]) -> Outcome:
+    """Returns the outcome that a status.json tells of."""
     state = status.get("state")
     if state == "finished":
         return Outcome.FINISHED
@@ -98,12 +121,19 @@ def _outcome(status: Mapping[str, Any]) -> Outcome:
 
 
 def _accuracy(evaluations: Sequence[Mapping[str, Any]], steps: int) -> float:
-    last = [row.get("heldout/pass_at_1") for row in evaluations if row.get("step") == steps]
-    return float(last[-1]) if last and last[-1] is not None else math.nan
+    """Returns pass@1 of the last evaluation after a step; NaN where there is none."""
+    figures = [row.get("heldout/pass_at_1") for row in evaluations if row.get("step") == steps]
+    if not figures or figures[-1] is None:
+        return math.nan
+    return float(figures[-1])
 
 
 def _accuracy_of(directory: RunDirectory, steps: int) -> dict[str, float]:
-    """{} of a run that was made before its directory had this file, or whose file is broken."""
+    """Returns the accuracy of each problem after a step.
+
+    It is empty for a run of an earlier version, whose directory has no such file, and where the
+    file is broken.
+    """
     try:
         answers = json.loads(directory.heldout_answers(steps).read_text(encoding="utf-8"))
         samples = answers["samples"]
@@ -113,17 +143,19 @@ def _accuracy_of(directory: RunDirectory, steps: int) -> dict[str, float]:
 
 
 def _reward(rows: Sequence[Mapping[str, Any]]) -> float:
-    """NaN where one of the last steps had no labelled rollout."""
-    window = rows[-max(1, round(len(rows) * _WINDOW_SHARE)) :]
-    rewards = [row.get("reward_mean") for row in window]
+    """Returns the mean reward of the last steps; NaN where one of them had no labelled rollout."""
+    num_steps = max(1, round(len(rows) * _WINDOW_SHARE))
+    rewards = [row.get("reward_mean") for row in rows[-num_steps:]]
     known = [reward for reward in rewards if reward is not None]
-    return math.fsum(known) / len(known) if rewards and len(known) == len(rewards) else math.nan
+    if not rewards or len(known) < len(rewards):
+        return math.nan
+    return math.fsum(known) / len(known)
 
 
 def _seconds(rows: Sequence[Mapping[str, Any]]) -> float:
-    return math.fsum(
-        value
-        for row in rows
-        for name, value in row.items()
-        if name.startswith("seconds/") and value is not None
-    )
+    """Returns the sum of all stages' times."""
+    seconds: list[float] = []
+    for row in rows:
+        stages = [value for name, value in row.items() if name.startswith("seconds/")]
+        seconds += [value for value in stages if value is not None]
+    return math.fsum(seconds)

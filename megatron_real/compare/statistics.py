@@ -13,11 +13,17 @@ import scipy.stats
 from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
-"""Of the intervals."""
+"""Confidence level of the intervals."""
 _RESAMPLES = 9999
-"""Of the bootstrap. The generator's seed is fixed: the same runs give the same interval."""
+"""Resamples of the bootstrap.
+
+The generator's seed is fixed: the same runs give the same interval.
+"""
 _BATCH = 1000
-"""Resamples that are computed together, which bounds the memory: a number for each of their problems and seeds."""
+"""Resamples that are computed together.
+
+It bounds the memory, which is a number for each of their problems and seeds.
+"""
 
 
 @dataclass(frozen=True)
@@ -25,11 +31,11 @@ class Mean:
     """A mean over seeds."""
 
     value: float
-    """NaN of nothing, or where a value is not finite."""
+    """The mean; NaN of no values, or where a value is not finite."""
     standard_error: float
     """s / sqrt(count) with the sample standard deviation s; NaN for fewer than two values."""
     count: int
-    """Seeds."""
+    """Number of seeds."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,9 @@ class Difference(Mean):
     low: float
     """Lower end of the confidence interval; NaN for fewer than two seeds."""
     high: float
-    """Upper end."""
+    """Upper end of the confidence interval."""
     resampled: str
-    """What the interval knows the spread of: "seeds", or "seeds and problems"."""
+    """Whose spread is in the interval: "seeds", or "seeds and problems"."""
 
 
 def mean_over_seeds(values: Sequence[float]) -> Mean:
@@ -63,29 +69,34 @@ def paired_difference(
 ) -> Difference:
     """Returns `other` minus `first`, seed by seed.
 
-    Two runs of one seed see the same prompts in the same order and are evaluated by the same draws. What they share
-    cancels in their difference, so that the interval is of the differences and not of the two means. A seed that only
-    one of them has says nothing about the difference and is left out.
+    Two runs of one seed see the same prompts in the same order and are evaluated by the same draws.
+    What they share cancels in their difference, so that the interval is of the differences and not
+    of the two means. A seed that only one of them has says nothing about the difference and is left
+    out.
 
-    The interval is the bias-corrected and accelerated bootstrap (BCa) over seeds. Where every run says what each problem
-    contributed to its figure, problems are resampled too, independently of the seeds: all runs answer the same ones, so
-    that a resample has whole rows and whole columns of the seeds x problems table (Owen 2007, arXiv:0708.1850).
+    The interval is the bias-corrected and accelerated bootstrap (BCa) over seeds. Where every run
+    says what each problem contributed to its figure, problems are resampled, too, independently of
+    the seeds. All runs answer the same problems, so a resample has whole rows and whole columns of
+    the seeds x problems table (Owen 2007, arXiv:0708.1850).
 
     Args:
         first: {seed: figure} of the variant that the others are compared with.
-        other: {seed: figure}.
-        first_problems: {seed: {problem: its figure}}, whose mean over problems is `first`; None, or another set of
-            problems for any of the runs, leaves the interval to the seeds.
-        other_problems: the same of `other`.
+        other: {seed: figure} of the other variant.
+        first_problems: {seed: {problem: its figure}}, whose mean over problems is `first`. None, or
+            another set of problems for any of the runs, leaves the interval to the seeds.
+        other_problems: the same for `other`.
     """
     seeds = sorted(first.keys() & other.keys())
     differences = [other[seed] - first[seed] for seed in seeds]
     mean = mean_over_seeds(differences)
     table_SN = _problem_differences(seeds, first_problems or {}, other_problems or {})
     resampled = "seeds" if table_SN is None else "seeds and problems"
-    low = high = math.nan
+    low = math.nan
+    high = math.nan
     if math.isfinite(mean.standard_error):
-        low, high = _interval(np.asarray(differences)[:, None] if table_SN is None else table_SN)
+        if table_SN is None:
+            table_SN = np.asarray(differences)[:, None]
+        low, high = _interval(table_SN)
     return Difference(mean.value, mean.standard_error, mean.count, low, high, resampled)
 
 
@@ -94,8 +105,12 @@ def _problem_differences(
     first: Mapping[int, Mapping[str, float]],
     other: Mapping[int, Mapping[str, float]],
 ) -> NDArray[np.float64] | None:
-    """[seeds, problems] other - first; None where the runs do not all have the same problems."""
-    runs = [of.get(seed, {}) for seed in seeds for of in (first, other)]
+    """Returns the table [seeds, problems] of other - first.
+
+    Returns:
+        None where the runs do not all have the same problems.
+    """
+    runs = [figures.get(seed, {}) for seed in seeds for figures in (first, other)]
     problems = sorted(runs[0]) if runs else []
     if not problems or any(run.keys() != runs[0].keys() for run in runs):
         return None
@@ -104,24 +119,33 @@ def _problem_differences(
 
 
 def _interval(table_SN: NDArray[np.float64]) -> tuple[float, float]:
-    """The interval of the mean of a table [seeds, problems]; with a single column, over seeds alone."""
+    """Returns the confidence interval of the mean of a table [seeds, problems].
+
+    A table with a single column is resampled over seeds alone.
+    """
     if table_SN.min() == table_SN.max():
-        return float(table_SN[0, 0]), float(table_SN[0, 0])  # nothing varies: no acceleration
+        # Nothing varies, so BCa has no acceleration to compute.
+        return float(table_SN[0, 0]), float(table_SN[0, 0])
+
     num_seeds, num_problems = table_SN.shape
 
     def mean_of_seeds(seed_S: Any, axis: int) -> Any:
         return table_SN[seed_S.astype(int), 0].mean(axis)
 
     def mean_of_both(seed_S: Any, problem_N: Any, axis: int) -> Any:
-        # Problems first: one row of the transposed table has the problem's difference of every seed.
+        # Problems first: a row of the transposed table has a problem's differences of all seeds.
         of_each_seed = table_SN.T[problem_N.astype(int)].mean(axis=-2)
         return np.take_along_axis(of_each_seed, seed_S.astype(int), axis).mean(axis)
 
     # What scipy resamples are the numbers of rows and of columns, [..., S] and [..., N].
-    seeds, problems = np.arange(num_seeds), np.arange(num_problems)
+    samples: tuple[NDArray[np.int64], ...] = (np.arange(num_seeds), np.arange(num_problems))
+    statistic: Any = mean_of_both
+    if num_problems == 1:
+        samples = samples[:1]
+        statistic = mean_of_seeds
     result = scipy.stats.bootstrap(
-        (seeds,) if num_problems == 1 else (seeds, problems),
-        mean_of_seeds if num_problems == 1 else mean_of_both,
+        samples,
+        statistic,
         confidence_level=CONFIDENCE,
         n_resamples=_RESAMPLES,
         batch=_BATCH,

@@ -1,4 +1,4 @@
-"""A sweep: a base configuration, variants of it, seeds, and the number of rollouts that each run may use.
+"""A sweep: a base configuration, variants of it, seeds, and how many rollouts a run may use.
 
     base: quickstart.yaml         # relative to this file
     out: runs/compare/sums        # relative to where the command is started, as trainer.run_dir
@@ -9,7 +9,8 @@
       grpo:
         objective: {name: grpo, clip: 0.2}
 
-All runs share prompts, their order, the evaluation and the verifier; a variant that sets one of these is refused.
+All runs share prompts, their order, the evaluation and the verifier; a variant that sets one of
+these is refused.
 """
 
 from __future__ import annotations
@@ -47,10 +48,16 @@ _SHARED: Mapping[str, str] = {
     "rollout.refill_rounds": "a variant with refills would draw more rollouts than the others",
     "rollout.replay": "all variants draw their own rollouts",
 }
-"""Settings, or sections, that a variant may not have, with the reason; base and command line may."""
+"""Settings, or sections, that a variant may not have, with the reason.
+
+The base and the command line may have them.
+"""
 
 _A_VARIANTS_OWN = ("labels.permute",)
-"""Settings of these sections that a variant may have: a control, which leaves the evaluation as it is."""
+"""Settings of these sections that a variant may have.
+
+They are controls, which leave the evaluation as it is.
+"""
 
 _WITHOUT_EFFECT = (
     "checkpoint.",
@@ -66,7 +73,10 @@ _WITHOUT_EFFECT = (
     "trainer.timeout_minutes",
     "trainer.wandb",
 )
-"""Settings that may differ between the sweep and a run that was made earlier: no figure depends on them."""
+"""Settings that may differ between the sweep and a run that was made earlier.
+
+No figure depends on them.
+"""
 
 
 @dataclass(frozen=True)
@@ -116,10 +126,8 @@ def is_sweep(file: str | Path) -> bool:
     path = Path(file)
     if not path.is_file():
         return False
-    return (
-        re.search(r"(?m)^variants\s*:", path.read_text(encoding="utf-8", errors="replace"))
-        is not None
-    )
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return re.search(r"(?m)^variants\s*:", text) is not None
 
 
 def load_sweep(
@@ -219,10 +227,15 @@ def _seeds(path: Path, value: Any) -> tuple[int, ...]:
 
 
 def _variants(path: Path, value: Any) -> dict[str, tuple[str, ...]]:
-    """The words of each variant, by its name."""
+    """Reads the words of each variant, by its name.
+
+    Raises:
+        ValueError: they are no variants, or a name cannot be a directory's.
+    """
     if not isinstance(value, Mapping) or not value:
         raise ValueError(
-            f"{path}: variants is {value!r}; give each variant a name and the settings in which it differs"
+            f"{path}: variants is {value!r}; give each variant a name and the settings in which it "
+            "differs"
         )
     variants = {}
     for key, settings in value.items():
@@ -233,14 +246,15 @@ def _variants(path: Path, value: Any) -> dict[str, tuple[str, ...]]:
             )
         if settings is not None and not isinstance(settings, Mapping):
             raise ValueError(
-                f"{path}: variant {name} is {settings!r}; it takes sections of a configuration, or {{}}"
+                f"{path}: variant {name} is {settings!r}; it takes sections of a configuration, "
+                "or {}"
             )
         variants[name] = tuple(_words(settings or {}))
     return variants
 
 
 def _words(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The `key.sub=value` words that stand for settings of a YAML file."""
+    """Yields the `key.sub=value` words that stand for settings of a YAML file."""
     for name, value in settings.items():
         path = f"{prefix}{name}"
         if isinstance(value, Mapping):
@@ -283,14 +297,18 @@ def _runs_of(
     seeds: Iterable[int],
     budget: int,
 ) -> list[SweepRun]:
-    """The runs of a variant."""
+    """Returns the runs of a variant, one for each seed.
+
+    Raises:
+        ValueError: the configuration is refused, or the budget is no whole number of steps.
+    """
     config = configuration.load(base, words)
     per_step = _rollouts_per_step(config)
     steps, rest = divmod(budget, per_step)
     if rest or not steps:
         raise ValueError(
-            f"a step draws {per_step} rollouts, which do not divide the budget of {budget}; take a budget of "
-            f"{max(1, steps) * per_step} rollouts, or another rollout.num_prompts"
+            f"a step draws {per_step} rollouts, which do not divide the budget of {budget}; take a "
+            f"budget of {max(1, steps) * per_step} rollouts, or another rollout.num_prompts"
         )
 
     runs = []
@@ -304,7 +322,7 @@ def _runs_of(
 
 
 def _check_run(run: SweepRun, num_ranks: int | None) -> None:
-    """What `train` checks before it begins."""
+    """Checks what `train` checks before it begins; raises ValueError as it does."""
     if num_ranks is not None:
         configuration.check_world(run.config, num_ranks)
     check_model(run.config.model.path, run.config.model.weights)
@@ -312,7 +330,13 @@ def _check_run(run: SweepRun, num_ranks: int | None) -> None:
 
 
 def _check_earlier(run: SweepRun) -> None:
-    """Refuses a directory of another run, or of this one under other settings: its figures would be mixed in."""
+    """Refuses a directory of another run, or of this one under other settings.
+
+    Its figures would be mixed with the present ones.
+
+    Raises:
+        ValueError: names the setting and the remedy.
+    """
     earlier = Earlier.read(run.directory)
     if earlier.config is None:
         return
@@ -324,14 +348,16 @@ def _check_earlier(run: SweepRun) -> None:
         if is_new or name.startswith(_WITHOUT_EFFECT) or _same_path(before, now):
             continue
         raise ValueError(
-            f"{run.directory.path} was made with {name}={before!r}, and the sweep says {now!r}; give another out, "
-            f"or delete {run.directory.path} to run it anew"
+            f"{run.directory.path} was made with {name}={before!r}, and the sweep says {now!r}; "
+            f"give another out, or delete {run.directory.path} to run it anew"
         )
 
 
 def _same_path(before: Any, now: Any) -> bool:
-    """Whether two texts name the same file: a job on a cluster gives whole paths."""
-    both_text = isinstance(before, str) and isinstance(now, str)
-    return (
-        both_text and bool(before) and bool(now) and Path(before).resolve() == Path(now).resolve()
-    )
+    """Tells whether two texts name the same file: a job on a cluster gives whole paths."""
+    if not isinstance(before, str) or not isinstance(now, str):
+        return False
+    # An empty text would resolve to the working directory.
+    if not before or not now:
+        return False
+    return Path(before).resolve() == Path(now).resolve()

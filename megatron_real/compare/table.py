@@ -31,19 +31,19 @@ class VariantRow:
 
     variant: str
     runs: int
-    """Runs that the sweep has of it."""
+    """Number of runs that the sweep has of it."""
     counts: dict[Outcome, int]
-    """Runs by what became of them."""
+    """Number of runs by their outcome."""
     means: dict[str, Mean]
-    """By figure, over the finished runs."""
+    """Mean over the finished runs, by figure."""
     differences: dict[str, Difference]
-    """By figure, to the first variant; none of the first one."""
+    """Difference to the first variant, by figure; empty for the first variant itself."""
     seconds: Mean
     """Wall clock of a finished run."""
     tokens: Mean
     """Response tokens of a finished run."""
     skipped_updates: int
-    """Of all runs."""
+    """Number of skipped updates of all runs."""
 
 
 def variant_rows(sweep: Sweep, results: Sequence[RunResult]) -> list[VariantRow]:
@@ -52,23 +52,22 @@ def variant_rows(sweep: Sweep, results: Sequence[RunResult]) -> list[VariantRow]
     for variant in sweep.variants:
         of_variant = [result for result in results if result.variant == variant]
         finished = [result for result in of_variant if result.outcome == Outcome.FINISHED]
+        counts = dict.fromkeys(Outcome, 0)
+        for result in of_variant:
+            counts[result.outcome] += 1
+
+        means = {}
         differences = {}
-        if variant != sweep.variants[0]:
-            differences = {
-                figure: _difference(results, sweep.variants[0], variant, figure)
-                for figure in FIGURES
-            }
+        for figure in FIGURES:
+            means[figure] = mean_over_seeds([getattr(result, figure) for result in finished])
+            if variant != sweep.variants[0]:
+                differences[figure] = _difference(results, sweep.variants[0], variant, figure)
+
         row = VariantRow(
             variant=variant,
             runs=len(of_variant),
-            counts={
-                outcome: sum(result.outcome == outcome for result in of_variant)
-                for outcome in Outcome
-            },
-            means={
-                figure: mean_over_seeds([getattr(result, figure) for result in finished])
-                for figure in FIGURES
-            },
+            counts=counts,
+            means=means,
             differences=differences,
             seconds=mean_over_seeds([result.seconds for result in finished]),
             tokens=mean_over_seeds([float(result.tokens) for result in finished]),
@@ -79,20 +78,24 @@ def variant_rows(sweep: Sweep, results: Sequence[RunResult]) -> list[VariantRow]
 
 
 def _difference(results: Sequence[RunResult], first: str, variant: str, figure: str) -> Difference:
-    """Of two variants; accuracies come with those of each problem."""
+    """Returns the difference of two variants in a figure.
+
+    For the accuracy, the accuracies of each problem narrow the interval.
+    """
+    first_figures = _by_seed(results, first, figure)
+    figures = _by_seed(results, variant, figure)
     if figure != "accuracy":
-        return paired_difference(
-            _by_seed(results, first, figure), _by_seed(results, variant, figure)
-        )
+        return paired_difference(first_figures, figures)
     return paired_difference(
-        _by_seed(results, first, figure),
-        _by_seed(results, variant, figure),
+        first_figures,
+        figures,
         first_problems=_by_seed(results, first, "accuracy_of"),
         other_problems=_by_seed(results, variant, "accuracy_of"),
     )
 
 
 def _by_seed(results: Sequence[RunResult], variant: str, figure: str) -> dict[int, Any]:
+    """Returns a figure of a variant's finished runs, by seed."""
     return {
         result.seed: getattr(result, figure)
         for result in results
@@ -116,13 +119,14 @@ def as_json(sweep: Sweep, results: Sequence[RunResult]) -> dict[str, Any]:
 
 
 def _plain_run(result: RunResult) -> dict[str, Any]:
-    """A run without the accuracy of each problem, which its directory has."""
+    """Returns a run without the accuracy of each problem, which the run's directory has."""
     plain = dataclasses.asdict(result)
     del plain["accuracy_of"]
     return plain
 
 
 def _finite(value: Any) -> Any:
+    """Returns plain values with None for what is not finite: JSON has no NaN."""
     if isinstance(value, dict):
         return {str(name): _finite(below) for name, below in value.items()}
     if isinstance(value, (list, tuple)):
@@ -145,7 +149,7 @@ def write_table(sweep: Sweep, results: Sequence[RunResult]) -> None:
 
 
 def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A row whose nested values have joined names, such as means.accuracy.value."""
+    """Returns a row whose nested values have joined names, such as means.accuracy.value."""
     flat: dict[str, Any] = {}
     for name, value in row.items():
         path = f"{prefix}{name}"
@@ -181,8 +185,9 @@ def figure_table(figure: str, rows: Sequence[VariantRow]) -> list[list[str]]:
         if difference is None:
             cells += ["-", "-", "-"]
         else:
-            known = math.isfinite(difference.low)
-            between = f"{difference.low:+.3f} to {difference.high:+.3f}" if known else "-"
+            between = "-"
+            if math.isfinite(difference.low):
+                between = f"{difference.low:+.3f} to {difference.high:+.3f}"
             cells += [_number(difference.value, "+"), between, str(difference.count)]
         table.append(cells)
     return table

@@ -1,4 +1,6 @@
-"""One HTML file about one or more runs: curves, time, faults, evaluations, configuration, and a browser of rollouts.
+"""One HTML file about one or more runs.
+
+It has curves, time, faults, evaluations, the configuration, and a browser of rollouts.
 
     variants.py   what the run directories hold
     charts.py     curves and bars, drawn by Bokeh
@@ -6,6 +8,6 @@
     browser.py    the rollouts that the page carries, within a limit of bytes
     page.py       all of it as one file, by a Jinja template
 
-The file needs no network. It is loaded with a content security policy that runs no script but its own, and what a model
-wrote enters it only as JSON whose angle brackets are escaped, and the page only as text.
+The file needs no network. Its content security policy lets no script run but its own. What a model
+wrote enters the file only as JSON whose angle brackets are escaped, and the page only as text.
 """

@@ -1,7 +1,7 @@
 """The rollouts that a page carries: whole groups, of evenly spaced steps, within a limit of bytes.
 
-Nothing of a rollout is interpreted here. Characters that a terminal or a browser would act on, NUL and changes of the
-direction of writing among them, are replaced by visible ones.
+Nothing of a rollout is interpreted here. Characters that a terminal or a browser would act on, NUL
+and changes of the direction of writing among them, are replaced by visible ones.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from megatron_real.report.variants import Run
 from megatron_real.runs.rollouts import read_rows
 
 MAX_STEPS = 40
-"""Steps of a run whose rollouts are read, where none are asked for."""
+"""Steps of a run whose rollouts are read, where the user asks for none."""
 MAX_TEXT = 4000
-"""Characters of a prompt or an answer that are kept: three quarters from its beginning, the rest from its end."""
+"""Characters of a prompt or an answer that are kept.
+
+Three quarters are from its beginning, the rest from its end.
+"""
 MAX_SHADED = 400
 """Tokens of an answer that are kept with their figures."""
 
@@ -37,45 +40,50 @@ _TABLE: dict[int, int | str] = {**_VISIBLE, **{code: f"<U+{code:04X}>" for code 
 
 @dataclass(frozen=True)
 class Sample:
-    """What is shown of one run."""
+    """The part of a run's rollouts that a page carries."""
 
     run: str
     """Its name."""
     groups: Sequence[Mapping[str, Any]]
     """Each with its step, prompt, gold answers and rollouts; plain values for JSON."""
     num_rollouts: int
-    """Rollouts in `groups`."""
+    """Number of rollouts in `groups`."""
     num_read: int
-    """Rollouts of the steps that were read."""
+    """Number of rollouts of the steps that were read."""
     num_steps: int
-    """Steps that were read."""
+    """Number of steps that were read."""
     num_saved_steps: int
-    """Steps whose rollouts are on disk."""
+    """Number of steps whose rollouts are on disk."""
 
 
 def sample_of(run: Run, *, max_bytes: int, steps: Sequence[int] = ()) -> Sample:
-    """Chooses the groups of a run that a page carries: at random, with a fixed seed, an equal share of each step.
+    """Chooses the groups of a run that a page carries.
+
+    They are drawn at random with a fixed seed, an equal share of bytes for each step.
 
     Args:
-        max_bytes: of their JSON.
-        steps: the steps to show; none for at most MAX_STEPS of all, the first and the last among them.
+        run: the run.
+        max_bytes: how many bytes of JSON they may take.
+        steps: the steps to show; none for at most MAX_STEPS of all, the first and the last among
+            them.
 
     Raises:
         ValueError: a step has no rollouts on disk, or its file is damaged.
     """
     saved = run.records.steps()
-    if missing := [step for step in steps if step not in saved]:
+    missing = [step for step in steps if step not in saved]
+    if missing:
         kept = f"it has steps {saved[0]} to {saved[-1]}" if saved else "it has none"
         raise ValueError(f"{run.name} has no rollouts of step {missing[0]} on disk; {kept}")
 
-    chosen = list(steps) or spaced(saved, MAX_STEPS)
+    shown_steps = list(steps) or spaced(saved, MAX_STEPS)
     decode = token_decoder(run.config)
     groups: list[Mapping[str, Any]] = []
     num_read = 0
     left = max_bytes
-    for i, step in enumerate(chosen):
+    for i, step in enumerate(shown_steps):
         # What earlier steps did not use is shared by the later ones.
-        share = left / (len(chosen) - i)
+        share = left / (len(shown_steps) - i)
         rows = list(read_rows(run.records.directory.saved_rollouts(step)))
         num_read += len(rows)
         for group in _groups(rows, decode, seed=step):
@@ -85,8 +93,9 @@ def sample_of(run: Run, *, max_bytes: int, steps: Sequence[int] = ()) -> Sample:
             share -= size
             left -= size
             groups.append(group)
-    shown = sum(len(group["rollouts"]) for group in groups)
-    return Sample(run.name, groups, shown, num_read, len(chosen), len(saved))
+
+    num_rollouts = sum(len(group["rollouts"]) for group in groups)
+    return Sample(run.name, groups, num_rollouts, num_read, len(shown_steps), len(saved))
 
 
 def spaced(steps: Sequence[int], limit: int) -> list[int]:
@@ -97,11 +106,11 @@ def spaced(steps: Sequence[int], limit: int) -> list[int]:
 
 
 def visible(text: str, max_text: int = MAX_TEXT) -> str:
-    """Returns a text whose control characters can be seen, and which is cut in the middle where it is long.
+    """Returns a text whose control characters can be seen; a long one is cut in the middle.
 
     Args:
         text: what a model wrote.
-        max_text: characters that are kept.
+        max_text: how many characters are kept.
     """
     if len(text) > max_text:
         head = text[: max_text * 3 // 4]
@@ -113,10 +122,11 @@ def visible(text: str, max_text: int = MAX_TEXT) -> str:
 def _groups(
     rows: Sequence[Mapping[str, Any]], decode: Any, *, seed: int
 ) -> Iterator[Mapping[str, Any]]:
-    """The groups of a step in random order, which is the same at every report."""
+    """Yields the groups of a step in random order, which is the same at every report."""
     members: dict[int, list[Mapping[str, Any]]] = {}
     for row in rows:
         members.setdefault(row["group"], []).append(row)
+
     order = list(members)
     random.Random(_SEED + seed).shuffle(order)
     for group in order:
@@ -132,6 +142,7 @@ def _groups(
 
 
 def _rollout(row: Mapping[str, Any], decode: Any) -> dict[str, Any]:
+    """Returns what is shown of a rollout, with its tokens where they can be decoded."""
     rollout = {
         "sample": row["sample"],
         "text": visible(row["completion"]),
@@ -154,12 +165,15 @@ def _rollout(row: Mapping[str, Any], decode: Any) -> dict[str, Any]:
 
 
 def token_decoder(config: Mapping[str, Any]) -> Callable[[Sequence[int]], list[str]] | None:
-    """Returns a function from token ids to the text of each, by the tokenizer of a run's model; None where it is gone.
+    """Returns a function from token ids to the text of each, by the tokenizer of a run's model.
 
     A character of several tokens is shown as replacement characters.
 
     Args:
         config: the run's configuration.
+
+    Returns:
+        None where the tokenizer is gone or cannot be read.
     """
     file = Path(str(config.get("model", {}).get("path", ""))) / "tokenizer.json"
     if not file.is_file():
@@ -168,26 +182,25 @@ def token_decoder(config: Mapping[str, Any]) -> Callable[[Sequence[int]], list[s
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception:  # the library raises Exception itself; a report without shading is still one
+    except Exception:  # the library raises plain Exception; the report then has no shading
         return None
 
     def decode(token_ids: Sequence[int]) -> list[str]:
-        return list(
-            tokenizer.decode_batch([[token] for token in token_ids], skip_special_tokens=False)
-        )
+        single_tokens = [[token] for token in token_ids]
+        return list(tokenizer.decode_batch(single_tokens, skip_special_tokens=False))
 
     return decode
 
 
 def _significant(value: float | None) -> float | None:
-    """Three digits: weights of tokens are small, and only their sizes beside each other matter."""
+    """Rounds to three digits: tokens' weights are small, and only their ratios matter."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.3g}")
 
 
 def _rounded(value: float | None, digits: int = 5) -> float | None:
-    """JSON has no NaN and no infinity."""
+    """Rounds to decimals; None for NaN and infinity, which JSON does not have."""
     if value is None or not math.isfinite(value):
         return None
     return round(float(value), digits)

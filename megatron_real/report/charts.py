@@ -1,7 +1,8 @@
 """The curves of several runs over steps, tokens or hours, and their time by stage, drawn by Bokeh.
 
-All curves of a variant share one data source, whose column `x` the page replaces by `step`, `tokens` or `hours`: no
-script is made here, so that the page's content security policy need not allow any.
+All curves of a variant share one data source, whose column `x` the page replaces by `step`,
+`tokens` or `hours`. No script is made here, so the page's content security policy need not allow
+any.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ _INK = "#808080"
 """Text and axes: legible on white and on black."""
 
 MAX_POINTS = 1000
-"""Of a curve. Longer runs are thinned, which a curve of 400 pixels does not show."""
+"""Points of a curve at most. Longer runs are thinned, which a curve of 400 pixels does not show."""
 
 AXES = ("step", "tokens", "hours")
-"""What curves may run over: steps, response tokens so far, hours in steps so far."""
+"""The axes that curves may run over: steps, response tokens so far, hours in steps so far."""
 
 CURVES = (
     "reward_mean",
@@ -72,7 +73,7 @@ Column = NDArray[numpy.float32]
 
 @dataclass(frozen=True)
 class Charts:
-    """What the page shows of Bokeh."""
+    """Bokeh's part of the page."""
 
     script: str
     """Draws all charts; it is JavaScript, with the data in it."""
@@ -83,7 +84,7 @@ class Charts:
 
 
 def draw(variants: Sequence[Variant]) -> Charts:
-    """Draws everything there is to draw."""
+    """Draws the curves and the time by stage of all variants."""
     from bokeh.embed import components
 
     curves = _curves(variants)
@@ -98,18 +99,23 @@ def draw(variants: Sequence[Variant]) -> Charts:
 
 
 def curve_columns(run: Run) -> dict[str, Column]:
-    """Returns the columns [steps] of a run's curves: the three axes and every metric of CURVES that it has."""
+    """Returns the columns [steps] of a run's curves.
+
+    They are the three axes and every metric of CURVES that the run has.
+    """
     rows = run.steps
-    return {
-        **_axes(rows),
-        **{name: _column(rows, name) for name in CURVES if any(name in row for row in rows)},
-    }
+    columns = _axes(rows)
+    for name in CURVES:
+        if any(name in row for row in rows):
+            columns[name] = _column(rows, name)
+    return columns
 
 
 def band_columns(variant: Variant) -> dict[str, Column]:
-    """Returns the columns of a variant's curves; of several runs, NAME is the mean, NAME_low and NAME_high the range.
+    """Returns the columns of a variant's curves.
 
-    Runs are compared over the steps that all of them have done.
+    Of several runs, NAME is the mean, NAME_low and NAME_high the range, over the steps that all of
+    them have done.
     """
     columns = [curve_columns(run) for run in variant.runs]
     names = [name for name in columns[0] if all(name in others for others in columns)]
@@ -234,14 +240,17 @@ def _add_curve(plot: figure, source: ColumnDataSource, name: str, label: str, nu
 
 
 def _held_out(run: Run) -> dict[str, Any]:
-    """Columns [evaluations] of a run's accuracy on held-out problems, the ends of its error bars among them."""
+    """Returns the columns [evaluations] of a run's accuracy on held-out problems.
+
+    `low` and `high` are the ends of the error bars.
+    """
     name = "heldout/pass_at_1"
     rows = [row for row in run.evaluations if row.get(name) is not None]
     value = _column(rows, name)
     error = numpy.nan_to_num(_column(rows, "heldout/standard_error"))
     of_steps = _axes(run.steps)
     steps = numpy.array([row["step"] for row in rows], dtype=numpy.float32)
-    # Steps done by then; an evaluation before the first step is at 0 of everything.
+    # Number of steps done by then; an evaluation before the first step is at 0 of everything.
     done = numpy.searchsorted(of_steps["step"], steps, side="right")
     others = {axis: numpy.append(0, of_steps[axis])[done] for axis in ("tokens", "hours")}
     return {"step": steps, **others, "value": value, "low": value - error, "high": value + error}
@@ -250,7 +259,10 @@ def _held_out(run: Run) -> dict[str, Any]:
 def _held_out_figure(
     variants: Sequence[Variant], held: Sequence[Mapping[str, Any]], x_range: Any
 ) -> figure:
-    """Every run has a line of its own here: a standard error is of one run's problems."""
+    """Draws the accuracy on held-out problems.
+
+    Every run has a line of its own here: a standard error is of one run's problems.
+    """
     from bokeh.models import ColumnDataSource, HoverTool, Whisker
 
     plot = _figure("heldout/pass_at_1", x_range)
@@ -276,7 +288,7 @@ def _held_out_figure(
 
 
 def _stages(variants: Sequence[Variant]) -> figure | None:
-    """Mean seconds of a step in each stage, a bar for each variant."""
+    """Draws the mean seconds of a step in each stage, a bar for each variant."""
     from bokeh.models import HoverTool
     from bokeh.plotting import figure as new_figure
 
@@ -338,7 +350,7 @@ def _legend_below(plot: figure, num_names: int) -> None:
 
 
 def _finish(plot: figure) -> None:
-    """Colours that are legible in light and dark, and no frame."""
+    """Sets colours that are legible on light and dark backgrounds, and removes the frame."""
     plot.background_fill_alpha = 0
     plot.border_fill_alpha = 0
     plot.outline_line_color = None

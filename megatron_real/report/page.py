@@ -1,7 +1,8 @@
 """A report as one file of HTML, made of its parts by a Jinja template that escapes every value.
 
-Text of a model is in the page only as JSON, in which `<`, `>`, `&` and `'` are escaped, and the page's script shows it
-as text. The content security policy names the scripts that may run by a random number of this page.
+Text of a model is in the page only as JSON, in which `<`, `>`, `&` and `'` are escaped, and the
+page's script shows it as text. The content security policy names the scripts that may run by a
+random number of this page.
 """
 
 from __future__ import annotations
@@ -34,23 +35,26 @@ def report_page(
     Args:
         runs: [1..] runs, the first being what the others are compared with.
         evaluations: directories of results of `megatron-real eval`.
-        steps: whose rollouts are shown; none for a choice.
-        max_bytes: of the page. Rollouts take what the charts leave.
+        steps: the steps whose rollouts are shown; none for a choice of them.
+        max_bytes: how many bytes the page may have. Rollouts take what the charts leave.
 
     Raises:
         ValueError: results or rollouts cannot be read, or there is no room for the charts.
     """
     sections = _sections(runs, evaluations)
     charts = draw(variants_of(runs))
-    without_rollouts = _render(runs, sections, charts, [])
-    room = max_bytes - len(without_rollouts.encode())
+    size_without_rollouts = len(_render(runs, sections, charts, []).encode())
+    room = max_bytes - size_without_rollouts
     if room < 0:
         raise ValueError(
-            f"the charts alone take {len(without_rollouts.encode()) / 1e6:.1f} MB; "
+            f"the charts alone take {size_without_rollouts / 1e6:.1f} MB; "
             f"give --megabytes more than that, or fewer runs"
         )
-    # The escapes of JSON within HTML make texts with many angle brackets longer than they are counted.
-    samples = [sample_of(run, max_bytes=int(room * 0.9) // len(runs), steps=steps) for run in runs]
+
+    # A tenth is left for the escapes of JSON within HTML. Texts with many angle brackets need more:
+    # they are halved until they fit.
+    share = int(room * 0.9) // len(runs)
+    samples = [sample_of(run, max_bytes=share, steps=steps) for run in runs]
     page = _render(runs, sections, charts, samples)
     while len(page.encode()) > max_bytes and any(sample.groups for sample in samples):
         samples = [_halved(sample) for sample in samples]
@@ -95,6 +99,7 @@ def _render(
 
 
 def _halved(sample: Sample) -> Sample:
+    """Returns a sample with every second group; a single group is dropped."""
     groups = sample.groups[::2] if len(sample.groups) > 1 else []
     shown = sum(len(group["rollouts"]) for group in groups)
     return dataclasses.replace(sample, groups=groups, num_rollouts=shown)

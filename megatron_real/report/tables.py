@@ -1,4 +1,7 @@
-"""The tables of a report: what ran and what differs, time by rank, faults and restarts, and evaluations."""
+"""The tables of a report.
+
+They say what ran and what differs, time by rank, faults and restarts, and evaluations.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +29,16 @@ class Table:
 
 
 def overview(runs: Sequence[Run]) -> Table:
-    """What ran, and how far it came."""
+    """Says what ran, and how far it came."""
     head = ["run", "state", "steps", "objective", "model", "reward, last steps", "time in steps"]
     return Table(head, [_overview_row(run) for run in runs])
 
 
 def _overview_row(run: Run) -> list[str]:
-    rewards = [row["reward_mean"] for row in run.steps[-5:] if row.get("reward_mean") is not None]
-    reward = _number(math.fsum(rewards) / len(rewards)) if rewards else "-"
-    seconds = math.fsum(
-        row[name] or 0.0 for row in run.steps for name in row if name.startswith("seconds/")
-    )
+    reward = _number(_mean(run.steps[-5:], "reward_mean"))  # a single step's reward is noisy
+    seconds: list[float] = []
+    for row in run.steps:
+        seconds += [row[name] or 0.0 for name in row if name.startswith("seconds/")]
     asked = _setting(run.config, "trainer.steps")
     done = run.steps[-1]["step"] if run.steps else 0
     return [
@@ -46,12 +48,12 @@ def _overview_row(run: Run) -> list[str]:
         str(_setting(run.config, "objective.name")),
         str(_setting(run.config, "model.path")),
         reward,
-        duration(seconds),
+        duration(math.fsum(seconds)),
     ]
 
 
 def differences(runs: Sequence[Run]) -> Table:
-    """The settings in which the runs differ, a column for each run."""
+    """Lists the settings in which the runs differ, with a column for each run."""
     flat = [flattened(run.config) for run in runs]
     names = list(dict.fromkeys(name for settings in flat for name in settings))
     rows = []
@@ -74,7 +76,10 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def rank_times(runs: Sequence[Run]) -> Table:
-    """Time of each stage over the ranks, a mean over the steps, and which rank was the slowest most often."""
+    """Lists each stage's time on the fastest, mean and slowest rank, as means over the steps.
+
+    The last column is the rank that was the slowest most often.
+    """
     rows = []
     for run in runs:
         names = dict.fromkeys(name for row in run.steps for name in row)
@@ -95,7 +100,7 @@ def _rank_row(run: Run, stem: str) -> list[str]:
 
 
 def exchange(runs: Sequence[Run]) -> Table:
-    """How far trainer and engine were apart, and what bringing the weights over cost."""
+    """Says how far trainer and engine were apart, and what bringing the weights over cost."""
     of_mismatch = ("mismatch_mean_abs", "mismatch_k3", "mismatch_share", "mismatch_max_abs")
     names = (*of_mismatch, "seconds/sync", "lag")
     rows = []
@@ -109,31 +114,36 @@ def exchange(runs: Sequence[Run]) -> Table:
 
 
 def events(runs: Sequence[Run]) -> Table:
-    """Starts and restarts, skipped updates, checks and completions that failed, and the end."""
+    """Lists starts and restarts, skipped updates, failed checks and completions, and the end."""
     rows = []
     for run in runs:
         for number, life in enumerate(run.lives, 1):
             changed = "; ".join(map(str, life.get("changed") or []))
             what = f"start {number}: {life.get('processes')} processes, from {life.get('from')}"
-            rows.append(
-                [run.name, str(life.get("time", "")), what + (f"; {changed}" if changed else "")]
-            )
+            if changed:
+                what += f"; {changed}"
+            rows.append([run.name, str(life.get("time", "")), what])
+
         rows += [[run.name, f"step {step}", what] for step, what in _faults(run)]
-        state, reason = run.status.get("state"), run.status.get("reason")
-        rows.append(
-            [run.name, str(run.status.get("time", "")), f"{state}{f': {reason}' if reason else ''}"]
-        )
+
+        end = str(run.status.get("state"))
+        reason = run.status.get("reason")
+        if reason:
+            end += f": {reason}"
+        rows.append([run.name, str(run.status.get("time", "")), end])
     return Table(["run", "when", "what"], rows)
 
 
 def _faults(run: Run) -> list[tuple[int, str]]:
+    """Returns the steps with skipped updates or failed rollouts, and a sentence for each."""
     failed = [f"status/{status}" for status in Status if status.failed]
     faults = []
     for row in run.steps:
-        if skipped := row.get("skipped_updates"):
-            faults.append(
-                (row["step"], f"{skipped:.0f} updates skipped: loss or gradient not finite")
-            )
+        skipped = row.get("skipped_updates")
+        if skipped:
+            sentence = f"{skipped:.0f} updates skipped: loss or gradient not finite"
+            faults.append((row["step"], sentence))
+
         counts = {name.removeprefix("status/"): row.get(name) or 0 for name in failed}
         lost = ", ".join(f"{count:.0f} {name}" for name, count in counts.items() if count)
         if lost:
@@ -142,7 +152,7 @@ def _faults(run: Run) -> list[tuple[int, str]]:
 
 
 def held_out(runs: Sequence[Run]) -> Table:
-    """The first, best and last accuracy on held-out problems, with standard errors."""
+    """Lists the first, best and last accuracy on held-out problems, with standard errors."""
     rows = []
     for run in runs:
         name = "heldout/pass_at_1"
@@ -162,7 +172,7 @@ def _accuracy(row: Mapping[str, Any]) -> str:
 
 
 def benchmarks(directories: Sequence[str]) -> Table:
-    """The results of `megatron-real eval`, with standard errors.
+    """Lists the results of `megatron-real eval`, with standard errors.
 
     Raises:
         ValueError: a directory has no results.
@@ -188,8 +198,11 @@ def benchmarks(directories: Sequence[str]) -> Table:
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    """Returns the mean of a metric over the rows that have it; NaN where none has."""
     values = [row[name] for row in rows if row.get(name) is not None]
-    return math.fsum(values) / len(values) if values else math.nan
+    if not values:
+        return math.nan
+    return math.fsum(values) / len(values)
 
 
 def _number(value: float | None) -> str:
@@ -203,4 +216,6 @@ def _setting(config: Mapping[str, Any], name: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    return "-" if value is None else json.dumps(value, default=str).strip('"')
+    if value is None:
+        return "-"
+    return json.dumps(value, default=str).strip('"')

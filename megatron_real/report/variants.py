@@ -1,4 +1,7 @@
-"""What a report needs of run directories: the runs, and the variants that runs with different seeds are of."""
+"""What a report needs of run directories: the runs and their variants.
+
+Runs that differ in their seed are of one variant.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ class Run:
     """One run directory, read once."""
 
     name: str
-    """Its directory's name; of a run of a sweep, OUT/VARIANT/seed-N, VARIANT/seed-N."""
+    """The name of its directory; VARIANT/seed-N for OUT/VARIANT/seed-N, a run of a sweep."""
     records: RunRecords
     """Its files."""
     config: Mapping[str, Any]
-    """config.yaml, of the newest life."""
+    """config.yaml of the newest life."""
     status: Mapping[str, Any]
     """status.json."""
     steps: Sequence[Mapping[str, Any]]
@@ -41,16 +44,16 @@ class Variant:
     """Runs whose configurations differ in nothing but the seed."""
 
     name: str
-    """Its run's name; of several runs, what their names begin with."""
+    """The name of its run; of several runs, the beginning of their names."""
     runs: Sequence[Run]
-    """[1..] runs."""
+    """One or more runs."""
 
 
 def read_run(path: str) -> Run:
     """Reads a run directory.
 
     Raises:
-        ValueError: it is none, or has no readable config.yaml.
+        ValueError: it is no run directory, or has no readable config.yaml.
     """
     import yaml
 
@@ -65,6 +68,10 @@ def read_run(path: str) -> Run:
         ) from error
     if not isinstance(config, dict):
         raise ValueError(f"{directory.config} is no configuration; the file may be cut")
+
+    lives: list[Mapping[str, Any]] = []
+    for file in sorted(directory.lives.glob("life-*.json")):
+        lives += _life(file)
     return Run(
         name=_name_of(directory.path.resolve()),
         records=records,
@@ -72,9 +79,7 @@ def read_run(path: str) -> Run:
         status=records.status(),
         steps=[row for row in records.metrics() if isinstance(row.get("step"), int)],
         evaluations=[row for row in records.evaluations() if isinstance(row.get("step"), int)],
-        lives=[
-            life for path in sorted(directory.lives.glob("life-*.json")) for life in _life(path)
-        ],
+        lives=lives,
     )
 
 
@@ -90,20 +95,24 @@ def variants_of(runs: Sequence[Run]) -> list[Variant]:
 
 
 def _name_of(path: Path) -> str:
-    of_sweep = re.fullmatch(r"seed-\d+", path.name)
-    return f"{path.parent.name}/{path.name}" if of_sweep else path.name
+    """Returns the name of a run directory, with that of its variant where it is of a sweep."""
+    if re.fullmatch(r"seed-\d+", path.name):
+        return f"{path.parent.name}/{path.name}"
+    return path.name
 
 
 def _name(runs: Sequence[Run]) -> str:
+    """Returns the name of the variant of these runs."""
     if len(runs) == 1:
         return runs[0].name
-    # Of characters, as names end with the seed.
+    # The common prefix is one of characters and not of directories: names end with the seed.
     common = os.path.commonprefix([run.name for run in runs]).rstrip("-_.")  # noqa: RUF071
     common = common.removesuffix("/seed")
     return f"{common or runs[0].name} ({len(runs)} runs)"
 
 
 def _life(path: Path) -> list[Mapping[str, Any]]:
+    """Reads one life; empty where the file cannot be read."""
     try:
         life = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

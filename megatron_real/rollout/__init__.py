@@ -23,16 +23,21 @@ def build_engine(config: Config, *, say: Callable[[str], None]) -> Engine:
     Raises:
         ValueError: it is not installed, or does not take the model.
     """
-    name, reason = config.rollout.engine, ""
+    name = config.rollout.engine
+    explanation = ""
     if name == AUTO:
         name, reason = _first_that_works(config)
+        explanation = f" (rollout.engine={AUTO}: {reason})"
         config = _with_engine(config, name, reason)
+
     module = importlib.import_module(ENGINES[name].module)
-    if missing := module.missing(config):
+    missing = module.missing(config)
+    if missing:
         raise ValueError(
-            f"rollout.engine={name}, but {missing}; install {ENGINES[name].package}, or set another rollout.engine"
+            f"rollout.engine={name}, but {missing}; install {ENGINES[name].package}, or set "
+            "another rollout.engine"
         )
-    say(f"rollouts by {name}{f' (rollout.engine={AUTO}: {reason})' if reason else ''}")
+    say(f"rollouts by {name}{explanation}")
     engine: Engine = module.build(config, say=say)
     _open_engines.append(engine)
     return engine
@@ -49,7 +54,11 @@ _open_engines: list[Engine] = []
 
 
 def _first_that_works(config: Config) -> tuple[str, str]:
-    """The first automatic engine that misses nothing, and why it is that one."""
+    """Returns the first automatic engine that misses nothing, and why it is that one.
+
+    Raises:
+        ValueError: every engine misses something; says what.
+    """
     reasons: list[str] = []
     for name, traits in candidates(AUTO).items():
         if config.model.dtype not in traits.dtypes:
@@ -63,10 +72,14 @@ def _first_that_works(config: Config) -> tuple[str, str]:
 
 
 def _with_engine(config: Config, name: str, reason: str) -> Config:
-    """The configuration with the engine that `auto` has become, which must take what is asked of it."""
+    """Returns the configuration with the engine that `auto` has become.
+
+    Raises:
+        ValueError: the engine does not take what the configuration asks of it.
+    """
     rollout = dataclasses.replace(config.rollout, engine=name)
     try:
-        config = dataclasses.replace(config, rollout=rollout)
+        config = dataclasses.replace(config, rollout=rollout)  # runs the configuration's checks
         if ENGINES[name].sized_kv_cache:
             check_engine(config)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a rollout engine does."""
+"""The protocol that every rollout engine keeps, and the records that it shares with the sync."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from megatron_real.rollout.checksum import checksum
 
 
 class EngineFailed(RuntimeError):
-    """An engine cannot go on. What it has not returned is lost, and drawn again on another rank's engine."""
+    """An engine cannot go on.
+
+    The completions that it has not returned are lost, and drawn again on another rank's engine.
+    """
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,12 @@ class Held:
     """One HF tensor that an engine expects."""
 
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     parts: Mapping[int, tuple[slice, ...]]
-    """What of it lies where, by the number of a process of the engine's: those processes that this rank answers for."""
+    """The part of it that a process of the engine holds, by the number of the process.
+
+    Only those processes are listed that this rank answers for.
+    """
 
 
 @dataclass(frozen=True)
@@ -32,15 +38,17 @@ class Part:
     """One HF tensor in the memory of one process of an engine."""
 
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     part: tuple[slice, ...]
-    """What of it this process holds."""
+    """The part of it that this process holds, as a slice of each axis."""
     tensor: Tensor
-    """That part: the memory that the engine computes with, not a copy."""
+    """That part, in the memory that the engine computes with; not a copy."""
 
 
 class Engine(Protocol):
-    """Samples completions under weights that it is given. `tp` neighbouring ranks make up one engine.
+    """Samples completions under weights that it is given.
+
+    `tp` neighbouring ranks make up one engine.
 
     Example:
         engine.prepare_for_inference(policy.stream())
@@ -49,72 +57,94 @@ class Engine(Protocol):
     """
 
     name: str
-    """As in `rollout.engine`."""
+    """The engine's name in `rollout.engine`."""
     tokenizer: Any
     """The model's transformers tokenizer."""
     tp: int
-    """Ranks that make up one engine; all of them call every method together, with the same prompts."""
+    """Number of ranks that make up one engine.
+
+    All of them call every method together, with the same prompts.
+    """
     process: str
-    """What its processes are called: `rank` where the training processes themselves hold the weights."""
+    """What messages call the engine's processes, such as `worker`.
+
+    It is `rank` where the training processes themselves hold the engine's weights.
+    """
 
     def held(self) -> Mapping[str, Held]:
-        """Every tensor that the engine expects, by its HF name; a tied lm_head is one of them."""
+        """Returns every tensor that the engine expects, by its HF name.
+
+        A tied lm_head is one of them.
+        """
 
     def checksums(self, dtypes: Mapping[str, torch.dtype]) -> Mapping[str, Mapping[int, int]]:
-        """By tensor, of the processes that `held` names: the checksum of what each now holds.
+        """Returns the checksum of what each process now holds of each tensor.
 
         Args:
-            dtypes: those in which the tensors left the trainer. An engine may keep a tensor in a wider dtype, which
-                loses nothing; the checksum is of the tensor as it was sent.
+            dtypes: by tensor, the dtype in which it left the trainer. An engine may keep a tensor
+                in a wider dtype, which loses nothing; the checksum is of the tensor as it was sent.
+
+        Returns:
+            By HF name, and by the number of each process that `held` lists.
         """
 
     def revive(self) -> bool:
-        """Brings back what has ended since it was last used; waits for it. Collective over all ranks.
+        """Brings back processes that have ended since they were last used, and waits for them.
+
+        Collective over all ranks.
 
         Returns:
-            Whether anything had ended, on every rank alike: it then holds no weights of the policy.
+            Whether any had ended, on every rank alike. It then holds no weights of the policy.
 
         Raises:
-            EngineFailed: in vain; on every rank alike.
+            EngineFailed: they cannot be brought back; raised on every rank alike.
         """
 
     def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes over the policy's weights, a stream of HF (name, tensor), one at a time.
 
-        The stream is checked against `held` on the way (sync.py): it has every tensor once, in its shape.
+        The stream is checked against `held` on the way (sync.py): it has every tensor once, in its
+        shape.
         """
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
-        """Yields (index of the prompt, sample, completion) as completions finish, so that they are verified meanwhile.
+        """Yields (index of the prompt, sample, completion) as completions finish.
 
-        There is a seed for each prompt; equal weights and arguments give equal completions, in any order. What is lost
-        (a timeout, a server that died) never comes.
+        So the first completions can be verified while the last ones are sampled. A completion that
+        is lost (a timeout, a server that died) is never yielded.
+
+        Args:
+            prompts: what to complete, `sampling.num_samples` times each.
+            sampling: temperature, lengths and counts.
+            seeds: one for each prompt. Equal weights and arguments give equal completions, in any
+                order.
 
         Raises:
-            EngineFailed: everything that has not come is lost.
+            EngineFailed: every completion that has not been yielded is lost.
         """
 
     def finish_inference(self) -> None:
-        """Gives back the memory that only generation needs."""
+        """Releases the memory that only generation needs."""
 
     def close(self) -> None:
         """Ends the engine and what it has started, so that this process may build another one.
 
-        Called once, before the process leaves its process groups. A process that ends need not call it.
+        It is called once, before the process leaves its process groups. A process that ends need
+        not call it.
         """
 
 
 def held_on(process: int, parts: Mapping[str, Part]) -> dict[str, Held]:
-    """What an engine of one process at hand expects."""
+    """Returns `Engine.held` of an engine that this process holds alone."""
     return {name: Held(part.shape, {process: part.part}) for name, part in parts.items()}
 
 
 def checksums_on(
     process: int, parts: Mapping[str, Part], dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, dict[int, int]]:
-    """The checksums of what one process at hand holds."""
+    """Returns `Engine.checksums` of an engine that this process holds alone."""
     return {
         name: {process: checksum(parts[name].tensor.to(dtype))} for name, dtype in dtypes.items()
     }
@@ -123,8 +153,12 @@ def checksums_on(
 def completed(
     engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
 ) -> list[list[Completion | None]]:
-    """[prompt][sample] everything that the engine generates; None for what it lost."""
-    found = {
-        (i, k): completion for i, k, completion in engine.generate(prompts, sampling, seeds=seeds)
-    }
-    return [[found.get((i, k)) for k in range(sampling.num_samples)] for i in range(len(prompts))]
+    """Generates until the engine has finished.
+
+    Returns:
+        [prompt][sample] the completions; None for each that the engine has lost.
+    """
+    completions: list[list[Completion | None]] = [[None] * sampling.num_samples for _ in prompts]
+    for i, k, completion in engine.generate(prompts, sampling, seeds=seeds):
+        completions[i][k] = completion
+    return completions

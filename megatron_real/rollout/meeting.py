@@ -1,8 +1,9 @@
-"""Where the two ends of a link exchange their addresses: a store that only those enter who know its secret.
+"""Where the two ends of a link exchange their addresses: a store for those who know its secret.
 
-torch's own TCPStore takes whoever speaks its protocol as whatever rank it says it is, and this rank would then be sent
-the weights. A process group asks its store for little, so a little store suffices: set, get and wait, over sockets whose
-two ends have proven themselves (challenge.py). The host keeps the values; a guest sends its questions to the host.
+torch's own TCPStore admits whoever speaks its protocol, under whatever rank it claims, and the
+weights would then be sent to it. A process group asks little of its store, so a small store
+suffices: set, get, wait and check, over sockets whose two ends have proven themselves
+(challenge.py). The host keeps the values; a guest sends its requests to the host.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ class Host(Store):
     """The sender's side."""
 
     def __init__(self, listener: socket.socket, secret: str, *, seconds: float) -> None:
-        """Takes the listener over. `seconds`: longest that a value is waited for."""
+        """Lets guests in. The listener belongs to the store now.
+
+        Args:
+            listener: where guests come.
+            secret: what guests prove to know.
+            seconds: how long a value is waited for at most.
+        """
         super().__init__()
         self._seconds = seconds
         self._values: dict[str, bytes] = {}
@@ -37,21 +44,21 @@ class Host(Store):
 
     def set(self, key: str, value: bytes | str) -> None:
         with self._changed:
-            self._values[key] = value.encode() if isinstance(value, str) else value
+            self._values[key] = _as_bytes(value)
             self._changed.notify_all()
 
     def get(self, key: str) -> bytes:
-        """The value, once it is there.
+        """Waits for a value and returns it.
 
         Raises:
-            TimeoutError: it does not come.
+            TimeoutError: it does not come in time.
         """
         self.wait([key])
         return self._values[key]
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         """Waits until all values are there; raises as `get`."""
-        seconds = self._seconds if timeout is None else timeout.total_seconds()
+        seconds = _seconds_of(timeout, self._seconds)
         with self._changed:
             if not self._changed.wait_for(lambda: set(keys) <= set(self._values), seconds):
                 raise TimeoutError(f"a worker has not come to the link in {seconds:g} s")
@@ -60,7 +67,7 @@ class Host(Store):
         return set(keys) <= set(self._values)
 
     def close(self) -> None:
-        """Lets nobody in any more."""
+        """Closes the listener; guests that are in stay."""
         self._closed.set()
         self._door.close()
 
@@ -72,26 +79,26 @@ class Host(Store):
 
     def _serve(self, guest: socket.socket) -> None:
         """Answers one guest until it leaves."""
-        # Whatever ends the connection ends this guest alone.
+        # An error of the connection ends this guest's thread alone.
         with guest, suppress(OSError), guest.makefile("rw", encoding="utf-8") as stream:
             for line in stream:
-                question = json.loads(line)
                 try:
-                    answer = self._answer(question)
+                    answer = self._answer(json.loads(line))
                 except TimeoutError as error:
                     answer = {"error": str(error)}
                 stream.write(json.dumps(answer) + "\n")
                 stream.flush()
 
-    def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
-        if "set" in question:
-            self.set(question["set"], bytes.fromhex(question["value"]))
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Does what a guest asks for; raises as `wait`."""
+        if "set" in request:
+            self.set(request["set"], bytes.fromhex(request["value"]))
             return {}
-        if "check" in question:
-            return {"there": self.check(question["check"])}
-        seconds = timedelta(seconds=min(question["seconds"], self._seconds))
-        self.wait(question["keys"], seconds)
-        return {"values": [self._values[key].hex() for key in question["keys"]]}
+        if "check" in request:
+            return {"there": self.check(request["check"])}
+        seconds = min(request["seconds"], self._seconds)
+        self.wait(request["keys"], timedelta(seconds=seconds))
+        return {"values": [self._values[key].hex() for key in request["keys"]]}
 
 
 class Guest(Store):
@@ -108,34 +115,36 @@ class Guest(Store):
         self._seconds = seconds
         connection = challenge.connect(address, secret, purpose=_PURPOSE)
         self._stream = connection.makefile("rw", encoding="utf-8")
+        # One request at a time: answers come in the order of the requests and bear no name.
         self._asking = threading.Lock()
 
     def set(self, key: str, value: bytes | str) -> None:
-        data = value.encode() if isinstance(value, str) else value
-        self._ask({"set": key, "value": data.hex()})
+        self._ask({"set": key, "value": _as_bytes(value).hex()})
 
     def get(self, key: str) -> bytes:
-        """The value, once it is there; raises as `wait`."""
+        """Waits for a value and returns it; raises as `wait`."""
         return bytes.fromhex(self._wait([key], self._seconds)[0])
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         """Waits until all values are there.
 
         Raises:
-            TimeoutError: they do not come.
+            TimeoutError: they do not come in time.
             ConnectionError: the host has gone.
         """
-        self._wait(keys, self._seconds if timeout is None else timeout.total_seconds())
+        self._wait(keys, _seconds_of(timeout, self._seconds))
 
     def check(self, keys: Sequence[str]) -> bool:
         return bool(self._ask({"check": list(keys)})["there"])
 
     def _wait(self, keys: Sequence[str], seconds: float) -> list[str]:
+        """Returns the values as hexadecimal text; raises as `wait`."""
         return list(self._ask({"keys": list(keys), "seconds": seconds})["values"])
 
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Returns the host's answer; raises as `wait`."""
         with self._asking:
-            self._stream.write(json.dumps(question) + "\n")
+            self._stream.write(json.dumps(request) + "\n")
             self._stream.flush()
             line = self._stream.readline()
         if not line:
@@ -144,3 +153,16 @@ class Guest(Store):
         if "error" in answer:
             raise TimeoutError(answer["error"])
         return answer
+
+
+def _as_bytes(value: bytes | str) -> bytes:
+    """Returns a value as the process groups mean it: some of them give text."""
+    if isinstance(value, str):
+        return value.encode()
+    return value
+
+
+def _seconds_of(timeout: timedelta | None, default: float) -> float:
+    if timeout is None:
+        return default
+    return timeout.total_seconds()

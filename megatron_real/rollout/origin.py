@@ -1,7 +1,8 @@
-"""What a draw of rollouts depends on, written beside them: rollouts are used again only where all of it is the same.
+"""What a draw of rollouts depends on, written beside the rollouts.
 
-A file on disk cannot be judged by the run's configuration, which somebody may have rewritten since. So it says of itself
-which weights drew it, by which settings, for which prompts and answers.
+Rollouts are used again only where all of it is the same. A file on disk cannot be judged by the
+run's configuration, which somebody may have rewritten since. So the file itself says which weights
+drew its rollouts, by which settings, for which prompts and answers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from megatron_real.rollout.checksum import checksum
 
 @dataclass(frozen=True)
 class Origin:
-    """What some rollouts were drawn under. Equal origins: the same rollouts, as far as the engine repeats itself."""
+    """What some rollouts were drawn under.
+
+    Equal origins give the same rollouts, as far as the engine repeats itself.
+    """
 
     weights: str
     """Digest of every tensor of the policy that generated them, the same on any layout."""
@@ -28,12 +32,15 @@ class Origin:
     answers: str
     """Digest of their gold answers, in order."""
     seed: int
-    """Of the draw."""
+    """Seed of the draw."""
     settings: Mapping[str, Any]
-    """Every setting that sampling and labels depend on, by its name in the configuration; plain JSON values."""
+    """Every setting that sampling and labels depend on, by its name in the configuration.
+
+    The values are plain JSON.
+    """
 
     def differences(self, now: Origin) -> list[str]:
-        """What is different `now`, in words; empty where nothing is."""
+        """Says in words what is different `now`; empty where nothing is."""
         words = {
             "weights": "the policy's weights have changed",
             "questions": "the prompts have changed",
@@ -44,18 +51,19 @@ class Origin:
             text for name, text in words.items() if getattr(self, name) != getattr(now, name)
         ]
         for name in {**self.settings, **now.settings}:
-            before, after = self.settings.get(name), now.settings.get(name)
+            before = self.settings.get(name)
+            after = now.settings.get(name)
             if before != after:
                 changed.append(f"{name} was {before!r} and is {after!r}")
         return changed
 
     def to_plain(self) -> dict[str, Any]:
-        """Values that JSON takes."""
+        """Returns the record as values that JSON takes."""
         return asdict(self)
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Origin:
-        """The inverse of `to_plain`.
+        """Reads what `to_plain` returned.
 
         Raises:
             ValueError: `values` are something else.
@@ -67,18 +75,22 @@ class Origin:
 
 
 def digest_of_questions(prompts: Sequence[Prompt]) -> str:
-    """Digest of the tokens of each prompt, in order. What its row is called does not count."""
+    """Returns a digest of the tokens of each prompt, in order.
+
+    The prompts' names (`uid`) do not count.
+    """
     return _digest(prompt.token_ids for prompt in prompts)
 
 
 def digest_of_answers(prompts: Sequence[Prompt]) -> str:
-    """Digest of the gold answers of each prompt, in order."""
+    """Returns a digest of the gold answers of each prompt, in order."""
     return _digest(prompt.answers for prompt in prompts)
 
 
 def _digest(values: Iterable[tuple[Any, ...]]) -> str:
     digest = hashlib.sha256()
     for value in values:
+        # An answer may hold half of a surrogate pair, which strict UTF-8 would refuse.
         digest.update(repr(value).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]
 
@@ -102,5 +114,8 @@ class WeightsDigest:
             yield name, tensor
 
     def hexdigest(self) -> str:
-        """Digest of all tensors that have passed; their order, which depends on the layout, does not count."""
+        """Returns the digest of all tensors that have passed.
+
+        Their order does not count, because it depends on the layout.
+        """
         return _digest(sorted(self._tensors.items()))

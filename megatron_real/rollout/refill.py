@@ -1,7 +1,8 @@
-"""Dynamic sampling: groups that teach nothing are drawn again with fresh prompts (DAPO, arXiv:2503.14476, section 3.2).
+"""Dynamic sampling: groups that teach nothing are replaced by groups of fresh prompts.
 
-A group whose labels are all equal has no loss. In place of it, up to a number of rounds, stands the group of the next
-prompt in order. Every rank sees the same rollouts and the same order of prompts, so all of them decide alike.
+This is DAPO's (arXiv:2503.14476, section 3.2). A group whose labels are all equal has no loss. The
+group of the next prompt in order takes its place, for a limited number of rounds. Every rank sees
+the same rollouts and the same order of prompts, so all ranks decide alike.
 """
 
 from __future__ import annotations
@@ -21,24 +22,29 @@ def refill(
     rounds: int,
     draw: Callable[[int, int], list[Rollout]],
 ) -> list[Rollout]:
-    """`rollouts` with the groups that teach nothing replaced, as far as `rounds` rounds go.
+    """Returns the rollouts with the groups replaced that teach nothing, within `rounds` rounds.
 
     Args:
-        rollouts: labelled, of a whole step.
-        objective: it says which rollouts learn; for REAL, those of groups with both labels.
-        rounds: how often groups are replaced at the most.
-        draw: labelled rollouts of so many fresh prompts, and the round (from 1) that they are for.
+        rollouts: the labelled rollouts of a whole step.
+        objective: says which rollouts learn; for REAL, those of groups with both labels.
+        rounds: how often groups are replaced at most.
+        draw: takes a number of fresh prompts and the number of the round, from 1, and returns
+            labelled rollouts of that many prompts.
     """
     for number in range(1, rounds + 1):
         useless = _teaching_nothing(rollouts, objective)
         if not useless:
             break
-        rollouts = _replaced(rollouts, useless, draw(len(useless), number))
+        fresh = draw(len(useless), number)
+        rollouts = _replaced(rollouts, useless, fresh)
     return rollouts
 
 
 def _teaching_nothing(rollouts: Sequence[Rollout], objective: Objective) -> list[int]:
-    """Returns the groups none of whose rollouts has a gradient of the objective itself, KL and entropy aside."""
+    """Returns the groups none of whose rollouts has a gradient of the objective itself.
+
+    Gradients of the KL and entropy terms do not count.
+    """
     learns = objective.facts(RolloutTable.of(rollouts)).learns_R.tolist()
     teaching = {r.group for r, learning in zip(rollouts, learns, strict=True) if learning}
     groups = dict.fromkeys(r.group for r in rollouts)
@@ -48,11 +54,12 @@ def _teaching_nothing(rollouts: Sequence[Rollout], objective: Objective) -> list
 def _replaced(
     rollouts: Sequence[Rollout], groups: Sequence[int], fresh: Sequence[Rollout]
 ) -> list[Rollout]:
-    """Fresh group i takes the place of groups[i]."""
+    """Returns the rollouts with fresh group i in the place of groups[i]."""
     refills = {r.group: r.refills + 1 for r in rollouts}
     kept = [r for r in rollouts if r.group not in set(groups)]
-    new = [
-        dataclasses.replace(r, group=groups[r.group], refills=refills[groups[r.group]])
-        for r in fresh
-    ]
+
+    new = []
+    for rollout in fresh:
+        group = groups[rollout.group]
+        new.append(dataclasses.replace(rollout, group=group, refills=refills[group]))
     return sorted(kept + new, key=lambda r: (r.group, r.sample))

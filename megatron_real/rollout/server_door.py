@@ -1,4 +1,4 @@
-"""Who may ask a vLLM server what, and from when on."""
+"""Which requests a vLLM server answers, to whom, and from when on."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ WORKER_CALLS = (
     "pack_weights",
     "receive_bucket",
 )
-"""All that the worker can be asked by its name (/collective_rpc): vLLM itself would call any method of it."""
+"""The worker's methods that a request can call by their name (/collective_rpc).
+
+vLLM itself would call any method of the worker.
+"""
 _ASK_AGAIN = "/v1/"
 """Below this path the same request may come twice: it costs time and changes nothing."""
 _POLICY_VIOLATION = 1008
-"""WebSocket's code for an end that the server refuses (RFC 6455, 7.4.1)."""
+"""WebSocket's close code of a server that refuses a client (RFC 6455, 7.4.1)."""
 
 
 class Door:
     """ASGI middleware (vLLM's --middleware) in front of every path.
 
-    Without the key in VLLM_API_KEY nothing is answered: vLLM's own check leaves out the paths that change weights and
-    caches. The trainer proves that it knows the key (server_proof.py), and so does the answer; people may send it as
-    `Authorization: Bearer KEY`. Until a trainer has sent weights, completions get 503: a server begins with random ones,
-    and one that was started again in the middle of a step would answer with them.
+    Without the key in VLLM_API_KEY nothing is answered: vLLM's own check leaves out the paths that
+    change weights and caches. The trainer proves that it knows the key (server_proof.py), and so
+    does the answer; people may send the key itself as `Authorization: Bearer KEY`. Until a trainer
+    has sent weights, completions get 503: a server begins with random weights, and one that was
+    started again in the middle of a step would answer with them.
     """
 
     def __init__(self, app: Any) -> None:
@@ -39,12 +43,13 @@ class Door:
         self._bearer = f"Bearer {self._key}".encode()
         self._has_weights = False
         self._numbers: set[str] = set()
-        """Of the requests that may not come twice."""
+        """Numbers of the requests that were answered and may not come twice."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Passes a request on, or answers it."""
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
+
         given = dict(scope.get("headers", ())).get(b"authorization", b"")
         claim = Claim.parse(given.decode("latin-1"))
         if not self._knows_the_key(scope, given, claim):
@@ -58,38 +63,48 @@ class Door:
         if path.startswith("/v1/") and not self._has_weights:
             reason = "no trainer has sent it weights since it was started"
             return await _refuse(scope, send, 503, reason)
+
         body = await _body(receive)
         if claim is not None and not claim.covers(body):
             return await _refuse(scope, send, 401, "its body is another than was proven")
         if path == "/collective_rpc" and not _is_known_call(body):
             reason = f"the worker can be asked {', '.join(WORKER_CALLS)} alone"
             return await _refuse(scope, send, 403, reason)
+
         if path == "/reset_prefix_cache":  # the last request of a weight sync
             self._has_weights = True
         await self.app(self._with_key(scope), _again(body, receive), send)
 
     def _knows_the_key(self, scope: Any, given: bytes, claim: Claim | None) -> bool:
+        """Tells whether a request may be answered: its sender knows the key, and it is no replay.
+
+        Args:
+            scope: the request.
+            given: its Authorization header.
+            claim: the claim in this header, if it has one.
+        """
         if claim is None:
             return secrets.compare_digest(given, self._bearer)
         path = scope.get("path", "")
-        if scope.get("query_string"):  # a claim proves none, and ours have none
+        if scope.get("query_string"):  # a claim does not cover it, and the trainer sends none
             return False
         if not claim.is_right(self._key, scope.get("method", ""), path):
             return False
         if path.startswith(_ASK_AGAIN):
             return True
+
         is_new = claim.number not in self._numbers
         self._numbers.add(claim.number)
         return is_new
 
     def _with_key(self, scope: Any) -> Any:
-        """The request as vLLM's own check wants it."""
+        """Returns the request with the key in its header, as vLLM's own check wants it."""
         others = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
         return {**scope, "headers": [*others, (b"authorization", self._bearer)]}
 
 
 def _is_known_call(body: bytes) -> bool:
-    """Whether a body asks the worker for one of WORKER_CALLS, with a text or nothing."""
+    """Tells whether a body calls one of WORKER_CALLS, with one text or no argument."""
     try:
         call = json.loads(body)
     except ValueError:
@@ -99,11 +114,13 @@ def _is_known_call(body: bytes) -> bool:
     arguments = call.get("args", [])
     if not isinstance(arguments, list) or len(arguments) > 1:
         return False
-    return call.get("method") in WORKER_CALLS and all(isinstance(one, str) for one in arguments)
+    if not all(isinstance(argument, str) for argument in arguments):
+        return False
+    return call.get("method") in WORKER_CALLS
 
 
 def _proving(send: Any, key: str, number: str) -> Any:
-    """A `send` that holds an answer back until it is whole, and adds its proof."""
+    """Returns a `send` that holds an answer back until it is whole, and adds its proof."""
     start: dict[str, Any] = {}
     parts: list[bytes] = []
 
@@ -114,9 +131,10 @@ def _proving(send: Any, key: str, number: str) -> Any:
         parts.append(message.get("body", b""))
         if message.get("more_body"):
             return
+
         body = b"".join(parts)
-        shown = answer_proof(key, number, start["status"], body).encode()
-        headers = [*start.get("headers", ()), (ANSWER.lower().encode(), shown)]
+        proof = answer_proof(key, number, start["status"], body).encode()
+        headers = [*start.get("headers", ()), (ANSWER.lower().encode(), proof)]
         await send({**start, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -124,7 +142,7 @@ def _proving(send: Any, key: str, number: str) -> Any:
 
 
 async def _body(receive: Any) -> bytes:
-    """The whole body of a request."""
+    """Waits for the whole body of a request and returns it."""
     parts = []
     while True:
         message = await receive()
@@ -134,7 +152,10 @@ async def _body(receive: Any) -> bytes:
 
 
 def _again(body: bytes, receive: Any) -> Any:
-    """A `receive` that gives the body once more, and then what else comes: the end of the connection."""
+    """Returns a `receive` that gives the body once more.
+
+    Then it gives whatever else comes: the end of the connection.
+    """
     given = False
 
     async def give() -> Any:
@@ -148,10 +169,12 @@ def _again(body: bytes, receive: Any) -> Any:
 
 
 async def _refuse(scope: Any, send: Any, status: int, reason: str) -> None:
+    """Answers a request with an error, or closes a WebSocket."""
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": reason})
         return
     body = json.dumps({"error": {"message": reason}}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    length = str(len(body)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", length)]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

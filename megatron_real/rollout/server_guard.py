@@ -1,9 +1,12 @@
-"""Runs a command until it ends, or until standard input does: a server never outlives the run that started it.
+"""Runs a command until it ends, or until standard input does.
+
+So a server never outlives the run that started it.
 
     python server_guard.py COMMAND ...
 
-The run holds the other end of standard input, which closes however the run ends, SIGKILL included. The guard leads a
-process group of its own, with all that the command starts, and ends the whole of it. It imports nothing of the project.
+The run holds the other end of standard input, which closes however the run ends, SIGKILL included.
+The guard leads a process group of its own, to which all processes belong that the command starts,
+and ends the whole group. It imports nothing of the project.
 """
 
 from __future__ import annotations
@@ -15,10 +18,11 @@ import sys
 import threading
 
 _GRACE_SECONDS = 10.0
+"""Time that the command has to end after SIGTERM."""
 
 
 def main() -> None:
-    """Ends with its process group, by SIGKILL."""
+    """Runs the command; the guard ends with its process group, by SIGKILL."""
     command = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the guard leaves last
     threading.Thread(target=_stop_at_the_end_of_input, args=(command,), daemon=True).start()

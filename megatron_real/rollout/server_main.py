@@ -1,6 +1,9 @@
-"""Becomes vLLM's own server, with some arguments from the environment: a command line is public on its machine.
+"""Becomes vLLM's own server, with some arguments from the environment.
 
-MEGATRON_REAL_SERVER_ARGUMENTS='["--hf-token", "..."]' python -m megatron_real.rollout.server_main --port 8000 ...
+A command line can be read by every user of its machine; the environment cannot.
+
+    MEGATRON_REAL_SERVER_ARGUMENTS='["--hf-token", "..."]' \\
+        python -m megatron_real.rollout.server_main --port 8000 ...
 """
 
 from __future__ import annotations
@@ -18,9 +21,8 @@ SERVER = "vllm.entrypoints.openai.api_server"
 
 def main() -> None:
     """Runs vLLM's server with the words of the command line and those of the environment."""
-    sys.argv += json.loads(
-        os.environ.pop(VARIABLE, "[]")
-    )  # no process that it starts inherits them
+    # Removed from the environment, so that no process that the server starts inherits them.
+    sys.argv += json.loads(os.environ.pop(VARIABLE, "[]"))
     runpy.run_module(SERVER, run_name="__main__", alter_sys=True)
 
 

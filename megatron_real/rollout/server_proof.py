@@ -1,10 +1,14 @@
-"""How a request to a server, and its answer, prove that they come from one who knows the key, which is never sent.
+"""How a request to a server and its answer prove that their senders know the key.
 
-    request     Authorization: Proof NUMBER DIGEST PROOF     of the key, the number, verb, path and the body's digest
-    answer      X-Proof: PROOF                               of the key, the number, the status and the body
+The key itself is never sent.
 
-Whoever listens on the server's port, before it or after it, learns nothing from a request that it could use, and cannot
-answer as the server would. Standard library only.
+    request     Authorization: Proof NUMBER DIGEST PROOF
+                PROOF is computed from the key, the number, verb, path and the body's digest
+    answer      X-Proof: PROOF
+                PROOF is computed from the key, the number, the status and the body
+
+Another process that listens on the server's port, before or after the server, learns nothing from a
+request that it could use, and cannot answer in the server's place. Standard library only.
 """
 
 from __future__ import annotations
@@ -21,45 +25,49 @@ ANSWER = "X-Proof"
 
 @dataclass(frozen=True)
 class Claim:
-    """What the header of a request claims."""
+    """The claim in a request's header that its sender knows the key."""
 
     number: str
-    """Made for this one request."""
+    """A random number, made for this one request."""
     digest: str
     """SHA-256 of the body."""
     proof: str
-    """That the sender knows the key."""
+    """Proof that the sender knows the key."""
 
     @classmethod
     def of(cls, key: str, number: str, verb: str, path: str, body: bytes) -> Claim:
-        """The claim of one who knows the key."""
+        """Makes the claim for a request, with the key."""
         digest = hashlib.sha256(body).hexdigest()
         return cls(number, digest, _proof(key, "request", number, verb, path, digest))
 
     @classmethod
     def parse(cls, header: str) -> Claim | None:
-        """The claim in an Authorization header; None where there is none."""
+        """Reads the claim in an Authorization header; None where there is none."""
         scheme, *words = header.split(" ")
-        return cls(*words) if scheme == SCHEME and len(words) == 3 else None
+        if scheme != SCHEME or len(words) != 3:
+            return None
+        return cls(*words)
 
     @property
     def header(self) -> str:
-        """What `parse` reads."""
+        """The claim as `parse` reads it."""
         return f"{SCHEME} {self.number} {self.digest} {self.proof}"
 
     def is_right(self, key: str, verb: str, path: str) -> bool:
-        """Whether the sender knows the key. The body has yet to be compared with `digest`."""
+        """Tells whether the sender knows the key; the body has yet to be checked by `covers`."""
         expected = _proof(key, "request", self.number, verb, path, self.digest)
         return hmac.compare_digest(self.proof.encode(), expected.encode())
 
     def covers(self, body: bytes) -> bool:
-        """Whether the body is the one that the claim was made for."""
-        return hmac.compare_digest(self.digest.encode(), hashlib.sha256(body).hexdigest().encode())
+        """Tells whether the body is the one that the claim was made for."""
+        digest = hashlib.sha256(body).hexdigest()
+        return hmac.compare_digest(self.digest.encode(), digest.encode())
 
 
 def answer_proof(key: str, number: str, status: int, body: bytes) -> str:
-    """That the answer to a request comes from one who knows the key."""
-    return _proof(key, "answer", number, str(status), hashlib.sha256(body).hexdigest())
+    """Returns the proof that the answer to a request comes from one who knows the key."""
+    digest = hashlib.sha256(body).hexdigest()
+    return _proof(key, "answer", number, str(status), digest)
 
 
 def _proof(key: str, *words: str) -> str:

@@ -1,7 +1,8 @@
-"""vLLM's worker in a server, and what the trainer asks of it by remote call (vLLM's /collective_rpc).
+"""vLLM's worker in a server, with the methods that the trainer calls by /collective_rpc.
 
-Arguments are JSON text and answers are plain values, because the server accepts nothing else. What can be asked is the
-list in server_door.py. Each worker answers for the part of the model that it holds.
+Arguments are JSON text and answers are plain values, because the server accepts nothing else.
+server_door.py lists the methods that can be called. Each worker answers for the part of the model
+that it holds.
 """
 
 from __future__ import annotations
@@ -36,54 +37,73 @@ class Worker(VllmWorker):
             super().load_model(*args, **kwargs)
 
     def describe(self) -> dict[str, Any]:
-        """How the engine was started, and where each tensor lies: [shape, [[start, stop] of each axis]] by name."""
-        parts = parts_of(self.get_model())
+        """Says how the engine was started, and which part of each tensor this worker holds.
+
+        Returns:
+            `logprobs_mode` and `max_model_len`, and under `held`, by name, [shape, [[start, stop]
+            of each axis]].
+        """
+        held = {}
+        for name, part in parts_of(self.get_model()).items():
+            axes = zip(part.part, part.shape, strict=True)
+            held[name] = [part.shape, [axis.indices(size)[:2] for axis, size in axes]]
         return {
             "logprobs_mode": self.model_config.logprobs_mode,
             "max_model_len": self.model_config.max_model_len,
-            "held": {
-                name: [
-                    part.shape,
-                    [s.indices(n)[:2] for s, n in zip(part.part, part.shape, strict=True)],
-                ]
-                for name, part in parts.items()
-            },
+            "held": held,
         }
 
     def link_name(self) -> list[str]:
-        """The link it has joined, if any: a worker that was started again has none."""
+        """Returns the name of the link that it has joined.
+
+        A worker that was started again has joined none; the name is then empty.
+        """
         return [self._link_name]
 
     def join_link(self, text: str) -> None:
-        """Joins the trainer's link."""
-        said = json.loads(text)
+        """Joins the trainer's link.
+
+        Args:
+            text: an object with `name`, `address`, `size` and `seconds`.
+        """
+        invitation = json.loads(text)
         self._link = Link.join(
-            tuple(said["address"]),
-            link_secret(os.environ["VLLM_API_KEY"], said["name"]),
-            rank=self.rank + 1,
-            size=said["size"],
+            tuple(invitation["address"]),
+            link_secret(os.environ["VLLM_API_KEY"], invitation["name"]),
+            rank=self.rank + 1,  # the sender is rank 0
+            size=invitation["size"],
             device=self.device,
-            seconds=said["seconds"],
+            seconds=invitation["seconds"],
         )
-        self._link_name = said["name"]
+        self._link_name = invitation["name"]
 
     def receive_bucket(self, text: str) -> None:
-        """Loads one bucket as it comes over the link."""
-        said = json.loads(text)
+        """Waits for one bucket and loads its tensors into the model.
+
+        Args:
+            text: an object with `num_bytes` and `slots`, a list of the fields of each `Slot`.
+        """
+        contents = json.loads(text)
         assert self._link is not None, "the trainer lets a worker join before it sends"
         slots = [
-            Slot(name, dtype, tuple(shape), start) for name, dtype, shape, start in said["slots"]
+            Slot(name, dtype, tuple(shape), start)
+            for name, dtype, shape, start in contents["slots"]
         ]
-        self.get_model().load_weights(unpacked(self._link.receive(said["num_bytes"]), slots))
+        flat = self._link.receive(contents["num_bytes"])
+        self.get_model().load_weights(unpacked(flat, slots))
 
     def pack_weights(self) -> None:
-        """After the last bucket: what vLLM computes with, made anew of what was loaded."""
+        """Makes what vLLM computes with from what was loaded; called after the last bucket."""
         pack(self.get_model())
 
     def checksums(self, text: str) -> dict[str, int]:
-        """The checksum of what it holds of each tensor, in the dtype that is given for it."""
+        """Returns the checksum of what this worker holds of each tensor.
+
+        Args:
+            text: an object of the tensors' names, each with the dtype that the checksum is of.
+        """
         parts = parts_of(self.get_model())
-        return {
-            name: checksum(parts[name].tensor.to(getattr(torch, t)))
-            for name, t in json.loads(text).items()
-        }
+        sums = {}
+        for name, dtype in json.loads(text).items():
+            sums[name] = checksum(parts[name].tensor.to(getattr(torch, dtype)))
+        return sums

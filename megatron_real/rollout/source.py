@@ -1,13 +1,18 @@
-"""Where a step's rollouts come from: drawn within the step, drawn one step ahead, or read from a saved run.
+"""Where a step's rollouts come from.
 
-    take(step)    weights to the engine -> chunks of prompts -> completions -> verdicts -> mismatch filter
-                  -> groups of one class drawn again -> the engine gives its room back
+They are drawn within the step, drawn one step ahead, or read from a saved run.
 
-`Fresh` does all of it within the step. `OneStepAhead` lets the engine generate the next step's rollouts while this one
-trains (ahead.py has the times): its rollouts lag one step behind, which nobody above needs to know. `Replay` reads.
+    take(step)    weights to the engine -> chunks of prompts -> completions -> verdicts
+                  -> mismatch filter -> groups of one class drawn again
+                  -> the engine releases its memory
 
-What a draw depends on (the run's seed, the step, the draw's number and its prompts) does not depend on the layout or on
-earlier interruptions. A whole chunk is kept on disk; a step that is taken up again draws the missing chunks only.
+`Fresh` does all of it within the step. `OneStepAhead` lets the engine generate the next step's
+rollouts while this one trains (ahead.py draws the timeline): its rollouts lag one step behind,
+which no caller needs to know. `Replay` reads the rollouts of an earlier run.
+
+A draw depends on the run's seed, the step, the draw's number and its prompts; not on the layout,
+and not on earlier interruptions. A whole chunk is kept on disk: a step that is taken up again draws
+the missing chunks only.
 """
 
 from __future__ import annotations
@@ -49,7 +54,7 @@ from megatron_real.rollout.sync import WeightSync
 logger = logging.getLogger(__name__)
 
 StageTimer = Callable[[str], AbstractContextManager[None]]
-"""Measures a stage by its name while it is entered."""
+"""Measures the time of a stage, by its name, while it is entered."""
 
 
 @dataclass(frozen=True)
@@ -57,31 +62,43 @@ class StepRollouts:
     """The rollouts of one step."""
 
     rollouts: list[Rollout]
-    """Labelled, in order of group and sample; the same on every rank but for completions that other ranks hold."""
+    """The labelled rollouts, in order of group and sample.
+
+    They are the same on every rank but for the completions that other ranks hold.
+    """
     lag: float = 0.0
     """Steps between the weights that generated them and those that the step begins with."""
     generating_weights: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Within it the policy has the weights that generated them. To be entered once, before the step's first update."""
+    """Within it the policy has the weights that generated them.
+
+    It is to be entered once, before the step's first update.
+    """
 
 
 class Source(Protocol):
-    """One step's rollouts after the other."""
+    """Gives one step's rollouts after the other."""
 
     def take(self, step: int) -> StepRollouts:
-        """The rollouts of a step, from 1. Collective over all ranks; steps come in order, each once."""
+        """Returns the rollouts of a step, from 1.
+
+        Collective over all ranks. Steps come in order, each once.
+        """
 
 
 class TrainedPolicy(Protocol):
     """What a source asks of the policy. All of it is collective over all ranks."""
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """Every HF (name, tensor), one at a time."""
+        """Yields every HF (name, tensor), one at a time."""
 
     def mismatch(self, rollouts: Sequence[Rollout]) -> Sequence[float]:
-        """Mean |log-prob here - in the engine| (nats) of each rollout, under the present weights."""
+        """Returns the mean |log-prob here - in the engine| (nats) of each rollout.
+
+        The log-probs here are those of the present weights.
+        """
 
     def make_room(self) -> None:
-        """Frees what generation has no use for."""
+        """Frees the memory that generation has no use for."""
 
     def take_room_back(self) -> None:
         """Undoes `make_room`."""
@@ -91,15 +108,15 @@ class EarlierWeights(Protocol):
     """A copy of the policy's weights as they were (policy/snapshot.py)."""
 
     def take(self) -> None:
-        """Copies them as they are now."""
+        """Copies the weights as they are now."""
 
     def swapped_in(self) -> AbstractContextManager[None]:
-        """Within, the policy has the copied weights."""
+        """Returns a context within which the policy has the copied weights."""
 
 
 @dataclass(frozen=True)
 class ChunkName:
-    """Which part of a run some rollouts are."""
+    """Names a part of a run's rollouts."""
 
     step: int
     """Number of the step, from 1."""
@@ -115,11 +132,14 @@ class Chunks(Protocol):
     def read(
         self, name: ChunkName, prompts: Sequence[Prompt], origin: Origin
     ) -> list[Rollout] | None:
-        """The rollouts of a chunk, held by one rank each; None where there are none that were drawn under `origin`.
-        Collective."""
+        """Returns the rollouts of a chunk, each held by one rank. Collective over all ranks.
+
+        Returns:
+            None where there are none that were drawn under `origin`.
+        """
 
     def write(self, name: ChunkName, origin: Origin, rollouts: Sequence[Rollout]) -> None:
-        """Keeps them. Collective."""
+        """Keeps the rollouts of a chunk. Collective over all ranks."""
 
 
 @dataclass(frozen=True)
@@ -127,26 +147,27 @@ class DrawOptions:
     """How a step's rollouts are drawn."""
 
     sampling: Sampling
-    """Of the engine."""
+    """How the engine samples."""
     num_prompts: int
-    """Groups of a step."""
+    """Number of a step's groups."""
     chunk_prompts: int
-    """Prompts of a chunk; 0: all of a draw."""
+    """Number of a chunk's prompts; 0: all prompts of a draw."""
     refill_rounds: int
-    """Rounds in which groups that teach nothing are drawn again."""
+    """Number of rounds in which groups that teach nothing are drawn again."""
     exclude_mismatch: float | None
     """Bound (nats) of a rollout's mismatch; None: no bound."""
     permute_labels: bool
-    """The control experiment: the step's verdicts are dealt to other rollouts."""
+    """Whether the step's verdicts are dealt to other rollouts, as a control experiment."""
     seed: int
-    """The run's."""
+    """Seed of the run."""
     settings: Mapping[str, Any]
-    """What the rollouts depend on, by name: the settings of their `Origin`."""
+    """The settings that the rollouts depend on, by name; they become part of their `Origin`."""
     objective: Objective
-    """It says which groups teach nothing."""
+    """Says which groups teach nothing."""
 
     def draw_seed(self, step: int, draw: int = 0, first_prompt: int = 0) -> int:
-        """Seed of a chunk's sampling."""
+        """Returns the seed of a chunk's sampling."""
+        # Chunks on disk know their seed: another formula would make them useless.
         return self.seed * 1_000_003 + step + (draw << 40) + (first_prompt << 48)
 
 
@@ -155,19 +176,22 @@ class Generator:
     """Engine and verifier, and the policy whose weights the engine gets."""
 
     policy: TrainedPolicy
-    """Trained by others; still while the engine is awake."""
+    """The policy, which nobody trains while the engine is awake."""
     stage: RolloutStage
     """Engine and verifier."""
     sync: WeightSync
     """Brings the weights into the engine."""
     timed: StageTimer
-    """Measures what each stage takes."""
+    """Measures how long each stage takes."""
     check_weights: Callable[[], None] = lambda: None
-    """Called before each sync; may raise where the weights are not worth it. Collective over all ranks."""
+    """Called before each sync; may raise to refuse the weights. Collective over all ranks."""
 
     @contextmanager
     def awake(self) -> Iterator[str]:
-        """Within, the engine has the policy's present weights, and the policy has made room. Gives their digest."""
+        """Within it the engine has the policy's present weights, and the policy has made room.
+
+        Its value is the digest of the weights.
+        """
         with self.timed("sync"):
             self.check_weights()
             self.policy.make_room()
@@ -178,16 +202,16 @@ class Generator:
         self.policy.take_room_back()
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[Rollout]:
-        """Labelled rollouts of the prompts. Collective over all ranks."""
+        """Returns labelled rollouts of the prompts. Collective over all ranks."""
         with self.timed("rollout"):
             sampled = self.stage.generate(prompts, sampling, seed=seed)
         with self.timed("label"):
             return self.stage.label(prompts, sampled, self._bring_back)
 
     def _bring_back(self) -> None:
-        """Starts again what has ended while it generated, and gives it the weights that the others have.
+        """Starts engines again that have ended, and gives them the weights that the others have.
 
-        What cannot be brought back now is left to the next sync: other engines draw what it has lost.
+        An engine that cannot be brought back now is left to the next sync.
         """
         try:
             ended = self.stage.engine.revive()
@@ -210,7 +234,15 @@ class Fresh:
         *,
         seam: Callable[[], None],
     ) -> None:
-        """`seam`: called after each chunk that was drawn; may end the run by an exception."""
+        """Joins what a draw needs.
+
+        Args:
+            generator: engine, verifier and policy.
+            cursor: gives the prompts in order.
+            options: how rollouts are drawn.
+            chunks: where they are kept until the step is done.
+            seam: called after each chunk that was drawn; may end the run by an exception.
+        """
         self.generator = generator
         self.cursor = cursor
         self.options = options
@@ -228,7 +260,12 @@ class Fresh:
         return StepRollouts(rollouts)
 
     def _rollouts(self, step: int, weights: str) -> list[Rollout]:
-        """The step's rollouts, by an engine that has the weights of that digest."""
+        """Returns the step's rollouts.
+
+        Args:
+            step: number of the step, from 1.
+            weights: digest of the weights that the engine has.
+        """
 
         def draw(num_prompts: int, number: int) -> list[Rollout]:
             return self._draw(step, number, num_prompts, weights)
@@ -245,19 +282,18 @@ class Fresh:
         return rollouts
 
     def _draw(self, step: int, draw: int, num_prompts: int, weights: str) -> list[Rollout]:
-        """One draw of a step: the rollouts of so many fresh prompts, chunk by chunk."""
+        """Returns the rollouts of the next `num_prompts` prompts, chunk by chunk."""
         prompts = self.cursor.next_batch(num_prompts)
         size = self.options.chunk_prompts or num_prompts
         rollouts: list[Rollout] = []
         for first in range(0, num_prompts, size):
-            chunk = self._chunk(
-                ChunkName(step, draw, first), prompts[first : first + size], weights
-            )
+            name = ChunkName(step, draw, first)
+            chunk = self._chunk(name, prompts[first : first + size], weights)
             rollouts += [dataclasses.replace(r, group=first + r.group) for r in chunk]
         return rollouts
 
     def _chunk(self, name: ChunkName, prompts: Sequence[Prompt], weights: str) -> list[Rollout]:
-        """The chunk's rollouts, from the disk if they are there; groups count from 0."""
+        """Returns the chunk's rollouts, from the disk if they are there; groups count from 0."""
         seed = self.options.draw_seed(name.step, name.draw, name.first_prompt)
         origin = Origin(
             weights,
@@ -268,10 +304,12 @@ class Fresh:
         )
         kept = self._chunks.read(name, prompts, origin)
         if kept is not None:
+            # As if they had been drawn: the shares of the next draw depend on the lengths.
             self.generator.stage.lengths.learn(kept)
             return kept
 
-        rollouts = sampled_by(self._sample(prompts, seed), version=name.step - self._lag)
+        rollouts = self._sample(prompts, seed)
+        rollouts = sampled_by(rollouts, version=name.step - self._lag)
         if self.options.exclude_mismatch is not None:
             with self.generator.timed("mismatch"), self._generating_weights():
                 mismatch = self.generator.policy.mismatch
@@ -287,18 +325,21 @@ class Fresh:
 
     @property
     def _lag(self) -> int:
-        """Steps between the weights that generate the rollouts at hand and the present ones."""
+        """Steps between the weights that generate the present rollouts and the policy's."""
         return 0
 
     def _generating_weights(self) -> AbstractContextManager[None]:
-        """Within, the policy has the weights that generated the rollouts at hand: here it has them anyway."""
+        """Within it the policy has the weights that generated the present rollouts.
+
+        Here it has them anyway.
+        """
         return nullcontext()
 
 
 class OneStepAhead(Fresh):
-    """Draws a step's rollouts while the step before trains: from the weights that the engine got then.
+    """Draws a step's rollouts while the step before trains, from the weights of that time.
 
-    The first step of each life of the run is drawn as `Fresh` does it.
+    The first step of each life of the run is drawn as by `Fresh`.
     """
 
     def __init__(
@@ -312,17 +353,25 @@ class OneStepAhead(Fresh):
         earlier: EarlierWeights,
         last_step: int,
     ) -> None:
-        """`earlier` is filled by this class alone; after `last_step` nothing is drawn ahead."""
+        """Joins what `Fresh` needs and a copy of earlier weights.
+
+        Args:
+            generator, cursor, options, chunks, seam: see `Fresh`.
+            earlier: the weights that generated a step's rollouts; this class alone fills it.
+            last_step: the step after which nothing is drawn ahead.
+        """
         super().__init__(generator, cursor, options, chunks, seam=seam)
         self._earlier = earlier
         self._last_step = last_step
         self._ahead = Ahead(generator.stage, options.sampling)
         self._lagging = False
+        """Whether the present step's rollouts were drawn ahead."""
         self._generated_by = ""
+        """Digest of the weights that generate ahead."""
 
     @contextmanager
     def awake(self) -> Iterator[str]:
-        """Lends the engine once what it was asked for ahead is there."""
+        """Waits until the engine has generated what was begun ahead, and lends it."""
         with self.generator.timed("rollout"):
             self._lagging = self._ahead.settle()
         with self.generator.awake() as weights:
@@ -332,7 +381,10 @@ class OneStepAhead(Fresh):
         """See `Source`."""
         with self.awake() as weights:
             lagging = self._lagging
-            rollouts = self._rollouts(step, self._generated_by if lagging else weights)
+            generated_by = self._generated_by if lagging else weights
+            rollouts = self._rollouts(step, generated_by)
+
+            # Only now, because refills of this step have taken prompts from the cursor, too.
             if step < self._last_step:
                 prompts = self.cursor.peek(self.options.num_prompts)
                 self._ahead.begin(prompts, seed=self.options.draw_seed(step + 1))
@@ -352,9 +404,10 @@ class OneStepAhead(Fresh):
 
     @contextmanager
     def _hand_over(self, lagging: bool) -> Iterator[None]:
-        """Within, the weights that generated the step's rollouts; afterwards the present ones are the earlier ones.
+        """Within it the policy has the weights that generated the step's rollouts.
 
-        The engine has them, and generates the next step's rollouts with them while this step's updates are made.
+        Afterwards the present weights are kept as the earlier ones: the engine has them, and
+        generates the next step's rollouts with them while this step's updates are made.
         """
         with self._earlier.swapped_in() if lagging else nullcontext():
             yield
@@ -362,15 +415,15 @@ class OneStepAhead(Fresh):
 
 
 class Replay:
-    """Reads the rollouts that an earlier run has saved; no engine is needed."""
+    """Reads the rollouts that an earlier run has saved; it needs no engine."""
 
     def __init__(
         self, read: Callable[[int], list[Rollout]], exchange: Exchange | None = None
     ) -> None:
-        """Every rank reads the same, and keeps its share.
+        """Every rank reads the same rollouts and keeps its share.
 
         Args:
-            read: the rollouts of a step, in any order.
+            read: returns the rollouts of a step, in any order.
             exchange: between all ranks; None: every rank keeps everything.
         """
         self._read = read
@@ -385,9 +438,10 @@ class Replay:
 
 
 def sampled_by(rollouts: Sequence[Rollout], *, version: int) -> list[Rollout]:
-    """The rollouts, whose trained tokens know the weight version that sampled them; the others have none.
+    """Notes on each trained token the version of the weights that sampled it.
 
-    A completion that is absent here gets it where it is held.
+    Other tokens get UNKNOWN_VERSION. A completion that is absent here gets its versions on the rank
+    that holds it.
     """
     return [
         dataclasses.replace(rollout, completion=_versioned(rollout.completion, version))

@@ -1,7 +1,11 @@
-"""The model's tokenizer, the tokens that end a response, and what a completion is: the same for every engine."""
+"""The model's tokenizer, the tokens that end a response, and the record of a completion.
+
+They are the same for every engine.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Container, Sequence
@@ -32,11 +36,12 @@ _PROBES = (
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
-    """The transformers tokenizer of the model's HF directory, which cuts texts as tokenizer.json says.
+    """Loads the transformers tokenizer of the model's HF directory.
 
-    Some versions of transformers build a family's own tokenizer around the vocabulary and leave
-    out what tokenizer.json says (transformers 45488; 5.19 does so for every Qwen2 directory). A
-    model would then train on tokens that it has never seen. There the file is taken as it is.
+    It cuts texts as tokenizer.json says. Some versions of transformers build a family's own
+    tokenizer around the vocabulary and leave out what tokenizer.json says (transformers issue
+    45488; 5.19 does so for every Qwen2 directory). A model would then train on tokens that it has
+    never seen. In that case the file is taken as it is.
 
     Raises:
         WeightsError: transformers cannot load it, or cannot be made to cut texts in that way.
@@ -46,6 +51,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
     difference = _difference(tokenizer, directory)
     if not difference:
         return tokenizer
+
     plain = by_transformers(directory, trust_remote_code=False, plain=True)
     if _difference(plain, directory):
         raise WeightsError(f"{difference}; take another version of transformers")
@@ -54,7 +60,10 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
 
 def _difference(tokenizer: Any, directory: Path) -> str:
-    """Where the tokenizer disagrees with tokenizer.json, read by the library that it is for."""
+    """Says where the tokenizer disagrees with tokenizer.json; empty where it does not.
+
+    The file is read by the tokenizers library, for which it is made.
+    """
     file = directory / "tokenizer.json"
     if not file.is_file():
         return ""
@@ -62,6 +71,7 @@ def _difference(tokenizer: Any, directory: Path) -> str:
         own = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception for all that is wrong
         raise WeightsError(f"{file} is not a tokenizer ({error}); download it again") from error
+
     for text in _PROBES:
         expected = own.encode(text, add_special_tokens=False).ids
         # A vocabulary that cannot spell the text says nothing of how it is cut.
@@ -77,26 +87,33 @@ def _difference(tokenizer: Any, directory: Path) -> str:
 
 
 def eos_ids(path: str, tokenizer_eos: int | None) -> list[int]:
-    """Every token that ends a response: the tokenizer's, and those of the generation config.
+    """Returns every token that ends a response: the tokenizer's, and the generation config's.
 
-    Without a generation config they are those of config.json, as in transformers.
+    Without a generation config, config.json takes its place, as in transformers.
 
     Raises:
         WeightsError: a file cannot be read, or there is no such token.
     """
     listed = _generation_config(Path(path)).get("eos_token_id")
-    many = listed if isinstance(listed, list) else [listed]
-    eos = [token for token in dict.fromkeys([tokenizer_eos, *many]) if token is not None]
+    several = listed if isinstance(listed, list) else [listed]
+    eos = [token for token in dict.fromkeys([tokenizer_eos, *several]) if token is not None]
     if not eos:
         raise WeightsError(
-            f"neither the tokenizer nor the generation config of {path!r} names an end-of-sequence token"
+            f"neither the tokenizer nor the generation config of {path!r} names an "
+            "end-of-sequence token"
         )
+    # `type` and not isinstance: True would pass for the token 1.
     if any(type(token) is not int or token < 0 for token in eos):
         raise WeightsError(f"{path!r} names {listed!r} as eos_token_id, which are no token numbers")
     return eos
 
 
 def _generation_config(directory: Path) -> dict[str, Any]:
+    """Reads generation_config.json, or config.json where it is missing.
+
+    Raises:
+        WeightsError: the file cannot be read, or is no JSON object.
+    """
     file = directory / "generation_config.json"
     try:
         values = json.loads(file.read_bytes())
@@ -114,32 +131,34 @@ def _generation_config(directory: Path) -> dict[str, Any]:
 def completion_of(
     tokens: Sequence[int], logprobs: Sequence[float], tokenizer: Any, eos: Container[int]
 ) -> Completion:
-    """The record of what an engine sampled: finished where the last token ends a response."""
+    """Returns the record of what an engine sampled.
+
+    It is finished where the last token ends a response.
+    """
     assert len(tokens) == len(logprobs), "one log-prob for each sampled token"
     finished = len(tokens) > 0 and tokens[-1] in eos
-    return Completion(
-        tokens,
-        logprobs,
-        decoded(tokens, tokenizer),
-        finished,
-    )
+    return Completion(tokens, logprobs, decoded(tokens, tokenizer), finished)
 
 
 def decoded(tokens: Sequence[int], tokenizer: Any) -> str:
-    """Returns the text of a response without special tokens, except for those that open or close thinking.
+    """Returns the text of a response without special tokens, but with the marks of thinking.
 
-    Some tokenizers call these special. Without them a box within the thinking would count as the answer.
+    Some tokenizers call the marks special that open and close thinking. Without them a box within
+    the thinking would count as the answer.
     """
-    every = [mark for pair in THINKING_MARKS for mark in pair]
     special = set(tokenizer.all_special_tokens)
-    marks = {tokenizer.convert_tokens_to_ids(mark): mark for mark in every if mark in special}
+    marks = {}
+    for mark in itertools.chain.from_iterable(THINKING_MARKS):
+        if mark in special:
+            marks[tokenizer.convert_tokens_to_ids(mark)] = mark
+
+    # The text between two marks is decoded as a whole: tokens alone may be parts of a character.
     pieces: list[str] = []
     start = 0
-    for end in [i for i, token in enumerate(tokens) if token in marks]:
-        pieces += [_without_special(tokens[start:end], tokenizer), marks[tokens[end]]]
-        start = end + 1
-    return "".join([*pieces, _without_special(tokens[start:], tokenizer)])
-
-
-def _without_special(tokens: Sequence[int], tokenizer: Any) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+    for end, token in enumerate(tokens):
+        if token in marks:
+            pieces.append(tokenizer.decode(tokens[start:end], skip_special_tokens=True))
+            pieces.append(marks[token])
+            start = end + 1
+    pieces.append(tokenizer.decode(tokens[start:], skip_special_tokens=True))
+    return "".join(pieces)

@@ -1,4 +1,7 @@
-"""The embedded engine: transformers' own `generate`, in the training process. No extra install, not fast."""
+"""The embedded engine: transformers' own `generate`, in the training process.
+
+It needs no further installation, and is not fast.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from megatron_real.weights.stored import torch_dtype
 
 
 def missing(config: Config) -> str:
-    """Nothing: this package depends on transformers."""
+    """Returns an empty text: this package depends on transformers, so nothing is missing."""
     return ""
 
 
@@ -30,22 +33,28 @@ def build(config: Config, *, say: Callable[[str], None]) -> TransformersEngine:
 
 
 class TransformersEngine:
-    """Holds a whole copy of the model on each rank and decodes in batches, sorted by prompt length."""
+    """Holds a whole copy of the model on each rank and decodes in batches.
+
+    The prompts of a batch have similar lengths, so that there is little padding.
+    """
 
     name = "transformers"
     tp = 1
     process = "rank"
 
     def __init__(self, model: ModelConfig, *, batch_size: int) -> None:
-        """Builds the model of its path's config without reading its weights: they come by `prepare_for_inference`."""
-        path, dtype = model.path, model.dtype
+        """Builds the model from the config at its path, without reading weights.
+
+        The weights come by `prepare_for_inference`.
+        """
         self.tokenizer = load_tokenizer(model)
         self.batch_size = batch_size
         with torch.device(device()):
-            self.model = new_model(path, torch_dtype(dtype))
+            self.model = new_model(model.path, torch_dtype(model.dtype))
         self.model.eval()
-        # The model's own generation config would add its top_p, top_k or penalties to what the sampling asks for.
-        self.eos = eos_ids(path, self.tokenizer.eos_token_id)
+
+        # The model's own generation config would add its top_p, top_k or penalties to the sampling.
+        self.eos = eos_ids(model.path, self.tokenizer.eos_token_id)
         self.model.generation_config = GenerationConfig(
             eos_token_id=self.eos, pad_token_id=self.eos[0]
         )
@@ -57,13 +66,13 @@ class TransformersEngine:
         return checksums_on(dist.get_rank(), self._parts(), dtypes)
 
     def revive(self) -> bool:
-        """It ends with its process."""
+        """Returns False: the engine ends with its process, so there is nothing to revive."""
         return False
 
     def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        own = self.model.state_dict()
+        parameters = self.model.state_dict()
         for name, tensor in weights:
-            own[name].copy_(tensor)
+            parameters[name].copy_(tensor)
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
@@ -72,17 +81,18 @@ class TransformersEngine:
         requests = [(i, k) for i in order for k in range(sampling.num_samples)]
         for start in range(0, len(requests), self.batch_size):
             batch = requests[start : start + self.batch_size]
-            completions = self._decode(
-                [prompts[i] for i, _ in batch], sampling, seed=f"{seeds}-{start}"
-            )
+            batch_prompts = [prompts[i] for i, _ in batch]
+            # One generator draws for the whole batch, so its seed depends on all prompts' seeds.
+            completions = self._decode(batch_prompts, sampling, seed=f"{seeds}-{start}")
             for (i, k), completion in zip(batch, completions, strict=True):
                 yield i, k, completion
 
     def _parts(self) -> dict[str, Part]:
-        return {
-            name: Part(tuple(tensor.shape), (slice(None),) * tensor.dim(), tensor)
-            for name, tensor in self.model.state_dict().items()
-        }
+        """Returns every tensor as a part: the whole of it."""
+        parts = {}
+        for name, tensor in self.model.state_dict().items():
+            parts[name] = Part(tuple(tensor.shape), (slice(None),) * tensor.dim(), tensor)
+        return parts
 
     def finish_inference(self) -> None:
         if device().type == "cuda":
@@ -94,13 +104,21 @@ class TransformersEngine:
     def _decode(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: str
     ) -> list[Completion]:
+        """Returns a completion of each prompt, all decoded together.
+
+        Shape suffixes: B prompts, L tokens of prompt and response, V vocabulary.
+        """
+        # Padded on the left, so that every response begins at the same column.
         width = max(len(p.token_ids) for p in prompts)
         ids_BL = torch.full((len(prompts), width), self.eos[0])
         mask_BL = torch.zeros_like(ids_BL)
         for row, prompt in enumerate(prompts):
-            ids_BL[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
-            mask_BL[row, width - len(prompt.token_ids) :] = 1
+            first = width - len(prompt.token_ids)
+            ids_BL[row, first:] = torch.tensor(prompt.token_ids)
+            mask_BL[row, first:] = 1
+
         recorder = _SampledLogprobs(sampling.temperature)
+        # Sampling must not advance the generators that training draws from.
         generator_devices = [device()] if device().type == "cuda" else []
         with torch.random.fork_rng(devices=generator_devices), torch.inference_mode():
             torch.manual_seed(random.Random(seed).getrandbits(48))
@@ -115,21 +133,22 @@ class TransformersEngine:
                 logits_processor=[recorder],
             )
             logprobs = recorder.finish(out_BL).tolist()
+
         completions = []
-        for tokens, logprob in zip(out_BL[:, width:].tolist(), logprobs, strict=True):
-            length = next(
-                (t + 1 for t, token in enumerate(tokens) if token in self.eos), len(tokens)
-            )
+        for tokens, token_logprobs in zip(out_BL[:, width:].tolist(), logprobs, strict=True):
+            # After the first token that ends a response there is padding.
+            ends = (t + 1 for t, token in enumerate(tokens) if token in self.eos)
+            length = next(ends, len(tokens))
             completions.append(
-                completion_of(tokens[:length], logprob[:length], self.tokenizer, self.eos)
+                completion_of(tokens[:length], token_logprobs[:length], self.tokenizer, self.eos)
             )
         return completions
 
 
 class _SampledLogprobs(LogitsProcessor):
-    """Divides the logits by the temperature and remembers the log-prob of each token that was then sampled.
+    """Divides the logits by the temperature and remembers the log-prob of each sampled token.
 
-    `generate` can return all scores, but those are [tokens, batch, vocabulary].
+    `generate` can return all scores, but those are [tokens, batch, vocabulary]: too large to keep.
     """
 
     def __init__(self, temperature: float) -> None:
@@ -144,10 +163,11 @@ class _SampledLogprobs(LogitsProcessor):
         return scaled_BV
 
     def finish(self, output_ids: Tensor) -> Tensor:
-        """[batch, new tokens] log-probs (nats)."""
+        """Returns the log-probs (nats) of the sampled tokens, [batch, new tokens]."""
         self._remember(output_ids)
         return torch.stack(self._sampled, dim=1)
 
     def _remember(self, ids_BL: Tensor) -> None:
+        """Keeps the log-prob of the last token, which was sampled from the last call's scores."""
         if self._last_BV is not None:
             self._sampled.append(self._last_BV.gather(1, ids_BL[:, -1:]).squeeze(1))

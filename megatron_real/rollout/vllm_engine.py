@@ -1,8 +1,8 @@
-"""vLLM in the training processes: one engine on each `rollout.tp` neighbouring ranks, on GPUs and on CPUs alike.
+"""vLLM in the training processes: one engine on each `rollout.tp` neighbouring ranks.
 
-The processes that train are those that generate (vLLM's external launcher: every rank of an engine runs the same
-schedule), so weights go from model to model without a file or a socket between them. On a GPU the engine sleeps while
-the policy trains.
+It works on GPUs and on CPUs alike. The processes that train are those that generate (vLLM's
+external launcher: every rank of an engine runs the same schedule), so weights go from model to
+model without a file or a socket between them. On a GPU the engine sleeps while the policy trains.
 """
 
 from __future__ import annotations
@@ -34,15 +34,18 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-# vLLM turns back the seeded generator of a prompt that it prefills in part, which a CPU's cannot: prompts whole, then.
+# When vLLM prefills a prompt in part, it turns the prompt's seeded generator back, which a CPU's
+# generator cannot do. So prompts are prefilled as a whole.
 _ON_CPU = {"enforce_eager": True, "enable_chunked_prefill": False}
 
 
 def missing(config: Config) -> str:
-    """Why vLLM cannot serve this configuration here; empty if it can. Imports it, which takes seconds."""
-    os.environ.update(
-        ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0"
-    )  # the engine lives in this process
+    """Says why vLLM cannot be used here; empty if it can.
+
+    It imports vLLM, which takes seconds.
+    """
+    # vLLM reads the environment when it is imported. The engine is to live in this process.
+    os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the configuration
     try:
@@ -64,9 +67,14 @@ def build(config: Config, *, say: Callable[[str], None]) -> VllmEngine:
 
 
 def engine_arguments(config: Config) -> dict[str, Any]:
-    """vLLM's arguments that engines in the training processes and servers have in common, by its own names."""
+    """Returns vLLM's arguments, by vLLM's own names.
+
+    They are common to servers and to engines in the training processes.
+    """
     rollout = config.rollout
-    overrides = {"head_dtype": "float32"} if config.model.fp32_head else {}
+    overrides: dict[str, Any] = {}
+    if config.model.fp32_head:
+        overrides["head_dtype"] = "float32"
     return {
         "model": config.model.path,
         "dtype": _DTYPES[config.model.dtype],
@@ -76,8 +84,10 @@ def engine_arguments(config: Config) -> dict[str, Any]:
         "max_model_len": config.data.max_prompt_tokens + rollout.max_response_tokens,
         "max_num_seqs": rollout.max_sequences,
         "kv_cache_memory_bytes": rollout.kv_cache_mib << 20,
-        "gpu_memory_utilization": 0.01,  # unused beside an explicit size, but checked against what is free
-        "logprobs_mode": "processed_logprobs",  # of the sampling distribution, temperature and all
+        # Unused beside an explicit size, but vLLM checks it against the memory that is free.
+        "gpu_memory_utilization": 0.01,
+        # Of the distribution that is sampled from, after temperature, top_p and top_k.
+        "logprobs_mode": "processed_logprobs",
         "tensor_parallel_size": rollout.tp,
         "seed": config.trainer.seed,
         "disable_log_stats": True,
@@ -88,7 +98,10 @@ def engine_arguments(config: Config) -> dict[str, Any]:
 
 
 class VllmEngine:
-    """One rank's part of a vLLM engine. It begins asleep and without weights: a sync wakes it."""
+    """One rank's part of a vLLM engine.
+
+    It begins asleep and without weights: a sync wakes it.
+    """
 
     name = "vllm"
     process = "rank"
@@ -97,14 +110,15 @@ class VllmEngine:
         """Builds the engine; collective over all ranks.
 
         Raises:
-            ValueError: vLLM refuses the model or an argument; its reason.
+            ValueError: vLLM refuses the model or an argument; gives vLLM's reason.
         """
-        path, rollout = config.model.path, config.rollout
+        rollout = config.rollout
         self.tokenizer = load_tokenizer(config.model)
-        self.eos = eos_ids(path, self.tokenizer.eos_token_id)
+        self.eos = eos_ids(config.model.path, self.tokenizer.eos_token_id)
         self.tp = rollout.tp
         self.kv_cache_bytes = rollout.kv_cache_mib << 20
         self.sleep_level = rollout.sleep_level if device().type == "cuda" else 0
+
         from vllm import LLM
 
         _check_arguments(rollout.vllm)
@@ -114,10 +128,12 @@ class VllmEngine:
                 enable_sleep_mode=self.sleep_level > 0,
                 distributed_executor_backend="external_launcher",
             )
-        # vLLM's own clean-up ends the process groups of the whole process: at exit, where the job has ended them
-        # already, with a traceback; and when the engine is collected, in the middle of whatever runs then. What else
-        # it does at exit is to thaw the objects that it froze, which libraries would report as leaks.
-        if finalizer := getattr(self.llm.llm_engine.engine_core, "_finalizer", None):
+        # vLLM's own clean-up ends the process groups of the whole process: at exit, where the job
+        # has ended them already, with a traceback; and when the engine is collected, in the middle
+        # of whatever runs then. It also thaws at exit the objects that vLLM froze, which libraries
+        # would report as leaks: that part is done here.
+        finalizer = getattr(self.llm.llm_engine.engine_core, "_finalizer", None)
+        if finalizer:
             finalizer.detach()
             atexit.register(gc.unfreeze)
         (self.model,) = self.llm.collective_rpc(lambda worker: worker.get_model())
@@ -130,7 +146,7 @@ class VllmEngine:
         return checksums_on(dist.get_rank(), self._parts(), dtypes)
 
     def revive(self) -> bool:
-        """It ends with its process."""
+        """Returns False: the engine ends with its process, so there is nothing to revive."""
         return False
 
     def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -139,24 +155,35 @@ class VllmEngine:
             self.llm.wake_up(tags=["weights"])
         self.model.load_weights(weights)
         pack(self.model)
+        # Only now: while the weights come, each tensor of the stream takes memory, too.
         if self.sleep_level:
             self.llm.wake_up(tags=["kv_cache"])
-        if not self.llm.reset_prefix_cache():  # what it holds was computed with the weights before
+        # What the cache holds was computed with the weights before.
+        if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
-        """Completions as they finish. A seed for each, so that no answer depends on what is decoded beside it."""
-        engine, places = self.llm.llm_engine, {}
+        """Yields completions as they finish.
+
+        Each has a seed of its own, so that no answer depends on what is decoded beside it.
+        """
+        engine = self.llm.llm_engine
+        places = {}
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             for k in range(sampling.num_samples):
-                places[f"{i}-{k}"] = i, k
+                request = f"{i}-{k}"
+                places[request] = (i, k)
                 inputs: Any = {"prompt_token_ids": list(prompt.token_ids)}
-                engine.add_request(f"{i}-{k}", inputs, self._parameters(sampling, seed + k))
+                engine.add_request(request, inputs, self._parameters(sampling, seed + k))
+
         while engine.has_unfinished_requests():
             for output in engine.step():
-                yield (*places.pop(output.request_id), self._completion(output.outputs[0]))
+                i, k = places.pop(output.request_id)
+                sampled = output.outputs[0]
+                logprobs = sampled.logprobs.logprobs
+                yield i, k, completion_of(sampled.token_ids, logprobs, self.tokenizer, self.eos)
         assert not places, "vLLM finishes every request"
 
     def finish_inference(self) -> None:
@@ -164,7 +191,10 @@ class VllmEngine:
             self.llm.sleep(level=self.sleep_level)
 
     def close(self) -> None:
-        """Frees weights and KV cache, and leaves vLLM's process groups, which it keeps in globals of its module."""
+        """Frees weights and KV cache, and leaves vLLM's process groups.
+
+        vLLM keeps the groups in globals of its module.
+        """
         core: Any = self.llm.llm_engine.engine_core
         core.engine_core.model_executor.shutdown()
         core.engine_core.scheduler.shutdown()
@@ -199,18 +229,22 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _completion(self, output: Any) -> Completion:
-        return completion_of(output.token_ids, output.logprobs.logprobs, self.tokenizer, self.eos)
-
     def _check_budget(self) -> None:
-        """Waking takes the weights' and the cache's memory at once, and an out-of-memory error says neither."""
+        """Checks whether the GPU has room for the weights and the cache.
+
+        Waking takes the memory of both, and an out-of-memory error names neither.
+
+        Raises:
+            RuntimeError: it has not.
+        """
         torch.cuda.empty_cache()
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         free, _ = torch.cuda.mem_get_info()
         if weights + self.kv_cache_bytes > free:
             raise RuntimeError(
-                f"vLLM needs {weights:,} bytes for its weights and {self.kv_cache_bytes:,} for its KV cache, but the "
-                f"GPU has {free:,} free: {weights + self.kv_cache_bytes - free:,} bytes are missing; lower "
+                f"vLLM needs {weights:,} bytes for its weights and {self.kv_cache_bytes:,} for its "
+                f"KV cache, but the GPU has {free:,} free: "
+                f"{weights + self.kv_cache_bytes - free:,} bytes are missing; lower "
                 "rollout.kv_cache_mib, raise rollout.tp, or shard the policy further (parallel.*)"
             )
 
@@ -230,10 +264,10 @@ def _leave_groups() -> None:
 
 
 def _forget_frames() -> None:
-    """Lets go of the job that imported vLLM's reader of audio.
+    """Releases the job that imported vLLM's reader of audio.
 
-    That module keeps the error of a library that is not installed, its traceback the frames of all callers, and those
-    the policy and everything else of the job.
+    That module keeps the error of a library that is not installed. The error's traceback keeps the
+    frames of all callers, and those keep the policy and everything else of the job.
     """
     from vllm.multimodal.media import audio
 
@@ -243,26 +277,36 @@ def _forget_frames() -> None:
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Checks the names in rollout.vllm.
+
+    Raises:
+        ValueError: vLLM has no such argument.
+    """
     from vllm.engine.arg_utils import EngineArgs
 
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     for name in arguments:
         if name not in known:
             raise ValueError(
-                f"rollout.vllm.{name} is no argument of vLLM's engine; see vllm.EngineArgs for the names"
+                f"rollout.vllm.{name} is no argument of vLLM's engine; see vllm.EngineArgs for the "
+                "names"
             )
 
 
 @contextmanager
 def plain_weights() -> Iterator[None]:
-    """On a CPU, vLLM packs each loaded weight for oneDNN and drops the original. Here the originals stay, so that they
-    can be loaded into and read back; `pack` packs them after each sync. Models built in this context are unpacked."""
+    """Within it, models are built whose weights can be loaded into and read back.
+
+    On a CPU, vLLM packs each loaded weight for oneDNN and drops the original. Here the originals
+    stay, and `pack` packs them after each sync.
+    """
     from vllm.model_executor.layers import utils
 
     def unpacked(layer: Any, remove_weight: bool) -> None:
         layer.cpu_linear = nn.functional.linear
 
-    packing, utils.dispatch_cpu_unquantized_gemm = utils.dispatch_cpu_unquantized_gemm, unpacked
+    packing = utils.dispatch_cpu_unquantized_gemm
+    utils.dispatch_cpu_unquantized_gemm = unpacked
     try:
         yield
     finally:
@@ -303,7 +347,10 @@ def own_shared_memory(tp: int) -> Iterator[None]:
 
 
 def pack(model: Any) -> None:
-    """Packs the weights of all matrix products anew; on a GPU there are none."""
+    """Packs the weights of all matrix products anew.
+
+    On a GPU no layer is packed, and nothing happens.
+    """
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.layers.vocab_parallel_embedding import (
         ParallelLMHead,
@@ -311,9 +358,8 @@ def pack(model: Any) -> None:
     )
 
     for layer in model.modules():
-        looked_up = isinstance(layer, VocabParallelEmbedding) and not isinstance(
-            layer, ParallelLMHead
-        )
-        if hasattr(layer, "cpu_linear") and not looked_up:
+        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
+            continue  # rows are looked up in it; nothing is multiplied by it
+        if hasattr(layer, "cpu_linear"):
             layer.cpu_linear = None  # frees the old copy first
             dispatch_cpu_unquantized_gemm(layer, remove_weight=False)

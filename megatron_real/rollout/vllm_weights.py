@@ -1,17 +1,20 @@
-"""Where each HF tensor lies in a vLLM model: found from the layers themselves, apart from vLLM's own loaders.
+"""Where each HF tensor lies in a vLLM model.
 
-vLLM joins q, k, v and gate, up into one parameter each, and cuts them over tensor-parallel ranks:
+It is derived from the layers themselves and not from vLLM's loaders, whose work it checks. vLLM
+joins q, k, v into one parameter and gate, up into another, and cuts them over tensor-parallel
+ranks:
 
-    QKVParallelLinear            rows of the rank's heads; KV heads are repeated where there are fewer than ranks
+    QKVParallelLinear            rows of the rank's heads; KV heads are repeated where there are
+                                 fewer of them than ranks
     MergedColumnParallelLinear   rows, each of the joined tensors cut alike
     RowParallelLinear            columns of the weight
-    VocabParallelEmbedding       rows, padded to equal parts; the head is one too
+    VocabParallelEmbedding       rows, padded to equal parts; the head is one, too
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from vllm.model_executor.layers.linear import (
@@ -24,64 +27,83 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from megatron_real.rollout.engine import Part
 
 
+class _Rows(NamedTuple):
+    """The rows of one HF tensor that this rank holds."""
+
+    total: int
+    """Rows of the whole tensor."""
+    start: int
+    """The first row that this rank holds."""
+    size: int
+    """How many it holds."""
+
+
 def parts_of(model: Any) -> dict[str, Part]:
-    """Every HF tensor of the model, by name; a head that shares the embedding's memory is one of its own."""
-    return {
-        f"{path}.{leaf}": held
-        for joined, module in model.named_modules()
-        for leaf, parameter in module.named_parameters(recurse=False)
-        for path, held in zip(_paths(model, joined), _parts(module, leaf, parameter), strict=True)
-    }
+    """Returns this rank's part of every HF tensor of the model, by name.
+
+    A head that shares the embedding's memory is listed as a tensor of its own.
+    """
+    parts = {}
+    for path, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            hf_paths = _hf_paths(model, path)
+            for hf_path, part in zip(hf_paths, _parts(module, leaf, parameter), strict=True):
+                parts[f"{hf_path}.{leaf}"] = part
+    return parts
 
 
-def _paths(model: Any, joined: str) -> list[str]:
-    """The HF modules that the vLLM module `joined` is made of."""
-    parent, _, own = joined.rpartition(".")
-    return [
-        f"{parent}.{part}" if parent else part
-        for part in model.packed_modules_mapping.get(own, [own])
-    ]
+def _hf_paths(model: Any, path: str) -> list[str]:
+    """Returns the HF modules that the vLLM module of that path is made of."""
+    parent, _, leaf = path.rpartition(".")
+    prefix = f"{parent}." if parent else ""
+    return [f"{prefix}{hf_leaf}" for hf_leaf in model.packed_modules_mapping.get(leaf, [leaf])]
 
 
 def _parts(module: nn.Module, leaf: str, parameter: nn.Parameter) -> Iterator[Part]:
-    rest = (slice(None),) * (parameter.dim() - 1)
+    """Yields the HF tensors that are joined in a parameter, in the order of its rows."""
+    shape = tuple(parameter.shape[1:])
+    columns = (slice(None),) * len(shape)
+    if isinstance(module, RowParallelLinear) and leaf == "weight":
+        first = module.tp_rank * module.input_size_per_partition
+        shape = (module.input_size,)
+        columns = (slice(first, first + module.input_size_per_partition),)
+
     offset = 0
-    for total, start, size in _rows(module, parameter):
-        shape, columns = tuple(parameter.shape[1:]), rest
-        if isinstance(module, RowParallelLinear) and leaf == "weight":
-            first = module.tp_rank * module.input_size_per_partition
-            shape, columns = (
-                (module.input_size,),
-                (slice(first, first + module.input_size_per_partition),),
-            )
+    for rows in _rows(module, parameter):
         yield Part(
-            (total, *shape),
-            (slice(start, start + size), *columns),
-            parameter.data[offset : offset + size],
+            (rows.total, *shape),
+            (slice(rows.start, rows.start + rows.size), *columns),
+            parameter.data[offset : offset + rows.size],
         )
-        offset += size
+        offset += rows.size
 
 
-def _rows(module: Any, parameter: nn.Parameter) -> list[tuple[int, int, int]]:
-    """(rows of the whole HF tensor, the first that this rank holds, how many) of each joined tensor."""
+def _rows(module: Any, parameter: nn.Parameter) -> list[_Rows]:
+    """Returns this rank's rows of each HF tensor that is joined in the parameter."""
     if isinstance(module, QKVParallelLinear):
-        q, kv = module.num_heads * module.head_size, module.num_kv_heads * module.head_size
-        kv_start, kv_total = (
-            module.tp_rank // module.num_kv_head_replicas * kv,
-            module.total_num_kv_heads * module.head_size,
-        )
-        return [
-            (module.total_num_heads * module.head_size, module.tp_rank * q, q),
-            *[(kv_total, kv_start, kv)] * 2,
-        ]
+        q_size = module.num_heads * module.head_size
+        q_total = module.total_num_heads * module.head_size
+        q = _Rows(q_total, module.tp_rank * q_size, q_size)
+
+        kv_size = module.num_kv_heads * module.head_size
+        kv_total = module.total_num_kv_heads * module.head_size
+        # With fewer KV heads than ranks, `num_kv_head_replicas` neighbouring ranks hold the same.
+        kv_start = module.tp_rank // module.num_kv_head_replicas * kv_size
+        kv = _Rows(kv_total, kv_start, kv_size)
+        return [q, kv, kv]
+
     if isinstance(module, MergedColumnParallelLinear):
-        sizes = [total // module.tp_size for total in module.output_sizes]
-        return [
-            (total, module.tp_rank * size, size)
-            for total, size in zip(module.output_sizes, sizes, strict=True)
-        ]
+        rows = []
+        for total in module.output_sizes:
+            size = total // module.tp_size
+            rows.append(_Rows(total, module.tp_rank * size, size))
+        return rows
+
     if isinstance(module, VocabParallelEmbedding):
+        # Without the rows of padding, which no HF tensor has.
         shard = module.shard_indices
         start = shard.org_vocab_start_index
-        return [(module.org_vocab_size, start, shard.org_vocab_end_index - start)]
-    return [(parameter.shape[0], 0, parameter.shape[0])]
+        return [_Rows(module.org_vocab_size, start, shard.org_vocab_end_index - start)]
+
+    num_rows = parameter.shape[0]
+    return [_Rows(num_rows, 0, num_rows)]

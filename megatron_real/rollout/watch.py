@@ -1,4 +1,4 @@
-"""Ends a collective that hangs, with a sentence that says where each rank stands."""
+"""Ends a weight sync that hangs, with a sentence that says what each rank waits for."""
 
 from __future__ import annotations
 
@@ -17,21 +17,25 @@ from torch.distributed.distributed_c10d import _get_default_store
 logger = logging.getLogger(__name__)
 
 _BEAT_SECONDS = 1.0
+"""Time between two notes of a rank in the store."""
 _STORE_SECONDS = 5.0
-"""Longest that a question to the store may take, and the verdict as a whole."""
+"""How long a request to the store may take, and asking for all ranks as a whole."""
 
 
 class Watch:
     """Watches one weight sync on this rank; `at` is what it waits for.
 
-    A rank that hangs in a collective cannot raise. So one thread tells the job's store once a second where its rank
-    stands, and another one counts the time: when it is over, that one writes where all ranks stand and ends the process;
-    the launcher ends the rest. The thread that counts waits for nothing but its clock. The store may be gone, and its
-    client in this process may be held by the very call that hangs: so the watch has a client of its own.
+    A rank that hangs in a collective cannot raise. So one thread writes once a second to the job's
+    store what its rank waits for, and another one counts the time. When the time is over, the
+    second thread writes to stderr what all ranks wait for and ends the process; the launcher ends
+    the others. This thread waits for nothing but its clock, because the store may be gone. The
+    process's client of the store may be held by the very call that hangs, so the watch has a client
+    of its own.
     """
 
     def __init__(self, version: int, seconds: float) -> None:
-        self.version, self.seconds = version, seconds
+        self.version = version
+        self.seconds = seconds
         self.at = "the engine"
         """What this rank waits for."""
         self._done = threading.Event()
@@ -57,18 +61,22 @@ class Watch:
             thread.join(_STORE_SECONDS)
 
     def _tell(self) -> None:
-        """Says where this rank stands, until it is done."""
+        """Writes to the store what this rank waits for, until the sync is done."""
         try:
             while not self._done.is_set():
                 self._store.set(_key(dist.get_rank()), f"{self.version} {self.at}")
                 self._done.wait(_BEAT_SECONDS)
             self._store.set(_key(dist.get_rank()), f"{self.version} nothing: it is done")
-        except Exception as error:  # whatever is wrong with the store, the sync does not need it
+        except Exception as error:  # the sync itself does not need the store
             logger.warning("where this rank stands in the weight sync is not known: %s", error)
 
     def _count(self) -> None:
+        """Ends the process unless the sync is done in time."""
         if self._done.wait(self.seconds):
             return
+
+        # Asked in a thread of its own: a store that does not answer must not keep the process
+        # alive.
         places = ["the job's store does not say where the ranks stand"]
         asking = threading.Thread(target=self._ask, args=(places,), daemon=True)
         asking.start()
@@ -77,18 +85,21 @@ class Watch:
             f"weight sync {self.version} did not finish in {self.seconds:g} s "
             f"(rollout.sync.timeout_seconds): {places[-1]}; this rank waits for {self.at}"
         )
+        # Not by print, because the thread that hangs may hold the lock of stderr, and not by
+        # sys.exit, which would end this thread alone.
         os.write(2, f"megatron-real: {sentence}\n".encode())
         os._exit(1)
 
     def _ask(self, places: list[str]) -> None:
-        """Adds where each rank stands, as far as it has said so."""
+        """Appends a sentence that says what each rank waits for, as far as the store knows."""
         ranks_at = defaultdict(list)
         for rank in range(dist.get_world_size()):
+            place = "its turn: it has not begun"
             key = _key(rank)
-            text = self._store.get(key).decode() if self._store.check([key]) else "0 "
-            version, _, place = text.partition(" ")
-            if int(version) != self.version:
-                place = "its turn: it has not begun"
+            if self._store.check([key]):
+                version, _, noted = self._store.get(key).decode().partition(" ")
+                if int(version) == self.version:  # else the note is of an earlier sync
+                    place = noted
             ranks_at[place].append(str(rank))
         places.append(
             "; ".join(
@@ -98,7 +109,7 @@ class Watch:
 
 
 def _own_store() -> Any:
-    """A connection of its own to the job's store, where that is on the network; else the store itself."""
+    """Returns a new connection to the job's store, or the store itself where it has no address."""
     store = _get_default_store()
     while isinstance(store, PrefixStore):
         store = store.underlying_store
@@ -109,7 +120,7 @@ def _own_store() -> Any:
         return TCPStore(
             store.host, store.port, is_master=False, wait_for_workers=False, timeout=seconds
         )
-    except dist.DistError as error:  # a busy store has needed more; the sync itself needs none
+    except dist.DistError as error:  # a busy store may need longer; the sync itself needs no store
         logger.warning("the weight sync's watch has no connection of its own: %s", error)
         return store
 

@@ -1,1 +1,4 @@
-"""What a run leaves on disk and shows while it goes: directory, rollouts, metrics, progress, curves, profiles."""
+"""What a run leaves on disk and shows while it goes.
+
+Its directory, rollouts, metrics, checkpoints, progress, curves and profiles.
+"""

@@ -1,7 +1,8 @@
-"""The model card of an export: README.md with the front matter that the hub reads, made of the run's own files.
+"""The model card of an export: README.md with the front matter that the hub reads.
 
-A card is published, so it says only what this module names. Paths of this machine, the environment and settings of the
-cluster are in none: a model or a data set is named by its id in the hub, or by the name of its file.
+It is made of the run's own files. A card is published, so it says only what this module names. It
+has no paths of this machine, nothing of the environment and no settings of the cluster: a model or
+a data set is named by its id in the hub, or by the name of its file.
 """
 
 from __future__ import annotations
@@ -113,24 +114,26 @@ def model_card(
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that train and sample, where they are installed."""
+    """Returns the versions of Python and of the installed packages that train and sample."""
     import megatron_real
 
-    found = {"megatron_real": megatron_real.__version__, "python": sys.version.split()[0]}
+    versions_of = {"megatron_real": megatron_real.__version__, "python": sys.version.split()[0]}
     for name in _DISTRIBUTIONS:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions_of[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions_of
 
 
 def with_benchmarks(card: str, evaluations: Sequence[str | Path]) -> str:
-    """Returns a card with the results of `megatron-real eval`, in its front matter and as a table at its end.
+    """Returns a card with the results of `megatron-real eval`.
+
+    They are in its front matter and in a table at its end.
 
     Args:
         card: a card, which may have been edited.
-        evaluations: [1..] the --out of finished evaluations.
+        evaluations: the --out of one or more finished evaluations.
 
     Raises:
         ValueError: a directory has no results.
@@ -168,7 +171,7 @@ def _config(directory: RunDirectory) -> Mapping[str, Any]:
 
 
 def _inherited(source: Path) -> dict[str, Any]:
-    """The fields of the card beside the starting weights that hold for the trained ones too."""
+    """Returns the fields of the starting weights' card that hold for the trained ones, too."""
     from huggingface_hub import ModelCard
 
     try:
@@ -188,31 +191,34 @@ def _introduction(config: Mapping[str, Any], source: Path) -> str:
     base = _hub_id(source) or source.name
     data = ", ".join(f"`{_hub_id(path) or path.name}`" for path in _data(config))
     return (
-        f"`{base}` trained by {method} with megatron_real on {data}. Every answer was drawn by the policy and labelled "
-        "right or wrong by a verifier; no reward model was used."
+        f"`{base}` trained by {method} with megatron_real on {data}. Every answer was drawn by the "
+        "policy and labelled right or wrong by a verifier; no reward model was used."
     )
 
 
 def _figures(
     directory: RunDirectory, evaluations: Sequence[Mapping[str, Any]], last_step: int | None
 ) -> str:
+    """Returns the section of the run's rewards and held-out accuracies."""
     steps, _ = read_rows(directory.metrics)
     if last_step is not None:
         steps = [row for row in steps if row["step"] <= last_step]
     lines = ["## Figures", ""]
     if steps:
         window = max(1, min(_WINDOW, len(steps) // 2))
-        before, after = mean_reward(steps[:window]), mean_reward(steps[-window:])
+        before = mean_reward(steps[:window])
+        after = mean_reward(steps[-window:])
         lines.append(
-            f"* {steps[-1]['step']} steps. Mean reward of training rollouts: {before:.4f} in the first {window} "
-            f"steps, {after:.4f} in the last {window}."
+            f"* {steps[-1]['step']} steps. Mean reward of training rollouts: {before:.4f} in the "
+            f"first {window} steps, {after:.4f} in the last {window}."
         )
     for row in [*evaluations[:1], *evaluations[1:][-1:]]:
         error = row.get("heldout/standard_error")
         spread = "" if error is None else f" (standard error {error:.4f})"
         lines.append(
             f"* Held-out pass@1 after {row['step']} steps: {row['heldout/pass_at_1']:.4f}{spread}, "
-            f"{row.get('heldout/problems') or 0:.0f} problems, {row.get('heldout/samples') or 0:.0f} samples each."
+            f"{row.get('heldout/problems') or 0:.0f} problems, "
+            f"{row.get('heldout/samples') or 0:.0f} samples each."
         )
     if len(lines) == 2:
         lines.append("No step had been finished.")
@@ -272,22 +278,26 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _plain(value: Any) -> str:
-    """A value in a table. A verifier of one's own is path.py:function, whose folder is nobody's business."""
-    text = str(value)
-    return text.rpartition("/")[2] if "/" in text else text
+    """Returns a value as the card shows it, without the folders of a path.
+
+    A verifier of the user's own, path.py:function, is a path, too.
+    """
+    return str(value).rpartition("/")[2]
 
 
 def _data(config: Mapping[str, Any]) -> list[Path]:
-    """The training sets."""
+    """Returns the training sets."""
     sources = _setting(config, "data.sources") or {}
     paths = [str(source.get("path", "")) for source in sources.values()]
     return [Path(path) for path in [_setting(config, "data.train"), *paths] if path]
 
 
 def _hub_id(path: Path) -> str:
-    """The id of what lies in the hub's cache; "" for what lies elsewhere."""
-    found = _IN_CACHE.search(str(path))
-    return f"{found[2]}/{found[3]}" if found else ""
+    """Returns the id of what lies in the hub's cache; "" for what lies elsewhere."""
+    match = _IN_CACHE.search(str(path))
+    if match is None:
+        return ""
+    return f"{match[2]}/{match[3]}"
 
 
 def _setting(config: Mapping[str, Any], name: str) -> Any:

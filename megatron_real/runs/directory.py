@@ -8,18 +8,29 @@ from megatron_real.runs.parts import UNFINISHED
 
 
 class RunDirectory:
-    """Paths below a run's directory. The first rank writes all of them; every rank may read.
+    """Paths below a run's directory.
 
-    config.yaml      the whole configuration          rollouts/step-00012.parquet every rollout of step 12
-    metrics.jsonl    one row per step                 evaluations.jsonl           one row per evaluation
-    curves.png       the run at a glance              hf/                         trained weights
-    tensorboard/     event files                      logs/run.log                what the terminal showed, with times
-    profile/         a trace per profiled step        dumps/step-00012-update-1/  batch of a skipped update
-    checkpoints/     step_12/ and so on, and latest   status.json                 running, stopped, crashed, ...
-    owners/          whose run this is, and was       rollouts/chunk-*            parts of a step that is not finished
-    servers/         what vLLM servers said           lives/life-0001.json        what each life was started with
-    wandb.json       its id in Weights & Biases       mlflow.json                 its id in MLflow
-                                                      heldout/step-00012.json     right answers to each held-out problem
+    The first rank writes all of them; on several nodes the first rank of each node writes a part of
+    the rollouts. Every rank may read.
+
+    config.yaml                  the whole configuration
+    metrics.jsonl                one row per step
+    evaluations.jsonl            one row per evaluation
+    heldout/step-00012.json      right answers to each held-out problem
+    rollouts/step-00012.parquet  every rollout of step 12
+    rollouts/chunk-*             parts of a step that is not finished
+    hf/                          trained weights
+    checkpoints/                 step_12/ and so on, and latest
+    status.json                  running, stopped, crashed, ...
+    lives/life-0001.json         what each life was started with
+    owners/                      whose run this is, and was
+    curves.png                   the run at a glance
+    logs/run.log                 what the terminal showed, with times
+    servers/                     what vLLM servers said
+    tensorboard/                 event files
+    wandb.json, mlflow.json      the run's id in Weights & Biases, and in MLflow
+    profile/                     a trace per profiled step
+    dumps/step-00012-update-1/   batch of a skipped update
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -40,7 +51,10 @@ class RunDirectory:
         self.owners = self.path / "owners"
 
     def foreign_files(self) -> list[str]:
-        """Names in a directory that no run has written to; [] for a run's directory, or one that a job prepares."""
+        """Returns the names of a directory that no run has written to.
+
+        There are none for a run's directory, or one that a job has prepared.
+        """
         names = sorted(path.name for path in self.path.iterdir())
         marks = {self.status.name, self.owners.name, self.metrics.name, self.checkpoints.name}
         if marks & set(names):
@@ -48,61 +62,73 @@ class RunDirectory:
         return [name for name in names if name not in (self.log.parent.name, self.config.name)]
 
     def life(self, number: int) -> Path:
-        """What a life of the run was started with."""
+        """Returns the file that says what a life of the run was started with."""
         return self.lives / f"life-{number:04d}.json"
 
     def tracker(self, setting: str) -> Path:
-        """What a tracker knows the run by; `setting` is the tracker's name in the configuration."""
+        """Returns the file with the run's id in a tracker.
+
+        Args:
+            setting: the tracker's name in the configuration.
+        """
         return self.path / f"{setting}.json"
 
     def heldout_answers(self, step: int) -> Path:
-        """Where the evaluation after a step writes how many right answers each problem got."""
+        """Returns the file that says how many right answers each problem got after a step."""
         return self.heldout / f"step-{step:05d}.json"
 
     def rollouts(self, step: int) -> Path:
-        """Where the rollouts of a step are written: a file, or a directory of parts (parts.py)."""
+        """Returns where the rollouts of a step are written.
+
+        It is a file, or a directory of parts (parts.py).
+        """
         return self.path / "rollouts" / f"step-{step:05d}.parquet"
 
     def saved_rollouts(self, step: int) -> Path:
-        """Where the rollouts of a step can be read."""
+        """Returns where the rollouts of a step can be read."""
         return _existing(self.rollouts(step))
 
     def chunk(self, step: int, draw: int, first_prompt: int) -> Path:
-        """Where a chunk of a step's rollouts is written, to be there until the step is finished."""
+        """Returns where a chunk of a step's rollouts is kept until the step is finished."""
         return self.path / "rollouts" / f"chunk-{step:05d}-{draw}-{first_prompt:05d}.parquet"
 
     def saved_chunk(self, step: int, draw: int, first_prompt: int) -> Path:
-        """Where a chunk of a step's rollouts can be read."""
+        """Returns where a chunk of a step's rollouts can be read."""
         return _existing(self.chunk(step, draw, first_prompt))
 
     def chunks(self, step: int) -> list[Path]:
-        """The chunks of a step that are there."""
+        """Returns the chunks of a step that are there."""
         return self._files_of_rollouts(f"chunk-{step:05d}-*")
 
     def kept_rollouts(self) -> list[tuple[int, Path]]:
-        """(step, file) of every file of rollouts, whole steps and chunks."""
+        """Returns (step, file) of every file of rollouts, whole steps and chunks."""
         files = [*self._files_of_rollouts("step-*"), *self._files_of_rollouts("chunk-*")]
         return sorted((int(file.stem.split("-")[1]), file) for file in files)
 
     def saved_steps(self) -> list[int]:
-        """The steps whose rollouts are there as a whole, in order."""
+        """Returns the steps whose rollouts are there as a whole, in order."""
         files = self._files_of_rollouts("step-*")
         return sorted({int(file.stem.removeprefix("step-")) for file in files})
 
     def unfinished_rollouts(self) -> list[Path]:
-        """What a process that has ended has left in the middle of writing rollouts."""
+        """Returns the files that a process has left which ended while it wrote rollouts."""
         return sorted(self.path.glob(f"rollouts/*{UNFINISHED}"))
 
     def _files_of_rollouts(self, pattern: str) -> list[Path]:
-        found = sorted(self.path.glob(f"rollouts/{pattern}"))
-        return [file for file in found if file.suffix in (".parquet", ".jsonl")]
+        files = sorted(self.path.glob(f"rollouts/{pattern}"))
+        return [file for file in files if file.suffix in (".parquet", ".jsonl")]
 
     def dump(self, step: int, update: int) -> RunDirectory:
-        """A run directory of one step, whose rollouts are the batch of a skipped update: rollout.replay takes it."""
+        """Returns a run directory of one step, for the batch of a skipped update.
+
+        rollout.replay takes it.
+        """
         return RunDirectory(self.dumps / f"step-{step:05d}-update-{update}")
 
 
 def _existing(file: Path) -> Path:
-    """The file, or the one that an earlier version has written in its place."""
+    """Returns the file, or the one that an earlier version has written in its place."""
     earlier = file.with_suffix(".jsonl")
-    return earlier if earlier.is_file() and not file.exists() else file
+    if earlier.is_file() and not file.exists():
+        return earlier
+    return file

@@ -56,7 +56,8 @@ class Training:
     clipped_high_share: Sequence[float]
     """[updates] the same above 1."""
     low_ratio_tokens: Sequence[tuple[int, int, int]]
-    """[updates] response tokens with a ratio below 0.8, those of right answers among them, and all."""
+    """[updates] number of response tokens with a ratio below 0.8, of those in right answers, and of
+    all."""
     equal_groups: int
     """Groups whose rewards are all equal, so that their advantages are 0; of objectives in
     advantages."""
@@ -69,8 +70,11 @@ class Training:
     token_figures: Mapping[str, Sequence[NDArray[numpy.float32] | None]] = field(
         default_factory=dict
     )
-    """Where they are kept: `log_ratios` and `token_weights`, [rollouts] arrays [n] over the response tokens, 0 for those
-    that were not trained on; None for the rollouts of an update that an earlier life of the run has made."""
+    """`log_ratios` and `token_weights`, where they are kept: [rollouts] arrays [n].
+
+    They are over the response tokens, 0 for tokens that were not trained on. The entry is None for
+    the rollouts of an update that an earlier life of the run has made.
+    """
 
 
 def step_metrics(
@@ -82,6 +86,7 @@ def step_metrics(
     peak_tflops: float | None,
     seconds_of_ranks: Sequence[Mapping[str, float]] = (),
     memory_of_ranks: Sequence[Mapping[str, float]] = (),
+    engines: Sequence[Mapping[str, float]] = (),
 ) -> dict[str, float]:
     """Returns all metrics of a step.
 
@@ -99,6 +104,7 @@ def step_metrics(
         peak_tflops: of one device; None leaves `mfu` out.
         seconds_of_ranks: [rank] `seconds` of each.
         memory_of_ranks: [rank] host memory of each, GiB.
+        engines: [engine] the seconds in which each generated, and the response tokens of it.
     """
     # Those of skipped updates are not finite.
     losses = [loss for loss in training.losses if math.isfinite(loss)]
@@ -123,16 +129,18 @@ def step_metrics(
         **{f"seconds/{name}": value for name, value in seconds.items()},
         **rank_metrics(seconds_of_ranks),
         **memory_metrics(memory_of_ranks),
+        **engine_metrics(engines),
         **speed_metrics(training.tokens, training.flops, in_training * num_ranks, peak_tflops),
     }
 
 
 def low_ratio_metrics(tokens: Sequence[tuple[int, int, int]]) -> dict[str, float]:
-    """Shares of the step's response tokens, each counted in the update that trained on it.
+    """Returns shares of the step's response tokens, each counted in the update that trained on it.
 
-    low_ratio_share: of all, those whose ratio to the policy that generated them was below 0.8. low_ratio_positive_share:
-    of these, the tokens of right answers, which a policy gradient in ratios pulls at the less the lower they are; NaN
-    where none was low.
+    low_ratio_share: of all tokens, those whose ratio to the policy that generated them was below
+        0.8.
+    low_ratio_positive_share: of these, the tokens of right answers, which a policy gradient in
+        ratios pulls at the less the lower they are; NaN where none was low.
     """
     low, positive, every = (sum(counts) for counts in zip(*tokens, strict=True))
     return {
@@ -255,6 +263,33 @@ def memory_metrics(memory: Sequence[Mapping[str, float]]) -> dict[str, float]:
     processes are not in it.
     """
     return _over_ranks("memory", memory, which="largest")
+
+
+def engine_metrics(engines: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Returns how generating spread over the engines; {} without one.
+
+    engine/seconds_mean, _max: of generating in the step, draws that were repeated among them.
+    engine/slowest: the number of the engine with the maximum, from 0 in order of ranks.
+    engine/tokens_mean, tokens_slowest: response tokens of an engine, and of that one: a slow engine
+    with few tokens is ill, one with many had the long answers. engine/tokens_per_second_mean: tokens
+    of all over seconds of all. engine/tokens_per_second_min: of the engine with the lowest rate.
+    """
+    if not engines:
+        return {}
+    seconds = [engine["seconds"] for engine in engines]
+    tokens = [engine["tokens"] for engine in engines]
+    slowest = seconds.index(max(seconds))
+    rates = [n / s for n, s in zip(tokens, seconds, strict=True) if n > 0 and s > 0]
+    total = math.fsum(seconds)
+    return {
+        "engine/seconds_mean": _mean(seconds),
+        "engine/seconds_max": seconds[slowest],
+        "engine/slowest": float(slowest),
+        "engine/tokens_mean": _mean(tokens),
+        "engine/tokens_slowest": float(tokens[slowest]),
+        "engine/tokens_per_second_mean": math.fsum(tokens) / total if total else math.nan,
+        "engine/tokens_per_second_min": min(rates, default=math.nan),
+    }
 
 
 def _over_ranks(

@@ -1,7 +1,7 @@
 """Everything a run writes and shows, in one place.
 
-The first rank writes; the others only measure their stages. On several nodes the first rank of each node writes a part of
-the rollouts: those that ranks of its node hold.
+The first rank writes; the others only measure their stages. On several nodes the first rank of each
+node writes a part of the rollouts: those that ranks of its node hold.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -42,16 +41,19 @@ from megatron_real.runs.trackers import TRACKERS, check_installed
 __all__ = ["Reporter", "Training"]
 
 SUMMARY_EVERY = 50
-"""Steps between summaries; there is one at the end too."""
+"""Steps between summaries; there is one at the end, too."""
 
 _STAGES_OF_EVALUATION = ("sync", "rollout", "evaluation")
-"""Of an evaluation: the engine gets the weights, and ends what it generates ahead, before it answers."""
+"""The stages that an evaluation's time is made of.
+
+The engine gets the weights, and ends what it generates ahead, before it answers.
+"""
 
 PACE_STEPS = 2
 """Steps whose time tells how long a run will take."""
 
 NEW_RUN = Beginning(Earlier(), newest=None, changed=[])
-"""In a directory where there was nothing."""
+"""The beginning of a run in a directory where there was nothing."""
 
 
 class Reporter:
@@ -71,24 +73,35 @@ class Reporter:
         """Writes nothing yet: the run directory is this life's from `begin` on.
 
         Args:
-            gathered: collective; every rank's values on the first rank, which alone reads them.
-            exchange: brings those that write what they write; None where the first rank has all rollouts whole.
+            config: the run's configuration.
+            rank: this rank.
+            world: number of ranks.
+            gathered: returns every rank's values on the first rank, which alone reads them;
+                collective.
+            exchange: brings the rollouts to the ranks that write them; None where the first rank
+                has all rollouts whole.
 
         Raises:
             ValueError: a tracker is asked for whose package is not installed.
         """
-        self.config, self.world, self.first = config, world, rank == 0
+        self.config = config
+        self.world = world
+        self.first = rank == 0
         self.directory = RunDirectory(config.trainer.run_dir)
         self._gathered = gathered
         self._exchange = exchange or Exchange(rank, world)
         self._writer: MetricsWriter | None = None
+        self.engine_work: Callable[[], Mapping[str, float]] | None = None
+        """Gives what this rank's engine has done in the step; None where there is no engine."""
         self.begun = False
         """Whether the run directory is this life's."""
-        # A step's rollouts are written while the next step runs, by one thread: files come in order.
+        # A step's rollouts are written while the next step runs. One thread keeps files in order.
         self._rollout_thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts-to-disk")
         self._writing: Future[None] | None = None
         self._written_step = 0  # whose parts have no name yet; 0: none, and always so on one node
-        self._steps = self._idle = 0
+        self._steps = 0
+        self._idle = 0
+        """Steps of this life that taught nothing."""
         self._step_times: list[float] = []
         if self.first:
             check_installed(self._trackers())
@@ -97,12 +110,12 @@ class Reporter:
     def begin(
         self, beginning: Beginning = NEW_RUN, offsets: Mapping[str, int] | None = None
     ) -> None:
-        """Makes the run directory this life's: everything that this life depends on has been checked.
+        """Makes the run directory this life's.
 
-        What an earlier life has written after its last checkpoint goes before config.yaml changes: a kill in between
-        must not leave rows beside a configuration that they were not made with.
+        By now everything that this life depends on has been checked.
 
         Args:
+            beginning: what the directory holds of earlier lives.
             offsets: bytes of each file of rows that the checkpoint counts.
         """
         self.begun = True
@@ -111,20 +124,31 @@ class Reporter:
         self.directory.path.mkdir(parents=True, exist_ok=True)
         self.say_status("running")
         self.progress.log_to(self.directory.log)
+
         steps = beginning.newest.position.step if beginning.newest else 0
+        # What an earlier life has written after its last checkpoint goes before config.yaml
+        # changes: a kill in between must not leave rows beside a configuration that they were not
+        # made with.
         if beginning.earlier.config is not None or beginning.earlier.steps:
             self._rewind(steps, offsets or {})
         self._write_life(beginning)
+
+        # Trackers drop the rows of their own copies from this step on; None: there are none.
+        first_step = None
+        if beginning.newest:
+            first_step = steps + 1
+        elif beginning.again:
+            first_step = 0
         self._writer = MetricsWriter(
             self.directory,
             trackers=self._trackers(),
             config=to_dict(self.config),
-            first_step=steps + 1 if beginning.newest else 0 if beginning.again else None,
+            first_step=first_step,
             say=self.progress.say,
         )
 
     def _write_life(self, beginning: Beginning) -> None:
-        """config.yaml is the present life's; those of earlier lives stay in lives/."""
+        """Writes config.yaml of this life, and a copy of it to lives/, where earlier ones stay."""
         from omegaconf import OmegaConf
 
         values = to_plain(self.config)
@@ -143,7 +167,10 @@ class Reporter:
         write_whole(self.directory.config, OmegaConf.to_yaml(OmegaConf.create(values)))
 
     def say_status(self, state: State, reason: str = "", *, diverged: bool = False) -> None:
-        """Tells scripts what the run is doing; from `begin` on, before which the directory is not this life's."""
+        """Tells scripts what the run is doing, from `begin` on.
+
+        Before that the directory is not this life's.
+        """
         if not self.first or not self.begun:
             return
         try:
@@ -167,8 +194,8 @@ class Reporter:
     def _rewind(self, steps: int, offsets: Mapping[str, int]) -> None:
         """Drops what was written after the first `steps` steps: it will be made again.
 
-        The chunks of the step after them are kept: each says what it was drawn under, and is used only where that has
-        not changed (runs/sampling.py).
+        The chunks of the step after them are kept: each says what it was drawn under, and is used
+        only where that has not changed (runs/sampling.py).
         """
         for file in (self.directory.metrics, self.directory.evaluations):
             size = offsets.get(file.name, 0)
@@ -182,37 +209,43 @@ class Reporter:
                 if size == 0:
                     file.unlink()
             elif present < size:
-                self._say_lost(file, present, size)
+                # Somebody has cut or deleted the file. Training does not need the rows.
+                cut = ", and its last row was cut" if drop_cut_row(file) else ""
+                self.progress.say(
+                    f"WARNING: {file.name} has {present} bytes, and {size} when the checkpoint was "
+                    f"written: rows of finished steps are lost{cut}"
+                )
+
         for step, rollouts in self.directory.kept_rollouts():
             if step > steps + 1:
                 delete(rollouts)
         for left_over in self.directory.unfinished_rollouts():
             delete(left_over)
 
-    def _say_lost(self, file: Path, present: int, size: int) -> None:
-        """Rows of finished steps are gone: somebody has cut or deleted the file. Training does not need them."""
-        cut = drop_cut_row(file)
-        self.progress.say(
-            f"WARNING: {file.name} has {present} bytes, and {size} when the checkpoint was written: "
-            f"rows of finished steps are lost{', and its last row was cut' if cut else ''}"
-        )
-
     def step(self, step: int) -> AbstractContextManager[None]:
-        """One step; a torch profiler trace of it is written by the first rank where trainer.profile asks."""
+        """Returns the context of one step.
+
+        Where trainer.profile asks for it, the first rank writes a trace of torch's profiler.
+        """
         return profile_step(
             step, self.config.trainer.profile if self.first else (), self.directory.profile
         )
 
     def trained(self, step: int, rollouts: Sequence[Rollout], training: Training) -> None:
-        """Writes the finished step's metrics, and has its rollouts written, with scores, in place of their chunks.
-        Collective.
+        """Writes the finished step's metrics, and lets the thread write its rollouts. Collective.
 
-        Raises what has kept the rollouts of the step before from being written.
+        The rollouts, with their scores, take the place of their chunks. It raises the error that
+        has kept the rollouts of the step before from being written.
         """
         seconds = self.progress.take_seconds()
         seconds_of_ranks = self._gathered(seconds)
         memory_of_ranks = self._gathered(memory_of_process())
-        self.settle()  # host memory holds the rollouts of one step that is being written, not of many
+        engines: Sequence[Mapping[str, float]] = ()
+        if self.engine_work is not None:
+            engines = [work for work in self._gathered(self.engine_work()) if work]
+
+        # First the step before: host memory holds one step that is being written, not many.
+        self.settle()
         kept = self._kept(step, rollouts)
         whole = self._exchange.to_nodes(rollouts, kept)
         if self._exchange.first_of_node:
@@ -223,6 +256,7 @@ class Reporter:
             self._written_step = step
         if self._writer is None:
             return
+
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         peak = peak_tflops(device, self.config.trainer.peak_tflops)
         metrics = step_metrics(
@@ -233,6 +267,7 @@ class Reporter:
             peak_tflops=peak,
             seconds_of_ranks=seconds_of_ranks,
             memory_of_ranks=memory_of_ranks,
+            engines=engines,
         )
         self._writer.write(step, metrics)
         self.progress.step_done(step, metrics, seconds)
@@ -242,18 +277,21 @@ class Reporter:
             self._summarise()
 
     def settle(self) -> None:
-        """Waits until the rollouts of every finished step are on disk. Raises what has kept them from it. Collective.
+        """Waits until the rollouts of every finished step are on disk. Collective.
 
-        A checkpoint that counts a step must not be on disk before the step's rollouts are.
+        It raises the error that has kept them from being written. A checkpoint that counts a step
+        must not be on disk before the step's rollouts are.
         """
-        writing, self._writing = self._writing, None
+        writing = self._writing
+        self._writing = None
         if not self._written_step:
             if writing is not None:
                 writing.result()
             return
 
         # The parts are a step's rollouts once every node has written its own.
-        step, self._written_step = self._written_step, 0
+        step = self._written_step
+        self._written_step = 0
         on_every_rank(
             lambda: writing.result() if writing is not None else None,
             group=self._exchange.group or dist.group.WORLD,
@@ -263,14 +301,17 @@ class Reporter:
             self._drop_rollouts(step)
 
     def _kept(self, step: int, rollouts: Sequence[Rollout]) -> list[int]:
-        """The positions of the rollouts that are written, the same on every rank: whole groups."""
+        """Returns the positions of the rollouts that are written: those of whole groups.
+
+        They are the same on every rank.
+        """
         groups = sorted({rollout.group for rollout in rollouts})
         count = self.config.rollout.keep_groups
         if 0 < count < len(groups):
             draw = random.Random(f"kept groups {self.config.trainer.seed} {step}")
             groups = draw.sample(groups, count)
-        chosen = set(groups)
-        return [i for i, rollout in enumerate(rollouts) if rollout.group in chosen]
+        kept = set(groups)
+        return [i for i, rollout in enumerate(rollouts) if rollout.group in kept]
 
     def _write_rollouts(
         self,
@@ -279,7 +320,7 @@ class Reporter:
         kept: Sequence[int],
         training: Training,
     ) -> None:
-        """In the thread: this node's part of a step, which on one node is all of it."""
+        """Writes this node's part of a step, which on one node is all of it; runs in the thread."""
         exchange = self._exchange
         own = sorted(set(kept) & set(exchange.held_by_node(rollouts)))
         figures = training.token_figures
@@ -309,7 +350,8 @@ class Reporter:
         # The first step is left out: it compiles and warms up.
         pace = (self._step_times[-1] - self._step_times[0]) / PACE_STEPS
         self.progress.say(
-            f"about {duration(pace * left)} left for {left} steps at the pace of the last {PACE_STEPS}"
+            f"about {duration(pace * left)} left for {left} steps at the pace of the last "
+            f"{PACE_STEPS}"
         )
 
     def _summarise(self) -> None:
@@ -320,15 +362,16 @@ class Reporter:
             self.progress.say(line)
 
     def _drop_rollouts(self, step: int) -> None:
-        """The chunks of a step that is written as a whole, and steps that the configuration does not keep."""
-        keep, keep_every = self.config.rollout.keep_steps, self.config.rollout.keep_every
+        """Deletes the chunks of a step that is written as a whole, and steps that are not kept."""
+        keep = self.config.rollout.keep_steps
+        keep_every = self.config.rollout.keep_every
         doomed = self.directory.chunks(step)
         if keep:
-            doomed += [
-                file
-                for number, file in self.directory.kept_rollouts()
-                if number <= step - keep and not (keep_every and number % keep_every == 0)
-            ]
+            for number, file in self.directory.kept_rollouts():
+                is_milestone = keep_every and number % keep_every == 0
+                if number <= step - keep and not is_milestone:
+                    doomed.append(file)
+
         for file in doomed:
             try:
                 delete(file)
@@ -336,21 +379,22 @@ class Reporter:
                 self.progress.say(f"WARNING: {file.name} could not be deleted: {error}")
 
     def _count_idle(self, step: int, training: Training, metrics: Mapping[str, float]) -> None:
-        """Warns of steps whose rollouts had no weight: at the 1st, 2nd, 4th, 8th, ... of them."""
+        """Warns of the 1st, 2nd, 4th, 8th, ... step whose rollouts had no weight."""
         self._steps += 1
         if any(weight != 0 for weight in training.weights):
             return
         self._idle += 1
-        if self._idle & (self._idle - 1) == 0:
+        is_power_of_two = self._idle & (self._idle - 1) == 0
+        if is_power_of_two:
             self.progress.say(
-                f"WARNING: step {step} taught nothing, like {self._idle} of {self._steps} steps so far: no rollout had "
-                f"a weight ({metrics['solved_share']:.0%} of the groups all right, "
-                f"{metrics['one_class_share']:.0%} of one label, {metrics['excluded_share']:.0%} of the rollouts "
-                "excluded)"
+                f"WARNING: step {step} taught nothing, like {self._idle} of {self._steps} steps so "
+                f"far: no rollout had a weight ({metrics['solved_share']:.0%} of the groups all right, "
+                f"{metrics['one_class_share']:.0%} of one label, "
+                f"{metrics['excluded_share']:.0%} of the rollouts excluded)"
             )
 
     def skipped(self, step: int, update: int, rollouts: Sequence[Rollout]) -> None:
-        """Keeps the batch of a skipped update for replay, and says so. Collective."""
+        """Keeps the batch of a skipped update for replay, and tells the user. Collective."""
         rollouts = self._exchange.to_first(rollouts)
         if self.first:
             dump = self.directory.dump(step, update)
@@ -368,7 +412,7 @@ class Reporter:
         seconds = sum(self.progress.take_seconds(only=_STAGES_OF_EVALUATION).values())
         if self._writer is None:
             return
-        # Before the row: where a row is, its problems are too.
+        # Before the row: where a row is, its problems are, too.
         answers = {"samples": evaluation.samples, "correct": dict(evaluation.correct)}
         write_whole(self.directory.heldout_answers(step), json.dumps(answers) + "\n")
         row = {f"heldout/{name}": float(value) for name, value in evaluation.figures().items()}
@@ -376,10 +420,14 @@ class Reporter:
         self.progress.evaluation_done(
             step, evaluation.pass_at_1, evaluation.standard_error, evaluation.problems, seconds
         )
-        self._draw()  # so that an interrupted run has curves too
+        self._draw()  # so that an interrupted run has curves, too
 
     def finish(self, warning: str = "") -> None:
-        """Draws the curves and says where everything is. `warning`: something of the end that did not go well."""
+        """Draws the curves and says where everything is.
+
+        Args:
+            warning: what did not go well at the end, if anything.
+        """
         self.settle()
         if self._writer is None:
             return
@@ -393,6 +441,7 @@ class Reporter:
         for reason in reasons:
             self.progress.say(f"WARNING: {reason}")
         self.say_status("finished", "; ".join(reasons))
+
         self._summarise()
         self.progress.say(f"run directory  {self.directory.path}")
         self.progress.say(f"curves         {self.directory.curves}")
@@ -402,14 +451,15 @@ class Reporter:
             self.progress.say(line)
 
     def _draw(self) -> None:
-        where = self.directory
+        directory = self.directory
+        title = self._title()
         try:
-            plot_curves(where.metrics, where.evaluations, where.curves, title=self._title())
+            plot_curves(directory.metrics, directory.evaluations, directory.curves, title=title)
         except Exception as error:  # a picture ends no run, whatever the plotting library raises
-            self.progress.say(f"WARNING: {where.curves.name} could not be drawn: {error}")
+            self.progress.say(f"WARNING: {directory.curves.name} could not be drawn: {error}")
 
     def _title(self) -> str:
-        """The run, and the settings that matter most, for its curves."""
+        """Returns the title of the curves: the run, and the settings that matter most."""
         config = self.config
         settings = [config.objective.name]
         if hasattr(config.objective, "tau"):
@@ -423,6 +473,9 @@ class Reporter:
         return f"{self.directory.path.name}: {', '.join(settings)}"
 
     def _minibatches(self, rollouts: Sequence[Rollout]) -> list[int]:
-        """[rollouts] number of the update, from 1, that trained on each: groups are cut in order of appearance."""
+        """Returns the number of the update, from 1, that trained on each rollout.
+
+        Groups are cut into minibatches in order of appearance.
+        """
         order = {group: i for i, group in enumerate(dict.fromkeys(r.group for r in rollouts))}
         return [1 + order[r.group] // self.config.batch.minibatch_prompts for r in rollouts]

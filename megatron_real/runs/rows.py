@@ -1,4 +1,7 @@
-"""Files of JSON rows that grow by one row at a time: a row that was cut never spoils the next one."""
+"""Files of JSON rows that grow by one row at a time.
+
+A row that was cut never spoils the next one.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a run has written, read back from Python: the status, metrics, evaluations and rollouts of a run directory.
+"""What a run has written, read back from Python: status, metrics, evaluations and rollouts.
 
-Loadable without torch. A run that is still going may be read: rows are whole or not there.
+The module loads without torch. A run that is still going may be read: rows are whole or not there.
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ class RunRecords:
         return read_status(self.directory.status)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Returns one row for each step, in order. docs/metrics.md explains each figure; None is a figure of nothing."""
+        """Returns one row for each step, in order.
+
+        docs/metrics.md explains each figure. A figure of nothing, such as a mean over no rollouts,
+        is None.
+        """
         return read_rows(self.directory.metrics)[0]
 
     def evaluations(self) -> list[dict[str, Any]]:
@@ -65,7 +69,9 @@ class RunRecords:
         return read_rollouts(self.directory.saved_rollouts(step))
 
     def rollout_rows(self, step: int) -> list[dict[str, Any]]:
-        """Returns the rollouts of a step as plain values, for a data frame: texts and numbers, no tokens.
+        """Returns the rollouts of a step as plain values, for a data frame.
+
+        They are texts and numbers, without tokens.
 
         Raises:
             ValueError: as `rollouts`.

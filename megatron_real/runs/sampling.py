@@ -1,6 +1,7 @@
 """The chunks of an unfinished step on disk: RUN/rollouts/chunk-STEP-DRAW-FIRST.parquet.
 
-rollout/source.py draws them. On several nodes a chunk is written in parts, and each node reads its share of them again.
+rollout/source.py draws them. On several nodes a chunk is written in parts, and each node reads its
+share of them again.
 """
 
 from __future__ import annotations
@@ -61,20 +62,23 @@ _WITHOUT_EFFECT_ON_ROLLOUTS = frozenset(
 
 @dataclass(frozen=True)
 class _Reading:
-    """What a rank has found of a kept chunk. It goes to every rank, without the rollouts."""
+    """What a rank has read of a kept chunk, without the rollouts: every rank gets it."""
 
     num_rollouts: int = 0
-    """That this rank has read."""
+    """Number of rollouts that this rank has read."""
     damaged: str = ""
-    """Which file is no file of rollouts, and why."""
+    """Which file is no file of rollouts, and why; empty where none is damaged."""
     changed: tuple[str, ...] = ()
-    """What the rollouts were drawn under that is otherwise now."""
+    """What has changed since the rollouts were drawn, in words."""
     groups: frozenset[int] = frozenset()
-    """Of the rollouts, counted from the chunk's first."""
+    """The rollouts' groups, counted from the chunk's first."""
 
 
 class ChunkFiles:
-    """Keeps whole chunks, and hands them out again only where they were drawn as they would be drawn now."""
+    """Keeps whole chunks.
+
+    A chunk is handed out again only where it was drawn as it would be drawn now.
+    """
 
     def __init__(
         self,
@@ -84,13 +88,14 @@ class ChunkFiles:
         *,
         begun_step: int | None = None,
     ) -> None:
-        """
+        """Keeps the chunks of one run.
+
         Args:
-            directory: of the run.
-            ranks: all of the run's.
+            directory: the run's directory.
+            ranks: all ranks of the run.
             say: shows a sentence.
-            begun_step: one that an earlier life has made updates of; its chunks came back with the
-                checkpoint.
+            begun_step: the step of which an earlier life has made some updates; its chunks came
+                back with the checkpoint.
         """
         self._directory = directory
         self._ranks = ranks
@@ -103,13 +108,17 @@ class ChunkFiles:
     def read(
         self, name: ChunkName, prompts: Sequence[Prompt], origin: Origin
     ) -> list[Rollout] | None:
-        """The kept rollouts of a chunk, held by those that have read them; None where they are to be drawn. Collective.
+        """Returns the kept rollouts of a chunk, held by the ranks that have read them. Collective.
 
-        The first rank reads a file, and the first rank of each node its share of parts. All ranks must go the same way:
-        they use a chunk only where all of it is as it would be drawn now.
+        The first rank reads a file, and the first rank of each node its share of parts. All ranks
+        must go the same way: they use a chunk only where all of it is as it would be drawn now.
+
+        Returns:
+            None where the rollouts are to be drawn.
 
         Raises:
-            ValueError: of a step that is partly trained on, the file is damaged or the prompts are others now.
+            ValueError: the step is partly trained on, and the file is damaged or its prompts are
+                not the present ones.
         """
         # The first rank alone looks for it: file systems of other nodes lag behind.
         file = self._directory.saved_chunk(name.step, name.draw, name.first_prompt)
@@ -123,15 +132,17 @@ class ChunkFiles:
         changed = next((reading.changed for reading in readings if reading.changed), ())
         if not count and not damaged:
             damaged = f"{file} is empty; it holds no rollout to train on"
+
         if damaged:
             self._say(f"step {name.step}: {damaged}; its rollouts are drawn again")
             return None
         if changed:
             self._say(
-                f"step {name.step}: {count} rollouts on disk were drawn otherwise, and are drawn again: "
-                f"{'; '.join(changed)}"
+                f"step {name.step}: {count} rollouts on disk were drawn otherwise, and are drawn "
+                f"again: {'; '.join(changed)}"
             )
             return None
+
         groups = frozenset[int]().union(*(reading.groups for reading in readings))
         if len(groups) != len(prompts):
             raise _other_prompts(file, name.step)
@@ -139,7 +150,10 @@ class ChunkFiles:
         return self._exchange.share(own, prompts)
 
     def write(self, name: ChunkName, origin: Origin, rollouts: Sequence[Rollout]) -> None:
-        """Keeps a chunk: what the ranks of a node hold is written by the first of them. Collective."""
+        """Keeps a chunk. Collective.
+
+        The first rank of a node writes what the ranks of the node hold.
+        """
         exchange = self._exchange
         file = self._directory.chunk(name.step, name.draw, name.first_prompt)
         whole = exchange.to_nodes(rollouts)
@@ -191,15 +205,17 @@ class ChunkFiles:
             return _Reading(damaged=str(error))
 
         if begun:
-            # These rollouts are partly trained on: the weights have moved since, and what they were drawn and labelled
-            # under stays. Only their prompts must be those that the rest of the step counts on.
+            # These rollouts are partly trained on: the weights have moved since, and what the
+            # rollouts were drawn and labelled under stays. Only their prompts must be those that
+            # the rest of the step counts on.
             changed = []
             if not _answer(into, prompts):
                 raise _other_prompts(file, name.step)
         elif changed:
             return _Reading(len(into), changed=tuple(changed))
 
-        # The prompts of a step that is begun may have other names now: all ranks must know the same ones.
+        # The prompts of a step that is begun may have other names now: all ranks must know the
+        # same ones.
         for i, rollout in enumerate(into):
             prompt = dataclasses.replace(rollout.prompt, uid=prompts[rollout.group].uid)
             into[i] = dataclasses.replace(rollout, prompt=prompt)
@@ -221,7 +237,8 @@ def _answer(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> bool:
 
 def _other_prompts(file: Path, step: int) -> ValueError:
     return EveryRankError(
-        f"{file} answers other prompts than step {step} asks, and the step is partly trained on; use the same data"
+        f"{file} answers other prompts than step {step} asks, and the step is partly trained on; "
+        "use the same data"
     )
 
 

@@ -1,8 +1,8 @@
 """Where a run's figures go beside its own files: TensorBoard, Weights & Biases and MLflow.
 
-A tracker is a class of the form of `Tracker` and a row in `TRACKERS`; its setting is `trainer.NAME`. Each gets the
-configuration, the path of the run directory, and the figures of steps and evaluations. The run's own files are the
-record: whatever a tracker raises, it is left out from then on.
+A tracker is a class of the form of `Tracker` and a row in `TRACKERS`; its setting is
+`trainer.NAME`. Each one gets the configuration, the path of the run directory, and the figures of steps and
+evaluations. The run's own files are the record: a tracker that raises is left out from then on.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from megatron_real.runs.directory import RunDirectory
 
 
 class Tracker(Protocol):
-    """Takes the figures of steps. Whatever it raises, it is left out from then on, and the run goes on."""
+    """Takes the figures of steps.
+
+    If it raises, it is left out from then on, and the run goes on.
+    """
 
     name: ClassVar[str]
-    """As people call it."""
+    """The name by which people know it."""
     package: ClassVar[str]
-    """What is imported; it is installed by a package of the same name, unless `installed_by` says otherwise."""
+    """The package that is imported."""
     installed_by: ClassVar[str]
-    """What pip installs."""
+    """The package that pip installs."""
 
     def __init__(
         self, directory: RunDirectory, config: Mapping[str, Any], first_step: int | None
@@ -35,12 +38,15 @@ class Tracker(Protocol):
         """Opens the tracker.
 
         Args:
-            config: the run's configuration, in which secrets are written as they were given (`${oc.env:HF_TOKEN}`).
-            first_step: of a resumed run; what an earlier life wrote from there on is made again. None for a new run.
+            directory: the run's directory.
+            config: the run's configuration, in which secrets are written as they were given
+                (`${oc.env:HF_TOKEN}`).
+            first_step: the first step of a resumed run; what an earlier life wrote from there on is
+                made again. None for a new run.
         """
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Finite figures of one step, or of an evaluation after so many steps."""
+        """Takes the finite figures of a step, or of an evaluation after `step` steps."""
 
     def close(self) -> None:
         """Flushes everything."""
@@ -56,7 +62,10 @@ class TensorBoardTracker:
     def __init__(
         self, directory: RunDirectory, config: Mapping[str, Any], first_step: int | None
     ) -> None:
-        """Opens a new file of events. What an earlier life wrote from `first_step` on is not shown."""
+        """Opens a new file of events.
+
+        What an earlier life wrote from `first_step` on is not shown.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         self._events = SummaryWriter(str(directory.tensorboard), purge_step=first_step)
@@ -94,7 +103,10 @@ class WandbTracker:
     def __init__(
         self, directory: RunDirectory, config: Mapping[str, Any], first_step: int | None
     ) -> None:
-        """Begins the run, or goes on with it. WANDB_MODE=offline writes to the run directory alone."""
+        """Begins the run, or goes on with it.
+
+        WANDB_MODE=offline writes to the run directory alone.
+        """
         import wandb as client
 
         self._run = client.init(
@@ -119,9 +131,10 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """One run of MLflow for all lives of a run, at MLFLOW_TRACKING_URI, else in files: mlruns/ in the run directory.
+    """One run of MLflow for all lives of a run.
 
-    Parameters of MLflow cannot change: they are the first life's settings. The file configuration.json beside them is
+    It is at MLFLOW_TRACKING_URI, else in files: mlruns/ in the run directory. Parameters of MLflow
+    cannot change: they are the first life's settings. The file configuration.json beside them is
     the newest life's.
     """
 
@@ -132,7 +145,10 @@ class MlflowTracker:
     def __init__(
         self, directory: RunDirectory, config: Mapping[str, Any], first_step: int | None
     ) -> None:
-        """Begins the run in the experiment MLFLOW_EXPERIMENT_NAME, by default megatron_real, or goes on with it."""
+        """Begins the run, or goes on with it.
+
+        Its experiment is MLFLOW_EXPERIMENT_NAME, by default megatron_real.
+        """
         # Since 3.7 MLflow asks whoever keeps runs in files to say that it is meant.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow.tracking import MlflowClient

@@ -18,23 +18,36 @@ from megatron_real.runs.metrics import Training
 def summary(
     policy: Policy, batches: Sequence[Batch], updates: Sequence[Update], *, lag: float
 ) -> Training:
-    """What the updates of a step were, on rollouts of so many steps before. Collective over all ranks."""
-    kept = [
-        batch.minibatch.rollouts[i].num_tokens for batch in batches for i in batch.minibatch.kept
-    ]
-    weights = [update.gradient.weight_R for update in updates]
+    """Summarises the updates of a step. Collective over all ranks.
+
+    Args:
+        policy: the policy, after the updates.
+        batches: the minibatches of the step.
+        updates: what each of them did.
+        lag: steps between the weights that generated the rollouts and those that the step began
+            with.
+    """
+    objective = policy.settings.objective
+    num_tokens: list[int] = []
+    scores: list[float] = []
+    weights: list[float] = []
+    relative_weights = []
+    for batch, update in zip(batches, updates, strict=True):
+        rollouts = batch.minibatch.rollouts
+        weight_R = update.gradient.weight_R
+        num_tokens += [rollouts[i].num_tokens for i in batch.minibatch.kept]
+        scores += _scores(batch, update)
+        weights += weight_R.tolist()
+        relative_weights.append(_relative_to_bound(objective, batch, weight_R))
+
+    # A token's pass costs what it costs at the mean length of its context, n / 2, and a backward
+    # pass twice a forward pass.
+    flops = sum(3 * n * policy.architecture.flops_per_token(n / 2) for n in num_tokens)
     return Training(
         losses=[update.gradient.loss for update in updates],
-        scores=[
-            s
-            for batch, update in zip(batches, updates, strict=True)
-            for s in _scores(batch, update)
-        ],
-        weights=[w for weight_R in weights for w in weight_R.tolist()],
-        max_abs_weight_tau=max(
-            _relative_to_bound(policy.settings.objective, batch, weight_R)
-            for weight_R, batch in zip(weights, batches, strict=True)
-        ),
+        scores=scores,
+        weights=weights,
+        max_abs_weight_tau=max(relative_weights),
         grad_norms=[update.grad_norm for update in updates],
         lr=updates[-1].lr,
         skipped=[i for i, update in enumerate(updates, 1) if update.skipped],
@@ -45,8 +58,8 @@ def summary(
         low_ratio_tokens=[update.gradient.low_ratio_tokens for update in updates],
         equal_groups=sum(batch.facts.num_equal_groups for batch in batches),
         lag=lag,
-        tokens=sum(kept),
-        flops=sum(3 * n * policy.architecture.flops_per_token(n / 2) for n in kept),
+        tokens=sum(num_tokens),
+        flops=flops,
         token_figures=_token_figures(policy, batches),
     )
 
@@ -54,7 +67,10 @@ def summary(
 def _token_figures(
     policy: Policy, batches: Sequence[Batch]
 ) -> dict[str, list[NDArray[numpy.float32] | None]]:
-    """Ratio and weight of every token of the step's rollouts, where they are kept. Collective over all ranks."""
+    """Returns ratio and weight of every token of the step's rollouts, where they are kept.
+
+    Collective over all ranks.
+    """
     if not policy.settings.keep_token_weights:
         return {}
     figures: dict[str, list[NDArray[numpy.float32] | None]] = {}
@@ -66,7 +82,7 @@ def _token_figures(
 
 
 def _of_rollouts(policy: Policy, batch: Batch, name: str) -> list[NDArray[numpy.float32] | None]:
-    """A result of passes, cut into the arrays [n] of the minibatch's rollouts."""
+    """Returns a result of passes, cut into one array [n] for each rollout of the minibatch."""
     rollouts = batch.minibatch.rollouts
     if not batch.has_token_weights:
         return [None] * len(rollouts)
@@ -79,14 +95,14 @@ def _of_rollouts(policy: Policy, batch: Batch, name: str) -> list[NDArray[numpy.
 
 
 def _relative_to_bound(objective: Objective, batch: Batch, weight_R: Tensor) -> float:
-    """max |dL/dscore| over what the objective says it can be at most; NaN where it has no bound."""
+    """Returns max |dL/dscore| over the objective's bound of it; NaN where it has no bound."""
     if objective.weight_bound is None:
         return math.nan
     return float(weight_R.abs().max()) * batch.facts.denominator / objective.weight_bound
 
 
 def _scores(batch: Batch, update: Update) -> list[float]:
-    """[R] scores of the minibatch's rollouts in order, NaN for those that were not computed."""
+    """Returns the scores of the minibatch's rollouts in order; NaN where none was computed."""
     scores = [math.nan] * len(batch.minibatch.rollouts)
     for i in batch.minibatch.kept:
         scores[i] = float(update.gradient.score_R[i])

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class Run:
                     dist.all_reduce(torch.ones(1))
                 self.reached(f"between{step}")
                 with self.timer.stage("label"):
-                    self.ranks.every(lambda step=step: self.reached(f"gathered{step}"))
+                    self.ranks.every(partial(self.reached, f"gathered{step}"))
         except BaseException as error:
             self.lifeline.say_end(f"{type(error).__name__}: {error}")
             raise

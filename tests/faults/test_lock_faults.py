@@ -11,10 +11,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -39,14 +40,18 @@ def started() -> Iterator[ExitStack]:
 
 
 def holder(
-    stack: ExitStack, folder: Path, *wrapper: str, lease: float = 600.0, **environment: str
+    stack: ExitStack,
+    folder: Path,
+    *wrapper: str,
+    lease: float = 600.0,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [*wrapper, sys.executable, "-c", HOLDER, str(folder), str(lease)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **environment},
+        env=os.environ | dict(environment),
     )
     stack.callback(process.wait)
     stack.callback(process.kill)
@@ -121,7 +126,9 @@ def test_of_many_processes_one_gets_it(tmp_path: Path, faulty: Disk, started: Ex
     first.kill()
     first.wait()
     faulty.rules(*SLOW)
-    contenders = [holder(started, tmp_path / "owners", **faulty.environment) for _ in range(4)]
+    contenders = [
+        holder(started, tmp_path / "owners", environment=faulty.environment) for _ in range(4)
+    ]
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(holds, contenders))
     assert sum(answers) == 1
@@ -135,7 +142,7 @@ def test_a_full_disk_does_not_end_an_owners_life(
     """Neither ENOSPC while it writes nor a time in which nothing works: the thread goes on,
     and says so.
     """
-    owner = holder(started, tmp_path / "owners", **faulty.environment)
+    owner = holder(started, tmp_path / "owners", environment=faulty.environment)
     assert holds(owner)
     assert owner.stderr is not None
     faulty.rules("write owners fail 28", "touch owners fail 5", "open owners fail 5")
@@ -159,7 +166,7 @@ def test_a_listing_that_lacks_the_newest_names_gives_nobody_a_lock(
     owner = holder(started, tmp_path / "owners")
     assert holds(owner) and last(tmp_path / "owners").name == "4"
     faulty.rules(*[f"list owners/{number} hide 0" for number in (2, 3, 4)])
-    second = holder(started, tmp_path / "owners", **faulty.environment)
+    second = holder(started, tmp_path / "owners", environment=faulty.environment)
     _, said = second.communicate(timeout=240)
     assert f"is in use by process {owner.pid} on" in said and second.returncode == 1
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,11 +43,15 @@ def test_none_is_left_out() -> None:
     "name",
     [pytest.param(n, marks=needs_vllm) if n in ("rollout", "weight_sync") else n for n in SMALLEST],
 )
-def test_it_runs(name: str) -> None:
+def test_it_runs(name: str, tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
     run = [sys.executable, "-W", "ignore", f"tools/bench_{name}.py", *SMALLEST[name].split()]
+    run += ["--json", str(results)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = zygote.run(
         run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+    tables = json.loads(results.read_text())["tables"]
+    assert tables and all(table["rows"] for table in tables)
