@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 import torch.distributed as dist
 
@@ -26,6 +27,7 @@ from megatron_real.policy.policy import Policy, PolicySettings
 from megatron_real.policy.reference import Reference
 from megatron_real.policy.snapshot import Snapshot
 from megatron_real.prompts import PromptCursor
+from megatron_real.prompts.cursor import Digests
 from megatron_real.prompts.training import heldout_prompts, training_prompts
 from megatron_real.records import Prompt, Sampling
 from megatron_real.rollout import RolloutStage, build_engine
@@ -74,8 +76,12 @@ class HeldoutEvaluation:
         """
         generator = self.source.generator
         seed = self.source.options.draw_seed(0)
+        stage = generator.stage
         with self.source.awake(), generator.timed("evaluation"):
-            return evaluate(generator.stage, self.problems, self.sampling, seed=seed)
+            of_training = stage.work
+            evaluation = evaluate(stage, self.problems, self.sampling, seed=seed)
+            stage.work = of_training
+        return evaluation
 
 
 @dataclass(frozen=True)
@@ -264,8 +270,9 @@ def _build(
     drawing = None
     stateful: dict[str, checkpoint.Stateful] = {}
     if not config.rollout.replay:
-        drawing = _drawing(config, architecture, exchange, say)
+        drawing = _drawing(config, architecture, exchange, ranks, say)
         reporter.progress.detail = _generating(reporter.progress, drawing.stage)
+        reporter.engine_work = drawing.stage.take_work
         stateful = {"cursor": drawing.cursor, "lengths": drawing.stage.lengths}
 
     checkpoints = checkpoint.Checkpoints(config, policy, reporter, stateful, ranks, stop)
@@ -334,15 +341,36 @@ class _Drawing:
     """Problems of the evaluation; empty without one."""
 
 
+@dataclass(frozen=True)
+class _Data:
+    """The prompts of a run, as every rank needs them."""
+
+    train: list[Prompt]
+    """What is trained on."""
+    heldout: list[Prompt]
+    """What is evaluated."""
+    digests: Digests
+    """Of the training prompts."""
+
+    @classmethod
+    def read(cls, config: Config, tokenizer: Any) -> _Data:
+        train = training_prompts(config, tokenizer)
+        return cls(train, heldout_prompts(config, tokenizer), Digests.of(train))
+
+
 def _drawing(
-    config: Config, architecture: Architecture, exchange: Exchange, say: Callable[[str], None]
+    config: Config,
+    architecture: Architecture,
+    exchange: Exchange,
+    ranks: Ranks,
+    say: Callable[[str], None],
 ) -> _Drawing:
     """Builds engine, prompts and verifiers."""
     say("loading the rollout engine")
     engine = build_engine(config, say=say)
 
-    train = training_prompts(config, engine.tokenizer)
-    heldout = heldout_prompts(config, engine.tokenizer)
+    # Tokenising takes longer than sending the result, and reads the files once for all.
+    data = ranks.made_by_first(lambda: _Data.read(config, engine.tokenizer))
     sources = data_sources(config.data).values()
     verifiers = [source.verifier for source in sources if source.verifier]
     labeller = build_labeller(config.labels, others=verifiers)
@@ -360,11 +388,16 @@ def _drawing(
             engine,
             rollout.sync,
             tied=architecture.tied,
-            probe=train[0],
+            probe=data.train[0],
             temperature=rollout.temperature,
         ),
-        cursor=PromptCursor(train, seed=config.trainer.seed, shuffle=config.data.shuffle),
-        heldout=heldout[: config.evaluation.max_problems or None],
+        cursor=PromptCursor(
+            data.train,
+            seed=config.trainer.seed,
+            shuffle=config.data.shuffle,
+            digests=data.digests,
+        ),
+        heldout=data.heldout[: config.evaluation.max_problems or None],
     )
 
 

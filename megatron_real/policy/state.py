@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_real.policy.optimizer_state import adam_step, set_adam_step, sharded_optimizer_state
 from megatron_real.policy.policy import Policy, Update
+from megatron_real.policy.replicas import OneReplicaReads
 from megatron_real.policy.train_step import Batch, Gradient, TokenStats, gathered_tokens
 from megatron_real.records import Rollout
 
@@ -66,7 +67,8 @@ def load_sharded_state(policy: Policy, folder: Path) -> None:
             del state[part][name]
 
     # The optimizer's tensors are views of its state, so that they are read in place.
-    loaded = dist_checkpointing.load(state, str(folder))
+    strategy = OneReplicaReads(policy.groups.dp_cp)
+    loaded = dist_checkpointing.load(state, str(folder), strategy)
     for part, chunk in zip(_names_of_chunks(policy), policy.chunks, strict=True):
         chunk.load_state_dict({**loaded[part], **missing[part]})
 

@@ -90,6 +90,19 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class EngineWork:
+    """What this rank's engine has done."""
+
+    seconds: float = 0.0
+    """In which it generated."""
+    tokens: int = 0
+    """Response tokens that it handed out, on whichever of its ranks."""
+
+    def __add__(self, other: EngineWork) -> EngineWork:
+        return EngineWork(self.seconds + other.seconds, self.tokens + other.tokens)
+
+
+@dataclass(frozen=True)
 class Sampled:
     """This rank's share of a step's completions."""
 
@@ -104,6 +117,8 @@ class Sampled:
 
     What the engine has lost is an empty completion with the verdict `lost`.
     """
+    work: EngineWork = EngineWork()
+    """What they took."""
 
 
 class RolloutStage:
@@ -146,6 +161,16 @@ class RolloutStage:
         self.lengths = ExpectedLengths()
         self.generation: Generation | None = None
         """Progress of this rank's present share, or of its last one."""
+        self.work = EngineWork()
+        """Work of the draws that were labelled since `take_work`."""
+
+    def take_work(self) -> dict[str, float]:
+        """Returns `work` as plain numbers, and begins anew.
+
+        It is {} on all ranks of an engine but its first.
+        """
+        work, self.work = self.work, EngineWork()
+        return dataclasses.asdict(work) if self.member == 0 else {}
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> Sampled:
         """Samples this rank's share, and gives each completion to the verifier as it finishes.
@@ -170,8 +195,8 @@ class RolloutStage:
 
         sampling_of_part = dataclasses.replace(sampling, num_samples=together)
         own = [parts[p] for p in shares[self.index]]
-        drawn = self._draw(prompts, own, sampling_of_part, seed, attempt=0)
-        return Sampled(sampling, seed, engine_of, drawn)
+        drawn, work = self._draw(prompts, own, sampling_of_part, seed, attempt=0)
+        return Sampled(sampling, seed, engine_of, drawn, work)
 
     def label(
         self,
@@ -192,6 +217,7 @@ class RolloutStage:
         Raises:
             TooManyFailedChecks, RewardNeedsThreshold: see `Labeller`; on every rank alike.
         """
+        self.work += sampled.work
         known = self._shared(prompts, sampled.drawn)
         once = dataclasses.replace(sampled.sampling, num_samples=1)
         for attempt in range(1, self.retries + 1):
@@ -204,7 +230,8 @@ class RolloutStage:
                 for place in lost
                 if (sampled.engine_of[place] + attempt) % self.engines == self.index
             ]
-            again = self._draw(prompts, own, once, sampled.seed, attempt=attempt)
+            again, work = self._draw(prompts, own, once, sampled.seed, attempt=attempt)
+            self.work += work
             known |= self._shared(prompts, again)
 
         rollouts = [known[place] for place in sorted(known)]
@@ -220,7 +247,7 @@ class RolloutStage:
         seed: int,
         *,
         attempt: int,
-    ) -> tuple[Drawn, ...]:
+    ) -> tuple[tuple[Drawn, ...], EngineWork]:
         """Samples completions and gives each one to the verifier as it finishes.
 
         Args:
@@ -247,8 +274,10 @@ class RolloutStage:
         failure = "the engine did not return it"
         generation = Generation(len(own), time.monotonic())
         self.generation = generation
+        num_tokens = 0
         try:
             for j, k, completion in self.engine.generate(row_prompts, sampling, seeds=seeds):
+                num_tokens += completion.num_trained
                 place = places[j][k]
                 if place in wanted:
                     verdict = self.labeller.submit(row_prompts[j], completion)
@@ -259,6 +288,7 @@ class RolloutStage:
             logger.warning(
                 "rank %d: the %s engine failed (%s)", self.rank, self.engine.name, failure
             )
+        work = EngineWork(time.monotonic() - generation.started, num_tokens)
 
         completions = []
         for place in own:
@@ -267,7 +297,7 @@ class RolloutStage:
                 completions.append(dataclasses.replace(drawn[place], early=early))
             else:
                 completions.append(_lost(place, failure))
-        return tuple(completions)
+        return tuple(completions), work
 
     def _shared(self, prompts: Sequence[Prompt], drawn: Sequence[Drawn]) -> dict[Place, Rollout]:
         """Waits for the verdicts of this rank and returns every rank's rollouts by place."""

@@ -86,6 +86,7 @@ def step_metrics(
     peak_tflops: float | None,
     seconds_of_ranks: Sequence[Mapping[str, float]] = (),
     memory_of_ranks: Sequence[Mapping[str, float]] = (),
+    engines: Sequence[Mapping[str, float]] = (),
 ) -> dict[str, float]:
     """Returns all metrics of a step.
 
@@ -103,6 +104,7 @@ def step_metrics(
         peak_tflops: of one device; None leaves `mfu` out.
         seconds_of_ranks: [rank] `seconds` of each.
         memory_of_ranks: [rank] host memory of each, GiB.
+        engines: [engine] the seconds in which each generated, and the response tokens of it.
     """
     # Those of skipped updates are not finite.
     losses = [loss for loss in training.losses if math.isfinite(loss)]
@@ -127,6 +129,7 @@ def step_metrics(
         **{f"seconds/{name}": value for name, value in seconds.items()},
         **rank_metrics(seconds_of_ranks),
         **memory_metrics(memory_of_ranks),
+        **engine_metrics(engines),
         **speed_metrics(training.tokens, training.flops, in_training * num_ranks, peak_tflops),
     }
 
@@ -260,6 +263,33 @@ def memory_metrics(memory: Sequence[Mapping[str, float]]) -> dict[str, float]:
     processes are not in it.
     """
     return _over_ranks("memory", memory, which="largest")
+
+
+def engine_metrics(engines: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Returns how generating spread over the engines; {} without one.
+
+    engine/seconds_mean, _max: of generating in the step, draws that were repeated among them.
+    engine/slowest: the number of the engine with the maximum, from 0 in order of ranks.
+    engine/tokens_mean, tokens_slowest: response tokens of an engine, and of that one: a slow engine
+    with few tokens is ill, one with many had the long answers. engine/tokens_per_second_mean: tokens
+    of all over seconds of all. engine/tokens_per_second_min: of the engine with the lowest rate.
+    """
+    if not engines:
+        return {}
+    seconds = [engine["seconds"] for engine in engines]
+    tokens = [engine["tokens"] for engine in engines]
+    slowest = seconds.index(max(seconds))
+    rates = [n / s for n, s in zip(tokens, seconds, strict=True) if n > 0 and s > 0]
+    total = math.fsum(seconds)
+    return {
+        "engine/seconds_mean": _mean(seconds),
+        "engine/seconds_max": seconds[slowest],
+        "engine/slowest": float(slowest),
+        "engine/tokens_mean": _mean(tokens),
+        "engine/tokens_slowest": float(tokens[slowest]),
+        "engine/tokens_per_second_mean": math.fsum(tokens) / total if total else math.nan,
+        "engine/tokens_per_second_min": min(rates, default=math.nan),
+    }
 
 
 def _over_ranks(

@@ -114,6 +114,16 @@ class Ranks:
         self.every(lambda: values.append(action()))
         return values[0]
 
+    def made_by_first(self, action: Callable[[], T]) -> T:
+        """Returns on every rank what `action` returned on the first one, which may be large.
+
+        Raises as `every`. It is sent once, by a broadcast; `on_first` sends each rank a copy from
+        every rank, padded to the largest.
+        """
+        made: list[T] = []
+        self.on_first(lambda: made.append(action()))
+        return self.shared(made[0] if made else None)  # type: ignore[return-value]
+
     def on_first(self, action: Callable[[], T]) -> T:
         """Returns on every rank what `action` returned on the first one, while the others waited.
 

@@ -91,6 +91,8 @@ class Reporter:
         self._gathered = gathered
         self._exchange = exchange or Exchange(rank, world)
         self._writer: MetricsWriter | None = None
+        self.engine_work: Callable[[], Mapping[str, float]] | None = None
+        """Gives what this rank's engine has done in the step; None where there is no engine."""
         self.begun = False
         """Whether the run directory is this life's."""
         # A step's rollouts are written while the next step runs. One thread keeps files in order.
@@ -238,6 +240,9 @@ class Reporter:
         seconds = self.progress.take_seconds()
         seconds_of_ranks = self._gathered(seconds)
         memory_of_ranks = self._gathered(memory_of_process())
+        engines: Sequence[Mapping[str, float]] = ()
+        if self.engine_work is not None:
+            engines = [work for work in self._gathered(self.engine_work()) if work]
 
         # First the step before: host memory holds one step that is being written, not many.
         self.settle()
@@ -262,6 +267,7 @@ class Reporter:
             peak_tflops=peak,
             seconds_of_ranks=seconds_of_ranks,
             memory_of_ranks=memory_of_ranks,
+            engines=engines,
         )
         self._writer.write(step, metrics)
         self.progress.step_done(step, metrics, seconds)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
+from torch.futures import Future
 
 from megatron_real.config import Config
 from tests.distributed.jobs import new_policy, rollouts_of
@@ -57,13 +64,37 @@ def resumed(
 
     policy = new_policy(config, config.model.path)
     check_metadata(Path(folder))
-    with weights_only(Path(folder)):
+    with weights_only(Path(folder)), counted_reads() as numbers:
         load_sharded_state(policy, Path(folder))
     load_schedule_state(policy, schedule)
-    found = state_of(policy)
+    found = {**state_of(policy), "numbers read": sum(numbers)}
     for batch in policy.prepare(rollouts_of(samples)):
         policy.update(batch)
     return {**found, "later": state_of(policy)["weights"]}
+
+
+@contextmanager
+def counted_reads() -> Iterator[list[int]]:
+    """Yields how many numbers of tensors this rank has read from a checkpoint's files, so far."""
+    numbers: list[int] = []
+    read_data = FileSystemReader.read_data
+
+    def counted(self: FileSystemReader, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        items = [item for item in plan.items if item.type == LoadItemType.TENSOR]
+        numbers.extend(prod(item.lengths) for item in items)
+        return read_data(self, plan, planner)
+
+    FileSystemReader.read_data = counted  # type: ignore[method-assign]
+    try:
+        yield numbers
+    finally:
+        FileSystemReader.read_data = read_data  # type: ignore[method-assign]
+
+
+def numbers_of(folder: str) -> int:
+    """How many numbers the tensors of a checkpoint have."""
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata.values()
+    return sum(prod(one.size) for one in saved if isinstance(one, TensorStorageMetadata))
 
 
 def state_of(policy: Any) -> dict[str, Any]:

@@ -69,7 +69,9 @@ def test_another_layout_reads_the_same_state(
         assert (tensor - read[0]["later"][name]).norm() <= 0.01 * moved, f"{name} goes on otherwise"
 
 
-@pytest.mark.parametrize("layout", ["plain", "tp2-pp2-dp2", "cp2-dp2", "dp2-overlap"])
+@pytest.mark.parametrize(
+    "layout", ["plain", "tp2-pp2-dp2", "cp2-dp2", "dp2-overlap", "dp2-not-distributed"]
+)
 def test_the_same_layout_goes_on_bit_for_bit(
     world: World, tiny_model: ModelMaker, tmp_path: Path, layout: str
 ) -> None:
@@ -78,6 +80,12 @@ def test_the_same_layout_goes_on_bit_for_bit(
     read = run(world, path, layout, jobs.resumed, folder=folder, schedule=saved[0]["schedule"])
     for name, tensor in saved[0]["later"].items():
         assert torch.equal(tensor, read[0]["later"][name]), name
+
+    # Tensor-parallel ranks that hold the same norms read them each.
+    numbers = [rank["numbers read"] for rank in read]
+    if not LAYOUTS[layout][1].get("tp"):
+        assert sum(numbers) == jobs.numbers_of(folder), "each number is read by one rank"
+    assert max(numbers) < 1.5 * sum(numbers) / len(numbers), "and the ranks share them evenly"
 
 
 def test_without_the_copy_the_file_holds_later_weights(

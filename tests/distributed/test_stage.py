@@ -135,9 +135,19 @@ def one_step(
     try:
         chosen = PROMPTS[:prompts]
         rollouts = stage.label(chosen, stage.generate(chosen, SAMPLING, seed=3))
+        if stage.engine.tp == 1:
+            check_work(stage, rollouts)
         return everywhere(stage, rollouts)
     finally:
         stage.labeller.close()
+
+
+def check_work(stage: RolloutStage, rollouts: list[Rollout]) -> None:
+    """The stage counts the tokens of what its engine has drawn, draws of lost completions too."""
+    work = stage.take_work()
+    own = [r.completion.num_tokens for r in rollouts if r.holder == stage.rank]
+    assert work["tokens"] == sum(own) and work["seconds"] > 0
+    assert stage.take_work() == {"seconds": 0.0, "tokens": 0}
 
 
 def everywhere(stage: RolloutStage, rollouts: list[Rollout]) -> list[Rollout]:

@@ -12,6 +12,7 @@ from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.metrics import (
     MetricsWriter,
     Training,
+    engine_metrics,
     percentile,
     rollout_metrics,
     score_metrics,
@@ -164,6 +165,27 @@ def test_speed_metrics_golden():
         {"tokens_per_second_per_rank": 200, "tflops_per_rank": 10, "mfu": 0.1}
     )
     assert "mfu" not in speed_metrics(1200, 60e12, 6.0, None)
+
+
+def test_engine_metrics_golden():
+    # 300 tokens in 10 s over three engines; the last drew nothing.
+    engines = [
+        {"seconds": 2.0, "tokens": 100},
+        {"seconds": 8.0, "tokens": 200},
+        {"seconds": 0.0, "tokens": 0},
+    ]
+    assert engine_metrics(engines) == pytest.approx(
+        {
+            "engine/seconds_mean": 10 / 3,
+            "engine/seconds_max": 8,
+            "engine/slowest": 1,
+            "engine/tokens_mean": 100,
+            "engine/tokens_slowest": 200,
+            "engine/tokens_per_second_mean": 30,
+            "engine/tokens_per_second_min": 25,
+        }
+    )
+    assert engine_metrics([]) == {}, "a replay has no engine"
 
 
 def test_step_metrics_golden():
