@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
+from megatron_real.commands.terminal import hanging
 from megatron_real.config import Config, check_world, to_plain
 from megatron_real.plan.memory import Shapes, StageMemory, stage_memory
 from megatron_real.runs.changes import check_changes
@@ -45,7 +46,7 @@ def description(config: Config, num_ranks: int) -> str:
         "disk": _disk(config, architecture),
         "time": "`megatron-real plan` estimates it for GPUs; a run says it after its first steps",
     }
-    return "\n".join(f"{name:<10} {text}" for name, text in rows.items())
+    return "\n".join(hanging(f"{name:<10} {text}", 11) for name, text in rows.items())
 
 
 def _beginning(config: Config) -> str:

@@ -149,6 +149,41 @@ def _lengths(bounds: Tensor) -> list[int]:
     return lengths
 
 
+def thd_read_half_tensor(t: Tensor, cu_seqlens: Tensor, half: int) -> Tensor:
+    """[T / 2, ...]: one of the two pieces that a context-parallel rank has of each sequence."""
+    launched("te.thd_read_half_tensor")
+    return torch.empty(t.shape[0] // 2, *t.shape[1:], dtype=t.dtype, device=t.device)
+
+
+def thd_read_second_half_lse(
+    lse: Tensor, cu_seqlens: Tensor, packed: bool, second_half_length: int
+) -> Tensor:
+    """[H, T / 2] log-sum-exps of the second pieces."""
+    assert packed
+    launched("te.thd_read_second_half_lse")
+    return torch.empty(lse.shape[0], second_half_length, dtype=lse.dtype, device=lse.device)
+
+
+def thd_second_half_lse_correction(
+    lse: Tensor, step_lse: Tensor, cu_seqlens: Tensor, packed: bool
+) -> None:
+    """Adds a step of the ring to the log-sum-exps of the second pieces, in place."""
+    assert packed and lse.shape[1] == 2 * step_lse.shape[1]
+    launched("te.thd_second_half_lse_correction")
+
+
+def thd_out_correction(out: Tensor, step_out: Tensor, *_: Any) -> None:
+    """Adds a step of the ring to the output with its share, in place."""
+    assert out.dtype == step_out.dtype
+    launched("te.thd_out_correction")
+
+
+def thd_grad_correction(grad: Tensor, step_grad: Tensor, *_: Any) -> None:
+    """Adds a step of the ring to a gradient, in place."""
+    assert grad.dtype == step_grad.dtype
+    launched("te.thd_grad_correction")
+
+
 def fused_rope_forward(
     t: Tensor, freqs: Tensor, starts: Any, qkv_format: Any, interleaved: bool, cu_seqlens: Tensor,
     cp_size: int, cp_rank: int,
@@ -212,5 +247,6 @@ def multi_tensor_adam(
 KERNELS = (
     rmsnorm_fwd, rmsnorm_bwd, generic_gemm, fused_attn_fwd, fused_attn_bwd, fused_rope_forward,
     fused_rope_backward, convert_thd_to_bshd, convert_bshd_to_thd, multi_tensor_l2norm,
-    multi_tensor_scale, multi_tensor_adam,
+    multi_tensor_scale, multi_tensor_adam, thd_read_half_tensor, thd_read_second_half_lse,
+    thd_second_half_lse_correction, thd_out_correction, thd_grad_correction,
 )  # fmt: skip

@@ -76,6 +76,8 @@ LAYOUTS: dict[str, tuple[int, int, str]] = {
     "te-sp": (2, 0, "model.layers=te parallel.tp=2 parallel.sp=true"),
     "te-last-stage": (4, 3, "model.layers=te parallel.tp=2 parallel.sp=true parallel.pp=2"),
     "te-interleaved": (4, 1, "model.layers=te parallel.pp=2 parallel.vpp=2"),
+    "te-cp": (2, 1, "model.layers=te parallel.cp=2"),
+    "te-cp-first": (4, 0, "model.layers=te parallel.tp=2 parallel.sp=true parallel.cp=2"),
     "te-full": (1, 0, "model.layers=te model.recompute=full"),
     "te-selective": (1, 0, "model.layers=te model.recompute=selective"),
     "te-offload": (2, 0, "model.layers=te rollout.offload_optimizer=true"),
@@ -119,13 +121,14 @@ def request_of(file: Path, gpus: int, rank: int, words: str) -> Request:
 
 @pytest.fixture(scope="module")
 def reports(request: pytest.FixtureRequest, config_file: Path) -> Mapping[str, RankReport]:
-    """The default layouts, or all of them where a test of the grid was selected.
+    """The default layouts, and those of the grid that a selected test names.
 
     One process rehearses all of them: it imports torch and megatron-core once.
     """
     here = [item for item in request.session.items if item.path == request.path]
-    grid = any(item.get_closest_marker("grid") for item in here)
-    names = tuple(LAYOUTS) if grid else DEFAULT
+    calls = [item.callspec for item in here if hasattr(item, "callspec")]
+    named = {call.params.get("name") for call in calls}
+    names = tuple(name for name in LAYOUTS if name in DEFAULT or name in named)
     if transformer_engine.root() is None:
         names = tuple(name for name in names if not name.startswith("te"))
     requests = [request_of(config_file, *LAYOUTS[name]) for name in names]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_real import cpu
 from megatron_real.rehearsal import transformer_engine
 from tests.emulated_te import kernels
 
@@ -42,6 +43,11 @@ def _answer_for_a_gpu() -> None:
     cuda.get_device_properties = lambda device=None: properties
     cuda.get_device_capability = lambda device=None: (9, 0)
     cuda.is_current_stream_capturing = lambda: False
+    # Context parallelism's ring computes on two streams; on a CPU everything happens in order.
+    cuda.Stream = cuda.Event = _Stream
+    cuda.stream = lambda _stream: _Stream()
+    streams: Any = cpu
+    streams._STREAM = _Stream()
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_: None
     tensor: Any = torch.Tensor
     tensor.is_cuda = property(lambda self: True)
@@ -50,6 +56,28 @@ def _answer_for_a_gpu() -> None:
         "arange", "rand", "randn", "randint", "full_like", "ones_like", "rand_like", "linspace",
     ):  # fmt: skip
         setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+class _Stream:
+    """A stream or an event: whoever waits for it has nothing to wait for."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def wait_stream(self, _other: Any) -> None:
+        pass
+
+    def wait_event(self, _event: Any) -> None:
+        pass
+
+    def record_event(self, _event: Any = None) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> None:
+        pass
 
 
 def _on_cpu(function: Any) -> Any:

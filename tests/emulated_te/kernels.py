@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_real.rehearsal.transformer_engine import DType
 
@@ -123,13 +122,33 @@ def sequences_of(cu_seqlens: Tensor) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(bounds) if b > a]
 
 
-def _attend(q_LHD: Tensor, k_LHD: Tensor, v_LHD: Tensor, scale: float) -> Tensor:
-    """Returns [L, H, D] causal attention of one sequence; each key head serves a
-    group of query heads.
+def _probabilities(
+    q_LHD: Tensor, k_SHD: Tensor, scale: float, lse_LH1: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns [H, L, S] attention's probabilities and [H, L, 1] their log-sum-exp, in fp32.
+
+    With a log-sum-exp given, which may be over more keys than these, they are relative to it.
     """
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_LHD, k_LHD, v_LHD))
-    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    return out[0].transpose(0, 1)
+    scores_HLS = torch.einsum("lhd,shd->hls", q_LHD.float(), k_SHD.float()) * scale
+    if causal:
+        assert len(q_LHD) == len(k_SHD)
+        later = torch.ones(scores_HLS.shape[1:], dtype=torch.bool).triu(1)
+        scores_HLS = scores_HLS.masked_fill(later, -torch.inf)
+    if lse_LH1 is None:
+        lse_HL1 = scores_HLS.logsumexp(-1, keepdim=True)
+    else:
+        lse_HL1 = lse_LH1.transpose(0, 1)
+    return torch.exp(scores_HLS - lse_HL1), lse_HL1
+
+
+def _is_causal(mask_type: Any) -> bool:
+    assert mask_type.name in ("NVTE_PADDING_CAUSAL_MASK", "NVTE_PADDING_MASK")
+    return bool(mask_type.name == "NVTE_PADDING_CAUSAL_MASK")
+
+
+def _pairs_of_sequences(cu_q: Tensor, cu_kv: Tensor) -> list[tuple[slice, slice]]:
+    queries, keys = sequences_of(cu_q), sequences_of(cu_kv)
+    return list(zip(queries, keys, strict=True))
 
 
 def fused_attn_fwd(
@@ -142,12 +161,17 @@ def fused_attn_fwd(
     and two statistics that nothing here reads.
     """
     assert cu_seqlens_q.dtype == cu_seqlens_kv.dtype == torch.int32
-    assert mask_type.name == "NVTE_PADDING_CAUSAL_MASK" and q.dim() == 3 and dropout == 0.0
+    assert q.dim() == 3 and dropout == 0.0
     assert q.shape[2] % 8 == 0 and q.shape[1] % k.shape[1] == 0
+    group = q.shape[1] // k.shape[1]
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    for part in sequences_of(cu_seqlens_q):
-        out[part] = _attend(q[part], k[part], v[part], scale)
     statistics = torch.zeros(q.shape[0], q.shape[1], 1)
+    for own, other in _pairs_of_sequences(cu_seqlens_q, cu_seqlens_kv):
+        # Each key head serves a group of query heads.
+        key, value = (x[other].repeat_interleave(group, 1) for x in (k, v))
+        p_HLS, lse_HL1 = _probabilities(q[own], key, scale, None, _is_causal(mask_type))
+        out[own] = torch.einsum("hls,shd->lhd", p_HLS, value.float()).to(q.dtype)
+        statistics[own] = lse_HL1.transpose(0, 1)
     random_state = torch.zeros(2, dtype=torch.int64)
     return [out, statistics, random_state]
 
@@ -157,28 +181,123 @@ def fused_attn_bwd(
     qkv_layout: Any, o_format: Any, do_format: Any, dqkv_layout: Any, scale_format: Any,
     scale_format_2: Any, bias_type: Any, mask_type: Any, softmax_type: Any, window: Any,
     bottom_right: Any, deterministic: bool, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, d_o: Tensor, *_: Any,
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, d_o: Tensor, fake_dtype: Any,
+    auxiliary: list[Tensor], *_: Any,
 ) -> list[Tensor | None]:  # fmt: skip
-    """Returns the gradients of q, k and v, and None for a bias."""
+    """Returns the gradients of q, k and v, and None for a bias.
+
+    The output and the log-sum-exp may be over more keys than this call's: each key's share is
+    exact then too.
+    """
+    heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    for part in sequences_of(cu_seqlens_q):
-        with torch.enable_grad():
-            inputs = [x[part].detach().requires_grad_() for x in (q, k, v)]
-            out = _attend(inputs[0], inputs[1], inputs[2], scale)
-        for whole, own in zip(grads, torch.autograd.grad(out, inputs, d_o[part]), strict=True):
-            whole[part] = own
+    for own, other in _pairs_of_sequences(cu_seqlens_q, cu_seqlens_kv):
+        query, gradient = q[own].float(), d_o[own].float()
+        key, value = (x[other].float().repeat_interleave(groups, 1) for x in (k, v))
+        p_HLS, _lse = _probabilities(query, key, scale, auxiliary[0][own], _is_causal(mask_type))
+        along_HL1 = (gradient * o[own].float()).sum(-1).t().unsqueeze(-1)
+        grad_p_HLS = torch.einsum("lhd,shd->hls", gradient, value)
+        grad_scores_HLS = p_HLS * (grad_p_HLS - along_HL1) * scale
+
+        grads[0][own] = torch.einsum("hls,shd->lhd", grad_scores_HLS, key).to(q.dtype)
+        grad_key = torch.einsum("hls,lhd->shd", grad_scores_HLS, query)
+        grad_value = torch.einsum("hls,lhd->shd", p_HLS, gradient)
+        for whole, one in ((grads[1], grad_key), (grads[2], grad_value)):
+            whole[other] = one.unflatten(1, (heads, groups)).sum(2).to(k.dtype)
     return [*grads, None]
 
 
-def _rotated(
-    t_THD: Tensor, freqs: Tensor, cu_seqlens: Tensor, cp_size: int, interleaved: bool, sign: int
+def _halves(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns where the first and the second half of each sequence lie among this rank's tokens.
+
+    Under context parallelism a rank has two pieces of each sequence, one from the front and one
+    from the back.
+    """
+    halves: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for part in sequences_of(cu_seqlens):
+        middle = (part.start + part.stop) // 2
+        halves[0].append(torch.arange(part.start, middle))
+        halves[1].append(torch.arange(middle, part.stop))
+    return torch.cat(halves[0]), torch.cat(halves[1])
+
+
+def thd_read_half_tensor(t: Tensor, cu_seqlens: Tensor, half: int) -> Tensor:
+    """Returns [T / 2, ...] one half of each sequence."""
+    return t[_halves(cu_seqlens)[half]]
+
+
+def thd_read_second_half_lse(
+    lse_HT: Tensor, cu_seqlens: Tensor, packed: bool, second_half_length: int
 ) -> Tensor:
-    assert not interleaved and cp_size == 1, "not emulated"
+    """Returns [H, T / 2] the log-sum-exps of the second half of each sequence."""
+    second = _halves(cu_seqlens)[1]
+    assert packed and len(second) == second_half_length
+    return lse_HT[:, second]
+
+
+def thd_second_half_lse_correction(
+    lse_HT: Tensor, step_lse: Tensor, cu_seqlens: Tensor, packed: bool
+) -> None:
+    """Adds a step's keys, which only the second halves see, to the log-sum-exps in place."""
+    assert packed
+    second = _halves(cu_seqlens)[1]
+    lse_HT[:, second] = torch.logaddexp(lse_HT[:, second], step_lse)
+
+
+def thd_out_correction(
+    out_THD: Tensor, step_out: Tensor, old_lse_HT: Tensor, lse_HT: Tensor, step_lse: Tensor,
+    cu_seqlens: Tensor, only_second_half: bool, packed: bool,
+) -> None:  # fmt: skip
+    """Rescales the output to the new log-sum-exp and adds a step's with its share, in place."""
+    assert packed
+    rows = torch.arange(len(out_THD))
+    if only_second_half:
+        rows = _halves(cu_seqlens)[1]
+    old_share = torch.exp(old_lse_HT - lse_HT)[:, rows].t().unsqueeze(-1)
+    step_share = torch.exp(step_lse - lse_HT[:, rows]).t().unsqueeze(-1)
+    mixed = out_THD[rows].float() * old_share + step_out.float() * step_share
+    out_THD[rows] = mixed.to(out_THD.dtype)
+
+
+def thd_grad_correction(
+    grad: Tensor, step_grad: Tensor, cu_seqlens: Tensor, first_half: str, second_half: str
+) -> None:
+    """Copies or adds a step's gradient to each half of the sequences, in place, or zeroes it.
+
+    Where a half is left alone or zeroed, the step has a gradient of the other half only.
+    """
+    actions = (first_half, second_half)
+    whole = all(action in ("add", "copy") for action in actions)
+    for rows, action in zip(_halves(cu_seqlens), actions, strict=True):
+        if action == "zero":
+            grad[rows] = 0
+        elif action != "none":
+            step = step_grad[rows] if whole else step_grad
+            grad[rows] = grad[rows] + step if action == "add" else step
+
+
+def _rotated(
+    t_THD: Tensor,
+    freqs: Tensor,
+    cu_seqlens: Tensor,
+    cp: tuple[int, int],
+    interleaved: bool,
+    sign: int,
+) -> Tensor:
+    cp_size, cp_rank = cp
+    assert not interleaved, "not emulated"
     assert freqs.dtype == torch.float32 and t_THD.dim() == 3
     out = torch.zeros_like(t_THD, memory_format=torch.contiguous_format)
-    for part in sequences_of(cu_seqlens):
+    # The bounds are of whole sequences, of which this rank has the pieces cp_rank from either end.
+    for part in sequences_of(cu_seqlens // cp_size):
         x = t_THD[part].float()
-        angle = freqs[: len(x)].view(len(x), 1, -1)
+        places = torch.arange(len(x))
+        if cp_size > 1:
+            half = len(x) // 2
+            front = cp_rank * half + torch.arange(half)
+            back = (2 * cp_size - 1 - cp_rank) * half + torch.arange(half)
+            places = torch.cat([front, back])
+        angle = freqs[places].view(len(x), 1, -1)
         first, second = x.chunk(2, -1)
         turned = torch.cat([-second, first], -1)
         out[part] = (x * angle.cos() + sign * turned * angle.sin()).to(t_THD.dtype)
@@ -190,7 +309,7 @@ def fused_rope_forward(
     cu_seqlens: Tensor, cp_size: int, cp_rank: int,
 ) -> Tensor:  # fmt: skip
     """Returns [T, H, D] rotated by each token's place in its sequence."""
-    return _rotated(t, freqs, cu_seqlens, cp_size, interleaved, 1)
+    return _rotated(t, freqs, cu_seqlens, (cp_size, cp_rank), interleaved, 1)
 
 
 def fused_rope_backward(
@@ -198,7 +317,7 @@ def fused_rope_backward(
     cu_seqlens: Tensor, cp_size: int, cp_rank: int,
 ) -> Tensor:  # fmt: skip
     """Returns the gradient rotated back: a rotation's transpose is its inverse."""
-    return _rotated(grad, freqs, cu_seqlens, cp_size, interleaved, -1)
+    return _rotated(grad, freqs, cu_seqlens, (cp_size, cp_rank), interleaved, -1)
 
 
 def convert_thd_to_bshd(t: Tensor, cu_seqlens: Tensor, batch: int, longest: int) -> Tensor:
@@ -260,4 +379,6 @@ KERNELS = (
     rmsnorm_fwd, rmsnorm_bwd, generic_gemm, fused_attn_fwd, fused_attn_bwd,
     fused_rope_forward, fused_rope_backward, convert_thd_to_bshd, convert_bshd_to_thd,
     multi_tensor_l2norm, multi_tensor_scale, multi_tensor_adam,
+    thd_read_half_tensor, thd_read_second_half_lse, thd_second_half_lse_correction,
+    thd_out_correction, thd_grad_correction,
 )  # fmt: skip

@@ -451,10 +451,18 @@ def test_a_reader_that_has_enough_is_no_error(untrained: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_dry_run_says_what_would_be_done_and_writes_nothing(runs: Runs, finished: Path) -> None:
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+    runs: Runs, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     assert runs.train("--dry-run") == 0
     assert f"run        {runs.directory}, new\n" in runs.said
     assert not runs.directory.exists()
+    with monkeypatch.context() as narrow:
+        narrow.setenv("COLUMNS", "80")
+        assert runs.train("--dry-run") == 0
+        wide = [line for line in runs.said.splitlines() if len(line) > 80 and "/" not in line]
+        assert not wide
     runs.become(finished)
     before = runs.content()
     assert runs.train("--dry-run", "optimizer.lr=1e-4") == 0

@@ -86,16 +86,78 @@ def test_fused_attention_is_softmax_of_each_sequence() -> None:
     data = [x.detach() for x in (q, k, v)]
     mask = types.SimpleNamespace(name="NVTE_PADDING_CAUSAL_MASK")
     none = [None] * 4
-    result, *_ = kernels.fused_attn_fwd(
+    result, statistics, _ = kernels.fused_attn_fwd(
         5, 5, True, 0.3, 0.0, True, *none, mask, None, None, None, CU, CU, *data
     )
     grads = kernels.fused_attn_bwd(
         5, 5, 0.3, 0.0, True, *none, None, None, None, mask, None, None, None, False, CU, CU,
-        *data, result, upstream,
+        *data, result, upstream, torch.float32, [statistics],
     )  # fmt: skip
     assert_close(result, out.detach())
     for grad, x in zip(grads, (q, k, v), strict=False):
         assert_close(grad, x.grad)
+
+
+def test_attention_in_two_steps_is_attention() -> None:
+    """The ring's merge: each half of the keys by itself, joined by their log-sum-exps."""
+    bounds = torch.tensor([0, 8], dtype=torch.int32)
+    q, k, v = (torch.randn(8, 2, 8, requires_grad=True) for _ in range(3))
+    heads_first = [x.transpose(0, 1) for x in (q, k, v)]
+    out = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(0, 1)
+    upstream = torch.randn(8, 2, 8)
+    out.backward(upstream)
+
+    data = [x.detach() for x in (q, k, v)]
+    scale = 8**-0.5
+    mask = types.SimpleNamespace(name="NVTE_PADDING_MASK")
+    none = [None] * 4
+    total: Any = None
+    lse: Any = None
+    halves = [kernels.thd_read_half_tensor(x, bounds, half) for half in (0, 1) for x in data[1:]]
+    for keys in (halves[:2], halves[2:]):
+        step, statistics, _ = kernels.fused_attn_fwd(
+            8, 4, True, scale, 0.0, True, *none, mask, None, None, None, bounds, bounds // 2,
+            data[0], *keys,
+        )  # fmt: skip
+        step_lse = statistics.squeeze(-1).t()
+        if total is None:
+            total, lse = step, step_lse
+            continue
+        old = lse
+        lse = torch.logaddexp(old, step_lse)
+        kernels.thd_out_correction(total, step, old, lse, step_lse, bounds, False, True)
+    assert_close(total, out.detach())
+
+    grads = [torch.zeros_like(x) for x in data]
+    for keys, actions in ((halves[:2], ("copy", "none")), (halves[2:], ("none", "add"))):
+        step_grads = kernels.fused_attn_bwd(
+            8, 4, scale, 0.0, True, *none, None, None, None, mask, None, None, None, False, bounds,
+            bounds // 2, data[0], *keys, total, upstream, torch.float32, [lse.t().unsqueeze(-1)],
+        )  # fmt: skip
+        assert all(step is not None for step in step_grads[:3])
+        grads[0] += step_grads[0]
+        for grad, step in zip(grads[1:], step_grads[1:3], strict=True):
+            kernels.thd_grad_correction(grad, step, bounds, *actions)
+    for grad, x in zip(grads, (q, k, v), strict=True):
+        assert_close(grad, x.grad)
+
+
+def test_halves_are_those_of_each_sequence() -> None:
+    """Sequences of 2 and 6 tokens: first halves 0 and 2 to 4, second halves 1 and 5 to 7."""
+    bounds = torch.tensor([0, 2, 8], dtype=torch.int32)
+    lse = torch.arange(8.0).expand(2, 8).clone()
+    second = torch.tensor([1.0, 5.0, 6.0, 7.0]).expand(2, 4)
+    assert_close(kernels.thd_read_second_half_lse(lse, bounds, True, 4), second)
+    kernels.thd_second_half_lse_correction(lse, second, bounds, True)
+    expected = torch.arange(8.0)
+    expected[[1, 5, 6, 7]] += torch.log(torch.tensor(2.0))  # e^x + e^x
+    assert_close(lse, expected.expand(2, 8))
+
+    grad = torch.ones(8, 1)
+    kernels.thd_grad_correction(grad, torch.arange(8.0)[:, None], bounds, "copy", "add")
+    assert grad.flatten().tolist() == [0, 2, 2, 3, 4, 6, 7, 8]
+    kernels.thd_grad_correction(grad, torch.full((4, 1), 9.0), bounds, "zero", "copy")
+    assert grad.flatten().tolist() == [0, 9, 0, 0, 0, 9, 9, 9]
 
 
 def test_rope_turns_pairs_as_complex_numbers() -> None:
@@ -108,6 +170,13 @@ def test_rope_turns_pairs_as_complex_numbers() -> None:
     expected = torch.complex(t[..., :3], t[..., 3:]) * turn
     assert_close(out, torch.cat([expected.real, expected.imag], -1))
     assert_close(kernels.fused_rope_backward(out, freqs, None, None, False, CU, 1, 0), t)
+
+    # Of a sequence of 8 on two ranks, the second one has the tokens 2, 3 and 4, 5.
+    bounds = torch.tensor([0, 8], dtype=torch.int32)
+    freqs = torch.randn(8, 1, 1, 6)
+    whole = kernels.fused_rope_forward(t, freqs, None, None, False, bounds, 1, 0)
+    part = kernels.fused_rope_forward(t[2:6], freqs, None, None, False, bounds, 2, 1)
+    assert_close(part, whole[2:6])
 
 
 def test_packed_and_padded_forms_are_pad_sequence() -> None:
@@ -148,6 +217,8 @@ def test_every_kernel_has_a_test_here_and_the_rest_says_that_it_is_missing() -> 
         "rmsnorm_fwd", "rmsnorm_bwd", "generic_gemm", "fused_attn_fwd",
         "fused_attn_bwd", "fused_rope_forward", "fused_rope_backward", "convert_thd_to_bshd",
         "convert_bshd_to_thd", "multi_tensor_l2norm", "multi_tensor_scale", "multi_tensor_adam",
+        "thd_read_half_tensor", "thd_read_second_half_lse", "thd_second_half_lse_correction",
+        "thd_out_correction", "thd_grad_correction",
     }  # fmt: skip
     with pytest.raises(NotImplementedError, match=r"transformer_engine_torch\.swiglu is not emul"):
         transformer_engine.extension(kernels.KERNELS).swiglu(torch.zeros(1))
