@@ -45,11 +45,12 @@ def test_every_single_bit_changes_the_checksum() -> None:
     assert len(found) == 1 + 64 * 32
 
 
-def test_signs_that_change_in_pairs_change_the_checksum() -> None:
-    """The sign of every second fp32 element is the uppermost bit of its 8 bytes,
-    which a product alone would lose.
+@pytest.mark.parametrize("num_elements", [16, 1 << 17], ids=["a rest", "whole blocks"])
+def test_signs_that_change_in_pairs_change_the_checksum(num_elements: int) -> None:
+    """A product alone would lose them: the sign of every second fp32 element is the uppermost bit
+    of its 8 bytes.
     """
-    tensor = torch.linspace(1, 2, 16)
+    tensor = torch.linspace(1, 2, num_elements)
     tensor[[1, 7]] *= -1
     assert checksum(tensor) != checksum(tensor.abs()) != checksum(-tensor)
 
