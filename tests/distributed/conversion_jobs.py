@@ -4,6 +4,7 @@ writer against our converters.
 
 from __future__ import annotations
 
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,11 @@ def save_by_megatron(config: Config, out: str, *, steps: int) -> dict[str, Any] 
     megatron-core, and returns the gathered HF tensors of the first rank.
     """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    # megatron-core starts a new interpreter on every rank to hold this queue, which costs more than
+    # all else here. This process alone puts results in and takes them out.
+    filesystem_async._results_queue = queue.Queue()
 
     policy = _policy(config)
     for step in range(steps):
