@@ -1,8 +1,9 @@
 """Trains language models by REAL (Rewards as Labels, arXiv:2602.05630) on Megatron-LM.
 
-Every public name is imported on first use, so that the configuration and the records of runs load without torch.
-docs/python.md shows what belongs together: a run from Python (`load_config`, `train`, `RunRecords`), and the losses for
-a training loop of your own (examples/own_megatron_loop.py).
+Every public name is imported on first use, so that the configuration and the records of runs load
+without torch. docs/python.md shows what belongs together: a run from Python (`load_config`,
+`train`, `RunRecords`), and the losses for a training loop of your own
+(examples/own_megatron_loop.py).
 """
 
 from __future__ import annotations

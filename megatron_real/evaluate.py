@@ -61,7 +61,10 @@ class Evaluation:
     """(uid, correct completions) of each problem, in the order of the problems."""
 
     def figures(self) -> dict[str, float]:
-        """Returns the figures of the whole set by name, pass@k as pass_at_K; no majority where no vote was held."""
+        """Returns the figures of the whole set by name, pass@k as pass_at_K.
+
+        There is no majority where no vote was held.
+        """
         figures = {"pass_at_1": self.pass_at_1, "standard_error": self.standard_error}
         figures |= {f"pass_at_{k}": value for k, value in self.pass_at_k}
         for name, value in vars(self).items():

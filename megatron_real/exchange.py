@@ -1,12 +1,15 @@
-"""How rollouts travel between ranks: their facts to every rank, their tokens once, to the ranks that train on them.
+"""Rollouts travel between ranks: their facts to all, their tokens to those that train on them.
 
-    share     every rank learns of each rollout its place, lengths, status, label and reward: 56 bytes
-    bring     tokens go from the rank that holds them to the ranks that want them, in one all-to-all
+    share     every rank learns of each rollout its place, lengths, status, label and reward: 56
+              bytes
+    bring     tokens go from the rank that holds them to the ranks that want them, once, in one
+              all-to-all
     returned  values of single tokens go back to the rank that holds the rollout
 
-A rollout is held by the rank that sampled it. On every other rank its completion is `Absent`: lengths without arrays.
-Everything is a flat tensor in host memory, over a gloo group, whatever the devices; nothing is pickled. A rank sends and
-receives its own share of the tokens; what grows with all rollouts is the table of facts alone.
+A rollout is held by the rank that sampled it. On every other rank its completion is `Absent`:
+lengths without arrays. Everything is a flat tensor in host memory, over a gloo group, whatever the
+devices; nothing is pickled. A rank sends and receives its own share of the tokens; what grows with
+all rollouts is the table of facts alone.
 """
 
 from __future__ import annotations
@@ -44,11 +47,17 @@ _FACTS = numpy.dtype(
         ("unused", "?"),
     ]
 )
-"""What every rank knows of every rollout. A multiple of 4 bytes: rows are summed as int32 words."""
+"""What every rank knows of every rollout.
+
+Its size is a multiple of 4 bytes, because rows are summed as int32 words.
+"""
 
 
 class Exchange:
-    """All ranks of a job, as far as rollouts travel between them. Every method but `keep_own` is collective."""
+    """All ranks of a job, as far as rollouts travel between them.
+
+    The methods that send anything are collective: all but `keep_own` and `held_by_node`.
+    """
 
     def __init__(
         self,
@@ -58,28 +67,30 @@ class Exchange:
         *,
         ranks_per_node: int = 0,
     ) -> None:
-        """
+        """Takes the place of this rank among the others.
+
         Args:
             rank, world: this rank, and how many there are.
             group: a gloo group of all ranks, in their order; None for the default group.
-            ranks_per_node: successive ranks that share a node, the same number on each; 0: all share one.
+            ranks_per_node: successive ranks that share a node, the same number on each; 0: all
+                share one.
         """
         self.rank, self.world, self.group = rank, world, group
         self.ranks_per_node = ranks_per_node or world
 
     @property
     def node(self) -> int:
-        """The node of this rank, from 0."""
+        """Returns the node of this rank, counted from 0."""
         return self.rank // self.ranks_per_node
 
     @property
     def num_nodes(self) -> int:
-        """Nodes of the job."""
+        """Returns the number of nodes of the job."""
         return self.world // self.ranks_per_node
 
     @property
     def first_of_node(self) -> bool:
-        """Whether this is the rank that reads and writes rollouts for its node."""
+        """Returns whether this is the rank that reads and writes rollouts for its node."""
         return self.rank % self.ranks_per_node == 0
 
     def share(self, own: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[Rollout]:
@@ -90,15 +101,16 @@ class Exchange:
             prompts: by the group of a rollout, the same on every rank.
 
         Returns:
-            All rollouts in order of group and sample: those of this rank as they were given, the others with
-            absent completions.
+            All rollouts in order of group and sample: those of this rank as they were given, the
+            others with absent completions.
         """
         counts_W = torch.zeros(self.world, dtype=torch.int64)
         counts_W[self.rank] = len(own)
         self._sum(counts_W)
         first = int(counts_W[: self.rank].sum())
 
-        # Each rank fills in its own rows, so the sum of all ranks' tables has every row as it was written.
+        # Each rank fills in its own rows alone, so the sum of all ranks' tables has every row as it
+        # was written.
         table_R = numpy.zeros(int(counts_W.sum()), dtype=_FACTS)
         for row, rollout in enumerate(own, first):
             table_R[row] = self._facts(rollout)
@@ -114,7 +126,10 @@ class Exchange:
         return sorted(rollouts, key=lambda r: (r.group, r.sample))
 
     def keep_own(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """Deals out rollouts that every rank has whole: each is held by one rank from now on. Sends nothing."""
+        """Deals out rollouts that every rank has whole: each is held by one rank from now on.
+
+        Nothing is sent.
+        """
         dealt = []
         for i, rollout in enumerate(rollouts):
             holder = i % self.world
@@ -139,8 +154,10 @@ class Exchange:
 
         Args:
             rollouts: the same on every rank but for what is absent.
-            wanted: [ranks] the positions in `rollouts` that each rank wants, the same on every rank.
-            text: the completions' text travels too; without it, it is empty where a completion was absent.
+            wanted: [ranks] the positions in `rollouts` that each rank wants, the same on every
+                rank.
+            text: whether the completions' text travels too; if not, the text of a completion that
+                was absent is empty.
 
         Returns:
             The rollouts, of which those that this rank wants are whole.
@@ -148,6 +165,7 @@ class Exchange:
         if self.world == 1 or all(rollout.holder is None for rollout in rollouts):
             return list(rollouts)
 
+        # What goes out: for each rank, in its order, what it wants of what this rank holds.
         reference_bytes = self._reference_bytes(rollouts)
         outgoing: list[list[NDArray[Any]]] = []
         for destination, positions in enumerate(wanted):
@@ -157,6 +175,7 @@ class Exchange:
                     parts += _arrays(rollouts[position], reference_bytes, text=text)
             outgoing.append(parts)
 
+        # What comes in: from each holder, in the order in which this rank wants it.
         incoming: dict[int, list[int]] = defaultdict(list)
         for position in wanted[self.rank]:
             holder = rollouts[position].holder
@@ -179,21 +198,24 @@ class Exchange:
         return brought
 
     def to_first(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """The rollouts, which the first rank has whole, with their text."""
+        """Returns the rollouts, of which the first rank has all whole, with their text."""
         everything = range(len(rollouts))
         return self.bring(rollouts, [everything] + [()] * (self.world - 1), text=True)
 
     def to_nodes(
         self, rollouts: Sequence[Rollout], positions: Sequence[int] | None = None
     ) -> list[Rollout]:
-        """Brings the first rank of each node, whole and with their text, what ranks of its node hold.
+        """Brings the rollouts that the ranks of a node hold to the node's first rank.
 
-        On one node that is `to_first`. On several no rank gets more than its node's share, and no
-        tokens leave a node.
+        They arrive whole and with their text. On one node that is `to_first`. On several no rank
+        gets more than its node's share, and no tokens leave a node.
 
         Args:
             rollouts: the same on every rank but for what is absent.
             positions: those in `rollouts` that are wanted; None: all.
+
+        Returns:
+            The rollouts; on the first rank of a node, those wanted that its node holds are whole.
         """
         wanted: list[list[int]] = [[] for _ in range(self.world)]
         for position in range(len(rollouts)) if positions is None else positions:
@@ -202,7 +224,10 @@ class Exchange:
         return self.bring(rollouts, wanted, text=True)
 
     def held_by_node(self, rollouts: Sequence[Rollout]) -> list[int]:
-        """The positions of the rollouts that ranks of this node hold; those that every rank has are the first node's."""
+        """Returns the positions of the rollouts that ranks of this node hold.
+
+        Those that every rank has count as the first node's.
+        """
         return [i for i, rollout in enumerate(rollouts) if self._node_of(rollout) == self.node]
 
     def _node_of(self, rollout: Rollout) -> int:
@@ -219,7 +244,8 @@ class Exchange:
 
         Args:
             rollouts: the same on every rank but for what is absent.
-            values: by position in `rollouts`, a value for each of its tokens; those that this rank has computed.
+            values: by position in `rollouts`, a value for each of its tokens; those that this rank
+                has computed.
             computed_by: the rank that has computed each position.
             dtype: of the values.
 
@@ -229,6 +255,7 @@ class Exchange:
         own = numpy.dtype(dtype)
         outgoing: list[list[NDArray[Any]]] = [[] for _ in range(self.world)]
         incoming: dict[int, list[int]] = defaultdict(list)
+        # Both ends go through the positions in the same order, so the bytes need no labels.
         for position, source in sorted(computed_by.items()):
             holder = rollouts[position].holder
             holders = range(self.world) if holder is None else [holder]
@@ -241,6 +268,7 @@ class Exchange:
         lengths = {i: rollouts[i].completion.num_tokens * own.itemsize for i in computed_by}
         sizes = [sum(lengths[i] for i in incoming[source]) for source in range(self.world)]
         received = self._all_to_all(outgoing, sizes)
+
         found = {}
         first = 0
         for source in range(self.world):
@@ -251,14 +279,14 @@ class Exchange:
         return found
 
     def of_ranks(self, value: int) -> list[int]:
-        """[ranks] a number of each rank."""
+        """Returns [ranks] a number of each rank, on every rank."""
         values_W = torch.zeros(self.world, dtype=torch.int64)
         values_W[self.rank] = value
         self._sum(values_W)
         return [int(value) for value in values_W]
 
     def all_agree(self, agrees: bool) -> bool:
-        """Whether every rank says so."""
+        """Returns whether `agrees` is true on every rank."""
         return sum(self.of_ranks(int(agrees))) == self.world
 
     def _facts(self, rollout: Rollout) -> tuple[Any, ...]:
@@ -284,7 +312,10 @@ class Exchange:
     def _reasons(
         self, own: Sequence[Rollout], first: int, table_R: NDArray[numpy.void]
     ) -> list[str]:
-        """[R] why there is no verdict. Few rollouts have a reason, and in most steps none has."""
+        """Returns [R] why there is no verdict, "" where there is one.
+
+        Few rollouts have a reason, and in most steps none has: then nothing is sent.
+        """
         ends_R = numpy.cumsum(table_R["reason_bytes"], dtype=numpy.int64)
         starts_R = ends_R - table_R["reason_bytes"]
         total = int(ends_R[-1]) if len(ends_R) else 0
@@ -301,7 +332,10 @@ class Exchange:
         ]
 
     def _reference_bytes(self, rollouts: Sequence[Rollout]) -> int:
-        """Bytes of a reference log-prob, 0 where there are none: holders know, and they may differ in nothing else."""
+        """Returns the bytes of a reference log-prob, 0 where there are none.
+
+        It is the same on every rank: those that hold rollouts know it, and tell the others.
+        """
         own = 0
         for rollout in rollouts:
             if rollout.holder == self.rank and rollout.reference_logprobs is not None:
@@ -366,7 +400,7 @@ def _rollout_of(facts: numpy.void, prompt: Prompt, reason: str) -> Rollout:
 
 
 def _arrays(rollout: Rollout, reference_bytes: int, *, text: bool) -> list[NDArray[Any]]:
-    """What travels of a rollout, in the order in which `_whole` reads it."""
+    """Returns what travels of a rollout, in the order in which `_whole` reads it."""
     completion = rollout.completion
     arrays: list[NDArray[Any]] = [
         completion.token_ids,
@@ -385,7 +419,9 @@ def _arrays(rollout: Rollout, reference_bytes: int, *, text: bool) -> list[NDArr
 
 
 def _num_bytes(rollout: Rollout, reference_bytes: int, *, text: bool) -> int:
+    """Returns the bytes of what `_arrays` sends of a rollout."""
     completion = rollout.completion
+    # Token id, log-prob and weight version take 4 bytes each, the mask 1.
     size = completion.num_tokens * (4 + 4 + 4 + 1 + reference_bytes)
     if text:
         assert isinstance(completion, Absent), "only what is absent is brought"
@@ -394,7 +430,7 @@ def _num_bytes(rollout: Rollout, reference_bytes: int, *, text: bool) -> int:
 
 
 def _whole(rollout: Rollout, data: NDArray[numpy.uint8], reference_bytes: int) -> Rollout:
-    """The rollout with what `_arrays` has sent of it; what is left of the bytes is the text."""
+    """Returns the rollout with what `_arrays` has sent of it; the rest of the bytes is its text."""
     length, first = rollout.completion.num_tokens, 0
 
     def next_array(dtype: str) -> NDArray[Any]:
@@ -424,7 +460,10 @@ def _bytes(array: NDArray[Any]) -> NDArray[numpy.uint8]:
 
 
 def _utf8(text: str) -> bytes:
-    """A model may emit half a surrogate pair, which strict UTF-8 refuses."""
+    """Returns a text as bytes, the exact ones for any text.
+
+    A model may emit half a surrogate pair, which strict UTF-8 refuses.
+    """
     return text.encode("utf-8", "surrogatepass")
 
 

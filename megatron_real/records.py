@@ -50,7 +50,7 @@ class Status(str, Enum):
     SCORE = "score"
     """A verifier gave a number, for a threshold to judge."""
     MISMATCH = "mismatch"
-    """Trainer and engine disagreed on the log-probs beyond rollout.exclude_mismatch, whatever the check said."""
+    """Trainer and engine log-probs differ beyond rollout.exclude_mismatch, right answer or not."""
 
     # As for text: a set of names finds members, and the other way round.
     __hash__ = str.__hash__

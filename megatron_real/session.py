@@ -3,8 +3,9 @@
     config = megatron_real.load_config("my.yaml", ["trainer.steps=5", "trainer.run_dir=runs/first"])
     run = megatron_real.train(config)
 
-One process trains by itself; a script that torchrun or srun starts may call `train` on every rank. Runs may follow each
-other in one process: each makes its process groups anew and leaves nothing behind but its directory.
+One process trains by itself; a script that torchrun or srun starts may call `train` on every rank.
+Runs may follow each other in one process: each makes its process groups anew and leaves nothing
+behind but its directory.
 
 Loadable without torch: a wrong configuration is refused before anything heavy is imported.
 """
@@ -31,15 +32,15 @@ logger = logging.getLogger(__name__)
 def train(config: Config) -> RunRecords:
     """Trains a policy, or goes on with the run in `config.trainer.run_dir` where it was stopped.
 
-    Progress goes to standard output. While it trains, Ctrl-C saves at the next seam, as it does on the command line;
-    afterwards signals are heard as before.
+    Progress goes to standard output. While it trains, Ctrl-C saves at the next seam, as it does on
+    the command line; afterwards signals are heard as before.
 
     Args:
         config: of `load_config`, or built from the dataclasses of megatron_real.config.
 
     Returns:
-        The records of the run. A run that was stopped early (by a signal, or by trainer.max_hours) has the state
-        `stopped`; the same call goes on with it. A finished run is left as it is.
+        The records of the run. A run that was stopped early (by a signal, or by trainer.max_hours)
+        has the state `stopped`; the same call goes on with it. A finished run is left as it is.
 
     Raises:
         ValueError: the configuration, the weights or the data are refused; nothing was written.
@@ -82,7 +83,8 @@ def _run(config: Config, stop: StopRequest) -> None:
 def _leave() -> None:
     """Ends the engine and leaves the process groups, so that another run may begin.
 
-    Ranks of one job are not left here: one that fails cannot wait for the others. They learn of it by the lifeline.
+    Ranks of one job are not left here: one that fails cannot wait for the others. They learn of it
+    by the lifeline.
     """
     import torch.distributed as dist
 

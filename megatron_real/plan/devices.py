@@ -107,9 +107,13 @@ MEAN_RESPONSE_SHARE = 0.5
 MEAN_PROMPT_SHARE = 0.25
 
 SOURCES = (
-    "training: MosaicML llm-foundry, scripts/train/benchmarking/README.md, column HFU, 8 GPUs, 8192 tokens",
-    "decoding: 0.45 of memory bandwidth, from vLLM's 12,500 tokens/s of Llama 3.1 8B on an H100 (morphllm.com)",
-    "links: NVIDIA/nccl-tests issues 178 (A100) and 212 (H100); memory, bandwidth and FLOP/s: NVIDIA's data sheets",
-    "B200: utilisation as on H100 and twice its link, both guesses; the floor of a decode step, 4 ms, is assumed",
+    "training: MosaicML llm-foundry, scripts/train/benchmarking/README.md, column HFU, 8 GPUs, "
+    "8192 tokens",
+    "decoding: 0.45 of memory bandwidth, from vLLM's 12,500 tokens/s of Llama 3.1 8B on an H100 "
+    "(morphllm.com)",
+    "links: NVIDIA/nccl-tests issues 178 (A100) and 212 (H100); memory, bandwidth and FLOP/s: "
+    "NVIDIA's data sheets",
+    "B200: utilisation as on H100 and twice its link, both guesses; the floor of a decode step, "
+    "4 ms, is assumed",
     "prices: typical on-demand list prices of 2026; they move",
 )

@@ -102,9 +102,9 @@ def ranked(run: Run) -> list[Estimate]:
     Each has its fastest recomputation. There, times that differ by less than the estimates can tell
     count as equal, and the one with more room is taken.
 
-    Engines have the configured size (rollout.tp), and in the training processes 1 GPU as well. Where
-    nothing fits so, the other sizes are tried: the default of 1 GPU must not hide that a large
-    model trains with engines of 4.
+    Engines have the configured size (rollout.tp), and in the training processes 1 GPU as well.
+    Where nothing fits so, the other sizes are tried: the default of 1 GPU must not hide that a
+    large model trains with engines of 4.
     """
     configured = {run.config.rollout.tp}
     if not run.server_gpus:

@@ -82,18 +82,21 @@ def measured_device(file: str | Path, device: Device) -> Device:
         raise ValueError(f"--rates {str(file)!r} was rehearsed on a CPU; its figures say nothing")
     if not shares:
         raise ValueError(
-            f"--rates {str(file)!r} has no utilization of a train step; run tools/gpu_day.py with its stages step-*"
+            f"--rates {str(file)!r} has no utilization of a train step; run tools/gpu_day.py with "
+            "its stages step-*"
         )
     kind = device.name.partition("-")[0]
     for machine in machines:
         if kind not in machine.lower():
             raise ValueError(
-                f"--rates {str(file)!r} was measured on {machine.partition(',')[0]}, not on --gpu {device.name}"
+                f"--rates {str(file)!r} was measured on {machine.partition(',')[0]}, not on --gpu "
+                f"{device.name}"
             )
     wrong = [share for share in shares.values() if not 0 < share <= 1]
     if wrong:
         raise ValueError(
-            f"--rates {str(file)!r} has a utilization of {wrong[0]}; it must be above 0 and at most 1"
+            f"--rates {str(file)!r} has a utilization of {wrong[0]}; it must be above 0 and at "
+            "most 1"
         )
     return dataclasses.replace(device, utilization=shares, measured=str(file))
 

@@ -317,8 +317,8 @@ class _Layer:
     def _mlp(self) -> int:
         """The first product (twice F), its activation, the linear half and their product.
 
-        All but the first and last are inside the kernel where bias_activation_fusion is on, as it is
-        with TransformerEngine by default.
+        All but the first and last are inside the kernel where bias_activation_fusion is on, as it
+        is with TransformerEngine by default.
         """
         widths = 5
         if self.fused_activation:

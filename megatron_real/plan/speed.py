@@ -4,7 +4,8 @@
                    the engine
     rollout        prefill; decode steps until the longest answer ends, each bound by memory traffic
                    or by arithmetic
-    old_logprobs   a forward pass over the minibatches after the first; over all of rollouts that lag
+    old_logprobs   a forward pass over the minibatches after the first; over all of rollouts that
+                   lag
     update         forward and backward (three forwards' work), recomputation, scoring passes,
                    pipeline bubble, tensor- and context-parallel traffic, gradient reduction
 

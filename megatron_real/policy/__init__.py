@@ -1,1 +1,4 @@
-"""The policy on Megatron: model, log-probs and the exact train step. The only code that knows Megatron's schedules."""
+"""The policy on Megatron: model, log-probs and the exact train step.
+
+This is the only code that knows Megatron's schedules.
+"""

@@ -177,7 +177,8 @@ class Batch:
     """Token-level figures of this rank's micro-batches, complete on the ranks that write
     log-probs."""
     has_token_weights: bool = False
-    """Whether the update has left ratio and weight of every token in `results`; on all ranks alike."""
+    """Whether the update has left ratio and weight of every token in `results`; on all ranks
+    alike."""
 
     @property
     def device(self) -> torch.device:
@@ -445,7 +446,10 @@ class TrainStep:
     def _keep_token_weights(
         self, batch: Batch, index: int, outputs: Outputs, surrogate: Tensor
     ) -> None:
-        """Keeps what each token got: the surrogate is linear in log-probs, so its gradient there is the weights."""
+        """Keeps the ratio and the weight of each token.
+
+        The surrogate is linear in log-probs, so its gradient there is the weights.
+        """
         results = batch.results[index]
         # Elementwise: the graph between the surrogate and the log-probs knows nothing of the model.
         (weight_T,) = torch.autograd.grad(surrogate, outputs.logprob_T, retain_graph=True)

@@ -1,7 +1,7 @@
-"""A CUDA device without a GPU: guard.cpp compiled and loaded, and torch.cuda's questions answered.
+"""Makes a CUDA device without a GPU: loads guard.cpp, and answers torch.cuda's questions.
 
-`load()` must come before the first import of torch, `install(gpu)` after it. Both change the process for good: only
-worker.py calls them.
+`load()` must come before the first import of torch, `install(gpu)` after it. Both change the
+process for good: only worker.py calls them.
 """
 
 # mypy: disable-error-code="assignment,method-assign,attr-defined,return-value"
@@ -28,15 +28,22 @@ GIB = 1 << 30
 
 
 class NoDevice(ValueError):
-    """The device cannot be made on this machine; the sentence says why and what would help."""
+    """Raised where the device cannot be made on this machine.
+
+    The message says why, and what would help.
+    """
 
 
 def check_machine() -> None:
-    """Raises NoDevice where a rehearsal cannot run, before anything heavy is imported."""
+    """Checks that a rehearsal can run here, before anything heavy is imported.
+
+    Raises:
+        NoDevice: there is no compiler, or no torch.
+    """
     if shutil.which(_compiler()) is None:
         raise NoDevice(
-            f"a rehearsal compiles a small library, and there is no {_compiler()} here; install g++, "
-            "or name another C++20 compiler in CXX"
+            f"a rehearsal compiles a small library, and there is no {_compiler()} here; "
+            "install g++, or name another C++20 compiler in CXX"
         )
     if importlib.util.find_spec("torch") is None:
         raise NoDevice("torch is not installed; install its CPU build")
@@ -55,11 +62,12 @@ def load() -> None:
     torch_directory = Path(specification.submodule_search_locations[0])
     if (torch_directory / "lib" / "libtorch_cuda.so").exists():
         raise NoDevice(
-            "this torch is a CUDA build, which asks the driver itself; rehearse with torch's CPU build "
-            "(pip install torch --index-url https://download.pytorch.org/whl/cpu)"
+            "this torch is a CUDA build, which asks the driver itself; rehearse with torch's CPU "
+            "build (pip install torch --index-url https://download.pytorch.org/whl/cpu)"
         )
 
     library = _compiled(torch_directory)
+    # RTLD_GLOBAL: the guard finds torch's symbols in the libraries that were loaded before it.
     for name in ("libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(torch_directory / "lib" / name), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
@@ -70,7 +78,10 @@ def _compiler() -> str:
 
 
 def _compiled(torch_directory: Path) -> Path:
-    """The library of this source against this torch, compiled once into the user's cache."""
+    """Returns the library of this source against this torch.
+
+    It is compiled once, into the user's cache.
+    """
     key = hashlib.sha256(_SOURCE.read_bytes())
     key.update((torch_directory / "version.py").read_bytes())
     key.update(sys.version.encode())
@@ -99,21 +110,21 @@ class Properties:
     """What libraries ask of a GPU."""
 
     name: str
-    """As the driver says it."""
+    """The GPU's name, as the driver gives it."""
     total_memory: int
-    """Bytes."""
+    """Bytes of device memory."""
     major: int
-    """Compute capability."""
+    """First number of the compute capability."""
     minor: int
-    """Its second number."""
+    """Second number of the compute capability."""
     multi_processor_count: int
-    """Streaming multiprocessors."""
+    """Number of streaming multiprocessors."""
     warp_size: int = 32
-    """Threads."""
+    """Threads of a warp."""
     shared_memory_per_multiprocessor: int = 233472
-    """Bytes."""
+    """Bytes of shared memory of a streaming multiprocessor."""
     L2_cache_size: int = 50 << 20
-    """Bytes."""
+    """Bytes of the L2 cache."""
 
 
 PROPERTIES = {
@@ -123,10 +134,10 @@ PROPERTIES = {
     "h200-141g": Properties("NVIDIA H200", 141 * GIB, 9, 0, 132),
     "b200-180g": Properties("NVIDIA B200", 180 * GIB, 10, 0, 148),
 }
-"""Keys are those of plan/devices.py."""
+"""The GPUs that can be rehearsed, by the keys of plan/devices.py."""
 
 on_synchronize: list[Callable[[str], None]] = []
-"""Called with what was waited for whenever the host waits for the device."""
+"""Functions that are called, with what was waited for, whenever the host waits for the device."""
 
 
 def _synchronized(what: str) -> None:
@@ -135,17 +146,26 @@ def _synchronized(what: str) -> None:
 
 
 on_launch: list[Callable[[str, int], None]] = []
-"""Called with a kernel's name and its FLOPs where no operation of torch stands for it."""
+"""Functions that are called, with name and FLOPs, for a kernel that no operation of torch runs."""
 
 
 def launched(kernel: str, flops: int = 0) -> None:
-    """Counts a kernel of another library than torch; its outputs are counted where they are allocated."""
+    """Counts a kernel of another library than torch.
+
+    Its outputs are counted where they are allocated.
+    """
     for listener in on_launch:
         listener(kernel, flops)
 
 
 def install(gpu: str) -> None:
-    """Answers torch.cuda's questions as a node of eight GPUs of this kind would, of which this process has the first."""
+    """Answers torch.cuda's questions as a node of eight GPUs of this kind would.
+
+    This process has the first of them.
+
+    Args:
+        gpu: a key of PROPERTIES.
+    """
     import torch
 
     properties = PROPERTIES[gpu]
@@ -181,7 +201,7 @@ def install(gpu: str) -> None:
             pass
 
     class Event:
-        """One that has always happened already."""
+        """An event that has always happened already."""
 
         def __init__(self, *_: Any, **__: Any) -> None:
             pass
@@ -236,13 +256,17 @@ def install(gpu: str) -> None:
     }
     for name, answer in answers.items():
         setattr(cuda, name, answer)
+
+    # The same questions under other names.
     cuda.random.get_rng_state, cuda.random.set_rng_state = cuda.get_rng_state, cuda.set_rng_state
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_: None
     cuda_bindings: Any = torch._C
     cuda_bindings._cuda_getCurrentRawStream = lambda _device=0: 0
+
     # Inductor would look for a driver; a fake tensor needs no kernel.
     torch.compile = _not_compiled
 
 
 def _not_compiled(model: Any = None, **_: Any) -> Any:
+    """Returns what torch.compile was to compile, as it is; without it, a decorator that does so."""
     return model if model is not None else (lambda function: function)

@@ -1,4 +1,4 @@
-"""Starts the processes that rehearse, and reads what they find. Needs no torch."""
+"""Starts the processes that rehearse, and reads what they find. This module needs no torch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ def rehearse(requests: Sequence[Request]) -> list[RankReport]:
     """Rehearses ranks, one after the other, in a process of their own for each kind of layers.
 
     Raises:
-        NoDevice: this machine cannot.
-        ValueError: the configuration asks for TransformerEngine's layers, and its Python part is not here.
+        NoDevice: this machine cannot rehearse.
+        ValueError: the configuration asks for TransformerEngine's layers, and its Python part is
+            not here.
     """
     check_machine()
     kinds = [_layers(request) for request in requests]
     reports: dict[int, RankReport] = {}
+
     # megatron-core asks once, when it is imported, whether TransformerEngine is there.
     for kind in sorted(set(kinds)):
         numbers = [i for i, other in enumerate(kinds) if other == kind]
@@ -38,13 +40,18 @@ def rehearse(requests: Sequence[Request]) -> list[RankReport]:
 
 
 def _layers(request: Request) -> str:
-    """What model.layers means on a GPU: `te` or `local`."""
+    """Returns what model.layers means on a GPU: `te` or `local`.
+
+    Raises:
+        ValueError: it asks for `te`, and TransformerEngine's Python part is not here.
+    """
     choice = configuration.load(request.config, request.overrides).model.layers
     found = transformer_engine.root() is not None
     if choice == "te" and not found:
         raise ValueError(
             "model.layers=te is rehearsed with TransformerEngine's Python part, which is not here; "
-            "run `bash tools/te_python.sh`, or name its folder in TE_PYTHON, or set model.layers=local"
+            "run `bash tools/te_python.sh`, or name its folder in TE_PYTHON, or set "
+            "model.layers=local"
         )
     if choice == "auto":
         return "te" if found else "local"
@@ -55,6 +62,8 @@ def _rehearse_in_a_process(requests: Sequence[Request], layers: str) -> list[Ran
     words = [sys.executable, "-m", "megatron_real.rehearsal.worker", layers]
     text = json.dumps([dataclasses.asdict(request) for request in requests])
     process = subprocess.run(words, input=text, text=True, capture_output=True, check=False)
+
+    # A line for each request, or a sentence on the error stream.
     lines = process.stdout.splitlines()
     if process.returncode or len(lines) != len(requests):
         last = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]

@@ -1,13 +1,18 @@
-"""Counts what a GPU would do: bytes, FLOPs, kernels and device synchronisations with the lines that cause them.
+"""Counts what a GPU would do: bytes, FLOPs, kernels and device synchronisations.
 
-A dispatch mode under FakeTensorMode, whose tensors have shapes and no memory. Small tensors (labels, targets, bounds of
-sequences) carry their values on the CPU beside the fake, through every operation whose inputs all have them. So what
-depends on values (nonzero, unique, item) has a true answer where the run itself would know it without a network or a
-matrix product, and a constant where only a GPU would (a loss, a norm); each such guess is listed.
+Bytes and synchronisations come with the lines that cause them.
+
+The meter is a dispatch mode under FakeTensorMode, whose tensors have shapes and no memory. Small
+tensors (labels, targets, bounds of sequences) carry their values on the CPU beside the fake,
+through every operation whose inputs all have them.
+
+So what depends on values (nonzero, unique, item) has a true answer where the run itself would know
+it without a network or a matrix product, and a constant where only a GPU would (a loss, a norm).
+Each such guess is listed.
 """
 
 # mypy: disable-error-code="attr-defined,method-assign,assignment"
-# Fake tensors carry an attribute of ours.
+# Fake tensors carry an attribute of ours, `_known`.
 
 from __future__ import annotations
 
@@ -34,7 +39,10 @@ aten = torch.ops.aten
 _LARGEST_KNOWN = 1 << 20
 """Elements up to which a tensor's values are kept."""
 _LARGEST_GUESS = 1 << 16
-"""Elements up to which an unknown floating-point tensor is taken as 0, so that what depends on it has a shape."""
+"""Elements up to which an unknown floating-point tensor is taken as 0.
+
+What depends on it then has a shape.
+"""
 _GRANULE = 512
 """Bytes to which torch's CUDA allocator rounds each block."""
 
@@ -57,7 +65,13 @@ _FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_backward
 
 
 def call_site(depth: int = 1) -> str:
-    """The innermost lines of the running program that are neither torch's nor the rehearsal's, innermost first."""
+    """Returns the lines of the running program that led here, innermost first.
+
+    Lines of torch and of the rehearsal itself are left out.
+
+    Args:
+        depth: how many lines, at most.
+    """
     frame: Any = sys._getframe(1)
     lines: list[str] = []
     while frame is not None and len(lines) < depth:
@@ -72,6 +86,7 @@ def call_site(depth: int = 1) -> str:
 
 
 def _short(file: str) -> str:
+    """Returns a file's path from its package on."""
     _, found, rest = file.rpartition("site-packages/")
     if found:
         return rest
@@ -83,7 +98,7 @@ def _short(file: str) -> str:
 
 
 def _within_layer() -> bool:
-    """Whether the running operation belongs to a transformer layer's forward pass."""
+    """Returns whether the running operation belongs to a transformer layer's forward pass."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename.endswith("transformer/transformer_layer.py"):
@@ -97,22 +112,23 @@ class _Known:
     """The values of a fake tensor."""
 
     real: Tensor
-    """On the CPU."""
+    """The values, on the CPU."""
     valid: list[bool]
-    """[1] shared by all views of a storage: False once it was written to without its values being followed."""
+    """[1] whether they still hold: False once the storage was written to without its values being
+    followed. All views of a storage share the list."""
 
 
 class Meter(TorchDispatchMode):
-    """Runs the operations within it on fake tensors, and counts. Enter it inside FakeTensorMode."""
+    """Runs the operations within it on fake tensors, and counts; enter it inside FakeTensorMode."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live = 0
-        """Bytes on the device now."""
+        """Bytes that are allocated on the device now."""
         self.peak = 0
-        """The most since the last `restart`."""
+        """The most bytes at any time since the last `restart`."""
         self.holders: dict[str, int] = {}
-        """Line that allocated -> bytes, at the peak."""
+        """Line that allocated -> bytes that it held at the peak."""
         self.pinned_host = 0
         """Bytes of pinned host memory allocated since the last `restart`."""
         self.flops: Counter[str] = Counter()
@@ -130,6 +146,8 @@ class Meter(TorchDispatchMode):
     def __enter__(self) -> Meter:
         cuda_device.on_synchronize.append(self._sync)
         cuda_device.on_launch.append(self._launched)
+
+        # megatron-core frees a buffer of gradients by giving its storage the size 0.
         resize = torch.UntypedStorage.resize_
 
         def resize_and_count(storage: Any, size: int) -> Any:
@@ -139,7 +157,10 @@ class Meter(TorchDispatchMode):
             return resized
 
         def pin(tensor: Tensor, *_: Any) -> Tensor:
-            """A copy in pinned memory, which only a driver can give; its values stay known."""
+            """Returns a copy that counts as pinned, which only a driver can make.
+
+            Its values stay known.
+            """
             pinned = tensor.clone()
             self._note_pinned(pinned)
             return pinned
@@ -152,7 +173,7 @@ class Meter(TorchDispatchMode):
         return self
 
     def restart(self) -> None:
-        """Forgets the counts; what lives lives on."""
+        """Sets all counts to 0 and the peak to what is allocated now."""
         for counter in (self.flops, self.kernels, self.syncs, self.guesses):
             counter.clear()
         self.syncs_in_layers = self.pinned_host = 0
@@ -163,12 +184,12 @@ class Meter(TorchDispatchMode):
 
     @staticmethod
     def values(tensor: Tensor) -> Tensor | None:
-        """The values of a tensor as far as they are known."""
+        """Returns the values of a tensor; None where they are not known."""
         known: _Known | None = getattr(tensor, "_known", None)
         return known.real if known is not None and known.valid[0] else None
 
     def known(self, real: Tensor, device: torch.device) -> Tensor:
-        """A fake tensor on a device with these values."""
+        """Returns a fake tensor on a device with these values."""
         with outside_modes():
             real = real.clone()
         fake = torch.empty(tuple(real.shape), dtype=real.dtype, device=device)
@@ -198,6 +219,7 @@ class Meter(TorchDispatchMode):
 
     @staticmethod
     def _guess(tensor: Tensor) -> float | int | bool:
+        """Returns the constant that stands for an element whose value only a GPU would know."""
         if tensor.is_floating_point():
             return 0.5
         return True if tensor.dtype == torch.bool else 1
@@ -212,6 +234,7 @@ class Meter(TorchDispatchMode):
             return torch.equal(*reals)  # type: ignore[arg-type]
 
     def _index_by_mask(self, args: Sequence[Any]) -> Tensor:
+        """Indexes by the positions at which a mask is true, whose number must be known."""
         source, indices = args[0], []
         for index in args[1]:
             if not isinstance(index, Tensor) or index.dtype != torch.bool:
@@ -230,7 +253,7 @@ class Meter(TorchDispatchMode):
         return aten.index.Tensor(source, indices)
 
     def _real_arguments(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """The same arguments on the CPU; None where a tensor's values are not known."""
+        """Returns the same arguments on the CPU; None where a tensor's values are not known."""
         flat, spec = tree_flatten((args, kwargs))
         reals = []
         for value in flat:
@@ -244,6 +267,8 @@ class Meter(TorchDispatchMode):
             elif isinstance(value, torch.device):
                 value = torch.device("cpu")
             reals.append(value)
+
+        # A generator of the device and pinned memory have no counterpart on the CPU.
         real_args, real_kwargs = tree_unflatten(reals, spec)
         real_kwargs.pop("generator", None)
         if "pin_memory" in real_kwargs:
@@ -266,6 +291,7 @@ class Meter(TorchDispatchMode):
                         output._known = _Known(result, self._shared_validity(output, tensors))
                 return
 
+        # From here on the values are not known: those that were written to are no longer true.
         written = [
             arg
             for arg, declared in zip(args, func._schema.arguments, strict=False)
@@ -274,6 +300,7 @@ class Meter(TorchDispatchMode):
         for tensor in tree_leaves(written):
             if getattr(tensor, "_known", None) is not None:
                 tensor._known.valid[0] = False
+
         for output in outputs:
             small = output.is_floating_point() and output.numel() <= _LARGEST_GUESS
             if small and not func.is_view and self.values(output) is None:
@@ -283,7 +310,7 @@ class Meter(TorchDispatchMode):
 
     @staticmethod
     def _shared_validity(output: Tensor, inputs: Sequence[Tensor]) -> list[bool]:
-        """That of an input with the same storage, of which the output is a view."""
+        """Returns the `valid` of the input whose storage the output shares, or a new one."""
         storage = output.untyped_storage()._cdata
         for tensor in inputs:
             known = getattr(tensor, "_known", None)
@@ -302,12 +329,17 @@ class Meter(TorchDispatchMode):
         self.flops[kernel] += flops
 
     def _hold(self, storage: Any) -> None:
-        """Counts the storage of a tensor on the device at its present size; a fake one says "meta" of itself."""
+        """Counts the storage of a tensor on the device at its present size.
+
+        The caller knows the device from the tensor: the storage of a fake one says "meta" of
+        itself.
+        """
         key = storage._cdata
         size = -(-storage.nbytes() // _GRANULE) * _GRANULE
         if key not in self._sizes:
             weakref.finalize(storage, self._release, key)
             self._owners[key] = call_site()
+
         grown = size - self._sizes.get(key, 0)
         if not grown:
             self._sizes[key] = size
@@ -315,6 +347,7 @@ class Meter(TorchDispatchMode):
         self._sizes[key] = size
         self.live += grown
         self._by_owner[self._owners[key]] += grown
+
         if self.live > self.peak:
             self.peak = self.live
             # Noting every new peak would copy the table at each allocation.
@@ -328,7 +361,10 @@ class Meter(TorchDispatchMode):
         self._by_owner[self._owners.pop(key, "?")] -= size
 
     def _count_transfer(self, func: Any, args: Any, kwargs: Any) -> None:
-        """A copy between host and device makes the host wait, unless it was asked not to and the memory is pinned."""
+        """Counts a copy between host and device that makes the host wait.
+
+        It does not wait where it was asked not to and the host's memory is pinned.
+        """
         if func is aten._to_copy.default:
             target = kwargs.get("device")
             if target is None:
@@ -344,6 +380,7 @@ class Meter(TorchDispatchMode):
             return
         if not source.numel():
             return
+
         if {source.device.type, target_type} == {"cpu", "cuda"} and not (asked_not_to and pinned):
             memory = "" if pinned else "pageable "
             self._sync(f"{memory}copy {source.device.type} to {target_type}")
@@ -352,7 +389,14 @@ class Meter(TorchDispatchMode):
         return tensor.untyped_storage()._cdata in self._pinned
 
     def pinned(self, memory: Tensor, size: int) -> Tensor:
-        """In place of the driver's registration of host memory (pinned.py): counts exactly these bytes."""
+        """Counts exactly these bytes as pinned.
+
+        It stands for the driver's registration of host memory (pinned.py).
+
+        Args:
+            memory: on the host, of at least `size` elements.
+            size: bytes to count.
+        """
         storage = memory.untyped_storage()
         self._pinned.add(storage._cdata)
         weakref.finalize(storage, self._pinned.discard, storage._cdata)
@@ -367,6 +411,7 @@ class Meter(TorchDispatchMode):
         self.pinned_host += 1 << max(storage.nbytes() - 1, 0).bit_length()
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Counts the memory of an operation's outputs, its FLOPs and its kernel."""
         on_device = [
             o for o in tree_leaves(out) if isinstance(o, Tensor) and o.device.type == "cuda"
         ]
@@ -374,6 +419,7 @@ class Meter(TorchDispatchMode):
             self._hold(tensor.untyped_storage())
         if not on_device:
             return
+
         packet = func._overloadpacket
         self.flops[str(packet)] += self._flops(packet, args, kwargs, out)
         if not func.is_view and not str(func).startswith(_NO_KERNEL):
@@ -395,8 +441,11 @@ class Meter(TorchDispatchMode):
     # Dispatch ----------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs one operation on fakes, and counts it; torch calls this for each."""
         kwargs = kwargs or {}
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+
+        # Operations whose result is a value, or has a shape that a mask decides.
         if func is aten._local_scalar_dense.default:
             return self._item(tensors[0])
         if func is aten.equal.default:

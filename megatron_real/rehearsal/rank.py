@@ -1,13 +1,14 @@
-"""One rank of a layout: the run's own Policy, built on fake CUDA tensors, through the parts of a step.
+"""Runs one rank of a layout: its own Policy, on fake CUDA tensors, through the parts of a step.
 
     build           model, DDP's gradient buffers, distributed optimizer with its states
     pack            the rollouts of an update become micro-batches on the device
     old_logprobs    the pass without gradients
     gradient        forward and backward over all micro-batches, DDP's reduction
     optimizer       norm, clipping, Adam, the all-gather of parameters
-    token_stats, mismatch, snapshot, make_room, take_room_back, checkpoint, stream: where the configuration has them
+    token_stats, mismatch, snapshot, make_room, take_room_back, sharded state, stream
+                    where the configuration has them
 
-Worker.py has loaded the device before this module is imported.
+worker.py has loaded the device before this module is imported.
 """
 
 # mypy: disable-error-code="method-assign,assignment"
@@ -54,7 +55,7 @@ from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.mapping import Entry
 
 _HOLDERS = 12
-"""Lines that a phase names of those that hold memory at its peak."""
+"""How many of the lines that hold memory at its peak a phase names."""
 
 
 def rehearse(request: Request, world: World) -> RankReport:
@@ -72,6 +73,7 @@ def rehearse(request: Request, world: World) -> RankReport:
     dp = configuration.check_world(config, request.gpus)
     world.place(request.rank, request.gpus)
     layout.join_world(config.trainer.timeout_minutes)
+
     # A scalar made by torch.tensor(..., device="cuda") is made on the CPU and moved as a fake.
     FakeTensorMode.avoid_device_init = True
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
@@ -79,16 +81,21 @@ def rehearse(request: Request, world: World) -> RankReport:
         rehearsal = _Rehearsal(request, config, dp, world, meter)
         try:
             rehearsal.run()
-        except Exception as error:  # of whatever kind: it is what a rehearsal looks for
+        # Of whatever kind: it is what a rehearsal looks for.
+        except Exception as error:
             rehearsal.set(fault=_fault(error))
     rehearsal.set(seconds=time.perf_counter() - began, groups=world.groups())
     return rehearsal.report
 
 
 def _fault(error: Exception) -> str:
-    """The error and the innermost lines of this project and of megatron-core that led to it."""
+    """Returns the error with the innermost lines of this project and of libraries that led to it.
+
+    Lines of torch and of the rehearsal itself are left out.
+    """
     frames = [
-        f"{frame.filename.rpartition('site-packages/')[2].rpartition('/megatron_real/')[2]}:{frame.lineno}"
+        f"{frame.filename.rpartition('site-packages/')[2].rpartition('/megatron_real/')[2]}"
+        f":{frame.lineno}"
         for frame in traceback.extract_tb(error.__traceback__)
         if "/torch/" not in frame.filename and "/rehearsal/" not in frame.filename
     ]
@@ -111,11 +118,11 @@ class _Rehearsal:
         )
 
     def set(self, **values: Any) -> None:
-        """Adds to the report."""
+        """Sets fields of the report."""
         self.report = dataclasses.replace(self.report, **values)
 
     def run(self) -> None:
-        """All parts in the order of a step."""
+        """Runs all parts in the order of a step."""
         config, meter = self._config, self._meter
         groups = layout.set_up(config.parallel, timeout_minutes=config.trainer.timeout_minutes)
         architecture = Architecture.read(config.model.path)
@@ -133,7 +140,8 @@ class _Rehearsal:
         )
 
         self._phase("old_logprobs", lambda: policy.step.old_logprobs(batch))
-        # A rollout's first minibatch has none; the pass over it is the one that most runs make most often.
+        # A rollout's first minibatch has none; the pass over it is the one that most runs make most
+        # often.
         batch.has_old_logprobs = False
         for results in batch.results:
             results.forget("old_logprob_T")
@@ -142,6 +150,7 @@ class _Rehearsal:
         self._others(policy, batch, groups)
 
     def _build(self, architecture: Architecture, groups: Groups) -> Policy:
+        """Builds the policy with its optimizer's states, and reports their sizes."""
         settings = PolicySettings.of(self._config)
         policy = Policy(settings, architecture, _NamesAndShapes(), groups, num_updates=10)
         begin(policy.optimizer)
@@ -154,6 +163,7 @@ class _Rehearsal:
         return policy
 
     def _pack(self, packer: Packer) -> Batch:
+        """Returns all rollouts of the rehearsed update as one minibatch, packed."""
         (minibatch,) = minibatches(
             self._load.rollouts(),
             self._config.objective,
@@ -162,7 +172,7 @@ class _Rehearsal:
         return packer.pack(minibatch, off_policy=False)
 
     def _others(self, policy: Policy, batch: Batch, groups: Groups) -> None:
-        """What only some configurations have, and what happens once in many steps."""
+        """Runs what only some configurations have, and what happens once in many steps."""
         rollout = self._config.rollout
         self._phase("token_stats", lambda: policy.token_stats([batch]))
         if rollout.exclude_mismatch is not None or rollout.sync.probe_every:
@@ -183,9 +193,10 @@ class _Rehearsal:
             self.set(skipped=("stream: the other pipeline stages would have to say what they own",))
 
     def _phase(self, name: str, action: Callable[[], Any]) -> Any:
-        """Runs a part and adds what was counted, of a part that breaks too."""
+        """Runs a part and adds what was counted to the report, of a part that breaks too."""
         meter = self._meter
         meter.restart()
+        # What the parts before have sent is theirs.
         self._world.take()
         before = meter.live
         try:
@@ -209,7 +220,7 @@ class _Rehearsal:
             self.set(phases=(*self.report.phases, phase))
 
     def _place(self, groups: Groups, architecture: Architecture) -> None:
-        """Where the rank is, and what `plan` says of it."""
+        """Reports where in the layout the rank is, and what `plan` says of it."""
         config = self._config
         kind: Any = "te" if config.model.layers == "te" else "local"
         shapes = Shapes(self._load.micro_batches, layers=kind, device="cuda")
@@ -232,6 +243,7 @@ class _Rehearsal:
 
 
 def _swap(snapshot: Snapshot) -> None:
+    """Puts the snapshot's weights in the model and takes them out again."""
     with snapshot.swapped_in():
         pass
 
@@ -241,26 +253,29 @@ class _Load:
     """The rollouts of a rehearsed update: equal sequences that fill every micro-batch."""
 
     prompt_tokens: int
-    """Of each."""
+    """Tokens of each prompt."""
     tokens: int
-    """That each takes in a micro-batch: its last one predicts nothing and is left out."""
+    """Tokens of each sequence in a micro-batch: its last one predicts nothing and is left out."""
     per_micro_batch: int
-    """Sequences."""
+    """Sequences of a micro-batch."""
     micro_batches: int
-    """On each data-parallel rank."""
+    """Micro-batches on each data-parallel rank."""
     num_sequences: int
-    """Over all data-parallel ranks."""
+    """Sequences over all data-parallel ranks."""
     group_size: int
     """Completions of a prompt."""
     with_reference: bool
-    """They carry a reference policy's log-probs."""
+    """Whether they carry a reference policy's log-probs."""
 
     @classmethod
     def of(cls, request: Request, config: Config, dp: int) -> _Load:
+        """Returns the load that fills each micro-batch up to batch.max_tokens."""
         parallel = config.parallel
         longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
         # As many of the longest as fit, and one more if there is room to spare: full to the budget.
         per_micro_batch = max(1, -(-config.batch.max_tokens // longest))
+        # Context parallelism cuts a sequence in 2 * cp equal pieces, and sequence parallelism each
+        # rank's share of it in tp.
         multiple = math.lcm(2 * parallel.cp, parallel.cp * parallel.tp)
         tokens = config.batch.max_tokens // per_micro_batch // multiple * multiple
         micro_batches = request.micro_batches or max(3, 2 * parallel.pp)
@@ -277,7 +292,7 @@ class _Load:
         )
 
     def rollouts(self) -> list[Rollout]:
-        """One right and one wrong in turn, so that no group is one-class."""
+        """Returns the rollouts, one right and one wrong in turn, so that no group is one-class."""
         num_response = self.tokens + 1 - self.prompt_tokens
         prompt = Prompt("rehearsal/0", "", tuple(range(self.prompt_tokens)), ("1",))
         answer = Completion(tuple(range(num_response)), (-0.5,) * num_response, "", True)
@@ -302,27 +317,31 @@ class _Shape:
     dtype: str = "bf16"
 
     def blocks(self, _files: Any, _block_bytes: int) -> tuple[()]:
-        """Nothing to copy."""
+        """Returns no blocks: there is nothing to copy."""
         return ()
 
 
 class _NamesAndShapes:
-    """Weights that only have names and shapes: loading checks that every parameter is named and fits."""
+    """Weights that only have names and shapes.
+
+    Loading them checks that every parameter is named and fits.
+    """
 
     dtype = "bf16"
 
     def megatron_piece(self, entry: Entry, ranges: Any, columns: tuple[int, int]) -> Any:
-        """The rectangle that a rank would read."""
+        """Returns the shape of the rectangle that a rank would read."""
         rows = sum(stop - start for start, stop in ranges)
         flat = len(entry.shapes[0]) == 1
         return _Shape((rows,) if flat else (rows, columns[1] - columns[0]))
 
 
 def _replace_kernels() -> None:
-    """What runs on a GPU and has no operation on fake CUDA tensors."""
+    """Replaces what runs on a GPU and has no operation on fake CUDA tensors."""
     local: Any = layers
     local.scaled_dot_product_attention = _flash_attention
-    local.causal_lower_right = lambda _queries, _keys: None  # as flash attention aligns it itself
+    # Flash attention aligns its mask to the lower right by itself.
+    local.causal_lower_right = lambda _queries, _keys: None
     torch.nn.Module.to = _checked_to
 
     state = torch.zeros(16, dtype=torch.uint8)
@@ -330,12 +349,14 @@ def _replace_kernels() -> None:
     random._get_cuda_rng_state = lambda *_, **__: state
     random._set_cuda_rng_state = lambda *_, **__: None
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
+
     from megatron.core.optimizer import clip_grads
 
     if clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":
         clip_grads.l2_norm_impl = _norm_as_megatron_core
 
-    # It exchanges a tensor's data in place, which a fake one has not; a detached one shares its storage in the same way.
+    # The original exchanges a tensor's data in place, which a fake one has not; a detached one
+    # shares its storage in the same way.
     viewless: Any = megatron_utils
     viewless._kernel_make_viewless_tensor = _without_base
     # A GPU runs the compiled ones: one kernel, which writes its output alone.
@@ -343,7 +364,7 @@ def _replace_kernels() -> None:
     swiglu.swiglu = _fused_swiglu
     swiglu.swiglu_back = _fused_swiglu_back
 
-    # It compares the shards of all ranks, and there is one.
+    # The original compares the shards of all ranks, and there is only one here.
     from megatron.core.dist_checkpointing import state_dict_utils
 
     state_dict_utils.validate_sharding_integrity = lambda *_, **__: None
@@ -358,7 +379,10 @@ def _flash_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What torch runs on a GPU for the local layers in bf16; it takes fewer KV heads as they are."""
+    """Runs what torch runs on a GPU for the local layers in bf16: causal flash attention.
+
+    It takes keys and values of fewer heads as they are.
+    """
     attended = torch.ops.aten._scaled_dot_product_flash_attention(
         query_BALD, key_BKLD, value_BKLD, 0.0, True, False, scale=scale
     )
@@ -368,19 +392,22 @@ def _flash_attention(
 def _norm_as_megatron_core(
     _chunk_size: int, _flag: Tensor, tensor_lists: list[list[Tensor]], *_: Any
 ) -> tuple[Tensor, None]:
-    """megatron-core's norm without TransformerEngine or apex: it reads one number back for each tensor."""
+    """Returns the norm as megatron-core computes it without TransformerEngine or apex.
+
+    It reads one number back for each tensor.
+    """
     norms = [[float(torch.norm(tensor)) for tensor in tensors] for tensors in tensor_lists]
     total = float(torch.norm(torch.tensor(norms)))
     return torch.tensor([total], dtype=torch.float, device="cuda"), None
 
 
 def _without_base(tensor: Tensor, requires_grad: bool) -> Tensor:
-    """The same memory, of which autograd does not know that it is a view."""
+    """Returns a tensor on the same memory, of which autograd does not know that it is a view."""
     return tensor.detach().requires_grad_(requires_grad)
 
 
 def _fused_swiglu(y_TF: Tensor) -> Tensor:
-    """silu of the first half times the second."""
+    """Returns silu of the first half times the second, as one kernel that writes only that."""
     device.launched("swiglu")
     return torch.empty(
         (*y_TF.shape[:-1], y_TF.shape[-1] // 2), dtype=y_TF.dtype, device=y_TF.device
@@ -388,13 +415,19 @@ def _fused_swiglu(y_TF: Tensor) -> Tensor:
 
 
 def _fused_swiglu_back(gradient_TF: Tensor, y_TF: Tensor) -> Tensor:
-    """Its gradient."""
+    """Returns the gradient of `_fused_swiglu`, as one kernel."""
     device.launched("swiglu_back")
     return torch.empty_like(y_TF)
 
 
 def _checked_to(module: torch.nn.Module, *_: Any, **__: Any) -> torch.nn.Module:
-    """Fake parameters cannot be exchanged in place; that they need no exchange is checked instead."""
+    """Returns the module as it is, after a check that it was built on the GPU.
+
+    Module.to exchanges parameters in place, which fake ones do not allow.
+
+    Raises:
+        RuntimeError: a parameter or a buffer, which the message names, is not on the GPU.
+    """
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.device.type != "cuda":
             raise RuntimeError(f"{name} was built on the {tensor.device}, not on the GPU")

@@ -1,4 +1,7 @@
-"""What a rehearsal of one rank has found, as records. Needs no torch: the command and the worker share them as JSON."""
+"""Holds what a rehearsal of one rank has found, as records.
+
+The command and the worker share them as JSON; this module needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ class Request:
     """One rank to rehearse."""
 
     config: str
-    """Path of the configuration."""
+    """Path of the configuration file."""
     overrides: tuple[str, ...]
-    """`key.sub=value` words."""
+    """Settings that replace the file's, as `key.sub=value`."""
     gpus: int
     """GPUs that train."""
     rank: int
@@ -23,7 +26,8 @@ class Request:
     gpu: str = "h100-80g"
     """Kind of GPU: a key of plan/devices.py."""
     micro_batches: int = 0
-    """Micro-batches of the rehearsed update on each data-parallel rank; 0: as many as fill the pipeline, 3 at least."""
+    """Micro-batches of the rehearsed update on each data-parallel rank; 0: as many as fill the
+    pipeline, 3 at least."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +35,17 @@ class Collective:
     """Calls of one kind over one process group."""
 
     call: str
-    """Such as all_reduce."""
+    """Name of the call, such as all_reduce."""
     group: str
     """Megatron's name of the group."""
     ranks: int
-    """Its size."""
+    """Size of the group."""
     dtype: str
-    """Such as bfloat16."""
+    """dtype of the first tensor, such as bfloat16; `object` of what is pickled."""
     calls: int
-    """How many."""
+    """Number of the calls."""
     num_bytes: int
-    """Of this rank's inputs together."""
+    """Bytes of the first tensor of each call, all calls together."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +53,17 @@ class Phase:
     """One part of a step."""
 
     name: str
-    """Such as gradient."""
+    """Name of the part, such as gradient."""
     before: int
     """Bytes on the device when it began."""
     peak: int
-    """The most at any time."""
+    """The most bytes on the device at any time."""
     after: int
-    """When it had ended."""
+    """Bytes on the device when it had ended."""
     flops: int
-    """Of matrix products and attention."""
+    """FLOPs of matrix products and attention."""
     kernels: int
-    """Operations that launch one."""
+    """Number of operations that launch a kernel."""
     syncs: Mapping[str, int]
     """Where the host waits for the device: kind @ call site -> times."""
     syncs_in_layers: int
@@ -75,7 +79,7 @@ class Phase:
 
     @property
     def num_syncs(self) -> int:
-        """All of them."""
+        """Returns how often the host waits for the device."""
         return sum(self.syncs.values())
 
 
@@ -84,70 +88,73 @@ class Group:
     """A process group that this rank is in."""
 
     name: str
-    """Megatron's."""
+    """Megatron's name of the group."""
     backend: str
     """nccl or gloo."""
     ranks: int
-    """Its size."""
+    """Size of the group."""
     timeout_minutes: float | None
-    """None: the library's own."""
+    """Minutes until a call on it fails; None: torch's default."""
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """One rank."""
+    """What one rank needs, or what broke."""
 
     rank: int
     """Global rank."""
     place: Mapping[str, int]
     """Its place in the layout: tp, pp, cp, dp ranks."""
     versions: Mapping[str, str]
-    """Of torch and megatron-core, and the layers: te or local."""
+    """Versions of torch and megatron-core, and the layers: te or local."""
     parameters: int = 0
     """Elements of this rank's parameters."""
     model_bytes: int = 0
-    """Weights and gradient buffers."""
+    """Bytes of weights and gradient buffers."""
     resident: int = 0
-    """With the optimizer's state: what stays between passes."""
+    """Bytes that stay between passes: those and the optimizer's state."""
     tokens: int = 0
-    """Of each micro-batch on this rank."""
+    """Tokens of each micro-batch on this rank."""
     micro_batches: int = 0
-    """Of the update on this rank."""
+    """Micro-batches of the update on this rank."""
     sequences: int = 0
-    """In each micro-batch."""
+    """Sequences in each micro-batch."""
     placement: str = ""
-    """Where groups lie."""
+    """Where the rollouts of a group lie: intact, dp or split."""
     phases: tuple[Phase, ...] = ()
-    """In order."""
+    """The parts of the step, in order."""
     groups: tuple[Group, ...] = ()
-    """Process groups."""
+    """The process groups that this rank is in."""
     fault: str = ""
     """Why the rehearsal ended early, with the line; empty where it did not."""
     skipped: tuple[str, ...] = ()
     """Parts that this layout would do and one rank alone cannot."""
     seconds: float = 0.0
-    """Of the rehearsal itself."""
+    """Seconds that the rehearsal itself took."""
     plan: Mapping[str, int] = field(default_factory=dict)
     """`plan`'s figures for the same rank, in bytes."""
 
     def phase(self, name: str) -> Phase:
-        """The phase of that name."""
+        """Returns the phase of that name."""
         return next(phase for phase in self.phases if phase.name == name)
 
     @property
     def peak(self) -> int:
-        """Bytes at the worst moment of a step: of the rehearsed parts, and of the engine beside them by `plan`."""
+        """Returns the bytes at the worst moment of a step.
+
+        They are those of the rehearsed parts, and of the engine beside them as `plan` has them.
+        """
         beside = 0 if self.plan.get("engine_sleeps", 1) else self.plan.get("engine", 0)
         parts = max((phase.peak for phase in self.phases), default=0) + beside
         return max(parts, self.resident + self.plan.get("engine", 0))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Returns the report as plain values, which JSON can hold."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RankReport:
-        """The inverse of `to_json`."""
+        """Returns the report that `to_json` has made plain."""
         phases = tuple(
             Phase(**{**phase, "collectives": tuple(Collective(**c) for c in phase["collectives"])})
             for phase in values["phases"]

@@ -1,7 +1,8 @@
-"""TransformerEngine's kernels on fake CUDA tensors: what each allocates, and its FLOPs.
+"""Emulates TransformerEngine's kernels on fake CUDA tensors: what each allocates, and its FLOPs.
 
-Each function stands where `transformer_engine_torch` has one of the same name, and takes its arguments in its order;
-tests/emulated_te/kernels.py has the same ones with numbers. Workspaces within cuDNN are not known, and not counted.
+Each function stands where `transformer_engine_torch` has one of the same name, and takes its
+arguments in its order; tests/emulated_te/kernels.py has the same ones with numbers. Workspaces
+within cuDNN are not known, and not counted.
 
 Shapes: T packed tokens, H heads, D head size, B sequences, L the longest of them.
 """
@@ -26,7 +27,10 @@ _DTYPES = {
 
 
 def install() -> None:
-    """Imports TransformerEngine's Python over these kernels. After device.install, before megatron is imported."""
+    """Imports TransformerEngine's Python over these kernels.
+
+    This must come after device.install, and before megatron is imported.
+    """
     transformer_engine.import_over(transformer_engine.extension(KERNELS))
 
     from transformer_engine.pytorch.attention.dot_product_attention import utils
@@ -34,7 +38,7 @@ def install() -> None:
     choose = utils.get_attention_backend
 
     def choose_as_for_tensors(attention_params: Any = None) -> Any:
-        """A fake tensor's class is not torch's, and flash attention's choice asks for the class."""
+        """Chooses as for a real tensor: the choice asks for the class, and a fake has its own."""
         attention_params.qkv_type = Tensor
         return choose(attention_params)
 
@@ -44,7 +48,7 @@ def install() -> None:
 def rmsnorm_fwd(
     x: Tensor, weight: Tensor, eps: float, out: Tensor | None, quantizer: Any, *_: Any
 ) -> tuple[Tensor, None, Tensor]:
-    """[T, hidden] in one pass; keeps 1 / rms of each token in fp32."""
+    """Returns the normalised [T, hidden], None, and 1 / rms [T] in fp32; one pass makes them."""
     assert quantizer is None and x.dim() == 2 and x.shape[-1:] == weight.shape
     launched("te.rmsnorm_fwd")
     inverse_rms = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
@@ -54,7 +58,7 @@ def rmsnorm_fwd(
 def rmsnorm_bwd(
     grad: Tensor, x: Tensor, inverse_rms: Tensor, weight: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and of the weight."""
+    """Returns the gradients of x and of the weight."""
     assert grad.shape == x.shape
     launched("te.rmsnorm_bwd")
     return torch.empty_like(x), torch.empty_like(weight)
@@ -67,7 +71,10 @@ def generic_gemm(
     comm_overlap: Any = None, comm_type: Any = None, extra_output: Any = None,
     bulk_overlap: bool = False, alpha: float = 1.0, beta: float | None = None,
 ) -> tuple[Tensor, Tensor | None, None, Any]:  # fmt: skip
-    """op(B) @ op(A) in row-major order; bias and accumulation happen inside the product's kernel."""
+    """Returns op(B) @ op(A) in row-major order, and the gradient of a bias where one is wanted.
+
+    Bias and accumulation happen inside the product's kernel.
+    """
     assert quantizer is None and not gelu and comm_overlap is None
     if A.dtype != B.dtype or A.device != B.device:
         raise RuntimeError(
@@ -97,7 +104,12 @@ def fused_attn_fwd(
     mask_type: Any, softmax_type: Any, window: Any, bottom_right: Any,
     cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any,
 ) -> list[Tensor]:  # fmt: skip
-    """[T, H, D], the log-sum-exp of each query and head in fp32, and the state of a random generator."""
+    """Returns attention's output, and what its backward pass needs besides.
+
+    Returns:
+        The output [T, H, D], the log-sum-exp of each query and head [T, H, 1] in fp32, and the
+        state of a random generator.
+    """
     _check_bounds(q, cu_seqlens_q, cu_seqlens_kv)
     assert mask_type.name in ("NVTE_PADDING_CAUSAL_MASK", "NVTE_PADDING_MASK") and dropout == 0.0
     assert q.dim() == 3 and q.shape[2] % 8 == 0 and q.shape[1] % k.shape[1] == 0
@@ -114,7 +126,7 @@ def fused_attn_bwd(
     bottom_right: Any, deterministic: bool, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor,
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, d_o: Tensor, *_: Any,
 ) -> list[Tensor | None]:  # fmt: skip
-    """The gradients of q, k and v, and None for a bias: five products for forward's two."""
+    """Returns the gradients of q, k and v, and None for a bias: five products for forward's two."""
     _check_bounds(q, cu_seqlens_q, cu_seqlens_kv)
     assert o.shape == d_o.shape == q.shape
     launched("te.fused_attn_bwd", 10 * _pairs(q, cu_seqlens_q, cu_seqlens_kv, mask_type))
@@ -122,6 +134,7 @@ def fused_attn_bwd(
 
 
 def _check_bounds(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor) -> None:
+    """Checks the dtype and the device of the bounds of sequences."""
     for bounds in (cu_seqlens_q, cu_seqlens_kv):
         if bounds.dtype != torch.int32 or bounds.device != q.device:
             raise RuntimeError(
@@ -131,7 +144,10 @@ def _check_bounds(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor) -> Non
 
 
 def _pairs(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, mask_type: Any) -> int:
-    """Multiplications of one product of queries and keys: half of the square where it is causal."""
+    """Returns the multiplications of one product of queries and keys.
+
+    They are those of the whole square, or half of them where attention is causal.
+    """
     queries = Meter.values(cu_seqlens_q)
     keys = Meter.values(cu_seqlens_kv)
     assert queries is not None and keys is not None, "the bounds of the sequences are not known"
@@ -144,13 +160,14 @@ def _pairs(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, mask_type: An
 
 
 def _lengths(bounds: Tensor) -> list[int]:
+    """Returns the lengths [B] of sequences whose bounds [B + 1] these are."""
     with outside_modes():
         lengths: list[int] = bounds.diff().tolist()
     return lengths
 
 
 def thd_read_half_tensor(t: Tensor, cu_seqlens: Tensor, half: int) -> Tensor:
-    """[T / 2, ...]: one of the two pieces that a context-parallel rank has of each sequence."""
+    """Returns [T / 2, ...] one of the two pieces of each sequence on a context-parallel rank."""
     launched("te.thd_read_half_tensor")
     return torch.empty(t.shape[0] // 2, *t.shape[1:], dtype=t.dtype, device=t.device)
 
@@ -158,7 +175,7 @@ def thd_read_half_tensor(t: Tensor, cu_seqlens: Tensor, half: int) -> Tensor:
 def thd_read_second_half_lse(
     lse: Tensor, cu_seqlens: Tensor, packed: bool, second_half_length: int
 ) -> Tensor:
-    """[H, T / 2] log-sum-exps of the second pieces."""
+    """Returns the log-sum-exps [H, T / 2] of the second pieces."""
     assert packed
     launched("te.thd_read_second_half_lse")
     return torch.empty(lse.shape[0], second_half_length, dtype=lse.dtype, device=lse.device)
@@ -188,7 +205,7 @@ def fused_rope_forward(
     t: Tensor, freqs: Tensor, starts: Any, qkv_format: Any, interleaved: bool, cu_seqlens: Tensor,
     cp_size: int, cp_rank: int,
 ) -> Tensor:  # fmt: skip
-    """[T, H, D] rotated, contiguous."""
+    """Returns t [T, H, D] rotated, contiguous."""
     return _rotated("te.fused_rope_forward", t, freqs)
 
 
@@ -196,24 +213,25 @@ def fused_rope_backward(
     grad: Tensor, freqs: Tensor, starts: Any, qkv_format: Any, interleaved: bool,
     cu_seqlens: Tensor, cp_size: int, cp_rank: int,
 ) -> Tensor:  # fmt: skip
-    """[T, H, D] rotated back."""
+    """Returns the gradient [T, H, D] rotated back, contiguous."""
     return _rotated("te.fused_rope_backward", grad, freqs)
 
 
 def _rotated(name: str, t: Tensor, freqs: Tensor) -> Tensor:
+    """Counts a rotation and returns its output, which is contiguous."""
     assert freqs.dtype == torch.float32 and freqs.device == t.device and t.dim() == 3
     launched(name)
     return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
 
 def convert_thd_to_bshd(t: Tensor, cu_seqlens: Tensor, batch: int, longest: int) -> Tensor:
-    """[B, L, ...] of packed [T, ...]: attention in fp32, which no fused kernel has."""
+    """Returns packed [T, ...] as [B, L, ...], for attention in fp32, which no fused kernel has."""
     launched("te.convert_thd_to_bshd")
     return torch.empty(batch, longest, *t.shape[1:], dtype=t.dtype, device=t.device)
 
 
 def convert_bshd_to_thd(t: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """Packed [T, ...] of [B, L, ...]."""
+    """Returns [B, L, ...] packed as [T, ...]."""
     launched("te.convert_bshd_to_thd")
     return torch.empty(num_tokens, *t.shape[2:], dtype=t.dtype, device=t.device)
 
@@ -221,7 +239,7 @@ def convert_bshd_to_thd(t: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tenso
 def multi_tensor_l2norm(
     chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], per_tensor: bool = False, *_: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """[1] the norm of all tensors together: one number, of which only a GPU knows the value."""
+    """Returns the norm [1] of all tensors together, whose value only a GPU knows, and None."""
     assert not per_tensor
     return torch.linalg.vector_norm(lists[0][0]).float().reshape(1), None
 
@@ -229,14 +247,17 @@ def multi_tensor_l2norm(
 def multi_tensor_scale(
     chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], scale: float
 ) -> None:
-    """Each tensor of the first list, scaled, into its partner in the second; nothing is allocated."""
+    """Writes each tensor of the first list, scaled, into its partner in the second.
+
+    Nothing is allocated.
+    """
     launched("te.multi_tensor_scale")
 
 
 def multi_tensor_adam(
     chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], *_: Any
 ) -> None:
-    """A step of Adam in place; nothing is allocated."""
+    """Makes a step of Adam in place; nothing is allocated."""
     for gradient, parameter, moment, square in zip(*lists, strict=True):
         dtypes = {tensor.dtype for tensor in (gradient, parameter, moment, square)}
         assert dtypes == {torch.float32}, f"Adam of {dtypes}"

@@ -1,8 +1,8 @@
-"""TransformerEngine's own Python over a replaced compiled half, on a machine without a GPU.
+"""Runs TransformerEngine's own Python over a replaced compiled half, on a machine without a GPU.
 
-Its published wheel has the Python part and no library; docs/testing.md says how to get it. The compiled half,
-`transformer_engine_torch`, is replaced by functions of the same names: te_kernels.py has those of fake CUDA tensors,
-tests/emulated_te those of real CPU tensors.
+Its published wheel has the Python part and no library; docs/testing.md says how to get it. The
+compiled half, `transformer_engine_torch`, is replaced by functions of the same names: te_kernels.py
+has those of fake CUDA tensors, tests/emulated_te those of real CPU tensors.
 """
 
 from __future__ import annotations
@@ -19,15 +19,20 @@ from typing import Any
 
 DType = enum.IntEnum(
     "DType",
-    ["kByte", "kInt32", "kFloat32", "kFloat16", "kBFloat16", "kFloat8E4M3", "kFloat8E5M2", "kFloat4E2M1"],
+    [
+        "kByte", "kInt32", "kFloat32", "kFloat16", "kBFloat16", "kFloat8E4M3", "kFloat8E5M2",
+        "kFloat4E2M1",
+    ],
     start=0,
 )  # fmt: skip
-"""Its numbers for dtypes, in its order."""
+"""TransformerEngine's numbers for dtypes, in its order."""
 
 _ENUMS = (
     "FP8FwdTensors", "FP8BwdTensors", "CommOverlapType", "CommOverlapAlgo",
     "Float8BlockScaleTensorFormat",
 )  # fmt: skip
+"""Enums of the compiled half whose names do not begin with NVTE."""
+
 _ANSWERS: dict[str, Any] = {
     "get_cudnn_version": 92000,
     "get_cublasLt_version": 130100,
@@ -36,26 +41,30 @@ _ANSWERS: dict[str, Any] = {
     "ubuf_built_with_mpi": False,
     "get_stream_priority_range": (0, -5),
 }
-"""What it says of the libraries below it."""
+"""What the compiled half says of the libraries below it."""
 
 
 def root() -> Path | None:
-    """Returns the folder with the unpacked wheel: TE_PYTHON, or .te-python in this checkout; None without one."""
+    """Returns the folder with the unpacked wheel: TE_PYTHON, or .te-python in this checkout.
+
+    It is None where the Python part is not there.
+    """
     folder = Path(os.environ.get("TE_PYTHON") or Path(__file__).parents[2] / ".te-python")
     return folder if (folder / "transformer_engine" / "pytorch").is_dir() else None
 
 
 def import_over(extension: types.ModuleType) -> None:
-    """Makes `import transformer_engine.pytorch` work over this compiled half, in this process, for good.
+    """Makes `import transformer_engine.pytorch` work over this compiled half.
 
-    Before megatron is imported, which asks once whether TransformerEngine is there, and on a machine where torch.cuda
-    answers as if there were a GPU.
+    It does so in this process, for good. It must come before megatron is imported, which asks once
+    whether TransformerEngine is there, and where torch.cuda answers as if there were a GPU.
     """
     folder = root()
     assert folder is not None, "TransformerEngine's Python part is missing"
     (info,) = folder.glob("transformer_engine-*.dist-info")
     version = info.name.removesuffix(".dist-info").partition("-")[2]
     sys.path.insert(0, str(folder))
+
     sys.modules["transformer_engine_torch"] = extension
     _answer_for_its_version(version)
     _stand_in_for_onnx()
@@ -72,7 +81,10 @@ def import_over(extension: types.ModuleType) -> None:
 
 
 def _answer_for_its_version(version: str) -> None:
-    """Its three distributions (the wheel, the library, the extension) are of one version, and one of them is here."""
+    """Makes importlib.metadata give this version for TransformerEngine's three distributions.
+
+    They are the wheel, the library and the extension, of which only one is here.
+    """
     metadata: Any = importlib.metadata
     ask = metadata.version
 
@@ -84,7 +96,7 @@ def _answer_for_its_version(version: str) -> None:
 
 
 class _Export:
-    """Any name of an ONNX package, as an import, a decorator, a type or an operator takes it."""
+    """Stands for any name of an ONNX package, where it is imported, called, indexed or a type."""
 
     def __call__(self, *_: Any, **__: Any) -> _Export:
         return self
@@ -99,7 +111,11 @@ class _Export:
 
 
 def _stand_in_for_onnx() -> None:
-    """TransformerEngine imports ONNX for its export, which no training calls, and defines operators with it."""
+    """Puts empty modules in the place of the ONNX packages that are not installed.
+
+    TransformerEngine imports them for its export, which no training calls, and defines operators
+    with them.
+    """
     for name in ("onnx", "onnxscript", "onnxscript.ir"):
         try:
             __import__(name)
@@ -111,7 +127,11 @@ def _stand_in_for_onnx() -> None:
 
 
 def _import_common(folder: Path) -> Any:
-    """Its `common` package loads the library, unless it believes that it is being built; the parent imports it first."""
+    """Imports TransformerEngine's `common` package, without the library that it would load.
+
+    The package does not load the library where it believes that it is being built. The parent
+    package would import `common` by itself, so an empty parent stands in its place for that long.
+    """
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
     os.environ.setdefault("NVTE_TORCH_COMPILE", "0")
     parent = types.ModuleType("transformer_engine")
@@ -126,7 +146,7 @@ def _import_common(folder: Path) -> Any:
 
 
 class Member(int):
-    """A member of such an enum; equal to itself alone among its kind."""
+    """A member of an open enum, equal to no other member of it."""
 
     name: str
 
@@ -167,11 +187,16 @@ class NotEmulated:
 
 
 def extension(kernels: Iterable[Callable[..., Any]]) -> types.ModuleType:
-    """Returns what stands in for `transformer_engine_torch`, with a count of calls by name in `calls`.
+    """Returns what stands in for `transformer_engine_torch`.
 
-    Whatever is not emulated can be imported, and raises NotImplementedError with its name once it is called.
+    Its `calls` counts the calls of each kernel by name. Whatever is not emulated can be imported,
+    and raises NotImplementedError with its name once it is called.
+
+    Args:
+        kernels: functions by the names that the compiled half has for them.
     """
     made: Any = types.ModuleType("transformer_engine_torch")
+
     calls: dict[str, int] = {}
     made.calls = calls
 
@@ -189,6 +214,8 @@ def extension(kernels: Iterable[Callable[..., Any]]) -> types.ModuleType:
     made.DType = DType
     made.NVTE_Fused_Attn_Backend = NVTE_Fused_Attn_Backend
 
+    # Whatever else is asked for is made on demand: an enum that has every member, or a class that
+    # raises.
     def missing(name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)

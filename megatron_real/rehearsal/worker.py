@@ -2,8 +2,9 @@
 
     python -m megatron_real.rehearsal.worker te|local < requests.json > reports.jsonl
 
-A JSON list of requests comes on standard input; of each, in order, one line with its report goes to standard output.
-Libraries are imported once (7 s); a fork has a fresh megatron-core, whose parallel state can be set up only once.
+A JSON list of requests comes on standard input; for each of them, in order, one line with its
+report goes to standard output. Libraries are imported once (7 s); a fork has a fresh megatron-core,
+whose parallel state can be set up only once.
 """
 
 from __future__ import annotations
@@ -18,13 +19,20 @@ from megatron_real.rehearsal.report import RankReport, Request
 
 
 def main() -> int:
-    """Returns 0, whatever the rehearsals find; 2 where the device cannot be made."""
+    """Rehearses what standard input asks for, and writes the reports.
+
+    Returns:
+        The exit code: 0, whatever the rehearsals find; 2 where the device cannot be made.
+    """
     from megatron_real.rehearsal import device
 
     requests = json.loads(sys.stdin.read())
+
     # Libraries print; the reports have the stream to themselves.
     reports = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+
+    # Before the first import of torch.
     try:
         device.load()
     except device.NoDevice as error:
@@ -39,7 +47,9 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    # Before megatron: it keeps functions of torch.distributed and asks torch.cuda when it is imported.
+
+    # Before megatron: it keeps functions of torch.distributed and asks torch.cuda when it is
+    # imported.
     device.install(requests[0]["gpu"] if requests else "h100-80g")
     from megatron_real.rehearsal.world import World
 
@@ -59,14 +69,18 @@ def main() -> int:
 
 
 def _in_a_fork(rehearse: Any, request: Request, world: Any) -> str:
-    """The report as a line of JSON, of a rehearsal that ends its process too."""
+    """Rehearses in a fork and returns the report as a line of JSON.
+
+    There is a report also of a rehearsal that ends its process.
+    """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
         try:
             report = rehearse(request, world)
-        except BaseException:  # of whatever kind: the parent waits for a line
+        # Of whatever kind: the parent waits for a line.
+        except BaseException:
             report = RankReport(request.rank, {}, {}, fault=traceback.format_exc())
         with os.fdopen(write, "w", encoding="utf-8") as pipe:
             pipe.write(json.dumps(report.to_json()))

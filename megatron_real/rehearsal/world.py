@@ -1,8 +1,8 @@
-"""torch.distributed by NCCL's rules: every call is checked and counted, and nothing is sent.
+"""Replaces torch.distributed: every call is checked by NCCL's rules and counted; nothing is sent.
 
-A group made for NCCL takes CUDA tensors of the dtypes that NCCL has, one made for gloo CPU tensors; tensors are
-contiguous, and sizes fit. What a peer would have sent stays unknown: the meter answers for it. Object collectives give
-every rank this rank's own object.
+A group made for NCCL takes CUDA tensors of the dtypes that NCCL has, one made for gloo CPU tensors;
+tensors are contiguous, and sizes fit. What a peer would have sent stays unknown: the meter answers
+for it. Object collectives give every rank this rank's own object.
 """
 
 # mypy: disable-error-code="arg-type"
@@ -25,19 +25,23 @@ from megatron_real.rehearsal.report import Collective, Group
 
 NCCL_DTYPES = frozenset(
     {
-        torch.int8, torch.uint8, torch.bool, torch.int32, torch.int64, torch.float16, torch.bfloat16,
-        torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
+        torch.int8, torch.uint8, torch.bool, torch.int32, torch.int64,
+        torch.float16, torch.bfloat16, torch.float32, torch.float64,
+        torch.float8_e4m3fn, torch.float8_e5m2,
     }
 )  # fmt: skip
-"""torch/csrc/distributed/c10d/NCCLUtils.cpp, ncclDataType."""
+"""The dtypes that NCCL sends (torch/csrc/distributed/c10d/NCCLUtils.cpp, ncclDataType)."""
 
 
 class BrokenRule(RuntimeError):
-    """A call that NCCL or gloo would refuse, or that would hang; names the call, the tensor and the line."""
+    """Raised for a call that NCCL or gloo would refuse, or that would hang.
+
+    The message names the call, the tensor and the line.
+    """
 
 
 class _Work:
-    """A call that has ended already."""
+    """The handle of a call that has ended already."""
 
     def wait(self, timeout: Any = None) -> bool:
         return True
@@ -47,7 +51,7 @@ class _Work:
 
 
 class _Coalesced:
-    """torch's manager of coalesced calls, which are counted one by one."""
+    """Stands for torch's manager of coalesced calls, which are counted one by one."""
 
     def __enter__(self) -> _Coalesced:
         return self
@@ -71,13 +75,16 @@ class World:
         self._known: dict[int, Group] = {}
         self._world = Group("world", "nccl", 1, None)
         self._rank, self._size = 0, 1
-        self._kept: list[Any] = []  # an id is a group's for as long as the group lives
+        # An id is a group's for as long as the group lives.
+        self._kept: list[Any] = []
 
     def place(self, rank: int, size: int) -> None:
-        """Makes this process `rank` of `size`, alone: the launcher's part."""
+        """Makes this process `rank` of `size`, as a launcher does; there are no others."""
         self._rank, self._size = rank, size
 
     def _init(self, init: Callable[..., None]) -> Callable[..., None]:
+        """Returns what replaces torch.distributed's init_process_group."""
+
         def init_process_group(
             backend: str, *, timeout: timedelta, device_id: torch.device | None = None, **_: Any
         ) -> None:
@@ -90,11 +97,11 @@ class World:
         return init_process_group
 
     def groups(self) -> tuple[Group, ...]:
-        """The groups that this rank is in."""
+        """Returns the process groups that this rank is in."""
         return (self._world, *self._known.values())
 
     def take(self) -> tuple[Collective, ...]:
-        """What was called since the last time."""
+        """Returns what was called since the last `take`, and begins anew."""
         taken = tuple(
             Collective(*key[:3], key[3], calls, self._bytes[key])
             for key, calls in sorted(self._calls.items())
@@ -104,7 +111,10 @@ class World:
         return taken
 
     def install(self) -> None:
-        """Replaces torch.distributed's functions. Before megatron is imported, which keeps some of them by name."""
+        """Replaces torch.distributed's functions.
+
+        This must come before megatron is imported, which keeps some of them by name.
+        """
         replacements: dict[str, Callable[..., Any]] = {
             "init_process_group": self._init(dist.init_process_group),
             "new_group": self._named_group(dist.new_group),
@@ -133,10 +143,12 @@ class World:
                     setattr(module, name, function)
 
     def _group(self, group: Any) -> Group:
-        """What is known of a group; the world's default one is NCCL's."""
+        """Returns what is known of a group; a group that is not known counts as the world's."""
         return self._known.get(id(group), self._world)
 
     def _named_group(self, new_group: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns what replaces torch.distributed's new_group, and notes what was asked for."""
+
         def named_group(
             ranks: Any = None,
             timeout: timedelta | None = None,
@@ -168,6 +180,7 @@ class World:
                 self._refuse(call, f"{what}: NCCL has no such dtype")
             if not tensor.is_contiguous():
                 self._refuse(call, f"{what} is not contiguous: strides {tensor.stride()}")
+
         dtype = str(tensors[0].dtype).removeprefix("torch.")
         key = (call, known.name, known.ranks, dtype)
         self._calls[key] += 1
@@ -229,6 +242,7 @@ class World:
         return _Work() if async_op else None
 
     def _fits(self, call: str, known: Group, *, whole: Tensor, part: Tensor) -> None:
+        """Refuses a call whose parts of all ranks do not make the whole."""
         if whole.numel() != known.ranks * part.numel() or whole.dtype != part.dtype:
             self._refuse(
                 call,
@@ -237,6 +251,8 @@ class World:
             )
 
     def _p2p(self, name: str) -> Callable[..., Any]:
+        """Returns what replaces a call between two ranks."""
+
         def call(tensor: Tensor, *_: Any, group: Any = None, **__: Any) -> _Work:
             self._check(name, group, tensor)
             return _Work()
@@ -264,7 +280,7 @@ class World:
 
 
 class _P2POp:
-    """torch.distributed.P2POp, without its look at the group's backend."""
+    """Stands for torch.distributed.P2POp, which would look at the group's backend."""
 
     def __init__(
         self,

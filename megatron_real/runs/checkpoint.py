@@ -1,11 +1,14 @@
-"""Checkpoint and resume: everything that the rest of a run depends on, written while the run goes on.
+"""Saves and resumes a run: all that the rest of it depends on, written while the run goes on.
 
-    RUN/checkpoints/step_20/   .metadata, metadata.json, common.pt, *.distcp   model, optimizer (torch_dist)
-                               state.pt        schedule, prompts, lengths, random generators, offsets, unfinished step
-                               config.yaml     the configuration it was made with
-                               chunk-*         only in step_20_update_3: the rollouts of the unfinished step
-                               manifest.json   size and checksum of every file, versions; written last
-    RUN/checkpoints/latest     the newest one's name
+    RUN/checkpoints/step_20/
+        .metadata, metadata.json,
+        common.pt, *.distcp         model and optimizer, in megatron-core's format torch_dist
+        state.pt                    schedule, prompts, lengths, random generators, offsets,
+                                    unfinished step
+        config.yaml                 the configuration it was made with
+        chunk-*                     only in step_20_update_3: the rollouts of the unfinished step
+        manifest.json               size and checksum of every file, versions; written last
+    RUN/checkpoints/latest          the newest one's name
 
 A resumed run goes on from the newest whole checkpoint on any layout; on the same one, bit for bit.
 """
@@ -79,14 +82,18 @@ class Stateful(Protocol):
     """What the draws of a step leave for the next one."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Returns the state as plain values."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """A sentence for each difference that is allowed. Raises ValueError where they do not fit this run."""
+        """Takes over a saved state and returns a sentence for each difference that is allowed.
+
+        Raises:
+            ValueError: the state does not fit this run.
+        """
 
 
 class CheckpointFailed(RuntimeError):
-    """A checkpoint could not be written, and the run was to stop for that."""
+    """Raised where a checkpoint could not be written and the run was to stop for that."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +101,15 @@ class Survey:
     """The checkpoints of a run directory, looked through without changing any."""
 
     newest: Saved | None
-    """The newest whole one; the same on every rank."""
+    """The newest whole checkpoint, the same on every rank; None where there is none."""
     damaged: list[tuple[Saved, str]]
-    """Newer ones that are damaged, and how; the first rank's."""
+    """Newer checkpoints that are damaged, each with what is wrong with it; the first rank's."""
 
     def lost(self, folder: Path) -> list[str]:
-        """A description of each checkpoint that is not whole, those that earlier lives have set aside among them."""
+        """Returns a description of each checkpoint that is not whole.
+
+        Those that earlier lives of the run have set aside are among them.
+        """
         now = [f"{one.path.name}: {problem}" for one, problem in self.damaged]
         return now + set_aside_before(folder)
 
@@ -107,13 +117,15 @@ class Survey:
 def survey(directory: RunDirectory, ranks: Ranks) -> Survey:
     """Looks for the newest whole checkpoint. Collective.
 
-    The first rank alone lists the directory and judges names and sizes: another machine may not see them yet (an NFS
-    client keeps what it has seen). The reading is shared by all ranks, by the names and checksums of the first.
+    The first rank alone lists the directory and judges names and sizes: another machine may not see
+    them yet (an NFS client keeps what it has seen). All ranks share the reading of the files, by
+    the names and checksums that the first rank has.
 
     Raises:
         EveryRankError: a checkpoint is there that some rank cannot read now.
     """
     damaged: list[tuple[Saved, str]] = []
+    # From the newest to the oldest.
     for one in ranks.on_first(lambda: saved(directory.checkpoints)):
         problem = _damage(one, ranks)
         if not problem:
@@ -136,21 +148,24 @@ def beginning_of(
         lost = ranks.on_first(lambda: found.lost(directory.checkpoints))
         changed = ranks.on_first(lambda: check_without_checkpoint(directory, earlier, now, lost))
         return Beginning(earlier, None, changed)
+
     state = ranks.together(lambda: read_state(newest))
     within = state["unfinished"] is not None
     before = json.loads(state["config"])
     changed = ranks.together(lambda: check_changes(before, now, within_a_step=within))
+
+    # A run that has trained all its steps and still owes its export begins once more, to export.
     exported = earlier.exported or not config.trainer.export
     if earlier.state == "finished" and exported and newest.position.step >= config.trainer.steps:
         raise NothingToDo(
-            f"{directory.path} has finished its {newest.position.step} steps, and there is nothing to do; raise "
-            "trainer.steps to train on, or give another trainer.run_dir to begin a run"
+            f"{directory.path} has finished its {newest.position.step} steps, and there is nothing "
+            "to do; raise trainer.steps to train on, or give another trainer.run_dir to begin a run"
         )
     return Beginning(earlier, newest, changed)
 
 
 def read_state(one: Saved) -> dict[str, Any]:
-    """All of a checkpoint that is not sharded.
+    """Reads all of a checkpoint that is not sharded.
 
     Raises:
         Unreadable: this process cannot read it now.
@@ -164,10 +179,11 @@ def read_state(one: Saved) -> dict[str, Any]:
 
 
 def _damage(one: Saved, ranks: Ranks) -> str:
-    """What is wrong with a checkpoint, "" if nothing; every rank's answer is the same."""
+    """Returns what is wrong with a checkpoint, "" if nothing is; the same on every rank."""
     problem = ranks.on_first(one.incomplete)
     if problem:
         return problem
+    # Each rank reads its share of the files.
     files = ranks.on_first(lambda: one.manifest()["files"])
     corrupt = ranks.every(lambda: one.corrupt(files, part=ranks.rank, parts=ranks.world))
     return next(filter(None, corrupt), "")
@@ -195,7 +211,16 @@ class Checkpoints:
         ranks: Ranks,
         stop: StopRequest,
     ) -> None:
-        """`drawing`: what the draws of a step depend on besides seeds; empty in a replay."""
+        """Begins with nothing saved; `load` and `begin` take up an earlier checkpoint.
+
+        Args:
+            config: of the run.
+            policy: whose model and optimizer are saved.
+            reporter: of the run's records; its directory holds the checkpoints.
+            drawing: by name, what the draws of a step depend on besides seeds; empty in a replay.
+            ranks: all of the job.
+            stop: says whether the run is to stop.
+        """
         self.config, self.policy, self.reporter, self.drawing, self.ranks = (
             config,
             policy,
@@ -220,20 +245,23 @@ class Checkpoints:
         self._at_step: dict[str, Any] = {}
 
     def load(self, newest: Saved | None) -> None:
-        """Takes over the state that a checkpoint holds; without one, that of the start. Changes nothing on disk.
+        """Takes over the state that a checkpoint holds; without one, that of the start.
+
+        Changes nothing on disk.
 
         Raises:
-            ValueError: the configuration has changed in a way that a resumed run does not allow, or the data has.
+            ValueError: the configuration or the data has changed in a way that a resumed run does
+                not allow.
         """
         self._at_step = self._load(newest) if newest is not None else self._snapshot()
         positions = self.ranks.gathered(str(self.position))
         assert len(set(positions)) == 1, f"the ranks resume after different steps: {positions}"
 
     def begin(self, beginning: Beginning, damaged: Sequence[tuple[Saved, str]]) -> None:
-        """Everything is accepted: the run directory becomes this life's. Collective.
+        """Makes the run directory this life's, now that everything is accepted. Collective.
 
         Raises:
-            EveryRankError: it cannot be written.
+            EveryRankError: the directory cannot be written.
         """
         self.ranks.on_first(lambda: self._begin(beginning, damaged))
         self._stop.has_seams = True
@@ -243,23 +271,27 @@ class Checkpoints:
     def _begin(self, beginning: Beginning, damaged: Sequence[tuple[Saved, str]]) -> None:
         say, newest = self.reporter.progress.say, beginning.newest
         self.reporter.begin(beginning, self._at_step["offsets"] if newest else {})
+
         changed = beginning.changed + self._prompts_changed
         if changed:
             say(f"changed since then: {'; '.join(changed)}")
         if beginning.again:
             say("an earlier life ended before its first checkpoint: its steps are made again")
+
         deleted, failures = clean(self._folder)
         for name in deleted:
             say(f"checkpoint {name} was never finished, or half deleted; deleted")
         for failure in failures:
             say(f"WARNING: {failure}; nothing reads it, so the run goes on")
+
         for one, problem in damaged:
             aside = set_aside(one)
             sentence = f"checkpoint {one.position} is damaged: {problem}. It is now {aside.name}"
-            logger.warning(
-                "%s; using an older one", sentence
-            )  # to the error stream, as a job's log keeps it
+            # To the error stream as well, as a job's log keeps it.
+            logger.warning("%s; using an older one", sentence)
             self.reporter.progress.note(f"WARNING: {sentence}; using an older one")
+
+        # The rollouts of the unfinished step go back to where the run reads them.
         if newest is not None and self._begun is not None:
             for chunk in newest.path.glob("chunk-*"):
                 _put(chunk, self.reporter.directory.path / "rollouts" / chunk.name)
@@ -268,23 +300,28 @@ class Checkpoints:
         state = self.ranks.together(lambda: read_state(found))
         say = self.reporter.progress.say
         self.ranks.together(lambda: self._check(state))
+
         # Pickles of a checkpoint may come from anywhere: nothing that they name is run.
         self.ranks.together(lambda: check_metadata(found.path))
         try:
             with weights_only(found.path):
                 load_sharded_state(self.policy, found.path)
-        except CheckpointingException as error:  # shapes: as every rank sees them
+        # Of shapes that do not fit, which every rank sees alike.
+        except CheckpointingException as error:
             raise EveryRankError(
                 f"{found.path} does not fit this model or layout: {error}"
             ) from error
         load_schedule_state(self.policy, state["schedule"])
         say(f"resuming after {_words(found.position)}, from {found.path}")
+
+        # The states of random generators are each rank's own, and mean nothing on another layout.
         if state["layout"] == self._layout():
             load_rng_state(state["rng"][self.ranks.rank])
         else:
             say(
                 f"layout {state['layout']} is now {self._layout()}: {self._how_far_results_agree()}"
             )
+
         self.position = self._saved = found.position
         self._begun = (
             Unfinished.from_state_dict(state["unfinished"]) if state["unfinished"] else None
@@ -294,28 +331,38 @@ class Checkpoints:
 
     def _how_far_results_agree(self) -> str:
         if self.config.rollout.engine == "transformers":
-            return "training agrees to rounding, but other answers are drawn: this engine's depend on the ranks' shares"
+            return (
+                "training agrees to rounding, but other answers are drawn: this engine's depend "
+                "on the ranks' shares"
+            )
         return "results agree to rounding, not bit for bit"
 
     def _check(self, state: Mapping[str, Any]) -> None:
-        """Puts prompts and expected lengths in the saved state."""
+        """Puts prompts and expected lengths in the saved state, and keeps what has changed."""
         for name, one in self.drawing.items():
             self._prompts_changed += one.load_state_dict(state[name])
 
     def take_begun(self) -> Unfinished | None:
-        """The rest of a step that an earlier life of the run has begun; once."""
+        """Returns the rest of a step that an earlier life of the run has begun; only once."""
         begun, self._begun = self._begun, None
         return begun
 
     def seam(self, batches: Sequence[Batch] = (), updates: Sequence[Update] = ()) -> None:
-        """A place within a step where the run may stop: after its rollouts, or after `updates` of its `batches`.
+        """Marks a place within a step where the run may stop.
+
+        Args:
+            batches: of the step, in order; empty right after its rollouts.
+            updates: those that have been made of `batches`.
 
         Raises:
-            Stopped: it was asked to; everything is saved.
+            Stopped: the run was asked to stop; everything is saved.
         """
         reason = self._asked_to_stop()
         if not reason:
             return
+
+        # After rollouts alone the state is that from before the step. After an update it is that of
+        # now, but for the cursor: the step's prompts are drawn again in any case.
         begun = unfinished(self.policy, batches, updates) if updates else None
         position = Position(self.position.step, len(updates))
         snapshot = self._snapshot() if begun else self._at_step
@@ -324,7 +371,11 @@ class Checkpoints:
         self._stop_at(reason, position, {**snapshot, **drawn_again, "unfinished": within})
 
     def step_done(self, step: int, accuracy: float | None) -> None:
-        """Saves where a save is due after this step; `accuracy` of an evaluation of these weights, if there was one.
+        """Saves where a save is due after this step.
+
+        Args:
+            step: the one that has ended.
+            accuracy: of an evaluation of these weights; None where there was none.
 
         Raises:
             Stopped: as `seam`.
@@ -338,7 +389,10 @@ class Checkpoints:
             self._save(self.position, self._at_step, accuracy)
 
     def _asked_to_stop(self) -> int:
-        """Why the run is to stop here, the same on every rank; 0 where it is not. Waits for the slowest rank."""
+        """Returns why the run is to stop here, the same on every rank; 0 where it is not.
+
+        Waits for the slowest rank.
+        """
         with self.reporter.progress.stage("seam"):
             return self._stop.agreed(self.ranks)
 
@@ -349,7 +403,8 @@ class Checkpoints:
             Why the last checkpoint could not be saved; "" where it is on disk.
 
         Raises:
-            CheckpointFailed: it could not be saved, and the run was to stop for that.
+            CheckpointFailed: the last checkpoint could not be saved, and the run was to stop for
+                that.
         """
         self._stop.has_seams = False
         self.reporter.settle()
@@ -372,14 +427,16 @@ class Checkpoints:
         failure = self.close()
         if failure or position != self._saved:
             raise CheckpointFailed(
-                f"{failure or 'a checkpoint could not be saved'}. Free space and start the same command again"
+                f"{failure or 'a checkpoint could not be saved'}. Free space and start the same "
+                "command again"
             )
         raise Stopped(
-            f"stopping after {_words(position)}, for {described(reason)}; the same command goes on from there"
+            f"stopping after {_words(position)}, for {described(reason)}; the same command goes on "
+            "from there"
         )
 
     def _snapshot(self) -> dict[str, Any]:
-        """All that is small, as it is now."""
+        """Returns all of the state that is small, as it is now."""
         return {
             "schedule": schedule_state(self.policy),
             **{name: one.state_dict() for name, one in self.drawing.items()},
@@ -401,10 +458,12 @@ class Checkpoints:
         self, position: Position, snapshot: Mapping[str, Any], accuracy: float | None
     ) -> None:
         """Copies everything, and has it written while the run goes on."""
+        # One save at a time: its copies are in the staging buffers until it is over.
         self._report(wait=True)
         with self.reporter.progress.stage("write"):
             self.reporter.settle()
         self.check_sound(position)
+
         with self.reporter.progress.stage("checkpoint"):
             by_key, common = self._staging.copy(sharded_state(self.policy))
             values = {
@@ -413,6 +472,7 @@ class Checkpoints:
                 **snapshot,
             }
             values["rng"] = self.ranks.gathered_by_first(rng_state())
+
         self._position_writing, self._began = position, time.monotonic()
         self._writing = self._thread.submit(self._write, position, by_key, common, values, accuracy)
         if not self._chosen.asynchronous:
@@ -426,12 +486,17 @@ class Checkpoints:
         values: Mapping[str, Any],
         accuracy: float | None,
     ) -> str:
-        """In the thread: "" when the checkpoint is whole and has its name, else what went wrong, on every rank."""
+        """Writes a checkpoint; this runs in the writing thread.
+
+        Returns:
+            "" once the checkpoint is whole and has its name, else what went wrong; on every rank.
+        """
         ranks, partial = self._writers, temporary(self._folder, position)
         try:
             ranks.on_first(lambda: _empty(partial))
             write(partial, by_key, ranks.group)
             ranks.on_first(lambda: self._write_small(partial, common, values))
+
             digests: dict[str, tuple[int, str]] = {}
             for own in ranks.every(lambda: _digests(partial, ranks.rank)):
                 digests |= own
@@ -442,10 +507,8 @@ class Checkpoints:
                 "config": _hash(values),
             }
             ranks.on_first(lambda: self._complete(position, digests, header))
-        except (
-            Exception,
-            CheckpointException,
-        ) as error:  # of whatever kind, the run may go on without this checkpoint
+        # Of whatever kind: the run may go on without this checkpoint.
+        except (Exception, CheckpointException) as error:
             if ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
             return _sentence(error)
@@ -454,7 +517,7 @@ class Checkpoints:
     def _write_small(
         self, partial: Path, common: Mapping[str, Any], values: Mapping[str, Any]
     ) -> None:
-        """The first rank's files."""
+        """Writes the files that the first rank alone writes."""
         write_common(partial, common)
         torch.save(dict(values), partial / _STATE)
         shutil.copy(self.reporter.directory.config, partial / _CONFIG)
@@ -473,7 +536,10 @@ class Checkpoints:
         self._tidy(position)
 
     def _tidy(self, position: Position) -> None:
-        """What may fail without the checkpoint being any worse: the name in `latest`, the deletion of older ones."""
+        """Writes the name in `latest` and deletes older checkpoints.
+
+        Both may fail without the checkpoint being any worse; the failures are kept to be told.
+        """
         keep = self._chosen
         try:
             name_latest(self._folder, position)
@@ -488,14 +554,16 @@ class Checkpoints:
         self._untidy += failures
 
     def _report(self, *, wait: bool = False) -> None:
-        """Says what became of the save that was last begun, once it is over."""
+        """Tells the user what became of the save that was last begun, once it is over."""
         if self._writing is None or not (wait or self._writing.done()):
             return
+
         failure, position, self._writing = self._writing.result(), self._position_writing, None
         say = self.reporter.progress.say
         untidy, self._untidy = self._untidy, []
         for problem in untidy:
             say(f"WARNING: {problem}; the checkpoint {position} is whole")
+
         if not failure:
             self._saved = position
             self._failure = ""
@@ -515,6 +583,8 @@ class Checkpoints:
         problem = ruin(self.policy, self.ranks)
         if not problem:
             return
+
+        # A save that is being written is from before this, and may be the one to name.
         self._report(wait=True)
         remedy = "there is no checkpoint from before that; begin anew with a lower optimizer.lr"
         if self._saved is not None:
@@ -525,7 +595,7 @@ class Checkpoints:
         raise NonFinite(f"the policy is ruined after {where}: {problem} is not finite; {remedy}")
 
     def last_good(self) -> str:
-        """Where the run can be taken up now."""
+        """Returns a clause that says where the run can be taken up now."""
         if self._saved is None:
             return "there is no checkpoint yet"
         return f"the last good checkpoint is {self._saved}"
@@ -551,7 +621,10 @@ def _versions() -> dict[str, str]:
 
 
 def _sentence(error: BaseException) -> str:
-    """The cause: torch wraps the failures of all ranks into one, and a full disk into an error of its own."""
+    """Returns the innermost cause of an error as a sentence.
+
+    torch wraps the failures of all ranks into one error, and a full disk into an error of its own.
+    """
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {_sentence(cause)}"
@@ -567,7 +640,10 @@ def _empty(folder: Path) -> None:
 
 
 def _digests(folder: Path, rank: int) -> dict[str, tuple[int, str]]:
-    """Size and checksum of the files that this rank wrote; those of no rank in particular are the first's."""
+    """Returns size and checksum of the files that this rank wrote.
+
+    Those of no rank in particular are the first rank's.
+    """
     own = [
         f
         for f in folder.rglob("*")
@@ -580,7 +656,10 @@ def _digests(folder: Path, rank: int) -> dict[str, tuple[int, str]]:
 
 
 def _put(source: Path, target: Path) -> None:
-    """The same file, or parts, under another name, by links where that works: they are replaced, never written into."""
+    """Puts the same file, or a directory of parts, under another name as well.
+
+    It makes links where links work: the files are replaced as a whole, never written into.
+    """
     if target.exists():
         delete(target)
     if source.is_dir():

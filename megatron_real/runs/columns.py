@@ -1,4 +1,6 @@
-"""Rollouts as the columns of a parquet file, and as plain rows. Loadable without torch.
+"""Turns rollouts into the columns of a parquet file and back, and into plain rows.
+
+Loadable without torch.
 
 Values survive bit for bit. Not kept: the prompt's metadata and the seconds of its check, which
 training does not need. Every page of a file has a checksum, so that damage is seen wherever it is.
@@ -33,8 +35,11 @@ from megatron_real.records import (
 FIGURES = {"score": pyarrow.float64(), "weight": pyarrow.float64(), "minibatch": pyarrow.int32()}
 """What training adds to each rollout; null until it is known."""
 TOKEN_FIGURES = ("log_ratios", "token_weights")
-"""What training adds to each response token where trainer.keep_token_weights asks: log pi - log pi_old at its update, and
-dL / dlog pi. Other files do not have these columns."""
+"""What training adds to each response token where trainer.keep_token_weights asks for it.
+
+They are log pi - log pi_old at the token's update, and dL / dlog pi. Other files do not have these
+columns.
+"""
 
 _SCALARS = {
     "uid": pyarrow.string(),
@@ -52,7 +57,7 @@ _SCALARS = {
     "refills": pyarrow.int32(),
 }
 _ROWS_OF_A_GROUP = 512
-"""Rollouts that are compressed together; a reader of a few needs no more memory than theirs."""
+"""Rollouts that are compressed together: a reader of a few needs no more memory than theirs."""
 
 
 def write_table(
@@ -225,6 +230,7 @@ def plain_rows(table: pyarrow.Table) -> Iterator[dict[str, Any]]:
     of_tokens = {
         name: _rows_of(table, name) for name in TOKEN_FIGURES if name in table.column_names
     }
+
     for i, (rollout, known) in enumerate(zip(rollouts_of(table), figures, strict=True)):
         row = known | _scalars(rollout) | _plain_tokens(rollout)
         for name, arrays in of_tokens.items():
@@ -247,6 +253,7 @@ def _plain_tokens(rollout: Rollout) -> dict[str, Any]:
     }
     if not completion.trained.all():
         columns["trained"] = completion.trained.astype(int).tolist()
+
     versions = numpy.unique(completion.weight_version).tolist()
     if len(versions) == 1 and versions != [UNKNOWN_VERSION]:
         columns["weight_version"] = versions[0]
@@ -293,6 +300,7 @@ def _scalar_columns(rows: Sequence[dict[str, Any]]) -> dict[str, pyarrow.Array]:
                 odd[name] = value
         exact.append(json.dumps(odd) if odd else None)
         readable.append(changed)
+
     columns = {
         name: pyarrow.array([row[name] for row in readable], type=dtype)
         for name, dtype in _SCALARS.items()
@@ -310,8 +318,10 @@ def _utf8(value: Any) -> Any:
 
 
 def _token_columns(rollouts: Sequence[Rollout]) -> dict[str, pyarrow.Array]:
+    """Returns the columns with a value for each token."""
     completions = [rollout.completion for rollout in rollouts]
     references = [rollout.reference_logprobs for rollout in rollouts]
+
     # float64 for the exactness tests' policies; a column has one dtype.
     reference_dtype: type[numpy.generic] = numpy.float32
     for logprobs in references:

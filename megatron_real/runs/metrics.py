@@ -271,8 +271,9 @@ def engine_metrics(engines: Sequence[Mapping[str, float]]) -> dict[str, float]:
     engine/seconds_mean, _max: of generating in the step, draws that were repeated among them.
     engine/slowest: the number of the engine with the maximum, from 0 in order of ranks.
     engine/tokens_mean, tokens_slowest: response tokens of an engine, and of that one: a slow engine
-    with few tokens is ill, one with many had the long answers. engine/tokens_per_second_mean: tokens
-    of all over seconds of all. engine/tokens_per_second_min: of the engine with the lowest rate.
+    with few tokens is ill, one with many had the long answers.
+    engine/tokens_per_second_mean: tokens of all over seconds of all.
+    engine/tokens_per_second_min: of the engine with the lowest rate.
     """
     if not engines:
         return {}

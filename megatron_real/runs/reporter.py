@@ -388,8 +388,8 @@ class Reporter:
         if is_power_of_two:
             self.progress.say(
                 f"WARNING: step {step} taught nothing, like {self._idle} of {self._steps} steps so "
-                f"far: no rollout had a weight ({metrics['solved_share']:.0%} of the groups all right, "
-                f"{metrics['one_class_share']:.0%} of one label, "
+                f"far: no rollout had a weight ({metrics['solved_share']:.0%} of the groups all "
+                f"right, {metrics['one_class_share']:.0%} of one label, "
                 f"{metrics['excluded_share']:.0%} of the rollouts excluded)"
             )
 

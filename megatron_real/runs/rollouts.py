@@ -1,9 +1,13 @@
-"""Rollouts on disk: a parquet file a step, exact enough to be trained on again (columns.py has its columns).
+"""Writes and reads rollouts on disk: a parquet file for each step.
 
-Where several nodes write, the file is a directory of their parts (parts.py), which readers here hide.
+It is exact enough to be trained on again; columns.py has its columns. Where several nodes write,
+the file is a directory of their parts (parts.py), which the readers here hide.
 
-A chunk, a part of a step that is not finished, also says what it was drawn under (rollout/origin.py). Earlier versions
-wrote a JSON object a line, in files named .jsonl; those are still read. Loadable without torch.
+A chunk is a part of a step that is not finished; it also says what it was drawn under
+(rollout/origin.py).
+
+Earlier versions wrote a JSON object a line, in files named .jsonl; those are still read. Loadable
+without torch.
 """
 
 from __future__ import annotations
@@ -48,18 +52,20 @@ def write_rollouts(
     token_figures: Mapping[str, Sequence[NDArray[Any] | None]] | None = None,
     part: Part = _WHOLE,
 ) -> None:
-    """Writes rollouts of a step. The file is replaced as a whole: readers see the old one or the new one.
+    """Writes rollouts of a step.
+
+    The file is replaced as a whole: readers see the old one or the new one.
 
     Args:
         path: the step's file.
-        rollouts: of the step, in order; those of the part.
+        rollouts: those of the step, or of the part, in order.
         step: its number.
         scores, weights, minibatches: [rollouts] once they are known; null in the file until then.
         token_figures: [rollouts] arrays [n] of log_ratios and token_weights, where they are kept.
         part: of the step; nobody reads it before parts.name_parts has been called.
 
     Raises:
-        ValueError: one of them is not as long as `rollouts`.
+        ValueError: one of the sequences is not as long as `rollouts`.
     """
     figures = {"score": scores, "weight": weights, "minibatch": minibatches}
     for name, values in {**figures, **(token_figures or {})}.items():
@@ -83,10 +89,10 @@ def write_chunk(
 
 
 def read_rollouts(path: Path) -> list[Rollout]:
-    """The rollouts of a step's file, of this or of an earlier version.
+    """Returns the rollouts of a step's file, which this or an earlier version wrote.
 
     Raises:
-        ValueError: the file is missing or damaged; names it.
+        ValueError: the file, which the message names, is missing or damaged.
     """
     if not path.exists():
         raise ValueError(f"there are no saved rollouts at {path}; {_saved_steps(path.parent)}")
@@ -94,22 +100,25 @@ def read_rollouts(path: Path) -> list[Rollout]:
     rollouts = [rollout for file in files for rollout in _read(file)[1]]
     if not rollouts:
         raise _empty(path)
+    # Each part is in order, but they are not in order one after the other.
     if len(files) > 1:
         rollouts.sort(key=lambda rollout: (rollout.group, rollout.sample))
     return rollouts
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Each rollout of a step's file as a JSON object: with its score, weight and minibatch where they are known.
+    """Yields each rollout of a step's file as a JSON object.
+
+    It has the rollout's score, weight and minibatch where they are known.
 
     Raises:
-        ValueError: the file is damaged; names it.
+        ValueError: the file, which the message names, is damaged.
     """
     if path.suffix == ".jsonl":
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
             yield _row_of(path, number, line)
         return
-    # Each part is in order.
+    # Each part is in order, so that a merge needs no more than one row of each.
     parts = [_rows_of_part(file) for file in part_files(path)]
     yield from heapq.merge(*parts, key=lambda row: (row["group"], row["sample"]))
 
@@ -122,10 +131,12 @@ def _rows_of_part(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_minibatches(path: Path) -> list[tuple[int, int | None]]:
-    """The group of each rollout of a step's file, and the number of the update that trained on it, if there is one.
+    """Returns the group of each rollout of a step's file, and the update that trained on it.
+
+    The update is its number within the step; None where there is none.
 
     Raises:
-        ValueError: the file is damaged; names it.
+        ValueError: the file, which the message names, is damaged.
     """
     if path.suffix == ".jsonl":
         rows = list(read_rows(path))
@@ -142,24 +153,30 @@ def read_minibatches(path: Path) -> list[tuple[int, int | None]]:
 
 
 def read_chunk(path: Path) -> tuple[Origin | None, list[Rollout]]:
-    """What a chunk, or one part of it, was drawn under, None where it does not say so, and its rollouts.
+    """Reads a chunk, or one part of it.
+
+    Returns:
+        What it was drawn under, None where it does not say so; and its rollouts.
 
     Raises:
-        ValueError: it is damaged; names it.
+        ValueError: the file, which the message names, is damaged.
     """
     plain, rollouts = _read(path)
     if plain is None:
         return None, rollouts
-    from megatron_real.rollout.origin import Origin  # which needs torch
+
+    # Here, because it needs torch.
+    from megatron_real.rollout.origin import Origin
 
     try:
         return Origin.from_plain(plain), rollouts
     except ValueError:
-        return None, rollouts  # of another version of this program: as good as not said
+        # Another version of this program wrote it: that is as good as not said.
+        return None, rollouts
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any] | None, list[Rollout]]:
-    """What a file was drawn under, None where it does not say so, and its rollouts."""
+    """Returns what a file was drawn under, None where it does not say so, and its rollouts."""
     data = path.read_bytes()
     if path.suffix == ".jsonl":
         plain, rollouts = _read_lines(path, data)
@@ -187,19 +204,25 @@ def _saved_steps(folder: Path) -> str:
     steps = RunDirectory(folder.parent).saved_steps()
     if not steps:
         return "rollout.replay takes the directory of an earlier run"
-    return f"that run saved steps {steps[0]} to {steps[-1]}, so set trainer.steps to at most {steps[-1]}"
+    return (
+        f"that run saved steps {steps[0]} to {steps[-1]}, so set trainer.steps to at most "
+        f"{steps[-1]}"
+    )
 
 
-# ---- files of earlier versions: a JSON object a line, the first line of a chunk being what it was drawn under ----
+# Files of earlier versions: a JSON object a line. The first line of a chunk is what it was drawn
+# under.
 
 
 def _read_lines(path: Path, data: bytes) -> tuple[Mapping[str, Any] | None, list[Rollout]]:
     rows = [_row_of(path, number, line) for number, line in enumerate(data.splitlines(), 1)]
     plain = None
+    # The number of the first line with a rollout, for messages.
     first = 1
     if rows and _ORIGIN in rows[0]:
         plain = rows.pop(0)[_ORIGIN]
         first = 2
+
     rollouts = []
     for number, row in enumerate(rows, first):
         try:
@@ -212,7 +235,8 @@ def _read_lines(path: Path, data: bytes) -> tuple[Mapping[str, Any] | None, list
 def _row_of(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8", "surrogatepass"))
-    except ValueError as error:  # of broken JSON and of broken UTF-8
+    # Broken JSON and broken UTF-8 both raise one.
+    except ValueError as error:
         raise _broken(path, number, error) from error
     if not isinstance(row, dict):
         raise _broken(path, number, TypeError(f"{row!r} is not an object"))
@@ -221,7 +245,8 @@ def _row_of(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 def _broken(path: Path, number: int, error: Exception) -> ValueError:
     return ValueError(
-        f"{path}:{number} is not a saved rollout ({type(error).__name__}: {error}); the file may be cut"
+        f"{path}:{number} is not a saved rollout ({type(error).__name__}: {error}); the file may "
+        "be cut"
     )
 
 
@@ -232,6 +257,7 @@ def _rollout_of_line(row: Mapping[str, Any]) -> Rollout:
         row["completion"],
         bool(row["finished"]),
     )
+
     reference: Logprobs | None = None
     if row.get("reference_logprobs") is not None:
         reference = numpy.array(

@@ -1,8 +1,9 @@
 """Where a run's figures go beside its own files: TensorBoard, Weights & Biases and MLflow.
 
 A tracker is a class of the form of `Tracker` and a row in `TRACKERS`; its setting is
-`trainer.NAME`. Each one gets the configuration, the path of the run directory, and the figures of steps and
-evaluations. The run's own files are the record: a tracker that raises is left out from then on.
+`trainer.NAME`. Each one gets the configuration, the path of the run directory, and the figures of
+steps and evaluations. The run's own files are the record: a tracker that raises is left out from
+then on.
 """
 
 from __future__ import annotations
