@@ -76,9 +76,7 @@ def unmatchable(golds: Iterable[tuple[str, tuple[str, ...]]]) -> list[Unmatchabl
 
 
 def kind_of(gold: str) -> str:
-    """Returns the kind that a gold answer is read as: the first column of the table in
-    docs/labels.md.
-    """
+    """Returns the kind that a gold answer is read as: a first column in docs/labels.md."""
     form = read(gold)
     if isinstance(form, Collection):
         return _BRACKET_KINDS.get(form.brackets, "interval")

@@ -1,5 +1,6 @@
-"""`megatron-real plan`: what a run will need and cost on a cluster, computed from the configuration
-alone.
+"""`megatron-real plan`: what a run will need and cost on a cluster.
+
+It is computed from the configuration alone.
 
     memory.py    bytes of each pipeline stage's ranks in every part of a step
     devices.py   GPUs, and the published rates that times are computed from, each with its source

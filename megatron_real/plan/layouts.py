@@ -124,8 +124,9 @@ def _fitting(run: Run, engine_sizes: Iterable[int]) -> list[Estimate]:
 
 
 def told_apart(seconds: float) -> float:
-    """Returns seconds to two significant digits, in halves of the second one below 2: estimates
-    tell no more.
+    """Returns seconds as exactly as estimates tell them apart.
+
+    That is to two significant digits, in halves of the second one below 2.
     """
     if seconds <= 0:
         return 0.0

@@ -54,8 +54,9 @@ def measured(run: RunDirectory, given: Rates) -> Rates:
 
 
 def measured_device(file: str | Path, device: Device) -> Device:
-    """Returns the device with the shares of peak FLOP/s that training reached in `file`, the JSON
-    of tools/gpu_day.py.
+    """Returns the device with the shares of peak FLOP/s that training was measured to reach.
+
+    They are read from `file`, the JSON of tools/gpu_day.py.
 
     Raises:
         ValueError: the file cannot be read, is a rehearsal's, is of another kind of GPU, or has no

@@ -1,5 +1,6 @@
-"""Bytes on each rank, without building anything: what Megatron shards where, and what a pass keeps
-for its backward.
+"""Bytes on each rank, without building anything.
+
+They follow from what Megatron shards where, and from what a pass keeps for its backward.
 
 Every rank of a pipeline stage holds the same amount, so the answer is one column per stage.
 Weights, gradients and optimizer states are exact but for the padding of buckets. Activations are
@@ -254,15 +255,17 @@ class _Layer:
 
     @property
     def at_work(self) -> int:
-        """What the layer holds at its peak beyond what it saves: gradients of the MLP's width,
-        norms in fp32.
+        """What the layer holds at its peak beyond what it saves.
+
+        These are gradients of the MLP's width, and norms in fp32.
         """
         return 2 * self.ffn * self.width + 2 * self.residual * 4 + self.gathered * self.width
 
     @property
     def forward_only(self) -> int:
-        """The widest moment of a pass without backward: the MLP's products beside its input and the
-        residual.
+        """The widest moment of a pass without backward.
+
+        The MLP's products are held beside its input and the residual.
         """
         return self._mlp + 2 * self.input + self.gathered * self.width
 

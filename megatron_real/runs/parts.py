@@ -44,8 +44,10 @@ class Part:
 
     @contextmanager
     def open(self, path: Path) -> Iterator[BinaryIO]:
-        """Yields this part of `path` to write. It counts from `name_parts` on; a whole file does so
-        when it is closed."""
+        """Yields this part of `path` to write.
+
+        It counts from `name_parts` on; a whole file does so when it is closed.
+        """
         if self.of > 1:
             path = _unfinished(path) / self.name
         elif path.is_dir():
