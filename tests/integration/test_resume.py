@@ -66,7 +66,14 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    timed = ("seconds", "memory", "tokens_per_second", "tflops", "checked_early_share")
+    timed = (
+        "seconds",
+        "memory",
+        "tokens_per_second",
+        "tflops",
+        "checked_early_share",
+        "engine/",
+    )
     return {name: value for name, value in row.items() if not any(word in name for word in timed)}
 
 
