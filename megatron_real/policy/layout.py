@@ -31,6 +31,8 @@ def join_world(timeout_minutes: float) -> None:
     if dist.is_initialized():
         return
 
+    # Those of an earlier run in this process: each group of gloo has threads, which poll.
+    _LEFT.clear()
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
@@ -57,7 +59,9 @@ def leave_world() -> None:
 
 
 _LEFT: list[dist.ProcessGroup] = []
-"""The process groups that this process has left, kept until its modules are torn down.
+"""The process groups that this process left last, kept until it joins a world again.
+
+Where it joins none they stay until its modules are torn down.
 
 A thread that ends with the interpreter must not drop the last reference to one: torch's destructor
 lets go of Python's lock, Python ends the thread where it takes it again, and C++ aborts the process
