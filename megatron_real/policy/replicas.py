@@ -37,18 +37,23 @@ class OneReplicaReads(FullyParallelLoadStrategyWrapper):
         super().__init__(TorchDistLoadShardedStrategy(), replicas)
         self._replicas = replicas
 
-    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> dict[str, Any]:
-        """Reads this rank's share of the tensors, in place, and gets the others. Collective."""
+    def load(
+        self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, *options: Any
+    ) -> dict[str, Any]:
+        """Reads this rank's share of the tensors, in place, and gets the others. Collective.
+
+        `options` are what later versions of megatron-core pass on: 0.19.2 names its way to write.
+        """
         if self._replicas.size() == 1:
-            return self.base_strategy.load(sharded_state_dict, checkpoint_dir)
+            return self.base_strategy.load(sharded_state_dict, checkpoint_dir, *options)
 
         shares = self.apply_loading_parallelization(sharded_state_dict)
         assert shares is not None, "several replicas have shares"
         tensors, others, own, awaited = self._defer_loading_sharded_tensors(sharded_state_dict)
 
         # Other objects are TransformerEngine's, which are empty: every rank reads them.
-        state: dict[str, Any] = self.base_strategy.load(others, checkpoint_dir)
-        loaded: dict[Any, Tensor] = self.base_strategy.load(own, checkpoint_dir)
+        state: dict[str, Any] = self.base_strategy.load(others, checkpoint_dir, *options)
+        loaded: dict[Any, Tensor] = self.base_strategy.load(own, checkpoint_dir, *options)
 
         # Every rank goes through the same shards in the same order.
         for shard, reader in shares.main_rank_for_shard.items():
