@@ -35,6 +35,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from megatron_real.collective import shared
 from megatron_real.config import Config, LabelConfig, to_dict
 from megatron_real.evaluate import Evaluation, summarise
 from megatron_real.exchange import Exchange
@@ -111,9 +112,8 @@ def run_benchmarks(
     if rank == 0:
         directory.claim(settings)
     # What is left, as the first rank sees it: file systems of other nodes lag behind.
-    there = [[directory.has(chunk) for chunk in chunks]]
-    dist.broadcast_object_list(there, src=0)
-    missing = [chunk for chunk, done in zip(chunks, there[0], strict=True) if not done]
+    there = shared([directory.has(chunk) for chunk in chunks], group=dist.group.WORLD)
+    missing = [chunk for chunk, done in zip(chunks, there, strict=True) if not done]
     if missing:
         _answer(config, engine, directory, chunks, missing)
     leave_world()

@@ -370,7 +370,7 @@ def _drawing(
     engine = build_engine(config, say=say)
 
     # Tokenising takes longer than sending the result, and reads the files once for all.
-    data = ranks.made_by_first(lambda: _Data.read(config, engine.tokenizer))
+    data = ranks.on_first(lambda: _Data.read(config, engine.tokenizer))
     sources = data_sources(config.data).values()
     verifiers = [source.verifier for source in sources if source.verifier]
     labeller = build_labeller(config.labels, others=verifiers)

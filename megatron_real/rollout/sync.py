@@ -14,13 +14,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_real.collective import on_every_rank
+from megatron_real.collective import gathered_if_any, on_every_rank
 from megatron_real.config import SyncConfig
 from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Sampling, Status, Verdict
 from megatron_real.rollout.checksum import checksum
@@ -239,8 +238,7 @@ class WeightSync:
                 (name, process) for process, sent in parts.items() if held[name][process] != sent
             ]
 
-        wrong_of_rank: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(wrong_of_rank, wrong)
+        wrong_of_rank = gathered_if_any(wrong, group=dist.group.WORLD)
         every_wrong = [pair for pairs in wrong_of_rank for pair in pairs]
         if not every_wrong:
             return

@@ -498,8 +498,10 @@ class Checkpoints:
             ranks.on_first(lambda: self._write_small(partial, common, values))
 
             digests: dict[str, tuple[int, str]] = {}
-            for own in ranks.every(lambda: _digests(partial, ranks.rank)):
-                digests |= own
+            own_digests = ranks.together(lambda: _digests(partial, ranks.rank))
+            # The first rank alone writes them down.
+            for of_rank in ranks.gathered_by_first(own_digests):
+                digests |= of_rank
             header = {
                 "position": str(position),
                 "accuracy": accuracy,

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager
 import torch
 import torch.distributed as dist
 
-from megatron_real.collective import on_every_rank
+from megatron_real.collective import all_well
 from megatron_real.config import Config, to_dict, to_plain
 from megatron_real.disk import write_whole
 from megatron_real.evaluate import Evaluation
@@ -292,7 +292,7 @@ class Reporter:
         # The parts are a step's rollouts once every node has written its own.
         step = self._written_step
         self._written_step = 0
-        on_every_rank(
+        all_well(
             lambda: writing.result() if writing is not None else None,
             group=self._exchange.group or dist.group.WORLD,
         )
