@@ -164,7 +164,7 @@ def build(config: Config, stop: StopRequest) -> Job:
     lifeline = Lifeline(
         ranks.rank,
         ranks.world,
-        share=ranks.shared,
+        gathered=ranks.gathered,
         hang_seconds=config.trainer.hang_minutes * 60,
     )
     claim = None

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_real.challenge import NotProven, proof
+from megatron_real.challenge import NotProven, own_address, proof
 from megatron_real.rollout.meeting import Guest, Host
 
 BUCKET_BYTES = 256 << 20
@@ -220,16 +220,6 @@ def listen(host: str) -> socket.socket:
     listener.bind((host, 0))
     listener.listen(64)  # waiting connections at most: more workers than a server has
     return listener
-
-
-def own_address(host: str, port: int) -> str:
-    """Returns the address under which the other side sees this machine.
-
-    It is the address of the network interface that leads there.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))  # a datagram socket sends nothing for it
-        return str(probe.getsockname()[0])
 
 
 def _group(

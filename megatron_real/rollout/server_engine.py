@@ -27,12 +27,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_real.challenge import own_address
 from megatron_real.collective import all_well, gathered, gathered_if_any, on_every_rank, shared
 from megatron_real.config import Config
 from megatron_real.cpu import device
 from megatron_real.records import Completion, Prompt, Sampling
 from megatron_real.rollout.engine import EngineFailed, Held
-from megatron_real.rollout.link import Link, buckets, link_secret, listen, own_address
+from megatron_real.rollout.link import Link, buckets, link_secret, listen
 from megatron_real.rollout.server import Server, ServerProcess, wait_until_healthy
 from megatron_real.rollout.tokenizer import completion_of, eos_ids, load_tokenizer
 
