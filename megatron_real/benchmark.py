@@ -36,6 +36,7 @@ from rich.progress import (
 from rich.table import Table
 
 from megatron_real.config import Config, LabelConfig, to_dict
+from megatron_real.errors import ExpectedEnd
 from megatron_real.evaluate import Evaluation, summarise
 from megatron_real.exchange import Exchange
 from megatron_real.labels import Labeller, build_labeller
@@ -62,7 +63,7 @@ _PROBES = 64
 _PROBE_BYTES = 1 << 16
 
 
-class UntrustedFigures(RuntimeError):
+class UntrustedFigures(ExpectedEnd, RuntimeError):
     """So many checks failed that the figures say little of the model."""
 
 

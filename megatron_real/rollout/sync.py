@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_real.collective import on_every_rank
 from megatron_real.config import SyncConfig
+from megatron_real.errors import ExpectedEnd, State
 from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Sampling, Status, Verdict
 from megatron_real.rollout.checksum import checksum
 from megatron_real.rollout.engine import Engine, EngineFailed, Held, completed
@@ -41,8 +42,10 @@ The parts are those that this rank answers for, by the number of the process tha
 """
 
 
-class SyncError(RuntimeError):
+class SyncError(ExpectedEnd, RuntimeError):
     """Trainer and engine do not have the same weights."""
+
+    state: State = "crashed"
 
 
 class WeightSync:
