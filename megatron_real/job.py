@@ -31,6 +31,7 @@ from megatron_real.prompts.cursor import Digests
 from megatron_real.prompts.training import heldout_prompts, training_prompts
 from megatron_real.records import Prompt, Sampling
 from megatron_real.rollout import RolloutStage, build_engine
+from megatron_real.rollout.sampling import evaluation_sampling, training_sampling
 from megatron_real.rollout.source import (
     DrawOptions,
     Fresh,
@@ -293,13 +294,7 @@ def _build(
         source = _source(config, drawing, policy, checkpoints, reporter, ranks)
         labeller = drawing.stage.labeller
         if drawing.heldout:
-            sampling = Sampling(
-                config.evaluation.samples,
-                config.evaluation.temperature,
-                config.rollout.max_response_tokens,
-                config.evaluation.top_p,
-            )
-            evaluation = HeldoutEvaluation(source, drawing.heldout, sampling)
+            evaluation = HeldoutEvaluation(source, drawing.heldout, evaluation_sampling(config))
 
     # Only now the run directory changes.
     checkpoints.begin(beginning, survey.damaged)
@@ -424,13 +419,7 @@ def _source(
         check_weights=checkpoints.check_sound,
     )
     options = DrawOptions(
-        sampling=Sampling(
-            rollout.group_size,
-            rollout.temperature,
-            rollout.max_response_tokens,
-            rollout.top_p,
-            rollout.top_k,
-        ),
+        sampling=training_sampling(config),
         num_prompts=rollout.num_prompts,
         chunk_prompts=rollout.chunk_prompts,
         refill_rounds=rollout.refill_rounds,
