@@ -110,7 +110,11 @@ def killed(file: str, world: int, victim: int) -> dict[str, Any]:
             values = [pipe.recv() for pipe in pipes]
             for pipe in pipes:
                 pipe.send(values)
-        sockets = [pipe.recv() for pipe in pipes]
+        try:
+            sockets = [pipe.recv() for pipe in pipes]
+        except EOFError:
+            words = Path(said.name).read_text(encoding="utf-8")
+            raise RuntimeError(f"a rank did not join: {words[-2000:]}") from None
         joined = time.perf_counter() - started
 
         started = time.perf_counter()

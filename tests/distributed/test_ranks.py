@@ -120,6 +120,32 @@ def test_what_ranks_tell_each_other(world: World) -> None:
         assert found["the first one's cannot be pickled"].startswith("RankFailed: rank 0: TypeErr")
 
 
+def threads_of_runs() -> list[int]:
+    """Threads of this process in each of four runs that follow each other in it."""
+    import os
+
+    import torch.distributed as dist
+
+    from megatron_real.policy.layout import join_world, leave_world
+
+    leave_world()
+    del os.environ["MASTER_PORT"]  # a process of its own: nobody else to meet
+    found = []
+    for _ in range(4):
+        join_world(5.0)
+        groups = [dist.new_group(backend="gloo") for _ in range(2)]
+        found.append(len(list(Path("/proc/self/task").iterdir())))
+        del groups
+        leave_world()
+    return found
+
+
+def test_groups_of_earlier_runs_in_a_process_are_let_go(world: World) -> None:
+    """Each of them has threads, which poll."""
+    (found,) = world.run(threads_of_runs, 1)
+    assert len(set(found[1:])) == 1, found
+
+
 def surveyed(folder: str, fault: str) -> tuple[str, float]:
     """The checkpoint that a survey finds, or why it finds none, and the seconds,
     under a fault on the last rank.
