@@ -52,7 +52,7 @@ from megatron_real.rehearsal.meter import Meter
 from megatron_real.rehearsal.report import Phase, RankReport, Request
 from megatron_real.rehearsal.world import World
 from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.mapping import Entry
+from megatron_real.weights.mapping import Entry, Rectangle
 
 _HOLDERS = 12
 """How many of the lines that hold memory at its peak a phase names."""
@@ -329,11 +329,9 @@ class _NamesAndShapes:
 
     dtype = "bf16"
 
-    def megatron_piece(self, entry: Entry, ranges: Any, columns: tuple[int, int]) -> Any:
+    def megatron_piece(self, entry: Entry, rectangle: Rectangle) -> Any:
         """Returns the shape of the rectangle that a rank would read."""
-        rows = sum(stop - start for start, stop in ranges)
-        flat = len(entry.shapes[0]) == 1
-        return _Shape((rows,) if flat else (rows, columns[1] - columns[0]))
+        return _Shape(entry.shape_of(rectangle))
 
 
 def _replace_kernels() -> None:

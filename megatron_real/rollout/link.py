@@ -32,14 +32,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_real.buffers import SYNC_BUCKET_BYTES
 from megatron_real.challenge import NotProven, proof
 from megatron_real.rollout.meeting import Guest, Host
 
-BUCKET_BYTES = 256 << 20
-"""Bytes that a bucket holds at most, unless a single tensor is larger.
-
-Beside its model each side has one bucket, and the sender also the tensor that comes next.
-"""
 _POLL_SECONDS = 0.0005
 """Time between two looks at a broadcast, which takes some 10 ms."""
 _ALIGNMENT = 16
@@ -71,7 +67,7 @@ class Bucket:
 
 
 def buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
-    """Cuts a stream of HF tensors into buckets of at most BUCKET_BYTES, or of one larger tensor.
+    """Cuts a stream of HF tensors into buckets of SYNC_BUCKET_BYTES, or of one larger tensor.
 
     All buckets lie in the same memory: a bucket is valid until the next one is asked for.
     """
@@ -81,12 +77,12 @@ def buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
     for name, tensor in weights:
         num_bytes = tensor.numel() * tensor.element_size()
         aligned = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-        if slots and end + aligned > BUCKET_BYTES:
+        if slots and end + aligned > SYNC_BUCKET_BYTES:
             yield Bucket(slots, memory[:end])
             slots = []
             end = 0
         if end + aligned > len(memory):
-            size = max(aligned, BUCKET_BYTES)
+            size = max(aligned, SYNC_BUCKET_BYTES)
             memory = torch.empty(size, dtype=torch.uint8, device=tensor.device)
 
         dtype = str(tensor.dtype).removeprefix("torch.")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_real.weights import WeightsError
-from megatron_real.weights.stored import DTYPE_BYTES, TORCH_NAMES, Chunk, StoredTensor
+from megatron_real.weights.stored import DTYPE_BYTES, TORCH_NAMES, Extent, StoredTensor
 
 # The pickle of a checkpoint's structure; that of a 70B model in 8 parts is 20 MB.
 LARGEST_PICKLE = 2**28
@@ -211,8 +211,8 @@ class TorchFile:
         if rows:
             columns = numel // rows
         first_byte = self.offset + begin + tensor.start * size
-        chunk = Chunk(self.file, first_byte, row=0, column=0, rows=rows, columns=columns)
-        return StoredTensor(name, tensor.dtype, tensor.shape, (chunk,))
+        extent = Extent(self.file, first_byte, row=0, column=0, rows=rows, columns=columns)
+        return StoredTensor(name, tensor.dtype, tensor.shape, (extent,))
 
 
 def tensors_of(table: dict[Any, Any], file: Path) -> dict[str, PickledTensor]:

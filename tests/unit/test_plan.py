@@ -21,8 +21,6 @@ from megatron_real.plan.devices import DEVICES
 from megatron_real.plan.layouts import Estimate, ranked, told_apart
 from megatron_real.plan.measured import Rates, measured, measured_device
 from megatron_real.plan.memory import (
-    BUCKET_BYTES,
-    CHUNK_BYTES,
     ENGINE_ASLEEP,
     Shapes,
     in_flight,
@@ -499,14 +497,6 @@ def test_config_is_left_as_it_is(file: Path) -> None:
     before = config.to_dict(run.config)
     ranked(run)
     assert isinstance(run.config, Config) and config.to_dict(run.config) == before
-
-
-def test_sizes_that_are_written_twice_are_equal() -> None:
-    """A plan needs no torch."""
-    from megatron_real.policy import logprobs
-    from megatron_real.rollout import link
-
-    assert CHUNK_BYTES == logprobs._CHUNK_BYTES and BUCKET_BYTES == link.BUCKET_BYTES
 
 
 def test_a_bare_name_is_planned_under_the_fastest_layout(
