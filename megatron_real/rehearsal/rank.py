@@ -39,7 +39,7 @@ from megatron_real.batching import minibatches
 from megatron_real.config import Config
 from megatron_real.plan.memory import Shapes, stage_memory
 from megatron_real.policy import layers, layout
-from megatron_real.policy.layout import Groups
+from megatron_real.policy.layout import ProcessGroups
 from megatron_real.policy.optimizer_state import begin
 from megatron_real.policy.packing import Packer
 from megatron_real.policy.policy import Policy, PolicySettings
@@ -149,7 +149,7 @@ class _Rehearsal:
         self._phase("optimizer", lambda: policy.apply_gradients(finite=True))
         self._others(policy, batch, groups)
 
-    def _build(self, architecture: Architecture, groups: Groups) -> Policy:
+    def _build(self, architecture: Architecture, groups: ProcessGroups) -> Policy:
         """Builds the policy with its optimizer's states, and reports their sizes."""
         settings = PolicySettings.of(self._config)
         policy = Policy(settings, architecture, _NamesAndShapes(), groups, num_updates=10)
@@ -171,7 +171,7 @@ class _Rehearsal:
         )
         return packer.pack(minibatch, off_policy=False)
 
-    def _others(self, policy: Policy, batch: Batch, groups: Groups) -> None:
+    def _others(self, policy: Policy, batch: Batch, groups: ProcessGroups) -> None:
         """Runs what only some configurations have, and what happens once in many steps."""
         rollout = self._config.rollout
         self._phase("token_stats", lambda: policy.token_stats([batch]))
@@ -219,7 +219,7 @@ class _Rehearsal:
             )
             self.set(phases=(*self.report.phases, phase))
 
-    def _place(self, groups: Groups, architecture: Architecture) -> None:
+    def _place(self, groups: ProcessGroups, architecture: Architecture) -> None:
         """Reports where in the layout the rank is, and what `plan` says of it."""
         config = self._config
         kind: Any = "te" if config.model.layers == "te" else "local"

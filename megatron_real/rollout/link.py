@@ -43,7 +43,7 @@ _ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
-class Slot:
+class BucketSlot:
     """One tensor's place in a bucket, as it is announced."""
 
     name: str
@@ -60,7 +60,7 @@ class Slot:
 class Bucket:
     """Tensors laid end to end."""
 
-    slots: Sequence[Slot]
+    slots: Sequence[BucketSlot]
     """The tensors' places, in order."""
     flat: Tensor
     """[bytes] uint8, on the tensors' device."""
@@ -72,7 +72,7 @@ def buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
     All buckets lie in the same memory: a bucket is valid until the next one is asked for.
     """
     memory = torch.empty(0, dtype=torch.uint8)
-    slots: list[Slot] = []
+    slots: list[BucketSlot] = []
     end = 0
     for name, tensor in weights:
         num_bytes = tensor.numel() * tensor.element_size()
@@ -86,7 +86,7 @@ def buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
             memory = torch.empty(size, dtype=torch.uint8, device=tensor.device)
 
         dtype = str(tensor.dtype).removeprefix("torch.")
-        slot = Slot(name, dtype, tuple(tensor.shape), end)
+        slot = BucketSlot(name, dtype, tuple(tensor.shape), end)
         _view(memory, slot).copy_(tensor)
         slots.append(slot)
         end += aligned
@@ -94,12 +94,12 @@ def buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
         yield Bucket(slots, memory[:end])
 
 
-def unpacked(flat: Tensor, slots: Sequence[Slot]) -> Iterator[tuple[str, Tensor]]:
+def unpacked(flat: Tensor, slots: Sequence[BucketSlot]) -> Iterator[tuple[str, Tensor]]:
     """Returns the (name, tensor) pairs of a bucket that has arrived; they are views of it."""
     return ((slot.name, _view(flat, slot)) for slot in slots)
 
 
-def _view(flat: Tensor, slot: Slot) -> Tensor:
+def _view(flat: Tensor, slot: BucketSlot) -> Tensor:
     """Returns a slot of a bucket as a tensor that shares the bucket's memory."""
     dtype = getattr(torch, slot.dtype)
     num_bytes = torch.Size(slot.shape).numel() * dtype.itemsize

@@ -26,10 +26,10 @@ from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.arguments import megatron_args
 from megatron_real.weights.containers import (
     LARGEST_PICKLE,
-    Layout,
+    BlankArchive,
     PickledTensor,
     TorchFile,
-    layout,
+    blank_archive,
     load_pickle,
 )
 from megatron_real.weights.mapping import (
@@ -419,7 +419,7 @@ class _Writer:
         self.output = Output()
         self.prefix = prefix
         # Equal shapes have equal archives but for the data: most layers share theirs.
-        self._layouts: dict[tuple[str, tuple[int, ...]], Layout] = {}
+        self._blanks: dict[tuple[str, tuple[int, ...]], BlankArchive] = {}
         self._tensors: dict[str, _TensorRecord] = {}
         self._objects: list[str] = []
         self._ranges: list[_RangeRecord] = []
@@ -449,9 +449,9 @@ class _Writer:
             shape = (layers, *shape)
 
         key = (piece.dtype, sizes)
-        if key not in self._layouts:
-            self._layouts[key] = layout(torch.empty(sizes, dtype=torch_dtype(piece.dtype)))
-        archive = self._layouts[key]
+        if key not in self._blanks:
+            self._blanks[key] = blank_archive(torch.empty(sizes, dtype=torch_dtype(piece.dtype)))
+        archive = self._blanks[key]
         file, begin = self._place(archive)
         (slot,) = archive.slots
         crc_offsets = tuple(begin + offset for offset in slot.crc_offsets)
@@ -469,7 +469,7 @@ class _Writer:
         stream = io.BytesIO()
         torch.save(value, stream)
         data = stream.getvalue()
-        file, begin = self._place(Layout(len(data), ((0, data),), ()))
+        file, begin = self._place(BlankArchive(len(data), ((0, data),), ()))
         self._objects.append(key)
         self._ranges.append(_RangeRecord(key, None, None, file, begin, len(data)))
 
@@ -484,7 +484,7 @@ class _Writer:
         self.output.add_file(self.prefix + CONFIG, json.dumps(_CONFIG).encode())
         self.output.add_file(self.prefix + METADATA, self._metadata())
 
-    def _place(self, archive: Layout) -> tuple[str, int]:
+    def _place(self, archive: BlankArchive) -> tuple[str, int]:
         """Returns the file and the first byte of an archive, after adding its literals there."""
         if self._file_bytes + archive.size > _FILE_BYTES:
             self._file_number += 1

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.arguments import megatron_args
-from megatron_real.weights.containers import PickledTensor, TorchFile, layout, tensors_of
+from megatron_real.weights.containers import PickledTensor, TorchFile, blank_archive, tensors_of
 from megatron_real.weights.mapping import (
     EMBEDDING,
     OUTPUT,
@@ -337,16 +337,17 @@ def plan_torch_legacy(
             for name, piece in pieces.items():
                 model[name] = torch.empty(piece.shape, dtype=torch_dtype(piece.dtype))
             model.update(dict.fromkeys(_extra_states(pieces, layers)))
-            plan = layout({"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model})
+            state = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
+            archive = blank_archive(state)
 
             directory = f"mp_rank_{rank:02d}"
             if pp > 1:
                 directory += f"_{stage:03d}"
             file = f"{prefix}{directory}/{FILE}"
-            output.sizes[file] = plan.size
-            for offset, data in plan.literals:
+            output.sizes[file] = archive.size
+            for offset, data in archive.literals:
                 output.literals.append((file, offset, data))
-            for slot, piece in zip(plan.slots, pieces.values(), strict=True):
+            for slot, piece in zip(archive.slots, pieces.values(), strict=True):
                 output.targets.append(Target(file, slot.offset, piece, slot.crc_offsets))
     return output
 

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_real"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("disk", "numerics", "cpu", "pinned", "collective", "challenge", "bounds"),
+    ("disk", "numerics", "buffers", "cpu", "pinned", "collective", "challenge", "bounds"),
     ("records", "errors"),
     ("exchange",),
     ("objective",),

@@ -28,7 +28,7 @@ from megatron_real.plan.memory import (
     stage_memory,
     stage_parameters,
 )
-from megatron_real.plan.speed import Cluster, Run, _decay, step_time
+from megatron_real.plan.speed import Cluster, PlannedRun, _decay, step_time
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.rows import append_row
 from megatron_real.weights.architecture import Architecture
@@ -58,9 +58,11 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def planned(file: Path, *words: str, gpus: int = 32, gpu: str = "h100-80g", **known: float) -> Run:
+def planned(
+    file: Path, *words: str, gpus: int = 32, gpu: str = "h100-80g", **known: float
+) -> PlannedRun:
     read = config.load(file, [*RECIPE, *words])
-    return Run(Architecture.from_config(R1_7B), read, Cluster(DEVICES[gpu], gpus, **known))
+    return PlannedRun(Architecture.from_config(R1_7B), read, Cluster(DEVICES[gpu], gpus, **known))
 
 
 def plan(file: Path, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, Any]:
