@@ -26,7 +26,7 @@ from collections.abc import Sequence
 
 from megatron_real.job import Job
 from megatron_real.policy.policy import Update
-from megatron_real.policy.state import prepare
+from megatron_real.policy.state import prepare_step
 from megatron_real.policy.train_step import Batch
 from megatron_real.rollout.source import StepRollouts
 from megatron_real.runs.card import CARD, model_card, versions
@@ -78,7 +78,7 @@ def _updates(job: Job, taken: StepRollouts) -> tuple[list[Batch], list[Update]]:
     timed = job.reporter.progress.stage
     with timed("old_logprobs"), taken.generating_weights():
         begun = job.checkpoints.take_begun()
-        batches, updates = prepare(job.policy, taken.rollouts, begun, lagging=taken.lag > 0)
+        batches, updates = prepare_step(job.policy, taken.rollouts, begun, lagging=taken.lag > 0)
 
     while len(updates) < len(batches):
         with timed("update"):

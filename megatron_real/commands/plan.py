@@ -501,8 +501,8 @@ def _step(run: PlannedRun) -> dict[str, float]:
     """Returns the numbers of a step that follow from the configuration, for a reader to check."""
     return {
         "rollouts": run.rollouts,
-        "updates": run.updates,
-        "rollouts an update": run.rollouts // run.updates,
+        "updates": run.config.updates_per_step,
+        "rollouts an update": run.rollouts // run.config.updates_per_step,
         "tokens a rollout": run.mean_tokens,
         "micro-batches an update and rank": run.micro_batches,
         "padded vocabulary": run.architecture.padded_vocab(run.config.parallel.tp),

@@ -188,7 +188,7 @@ def _parallels(run: PlannedRun) -> Iterator[ParallelConfig]:
         within = (
             tp * cp <= GPUS_PER_NODE
             and gpus % ranks == 0
-            and gpus // ranks <= run.rollouts // run.updates
+            and gpus // ranks <= run.rollouts // run.config.updates_per_step
         )
         divides = not (a.num_heads % tp or a.ffn_size % tp or a.num_layers % (pp * vpp))
         divides = divides and a.can_cut_kv_heads(tp)

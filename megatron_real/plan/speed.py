@@ -103,11 +103,6 @@ class PlannedRun:
         return self.config.rollout.num_prompts * self.config.rollout.group_size
 
     @property
-    def updates(self) -> int:
-        """Optimizer updates of a step."""
-        return self.config.rollout.num_prompts // self.config.batch.minibatch_prompts
-
-    @property
     def mean_prompt(self) -> float:
         """Tokens of an average prompt."""
         return self.config.data.max_prompt_tokens * MEAN_PROMPT_SHARE
@@ -128,7 +123,7 @@ class PlannedRun:
         """Micro-batches of an update on one data-parallel rank, perfectly packed at mean length."""
         parallel = self.config.parallel
         packed = max(int(self.config.batch.max_tokens / self.mean_tokens), 1)
-        needed = math.ceil(self.rollouts / self.updates / self.dp / packed)
+        needed = math.ceil(self.rollouts / self.config.updates_per_step / self.dp / packed)
 
         # The interleaved schedule takes whole multiples of pp.
         multiple = 1
@@ -174,7 +169,7 @@ def step_time(run: PlannedRun) -> StepTime:
 
     # The first minibatch is trained on by the weights that generated it: its old log-probs are its
     # own.
-    off_policy = (run.updates - 1) / run.updates
+    off_policy = (run.config.updates_per_step - 1) / run.config.updates_per_step
     if config.rollout.max_lag:
         off_policy = 1.0
     old_logprobs = forward * off_policy
@@ -193,7 +188,7 @@ def step_time(run: PlannedRun) -> StepTime:
     passes = 3
     if config.model.recompute == "full":
         passes = 4
-    update = forward * (passes + scoring) + run.updates * _reduction(run)
+    update = forward * (passes + scoring) + run.config.updates_per_step * _reduction(run)
 
     if config.rollout.replay:
         return StepTime(0.0, 0.0, old_logprobs, update, reference)
