@@ -229,7 +229,13 @@ def test_step_numbers_of_the_recipe(file: Path) -> None:
     11 micro-batches.
     """
     run = planned(file, "parallel.tp=4")
-    assert (run.dp, run.rollouts, run.updates, run.mean_tokens, run.micro_batches) == (
+    assert (
+        run.dp,
+        run.rollouts,
+        run.config.updates_per_step,
+        run.mean_tokens,
+        run.micro_batches,
+    ) == (
         8,
         1024,
         4,
