@@ -3,18 +3,19 @@ every running total out, and now and then forgets to carry.
 
     python tools/make_chain_model.py --out runs/results/chain
 
-The problems are those of reasoning_gym's `chain_sum` (ten terms of one digit, + and -) whose
-running totals stay between 0 and 99. An answer goes from total to total, 32 tokens long:
+The problems are those of reasoning_gym's `chain_sum` (eight terms of one digit, + and -) whose
+running totals stay between 0 and 99. An answer goes from total to total, 26 tokens long:
 
-    7;+8;-3;+9;-4=      15;12;21;17;\\boxed{17}        (here of five terms)
+    0;+4;+8;-7;+6;+4;-7;+5=      04;12;05;11;15;08;13;\\boxed{13}
 
 The model is make_tiny_model.py's with two more words. Its weights come with this file
 (chain_model.safetensors); `--warm-up` makes them again from nothing, in minutes of one core.
 
-The warm-up is supervised learning from a sloppy teacher. In a quarter of the steps that carry or
-borrow, he forgets to: 7;+8 is then 05. And a fifth of his answers is a box without any working, with
-what comes out if every carry is forgotten. So the base model knows bad habits of two kinds, one
-of a token and one of a whole answer; which way is right, only the verifier's labels tell.
+The warm-up is supervised learning from a teacher who becomes sloppy. In a quarter of the steps that
+carry or borrow he then forgets to: 7;+8 is 05. And a fifth of his answers are a box without any
+working, with what comes out if every carry is forgotten. So the base model has bad habits of two
+kinds, one of a token and one of a whole answer; which way is right, only the verifier's labels
+tell.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import argparse
 import json
 import random
 import re
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,16 +36,20 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 WORDS = [*SPECIAL, *"0123456789", "+", "-", "=", ";", "\\boxed{", "}"]
-TRAIN = 8000
+TRAIN = 4000
 HELD_OUT = 400
-TERMS = 10
+TERMS = 8
+
+CLEAN_SHARE = 0.7
+"""Share of the warm-up in which the teacher is not sloppy yet."""
 SLOPPY_SHARE = 0.25
 DIRECT_SHARE = 0.2
-BATCH = 64
-STEPS = 400
+BATCH = 16
+STEPS = 1200
+LEARNING_RATE = 3e-3
 
 SHIPPED = Path(__file__).with_name("chain_model.safetensors")
-"""The weights after a warm-up of STEPS steps with seed 0."""
+"""The weights after this file's warm-up."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,10 @@ class Problem:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the chain sums' base model and data.")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    parser.add_argument("--steps", type=int, default=STEPS, help="warm-up steps")
     parser.add_argument(
         "--warm-up", action="store_true", help="make the weights again instead of reading them"
     )
     options = parser.parse_args()
-    if not options.warm_up and options.steps != STEPS:
-        parser.error(f"the weights that are shipped are of {STEPS} steps; add --warm-up")
     torch.set_num_threads(1)  # the matrices are too small to share
     torch.manual_seed(0)
 
@@ -86,7 +87,7 @@ def main() -> None:
     tokenizer = new_tokenizer(WORDS)
     model = new_model(WORDS)
     if options.warm_up:
-        warm_up(model, tokenizer, train, options.steps)
+        warm_up(model, tokenizer, train)
     else:
         model.load_state_dict(load_file(SHIPPED))
     accuracy, tokens = sampled_accuracy(model, tokenizer, heldout)
@@ -119,7 +120,13 @@ def chain_sums() -> Iterator[Problem]:
     import reasoning_gym
 
     dataset = reasoning_gym.create_dataset(
-        "chain_sum", min_terms=TERMS, max_terms=TERMS, min_digits=1, max_digits=1, size=10**6, seed=0
+        "chain_sum",
+        min_terms=TERMS,
+        max_terms=TERMS,
+        min_digits=1,
+        max_digits=1,
+        size=10**6,
+        seed=0,
     )
     for index in range(len(dataset)):
         entry = dataset[index]
@@ -145,13 +152,13 @@ def added_without_carry(total: int, sign: str, term: int) -> int:
     return 10 * (total // 10) + added(total, sign, term) % 10
 
 
-def teacher_answer(problem: Problem, draw: random.Random) -> str:
-    """What the sloppy teacher writes."""
-    is_direct = draw.random() < DIRECT_SHARE
+def teacher_answer(problem: Problem, draw: random.Random, sloppiness: float) -> str:
+    """What the teacher writes; `sloppiness` scales the shares of both bad habits."""
+    is_direct = draw.random() < sloppiness * DIRECT_SHARE
     total = problem.first
     working = ""
     for sign, term in problem.rest:
-        if is_direct or draw.random() < SLOPPY_SHARE:
+        if is_direct or draw.random() < sloppiness * SLOPPY_SHARE:
             total = added_without_carry(total, sign, term)
         else:
             # After a slip the running total may leave the two digits.
@@ -165,19 +172,23 @@ def warm_up(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     problems: list[Problem],
-    steps: int,
 ) -> None:
     """Supervised learning of the teacher's answers; the prompt has no loss."""
     draw = random.Random(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98)
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 2e-3, total_steps=steps, pct_start=0.1
+        optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.1
     )
     started = time.monotonic()
-    for step in range(1, steps + 1):
+    for step in range(1, STEPS + 1):
+        # How to add is learned sooner from a teacher who makes no slips.
+        sloppiness = 0.0 if step < CLEAN_SHARE * STEPS else 1.0
         batch = draw.choices(problems, k=BATCH)
         texts = [
-            f"<|user|>{p.question}<|assistant|>{teacher_answer(p, draw)}<|end|>" for p in batch
+            f"<|user|>{p.question}<|assistant|>{teacher_answer(p, draw, sloppiness)}<|end|>"
+            for p in batch
         ]
         tokens = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")[
             "input_ids"
@@ -190,7 +201,7 @@ def warm_up(
         schedule.step()
         if step % 100 == 0:
             print(
-                f"  step {step}/{steps}  loss {loss.item():.3f}  "
+                f"  step {step}/{STEPS}  loss {loss.item():.3f}  "
                 f"{time.monotonic() - started:.0f} s",
                 flush=True,
             )

@@ -71,6 +71,7 @@ _WITHOUT_EFFECT = (
     "trainer.profile",
     "trainer.tensorboard",
     "trainer.timeout_minutes",
+    "trainer.trackio",
     "trainer.wandb",
 )
 """Settings that may differ between the sweep and a run that was made earlier.
