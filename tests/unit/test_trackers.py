@@ -240,7 +240,10 @@ def test_a_tracker_that_fails_is_said_once_and_ends_nothing(
     assert len(directory.metrics.read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize(("setting", "package"), [("wandb", "wandb"), ("mlflow", "mlflow-skinny")])
+@pytest.mark.parametrize(
+    ("setting", "package"),
+    [("wandb", "wandb"), ("mlflow", "mlflow-skinny"), ("trackio", "trackio")],
+)
 def test_a_tracker_that_is_not_installed_is_one_clear_sentence(
     monkeypatch: pytest.MonkeyPatch, setting: str, package: str
 ) -> None:
