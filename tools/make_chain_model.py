@@ -106,7 +106,7 @@ def main() -> None:
 
 def split_problems() -> tuple[list[Problem], list[Problem]]:
     """Held-out and training problems, none twice."""
-    problems = {}
+    problems: dict[str, Problem] = {}
     for problem in chain_sums():
         problems.setdefault(problem.question, problem)
         if len(problems) == HELD_OUT + TRAIN:
