@@ -24,7 +24,7 @@ import psutil
 
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.status import read_status
-from megatron_real.runs.stop import EXIT_AGAIN
+from megatron_real.supervision.stop import EXIT_AGAIN
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import SignalException

@@ -19,8 +19,8 @@ from megatron_real.commands.terminal import INTERRUPTED, refuse, say, table
 from megatron_real.compare.execute import Executor, sweep_lock
 from megatron_real.compare.results import Outcome, RunResult, read_result
 from megatron_real.compare.sweep import Sweep, load_sweep
-from megatron_real.runs.stop import EXIT_AGAIN
 from megatron_real.runs.summary import duration
+from megatron_real.supervision.stop import EXIT_AGAIN
 
 SUMMARY = "train variants of a configuration with several seeds, and compare them"
 EXAMPLES = """\

@@ -1,4 +1,4 @@
-"""`megatron-real eval`: the arguments and exit codes of benchmark.py.
+"""`megatron-real eval`: the arguments and exit codes of evaluation/benchmark.py.
 
     megatron-real eval MODEL --bench NAME=FILE ... [--samples 16] [--out DIR] [key.sub=value ...]
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from megatron_real import config as configuration
 from megatron_real.commands.subject import Subject
 from megatron_real.commands.terminal import INTERRUPTED, refuse, say
+from megatron_real.conversion.convert import check_model
 from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.conversion import check_model
 
 SUMMARY = "measure pass@1, pass@k and maj@k on benchmarks"
 EXAMPLES = """\
@@ -84,8 +84,8 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         return refuse(error)
 
-    from megatron_real.benchmark import UntrustedFigures, run_benchmarks
-    from megatron_real.rollout.engine import EngineFailed
+    from megatron_real.evaluation.benchmark import UntrustedFigures, run_benchmarks
+    from megatron_real.rollout.engines.engine import EngineFailed
     from megatron_real.rollout.sync import SyncError
 
     out = options.out or str(Path("runs/eval") / subject.name(config.model.path))

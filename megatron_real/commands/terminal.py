@@ -23,7 +23,10 @@ EXIT_CODES = {
     75: "The run stopped early with everything saved. Start the same command again.",
     INTERRUPTED: "Ctrl-C. The run has saved where it could; the same command goes on.",
 }
-"""Exit code -> what it says, for the reference of the documentation. 75 is runs.stop.EXIT_AGAIN."""
+"""Exit code -> what it says, for the reference of the documentation.
+
+75 is supervision.stop.EXIT_AGAIN.
+"""
 
 
 def is_first_rank() -> bool:

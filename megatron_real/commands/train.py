@@ -12,8 +12,8 @@ import sys
 
 from megatron_real import config as configuration
 from megatron_real.commands.terminal import INTERRUPTED, REFUSED, is_first_rank, refuse, say
+from megatron_real.conversion.convert import check_model
 from megatron_real.runs.replay import check_replay
-from megatron_real.weights.conversion import check_model
 
 SUMMARY = "train a policy, or go on with a run that was stopped"
 EXAMPLES = """\
@@ -107,8 +107,8 @@ def _checked(options: argparse.Namespace) -> configuration.Config:
 
 def _train(config: configuration.Config) -> int:
     """Trains in this process; returns the exit code."""
-    from megatron_real.runs import stop as stopping
-    from megatron_real.runs.stop import EXIT_AGAIN, Stopped, StopRequest
+    from megatron_real.supervision import stop as stopping
+    from megatron_real.supervision.stop import EXIT_AGAIN, Stopped, StopRequest
 
     # First of all: a signal may come while the rest is imported.
     stop = StopRequest(max_hours=config.trainer.max_hours)
@@ -116,17 +116,17 @@ def _train(config: configuration.Config) -> int:
     if is_first_rank():
         print("loading torch and megatron-core", flush=True)  # seconds of silence otherwise
 
+    from megatron_real.checkpoint.saver import CheckpointFailed
     from megatron_real.disk import is_full_disk
     from megatron_real.job import build
     from megatron_real.labels import RewardNeedsThreshold, TooManyFailedChecks
     from megatron_real.loop import train
-    from megatron_real.policy.layout import leave_world
-    from megatron_real.rollout.engine import EngineFailed
+    from megatron_real.parallel.groups import leave_world
+    from megatron_real.parallel.ranks import EveryRankError
+    from megatron_real.rollout.engines.engine import EngineFailed
     from megatron_real.rollout.sync import SyncError
-    from megatron_real.runs.checkpoint import CheckpointFailed
     from megatron_real.runs.claim import NothingToDo
-    from megatron_real.runs.ranks import EveryRankError
-    from megatron_real.runs.ruin import NonFinite
+    from megatron_real.supervision.ruin import NonFinite
 
     try:
         job = build(config, stop)

@@ -13,17 +13,18 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_real"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("records", "disk", "numerics", "cpu", "pinned", "collective", "challenge", "bounds"),
-    ("exchange",),
+    ("records", "disk", "numerics", "pinned", "challenge", "bounds", "progress"),
     ("objective",),
     ("config",),
-    ("labels", "batching"),
+    ("parallel", "labels", "batching"),
     ("prompts",),
     ("weights",),
+    ("conversion",),
     ("policy", "rollout"),
-    ("evaluate",),
+    ("evaluation", "supervision"),
     ("runs",),
-    ("job", "benchmark", "doctor", "plan", "launcher", "compare", "report"),
+    ("checkpoint",),
+    ("job", "doctor", "plan", "launcher", "compare", "report"),
     ("loop", "rehearsal"),
     ("session",),
     ("commands",),
