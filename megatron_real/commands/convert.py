@@ -5,7 +5,7 @@
     megatron-real convert verify A [B] [--logits]
     megatron-real convert inspect DIR
 
-Only the command line is here: arguments, progress, summary. The work is in megatron_real/conversion/.
+Only the command line is here: arguments, progress, summary. The work is in the package conversion.
 """
 
 from __future__ import annotations
