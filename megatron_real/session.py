@@ -19,12 +19,12 @@ from contextlib import closing
 
 from megatron_real.config import Config, check_world
 from megatron_real.conversion.convert import check_model
-from megatron_real.runs.claim import NothingToDo
+from megatron_real.errors import NothingToDo, Stopped
 from megatron_real.runs.quiet import quiet_libraries
 from megatron_real.runs.replay import check_replay
 from megatron_real.runs.run_records import RunRecords
 from megatron_real.supervision import stop as stopping
-from megatron_real.supervision.stop import Stopped, StopRequest
+from megatron_real.supervision.stop import StopRequest
 
 logger = logging.getLogger(__name__)
 

@@ -37,6 +37,7 @@ from rich.table import Table
 
 from megatron_real.config import Config, LabelConfig, to_dict
 from megatron_real.conversion.convert import hf_tensors, open_start
+from megatron_real.errors import ExpectedEnd
 from megatron_real.evaluation.directory import BENCH, Chunk, EvaluationDirectory, average
 from megatron_real.evaluation.figures import Evaluation, summarise
 from megatron_real.labels import Labeller, build_labeller
@@ -47,9 +48,10 @@ from megatron_real.parallel.groups import join_world, leave_world
 from megatron_real.parallel.ranks import Ranks
 from megatron_real.progress import Heartbeat
 from megatron_real.prompts import load_prompts
-from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Sampling
+from megatron_real.records import POSITIVE, Completion, Prompt, Rollout
 from megatron_real.rollout import RolloutStage, build_engine
 from megatron_real.rollout.engines.engine import Engine, EngineFailed
+from megatron_real.rollout.sampling import evaluation_sampling
 from megatron_real.rollout.sync import WeightSync
 from megatron_real.weights.hf import HfWeights
 from megatron_real.weights.stored import torch_dtype
@@ -62,7 +64,7 @@ _PROBES = 64
 _PROBE_BYTES = 1 << 16
 
 
-class UntrustedFigures(RuntimeError):
+class UntrustedFigures(ExpectedEnd, RuntimeError):
     """So many checks failed that the figures say little of the model."""
 
 
@@ -253,13 +255,7 @@ def _answer(
         console.print(
             f"{len(chunks) - len(missing)} of {len(chunks)} chunks are there already; going on"
         )
-    evaluation = config.evaluation
-    sampling = Sampling(
-        evaluation.samples,
-        evaluation.temperature,
-        config.rollout.max_response_tokens,
-        evaluation.top_p,
-    )
+    sampling = evaluation_sampling(config)
 
     architecture, weights = open_start(config.model.path, config.model.weights)
     dtype = torch_dtype(config.model.dtype)

@@ -13,7 +13,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_real"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("records", "disk", "numerics", "pinned", "challenge", "bounds", "progress"),
+    ("disk", "numerics", "pinned", "challenge", "bounds", "progress"),
+    ("records", "errors"),
     ("objective",),
     ("config",),
     ("parallel", "labels", "batching"),
