@@ -32,7 +32,7 @@ import torch.distributed as dist
 from bench_machine import add_options, apply_options, show
 from torch.distributed import distributed_c10d as c10d
 
-from megatron_real import collective
+from megatron_real.parallel import collective
 
 Way = Callable[[Any, dist.ProcessGroup], None]
 

@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from megatron_real.runs import lifeline
+from megatron_real.supervision import lifeline
 
 RANKS_OF_A_MACHINE = 8
 

@@ -1,4 +1,4 @@
-"""`megatron-real eval`: the arguments and exit codes of benchmark.py.
+"""`megatron-real eval`: the arguments and exit codes of evaluation/benchmark.py.
 
     megatron-real eval MODEL --bench NAME=FILE ... [--samples 16] [--out DIR] [key.sub=value ...]
 
@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_real import config as configuration
+from megatron_real.commands.arguments import add_overrides
 from megatron_real.commands.subject import Subject
 from megatron_real.commands.terminal import input_checks, say
+from megatron_real.conversion.convert import check_model
 from megatron_real.errors import DONE, INTERRUPTED
 from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.conversion import check_model
 
 SUMMARY = "measure pass@1, pass@k and maj@k on benchmarks"
 EXAMPLES = """\
@@ -47,9 +48,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="run directory or checkpoint of one, with the run's own settings; HF directory or "
         "cached hub id; YAML file",
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file"
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--bench",
         action="append",
@@ -83,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
         check_model(config.model.path, config.model.weights)
         files = _benchmarks(options.bench)
 
-    from megatron_real.benchmark import run_benchmarks
+    from megatron_real.evaluation.benchmark import run_benchmarks
 
     out = options.out or str(Path("runs/eval") / subject.name(config.model.path))
     try:

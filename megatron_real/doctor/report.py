@@ -21,11 +21,11 @@ def report(run_dir: Path, needs: DiskNeeds | None = None) -> list[Finding]:
     """
     import torch.distributed as dist
 
-    from megatron_real.collective import gathered
     from megatron_real.doctor.containment import containment
     from megatron_real.doctor.machine import machine
     from megatron_real.doctor.network import network
     from megatron_real.doctor.software import software
+    from megatron_real.parallel.collective import gathered
 
     host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     # One rank of each node looks at it: two that measure one disk halve its speed.

@@ -23,7 +23,7 @@ CASES = {
 
 def attempts() -> dict[str, tuple[str, str, float]]:
     """By method: the error that this rank raises when one rank alone fails, and the seconds."""
-    from megatron_real.runs.ranks import Ranks
+    from megatron_real.parallel.ranks import Ranks
 
     ranks = Ranks.of_all(timedelta(seconds=240))
     found = {}
@@ -70,7 +70,7 @@ def exchanged() -> dict[str, Any]:
     """What ranks tell each other, what each of them got, and how often objects were gathered."""
     import torch.distributed as dist
 
-    from megatron_real.runs.ranks import Ranks
+    from megatron_real.parallel.ranks import Ranks
 
     ranks = Ranks.of_all(timedelta(seconds=240))
     gatherings = []
@@ -126,7 +126,7 @@ def threads_of_runs() -> list[int]:
 
     import torch.distributed as dist
 
-    from megatron_real.policy.layout import join_world, leave_world
+    from megatron_real.parallel.groups import join_world, leave_world
 
     leave_world()
     del os.environ["MASTER_PORT"]  # a process of its own: nobody else to meet
@@ -152,9 +152,10 @@ def surveyed(folder: str, fault: str) -> tuple[str, float]:
     """
     import os
 
-    from megatron_real.runs import checkpoint, saved
+    from megatron_real.checkpoint import saver
+    from megatron_real.parallel.ranks import Ranks
+    from megatron_real.runs import saved
     from megatron_real.runs.directory import RunDirectory
-    from megatron_real.runs.ranks import Ranks
 
     ranks = Ranks.of_all(timedelta(seconds=240))
     directory = RunDirectory(folder)
@@ -187,7 +188,7 @@ def surveyed(folder: str, fault: str) -> tuple[str, float]:
             os.scandir = lambda path=".": [e for e in scandir(path) if e.name != "step_4"]  # type: ignore[assignment]
     started = time.monotonic()
     try:
-        newest = checkpoint.survey(directory, ranks).newest
+        newest = saver.survey(directory, ranks).newest
         found = newest.path.name if newest else "none"
     except Exception as error:
         found = f"{type(error).__name__}: {error}"

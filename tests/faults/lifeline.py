@@ -13,7 +13,7 @@ from pathlib import Path
 RANK = """
 import json, sys, time
 from pathlib import Path
-from megatron_real.runs import lifeline
+from megatron_real.supervision import lifeline
 lifeline.FAN_OUT = 1
 rank, world, what, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 rounds = 0
