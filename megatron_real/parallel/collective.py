@@ -27,6 +27,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron_real.parallel.cpu import CPU, device
+
 T = TypeVar("T")
 
 
@@ -216,9 +218,9 @@ def _any(flag: bool, group: dist.ProcessGroup | None) -> bool:
     """Returns whether the flag is set on some rank; the same on each. Collective."""
     if group is None:
         return flag
-    device = torch.device("cpu")
+    place = CPU
     if dist.get_backend(group) == "nccl":
-        device = torch.device("cuda", torch.cuda.current_device())
-    is_set = torch.tensor([int(flag)], device=device)
+        place = device()
+    is_set = torch.tensor([int(flag)], device=place)
     dist.all_reduce(is_set, op=dist.ReduceOp.MAX, group=group)
     return bool(is_set.item())
