@@ -57,16 +57,16 @@ time.sleep(600)
 
 
 def start(
-    rank: int, case: str, folder: Path, *wrapper: str, host: str = "127.0.0.1"
+    rank: int, case: str, folder: Path, *wrapper: str, host: str = "127.0.0.1", world: int = 3
 ) -> subprocess.Popen[str]:
-    """One of three ranks that do what the case says, started by a wrapping command;
+    """One of the ranks that do what the case says, started by a wrapping command;
     `host` is the first rank's.
     """
     script = RANK
     if case == "leave":
         script = RANK.replace("rank, world", "lifeline._LEAVE_SECONDS = 1.0\nrank, world", 1)
     return subprocess.Popen(
-        [*wrapper, sys.executable, "-c", script, str(rank), "3", case, str(folder)],
+        [*wrapper, sys.executable, "-c", script, str(rank), str(world), case, str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -58,6 +58,20 @@ def test_a_killed_rank_takes_the_others_down(
     assert [p.returncode for p in others] == [1, 1]
 
 
+def test_ranks_pass_on_what_they_do_not_see_themselves(tmp_path: Path) -> None:
+    """In a chain of four, the last one hears of the first one's end over two others."""
+    started = [start(rank, "wait", tmp_path, world=4) for rank in range(4)]
+    try:
+        wait_until_ready(started)
+        started[0].send_signal(signal.SIGKILL)
+        for said in ends(started[1:], within=120.0):
+            assert f"rank 0 on {HOST} ended without a word" in said
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
 @pytest.mark.parametrize("ranks", ["raise"], indirect=True)
 def test_an_error_is_named_as_the_first_cause(ranks: list[subprocess.Popen[str]]) -> None:
     for said in ends([ranks[0], ranks[2]], within=120.0):
