@@ -227,8 +227,7 @@ def test_marks_of_thinking_stay_in_the_text_where_the_tokenizer_calls_them_speci
 def test_a_box_in_a_thinking_that_the_template_opened_is_no_answer() -> None:
     prompt = Prompt("p", "<|assistant|><think>\n", (1,), ("5",))
     texts = ["\\boxed{5}", "\\boxed{6}</think>\\boxed{5}"]
-    options = {"workers": 1, "timeout_seconds": 60, "memory_mib": 1024}
-    with Labeller("math_verify", **options) as label:
+    with Labeller("math_verify", workers=1, timeout_seconds=60, memory_mib=1024) as label:
         verdicts = label([(prompt, Completion((7,), (0.0,), text, True)) for text in texts])
     assert [verdict.status for verdict in verdicts] == ["unparsable", "ok"]
 

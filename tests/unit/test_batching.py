@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from megatron_real.batching import Layout, minibatches, plan
 from megatron_real.batching.placement import _Bin, _Packing
 from megatron_real.objective import make_objective, real_weights
-from megatron_real.records import Completion, Prompt, Rollout, Verdict
+from megatron_real.objective.real import OneClassGroups
+from megatron_real.records import Completion, Label, Prompt, Rollout, Status, Verdict
 from tests.unit.plain_packing import plain_micro_batches
 
 
@@ -23,7 +24,7 @@ def rollout(group: int, label: int, tokens: int = 3) -> Rollout:
         group,
         0,
         Completion((5,) * tokens, (0.0,) * tokens, "", True),
-        Verdict("ok", label, 1.0),
+        Verdict(Status.OK, Label(label), 1.0),
     )
 
 
@@ -44,7 +45,7 @@ def test_denominator_counts_groups_with_a_labelled_rollout() -> None:
     one_class=st.sampled_from(["skip", "keep"]),
 )
 @settings(deadline=None)
-def test_kept_are_those_with_a_weight(labels: list[list[int]], one_class: str) -> None:
+def test_kept_are_those_with_a_weight(labels: list[list[int]], one_class: OneClassGroups) -> None:
     """Batching drops rollouts before there are scores; the objective must agree
     on which have no weight.
     """
@@ -56,7 +57,7 @@ def test_kept_are_those_with_a_weight(labels: list[list[int]], one_class: str) -
     )
     weight_R = real_weights(
         torch.zeros(len(rollouts)), label_R, group_R, one_class_groups=one_class
-    )  # type: ignore[arg-type]
+    )
     assert weight_R.nonzero().flatten().tolist() == list(only.kept)
 
 

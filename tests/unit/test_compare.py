@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from megatron_real import cli
 from megatron_real.compare.results import Outcome, RunResult, read_result
@@ -245,6 +245,7 @@ def test_a_run_of_an_earlier_version_lacks_settings(base: Path) -> None:
     run = load_sweep(write_sweep(base)).runs[0]
     keep(run, accuracy=0.5)
     values = OmegaConf.load(run.directory.config)
+    assert isinstance(values, DictConfig)
     del values["rollout"]["max_lag"], values["objective"]["tau"]
     OmegaConf.save(values, run.directory.config)
     load_sweep(write_sweep(base))

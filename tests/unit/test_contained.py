@@ -139,7 +139,9 @@ def fuzzed(count: int) -> list[str]:
 @pytest.mark.parametrize("verifier", ["math_verify", "exact"])
 def test_mathematics_is_never_run_as_code(verifier: str, count: int) -> None:
     texts = [*EVIL, *fuzzed(count)]
-    checks = [(box(text), ["5", "evil + 1"], {}) for text in texts]
+    checks: list[tuple[str, list[str], dict[str, Any]]] = [
+        (box(text), ["5", "evil + 1"], {}) for text in texts
+    ]
     assert audited(verifier, checks) == [len(texts), []]
 
 
@@ -221,7 +223,7 @@ def test_arithmetic() -> None:
 
 # What the library's own scorers pay in full whatever the question is, beside right answers:
 # (answer, gold, extra_info).
-PAID_ALWAYS = [
+PAID_ALWAYS: list[tuple[str, str, dict[str, Any]]] = [
     ("nan", "3.0 - 2.0i", {"source_dataset": "complex_arithmetic", "result": [3.0, -2.0]}),
     ("nan+nanj", "3.0 - 2.0i", {"source_dataset": "complex_arithmetic", "result": [3.0, -2.0]}),
     ("0", "0.171875", {"source_dataset": "coin_flip"}),
@@ -232,7 +234,7 @@ PAID_ALWAYS = [
     ("2.5*4*2.4", "5*5 - 1**4", {"source_dataset": "puzzle24", "numbers": [5, 5, 1, 4]}),
     ("6**2 - 4", "6*4 + 2", {"source_dataset": "countdown", "numbers": [6, 4, 2], "target": 32}),
 ]
-RIGHT = [
+RIGHT: list[tuple[str, str, dict[str, Any]]] = [
     ("3 - 2i", "3.0 - 2.0i", {"source_dataset": "complex_arithmetic", "result": [3.0, -2.0]}),
     ("11/64", "0.171875", {"source_dataset": "coin_flip"}),
     ("true", "True", {"source_dataset": "game_of_life_halting"}),

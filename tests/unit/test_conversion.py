@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,11 @@ def files_of(directory: Path) -> dict[str, bytes]:
     ids=["qwen2", "llama-tied", "llama-biases", "qwen3"],
 )
 def test_round_trip_is_the_identical_file(
-    tiny_model: Callable[..., Path], tmp_path: Path, options: dict, family: str, sizes: dict
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    options: dict[str, Any],
+    family: str,
+    sizes: dict[str, Any],
 ) -> None:
     source = tiny_model(family, dtype="bfloat16", **sizes)
     there = hf_to_megatron(source, tmp_path / "megatron", **options)
@@ -105,7 +110,7 @@ def test_bin_and_snapshot_sources(source: Path, tmp_path: Path) -> None:
         shutil.copy(source / "config.json", directory)
     torch.save(collections.OrderedDict(tensors), whole / "pytorch_model.bin")
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, part in enumerate((names[::2], names[1::2])):
         torch.save(
             {name: torch.nn.Parameter(tensors[name]) for name in part},
@@ -155,9 +160,10 @@ def edited(
     tensors = {name: weights.read(name) for name in weights.names}
     for name, change in changes.items():
         value = change(tensors.get(name, torch.zeros(2)))
-        tensors[name] = value  # type: ignore[assignment]
         if value is None:
             del tensors[name]
+        else:
+            tensors[name] = value
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
@@ -175,7 +181,9 @@ def edited(
     ],
     ids=["missing", "extra", "shape", "quantised"],
 )
-def test_a_wrong_model_is_named(source: Path, tmp_path: Path, changes: dict, message: str) -> None:
+def test_a_wrong_model_is_named(
+    source: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(WeightsError, match=message):
         hf_to_megatron(edited(source, tmp_path, **changes), tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["edited"]

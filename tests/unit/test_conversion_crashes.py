@@ -189,7 +189,7 @@ def test_too_small_a_disk_is_found_before(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(WeightsError, match=r"bytes are needed in .*, which has [\d,]+ too few"):
         to_megatron(source, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -201,7 +201,7 @@ def cut(source: Path, *, index: bool) -> Path:
     """Two shards instead of the single file."""
     tensors = load_file(source / SINGLE)
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, part in enumerate((names[::2], names[1::2]), 1):
         file = f"model-{i:05d}-of-00002.safetensors"
         save_file({n: tensors[n] for n in part}, source / file, metadata={"format": "pt"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,12 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in NAMES:
         monkeypatch.setenv(name, "")  # remembered, and put back
         del os.environ[name]
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    # This module's only name is a property of its class, so it has no type.
+    deterministic: Any = torch.utils.deterministic
+    fills = deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = fills
+    deterministic.fill_uninitialized_memory = fills
 
 
 def test_every_library_is_told() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from megatron_real.rehearsal import transformer_engine
+from megatron_real.rehearsal.transformer_engine import DType
 from tests.emulated_te import kernels
 
 CU = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
@@ -40,7 +41,7 @@ def test_rmsnorm(zero_centered: bool) -> None:
 
 def gemm(a: torch.Tensor, transa: bool, b: torch.Tensor, transb: bool, **options: Any) -> Any:
     arguments: dict[str, Any] = {
-        "out": None, "quantizer": None, "out_dtype": kernels.DType.kFloat32, "bias": None,
+        "out": None, "quantizer": None, "out_dtype": DType.kFloat32, "bias": None,
         "bias_type": None, "gelu": False, "gelu_in": None, "grad": False,
         "workspace": torch.empty(0), "workspace_size": 0, "accumulate": False,
         "use_split_accumulator": False,
@@ -83,15 +84,16 @@ def test_fused_attention_is_softmax_of_each_sequence() -> None:
     upstream = torch.randn(8, 4, 8)
     out.backward(upstream)
 
-    data = [x.detach() for x in (q, k, v)]
+    q_data, k_data, v_data = (x.detach() for x in (q, k, v))
     mask = types.SimpleNamespace(name="NVTE_PADDING_CAUSAL_MASK")
-    none = [None] * 4
+    layouts = (None, None, None, None)  # these kernels read none of them
     result, statistics, _ = kernels.fused_attn_fwd(
-        5, 5, True, 0.3, 0.0, True, *none, mask, None, None, None, CU, CU, *data
-    )
+        5, 5, True, 0.3, 0.0, True, *layouts, mask, None, None, None, CU, CU,
+        q_data, k_data, v_data,
+    )  # fmt: skip
     grads = kernels.fused_attn_bwd(
-        5, 5, 0.3, 0.0, True, *none, None, None, None, mask, None, None, None, False, CU, CU,
-        *data, result, upstream, torch.float32, [statistics],
+        5, 5, 0.3, 0.0, True, *layouts, None, None, None, mask, None, None, None, False, CU, CU,
+        q_data, k_data, v_data, result, upstream, torch.float32, [statistics],
     )  # fmt: skip
     assert_close(result, out.detach())
     for grad, x in zip(grads, (q, k, v), strict=False):
@@ -102,22 +104,30 @@ def test_attention_in_two_steps_is_attention() -> None:
     """The ring's merge: each half of the keys by itself, joined by their log-sum-exps."""
     bounds = torch.tensor([0, 8], dtype=torch.int32)
     q, k, v = (torch.randn(8, 2, 8, requires_grad=True) for _ in range(3))
-    heads_first = [x.transpose(0, 1) for x in (q, k, v)]
-    out = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(0, 1)
+    heads_first = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+    )
+    out = heads_first.transpose(0, 1)
     upstream = torch.randn(8, 2, 8)
     out.backward(upstream)
 
-    data = [x.detach() for x in (q, k, v)]
+    q_data, k_data, v_data = (x.detach() for x in (q, k, v))
     scale = 8**-0.5
     mask = types.SimpleNamespace(name="NVTE_PADDING_MASK")
-    none = [None] * 4
+    layouts = (None, None, None, None)  # these kernels read none of them
     total: Any = None
     lse: Any = None
-    halves = [kernels.thd_read_half_tensor(x, bounds, half) for half in (0, 1) for x in data[1:]]
-    for keys in (halves[:2], halves[2:]):
+    halves = [
+        (
+            kernels.thd_read_half_tensor(k_data, bounds, half),
+            kernels.thd_read_half_tensor(v_data, bounds, half),
+        )
+        for half in (0, 1)
+    ]
+    for key, value in halves:
         step, statistics, _ = kernels.fused_attn_fwd(
-            8, 4, True, scale, 0.0, True, *none, mask, None, None, None, bounds, bounds // 2,
-            data[0], *keys,
+            8, 4, True, scale, 0.0, True, *layouts, mask, None, None, None, bounds, bounds // 2,
+            q_data, key, value,
         )  # fmt: skip
         step_lse = statistics.squeeze(-1).t()
         if total is None:
@@ -128,16 +138,20 @@ def test_attention_in_two_steps_is_attention() -> None:
         kernels.thd_out_correction(total, step, old, lse, step_lse, bounds, False, True)
     assert_close(total, out.detach())
 
-    grads = [torch.zeros_like(x) for x in data]
-    for keys, actions in ((halves[:2], ("copy", "none")), (halves[2:], ("none", "add"))):
+    # The first half of the keys overwrites its part of the gradient, the second adds to its part.
+    grads = [torch.zeros_like(x) for x in (q_data, k_data, v_data)]
+    for (key, value), actions in zip(halves, (("copy", "none"), ("none", "add")), strict=True):
         step_grads = kernels.fused_attn_bwd(
-            8, 4, scale, 0.0, True, *none, None, None, None, mask, None, None, None, False, bounds,
-            bounds // 2, data[0], *keys, total, upstream, torch.float32, [lse.t().unsqueeze(-1)],
+            8, 4, scale, 0.0, True, *layouts, None, None, None, mask, None, None, None, False,
+            bounds, bounds // 2, q_data, key, value, total, upstream, torch.float32,
+            [lse.t().unsqueeze(-1)],
         )  # fmt: skip
-        assert all(step is not None for step in step_grads[:3])
-        grads[0] += step_grads[0]
-        for grad, step in zip(grads[1:], step_grads[1:3], strict=True):
-            kernels.thd_grad_correction(grad, step, bounds, *actions)
+        query_grad, *key_value_grads = step_grads[:3]
+        assert query_grad is not None
+        grads[0] += query_grad
+        for grad, step_grad in zip(grads[1:], key_value_grads, strict=True):
+            assert step_grad is not None
+            kernels.thd_grad_correction(grad, step_grad, bounds, *actions)
     for grad, x in zip(grads, (q, k, v), strict=True):
         assert_close(grad, x.grad)
 

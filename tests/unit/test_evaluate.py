@@ -23,7 +23,7 @@ from megatron_real.evaluate import (
     summarise,
 )
 from megatron_real.labels.equivalence import Given, answer_classes
-from megatron_real.records import Completion, Prompt, Rollout, Verdict
+from megatron_real.records import Completion, Label, Prompt, Rollout, Status, Verdict
 from megatron_real.runs.evaluated import BENCH, Chunk, EvaluationDirectory, average
 
 
@@ -51,7 +51,7 @@ def test_pass_at_k_of_many_samples() -> None:
 
 # Answer 0 is correct. Votes: 0 has 2, 1 has 1 -> 1. 1 has 2 -> 0. A tie of right and wrong -> 1/2;
 # of right and two wrong ones -> 1/3. Who has no answer does not vote. Nobody votes -> 0.
-VOTES = {
+VOTES: dict[str, tuple[list[tuple[bool, int | None]], float]] = {
     "right": ([(True, 0), (True, 0), (False, 1)], 1.0),
     "wrong": ([(True, 0), (False, 1), (False, 1)], 0.0),
     "tie": ([(True, 0), (False, 1)], 1 / 2),
@@ -169,7 +169,7 @@ def test_right_and_wrong_never_vote_together_and_several_golds_are_compared() ->
 
 
 def rollout(uid: str, sample: int, label: int, text: str) -> Rollout:
-    verdict = Verdict("ok" if label else "wrong", label, float(label))
+    verdict = Verdict(Status.OK if label else Status.WRONG, Label(label), float(label))
     return Rollout(
         Prompt(uid, "", (1,), ("5",)),
         0,

@@ -317,7 +317,9 @@ class Planted:
 
 def saved_by_torch(folder: Path) -> Path:
     """A torch_dist checkpoint as torch's writer makes it: a tensor, and an object."""
-    from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, save
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     planner = DefaultSavePlanner(flatten_state_dict=False)
     state = {"a": torch.arange(6.0).bfloat16(), "b._extra_state": {"plain": [1, "x"]}}
@@ -328,8 +330,9 @@ def saved_by_torch(folder: Path) -> Path:
 @pytest.mark.parametrize("where", ["metadata", "object"])
 def test_resuming_runs_nothing_of_a_checkpoint(tmp_path: Path, where: str) -> None:
     """torch's reader calls what .metadata and the objects in the shards name; ours is before it."""
-    from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     folder, ran = saved_by_torch(tmp_path / "checkpoint"), tmp_path / "ran"
 

@@ -55,12 +55,13 @@ def imported(source: str) -> Iterator[tuple[int, str]]:
     inside functions too.
     """
     for node in ast.walk(ast.parse(source)):
-        modules: list[str] = []
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == "megatron_real":
+        elif node.module == "megatron_real":
             modules = [f"megatron_real.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        else:
             assert node.level == 0, f"line {node.lineno}: imports are absolute in this project"
             modules = [node.module or ""]
         for module in modules:

@@ -8,7 +8,7 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -465,7 +465,7 @@ EACH = {
     "empty": completion("", tokens=0),
 }
 DEFAULT = [POSITIVE, NEGATIVE, NEGATIVE, EXCLUDED, EXCLUDED, NEGATIVE, EXCLUDED]
-CONFIGURED: list[tuple[dict[str, Any], list[int]]] = [
+CONFIGURED: list[tuple[dict[str, Any], Sequence[int]]] = [
     ({}, DEFAULT),
     ({"excluded": []}, [POSITIVE, *[NEGATIVE] * 5, EXCLUDED]),
     (

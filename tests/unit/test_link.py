@@ -77,7 +77,7 @@ def test_nobody_takes_a_workers_place() -> None:
     one that stays silent.
     """
     listener = listen("127.0.0.1")
-    address = listener.getsockname()
+    address: tuple[str, int] = listener.getsockname()
     with ThreadPoolExecutor(2) as pool:
         host = pool.submit(Link.host, listener, "secret", size=2, device=CPU, seconds=30)
         scanner = socket.create_connection(address)

@@ -73,9 +73,10 @@ def test_sets_have_their_own_suffix_and_verifier(tmp_path: Path) -> None:
     assert (found["a/a/0"].text, found["a/a/0"].verifier) == ("q0 Think.", "")
     assert (found["b/b/1"].text, found["b/b/1"].verifier) == ("q1 Now!", "exact")
 
-    options = {"workers": 1, "timeout_seconds": 60, "memory_mib": 1024}
     completion = Completion((7,), (0.0,), "\\boxed{1.0}", True)
-    with Labeller("math_verify", **options, others=["exact"]) as label:
+    with Labeller(
+        "math_verify", workers=1, timeout_seconds=60, memory_mib=1024, others=["exact"]
+    ) as label:
         asked = [Prompt("p", "", (1,), ("1",), verifier=name) for name in ("", "exact")]
         statuses = [verdict.status for verdict in label([(one, completion) for one in asked])]
     assert statuses == ["ok", "wrong"]

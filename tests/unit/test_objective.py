@@ -9,8 +9,12 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -19,17 +23,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_real.objective import grpo_weights, real_loss, real_weights
-from megatron_real.objective.real import training_rollouts
+from megatron_real.objective.real import OneClassGroups, Variant, training_rollouts
 
-VARIANTS = ["anchored", "vanilla", "bce"]
-RULES = ["skip", "keep"]
+VARIANTS: list[Variant] = ["anchored", "vanilla", "bce"]
+RULES: list[OneClassGroups] = ["skip", "keep"]
 NAN, INF = math.nan, math.inf
 TAU = 0.5
 
 
 def printed_loss(
-    score, label, group, *, tau=TAU, variant="anchored", one_class_groups="skip", num_groups=None
-):
+    score: list[float],
+    label: list[int],
+    group: list[int],
+    *,
+    tau: float = TAU,
+    variant: Variant = "anchored",
+    one_class_groups: OneClassGroups = "skip",
+    num_groups: int | None = None,
+) -> float:
     """Eq. 8, 2 and 11 letter by letter, in Python floats, one group at a time.
 
     Shares no code with the library.
@@ -105,7 +116,7 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
         pytest.param("bce", 3.46573590, id="bce: 5 * log 2"),
     ],
 )
-def test_two_correct_three_wrong_on_policy(variant, expected):
+def test_two_correct_three_wrong_on_policy(variant: Variant, expected: float) -> None:
     score, label, group = batch(([0.0] * 5, [1, 1, 0, 0, 0]))
     assert real_loss(score, label, group, variant=variant).item() == pytest.approx(
         expected, abs=1e-8
@@ -126,14 +137,14 @@ def test_two_correct_three_wrong_on_policy(variant, expected):
         ),
     ],
 )
-def test_off_policy_by_hand(variant, expected):
+def test_off_policy_by_hand(variant: Variant, expected: float) -> None:
     score, label, group = batch(([TAU * math.log(2), TAU * math.log(3)], [1, 0]))
     assert real_loss(score, label, group, variant=variant).item() == pytest.approx(
         expected, abs=1e-12
     )
 
 
-def test_weights_by_hand():
+def test_weights_by_hand() -> None:
     # Positives: e^(-s/tau) = 1/2 and 4, so p = 1/11 and 8/11. Negatives: e^(s/tau) = 3 and 1, so p
     # = 3/5 and 1/5. |w| = p / tau = 2 p.
     score, label, group = batch(
@@ -146,10 +157,14 @@ def test_weights_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("num_plus", "num_minus"), [(1, 1), (2, 3), (7, 1), (5, 11)])
 @pytest.mark.parametrize("tau", [0.5, 0.3])
-def test_on_policy_weights_are_the_analytic_ones(dtype, num_plus, num_minus, tau):
+def test_on_policy_weights_are_the_analytic_ones(
+    dtype: torch.dtype, num_plus: int, num_minus: int, tau: float
+) -> None:
     label = torch.tensor([1] * num_plus + [0] * num_minus)
     score, group = torch.zeros(len(label), dtype=dtype), torch.zeros_like(label)
-    analytic = {  # dL/ds at score 0: (positive, negative)
+    # dL/ds at score 0: (positive, negative)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    analytic: dict[Variant, tuple[float, float]] = {
         "anchored": (-1 / (tau * (1 + num_plus)), 1 / (tau * (1 + num_minus))),
         "vanilla": (
             -num_minus / (tau * (1 + num_plus * num_minus)),
@@ -159,28 +174,31 @@ def test_on_policy_weights_are_the_analytic_ones(dtype, num_plus, num_minus, tau
     }
     for variant, (plus, minus) in analytic.items():
         expected = torch.tensor([plus] * num_plus + [minus] * num_minus, dtype=dtype)
-        tolerance = 1e-12 if dtype == torch.float64 else 1e-6
         weight = real_weights(score, label, group, tau=tau, variant=variant)
         torch.testing.assert_close(
-            weight, expected, atol=0, rtol=tolerance, msg=lambda m, v=variant: f"{v}: {m}"
+            weight, expected, atol=0, rtol=tolerance, msg=partial("{}: {}".format, variant)
         )
 
 
 @pytest.mark.parametrize("one_class_groups", RULES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("tau", [0.1, 0.5, 2.0])
-def test_loss_is_the_printed_equation(variant, one_class_groups, tau):
+def test_loss_is_the_printed_equation(
+    variant: Variant, one_class_groups: OneClassGroups, tau: float
+) -> None:
     score, label, group = MIXED
-    options = {"tau": tau, "variant": variant, "one_class_groups": one_class_groups}
+    options: dict[str, Any] = {"tau": tau, "variant": variant, "one_class_groups": one_class_groups}
     expected = printed_loss(score.tolist(), label.tolist(), group.tolist(), **options)
     assert real_loss(score, label, group, **options).item() == pytest.approx(expected, rel=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
 @given(batches(), st.sampled_from(VARIANTS), st.sampled_from(RULES))
-def test_loss_is_the_printed_equation_for_any_labels(rows, variant, one_class_groups):
+def test_loss_is_the_printed_equation_for_any_labels(
+    rows: tuple[Tensor, Tensor, Tensor], variant: Variant, one_class_groups: OneClassGroups
+) -> None:
     score, label, group = rows
-    options = {"variant": variant, "one_class_groups": one_class_groups}
+    options: dict[str, Any] = {"variant": variant, "one_class_groups": one_class_groups}
     expected = printed_loss(score.tolist(), label.tolist(), group.tolist(), **options)
     assert real_loss(score, label, group, **options).item() == pytest.approx(
         expected, rel=1e-10, abs=1e-13
@@ -193,9 +211,11 @@ def test_loss_is_the_printed_equation_for_any_labels(rows, variant, one_class_gr
 @pytest.mark.parametrize("one_class_groups", RULES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("num_groups", [None, 13])
-def test_closed_form_is_autograd_is_finite_differences(variant, one_class_groups, num_groups):
+def test_closed_form_is_autograd_is_finite_differences(
+    variant: Variant, one_class_groups: OneClassGroups, num_groups: int | None
+) -> None:
     score, label, group = MIXED
-    options = {
+    options: dict[str, Any] = {
         "tau": 0.4,
         "variant": variant,
         "one_class_groups": one_class_groups,
@@ -225,9 +245,14 @@ def test_closed_form_is_autograd_is_finite_differences(variant, one_class_groups
 @given(
     batches(), st.sampled_from(VARIANTS), st.sampled_from(RULES), st.sampled_from([0.05, 0.5, 3.0])
 )
-def test_weights_are_autograd_signed_and_bounded(rows, variant, one_class_groups, tau):
+def test_weights_are_autograd_signed_and_bounded(
+    rows: tuple[Tensor, Tensor, Tensor],
+    variant: Variant,
+    one_class_groups: OneClassGroups,
+    tau: float,
+) -> None:
     score, label, group = rows
-    options = {
+    options: dict[str, Any] = {
         "tau": tau,
         "variant": variant,
         "one_class_groups": one_class_groups,
@@ -243,7 +268,7 @@ def test_weights_are_autograd_signed_and_bounded(rows, variant, one_class_groups
     assert (weight[label == -1] == 0).all()
 
 
-def test_weights_as_eq_9_and_10_are_printed():
+def test_weights_as_eq_9_and_10_are_printed() -> None:
     score, label, group = MIXED
     weight = real_weights(score, label, group, one_class_groups="keep", num_groups=1)
     for k in range(len(score)):
@@ -258,7 +283,7 @@ def test_weights_as_eq_9_and_10_are_printed():
         assert weight[k].item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_bound_is_reached_by_a_hopeless_mistake():
+def test_bound_is_reached_by_a_hopeless_mistake() -> None:
     score, label, group = batch(([-50.0, 50.0], [1, 0]))
     for variant in VARIANTS:
         weight = real_weights(score, label, group, variant=variant)
@@ -267,7 +292,7 @@ def test_bound_is_reached_by_a_hopeless_mistake():
         )
 
 
-def test_naive_split_of_a_group_is_wrong():
+def test_naive_split_of_a_group_is_wrong() -> None:
     """Negative control: the loss couples a group, so averaging it piecewise is
     another gradient altogether.
     """
@@ -282,7 +307,7 @@ def test_naive_split_of_a_group_is_wrong():
     assert (halves - whole).norm() / whole.norm() > 0.1
 
 
-def test_surrogate_has_the_gradient_of_the_loss():
+def test_surrogate_has_the_gradient_of_the_loss() -> None:
     """Backward of sum_k w_k * s_k, piece by piece and out of order,
     is that of the loss in the parameters.
     """
@@ -304,7 +329,7 @@ def test_surrogate_has_the_gradient_of_the_loss():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("label", [[1, 1, 1], [0, 0, 0], [1, -1, 1], [0, -1, -1]], ids=str)
-def test_one_class_group(variant, label):
+def test_one_class_group(variant: Variant, label: list[int]) -> None:
     rows = batch(([0.2, -0.4, 0.6], label))
     assert real_loss(*rows, variant=variant).item() == 0
     assert real_weights(*rows, variant=variant).abs().max() == 0
@@ -317,7 +342,7 @@ def test_one_class_group(variant, label):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_skipped_groups_count_and_excluded_ones_do_not(variant):
+def test_skipped_groups_count_and_excluded_ones_do_not(variant: Variant) -> None:
     trained = ([0.3, -0.2], [1, 0])
     alone = real_loss(*batch(trained), variant=variant)
     with_one_class = real_loss(*batch(trained, ([0.5, 0.1], [0, 0])), variant=variant)
@@ -329,9 +354,11 @@ def test_skipped_groups_count_and_excluded_ones_do_not(variant):
 @pytest.mark.parametrize("one_class_groups", RULES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("poison", [NAN, INF, -INF, 1e300])
-def test_excluded_values_contribute_exactly_nothing(variant, one_class_groups, poison):
+def test_excluded_values_contribute_exactly_nothing(
+    variant: Variant, one_class_groups: OneClassGroups, poison: float
+) -> None:
     score, label, group = MIXED
-    options = {"variant": variant, "one_class_groups": one_class_groups}
+    options: dict[str, Any] = {"variant": variant, "one_class_groups": one_class_groups}
     dirty = torch.where(label == -1, poison, score).requires_grad_()
     loss = real_loss(dirty, label, group, **options)
     (gradient,) = torch.autograd.grad(loss, dirty)
@@ -348,7 +375,7 @@ def test_excluded_values_contribute_exactly_nothing(variant, one_class_groups, p
     assert (weight[~kept] == 0).all()
 
 
-def test_nan_of_a_labelled_rollout_is_not_hidden():
+def test_nan_of_a_labelled_rollout_is_not_hidden() -> None:
     """Negative control: a broken model must show, in its own group only."""
     score, label, group = batch(([NAN, 0.1], [1, 0]), ([0.2, 0.1], [1, 0]))
     assert real_loss(score, label, group).isnan()
@@ -358,10 +385,12 @@ def test_nan_of_a_labelled_rollout_is_not_hidden():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("label", [[], [-1, -1, -1]], ids=["no rollouts", "all excluded"])
-def test_nothing_to_learn_is_exactly_zero_and_still_differentiable(variant, label):
-    score = torch.full((len(label),), NAN, requires_grad=True)
-    label = torch.tensor(label, dtype=torch.long)
+@pytest.mark.parametrize("labels", [[], [-1, -1, -1]], ids=["no rollouts", "all excluded"])
+def test_nothing_to_learn_is_exactly_zero_and_still_differentiable(
+    variant: Variant, labels: list[int]
+) -> None:
+    score = torch.full((len(labels),), NAN, requires_grad=True)
+    label = torch.tensor(labels, dtype=torch.long)
     loss = real_loss(score, label, label, variant=variant)
     assert loss.item() == 0
     (gradient,) = torch.autograd.grad(loss, score)
@@ -373,9 +402,14 @@ def test_nothing_to_learn_is_exactly_zero_and_still_differentiable(variant, labe
 @given(
     batches(), st.randoms(use_true_random=False), st.sampled_from(VARIANTS), st.sampled_from(RULES)
 )
-def test_order_and_group_names_do_not_matter(rows, random, variant, one_class_groups):
+def test_order_and_group_names_do_not_matter(
+    rows: tuple[Tensor, Tensor, Tensor],
+    random: Random,
+    variant: Variant,
+    one_class_groups: OneClassGroups,
+) -> None:
     score, label, group = rows
-    options = {"variant": variant, "one_class_groups": one_class_groups}
+    options: dict[str, Any] = {"variant": variant, "one_class_groups": one_class_groups}
     order = torch.tensor(random.sample(range(len(score)), len(score)))
     names = dict(zip(range(-2, 4), random.sample(range(-(10**9), 10**9), 6), strict=True))
     renamed = torch.tensor([names[g] for g in group.tolist()])
@@ -391,7 +425,7 @@ def test_order_and_group_names_do_not_matter(rows, random, variant, one_class_gr
     )
 
 
-def test_groups_are_independent():
+def test_groups_are_independent() -> None:
     score, label, group = MIXED
     weight = real_weights(score, label, group, num_groups=1)
     changed = torch.where(group == 7, score * -2, score)
@@ -401,7 +435,7 @@ def test_groups_are_independent():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_parts_with_the_global_denominator_add_up(variant):
+def test_parts_with_the_global_denominator_add_up(variant: Variant) -> None:
     score, label, group = MIXED
     part = (group == 7) | (group == 4)
     whole = real_loss(score, label, group, variant=variant)
@@ -425,9 +459,11 @@ def test_parts_with_the_global_denominator_add_up(variant):
         ("vanilla", "keep", [10**12, 0, 4]),
     ],
 )
-def test_training_rollouts_are_those_with_a_weight(variant, one_class_groups, silent_groups):
+def test_training_rollouts_are_those_with_a_weight(
+    variant: Variant, one_class_groups: OneClassGroups, silent_groups: list[int]
+) -> None:
     score, label, group = MIXED
-    options = {"variant": variant, "one_class_groups": one_class_groups}
+    options: dict[str, Any] = {"variant": variant, "one_class_groups": one_class_groups}
     trains, num_groups = training_rollouts(label, group, **options)
     assert torch.equal(trains, (label != -1) & ~torch.isin(group, torch.tensor(silent_groups)))
     assert torch.equal(trains, real_weights(score, label, group, **options) != 0)
@@ -438,7 +474,7 @@ def test_training_rollouts_are_those_with_a_weight(variant, one_class_groups, si
     assert torch.equal(dropped, real_weights(score, label, group, **options)[trains])
 
 
-def test_labels_and_groups_of_any_number_type():
+def test_labels_and_groups_of_any_number_type() -> None:
     score, label, group = batch(([0.3, -0.2, 0.9], [1, 0, 0]))
     expected = real_weights(score, label, group)
     for other in (label.bool(), label.float(), label.to(torch.int8)):
@@ -451,13 +487,19 @@ def test_labels_and_groups_of_any_number_type():
 @pytest.mark.parametrize("one_class_groups", RULES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("ratio", [1e2, 1e4])
-def test_finite_and_bounded_at_extreme_scores(variant, one_class_groups, ratio):
+def test_finite_and_bounded_at_extreme_scores(
+    variant: Variant, one_class_groups: OneClassGroups, ratio: float
+) -> None:
     """Every label pattern of four rollouts at +-ratio * tau, in float32."""
     patterns = torch.cartesian_prod(*[torch.tensor([1, 0, -1])] * 4).repeat(3, 1)
     signs = torch.tensor([[1, -1, 1, -1], [1, 1, 1, 1], [-1, -1, -1, -1]]).repeat_interleave(81, 0)
     score = (signs * ratio * TAU).float().flatten().requires_grad_()
     label, group = patterns.flatten(), torch.arange(len(patterns)).repeat_interleave(4)
-    options = {"variant": variant, "one_class_groups": one_class_groups, "num_groups": 1}
+    options: dict[str, Any] = {
+        "variant": variant,
+        "one_class_groups": one_class_groups,
+        "num_groups": 1,
+    }
     loss = real_loss(score, label, group, **options)
     (gradient,) = torch.autograd.grad(loss, score)
     weight = real_weights(score, label, group, **options)
@@ -471,7 +513,7 @@ def test_finite_and_bounded_at_extreme_scores(variant, one_class_groups, ratio):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_float32_weights_are_accurate_far_from_zero(variant):
+def test_float32_weights_are_accurate_far_from_zero(variant: Variant) -> None:
     # Two positives 0.25 apart at z ~ 1e4: a backward through the rounded log-sum-exp would be 1e-3
     # off.
     score, label, group = batch(([-5000.0, -4999.75, 0.0], [1, 1, 0]))
@@ -485,7 +527,7 @@ def test_float32_weights_are_accurate_far_from_zero(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_float64_sees_beyond_twenty(variant):
+def test_float64_sees_beyond_twenty(variant: Variant) -> None:
     # The tail e^-z that F.softplus drops above 20. With z+ = 25: dL/ds of the positive misses 1/tau
     # by the factor 1 / (1 + e^25) = 1.4e-11, all of it far above float64's rounding.
     score, label, group = batch(([-25 * TAU, 0.0], [1, 0]))
@@ -496,7 +538,7 @@ def test_float64_sees_beyond_twenty(variant):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_scores_are_computed_in_float32(dtype):
+def test_low_precision_scores_are_computed_in_float32(dtype: torch.dtype) -> None:
     score, label, group = MIXED
     low = score.to(dtype)
     assert torch.equal(real_loss(low, label, group), real_loss(low.float(), label, group))
@@ -568,7 +610,9 @@ def test_low_precision_scores_are_computed_in_float32(dtype):
         ),
     ],
 )
-def test_bad_arguments_are_named(function, change, message):
+def test_bad_arguments_are_named(
+    function: Callable[..., Tensor], change: dict[str, Any], message: str
+) -> None:
     rows = {
         "score_R": torch.zeros(3),
         "label_R": torch.tensor([1, 0, 0]),
@@ -582,7 +626,7 @@ def test_bad_arguments_are_named(function, change, message):
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0, 0.7])
-def test_grpo_weights_are_autograd_of_the_clipped_loss(advantage):
+def test_grpo_weights_are_autograd_of_the_clipped_loss(advantage: float) -> None:
     log_ratio = torch.linspace(-1.5, 1.5, 31, dtype=torch.float64, requires_grad=True)
     ratio = log_ratio.exp()
     loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum()
@@ -592,9 +636,10 @@ def test_grpo_weights_are_autograd_of_the_clipped_loss(advantage):
     assert 0 < (weight == 0).sum() < 31
 
 
-def test_figure_1_draws_the_paper_curves(tmp_path):
+def test_figure_1_draws_the_paper_curves(tmp_path: Path) -> None:
     source = Path(__file__).parents[2] / "tools" / "plot_gradient_weights.py"
     spec = importlib.util.spec_from_file_location("plot_gradient_weights", source)
+    assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     score = torch.tensor([-1.0, 0.0, 0.5], dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_real.config import BatchConfig, Config, RolloutConfig, TrainerConfig
-from megatron_real.records import Completion, Prompt, Rollout, Verdict
+from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Status, Verdict
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.replay import check_replay
 from megatron_real.runs.rollouts import write_rollouts
@@ -21,7 +22,7 @@ ROLLOUTS = [
         group,
         sample,
         Completion((2,), (-1.0,), "half \ud83d pair", True),
-        Verdict("ok", 1, 1.0),
+        Verdict(Status.OK, POSITIVE, 1.0),
     )
     for group in range(4)
     for sample in range(2)
@@ -39,11 +40,11 @@ def saved(tmp_path: Path) -> RunDirectory:
     return run
 
 
-def config_of(run: RunDirectory, *, steps: int = 2, minibatch: int = 2, **rollout: Any) -> Config:
-    rollout = {"num_prompts": 4, "temperature": 0.7, "replay": str(run.path)} | rollout
+def config_of(run: RunDirectory, *, steps: int = 2, minibatch: int = 2, **changes: Any) -> Config:
+    rollout = RolloutConfig(num_prompts=4, temperature=0.7, replay=str(run.path))
     return Config(
         trainer=TrainerConfig(steps=steps),
-        rollout=RolloutConfig(**rollout),
+        rollout=dataclasses.replace(rollout, **changes),
         batch=BatchConfig(minibatch_prompts=minibatch),
     )
 

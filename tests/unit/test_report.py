@@ -18,7 +18,7 @@ import yaml
 from numpy.typing import NDArray
 
 from megatron_real import cli
-from megatron_real.records import Completion, Prompt, Rollout, Verdict
+from megatron_real.records import NEGATIVE, POSITIVE, Completion, Prompt, Rollout, Status, Verdict
 from megatron_real.report import charts
 from megatron_real.report.browser import MAX_TEXT, sample_of, spaced, visible
 from megatron_real.report.charts import band_columns, curve_columns, stage_seconds, thinned
@@ -37,6 +37,9 @@ HOSTILE = (
     "half \ud83d pair",
     "<b>bold</b> & 'q'",
 )
+
+RIGHT = Verdict(Status.OK, POSITIVE, 1.0)
+WRONG = Verdict(Status.WRONG, NEGATIVE, 0.0)
 
 
 def make_run(
@@ -103,7 +106,7 @@ def make_run(
                 group,
                 sample,
                 Completion((8, 2), (-0.5, -3.0), text, True),
-                Verdict("ok" if sample == 0 else "wrong", int(sample == 0), float(sample == 0)),
+                RIGHT if sample == 0 else WRONG,
             )
             for group in range(2)
             for sample, text in enumerate(answers)

@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_real.config import Config, ModelConfig, RolloutConfig
-from megatron_real.records import EXCLUDED, POSITIVE, Completion, Prompt, Rollout, Verdict
+from megatron_real.records import (
+    EXCLUDED,
+    POSITIVE,
+    Completion,
+    Label,
+    Prompt,
+    Rollout,
+    Status,
+    Verdict,
+)
 from megatron_real.rollout import build_engine, vllm_engine
 from megatron_real.rollout.spread import ExpectedLengths, prompt_seed, samples_together, spread
 from megatron_real.rollout.stage import without_mismatch
@@ -28,7 +37,7 @@ def rollout(uid: str, length: int, label: int = POSITIVE) -> Rollout:
         0,
         0,
         Completion((7,) * length, (-1.0,) * length, "", True),
-        Verdict("ok", label, 1.0),
+        Verdict(Status.OK, Label(label), 1.0),
     )
 
 
@@ -99,7 +108,7 @@ def test_rollouts_beyond_the_bound_are_excluded_and_counted() -> None:
         rollout("d", 3, EXCLUDED),
         rollout("e", 3),
     ]
-    rollouts[3] = dataclasses.replace(rollouts[3], verdict=Verdict("timeout", EXCLUDED, None))
+    rollouts[3] = dataclasses.replace(rollouts[3], verdict=Verdict(Status.TIMEOUT, EXCLUDED, None))
     kept = without_mismatch(rollouts, lambda _: [0.1, 0.3, math.nan, 9.0, 0.2], bound=0.2)
     assert [r.verdict.status for r in kept] == ["ok", "mismatch", "mismatch", "timeout", "ok"]
     assert [r.label for r in kept] == [POSITIVE, EXCLUDED, EXCLUDED, EXCLUDED, POSITIVE]
@@ -107,7 +116,7 @@ def test_rollouts_beyond_the_bound_are_excluded_and_counted() -> None:
 
 def test_what_was_lost_teaches_no_length() -> None:
     """It had perhaps the longest answer of all, and has no token."""
-    lost = dataclasses.replace(rollout("a", 0), verdict=Verdict("lost", EXCLUDED, None))
+    lost = dataclasses.replace(rollout("a", 0), verdict=Verdict(Status.LOST, EXCLUDED, None))
     lengths = ExpectedLengths()
     lengths.learn([rollout("a", 100), lost, dataclasses.replace(lost, prompt=prompt("b"))])
     assert lengths.of == {"a": 100}

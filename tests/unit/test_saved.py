@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,7 +58,9 @@ def flip(file: Path) -> None:
     ],
     ids=["cut", "one bit", "missing", "manifest cut", "manifest missing"],
 )
-def test_damage_is_named_and_set_aside(tmp_path: Path, harm, name: str, words: str) -> None:  # type: ignore[no-untyped-def]
+def test_damage_is_named_and_set_aside(
+    tmp_path: Path, harm: Callable[[Path], object], name: str, words: str
+) -> None:
     make(tmp_path, 10)
     damaged = make(tmp_path, 20)
     harm(damaged.path / name)
@@ -119,7 +123,7 @@ def test_what_cannot_be_deleted_is_said(tmp_path: Path, monkeypatch: pytest.Monk
 
     for step in (1, 2, 3):
         make(tmp_path, step)
-    monkeypatch.setattr(saved.shutil, "rmtree", busy)
+    monkeypatch.setattr(shutil, "rmtree", busy)
     gone, failures = saved.retire(tmp_path, keep=2, keep_every=0, keep_best=False)
     assert gone == [Position(1)] and "step_1.deleted could not be deleted" in failures[0]
     assert positions(tmp_path) == ["step_3", "step_2"]

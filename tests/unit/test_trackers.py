@@ -11,14 +11,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from megatron_real.runs import metrics
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.metrics import MetricsWriter
-from megatron_real.runs.trackers import TRACKERS, check_installed
+from megatron_real.runs.trackers import TRACKERS, Tracker, check_installed
 
 CONFIG = {"objective": {"name": "real", "tau": 0.5}, "trainer": {"steps": 3}}
 
@@ -142,10 +142,12 @@ def read_wandb(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def wandb_records(file: Path) -> Iterator[Any]:
     """The messages of a run's file, in the order in which they were written."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2
 
+    # Generated code, which makes its classes when it is imported.
+    messages: Any = wandb_internal_pb2
     for data in records_of(file.read_bytes()):
-        record = Record()
+        record = messages.Record()
         record.ParseFromString(data)
         yield record
 
@@ -178,8 +180,9 @@ def test_a_tracker_that_fails_is_said_once_and_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str
 ) -> None:
     class Failing:
-        name = "Tracker"
-        package = installed_by = "json"
+        name: ClassVar[str] = "Tracker"
+        package: ClassVar[str] = "json"
+        installed_by: ClassVar[str] = "json"
 
         def __init__(
             self, directory: RunDirectory, config: Mapping[str, Any], first_step: int | None
@@ -196,7 +199,9 @@ def test_a_tracker_that_fails_is_said_once_and_ends_nothing(
             if moment == fails_at:
                 raise RuntimeError("out of reach\nand more lines")
 
-    monkeypatch.setitem(metrics.TRACKERS, "failing", Failing)  # type: ignore[arg-type]
+    kind: type[Tracker] = Failing
+    trackers = dict(TRACKERS, failing=kind)
+    monkeypatch.setattr(metrics, "TRACKERS", trackers)
     said: list[str] = []
     directory = RunDirectory(tmp_path)
     writer = MetricsWriter(directory, trackers=["failing"], config=CONFIG, say=said.append)

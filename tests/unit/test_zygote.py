@@ -31,7 +31,7 @@ def test_it_is_like_a_new_process(tmp_path: Path, code: object) -> None:
     program.write_text(PROGRAM.format(code=code))
     answers = []
     for start in (subprocess.Popen, zygote.Popen):
-        process: subprocess.Popen[str] = start(  # type: ignore[operator]
+        process: subprocess.Popen[str] = start(
             [sys.executable, str(program), "one", "two"],
             cwd=tmp_path,
             env={"PATH": os.environ["PATH"], "HOME": "/", "LC_CTYPE": "C.UTF-8"},
