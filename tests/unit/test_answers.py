@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_real.labels import Labeller
-from megatron_real.labels.answers import final_answer, opened_thinking
+from megatron_real.labels.answers import Answer, final_answer, opened_thinking
 from megatron_real.labels.comparison import same
 from megatron_real.labels.equivalence import Given, answer_classes
 from megatron_real.labels.normal_form import read
@@ -32,15 +32,16 @@ def test_every_answer_of_the_table_is_judged_as_it_should_be() -> None:
     """
     verify = load("math_verify")
     rows = [json.loads(line) for line in TABLE.read_text(encoding="utf-8").splitlines()]
-    found = {row["id"]: verify(row["completion"], row["gold"], {})[0] for row in rows}
+    statuses = {row["id"]: verify(row["completion"], row["gold"], {})[0] for row in rows}
     assert len(rows) == 99
-    assert found == {row["id"]: row["expected"] for row in rows}
+    assert statuses == {row["id"]: row["expected"] for row in rows}
 
 
 def judged(every: list[Pair]) -> tuple[list[Pair], list[Pair]]:
     """The false positives and the false negatives among pairs."""
     verify = load("math_verify")
-    positives, negatives = [], []
+    positives = []
+    negatives = []
     for pair in every:
         is_right = verify(pair.completion, [pair.gold], {})[0] == "ok"
         if is_right and not pair.agrees:
@@ -92,10 +93,14 @@ BOXES = {
 }
 
 
+def text_of(answer: Answer | None) -> str | None:
+    return None if answer is None else answer.text
+
+
 @pytest.mark.parametrize("text", BOXES, ids=lambda text: text[:40])
 def test_boxes(text: str) -> None:
-    found = final_answer(text)
-    assert (found.text if found else None) == BOXES[text]
+    answer = final_answer(text)
+    assert text_of(answer) == BOXES[text]
 
 
 ENDS = {
@@ -111,8 +116,8 @@ ENDS = {
 
 @pytest.mark.parametrize("text", ENDS, ids=lambda text: text[:40])
 def test_without_a_box_the_end_is_read(text: str) -> None:
-    found = final_answer(text, require_boxed=False)
-    assert (found.text if found else None) == ENDS[text]
+    answer = final_answer(text, require_boxed=False)
+    assert text_of(answer) == ENDS[text]
 
 
 THINKING = {
@@ -128,8 +133,8 @@ THINKING = {
 
 @pytest.mark.parametrize("text", THINKING)
 def test_thinking_is_no_answer(text: str) -> None:
-    found = final_answer(text)
-    assert (found.text if found else None) == THINKING[text]
+    answer = final_answer(text)
+    assert text_of(answer) == THINKING[text]
 
 
 @pytest.mark.parametrize(

@@ -25,15 +25,22 @@ LLAMA3 = {
 
 
 def test_r1_distill_qwen_1_5b() -> None:
-    found = Architecture.from_config(QWEN_1_5B)
-    assert (found.head_dim, found.qkv_bias, found.tied, found.rope_factor) == (
+    architecture = Architecture.from_config(QWEN_1_5B)
+    assert (
+        architecture.head_dim,
+        architecture.qkv_bias,
+        architecture.tied,
+        architecture.rope_factor,
+    ) == (
         128,
         True,
         False,
         None,
     )
-    assert found.num_parameters == 1_777_088_000  # the published checkpoint's tensors added up
-    assert [found.padded_vocab(tp) for tp in (1, 2, 4)] == [151936, 152064, 152064]
+    assert (
+        architecture.num_parameters == 1_777_088_000
+    )  # the published checkpoint's tensors added up
+    assert [architecture.padded_vocab(tp) for tp in (1, 2, 4)] == [151936, 152064, 152064]
 
 
 def test_a_kv_cache_counts_the_heads_as_they_are() -> None:
@@ -59,8 +66,14 @@ def test_a_kv_cache_counts_the_heads_as_they_are() -> None:
     ids=["transformers4", "transformers5"],
 )
 def test_llama3_rope_in_both_spellings(rope: dict[str, Any]) -> None:
-    found = Architecture.from_config({**QWEN_1_5B, "architectures": ["LlamaForCausalLM"], **rope})
-    assert (found.rope_theta, found.rope_factor, found.qkv_bias) == (5e5, 8.0, False)
+    architecture = Architecture.from_config(
+        {**QWEN_1_5B, "architectures": ["LlamaForCausalLM"], **rope}
+    )
+    assert (architecture.rope_theta, architecture.rope_factor, architecture.qkv_bias) == (
+        5e5,
+        8.0,
+        False,
+    )
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,8 @@ def impostor(answer: Callable[[socket.socket], None]) -> tuple[str, int]:
 def reflect(connection: socket.socket) -> None:
     """Sends back what it gets, in the hope that a proof is good for both directions."""
     connection.sendall(bytes(32))
-    said = connection.recv(64, socket.MSG_WAITALL)
-    connection.sendall(said[32:])
+    received = connection.recv(64, socket.MSG_WAITALL)
+    connection.sendall(received[32:])
 
 
 IMPOSTORS: dict[str, Callable[[socket.socket], None]] = {
@@ -84,7 +84,7 @@ def test_whoever_listens_has_to_prove_it_too(kind: str) -> None:
 
     with pytest.raises((NotProven, ConnectionError)):
         connect(impostor(answer), "right", purpose="test", seconds=0.5)
-    assert all(b"right" not in said for said in heard)
+    assert all(b"right" not in message for message in heard)
 
 
 def test_an_old_proof_is_worth_nothing() -> None:

@@ -83,9 +83,9 @@ ZERO_OF = per_problem([0.0, 0.0], [0.0, 0.0])
 )
 def test_the_interval_over_seeds_and_problems_by_hand(table: dict[int, dict[str, float]]) -> None:
     means = {seed: sum(row.values()) / 2 for seed, row in table.items()}
-    found = paired_difference(ZERO, means, first_problems=ZERO_OF, other_problems=table)
-    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.0, 1.0))
-    assert found.resampled == "seeds and problems"
+    difference = paired_difference(ZERO, means, first_problems=ZERO_OF, other_problems=table)
+    assert (difference.value, difference.low, difference.high) == pytest.approx((0.5, 0.0, 1.0))
+    assert difference.resampled == "seeds and problems"
 
 
 def test_without_the_problems_the_interval_is_over_seeds() -> None:
@@ -93,8 +93,8 @@ def test_without_the_problems_the_interval_is_over_seeds() -> None:
     others = per_problem([0.0, 1.0], [0.0, 1.0])
     others[1]["heldout/9"] = others[1].pop("heldout/1")  # another set of problems
     for problems in ({}, others):
-        found = paired_difference(ZERO, means, first_problems=ZERO_OF, other_problems=problems)
-        assert (found.low, found.high, found.resampled) == (0.5, 0.5, "seeds")
+        difference = paired_difference(ZERO, means, first_problems=ZERO_OF, other_problems=problems)
+        assert (difference.low, difference.high, difference.resampled) == (0.5, 0.5, "seeds")
 
 
 def test_the_interval_is_as_wide_as_both_spreads() -> None:
@@ -107,11 +107,11 @@ def test_the_interval_is_as_wide_as_both_spreads() -> None:
     zeros = per_problem(*np.zeros_like(table_SN).tolist())
     means = dict(enumerate(table_SN.mean(1).tolist()))
     zero = dict.fromkeys(means, 0.0)
-    found = paired_difference(zero, means, first_problems=zeros, other_problems=rows)
+    difference = paired_difference(zero, means, first_problems=zeros, other_problems=rows)
     error = math.sqrt(table_SN.mean(1).var(ddof=1) / 8 + table_SN.mean(0).var(ddof=1) / 60)
-    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert difference.high - difference.low == pytest.approx(2 * 1.96 * error, rel=0.1)
     over_seeds = paired_difference(zero, means)
-    assert over_seeds.high - over_seeds.low < 0.8 * (found.high - found.low)
+    assert over_seeds.high - over_seeds.low < 0.8 * (difference.high - difference.low)
 
 
 def test_seeds_are_paired() -> None:
@@ -384,11 +384,17 @@ def test_the_problems_of_a_run(base: Path) -> None:
 def test_the_table_resamples_problems_where_runs_have_them(base: Path) -> None:
     sweep = load_sweep(write_sweep(base, seeds=[1, 2]))
     for run in sweep.runs:
-        right = {"heldout/0": 0, "heldout/1": 2 if run.variant == "grpo" else 0}
-        keep(run, accuracy=sum(right.values()) / 4, correct=right)
+        correct = {"heldout/0": 0, "heldout/1": 0}
+        if run.variant == "grpo":
+            correct["heldout/1"] = 2
+        keep(run, accuracy=sum(correct.values()) / 4, correct=correct)
     _, grpo = variant_rows(sweep, results_of(sweep))
-    found = grpo.differences["accuracy"]
-    assert (found.low, found.high, found.resampled) == (0.0, 1.0, "seeds and problems")
+    difference = grpo.differences["accuracy"]
+    assert (difference.low, difference.high, difference.resampled) == (
+        0.0,
+        1.0,
+        "seeds and problems",
+    )
     assert grpo.differences["reward"].resampled == "seeds"
 
 
@@ -406,15 +412,14 @@ def test_a_refused_start_leaves_a_run_as_it_was(base: Path) -> None:
 def test_a_diverged_run_is_counted_and_not_averaged(base: Path) -> None:
     sweep = load_sweep(write_sweep(base))
     for run in sweep.runs:
-        accuracy = 0.5 + 0.1 * run.seed + (0.1 if run.variant == "grpo" else 0.0)
-        wild = run.name == "grpo, seed 2"
-        keep(
-            run,
-            accuracy=None if wild else accuracy,
-            state="failed" if wild else "finished",
-            reason="3 updates in a row" if wild else "",
-            diverged=wild,
-        )
+        accuracy = 0.5 + 0.1 * run.seed
+        if run.variant == "grpo":
+            accuracy += 0.1
+        if run.name == "grpo, seed 2":
+            keep(run, accuracy=None, state="failed", reason="3 updates in a row", diverged=True)
+        else:
+            keep(run, accuracy=accuracy)
+
     real, grpo = variant_rows(sweep, results_of(sweep))
     assert grpo.counts[Outcome.DIVERGED] == 1 and grpo.counts[Outcome.FINISHED] == 2
     assert grpo.means["accuracy"].value == pytest.approx(0.8)  # seeds 1 and 3: 0.7 and 0.9

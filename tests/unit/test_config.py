@@ -498,5 +498,6 @@ def test_every_number_has_a_bound() -> None:
             plain = bounds.plain_hint(hint)
             if plain in (int, float, int | None, float | None):
                 is_bounded = hasattr(hint, "__metadata__")
-                unbounded += [] if is_bounded else [f"{section}.{name}"]
+                if not is_bounded:
+                    unbounded.append(f"{section}.{name}")
     assert unbounded == ["labels.threshold"]

@@ -139,10 +139,8 @@ def fuzzed(count: int) -> list[str]:
 @pytest.mark.parametrize("verifier", ["math_verify", "exact"])
 def test_mathematics_is_never_run_as_code(verifier: str, count: int) -> None:
     texts = [*EVIL, *fuzzed(count)]
-    checks: list[tuple[str, list[str], dict[str, Any]]] = [
-        (box(text), ["5", "evil + 1"], {}) for text in texts
-    ]
-    assert audited(verifier, checks) == [len(texts), []]
+    golds = ["5", "evil + 1"]
+    assert audited(verifier, [(box(text), golds, {}) for text in texts]) == [len(texts), []]
 
 
 @pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.grid)])
@@ -151,11 +149,13 @@ def test_scorers_that_evaluated_answers_no_longer_do(few: bool) -> None:
     from reasoning_gym.factory import DATASETS
 
     entries = {task: _entry(task) for task in sorted(DATASETS) if task != "composite"}
-    checks = [
-        (box(text), [entry["answer"] or ""], entry["metadata"] | {"source_dataset": task})
-        for task, entry in entries.items()
-        for text in (EVIL[:1] if few and task in gym.READERS else EVIL)
-    ]
+    checks: list[tuple[str, list[str], dict[str, Any]]] = []
+    for task, entry in entries.items():
+        # The scorers of READERS only compare, so one evil answer each will do by default.
+        texts = EVIL[:1] if few and task in gym.READERS else EVIL
+        golds = [entry["answer"] or ""]
+        metadata = entry["metadata"] | {"source_dataset": task}
+        checks += [(box(text), golds, metadata) for text in texts]
     assert audited("reasoning_gym", checks) == [len(checks), []]
 
 
@@ -214,11 +214,11 @@ ARITHMETIC = {
 
 
 def test_arithmetic() -> None:
-    found = {
+    outcome_of = {
         text: (gym.is_arithmetic(text, names=False), gym.is_arithmetic(text, names=True))
         for text in ARITHMETIC
     }
-    assert found == ARITHMETIC
+    assert outcome_of == ARITHMETIC
 
 
 # What the library's own scorers pay in full whatever the question is, beside right answers:
@@ -434,15 +434,16 @@ def test_a_verifier_that_evaluates_is_contained(
     with VerifierPool(name, **OPTIONS) as pool:
         outcomes = pool.run([Check(text, ["a"]) for text in EVALUATED])
         rung = pool.rung
-    found = {text: (o.status, o.reason) for text, o in zip(EVALUATED, outcomes, strict=True)}
+    outcome_of = {text: (o.status, o.reason) for text, o in zip(EVALUATED, outcomes, strict=True)}
     expected = dict(EVALUATED)
     if rung is Rung.LANDLOCK:
         expected["open('/etc/passwd')"] = (
             "crashed",
             "PermissionError: [Errno 13] Permission denied: '/etc/passwd'",
         )
-    found = {
-        text: (status, reason.partition(" while ")[0]) for text, (status, reason) in found.items()
+    outcome_of = {
+        text: (status, reason.partition(" while ")[0])
+        for text, (status, reason) in outcome_of.items()
     }
     # Which descriptors are open differs, and who is first to end the child: what counts is that no
     # verdict gets out.
@@ -451,8 +452,8 @@ def test_a_verifier_that_evaluates_is_contained(
         "os.closerange(0, 64) or True",
         list(EVALUATED)[5],
     ):
-        assert found.pop(text)[0] == expected.pop(text)[0]
-    assert found == expected
+        assert outcome_of.pop(text)[0] == expected.pop(text)[0]
+    assert outcome_of == expected
 
 
 def test_an_own_verifier_is_a_module_with_its_folder_on_the_path(
@@ -486,14 +487,15 @@ def test_what_a_verifier_started_ends_with_it(
     """A grandchild in a session of its own, which no signal to a process group reaches."""
     marker = f"grandchild-{uuid.uuid4().hex}"
     start = f"subprocess.Popen(['sh', '-c', 'sleep 600; echo {marker}'], start_new_session=True)"
-    # As a trusted verifier at each check; one that is contained could only have done so while it
-    # was loaded.
-    head = "TRUSTED = True\nimport subprocess" if trusted else f"import subprocess\n{start}"
-    body = (
-        f"{start}; time.sleep(text == 'slow' and 600 or 0); return True"
-        if trusted
-        else "return True"
-    )
+    if trusted:
+        head = "TRUSTED = True\nimport subprocess"
+        body = f"{start}; time.sleep(text == 'slow' and 600 or 0); return True"
+        expected = ["ok", "timeout", "ok"]
+    else:
+        # A contained verifier can start a process only while it is loaded.
+        head = f"import subprocess\n{start}"
+        body = "return True"
+        expected = ["ok"] * 3
 
     def alive() -> list[int]:
         return [
@@ -504,7 +506,7 @@ def test_what_a_verifier_started_ends_with_it(
 
     with VerifierPool(own(body, head), **(OPTIONS | {"timeout_seconds": 8})) as pool:
         statuses = [o.status for o in pool.run([Check("", []), Check("slow", []), Check("", [])])]
-        assert statuses == (["ok", "timeout", "ok"] if trusted else ["ok"] * 3)
+        assert statuses == expected
         # The shell's child has the shell's command line until it has become sleep.
         deadline = time.monotonic() + 60
         while len(alive()) > 1 and time.monotonic() < deadline:
@@ -598,12 +600,12 @@ def test_a_worker_that_is_replaced_after_every_check_is_said_once(
         VerifierPool(name, **(OPTIONS | {"memory_mib": 600})) as pool,
     ):
         assert [o.status for o in pool.run([Check("", [])] * 3)] == ["ok"] * 3
-    said = [
+    warnings = [
         record.getMessage()
         for record in caplog.records
         if "replaced after one check" in record.getMessage()
     ]
-    assert len(said) == 1 and said[0].endswith("labels.memory_mib = 600; raise it")
+    assert len(warnings) == 1 and warnings[0].endswith("labels.memory_mib = 600; raise it")
 
 
 JUNK = [

@@ -78,14 +78,14 @@ def test_the_pins_exist_and_fit_together() -> None:
 
 @pytest.mark.grid
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--pin", "VLLM=99.0.0"], "No matching distribution found for vllm==99.0.0"),
         (["--pin", "MEGATRON_CORE=0.99.0"], "megatron-core==0.99.0"),
         (["--keep-torch-pins"], "torch==2.13.0"),
     ],
 )
-def test_pins_that_do_not_fit_are_told(words: list[str], said: str) -> None:
+def test_pins_that_do_not_fit_are_told(words: list[str], message: str) -> None:
     done = run(sys.executable, "tools/check_container.py", *words)
     assert done.returncode == 1
-    assert said in " ".join(done.stderr.split())
+    assert message in " ".join(done.stderr.split())

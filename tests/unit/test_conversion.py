@@ -130,7 +130,8 @@ def test_bin_and_snapshot_sources(source: Path, tmp_path: Path) -> None:
 def test_casts(source: Path, tmp_path: Path, dtype: str, torch_dtype: torch.dtype) -> None:
     there = hf_to_megatron(source, tmp_path / "megatron", dtype=dtype)
     back = megatron_to_hf(there.out, tmp_path / "hf").out
-    before, after = HfWeights(source), HfWeights(back)
+    before = HfWeights(source)
+    after = HfWeights(back)
     assert all(torch.equal(after.read(n), before.read(n).to(torch_dtype)) for n in before.names)
     assert json.loads((back / "config.json").read_text())["dtype"] == str(torch_dtype).removeprefix(
         "torch."
@@ -251,7 +252,8 @@ def test_a_flipped_bit_is_found_by_the_manifest(
 
 
 def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    there, back = str(tmp_path / "megatron"), str(tmp_path / "hf")
+    there = str(tmp_path / "megatron")
+    back = str(tmp_path / "hf")
     assert main(["convert", "to-megatron", str(source), there, "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["bytes"] == sum(
@@ -263,8 +265,8 @@ def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["convert", "verify", there, back]) == 0
     capsys.readouterr()
     assert main(["convert", "inspect", there, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["format"] == "Megatron torch_dist" and found["architecture"]["num_kv_heads"] == 2
+    report = json.loads(capsys.readouterr().out)
+    assert report["format"] == "Megatron torch_dist" and report["architecture"]["num_kv_heads"] == 2
     assert main(["convert", "inspect", back]) == 0
     assert "HF safetensors" in capsys.readouterr().out
 
@@ -331,7 +333,8 @@ def test_an_explicit_dtype_is_that_of_all_tensors(source: Path, tmp_path: Path) 
     mixed = shutil.copytree(source, tmp_path / "mixed")
     tensors = load_file(mixed / "model.safetensors")
     for name, tensor in tensors.items():
-        tensors[name] = tensor.float() if "norm" in name else tensor
+        if "norm" in name:
+            tensors[name] = tensor.float()
     save_file(tensors, mixed / "model.safetensors", metadata={"format": "pt"})
     there = hf_to_megatron(mixed, tmp_path / "megatron").out
     kept, cast = (

@@ -89,7 +89,8 @@ def test_kills_at_random_moments(
     convert: Callable[[Path, Path], Converted], source: Path, tmp_path: Path
 ) -> None:
     given = hf_to_megatron(source, tmp_path / "given").out if convert is to_hf else source
-    out, kept = tmp_path / "out", set()
+    out = tmp_path / "out"
+    kept = set()
     total = changes(convert, given, out)
     expected = json.loads((out / MANIFEST).read_text())
     draw = random.Random(17)

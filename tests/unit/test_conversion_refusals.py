@@ -141,8 +141,8 @@ def test_llama3_frequencies_are_those_of_transformers() -> None:
     config = LlamaConfig(head_dim=64, rope_parameters=rope)
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
     values = config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
-    found = torch.tensor(Architecture.from_config(values).rope_frequencies)
-    assert torch.allclose(found, expected, rtol=1e-6)
+    frequencies = torch.tensor(Architecture.from_config(values).rope_frequencies)
+    assert torch.allclose(frequencies, expected, rtol=1e-6)
 
 
 # What convert refuses, every command refuses, in the same words.
@@ -402,7 +402,9 @@ def test_out_around_the_files_that_the_source_links_to(source: Path, tmp_path: P
 def test_out_that_cannot_be_replaced_is_refused_early(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
-    file, link, dangling = tmp_path / "file", tmp_path / "link", tmp_path / "dangling"
+    file = tmp_path / "file"
+    link = tmp_path / "link"
+    dangling = tmp_path / "dangling"
     file.write_text("mine")
     (tmp_path / "directory").mkdir()
     link.symlink_to("directory")
@@ -461,7 +463,8 @@ def test_a_partial_that_no_journal_knows_is_left_alone(source: Path, tmp_path: P
 def test_an_old_export_is_there_until_the_new_one_has_its_name(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target, synced = tmp_path / "weights", []
+    target = tmp_path / "weights"
+    synced = []
     weights = load_file(source / SINGLE)
     write_hf(target, weights.items(), source=source, dtype="bf16")
     monkeypatch.setattr(stream, "fsync", lambda path: synced.append(path.name))
@@ -560,6 +563,7 @@ def test_uneven_pipelines(tiny_model: ModelMaker, tmp_path: Path, heights: tuple
     state = torch.load(whole / "release/mp_rank_00/model_optim_rng.pt", weights_only=False)
     staged = tmp_path / "staged"
     first = 0
+    last_stage = len(heights) - 1
     for stage, height in enumerate(heights):
         model = {}
         for name, tensor in state["model"].items():
@@ -568,7 +572,10 @@ def test_uneven_pipelines(tiny_model: ModelMaker, tmp_path: Path, heights: tuple
                 number = int(words[2]) - first
                 if 0 <= number < height:
                     model[".".join([*words[:2], str(number), *words[3:]])] = tensor
-            elif stage == (0 if words[0] == "embedding" else len(heights) - 1):
+                continue
+            # Outside the layers: the embedding is in the first stage, all else in the last.
+            own_stage = 0 if words[0] == "embedding" else last_stage
+            if stage == own_stage:
                 model[name] = tensor
         first += height
         folder = staged / f"mp_rank_00_{stage:03d}"

@@ -33,9 +33,9 @@ def test_every_library_is_told() -> None:
     allow_only_deterministic()
     assert [os.environ[name] for name in NAMES] == ["0", ":4096:8", "Ring"]
     assert torch.are_deterministic_algorithms_enabled()
-    for chosen in (False, True):
-        settings = PolicySettings.of(Config(trainer=TrainerConfig(deterministic=chosen)))
-        assert settings.megatron["deterministic_mode"] is chosen
+    for deterministic in (False, True):
+        settings = PolicySettings.of(Config(trainer=TrainerConfig(deterministic=deterministic)))
+        assert settings.megatron["deterministic_mode"] is deterministic
 
 
 def test_another_deterministic_choice_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,9 +24,9 @@ ROOT = Path(__file__).parents[2]
 
 def doctor(run_dir: Path, *, processes: int = 1) -> tuple[int, dict[str, dict[str, str]]]:
     """Exit code of the command line, and its findings by name."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    )
+    launcher: list[str] = []
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command = [
         sys.executable,
         *launcher,
@@ -49,7 +49,7 @@ def installed(folder: Path, name: str, version: str) -> None:
     (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-def found(name: str) -> Finding:
+def software_finding(name: str) -> Finding:
     (finding,) = (f for f in software() if f.name == name)
     return finding
 
@@ -73,28 +73,28 @@ def test_a_run_directory_that_cannot_be_written_fails_the_command(tmp_path: Path
 
 
 def test_an_old_megatron_core_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert found("megatron-core").verdict == "ok"
+    assert software_finding("megatron-core").verdict == "ok"
     installed(tmp_path, "megatron-core", "0.15.3")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert found("megatron-core").verdict == "fail"
-    assert "0.15.3" in found("megatron-core").found
+    finding = software_finding("megatron-core")
+    assert finding.verdict == "fail"
+    assert "0.15.3" in finding.found
 
 
 def test_an_empty_transformer_engine_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of PyPI has a record and no code."""
     installed(tmp_path, "transformer-engine", "9.9.9")
     monkeypatch.syspath_prepend(str(tmp_path))
-    finding = found("transformer-engine")
-    assert (
-        finding.verdict == "fail" and "9.9.9 is installed, but ModuleNotFoundError" in finding.found
-    )
+    finding = software_finding("transformer-engine")
+    assert finding.verdict == "fail"
+    assert "9.9.9 is installed, but ModuleNotFoundError" in finding.found
 
 
 def test_an_unrelated_apex_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(tmp_path, "apex", "0.9.10")
     (tmp_path / "apex.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
-    finding = found("apex")
+    finding = software_finding("apex")
     assert finding.verdict == "warn" and "fused Adam" in finding.found
 
 
@@ -142,8 +142,8 @@ def test_few_open_files_warn() -> None:
         finding = next(f for f in machine._limits() if f.name == "open files")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    found = "1,024, and a process among 1 ranks opens up to 1,030"
-    assert finding == Finding("warn", "open files", found, "ulimit -n 65536")
+    measured = "1,024, and a process among 1 ranks opens up to 1,030"
+    assert finding == Finding("warn", "open files", measured, "ulimit -n 65536")
 
 
 @pytest.mark.parametrize(

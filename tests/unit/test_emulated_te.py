@@ -26,7 +26,8 @@ def _seeded() -> None:
 
 @pytest.mark.parametrize("zero_centered", [False, True])
 def test_rmsnorm(zero_centered: bool) -> None:
-    x, weight = torch.randn(5, 16, requires_grad=True), torch.randn(16, requires_grad=True)
+    x = torch.randn(5, 16, requires_grad=True)
+    weight = torch.randn(16, requires_grad=True)
     expected = torch.nn.functional.rms_norm(x, (16,), weight + float(zero_centered), eps=1e-5)
     upstream = torch.randn(5, 16)
     expected.backward(upstream)
@@ -56,7 +57,8 @@ def test_gemm_is_a_linear_layer_and_its_gradients() -> None:
     upstream = torch.randn(2, 3, 4)
     expected = linear(x)
     expected.backward(upstream)
-    weight, bias = linear.weight.detach(), linear.bias.detach()
+    weight = linear.weight.detach()
+    bias = linear.bias.detach()
 
     out, *_ = gemm(weight, True, x.detach(), False, bias=bias)
     grad_x, *_ = gemm(weight, False, upstream, False)
@@ -77,7 +79,8 @@ def test_fused_attention_is_softmax_of_each_sequence() -> None:
         length = end - start
         hidden = torch.ones(length, length).triu(1).bool()
         for head in range(4):
-            key, value = k[start:end, head // 2], v[start:end, head // 2]
+            key = k[start:end, head // 2]
+            value = v[start:end, head // 2]
             scores = (q[start:end, head] @ key.t() * 0.3).masked_fill(hidden, -torch.inf)
             out = out.clone()
             out[start:end, head] = scores.softmax(-1) @ value
@@ -131,7 +134,8 @@ def test_attention_in_two_steps_is_attention() -> None:
         )  # fmt: skip
         step_lse = statistics.squeeze(-1).t()
         if total is None:
-            total, lse = step, step_lse
+            total = step
+            lse = step_lse
             continue
         old = lse
         lse = torch.logaddexp(old, step_lse)
@@ -214,10 +218,13 @@ def test_lists_of_tensors() -> None:
 
 @pytest.mark.parametrize(("mode", "optimizer"), [(0, torch.optim.Adam), (1, torch.optim.AdamW)])
 def test_adam(mode: int, optimizer: Any) -> None:
-    start, gradients = torch.randn(7), torch.randn(3, 7)
+    start = torch.randn(7)
+    gradients = torch.randn(3, 7)
     parameter = torch.nn.Parameter(start.clone())
     reference = optimizer([parameter], lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.2)
-    value, moment, square = start.clone(), torch.zeros(7), torch.zeros(7)
+    value = start.clone()
+    moment = torch.zeros(7)
+    square = torch.zeros(7)
     for step, gradient in enumerate(gradients, 1):
         parameter.grad = gradient.clone()
         reference.step()

@@ -77,7 +77,7 @@ def test_figures_by_hand() -> None:
     Majority: 3 votes for the right answer -> 1; one right vote against two wrong of a kind -> 0;
     mean 1/2.
     """
-    found = summarise(
+    summary = summarise(
         [
             *(judge("p", True, 0, tokens=2) for _ in range(3)),
             judge("p", False, None, status="unparsable", tokens=2),
@@ -88,7 +88,7 @@ def test_figures_by_hand() -> None:
         ],
         vote=True,
     )
-    assert found == Evaluation(
+    assert summary == Evaluation(
         pass_at_1=0.5,
         standard_error=0.25,
         pass_at_k=((1, 0.5), (2, 0.75), (4, 1.0)),
@@ -104,9 +104,11 @@ def test_figures_by_hand() -> None:
 
 
 def test_samples_that_are_no_power_of_two_have_their_own_k() -> None:
-    found = summarise([judge("p", i == 0, None) for i in range(6)])
-    assert [k for k, _ in found.pass_at_k] == [1, 2, 4, 6] and found.majority is None
-    assert math.isnan(found.standard_error), "the spread over problems of one problem is not known"
+    summary = summarise([judge("p", i == 0, None) for i in range(6)])
+    assert [k for k, _ in summary.pass_at_k] == [1, 2, 4, 6] and summary.majority is None
+    assert math.isnan(summary.standard_error), (
+        "the spread over problems of one problem is not known"
+    )
 
 
 def test_unequal_samples_are_refused() -> None:
@@ -258,12 +260,12 @@ def evaluation(pass_at_1: float, error: float, problems: int) -> Evaluation:
 
 def test_the_average_counts_benchmarks_alike(tmp_path: Path) -> None:
     """(0.2 + 0.8) / 2, whatever their sizes; sqrt(0.03^2 + 0.04^2) / 2 = 0.025."""
-    found = {"small": evaluation(0.2, 0.03, 10), "large": evaluation(0.8, 0.04, 1000)}
-    mean = average(found)
+    evaluations = {"small": evaluation(0.2, 0.03, 10), "large": evaluation(0.8, 0.04, 1000)}
+    mean = average(evaluations)
     assert (mean["pass_at_1"], mean["standard_error"]) == pytest.approx((0.5, 0.025))
     assert (mean["problems"], mean["failed_checks"], mean["samples"]) == (1010, 2, 2)
     directory = EvaluationDirectory(tmp_path)
-    directory.publish("my-model", SETTINGS, {**found, "one": evaluation(0.5, math.nan, 1)})
+    directory.publish("my-model", SETTINGS, {**evaluations, "one": evaluation(0.5, math.nan, 1)})
     published = json.loads(directory.json.read_text())
     assert published["benchmarks"]["small"]["pass_at_1"] == 0.2
     assert published["benchmarks"]["one"]["standard_error"] is None, "JSON has no NaN"

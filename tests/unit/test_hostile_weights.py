@@ -114,14 +114,15 @@ def test_fuzzed_safetensors_headers(plain: bytes, tmp_path: Path, part: int) -> 
         st.one_of(st.just(0), st.integers(-9, 9), st.sampled_from([2**40, 2**63])),
     )
     def check(header: bytes, lie: int) -> None:
+        # Part 0 states the header's true length, part 1 a wrong one.
         claimed = max(len(header) + (lie if part else 0), 0)
         file = tmp_path / "model.safetensors"
         file.write_bytes(struct.pack("<Q", claimed % 2**64) + header + plain[8 + length :])
-        found = read_all(tmp_path)
-        if found:
+        tensors = read_all(tmp_path)
+        if tensors:
             accepted[0] += 1
             with safe_open(file, "pt") as theirs:
-                for name, tensor in found.items():
+                for name, tensor in tensors.items():
                     expected = theirs.get_tensor(name)
                     assert expected.shape == tensor.shape and expected.dtype == tensor.dtype
                     assert expected.view(torch.uint8).tolist() == tensor.view(torch.uint8).tolist()
@@ -159,12 +160,12 @@ def test_fuzzed_indices(plain: bytes, tmp_path: Path) -> None:
     @given(documents)
     def check(document: Any) -> None:
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(document))
-        found = read_all(tmp_path)
-        if found is not None:
+        tensors = read_all(tmp_path)
+        if tensors is not None:
             assert document["weight_map"] and set(document["weight_map"].values()) == {
                 "model-1.safetensors"
             }
-            assert torch.equal(found["a"], TENSORS["a"])
+            assert torch.equal(tensors["a"], TENSORS["a"])
 
     with memory_stays_small():
         check()
@@ -334,7 +335,8 @@ def test_resuming_runs_nothing_of_a_checkpoint(tmp_path: Path, where: str) -> No
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    folder, ran = saved_by_torch(tmp_path / "checkpoint"), tmp_path / "ran"
+    folder = saved_by_torch(tmp_path / "checkpoint")
+    ran = tmp_path / "ran"
 
     def read() -> dict[str, Any]:
         state: dict[str, Any] = {"a": torch.zeros(6).bfloat16(), "b._extra_state": None}
@@ -360,7 +362,8 @@ def test_resuming_runs_nothing_of_a_checkpoint(tmp_path: Path, where: str) -> No
         (folder / "planted.distcp").write_bytes(stream.getvalue())
         for index, info in metadata.storage_data.items():
             if index.fqn == "b._extra_state":
-                info.relative_path, info.offset = "planted.distcp", 0
+                info.relative_path = "planted.distcp"
+                info.offset = 0
                 info.length = len(stream.getvalue())
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(WeightsError, match=r"names (posix|os)\.mkdir|not plain data"):

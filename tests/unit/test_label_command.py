@@ -54,9 +54,9 @@ def test_golds_that_nobody_can_match_are_named(tmp_path: Path, capsys: Any) -> N
     rows = [{"problem": "?", "answer": gold} for gold in golds]
     assert main(["labels", "golds", write(tmp_path / "g.jsonl", rows), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    found = {entry["uid"]: entry["reason"] for entry in report["unmatchable"]}
+    reasons = {entry["uid"]: entry["reason"] for entry in report["unmatchable"]}
     assert report["rows"] == 5
-    assert found == {
+    assert reasons == {
         "g/1": "a sentence",
         "g/2": "not read by math-verify, so that only its own text matches",
         "g/3": "no answer",

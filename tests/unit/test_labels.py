@@ -121,11 +121,11 @@ HONEST = {
 @pytest.mark.parametrize("table", [HOSTILE, HONEST], ids=["hostile", "honest"])
 def test_table(pool: VerifierPool, table: dict[str, str]) -> None:
     started = time.monotonic()
-    found = dict(zip(table, statuses(pool, *table), strict=True))
-    assert {text[:60]: status for text, status in found.items()} == {
+    status_of = dict(zip(table, statuses(pool, *table), strict=True))
+    assert {text[:60]: status for text, status in status_of.items()} == {
         t[:60]: status for t, status in table.items()
     }
-    assert found == table
+    assert status_of == table
     assert time.monotonic() - started < 40 * TIMEOUT
 
 
@@ -158,8 +158,10 @@ def test_gold_is_text_a_number_or_a_list_of_them(pool: VerifierPool, tmp_path: P
     assert [row.answers for row in rows] == [
         ("5",), ("142",), ("0.5",), ("\\frac{1}{2}",), ("1", "2", "3"), ("1000",), ("$7$",),
     ]  # fmt: skip
-    found = pool.run([Check(box(text), row.answers) for text, row in zip(GOLDS, rows, strict=True)])
-    assert [outcome.status for outcome in found] == ["ok"] * len(GOLDS)
+    outcomes = pool.run(
+        [Check(box(text), row.answers) for text, row in zip(GOLDS, rows, strict=True)]
+    )
+    assert [outcome.status for outcome in outcomes] == ["ok"] * len(GOLDS)
     assert statuses(pool, box("4"), golds=("1", "2", "3")) == ["wrong"]
 
 
@@ -185,7 +187,8 @@ def test_where_the_answer_is_read(options: str) -> None:
 
 
 def test_letter_by_letter() -> None:
-    boxed, free = load("exact"), load("exact", require_boxed=False)
+    boxed = load("exact")
+    free = load("exact", require_boxed=False)
     assert boxed(box(" five "), ["5", " five"], {}) == ("ok", 1.0)
     assert boxed(box("5.0"), ["5", "five"], {}) == ("wrong", 0.0)
     assert boxed("five", ["five"], {}) == ("unparsable", None)
@@ -209,7 +212,10 @@ def hostile_batch() -> tuple[list[tuple[Prompt, Completion]], list[int | None]]:
         right = draw.random() < 0.5
         text = f"<think>{'so on ' * 200}</think>{box(str(i + (not right)))}"
         items.append(completion(hostile.get(i, text), gold=str(i)))
-        labels.append(None if i in hostile else POSITIVE if right else NEGATIVE)
+        if i in hostile:
+            labels.append(None)
+        else:
+            labels.append(POSITIVE if right else NEGATIVE)
     return items, labels
 
 
@@ -239,10 +245,13 @@ def test_a_batch_with_hostile_answers_ends_in_time_and_every_honest_one_is_right
     for the eight checks that would never end.
     """
     items, expected = hostile_batch()
-    memory, timeout, trainer = 1024, 5.0, psutil.Process()
+    memory = 1024
+    timeout = 5.0
+    trainer = psutil.Process()
     with Labeller("math_verify", workers=2, timeout_seconds=timeout, memory_mib=memory) as label:
         label(items[:100])
-        before, started = trainer.memory_info().rss, time.monotonic()
+        before = trainer.memory_info().rss
+        started = time.monotonic()
         verdicts = label(items)
         seconds = time.monotonic() - started
         (pool,) = label._pools.values()
@@ -516,7 +525,8 @@ def test_failed_checks_are_excluded_and_too_many_stop_the_run(own: Callable[[str
 
 
 def test_scores_need_a_threshold(own: Callable[[str], str]) -> None:
-    name, items = own("return float(text)"), [completion("0.75"), completion("0.25")]
+    name = own("return float(text)")
+    items = [completion("0.75"), completion("0.25")]
     with Labeller(name, **OPTIONS, threshold=0.5) as label:
         assert [v.label for v in label(items)] == [POSITIVE, NEGATIVE]
     with Labeller(name, **OPTIONS) as label:
@@ -561,8 +571,8 @@ def test_reading_never_raises(text: str, think: bool, boxed: bool) -> None:
 
 @given(st.text(alphabet="{}\\ab 5", max_size=60))
 def test_final_answer_is_the_last_balanced_box(text: str) -> None:
-    found = final_answer(text + box("7"))
-    assert found is not None and found.text == "7"
+    answer = final_answer(text + box("7"))
+    assert answer is not None and answer.text == "7"
     inside = final_answer(text)
     if inside is not None:
         assert inside.text in text and inside.boxed

@@ -49,22 +49,22 @@ def test_a_killed_rank_takes_the_others_down(
 ) -> None:
     ranks[victim].send_signal(signal.SIGKILL)
     others = [p for i, p in enumerate(ranks) if i != victim]
-    for said in ends(others, within=120.0):
-        assert f"rank {victim} on {HOST} ended without a word" in said
+    for message in ends(others, within=120.0):
+        assert f"rank {victim} on {HOST} ended without a word" in message
     assert [p.returncode for p in others] == [1, 1]
 
 
 @pytest.mark.parametrize("ranks", ["raise"], indirect=True)
 def test_an_error_is_named_as_the_first_cause(ranks: list[subprocess.Popen[str]]) -> None:
-    for said in ends([ranks[0], ranks[2]], within=120.0):
-        assert "rank 1 on" in said and "ended first: ValueError: no good" in said
+    for message in ends([ranks[0], ranks[2]], within=120.0):
+        assert "rank 1 on" in message and "ended first: ValueError: no good" in message
 
 
 @pytest.mark.parametrize("ranks", ["hang"], indirect=True)
 def test_a_rank_that_hangs_is_named(ranks: list[subprocess.Popen[str]]) -> None:
-    for said in ends(ranks, within=120.0):
-        assert f"rank 1 on {HOST} hangs: it has been in stage rollout for" in said
-        assert "it is at <string>:" in said
+    for message in ends(ranks, within=120.0):
+        assert f"rank 1 on {HOST} hangs: it has been in stage rollout for" in message
+        assert "it is at <string>:" in message
 
 
 @pytest.mark.parametrize("ranks", ["silence"], indirect=True)
@@ -78,11 +78,11 @@ def test_a_rank_without_a_sign_of_life_is_named(
     """
     ranks[victim].send_signal(signal.SIGSTOP)
     others = [p for i, p in enumerate(ranks) if i != victim]
-    for said in ends(others, within=120.0):
-        assert f"rank {victim} on {HOST} has given no sign of life for" in said
+    for message in ends(others, within=120.0):
+        assert f"rank {victim} on {HOST} has given no sign of life for" in message
     ranks[victim].send_signal(signal.SIGCONT)
-    (said,) = ends([ranks[victim]], within=120.0)
-    assert f"rank {victim} on {HOST} has given no sign of life" in said, "it hears why"
+    (message,) = ends([ranks[victim]], within=120.0)
+    assert f"rank {victim} on {HOST} has given no sign of life" in message, "it hears why"
 
 
 @pytest.mark.parametrize("ranks", ["silence"], indirect=True)
@@ -108,8 +108,8 @@ def test_an_error_that_not_every_rank_has_ends_the_others_later(
     ranks: list[subprocess.Popen[str]],
 ) -> None:
     """They would wait for that rank in a collective."""
-    for said in ends([ranks[0], ranks[2]], within=120.0):
-        assert f"rank 1 on {HOST} ended first: the engine is lost" in said
+    for message in ends([ranks[0], ranks[2]], within=120.0):
+        assert f"rank 1 on {HOST} ended first: the engine is lost" in message
     assert ranks[1].wait(5) == 3
 
 
@@ -179,7 +179,8 @@ def test_a_rank_whose_launcher_was_killed_is_asked_to_stop() -> None:
     assert output == "asked by SIGTERM\n"
 
 
-WORKS, WAITS = Place("worker.py:7 in work"), Place("c10d.py:9 in all_reduce", waits=True)
+WORKS = Place("worker.py:7 in work")
+WAITS = Place("c10d.py:9 in all_reduce", waits=True)
 HANGS = {
     "nobody yet": (
         [Report("rank 0", 5, "update", 59.0, WAITS), Report("rank 1", 5, "update", 59.0, WORKS)],
@@ -221,8 +222,8 @@ HANGS = {
 @pytest.mark.parametrize("case", HANGS)
 def test_who_hangs(case: str) -> None:
     reports, sentence = HANGS[case]
-    found = hanging(reports, 60.0)
-    assert sentence in found and bool(sentence) == bool(found)
+    message = hanging(reports, 60.0)
+    assert sentence in message and bool(sentence) == bool(message)
 
 
 def test_a_place_is_a_line_of_code() -> None:

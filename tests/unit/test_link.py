@@ -36,22 +36,26 @@ def test_tensors_come_out_as_they_went_in(
     monkeypatch: pytest.MonkeyPatch, limit: int, number: int
 ) -> None:
     monkeypatch.setattr(link, "BUCKET_BYTES", limit)
-    found, places = [], []
+
+    unpacked_tensors = []
+    addresses = []
     for bucket in buckets(TENSORS):
         assert len(bucket.flat) <= limit or len(bucket.slots) == 1
-        found.append(
-            [(name, tensor.clone()) for name, tensor in unpacked(bucket.flat, bucket.slots)]
-        )
-        places.append(bucket.flat.data_ptr())
-    assert len(found) == number and same([pair for pairs in found for pair in pairs], TENSORS)
-    assert limit < 128 or len(set(places)) == 1 + (limit == 128), (
+        # Cloned, because the next bucket may lie in the same memory.
+        for name, tensor in unpacked(bucket.flat, bucket.slots):
+            unpacked_tensors.append((name, tensor.clone()))
+        addresses.append(bucket.flat.data_ptr())
+
+    assert len(addresses) == number and same(unpacked_tensors, TENSORS)
+    assert limit < 128 or len(set(addresses)) == 1 + (limit == 128), (
         "one memory for all, another for one that is larger"
     )
 
 
 def test_two_workers_get_what_the_sender_sends() -> None:
     listener = listen("127.0.0.1")
-    address, (bucket,) = listener.getsockname(), buckets(TENSORS)
+    address = listener.getsockname()
+    (bucket,) = buckets(TENSORS)
 
     def worker(rank: int) -> list[tuple[str, torch.Tensor]]:
         joined = Link.join(address, "secret", rank=rank, size=3, device=CPU, seconds=30)

@@ -43,10 +43,12 @@ def compiled(kernel: str, dtype: str, architecture: int) -> Any:
     function = {"fold": logit_kernels.fold_kernel, "gradient": logit_kernels.gradient_kernel}[
         kernel
     ]
-    block, warps = logit_kernels.FOLD_BLOCK, logit_kernels.FOLD_WARPS
+    block = logit_kernels.FOLD_BLOCK
+    warps = logit_kernels.FOLD_WARPS
     if kernel == "gradient":
         configuration = logit_kernels.GRADIENT_CONFIGURATIONS[0]
-        block, warps = configuration.kwargs["BLOCK"], configuration.num_warps
+        block = configuration.kwargs["BLOCK"]
+        warps = configuration.num_warps
     aligned = {
         (function.arg_names.index(name),): [["tt.divisibility", 16]]
         for name in ("logits", "gradient", "row_stride", "target", "lse", "picked", "num_columns")

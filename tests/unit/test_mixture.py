@@ -47,7 +47,8 @@ def test_each_set_has_its_share_and_no_prompt_is_left_out() -> None:
 
 def test_a_mixture_resumes_in_the_middle() -> None:
     epoch = mixed({"a": prompts("x", 8), "b": prompts("x", 3)}, {"a": 2.0, "b": 1.0}, seed=1)
-    cursor, resumed = PromptCursor(epoch, seed=1), PromptCursor(epoch, seed=1)
+    cursor = PromptCursor(epoch, seed=1)
+    resumed = PromptCursor(epoch, seed=1)
     cursor.next_batch(7)
     resumed.load_state_dict(json.loads(json.dumps(cursor.state_dict())))
     assert [p.uid for p in resumed.next_batch(9)] == [p.uid for p in cursor.next_batch(9)]
@@ -69,9 +70,9 @@ def test_sets_have_their_own_suffix_and_verifier(tmp_path: Path) -> None:
         },
     }
     config = Config(data=DataConfig(sources=sources, suffix="Think."))
-    found = {prompt.uid: prompt for prompt in training_prompts(config, Tokenizer())}
-    assert (found["a/a/0"].text, found["a/a/0"].verifier) == ("q0 Think.", "")
-    assert (found["b/b/1"].text, found["b/b/1"].verifier) == ("q1 Now!", "exact")
+    prompts = {prompt.uid: prompt for prompt in training_prompts(config, Tokenizer())}
+    assert (prompts["a/a/0"].text, prompts["a/a/0"].verifier) == ("q0 Think.", "")
+    assert (prompts["b/b/1"].text, prompts["b/b/1"].verifier) == ("q1 Now!", "exact")
 
     completion = Completion((7,), (0.0,), "\\boxed{1.0}", True)
     with Labeller(

@@ -27,7 +27,8 @@ from megatron_real.objective.real import OneClassGroups, Variant, training_rollo
 
 VARIANTS: list[Variant] = ["anchored", "vanilla", "bce"]
 RULES: list[OneClassGroups] = ["skip", "keep"]
-NAN, INF = math.nan, math.inf
+NAN = math.nan
+INF = math.inf
 TAU = 0.5
 
 
@@ -45,7 +46,8 @@ def printed_loss(
 
     Shares no code with the library.
     """
-    total, counted = 0.0, 0
+    total = 0.0
+    counted = 0
     for g in set(group):
         plus = [s for s, y, h in zip(score, label, group, strict=True) if h == g and y == 1]
         minus = [s for s, y, h in zip(score, label, group, strict=True) if h == g and y == 0]
@@ -161,7 +163,8 @@ def test_on_policy_weights_are_the_analytic_ones(
     dtype: torch.dtype, num_plus: int, num_minus: int, tau: float
 ) -> None:
     label = torch.tensor([1] * num_plus + [0] * num_minus)
-    score, group = torch.zeros(len(label), dtype=dtype), torch.zeros_like(label)
+    score = torch.zeros(len(label), dtype=dtype)
+    group = torch.zeros_like(label)
     # dL/ds at score 0: (positive, negative)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     analytic: dict[Variant, tuple[float, float]] = {
@@ -494,7 +497,8 @@ def test_finite_and_bounded_at_extreme_scores(
     patterns = torch.cartesian_prod(*[torch.tensor([1, 0, -1])] * 4).repeat(3, 1)
     signs = torch.tensor([[1, -1, 1, -1], [1, 1, 1, 1], [-1, -1, -1, -1]]).repeat_interleave(81, 0)
     score = (signs * ratio * TAU).float().flatten().requires_grad_()
-    label, group = patterns.flatten(), torch.arange(len(patterns)).repeat_interleave(4)
+    label = patterns.flatten()
+    group = torch.arange(len(patterns)).repeat_interleave(4)
     options: dict[str, Any] = {
         "variant": variant,
         "one_class_groups": one_class_groups,
@@ -643,7 +647,8 @@ def test_figure_1_draws_the_paper_curves(tmp_path: Path) -> None:
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     score = torch.tensor([-1.0, 0.0, 0.5], dtype=torch.float64)
-    plus, minus = tool.real_magnitude(score, 1), tool.real_magnitude(score, 0)
+    plus = tool.real_magnitude(score, 1)
+    minus = tool.real_magnitude(score, 0)
     # tau = 0.5, C = 4: 2 / (1 + 4 e^(2s)) for a positive, 2 / (1 + 4 e^(-2s)) for a negative.
     torch.testing.assert_close(plus, 2 / (1 + 4 * torch.exp(2 * score)), atol=1e-14, rtol=0)
     torch.testing.assert_close(minus, 2 / (1 + 4 * torch.exp(-2 * score)), atol=1e-14, rtol=0)

@@ -32,11 +32,9 @@ def test_by_hand() -> None:
 def test_packed_is_padded_is_a_loop(lengths: list[int], seed: int, with_mask: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     logprob, old = torch.randn(2, sum(lengths), dtype=torch.float64, generator=generator)
-    keep = (
-        torch.rand(sum(lengths), generator=generator) < 0.6
-        if with_mask
-        else torch.ones(sum(lengths)).bool()
-    )
+    keep = torch.ones(sum(lengths), dtype=torch.bool)
+    if with_mask:
+        keep = torch.rand(sum(lengths), generator=generator) < 0.6
     means = []
     for difference, mask in zip((logprob - old).split(lengths), keep.split(lengths), strict=True):
         values = difference[mask].tolist()
@@ -74,8 +72,11 @@ def test_gradient_is_one_over_n_at_response_tokens() -> None:
 def test_masked_values_touch_neither_scores_nor_gradient(packed: bool, poison: float) -> None:
     mask = torch.tensor([[0, 1, 1], [0, 0, 1]], dtype=torch.bool)
     clean = torch.tensor([[0.0, 0.5, -1.0], [0.0, 0.0, 2.0]])
-    layout = {"cu_seqlens": torch.tensor([0, 3, 6])} if packed else {}
-    shape = (-1,) if packed else (2, 3)
+    layout: dict[str, Tensor] = {}
+    shape: tuple[int, ...] = (2, 3)
+    if packed:
+        layout = {"cu_seqlens": torch.tensor([0, 3, 6])}
+        shape = (6,)
     dirty = torch.where(mask, clean, poison).view(shape).requires_grad_()
     dirty_old = torch.where(mask, 0.25, poison).view(shape)
     scores = sequence_scores(dirty, dirty_old, mask=mask.view(shape), **layout)
@@ -173,6 +174,7 @@ def test_low_precision_is_summed_in_float32() -> None:
 )
 def test_bad_arguments_are_named(arguments: dict[str, Tensor], message: str) -> None:
     given_arguments = {"logprob": torch.zeros(6), "old_logprob": torch.zeros(6)} | arguments
-    logprob, old_logprob = given_arguments.pop("logprob"), given_arguments.pop("old_logprob")
+    logprob = given_arguments.pop("logprob")
+    old_logprob = given_arguments.pop("old_logprob")
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         sequence_scores(logprob, old_logprob, **given_arguments)

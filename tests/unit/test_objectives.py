@@ -231,7 +231,8 @@ def test_closed_form_weights_are_autograd(name: str) -> None:
     """
     objective = make_objective(name)
     case = minibatch(seed=2)
-    label_R, group_R = case["label_R"], case["group_R"]
+    label_R = case["label_R"]
+    group_R = case["group_R"]
     lengths_R = torch.bincount(case["rollout_T"], minlength=len(label_R))
     facts = objective.facts(RolloutTable(label_R, group_R, label_R.double(), lengths_R))
 
@@ -296,12 +297,14 @@ def test_a_token_needs_no_other(name: str) -> None:
     objective = make_objective(name, kl=PENALTIES["old"])
     case = minibatch(seed=5)
     whole_T = token_weights(objective, **case)
-    label_R, lengths_R = case["label_R"], torch.bincount(case["rollout_T"])
+    label_R = case["label_R"]
+    lengths_R = torch.bincount(case["rollout_T"])
     facts = objective.facts(RolloutTable(label_R, case["group_R"], label_R.double(), lengths_R))
     cut = len(whole_T) // 3  # in the middle of a sequence
     for part in (slice(0, cut), slice(cut, None)):
         leaf_K = case["logprob_T"][part].clone().requires_grad_()
-        old_K, rollout_K = case["old_logprob_T"][part], case["rollout_T"][part]
+        old_K = case["old_logprob_T"][part]
+        rollout_K = case["rollout_T"][part]
         loss = objective.token_loss(leaf_K, old_K, rollout_K, facts).sum()
         loss = loss + kl_penalty(objective, leaf_K, old_K, None, rollout_K, facts)
         (weight_K,) = torch.autograd.grad(loss, leaf_K)

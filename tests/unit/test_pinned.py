@@ -112,7 +112,8 @@ def test_a_checksum_is_the_same_however_many_blocks_are_summed_at_once(
 ) -> None:
     """On a GPU 256 MiB are summed by a handful of launches, on a CPU block by block."""
     data = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8)
-    sums, launches = [], []
+    sums = []
+    launches = []
     for together in (1, 3, 1024):
         monkeypatch.setitem(checksum._TOGETHER, "cpu", together)
         with torch.profiler.profile() as profile:

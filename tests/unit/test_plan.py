@@ -332,8 +332,9 @@ def test_servers_take_the_engine_along(file: Path, capsys: pytest.CaptureFixture
         "a server has no room for its cache"
     )
     assert cli.main(["plan", str(file), *RECIPE, "--gpus", "8", "parallel.tp=4", *SERVERS]) == 0
-    assert "8 x h100-80g and 8 that serve: " in (said := capsys.readouterr().out)
-    assert "a GPU that serves: 42.09 GiB (weights 7.09, kv_cache 32.00, overhead 3.00)" in said
+    output = capsys.readouterr().out
+    assert "8 x h100-80g and 8 that serve: " in output
+    assert "a GPU that serves: 42.09 GiB (weights 7.09, kv_cache 32.00, overhead 3.00)" in output
 
 
 def test_rollouts_ahead_are_hidden_behind_training(file: Path) -> None:
@@ -351,7 +352,8 @@ def test_rollouts_ahead_are_hidden_behind_training(file: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.9])
 def test_decay_gives_the_mean(share: float) -> None:
-    rate, points = _decay(share), 100_000
+    rate = _decay(share)
+    points = 100_000
     mean = sum(math.exp(-rate * (i + 0.5) / points) for i in range(points)) / points
     assert mean == pytest.approx(share, rel=1e-6)
 
@@ -370,14 +372,14 @@ def test_utilization_lies_between_the_measured(device: Any) -> None:
 
 @pytest.mark.parametrize("gpus", [8, 16, 32, 64])
 def test_ranked_layouts_pass_the_checks_of_a_run(file: Path, gpus: int) -> None:
-    found = ranked(planned(file, gpus=gpus))
-    assert len({made.run.config.parallel for made in found}) == len(found) > 3
-    for made in found:
+    layouts = ranked(planned(file, gpus=gpus))
+    assert len({made.run.config.parallel for made in layouts}) == len(layouts) > 3
+    for made in layouts:
         assert config.check_world(made.run.config, gpus) == made.run.dp
         config.check_model(made.run.config)
         assert made.peak <= made.budget
-    best = min(made.seconds.total for made in found)
-    assert found[0].seconds.total < best * 1.05
+    best = min(made.seconds.total for made in layouts)
+    assert layouts[0].seconds.total < best * 1.05
 
 
 @pytest.mark.parametrize("gpus", [8, 16, 32, 64])
@@ -392,10 +394,11 @@ def test_the_shipped_recipes_fit_in_80_gb(
         "num_attention_heads": 12,
         "num_key_value_heads": 2,
     }
+    architecture = R1_7B
+    if size == "1.5b":
+        architecture = R1_7B | small | {"vocab_size": 151936}
     model = file.parent / "model"
-    (model / "config.json").write_text(
-        json.dumps(R1_7B | (small | {"vocab_size": 151936} if size == "1.5b" else {}))
-    )
+    (model / "config.json").write_text(json.dumps(architecture))
     recipe = ROOT / f"examples/configs/real_{size}.yaml"
     assert (
         cli.main(
@@ -434,7 +437,7 @@ def test_json_and_exit_codes(file: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--gpus", "0"], "--gpus is 0; it must be above 0"),
         (
@@ -456,11 +459,11 @@ def test_json_and_exit_codes(file: Path, capsys: pytest.CaptureFixture[str]) -> 
     ],
 )
 def test_refused_in_one_sentence(
-    file: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    file: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["plan", str(file), *words]) == 2
     err = capsys.readouterr().err
-    assert said in err and err.startswith("megatron-real: ") and err.count("\n") == 1
+    assert message in err and err.startswith("megatron-real: ") and err.count("\n") == 1
 
 
 def test_a_plan_imports_no_torch_and_shows_every_part(file: Path) -> None:

@@ -57,8 +57,8 @@ def write(path: Path, rows: list[Any]) -> Path:
     ids=["deepscaler", "float", "list", "problem", "zero"],
 )
 def test_schemas(tmp_path: Path, row: Any, answers: tuple[str, ...]) -> None:
-    (found,) = read_rows(write(tmp_path / "d.jsonl", [row]))
-    assert (found.uid, found.answers, found.messages[-1]["content"]) == ("d/0", answers, "2+3?")
+    (parsed,) = read_rows(write(tmp_path / "d.jsonl", [row]))
+    assert (parsed.uid, parsed.answers, parsed.messages[-1]["content"]) == ("d/0", answers, "2+3?")
 
 
 def test_parquet_and_saved_datasets_read_like_jsonl(tmp_path: Path) -> None:
@@ -128,7 +128,8 @@ def test_each_epoch_is_another_permutation() -> None:
 
 
 def test_a_resumed_cursor_goes_on() -> None:
-    straight, resumed = PromptCursor(PROMPTS, seed=1), PromptCursor(PROMPTS, seed=1)
+    straight = PromptCursor(PROMPTS, seed=1)
+    resumed = PromptCursor(PROMPTS, seed=1)
     straight.next_batch(13)
     resumed.load_state_dict(straight.state_dict())
     assert [p.uid for p in resumed.next_batch(9)] == [p.uid for p in straight.next_batch(9)]

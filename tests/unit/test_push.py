@@ -181,11 +181,14 @@ def test_what_is_no_whole_export_is_refused_in_a_sentence(
 ) -> None:
     change, words, sentence = REFUSALS[case]
     change(run)
-    repo, words = (words[1], []) if words[:1] == ["REPO"] else ("me/sums", words)
+    repo = "me/sums"
+    if words[:1] == ["REPO"]:
+        repo = words[1]
+        words = []
     assert main(["push", str(run.path), repo, "--dry-run", *words]) == 2
-    said = capsys.readouterr()
-    assert sentence in said.err and len(said.err.splitlines()) == 1
-    assert "Traceback" not in said.err
+    output = capsys.readouterr()
+    assert sentence in output.err and len(output.err.splitlines()) == 1
+    assert "Traceback" not in output.err
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -262,10 +265,10 @@ def test_an_upload_is_one_commit_without_the_weights_of_another_model(
     run: RunDirectory, results: Path, hub: type[Hub], capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = main(["push", str(run.path), "me/sums", "--eval", str(results)])
-    said = capsys.readouterr()
-    assert code == 0, said.err
-    assert said.out.splitlines()[-1] == "http://127.0.0.1/me/sums/commit/1"
-    assert TOKEN not in said.out + said.err
+    output = capsys.readouterr()
+    assert code == 0, output.err
+    assert output.out.splitlines()[-1] == "http://127.0.0.1/me/sums/commit/1"
+    assert TOKEN not in output.out + output.err
 
     (made,) = [json.loads(body) for _, path, body in hub.calls if path.endswith("/create")]
     assert made.get("private") or made.get("visibility") == "private"
@@ -300,13 +303,13 @@ def test_an_upload_that_fails_is_a_sentence_without_the_token(
     if trouble == "no token":
         monkeypatch.setenv("HF_TOKEN", "")
     code = main(["push", str(run.path), "me/sums"])
-    said = capsys.readouterr()
-    assert TOKEN not in said.out + said.err
+    output = capsys.readouterr()
+    assert TOKEN not in output.out + output.err
     if trouble == "no token":
         assert code == 2
-        assert "has no token of the hub; `hf auth login`, or set HF_TOKEN" in said.err
+        assert "has no token of the hub; `hf auth login`, or set HF_TOKEN" in output.err
         assert not hub.calls
     else:
         assert code == 1
-        assert "the upload failed, and no file of it is in the repository" in said.err
-        assert "no space left for [token]" in said.err
+        assert "the upload failed, and no file of it is in the repository" in output.err
+        assert "no space left for [token]" in output.err

@@ -203,8 +203,8 @@ def test_tables_say_what_differs_what_failed_and_who_was_slow(tmp_path: Path) ->
     named = {row[0]: row[1:] for row in differences(runs).rows}
     assert named["optimizer.lr"] == ["1e-06", "1e-05"]
     assert set(named) == {"optimizer.lr", "trainer.seed", "trainer.run_dir"}
-    said = [row[1:] for row in events(runs[:1]).rows]
-    assert said == [
+    event_rows = [row[1:] for row in events(runs[:1]).rows]
+    assert event_rows == [
         ["dawn", "start 1: 2 processes, from the start"],
         ["step 2", "rollouts without a verdict: 1 timeout"],
         ["step 3", "1 updates skipped: loss or gradient not finite"],
@@ -358,17 +358,18 @@ def test_legends_are_below_the_charts_and_cover_no_curve(tmp_path: Path) -> None
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_in_a_browser_tokens_are_shaded_by_what_they_got(tmp_path: Path) -> None:
     page = page_of(tmp_path, steps=2, weights=(-0.25, 0.5))
-    found = in_browser(page, SHADING)
-    assert found["errors"] == []
-    assert found["tokens"] == ["5", SCRIPT]
-    up, down = (0, 114, 178), (213, 94, 0)
+    page_state = in_browser(page, SHADING)
+    assert page_state["errors"] == []
+    assert page_state["tokens"] == ["5", SCRIPT]
+    up = (0, 114, 178)
+    down = (213, 94, 0)
     # The first token's weight is half of the group's largest and negative: the loss falls as it
     # gets likelier.
-    assert colours(found["weights"]) == [(up, 0.38), (down, 0.75)]
-    assert colours(found["ratios"]) == [(up, 0.11), (down, 0.75)]
-    assert colours(found["logprobs"]) == [(down, 0.07), (down, 0.45)]
-    assert found["title"] == "0.5 = dL / d log-prob"
-    assert found["off"] == 0
+    assert colours(page_state["weights"]) == [(up, 0.38), (down, 0.75)]
+    assert colours(page_state["ratios"]) == [(up, 0.11), (down, 0.75)]
+    assert colours(page_state["logprobs"]) == [(down, 0.07), (down, 0.45)]
+    assert page_state["title"] == "0.5 = dL / d log-prob"
+    assert page_state["off"] == 0
 
 
 def colours(words: list[str]) -> list[tuple[tuple[int, ...], float]]:
@@ -385,13 +386,13 @@ SHADING = """
     return [...document.querySelector(".answer pre").querySelectorAll(".token")];
   };
   const colours = (tokens) => tokens.map((one) => getComputedStyle(one).backgroundColor);
-  found.logprobs = colours(choose("logprobs"));
-  found.ratios = colours(choose("ratios"));
+  seen.logprobs = colours(choose("logprobs"));
+  seen.ratios = colours(choose("ratios"));
   const tokens = choose("weights");
-  found.weights = colours(tokens);
-  found.tokens = tokens.map((one) => one.textContent);
-  found.title = tokens[1].title;
-  found.off = choose("").length;
+  seen.weights = colours(tokens);
+  seen.tokens = tokens.map((one) => one.textContent);
+  seen.title = tokens[1].title;
+  seen.off = choose("").length;
 """
 
 
@@ -418,24 +419,24 @@ def test_watching_writes_the_page_again_until_the_run_ends(
     assert len(capsys.readouterr().out.splitlines()) == 3
     pages.append(out.read_text(encoding="utf-8"))
     done = [re.search(r"\d of 4", page) for page in pages]
-    assert [found and found[0] for found in done] == ["2 of 4", "3 of 4", "4 of 4"]
+    assert [match and match[0] for match in done] == ["2 of 4", "3 of 4", "4 of 4"]
 
 
 @pytest.mark.grid
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_in_a_browser_hostile_texts_are_text_and_every_control_works(tmp_path: Path) -> None:
     page = page_of(tmp_path, texts=HOSTILE, steps=12)
-    found = in_browser(page, CLICKS)
-    assert found["errors"] == []
-    assert found["title"] == "run - megatron_real"
-    assert found["injected"] == 0
-    assert found["charts"] >= 5
-    assert found["shown"] == ["120 rollouts in 24 groups, page 1 of 3", "page 2 of 3"]
-    assert found["wrong"] == "96 rollouts in 24 groups, page 1 of 3"
-    assert found["step"] == "10 rollouts in 2 groups, page 1 of 1"
-    assert SCRIPT in found["texts"]
-    assert any("\u2400" in text and "<U+202E>" in text for text in found["texts"])
-    assert found["axis"] == ["hours", 12.0]
+    page_state = in_browser(page, CLICKS)
+    assert page_state["errors"] == []
+    assert page_state["title"] == "run - megatron_real"
+    assert page_state["injected"] == 0
+    assert page_state["charts"] >= 5
+    assert page_state["shown"] == ["120 rollouts in 24 groups, page 1 of 3", "page 2 of 3"]
+    assert page_state["wrong"] == "96 rollouts in 24 groups, page 1 of 3"
+    assert page_state["step"] == "10 rollouts in 2 groups, page 1 of 1"
+    assert SCRIPT in page_state["texts"]
+    assert any("\u2400" in text and "<U+202E>" in text for text in page_state["texts"])
+    assert page_state["axis"] == ["hours", 12.0]
 
 
 CLICKS = """
@@ -445,29 +446,29 @@ CLICKS = """
     input.dispatchEvent(new Event("input", { bubbles: true }));
   };
   const place = () => document.getElementById("place").textContent;
-  found.title = document.title;
-  found.charts = document.querySelectorAll(".grid .card").length;
-  found.injected = document.querySelectorAll("#list img, #list script, #list b").length;
-  found.shown = [place()];
+  seen.title = document.title;
+  seen.charts = document.querySelectorAll(".grid .card").length;
+  seen.injected = document.querySelectorAll("#list img, #list script, #list b").length;
+  seen.shown = [place()];
   document.getElementById("next").click();
-  found.shown.push(place().split(", ")[1]);
+  seen.shown.push(place().split(", ")[1]);
   set("label", "0");
-  found.wrong = place();
+  seen.wrong = place();
   set("label", "");
   set("step", "3");
-  found.step = place();
-  found.texts = [...document.querySelectorAll(".answer pre")].map((one) => one.textContent);
+  seen.step = place();
+  seen.texts = [...document.querySelectorAll(".answer pre")].map((one) => one.textContent);
   document.querySelector("input[value=hours]").click();
   const models = [...Bokeh.documents[0]._all_models.values()];
   const source = models.find((one) => one.name === "curves" && "reward_mean" in one.data);
   const plot = models.find((one) => one.name === "curve");
-  found.axis = [plot.below[0].axis_label, source.data.x[source.data.x.length - 1]];
+  seen.axis = [plot.below[0].axis_label, source.data.x[source.data.x.length - 1]];
 """
 
 
 def in_browser(page: Path, clicks: str) -> dict[str, Any]:
     """Opens a page from disk in a headless browser, runs `clicks` a second later,
-    and returns what they found.
+    and returns what they saw.
     """
     text = page.read_text(encoding="utf-8")
     nonce = re.search(r"nonce-([0-9a-f]{32})", text)
@@ -480,10 +481,10 @@ def in_browser(page: Path, clicks: str) -> dict[str, Any]:
         "</script>"
     )
     last = (
-        f'<script nonce="{nonce[1]}">setTimeout(() => {{ const found = {{}};'
+        f'<script nonce="{nonce[1]}">setTimeout(() => {{ const seen = {{}};'
         f"try {{ {clicks} }} catch (error) {{ faults.push(String(error)); }}"
-        'const box = document.createElement("pre"); box.id = "found"; found.errors = faults;'
-        "box.textContent = JSON.stringify(found); document.body.append(box); }, 1000);</script>"
+        'const box = document.createElement("pre"); box.id = "seen"; seen.errors = faults;'
+        "box.textContent = JSON.stringify(seen); document.body.append(box); }, 1000);</script>"
     )
     probe = page.with_name("probe.html")
     text = text.replace("<title>", f"{first}<title>", 1)
@@ -494,6 +495,6 @@ def in_browser(page: Path, clicks: str) -> dict[str, Any]:
     done = subprocess.run(
         [CHROMIUM, *words, probe.as_uri()], capture_output=True, text=True, timeout=120, check=True
     )
-    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found is not None, done.stderr[-2000:]
-    return dict(json.loads(html.unescape(found[1])))
+    seen = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert seen is not None, done.stderr[-2000:]
+    return dict(json.loads(html.unescape(seen[1])))

@@ -160,13 +160,15 @@ def test_refusals_of_what_is_to_be_read(
     groups: RunDirectory, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
 ) -> None:
     assert main(["rollouts", str(groups.path), *words]) == 2
-    said = capsys.readouterr()
-    assert sentence in said.err and said.out == ""
+    output = capsys.readouterr()
+    assert sentence in output.err and output.out == ""
 
 
 def test_shades_that_were_not_kept_are_refused(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["rollouts", str(run.path), "--step", "1", "--shade", "ratio"]) == 2
-    said = capsys.readouterr()
-    assert "a run keeps them with trainer.keep_token_weights=true" in said.err and said.out == ""
+    output = capsys.readouterr()
+    assert (
+        "a run keeps them with trainer.keep_token_weights=true" in output.err and output.out == ""
+    )

@@ -60,13 +60,13 @@ def test_rollout_metrics() -> None:
         "response_tokens_max": 8.0, "status/ok": 3.0, "status/overlong": 1.0, "status/timeout": 1.0,
         "status/wrong": 1.0, "status/crashed": 0.0,
     }  # fmt: skip
-    found = rollout_metrics(STEP)
-    assert {name: found[name] for name in expected} == expected
+    metrics = rollout_metrics(STEP)
+    assert {name: metrics[name] for name in expected} == expected
 
 
 def test_score_metrics_leave_out_what_had_no_weight() -> None:
-    found = score_metrics(STEP, [9, 9, 0.5, -0.25, 9, 9], [0, 0, -1, 1, 0, 0])
-    assert (found["score_positive_mean"], found["score_negative_p95"]) == (0.5, -0.25)
+    metrics = score_metrics(STEP, [9, 9, 0.5, -0.25, 9, 9], [0, 0, -1, 1, 0, 0])
+    assert (metrics["score_positive_mean"], metrics["score_negative_p95"]) == (0.5, -0.25)
     assert math.isnan(score_metrics(STEP, [0.0] * 6, [0.0] * 6)["score_positive_mean"])
 
 

@@ -121,28 +121,32 @@ def test_checks_refills_and_lost_completions_golden() -> None:
         )
     ]
     lost = rollout(2, EXCLUDED, 0, Status.LOST, finished=False)
-    found = rollout_metrics([*checked, lost])
-    assert found["checked_early_share"] == 2 / 3
-    assert found["check_seconds_max"] == 2.0
-    assert found["refilled_share"] == 1 / 3  # group 1 of 0, 1, 2
-    assert (found["status/lost"], found["excluded_share"]) == (1, 1 / 4)
-    assert (found["truncated_share"], found["response_tokens_mean"]) == (0, 4), (
+    metrics = rollout_metrics([*checked, lost])
+    assert metrics["checked_early_share"] == 2 / 3
+    assert metrics["check_seconds_max"] == 2.0
+    assert metrics["refilled_share"] == 1 / 3  # group 1 of 0, 1, 2
+    assert (metrics["status/lost"], metrics["excluded_share"]) == (1, 1 / 4)
+    assert (metrics["truncated_share"], metrics["response_tokens_mean"]) == (0, 4), (
         "what never came was not cut"
     )
 
 
 def test_an_empty_response_is_not_labelled_whatever_its_label() -> None:
-    found = rollout_metrics(
+    metrics = rollout_metrics(
         [rollout(0, POSITIVE, 3, reward=1.0), rollout(0, NEGATIVE, 0, Status.EMPTY)]
     )
-    assert (found["reward_mean"], found["solved_share"], found["excluded_share"]) == (1.0, 1.0, 0.5)
+    assert (metrics["reward_mean"], metrics["solved_share"], metrics["excluded_share"]) == (
+        1.0,
+        1.0,
+        0.5,
+    )
 
 
 def test_reward_mean_is_of_rewards_where_a_threshold_makes_the_labels() -> None:
-    found = rollout_metrics(
+    metrics = rollout_metrics(
         [rollout(0, POSITIVE, 1, reward=0.75), rollout(0, NEGATIVE, 1, reward=0.25)]
     )
-    assert found["reward_mean"] == 0.5
+    assert metrics["reward_mean"] == 0.5
 
 
 def test_nothing_labelled_and_nothing_at_all_are_nan_and_no_error() -> None:
@@ -157,19 +161,23 @@ def test_score_metrics_leave_out_what_was_not_scored_and_what_is_not_finite() ->
         rollout(0, POSITIVE, 1),
         rollout(0, NEGATIVE, 1),
     ]
-    found = score_metrics(rollouts, [1.0, 99.0, math.nan, math.inf], [-0.5, 0.0, math.nan, 0.5])
+    metrics = score_metrics(rollouts, [1.0, 99.0, math.nan, math.inf], [-0.5, 0.0, math.nan, 0.5])
     assert (
-        found["score_positive_mean"],
-        found["score_positive_p5"],
-        found["score_positive_p95"],
+        metrics["score_positive_mean"],
+        metrics["score_positive_p5"],
+        metrics["score_positive_p95"],
     ) == (1.0, 1.0, 1.0)
-    assert math.isnan(found["score_negative_mean"]) and math.isnan(found["score_negative_p5"])
+    assert math.isnan(metrics["score_negative_mean"]) and math.isnan(metrics["score_negative_p5"])
 
 
 def test_score_metrics_golden() -> None:
     rollouts = [rollout(0, NEGATIVE, 1)] * 21
-    found = score_metrics(rollouts, [float(i) for i in range(20, -1, -1)], [0.5] * 21)
-    named = (found["score_negative_mean"], found["score_negative_p5"], found["score_negative_p95"])
+    metrics = score_metrics(rollouts, [float(i) for i in range(20, -1, -1)], [0.5] * 21)
+    named = (
+        metrics["score_negative_mean"],
+        metrics["score_negative_p5"],
+        metrics["score_negative_p95"],
+    )
     assert named == pytest.approx((10.0, 1.0, 19.0))  # of 0..20
 
 
@@ -183,8 +191,8 @@ def test_percentile_is_numpys(percent: float, size: int) -> None:
 def test_speed_metrics_golden() -> None:
     # 1200 tokens and 60 TFLOP in 3 s on 2 ranks: 200 tokens/s and 10 TFLOP/s a rank, a tenth of the
     # peak of 100
-    found = speed_metrics(1200, 60e12, 6.0, 100.0)
-    assert found == pytest.approx(
+    metrics = speed_metrics(1200, 60e12, 6.0, 100.0)
+    assert metrics == pytest.approx(
         {"tokens_per_second_per_rank": 200, "tflops_per_rank": 10, "mfu": 0.1}
     )
     assert "mfu" not in speed_metrics(1200, 60e12, 6.0, None)
@@ -213,7 +221,7 @@ def test_engine_metrics_golden() -> None:
 
 def test_step_metrics_golden() -> None:
     seconds = {"rollout": 100.0, "old_logprobs": 1.0, "update": 2.0}
-    found = step_metrics(STEP, training(), seconds, num_ranks=2, peak_tflops=10.0)
+    metrics = step_metrics(STEP, training(), seconds, num_ranks=2, peak_tflops=10.0)
     expected = {
         "loss": 1.5,
         "grad_norm": 2.5,
@@ -235,13 +243,13 @@ def test_step_metrics_golden() -> None:
         "tflops_per_rank": 1.0,
         "mfu": 0.1,
     }
-    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
 
 def test_a_skipped_update_is_counted_and_spoils_no_mean() -> None:
     step = training(losses=[math.nan, 1.0], grad_norms=[math.inf, 4.0], skipped=[1])
-    found = step_metrics(STEP, step, {"update": 1.0}, num_ranks=1, peak_tflops=None)
-    assert (found["loss"], found["grad_norm"], found["skipped_updates"]) == (1.0, 4.0, 1.0)
+    metrics = step_metrics(STEP, step, {"update": 1.0}, num_ranks=1, peak_tflops=None)
+    assert (metrics["loss"], metrics["grad_norm"], metrics["skipped_updates"]) == (1.0, 4.0, 1.0)
 
 
 @pytest.mark.parametrize(

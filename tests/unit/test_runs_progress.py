@@ -98,8 +98,10 @@ def test_a_terminal_gets_columns_under_one_heading_and_the_present_stage(
         assert heading.index(name) + len(name) == first.rindex(value) + len(value), (
             f"column {name} lines up"
         )
-    assert heading.split()[8:] == (["rollout", "update", "seconds"] if stages else ["seconds"])
-    assert first.split()[8:] == (["7.0", "0.5", "7.5"] if stages else ["7.5"])
+    expected_names = ["rollout", "update", "seconds"] if stages else ["seconds"]
+    expected_values = ["7.0", "0.5", "7.5"] if stages else ["7.5"]
+    assert heading.split()[8:] == expected_names
+    assert first.split()[8:] == expected_values
 
 
 def test_a_rank_that_shows_nothing_still_measures(
@@ -124,7 +126,8 @@ def test_by_itself_a_log_is_plain_and_its_lines_are_not_wrapped(
 
 
 def test_every_line_is_kept_in_the_log_with_its_time(tmp_path: Path) -> None:
-    log, file = tmp_path / "logs" / "run.log", io.StringIO()
+    log = tmp_path / "logs" / "run.log"
+    file = io.StringIO()
     progress = RunProgress(2, shown=True, log=log, console=Console(file=file))
     progress.say("[bold] is text :smile:")
     assert file.getvalue() == "[bold] is text :smile:\n"

@@ -99,9 +99,9 @@ def test_figures_of_tokens_are_kept_beside_the_rollouts(tmp_path: Path) -> None:
 def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path: Path) -> None:
     path = tmp_path / "rollouts" / "step-00012.parquet"
     write_rollouts(path, ROLLOUTS, step=12)
-    found = read_rollouts(path)
-    assert found == ROLLOUTS
-    for before, after in zip(ROLLOUTS, found, strict=True):
+    read_back = read_rollouts(path)
+    assert read_back == ROLLOUTS
+    for before, after in zip(ROLLOUTS, read_back, strict=True):
         # Bytes also tell -0.0 from 0.0.
         assert after.completion.logprobs.tobytes() == before.completion.logprobs.tobytes()
 
@@ -197,7 +197,7 @@ def changed(**values: Any) -> Callable[[bytes], bytes]:
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, error",
     [
         pytest.param(lambda line: line[:40], "JSONDecodeError", id="cut"),
         pytest.param(lambda line: b"7", "TypeError", id="not an object"),
@@ -212,11 +212,13 @@ def changed(**values: Any) -> Callable[[bytes], bytes]:
     ],
 )
 def test_a_broken_line_of_an_earlier_version_is_named(
-    tmp_path: Path, change: Callable[[bytes], bytes], said: str
+    tmp_path: Path, change: Callable[[bytes], bytes], error: str
 ) -> None:
     path = tmp_path / "step-00003.jsonl"
     write_lines(path, ROLLOUTS, change=change)
-    with pytest.raises(ValueError, match=rf"step-00003\.jsonl:2 is not a saved rollout .*({said})"):
+    with pytest.raises(
+        ValueError, match=rf"step-00003\.jsonl:2 is not a saved rollout .*({error})"
+    ):
         read_rollouts(path)
 
 

@@ -104,8 +104,8 @@ def test_ranks_share_the_reading(tmp_path: Path) -> None:
     one = make(tmp_path, 1)
     flip(one.path / "state.pt")
     files = one.manifest()["files"]
-    found = [one.corrupt(files, part=rank, parts=2) for rank in range(2)]
-    assert found[0] == "" and "state.pt" in found[1]
+    damages = [one.corrupt(files, part=rank, parts=2) for rank in range(2)]
+    assert damages[0] == "" and "state.pt" in damages[1]
 
 
 def test_what_a_dead_writer_left_is_deleted(tmp_path: Path) -> None:
@@ -134,7 +134,8 @@ def test_what_cannot_be_deleted_is_said(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_checkpoint_that_was_moved_and_linked_is_kept(tmp_path: Path) -> None:
-    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "other_disk"
+    folder = tmp_path / "checkpoints"
+    elsewhere = tmp_path / "other_disk"
     for step in (1, 2, 3):
         make(folder, step)
     (folder / "step_1").rename(elsewhere)
@@ -199,7 +200,8 @@ def test_changes_are_said_or_refused() -> None:
 
 
 def test_a_step_that_is_begun_is_ended_as_it_was_begun() -> None:
-    before, now = {"batch": {"minibatch_prompts": 4}}, {"batch": {"minibatch_prompts": 8}}
+    before = {"batch": {"minibatch_prompts": 4}}
+    now = {"batch": {"minibatch_prompts": 8}}
     assert check_changes(before, now, within_a_step=False) == ["batch.minibatch_prompts: 4 -> 8"]
     with pytest.raises(ValueError, match="in the middle of a step"):
         check_changes(before, now, within_a_step=True)

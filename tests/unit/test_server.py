@@ -70,7 +70,8 @@ def test_a_server_that_dies_in_a_broadcast_takes_nobody_along() -> None:
     """The link is aborted as soon as the call fails, so that NCCL's watchdog finds nothing to end
     the process for.
     """
-    waits, events = Event(), list[str]()
+    waits = Event()
+    events: list[str] = []
 
     class BrokenLink:
         def send(self, _flat: torch.Tensor) -> None:

@@ -191,9 +191,9 @@ def test_a_server_does_not_inherit_what_it_must_not_have(monkeypatch: pytest.Mon
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     monkeypatch.setenv("WANDB_API_KEY", "canary")
     monkeypatch.setenv("HF_TOKEN", "canary")
-    found = environment(Config(), KEY, gpus=[])
-    assert found["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
-    assert "canary" not in found.values() and found["VLLM_API_KEY"] == KEY
+    variables = environment(Config(), KEY, gpus=[])
+    assert variables["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
+    assert "canary" not in variables.values() and variables["VLLM_API_KEY"] == KEY
 
 
 def test_addresses_may_be_encrypted() -> None:

@@ -25,19 +25,19 @@ CONFIG = {"objective": {"name": "real", "tau": 0.5}, "trainer": {"steps": 3}}
 
 def write_a_life(directory: RunDirectory, tracker: str, first_step: int, steps: int = 3) -> None:
     """Two steps and an evaluation, as a run writes them."""
-    said: list[str] = []
+    warnings: list[str] = []
     writer = MetricsWriter(
         directory,
         trackers=[tracker],
         config={**CONFIG, "trainer": {"steps": steps}},
         first_step=first_step if first_step > 1 else None,
-        say=said.append,
+        say=warnings.append,
     )
     writer.write(first_step, {"loss": 0.5, "grad_norm": math.nan})
     writer.write(first_step + 1, {"loss": 0.25})
     writer.write_evaluation(first_step + 1, {"heldout/pass_at_1": 0.75})
     writer.close()
-    assert said == []
+    assert warnings == []
 
 
 def test_tensorboard_gets_everything(tmp_path: Path) -> None:
@@ -202,13 +202,13 @@ def test_a_tracker_that_fails_is_said_once_and_ends_nothing(
     kind: type[Tracker] = Failing
     trackers = dict(TRACKERS, failing=kind)
     monkeypatch.setattr(metrics, "TRACKERS", trackers)
-    said: list[str] = []
+    warnings: list[str] = []
     directory = RunDirectory(tmp_path)
-    writer = MetricsWriter(directory, trackers=["failing"], config=CONFIG, say=said.append)
+    writer = MetricsWriter(directory, trackers=["failing"], config=CONFIG, say=warnings.append)
     for step in (1, 2):
         writer.write(step, {"loss": 0.5})
     writer.close()
-    (warning,) = said
+    (warning,) = warnings
     assert warning.startswith("WARNING: Tracker is left out")
     assert warning.endswith("RuntimeError: out of reach")
     assert len(directory.metrics.read_text().splitlines()) == 2
