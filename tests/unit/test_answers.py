@@ -225,6 +225,7 @@ def test_marks_of_thinking_stay_in_the_text_where_the_tokenizer_calls_them_speci
         eos_token="<eos>",
         additional_special_tokens=["<think>", "</think>"],
     )
+
     assert tokenizer.decode([2, 4, 3, 5, 1], skip_special_tokens=True) == "six five"
     assert decoded([2, 4, 3, 5, 1], tokenizer) == "<think>six</think>five"
 

@@ -156,9 +156,11 @@ def test_a_config_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(WeightsError, match=message):
             Architecture.read(tmp_path)
+
     (tmp_path / "config.json").unlink()
     with pytest.raises(WeightsError, match=r"there is no config.json"):
         Architecture.read(tmp_path)
+
     (tmp_path / "config.json").mkdir()
     with pytest.raises(WeightsError, match=r"config.json cannot be read \(Is a directory\)"):
         Architecture.read(tmp_path)

@@ -94,13 +94,16 @@ def test_plans_keep_their_promises(
         assert placement in ("intact", "dp")  # only these can be impossible
         return
     ranks = made.micro_batches
+
     assert sorted(i for rank in ranks for micro in rank for i in micro) == list(range(len(lengths)))
     assert len(ranks) == dp and len({len(rank) for rank in ranks}) == 1
     assert len(ranks[0]) > 0 and len(ranks[0]) % multiple == 0
+
     for rank in ranks:
         for micro in filter(None, rank):
             tokens = [lengths[i] for i in micro]
             assert (max(tokens) * len(tokens) if padded else sum(tokens)) <= budget
+
     for g in set(groups):
         where = {
             (r, m)

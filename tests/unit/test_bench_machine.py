@@ -33,6 +33,7 @@ def test_results_are_kept_and_compared(tmp_path: Path, capsys: pytest.CaptureFix
     bench_machine.show("a plan", earlier, asked)
     bench_machine.show("another", [{"name": "x", "seconds": 1.0}], asked)
     kept = json.loads(file.read_text())
+
     assert [table["title"] for table in kept["tables"]] == ["a plan", "another"]
     assert kept["tables"][0]["rows"] == earlier
     assert {"machine", "threads", "versions", "command", "date"} <= kept.keys()
@@ -46,6 +47,7 @@ def test_results_are_kept_and_compared(tmp_path: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     bench_machine.show("a plan", NOW, options("--against", str(file)))
     assert "another processor" not in capsys.readouterr().out
+
     file.write_text(json.dumps(kept | {"machine": "an abacus"}))
     bench_machine.show("a plan", NOW, options("--against", str(file)))
     shown = capsys.readouterr().out

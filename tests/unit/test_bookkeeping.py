@@ -30,5 +30,6 @@ def test_ten_thousand_steps_of_64_ranks_keep_no_memory(monkeypatch: pytest.Monke
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
+
     # 64 bytes a step would already be 640 kB.
     assert after - before < 200_000

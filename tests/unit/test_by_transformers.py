@@ -103,6 +103,7 @@ def test_texts_are_cut_as_tokenizer_json_says(
     with_values(model, "tokenizer_config.json", tokenizer_class=kind, chat_template="{{ 1 }}")
     config = ModelConfig(path=str(model))
     tokenizer = load_tokenizer(config)
+
     assert len(tokenizer.encode("1999", add_special_tokens=False)) == 3
     assert tokenizer.decode(tokenizer.encode("In 1999", add_special_tokens=False)) == "In 1999"
     assert (tokenizer.eos_token, tokenizer.chat_template) == ("<|end|>", "{{ 1 }}")
@@ -117,8 +118,10 @@ def test_texts_are_cut_as_tokenizer_json_says(
     caplog.clear()
     read_otherwise = classmethod(lambda *_, **__: otherwise)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", read_otherwise)
+
     assert len(load_tokenizer(config).encode("1999", add_special_tokens=False)) == 3
     assert "cuts 'In 1999, " in caplog.text and "taken as it is" in caplog.text
+
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "from_pretrained", read_otherwise)
     with pytest.raises(WeightsError, match=r"cuts 'In 1999, .* take another version"):
         load_tokenizer(config)
@@ -136,14 +139,18 @@ def test_tokens_that_end_a_response(model: Path) -> None:
     with_values(model, "config.json", eos_token_id=[7, 9])
     assert eos_ids(str(model), 5) == [5, 7, 9]
     assert eos_ids(str(model), None) == [7, 9]
+
     with_values(model, "generation_config.json", eos_token_id=11)
     assert eos_ids(str(model), 5) == [5, 11]
+
     with_values(model, "generation_config.json", eos_token_id="</s>")
     with pytest.raises(WeightsError, match="no token numbers"):
         eos_ids(str(model), 5)
+
     (model / "generation_config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"generation_config.json is not JSON"):
         eos_ids(str(model), 5)
+
     (model / "generation_config.json").write_text("{}")
     with pytest.raises(WeightsError, match="names an end-of-sequence token"):
         eos_ids(str(model), None)

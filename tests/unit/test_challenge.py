@@ -97,6 +97,7 @@ def test_an_old_proof_is_worth_nothing() -> None:
 
     with pytest.raises((NotProven, ConnectionError)):
         connect(impostor(record), "right", purpose="test", seconds=1)
+
     with Door(listener(), "right", purpose="test") as door:
         with socket.create_connection(address(door)) as replay:
             replay.sendall(recorded[0])

@@ -319,9 +319,11 @@ def test_a_job_of_the_array_trains_its_run(base: Path, tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
     words = (tmp_path / "shown").read_text().splitlines()
     assert words[2:4] == ["train", str(base)]
     assert "model.weights=" in words, "no Megatron checkpoint was asked for"
+
     described = load_sweep(tmp_path / "sweep.yaml").runs[3]
     expected = ["optimizer.lr=3e-5", "data.suffix=it's $HOME;", *described.words]
     assert words[-len(expected) :] == expected
@@ -390,6 +392,7 @@ def test_the_table_resamples_problems_where_runs_have_them(base: Path) -> None:
         keep(run, accuracy=sum(correct.values()) / 4, correct=correct)
     _, grpo = variant_rows(sweep, results_of(sweep))
     difference = grpo.differences["accuracy"]
+
     assert (difference.low, difference.high, difference.resampled) == (
         0.0,
         1.0,
@@ -427,14 +430,17 @@ def test_a_diverged_run_is_counted_and_not_averaged(base: Path) -> None:
     assert grpo.differences["accuracy"].value == pytest.approx(0.1)
     assert real.means["accuracy"].value == pytest.approx(0.7) and not real.differences
     assert runs_table([real, grpo])[2] == ["grpo", "2 of 3", "1", "0", "0.6", "1,600"]
+
     shown = figure_table("accuracy", [real, grpo])[2]
     assert shown == ["grpo", "0.800", "0.100", "+0.100", "+0.100 to +0.100", "2"]
 
     write_table(sweep, results_of(sweep))
     kept = json.loads((sweep.out / "table.json").read_text())
     assert kept == as_json(sweep, results_of(sweep))
+
     lost = next(run for run in kept["runs"] if run["outcome"] == "diverged")
     assert (lost["variant"], lost["seed"], lost["accuracy"]) == ("grpo", 2, None)
+
     rows = list(csv.DictReader((sweep.out / "table.csv").open()))
     assert [row["counts.diverged"] for row in rows] == ["0", "1"]
     assert float(rows[1]["differences.accuracy.value"]) == pytest.approx(0.1)
@@ -533,6 +539,7 @@ def test_a_run_that_fails_does_not_end_the_sweep(
     file = write_sweep(base)
     planned({"grpo 1": "diverge", "real 2": "crash once"})
     assert cli.main(["compare", str(file)]) == 1
+
     shown = capsys.readouterr()
     assert set(starts(load_sweep(file)).values()) == {1}
     assert "grpo, seed 1: diverged after 0 steps: as planned" in shown.out
@@ -540,6 +547,7 @@ def test_a_run_that_fails_does_not_end_the_sweep(
     assert row_of("real", shown.out) == "2 of 3 0 1"
 
     assert cli.main(["compare", str(file)]) == 1, "one has diverged for good"
+
     again = starts(load_sweep(file))
     assert again.pop("real, seed 2") == 2 and set(again.values()) == {1}
     assert row_of("real", capsys.readouterr().out) == "3 of 3 0 0"
@@ -553,6 +561,7 @@ def test_a_sweep_that_was_stopped_ends_with_the_same_table(
     undisturbed = write_sweep(base)
     planned({})
     assert cli.main(["compare", str(undisturbed)]) == 0
+
     capsys.readouterr()
     expected = shown_table(undisturbed, capsys)
 
@@ -563,6 +572,7 @@ def test_a_sweep_that_was_stopped_ends_with_the_same_table(
     assert cli.main(["compare", str(stopped)]) == 75
     assert cli.main(["compare", str(stopped)]) == 0
     assert list(starts(load_sweep(stopped)).values()) == [1, 2, 1, 1, 2, 1]
+
     capsys.readouterr()
     assert shown_table(stopped, capsys) == expected
     assert expected["variants"][1]["differences"]["accuracy"]["value"] == pytest.approx(0.1)

@@ -262,6 +262,7 @@ def test_other_settings_on_the_command_line_are_typed_by_their_field(file: Path)
         "trainer.steps=${rollout.num_prompts}",
     ]
     loaded = config.load(file, words)
+
     assert (loaded.optimizer.lr, loaded.trainer.profile, loaded.trainer.steps) == (1e-6, (1, 2), 64)
     assert loaded.rollout.servers == ("http://a:1",)
     assert (loaded.rollout.exclude_mismatch, loaded.rollout.sync.probe_every) == (None, 3)
@@ -280,11 +281,13 @@ def test_what_comes_from_the_environment_is_written_as_it_was_given(
     loaded = config.load(
         file, ["trainer.run_dir=runs/${oc.env:SECRET}", "optimizer.lr=${oc.env:RATE}"]
     )
+
     assert loaded.rollout.vllm["hf_token"] == "canary-1234"
     assert loaded.rollout.vllm["tags"][1] == "canary-1234"
     assert loaded.trainer.run_dir == "runs/canary-1234"
     assert loaded.data.suffix == "again canary-1234"
     assert loaded.optimizer.lr == 1e-5
+
     written = config.to_dict(loaded)
     assert "canary" not in json.dumps(written) + json.dumps(config.to_plain(loaded))
     assert written["optimizer"]["lr"] == "${oc.env:RATE}"
@@ -322,15 +325,18 @@ def test_a_file_says_only_what_differs_from_its_base(file: Path, tmp_path: Path)
     most = tmp_path / "most.yaml"
     most.write_text("base: more/more.yaml\nrollout:\n  group_size: 6\nlabels:\n")
     loaded = config.load(most, ["labels.workers=3"])
+
     assert (loaded.rollout.num_prompts, loaded.rollout.group_size) == (64, 6)
     assert (loaded.labels.excluded, loaded.labels.workers) == (("crashed",), 3)
 
     file.write_text("base: most.yaml\n")
     with pytest.raises(ValueError, match=r"most.yaml -> more.yaml -> run.yaml -> most.yaml"):
         config.load(most)
+
     most.write_text("base: nowhere.yaml\n")
     with pytest.raises(ValueError, match=r"base is 'nowhere.yaml', but there is no file"):
         config.load(most)
+
     (tmp_path / "other.yaml").write_text("")
     with pytest.raises(ValueError, match="unknown key base"):
         config.load(tmp_path / "other.yaml", ["base=most.yaml"])
@@ -345,6 +351,7 @@ def test_another_objective_begins_with_its_own_settings(file: Path, tmp_path: Pa
 
     dapo = make_objective("dapo", clip_high=0.3)
     assert config.load(file, ["objective.clip_high=0.3", "objective.name=dapo"]).objective == dapo
+
     (tmp_path / "dapo.yaml").write_text("base: run.yaml\nobjective:\n  name: dapo\n")
     assert config.load(tmp_path / "dapo.yaml", ["objective.clip_high=0.3"]).objective == dapo
 
@@ -415,6 +422,7 @@ def test_the_table_of_engines_in_the_docs_is_that_of_the_code() -> None:
     engines = ENGINES.values()
     text = (ROOT / "docs/rollouts.md").read_text()
     assert f"| | {' | '.join(f'`{name}`' for name in ENGINES)} |" in text
+
     for start, values in (
         ("needs the package", [engine.package for engine in engines]),
         ("processes (and GPUs) of its own", [engine.own_processes for engine in engines]),
@@ -500,4 +508,5 @@ def test_every_number_has_a_bound() -> None:
                 is_bounded = hasattr(hint, "__metadata__")
                 if not is_bounded:
                     unbounded.append(f"{section}.{name}")
+
     assert unbounded == ["labels.threshold"]

@@ -275,8 +275,10 @@ def test_an_answer_cannot_choose_to_fail_its_check() -> None:
         with pytest.raises((ValueError, KeyError, OverflowError)):
             get_score_answer_fn(task)(answer, {"answer": gold, "metadata": {}})
         assert gym.score(answer, gold, {"source_dataset": task}) == 0.0
+
     with pytest.raises(ValueError, match="invalid literal"):
         gym.score("3", "no gold", {"source_dataset": "prime_factorization"})
+
     # A sum that diverges, and an integral that stays one: sympy raises on the value of either.
     verify = verifiers.load("math_verify")
     for answer in ("\\sum_{n=0}^{\\infty} 1", "\\int0\\overline{3}"):
@@ -314,6 +316,7 @@ def test_an_answer_that_reasoning_gym_would_run_does_nothing(
     done = subprocess.run(
         [sys.executable, "-c", REPRODUCED, bare], capture_output=True, text=True, check=True
     )
+
     assert done.stdout.split() == ["0.0", "1.0"], "the scorer is replaced"
     assert (tmp_path / "bare").exists(), "the shell command ran"
     assert (tmp_path / "bare.keys").read_text() == "secret"
@@ -335,6 +338,7 @@ def test_an_answer_that_reasoning_gym_would_run_does_nothing(
     ]  # fmt: skip
     with VerifierPool("reasoning_gym", **(OPTIONS | {"memory_mib": 4096})) as pool:
         outcomes = pool.run([*checks, *games])
+
     assert [o.reward for o in outcomes] == [
         0.0, 0.0, 0.0, 1.0, 0.1, 1.0, 0.01, 0.01, 1.0, None, None,
     ]  # fmt: skip
@@ -445,6 +449,7 @@ def test_a_verifier_that_evaluates_is_contained(
         text: (status, reason.partition(" while ")[0])
         for text, (status, reason) in outcome_of.items()
     }
+
     # Which descriptors are open differs, and who is first to end the child: what counts is that no
     # verdict gets out.
     for text in (
@@ -453,6 +458,7 @@ def test_a_verifier_that_evaluates_is_contained(
         list(EVALUATED)[5],
     ):
         assert outcome_of.pop(text)[0] == expected.pop(text)[0]
+
     assert outcome_of == expected
 
 
@@ -472,6 +478,7 @@ def test_an_own_verifier_is_a_module_with_its_folder_on_the_path(
     )
     with VerifierPool(own(body, head), **OPTIONS) as pool:
         outcomes = pool.run([Check("a", []), Check("b", [])])
+
     assert [(o.status, o.reason) for o in outcomes] == [("ok", ""), ("wrong", "")]
 
 
@@ -512,6 +519,7 @@ def test_what_a_verifier_started_ends_with_it(
         while len(alive()) > 1 and time.monotonic() < deadline:
             time.sleep(0.1)
         assert len(alive()) == 1, "those of the killed one are gone"
+
     assert alive() == []
 
 
@@ -562,6 +570,7 @@ def test_the_path_of_libraries_shows_no_private_folder(
                 assert pool.run([check])[0].reason == "1 of 1 tests passed: ok"
     finally:
         canaries[1].unlink()
+
     assert not Path("/proc.").exists(), "what is relative would be mounted beside the new root"
 
 
@@ -600,11 +609,13 @@ def test_a_worker_that_is_replaced_after_every_check_is_said_once(
         VerifierPool(name, **(OPTIONS | {"memory_mib": 600})) as pool,
     ):
         assert [o.status for o in pool.run([Check("", [])] * 3)] == ["ok"] * 3
+
     warnings = [
         record.getMessage()
         for record in caplog.records
         if "replaced after one check" in record.getMessage()
     ]
+
     assert len(warnings) == 1 and warnings[0].endswith("labels.memory_mib = 600; raise it")
 
 
@@ -646,6 +657,7 @@ def test_a_closed_pool_leaves_no_descriptor() -> None:
     for _ in range(3):
         run()
     gc.collect()
+
     assert descriptors() <= before
 
 
@@ -674,6 +686,7 @@ def test_what_the_lowest_rung_refuses(
         )
         spiral = Check(box("1 2"), ["1 2"], {"source_dataset": "spiral_matrix"})
         refused, read = pool.run([countdown, spiral])
+
     assert refused.status == "crashed" and refused.reason.startswith(
         "the scorer of countdown evaluates answers"
     )
@@ -726,6 +739,7 @@ def test_rows_of_the_known_shapes(shape: str) -> None:
     """
     rows = read_rows(SAMPLES / f"{shape}.jsonl")
     assert len(rows) == len(SOLUTIONS[shape])
+
     right = [f"<think>```python\nwrong\n```</think>```python\n{s}\n```" for s in SOLUTIONS[shape]]
     texts = [*right, *["```python\ndef f(): pass\n```"] * len(rows)]
     items = [
@@ -737,6 +751,7 @@ def test_rows_of_the_known_shapes(shape: str) -> None:
     ]
     with Labeller("code", **OPTIONS) as label:
         verdicts = label(items)
+
     assert [v.reason.partition(":")[0] for v in verdicts[: len(rows)]] == [
         f"{n} of {n} tests passed" for n in (len(row_tests(row.metadata)) for row in rows)
     ]
@@ -774,6 +789,7 @@ def test_names_that_a_test_binds_are_not_the_programs() -> None:
     row = {"test": test, "entry_point": "roots_of"}
     with VerifierPool("code", **OPTIONS) as pool:
         (outcome,) = pool.run([Check(f"```python\n{program}\n```", [], row)])
+
     assert outcome.reason == "1 of 1 tests passed: ok"
 
 

@@ -120,6 +120,7 @@ def test_bin_and_snapshot_sources(source: Path, tmp_path: Path) -> None:
     (parts / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (tmp_path / "blob").write_bytes((source / "model.safetensors").read_bytes())
     (snapshot / "model.safetensors").symlink_to("../blob")
+
     for directory in (whole, parts, snapshot):
         there = hf_to_megatron(directory, tmp_path / f"{directory.name}-megatron")
         back = HfWeights(megatron_to_hf(there.out, tmp_path / f"{directory.name}-hf").out)
@@ -255,6 +256,7 @@ def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
     there = str(tmp_path / "megatron")
     back = str(tmp_path / "hf")
     assert main(["convert", "to-megatron", str(source), there, "--json"]) == 0
+
     summary = json.loads(capsys.readouterr().out)
     assert summary["bytes"] == sum(
         t.shape[0] * t.columns * 2 for t in HfWeights(source).tensors.values()
@@ -263,8 +265,10 @@ def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
         main(["convert", "to-hf", there, back, "--max-shard-size", "60KB", "--dtype", "fp32"]) == 0
     )
     assert main(["convert", "verify", there, back]) == 0
+
     capsys.readouterr()
     assert main(["convert", "inspect", there, "--json"]) == 0
+
     report = json.loads(capsys.readouterr().out)
     assert report["format"] == "Megatron torch_dist" and report["architecture"]["num_kv_heads"] == 2
     assert main(["convert", "inspect", back]) == 0
@@ -340,6 +344,7 @@ def test_an_explicit_dtype_is_that_of_all_tensors(source: Path, tmp_path: Path) 
     kept, cast = (
         megatron_to_hf(there, tmp_path / str(dtype), dtype=dtype).out for dtype in (None, "BF16")
     )
+
     assert {t.dtype for t in load_file(kept / "model.safetensors").values()} == {
         torch.bfloat16,
         torch.float32,

@@ -94,6 +94,7 @@ def test_kills_at_random_moments(
     total = changes(convert, given, out)
     expected = json.loads((out / MANIFEST).read_text())
     draw = random.Random(17)
+
     for after in (0, *(draw.randrange(total) for _ in range(MOMENTS)), total - 1):
         shutil.rmtree(out)
         kill(convert, given, out, after=after)
@@ -102,6 +103,7 @@ def test_kills_at_random_moments(
         assert check_manifest(out) == []
         assert json.loads((out / MANIFEST).read_text()) == expected
         assert {p.name for p in tmp_path.iterdir()} <= {"given", "out", ".out.journal"}
+
     assert len(kept) > MOMENTS // 2, "the work that was done before the kill must be kept"
 
 
@@ -124,6 +126,7 @@ def test_a_resumed_run_copies_only_what_is_missing(
     with pytest.raises(WeightsError, match="Input/output error"):
         to_megatron(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
     written[0] = -(10**12)
     second = to_megatron(source, tmp_path / "out")
     crcs = 8 * second.tensors
@@ -141,12 +144,14 @@ def test_a_spoilt_partial_is_made_again(
         WeightsError, match="is full; free some space and run the same command again"
     ):
         to_megatron(source, tmp_path / "out")
+
     monkeypatch.undo()
     (file,) = (tmp_path / ".out.partial/release").glob("*.distcp")
     data = bytearray(file.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 10_000] = bytes(10_000)
     file.write_bytes(data)
     again = to_megatron(source, tmp_path / "out")
+
     assert 0 < again.num_bytes - again.resumed_bytes < again.num_bytes // 2
     assert check_manifest(again.out) == []
 

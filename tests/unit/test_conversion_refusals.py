@@ -142,6 +142,7 @@ def test_llama3_frequencies_are_those_of_transformers() -> None:
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
     values = config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
     frequencies = torch.tensor(Architecture.from_config(values).rope_frequencies)
+
     assert torch.allclose(frequencies, expected, rtol=1e-6)
 
 
@@ -178,6 +179,7 @@ def test_every_entry_point_refuses_in_the_same_words(
         ["eval", str(config), "--bench", f"b={bench}", "--max-tokens", "64"],
         ["plan", str(config), "--gpus", "1", "--gpu", "h100-80g"],
     ]
+
     sentences = []
     for words in commands:
         assert main(words) == 2, words
@@ -273,6 +275,7 @@ def test_a_tied_file_that_kept_only_the_output_layer(tied: Path, tmp_path: Path)
     with_tensors(tied, keep_output)
     theirs = AutoModelForCausalLM.from_pretrained(tied, dtype="auto").state_dict()
     assert torch.equal(theirs["model.embed_tokens.weight"], before)
+
     there = hf_to_megatron(tied, tmp_path / "megatron").out
     back = HfWeights(megatron_to_hf(there, tmp_path / "hf").out)
     assert torch.equal(back.read("model.embed_tokens.weight"), before)
@@ -294,12 +297,15 @@ def test_side_files_templates_and_code_come_along(source: Path, tmp_path: Path) 
         (source / name).write_text(text)
     (source / "tf_model.h5.index.json").write_text("{}")
     without_code = {file.name for file in side_files(source)}
+
     assert "helper.py" not in without_code, "Python files without an auto_map are not the model's"
+
     with_config(source, auto_map={"AutoModelForCausalLM": "modeling_own.Model"})
     there = hf_to_megatron(source, tmp_path / "megatron").out
     back = megatron_to_hf(there, tmp_path / "hf").out
     weights = {name: tensor for name, tensor in load_file(source / SINGLE).items()}
     write_hf(tmp_path / "trained", weights.items(), source=source, dtype="bf16")
+
     for exported in (back, tmp_path / "trained"):
         assert {name: (exported / name).read_text() for name in files} == files
         assert not (exported / "tf_model.h5.index.json").exists()
@@ -311,11 +317,13 @@ def test_links_out_of_the_model_are_not_followed(source: Path, tmp_path: Path) -
     secret.write_text("HF_TOKEN=hf_secret")
     weights = load_file(source / SINGLE)
     there = hf_to_megatron(source, tmp_path / "megatron").out
+
     for directory in (source, there / "hf"):
         link = directory / "NOTICE.txt"
         link.symlink_to(secret)
         with pytest.raises(WeightsError, match=r"NOTICE.txt is a link to .*secret, outside"):
             side_files(directory)
+
     with pytest.raises(WeightsError, match="outside the model's directory"):
         hf_to_megatron(source, tmp_path / "out")
     with pytest.raises(WeightsError, match="outside the model's directory"):
@@ -323,6 +331,7 @@ def test_links_out_of_the_model_are_not_followed(source: Path, tmp_path: Path) -
     with pytest.raises(WeightsError, match="outside the model's directory"):
         write_hf(tmp_path / "out", weights.items(), source=source, dtype="bf16")
     assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".*out*"))
+
     for link in (source / "NOTICE.txt", there / "hf/NOTICE.txt"):
         link.unlink()
         link.symlink_to("config.json")
@@ -339,7 +348,9 @@ def test_a_hub_snapshot_is_links_to_its_own_blobs(source: Path, tmp_path: Path) 
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
     there = hf_to_megatron(snapshot, tmp_path / "megatron").out
     back = megatron_to_hf(there, tmp_path / "hf").out
+
     assert (back / SINGLE).read_bytes() == (source / SINGLE).read_bytes()
+
     (snapshot / "NOTICE.txt").symlink_to("../../../secret")
     with pytest.raises(WeightsError, match="leads nowhere"):
         open_model(snapshot)
@@ -413,6 +424,7 @@ def test_out_that_cannot_be_replaced_is_refused_early(
     mounted.mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == mounted)
     before = sorted(tmp_path.rglob("*"))
+
     for out, message in (
         (file, "is a file"),
         (link, "is a link to directory"),
@@ -421,6 +433,7 @@ def test_out_that_cannot_be_replaced_is_refused_early(
     ):
         with pytest.raises(WeightsError, match=message):
             hf_to_megatron(source, out, overwrite=overwrite)
+
     with pytest.raises(WeightsError, match=r"Not a directory|File exists"):
         hf_to_megatron(source, file / "out", overwrite=overwrite)
     assert sorted(tmp_path.rglob("*")) == before
@@ -441,8 +454,10 @@ def test_out_that_appears_meanwhile_is_left_alone(
     monkeypatch.setattr(transfer, "_finish", appears)
     with pytest.raises(WeightsError, match="is left alone; the finished weights are in"):
         hf_to_megatron(source, out, overwrite=overwrite)
+
     monkeypatch.undo()
     assert (out / "mine.txt").read_text() == "mine"
+
     shutil.rmtree(out)
     again = hf_to_megatron(source, out)
     assert again.resumed_bytes == again.num_bytes
@@ -582,7 +597,9 @@ def test_uneven_pipelines(tiny_model: ModelMaker, tmp_path: Path, heights: tuple
         folder.mkdir(parents=True)
         torch.save({**state, "model": model}, folder / "model_optim_rng.pt")
     back = megatron_to_hf(staged, tmp_path / "hf", hf_config=source).out
+
     assert (back / SINGLE).read_bytes() == (source / SINGLE).read_bytes()
+
     shutil.rmtree(staged / "mp_rank_00_003")
     with pytest.raises(WeightsError, match=r"layers where config.json asks for 8|has no tensor"):
         megatron_to_hf(staged, tmp_path / "no", hf_config=source)
@@ -610,17 +627,21 @@ def test_other_formats_and_trackers_are_named(source: Path, tmp_path: Path) -> N
     (zarr / "decoder.layers.mlp.linear_fc1.weight/.zarray").write_text("{}")
     tracker = checkpoints / "latest_checkpointed_iteration.txt"
     tracker.write_text("5")
+
     for directory in (checkpoints, zarr):
         with pytest.raises(WeightsError, match=r"format 'zarr', which is not read"):
             open_megatron(directory, architecture)
         with pytest.raises(WeightsError, match=r"format 'zarr', which is not read"):
             describe(directory)
+
     (zarr / "metadata.json").write_text('{"sharded_backend": "fsdp_dtensor"}')
     with pytest.raises(WeightsError, match=r"format 'fsdp_dtensor', which is not read"):
         open_megatron(checkpoints, architecture)
+
     tracker.write_text("9" * 5000)
     with pytest.raises(WeightsError, match="which is neither 'release' nor an iteration"):
         open_megatron(checkpoints, architecture)
+
     tracker.unlink()
     tracker.mkdir()
     with pytest.raises(WeightsError, match=r"tracker|latest_.*cannot be read \(Is a directory\)"):

@@ -39,6 +39,7 @@ def doctor(run_dir: Path, *, processes: int = 1) -> tuple[int, dict[str, dict[st
     ]
     done = zygote.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.stdout.startswith("["), done.stderr
+
     return done.returncode, {finding["name"]: finding for finding in json.loads(done.stdout)}
 
 

@@ -66,6 +66,7 @@ def test_gemm_is_a_linear_layer_and_its_gradients() -> None:
     _, grad_bias, *_ = gemm(
         x.detach(), False, upstream, True, out=main_grad, accumulate=True, grad=True, bias=bias
     )
+
     assert_close(out, expected.detach())
     assert_close(grad_x, x.grad)
     assert_close(main_grad - 1, linear.weight.grad)
@@ -98,6 +99,7 @@ def test_fused_attention_is_softmax_of_each_sequence() -> None:
         5, 5, 0.3, 0.0, True, *layouts, None, None, None, mask, None, None, None, False, CU, CU,
         q_data, k_data, v_data, result, upstream, torch.float32, [statistics],
     )  # fmt: skip
+
     assert_close(result, out.detach())
     for grad, x in zip(grads, (q, k, v), strict=False):
         assert_close(grad, x.grad)
@@ -140,6 +142,7 @@ def test_attention_in_two_steps_is_attention() -> None:
         old = lse
         lse = torch.logaddexp(old, step_lse)
         kernels.thd_out_correction(total, step, old, lse, step_lse, bounds, False, True)
+
     assert_close(total, out.detach())
 
     # The first half of the keys overwrites its part of the gradient, the second adds to its part.
@@ -156,6 +159,7 @@ def test_attention_in_two_steps_is_attention() -> None:
         for grad, step_grad in zip(grads[1:], key_value_grads, strict=True):
             assert step_grad is not None
             kernels.thd_grad_correction(grad, step_grad, bounds, *actions)
+
     for grad, x in zip(grads, (q, k, v), strict=True):
         assert_close(grad, x.grad)
 
@@ -166,6 +170,7 @@ def test_halves_are_those_of_each_sequence() -> None:
     lse = torch.arange(8.0).expand(2, 8).clone()
     second = torch.tensor([1.0, 5.0, 6.0, 7.0]).expand(2, 4)
     assert_close(kernels.thd_read_second_half_lse(lse, bounds, True, 4), second)
+
     kernels.thd_second_half_lse_correction(lse, second, bounds, True)
     expected = torch.arange(8.0)
     expected[[1, 5, 6, 7]] += torch.log(torch.tensor(2.0))  # e^x + e^x
@@ -174,6 +179,7 @@ def test_halves_are_those_of_each_sequence() -> None:
     grad = torch.ones(8, 1)
     kernels.thd_grad_correction(grad, torch.arange(8.0)[:, None], bounds, "copy", "add")
     assert grad.flatten().tolist() == [0, 2, 2, 3, 4, 6, 7, 8]
+
     kernels.thd_grad_correction(grad, torch.full((4, 1), 9.0), bounds, "zero", "copy")
     assert grad.flatten().tolist() == [0, 9, 0, 0, 0, 9, 9, 9]
 
@@ -186,6 +192,7 @@ def test_rope_turns_pairs_as_complex_numbers() -> None:
     places = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4])
     turn = torch.polar(torch.ones(8, 1, 3), frequencies[places][:, None])
     expected = torch.complex(t[..., :3], t[..., 3:]) * turn
+
     assert_close(out, torch.cat([expected.real, expected.imag], -1))
     assert_close(kernels.fused_rope_backward(out, freqs, None, None, False, CU, 1, 0), t)
 
@@ -194,6 +201,7 @@ def test_rope_turns_pairs_as_complex_numbers() -> None:
     freqs = torch.randn(8, 1, 1, 6)
     whole = kernels.fused_rope_forward(t, freqs, None, None, False, bounds, 1, 0)
     part = kernels.fused_rope_forward(t[2:6], freqs, None, None, False, bounds, 2, 1)
+
     assert_close(part, whole[2:6])
 
 
@@ -230,6 +238,7 @@ def test_adam(mode: int, optimizer: Any) -> None:
         reference.step()
         lists = [[gradient.clone()], [value], [moment], [square]]
         kernels.multi_tensor_adam(0, torch.zeros(1), lists, 0.1, 0.8, 0.9, 1e-3, step, mode, 1, 0.2)
+
     assert_close(value, parameter.detach())
 
 

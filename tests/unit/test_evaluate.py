@@ -88,6 +88,7 @@ def test_figures_by_hand() -> None:
         ],
         vote=True,
     )
+
     assert summary == Evaluation(
         pass_at_1=0.5,
         standard_error=0.25,
@@ -197,16 +198,19 @@ SETTINGS = {
 def test_a_chunk_reads_back(tmp_path: Path) -> None:
     directory = EvaluationDirectory(tmp_path)
     assert not directory.has(CHUNK)
+
     directory.write(CHUNK, ROLLOUTS, [("5", 0), ("6", 1)])
     assert directory.has(CHUNK)
     assert directory.read([CHUNK]) == [
         Judged("a/0", "ok", True, 2, 0),
         Judged("a/0", "wrong", False, 2, 1),
     ]
+
     (row, other) = [
         json.loads(line)
         for line in (tmp_path / "samples/a/chunk-0000.jsonl").read_text().splitlines()
     ]
+
     assert (row["completion"], row["answer"], row["golds"]) == ("\\boxed{5}", "5", ["5"])
     assert other["completion"] == ROLLOUTS[1].completion.text
 
@@ -225,6 +229,7 @@ def test_another_setting_is_refused_by_name(tmp_path: Path) -> None:
     directory.check(SETTINGS)
     directory.claim(SETTINGS)
     directory.check(SETTINGS)
+
     with pytest.raises(
         ValueError, match=r"begun with evaluation.temperature = 0.6, and now it is 1.0"
     ):
@@ -235,6 +240,7 @@ def test_another_setting_is_refused_by_name(tmp_path: Path) -> None:
         ValueError, match=r"begun with labels.overlong = 'negative', and now it is None"
     ):
         directory.check({k: v for k, v in SETTINGS.items() if k != "labels.overlong"})
+
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
         EvaluationDirectory(tmp_path / "file").check(SETTINGS)
@@ -264,11 +270,13 @@ def test_the_average_counts_benchmarks_alike(tmp_path: Path) -> None:
     mean = average(evaluations)
     assert (mean["pass_at_1"], mean["standard_error"]) == pytest.approx((0.5, 0.025))
     assert (mean["problems"], mean["failed_checks"], mean["samples"]) == (1010, 2, 2)
+
     directory = EvaluationDirectory(tmp_path)
     directory.publish("my-model", SETTINGS, {**evaluations, "one": evaluation(0.5, math.nan, 1)})
     published = json.loads(directory.json.read_text())
     assert published["benchmarks"]["small"]["pass_at_1"] == 0.2
     assert published["benchmarks"]["one"]["standard_error"] is None, "JSON has no NaN"
+
     rows = list(csv.DictReader(directory.csv.open()))
     assert [row["benchmark"] for row in rows] == ["small", "large", "one", "average"]
     assert rows[1]["pass_at_2"] == "0.8" and rows[2]["standard_error"] == ""

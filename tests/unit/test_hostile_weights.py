@@ -271,15 +271,18 @@ def test_loops_pipes_and_missing_files(plain: bytes, tmp_path: Path) -> None:
     link.symlink_to(link)
     with pytest.raises(WeightsError, match="cannot be read"):
         HfWeights(tmp_path)
+
     link.unlink()
     os.mkfifo(link)
     with pytest.raises(WeightsError, match="not a regular file"):
         HfWeights(tmp_path)
+
     link.unlink()
     index = {"weight_map": {"a": "model-1.safetensors", "z": "model-1.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(WeightsError, match=r"model-1.safetensors cannot be read .*incomplete"):
         HfWeights(tmp_path)
+
     (tmp_path / "model-1.safetensors").write_bytes(plain)
     with pytest.raises(WeightsError, match="names z, which none of its files has"):
         HfWeights(tmp_path)
@@ -296,10 +299,12 @@ def test_a_missing_chunk_is_named(tiny_model: Callable[..., Path], tmp_path: Pat
     )
     del table.storage_data[gone]
     file.write_bytes(pickle.dumps(table))
+
     with pytest.raises(
         WeightsError, match=r"linear_fc2.weight\[3\]: its 1 shards do not tile its shape"
     ):
         megatron_to_hf(there, tmp_path / "hf")
+
     (there / "release/__0_0.distcp").write_bytes(b"short")
     file.write_bytes(pickle.dumps(table))
     with pytest.raises(WeightsError, match="has 5 bytes, but its index points to"):
@@ -366,9 +371,11 @@ def test_resuming_runs_nothing_of_a_checkpoint(tmp_path: Path, where: str) -> No
                 info.offset = 0
                 info.length = len(stream.getvalue())
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
     with pytest.raises(WeightsError, match=r"names (posix|os)\.mkdir|not plain data"):
         guarded()
     assert not ran.exists()
+
     read()
     assert ran.exists(), "without the guard it runs, so that the test can fail"
 

@@ -28,6 +28,7 @@ def test_check_counts_by_kind(tmp_path: Path, capsys: Any) -> None:
     """
     agreeing = write(tmp_path / "a.jsonl", ROWS)
     assert main(["labels", "check", agreeing, "--json", "--workers", "1"]) == 0
+
     report = json.loads(capsys.readouterr().out)
     assert (report["rows"], report["accuracy"], report["others"]) == (3, 1.0, [])
     assert list(report["kinds"]) == ["plain", "tuple or open interval"]
@@ -36,7 +37,9 @@ def test_check_counts_by_kind(tmp_path: Path, capsys: Any) -> None:
     other_text = {"completion": "\\boxed{5.0}", "gold": "5", "expected": True, "kind": "other"}
     disagreeing = write(tmp_path / "b.jsonl", [*ROWS, same_text, other_text])
     words = ["--verifier", "exact", "--workers", "1"]
+
     assert main(["labels", "check", disagreeing, "--json", *words]) == 1
+
     report = json.loads(capsys.readouterr().out)
     assert (report["accuracy"], report["false_positives"], report["false_negatives"]) == (0.6, 1, 1)
     assert report["kinds"]["same"]["false_positives"] == 1

@@ -155,9 +155,11 @@ def test_gold_is_text_a_number_or_a_list_of_them(pool: VerifierPool, tmp_path: P
         "\n".join(json.dumps({"problem": "?", "answer": gold}) for gold in GOLDS.values())
     )
     rows = read_rows(file)
+
     assert [row.answers for row in rows] == [
         ("5",), ("142",), ("0.5",), ("\\frac{1}{2}",), ("1", "2", "3"), ("1000",), ("$7$",),
     ]  # fmt: skip
+
     outcomes = pool.run(
         [Check(box(text), row.answers) for text, row in zip(GOLDS, rows, strict=True)]
     )
@@ -256,9 +258,11 @@ def test_a_batch_with_hostile_answers_ends_in_time_and_every_honest_one_is_right
         seconds = time.monotonic() - started
         (pool,) = label._pools.values()
         workers = [worker_process(w).memory_info() for w in pool._workers if w._process]
+
     assert sum(v.status == "timeout" for v in verdicts) >= 8
     assert processor_seconds_lost(v.reason for v in verdicts) / 2 < 3 * timeout
     assert seconds < 60 * timeout, "however busy the machine is"
+
     wrong = [
         i for i, label in enumerate(expected) if label is not None and verdicts[i].label != label
     ]
@@ -383,6 +387,7 @@ def test_a_worker_killed_in_the_middle_of_a_check_costs_that_check(
             time.sleep(0.05)
         os.kill(int(pid.read_text()), signal.SIGKILL)
         killed = futures[0].result()
+
     assert (killed.status, killed.reason) == ("crashed", "the verifier process ended with code -9")
     assert [o.status for o in others] == ["ok"] * 20
 
@@ -499,8 +504,10 @@ def test_statuses_to_labels(
     )
     with Labeller(own(body), **settings) as label:
         verdicts = label(list(EACH.values()))
+
     # A verifier of one's own gives a verdict or none: what it could not read is wrong.
     expected = ["wrong" if status == "unparsable" else status for status in EACH]
+
     assert [v.status for v in verdicts] == expected
     assert [v.label for v in verdicts] == [labels[list(EACH).index(status)] for status in expected]
 

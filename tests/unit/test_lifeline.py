@@ -124,6 +124,7 @@ def test_strays_cost_nothing(tmp_path: Path) -> None:
     strays[1].close()
     strays[2].sendall(b"\0")
     strays[3].sendall(bytes(64) + b'{"rank": 1, "host": "evil"}\n')
+
     # Who knows the secret, and forges a rank that is none: not taken in either.
     known = challenge.connect((host, port), secret, purpose="lifeline")
     known.sendall(b'{"rank": 7, "host": "evil"}\n')
@@ -174,6 +175,7 @@ def test_a_rank_whose_launcher_was_killed_is_asked_to_stop() -> None:
         env={**os.environ, "TORCHELASTIC_RUN_ID": "none"},
     )
     assert launcher.stdout is not None and launcher.stdout.readline() == "ready\n"
+
     launcher.kill()
     output, _ = launcher.communicate(timeout=120.0)
     assert output == "asked by SIGTERM\n"
@@ -243,5 +245,6 @@ def test_a_place_is_a_line_of_code() -> None:
     finally:
         event.set()
         thread.join()
+
     assert place.where.startswith("threading.py:")
     assert place_of(0) == Place()

@@ -89,11 +89,13 @@ def test_compiles_without_spills(
     print(
         f"| {kernel} | {dtype} | sm_{architecture} | {used['REG']} | {spilled} | {used['SHARED']} |"
     )
+
     assert spilled == 0, f"{used}: registers spill to memory"
     # 64 registers in 8 warps leave room for four programs on a multiprocessor, which hide each
     # other's loads.
     assert used["REG"] <= 64, used
     assert "ld.global.v4" in result.asm["ptx"], "a load is not of 16 bytes"
+
     if dtype == "bf16" and kernel == "gradient":
         # The interpreter cuts off what the hardware rounds: that it is rounded to the nearest can
         # be seen here alone.

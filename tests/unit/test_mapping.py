@@ -51,6 +51,7 @@ def test_every_tensor_once_and_back(
         sum(tensor.shape[0] * tensor.columns for tensor in weights.tensors.values())
         == architecture.num_parameters
     )
+
     seen = []
     for entry in entries(architecture):
         shards = [shard(entry, weights, architecture, rank, tp) for rank in range(tp)]
@@ -58,6 +59,7 @@ def test_every_tensor_once_and_back(
         for name, shape, back in zip(entry.parts, entry.shapes, entry.join(shards), strict=True):
             assert torch.equal(weights.read(name), back[: shape[0]]), name
             seen.append(name)
+
     assert sorted(seen) == sorted(weights.names)
 
 
@@ -74,7 +76,9 @@ def test_qkv_rows_are_grouped_by_kv_head() -> None:
         {"architectures": ["Qwen2ForCausalLM"], **numbers, **rest}
     )
     entry = next(e for e in entries(architecture) if e.key.endswith("linear_qkv.bias"))
+
     assert entry.runs == [(0, 0, 2), (1, 0, 1), (2, 0, 1), (0, 2, 2), (1, 1, 1), (2, 1, 1)]
+
     joined = entry.join([torch.tensor([1.0, 2, 10, 100, 3, 4, 20, 200])])
     assert [part.tolist() for part in joined] == [[1, 2, 3, 4], [10, 20], [100, 200]]
 
@@ -101,6 +105,7 @@ def test_a_rank_reads_only_its_own_slices(tiny_model: Callable[..., Path]) -> No
                 for _ in weights.megatron_piece(entry, ranges, columns).blocks(files, 2**16):
                     pass
     norms = (2 * architecture.num_layers + 1) * architecture.hidden_size
+
     assert sum(read) == 8 * (architecture.num_parameters + norms)
     assert read[0] > read[1], "the vocabulary of 101 is padded to 256: rank 1 has zeros only"
 

@@ -71,6 +71,7 @@ def test_sets_have_their_own_suffix_and_verifier(tmp_path: Path) -> None:
     }
     config = Config(data=DataConfig(sources=sources, suffix="Think."))
     prompts = {prompt.uid: prompt for prompt in training_prompts(config, Tokenizer())}
+
     assert (prompts["a/a/0"].text, prompts["a/a/0"].verifier) == ("q0 Think.", "")
     assert (prompts["b/b/1"].text, prompts["b/b/1"].verifier) == ("q1 Now!", "exact")
 
@@ -80,6 +81,7 @@ def test_sets_have_their_own_suffix_and_verifier(tmp_path: Path) -> None:
     ) as label:
         asked = [Prompt("p", "", (1,), ("1",), verifier=name) for name in ("", "exact")]
         statuses = [verdict.status for verdict in label([(one, completion) for one in asked])]
+
     assert statuses == ["ok", "wrong"]
 
 

@@ -165,6 +165,7 @@ def test_on_policy_weights_are_the_analytic_ones(
     label = torch.tensor([1] * num_plus + [0] * num_minus)
     score = torch.zeros(len(label), dtype=dtype)
     group = torch.zeros_like(label)
+
     # dL/ds at score 0: (positive, negative)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     analytic: dict[Variant, tuple[float, float]] = {
@@ -175,6 +176,7 @@ def test_on_policy_weights_are_the_analytic_ones(
         ),
         "bce": (-1 / (2 * tau), 1 / (2 * tau)),
     }
+
     for variant, (plus, minus) in analytic.items():
         expected = torch.tensor([plus] * num_plus + [minus] * num_minus, dtype=dtype)
         weight = real_weights(score, label, group, tau=tau, variant=variant)
@@ -238,6 +240,7 @@ def test_closed_form_is_autograd_is_finite_differences(
         (printed(score + step * e) - printed(score - step * e)) / (2 * step)
         for e in torch.eye(len(score))
     ]
+
     torch.testing.assert_close(
         weight, torch.tensor(differences, dtype=torch.float64), atol=1e-8, rtol=1e-6
     )
@@ -264,6 +267,7 @@ def test_weights_are_autograd_signed_and_bounded(
     leaf = score.clone().requires_grad_()
     (autograd,) = torch.autograd.grad(real_loss(leaf, label, group, **options), leaf)
     weight = real_weights(score, label, group, **options)
+
     torch.testing.assert_close(weight, autograd, atol=1e-13, rtol=1e-10)
     assert weight.abs().max() <= 1 / tau
     assert (weight[label == 1] <= 0).all()
@@ -370,9 +374,11 @@ def test_excluded_values_contribute_exactly_nothing(
     clean = score[kept].requires_grad_()
     clean_loss = real_loss(clean, label[kept], group[kept], **options)
     (clean_gradient,) = torch.autograd.grad(clean_loss, clean)
+
     assert torch.equal(loss, clean_loss)
     assert torch.equal(gradient[kept], clean_gradient)
     assert (gradient[~kept] == 0).all()
+
     weight = real_weights(dirty, label, group, **options)
     assert torch.equal(weight[kept], real_weights(clean, label[kept], group[kept], **options))
     assert (weight[~kept] == 0).all()
@@ -417,6 +423,7 @@ def test_order_and_group_names_do_not_matter(
     names = dict(zip(range(-2, 4), random.sample(range(-(10**9), 10**9), 6), strict=True))
     renamed = torch.tensor([names[g] for g in group.tolist()])
     moved = (score[order], label[order], renamed[order])
+
     torch.testing.assert_close(
         real_loss(*moved, **options), real_loss(*rows, **options), atol=1e-14, rtol=1e-12
     )
@@ -446,7 +453,9 @@ def test_parts_with_the_global_denominator_add_up(variant: Variant) -> None:
         real_loss(score[p], label[p], group[p], variant=variant, num_groups=NUM_LABELLED_GROUPS)
         for p in (part, ~part)
     ]
+
     torch.testing.assert_close(sum(parts), whole, atol=1e-15, rtol=1e-13)
+
     averaged = torch.stack(
         [real_loss(score[p], label[p], group[p], variant=variant) for p in (part, ~part)]
     ).mean()
@@ -507,6 +516,7 @@ def test_finite_and_bounded_at_extreme_scores(
     loss = real_loss(score, label, group, **options)
     (gradient,) = torch.autograd.grad(loss, score)
     weight = real_weights(score, label, group, **options)
+
     assert loss.dtype == torch.float32
     assert loss.isfinite()
     assert loss > ratio, "some pattern is all wrong"
@@ -644,15 +654,18 @@ def test_figure_1_draws_the_paper_curves(tmp_path: Path) -> None:
     source = Path(__file__).parents[2] / "tools" / "plot_gradient_weights.py"
     spec = importlib.util.spec_from_file_location("plot_gradient_weights", source)
     assert spec is not None and spec.loader is not None
+
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     score = torch.tensor([-1.0, 0.0, 0.5], dtype=torch.float64)
     plus = tool.real_magnitude(score, 1)
     minus = tool.real_magnitude(score, 0)
+
     # tau = 0.5, C = 4: 2 / (1 + 4 e^(2s)) for a positive, 2 / (1 + 4 e^(-2s)) for a negative.
     torch.testing.assert_close(plus, 2 / (1 + 4 * torch.exp(2 * score)), atol=1e-14, rtol=0)
     torch.testing.assert_close(minus, 2 / (1 + 4 * torch.exp(-2 * score)), atol=1e-14, rtol=0)
     assert all(a > b for a, b in pairwise(plus.tolist()))
+
     out = tmp_path / "new" / "figure.png"
     tool.draw(out)
     assert out.read_bytes().startswith(b"\x89PNG")

@@ -50,6 +50,7 @@ def test_packed_is_padded_is_a_loop(lengths: list[int], seed: int, with_mask: bo
         torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True)
         for x in (logprob, old, keep)
     ]
+
     torch.testing.assert_close(
         sequence_scores(*padded[:2], mask=padded[2]), expected, atol=1e-14, rtol=1e-12
     )
@@ -80,7 +81,9 @@ def test_masked_values_touch_neither_scores_nor_gradient(packed: bool, poison: f
     dirty = torch.where(mask, clean, poison).view(shape).requires_grad_()
     dirty_old = torch.where(mask, 0.25, poison).view(shape)
     scores = sequence_scores(dirty, dirty_old, mask=mask.view(shape), **layout)
+
     assert torch.equal(scores, torch.tensor([-0.5, 1.75]))
+
     scores.sum().backward()
     assert dirty.grad is not None
     assert torch.equal(dirty.grad, torch.tensor([0, 0.5, 0.5, 0, 0, 1.0]).view(shape))
@@ -102,6 +105,7 @@ def test_shards_of_the_tokens_add_up() -> None:
     )
     whole = sequence_scores(logprob, old, cu_seqlens=torch.tensor([0, 4, 10]))
     num_tokens = torch.tensor([4, 6])
+
     # Rank 0: one token of the first sequence and five of the second; rank 1: the others, three and
     # one.
     shards = [([0, 5, 6, 7, 8, 9], [0, 1, 6]), ([1, 2, 3, 4], [0, 3, 4])]
@@ -111,11 +115,14 @@ def test_shards_of_the_tokens_add_up() -> None:
         )
         for i, offsets in shards
     ]
+
     torch.testing.assert_close(sum(parts), whole, atol=1e-15, rtol=1e-13)
+
     naive = [
         sequence_scores(logprob[i], old[i], cu_seqlens=torch.tensor(offsets))
         for i, offsets in shards
     ]
+
     assert ((sum(naive) / 2 - whole).abs() > 0.01).all(), "negative control: a mean of means"
 
 

@@ -214,6 +214,7 @@ def test_weights_are_finite_differences(name: str, penalty: str) -> None:
     case = minibatch(seed=1)
     weight_T = token_weights(objective, **case)
     step = 1e-6
+
     for token in range(len(weight_T)):
         losses = []
         for sign in (1, -1):
@@ -255,6 +256,7 @@ def test_what_is_excluded_touches_nothing(name: str) -> None:
     case = minibatch(seed=3)
     clean_T = token_weights(objective, **case)
     excluded_T = case["label_R"][case["rollout_T"]] == -1
+
     assert excluded_T.any() and (clean_T[excluded_T] == 0).all()
 
     rewards = case["label_R"].double()
@@ -262,6 +264,7 @@ def test_what_is_excluded_touches_nothing(name: str) -> None:
     for key in ("logprob_T", "old_logprob_T", "reference_T"):
         case[key] = torch.where(excluded_T, math.nan, case[key])
     poisoned_T = token_weights(objective, **case, reward_R=rewards)
+
     assert torch.equal(poisoned_T, clean_T)
 
 
@@ -282,6 +285,7 @@ def test_order_does_not_matter(name: str) -> None:
         "label_R": case["label_R"][rollout_order],
         "group_R": case["group_R"][rollout_order],
     }
+
     torch.testing.assert_close(
         token_weights(objective, **shuffled), weight_T[token_order], rtol=1e-10, atol=1e-14
     )
@@ -301,6 +305,7 @@ def test_a_token_needs_no_other(name: str) -> None:
     lengths_R = torch.bincount(case["rollout_T"])
     facts = objective.facts(RolloutTable(label_R, case["group_R"], label_R.double(), lengths_R))
     cut = len(whole_T) // 3  # in the middle of a sequence
+
     for part in (slice(0, cut), slice(cut, None)):
         leaf_K = case["logprob_T"][part].clone().requires_grad_()
         old_K = case["old_logprob_T"][part]
@@ -352,6 +357,7 @@ def test_a_penalty_trains_groups_that_the_objective_skips() -> None:
         torch.bincount(ROLLOUT_T),
     )
     facts = make_objective("grpo", kl=KlConfig(to="old")).facts(table)
+
     assert facts.trains_R.all() and not facts.learns_R.any()
     assert (
         not make_objective("grpo", kl=KlConfig(to="old", coefficient=0.0))

@@ -194,6 +194,7 @@ def test_resident_bytes(file: Path) -> None:
     n = stage.resident.parameters
     assert (stage.resident.weights, stage.resident.gradients) == (2 * n, 4 * n)
     assert stage.resident.optimizer == 12 * n // 8
+
     whole = dataclasses.replace(
         run.config, optimizer=dataclasses.replace(run.config.optimizer, distributed=False)
     )
@@ -310,15 +311,18 @@ def test_servers_take_the_engine_along(file: Path, capsys: pytest.CaptureFixture
         Estimate(planned(file, "parallel.tp=4", *words, gpus=8))
         for words in (["rollout.tp=2"], SERVERS)
     )
+
     assert (
         apart.seconds.rollout == inside.seconds.rollout
         and apart.seconds.update == inside.seconds.update
     )
+
     sent = 7_615_616_512 * 2
     assert apart.seconds.sync - inside.seconds.sync == pytest.approx(
         sent / 1e9 / DEVICES["h100-80g"].network_gb
     )
     assert apart.server == inside.stages[0].engine and apart.stages[0].engine == {}
+
     (stage,) = apart.stages
     assert stage.peaks["rollout"] == stage.resident.total
     assert stage.sync == 3 * 152064 * 3584 * 2 == inside.stages[0].sync * 3 / 2, (
@@ -326,12 +330,14 @@ def test_servers_take_the_engine_along(file: Path, capsys: pytest.CaptureFixture
     )
     assert apart.gpu_hours == 16 * apart.hours
     assert {made.run.config.rollout.tp for made in ranked(apart.run)} == {2}
+
     full = dataclasses.replace(apart.run.config.rollout, kv_cache_mib=80 << 10)
     run = dataclasses.replace(apart.run, config=dataclasses.replace(apart.run.config, rollout=full))
     assert Estimate(run).peak <= apart.budget and not Estimate(run).fits, (
         "a server has no room for its cache"
     )
     assert cli.main(["plan", str(file), *RECIPE, "--gpus", "8", "parallel.tp=4", *SERVERS]) == 0
+
     output = capsys.readouterr().out
     assert "8 x h100-80g and 8 that serve: " in output
     assert "a GPU that serves: 42.09 GiB (weights 7.09, kv_cache 32.00, overhead 3.00)" in output
@@ -400,6 +406,7 @@ def test_the_shipped_recipes_fit_in_80_gb(
     model = file.parent / "model"
     (model / "config.json").write_text(json.dumps(architecture))
     recipe = ROOT / f"examples/configs/real_{size}.yaml"
+
     assert (
         cli.main(
             ["plan", str(recipe), "--gpus", str(gpus), "--gpu", "a100-80g", f"model.path={model}"]
@@ -414,6 +421,7 @@ def test_json_and_exit_codes(file: Path, capsys: pytest.CaptureFixture[str]) -> 
         file, capsys, "--gpus", "32", "parallel.tp=4", "parallel.sp=true", "--price", "2"
     )
     assert code == 0 and report["layout"]["fits"] and report["layout"]["dp"] == 8
+
     layout = report["layout"]
     assert layout["seconds"]["step"] == pytest.approx(
         sum(s for n, s in layout["seconds"].items() if n != "step")
@@ -423,6 +431,7 @@ def test_json_and_exit_codes(file: Path, capsys: pytest.CaptureFixture[str]) -> 
         layout["peak_bytes"] == max(report["memory"][0]["peaks"].values()) <= report["budget_bytes"]
     )
     assert len(report["best"]) == 5 and report["not_modelled"] == []
+
     code, report = plan(
         file,
         capsys,
@@ -432,6 +441,7 @@ def test_json_and_exit_codes(file: Path, capsys: pytest.CaptureFixture[str]) -> 
         "a100-40g",
         "megatron.num_distributed_optimizer_instances=1",
     )
+
     assert code == 1 and not report["layout"]["fits"] and report["best"] == []
     assert report["not_modelled"] == ["megatron.num_distributed_optimizer_instances"]
 
@@ -485,6 +495,7 @@ def test_a_plan_imports_no_torch_and_shows_every_part(file: Path) -> None:
         [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=240
     )
     assert done.returncode == 0, done.stderr
+
     for part in (
         "weights",
         "optimizer",
@@ -641,7 +652,9 @@ def test_a_sweep_costs_what_its_runs_cost(
         f"variants:\n  real: {{}}\n  grpo: {{objective: {{name: grpo, {kl}}}}}\n"
     )
     words = ["--json", "--gpus", "32", "rollout.kv_cache_mib=32768", "parallel.tp=4"]
+
     assert cli.main(["plan", str(sweep), *words]) == 0
+
     planned_sweep = json.loads(capsys.readouterr().out)
     objective = [
         "objective.name=grpo",
@@ -650,7 +663,9 @@ def test_a_sweep_costs_what_its_runs_cost(
     ]
     alone = [plan(file, capsys, "--gpus", "32", "parallel.tp=4", *more) for more in ([], objective)]
     hours = [whole["layout"]["gpu_hours"] for _, whole in alone]
+
     assert hours[0] < hours[1], "a reference policy takes time"
+
     of_variants = [layout["gpu_hours"] for layout in planned_sweep["variants"].values()]
     assert of_variants == pytest.approx(hours)
     assert planned_sweep["total"]["gpu_hours"] == pytest.approx(2 * sum(hours))

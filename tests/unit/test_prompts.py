@@ -77,6 +77,7 @@ def test_parquet_and_saved_datasets_read_like_jsonl(tmp_path: Path) -> None:
         (r.answers, r.messages, r.metadata)
         for r in read_rows(write(tmp_path / "d.jsonl", [DEEPSCALER] * 3))
     ]
+
     for path in (tmp_path / "d.parquet", tmp_path / "saved"):
         assert [(r.answers, r.messages, dict(r.metadata)) for r in read_rows(path)] == expected
 
@@ -263,6 +264,7 @@ def test_odd_columns_are_read_or_counted(tmp_path: Path, caplog: Any) -> None:
     ]
     (tmp_path / "d.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
     (row,) = read_rows(tmp_path / "d.jsonl")
+
     assert (row.answers, row.metadata) == (("7",), {"level": 2})
     assert "skipped 4 of 5 rows" in caplog.text
     assert "half a surrogate" in caplog.text and "1 have no answer" in caplog.text

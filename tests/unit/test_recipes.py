@@ -170,12 +170,14 @@ def test_layout_fits_the_number_of_gpus(model: str, gpus: int, tmp_path: Path) -
     assert recipe_config.batch.minibatch_prompts * recipe_config.rollout.group_size >= copies, (
         "a copy without a sequence"
     )
+
     words = [
         str(ROOT / f"examples/configs/real_{model}.yaml"),
         f"model.path={tmp_path}",
         "--gpus",
         str(gpus),
     ]
+
     assert cli.main(["plan", *words, "--gpu", "h100-80g"]) == 0, "it does not fit into the memory"
 
 

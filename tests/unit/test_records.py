@@ -93,6 +93,7 @@ def test_records_are_equal_by_value() -> None:
         "weight_version": 4,
         "text": "8",
     }
+
     for name, value in changes.items():
         changed = dataclasses.replace(ANSWER, **{name: value})
         assert changed != ANSWER, name

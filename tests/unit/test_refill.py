@@ -67,6 +67,7 @@ def test_groups_of_one_class_give_way_to_fresh_prompts_up_to_the_bound() -> None
         [(0, "mixed too", 1), (1, "mixed", 0), (2, "solved", 1), (3, "hopeless", 1)],
         [(0, "mixed too", 1), (1, "mixed", 0), (2, "mixed", 2), (3, "solved", 2)],
     ]
+
     for rounds, wanted in enumerate(expected):
         source = Source(*names)
         assert groups(refill(source.draw(4, 0), REAL, rounds=rounds, draw=source.draw)) == wanted

@@ -171,6 +171,7 @@ def test_runs_of_a_sweep_are_called_by_their_variant(tmp_path: Path) -> None:
         for variant, lr in (("real", 1e-6), ("grpo", 1e-5))
         for seed in (1, 2)
     ]
+
     assert [run.name for run in runs] == [
         "real/seed-1",
         "real/seed-2",
@@ -201,8 +202,10 @@ def test_tables_say_what_differs_what_failed_and_who_was_slow(tmp_path: Path) ->
         read_run(make_run(tmp_path / "two", lr=1e-5, seed=3)),
     ]
     named = {row[0]: row[1:] for row in differences(runs).rows}
+
     assert named["optimizer.lr"] == ["1e-06", "1e-05"]
     assert set(named) == {"optimizer.lr", "trainer.seed", "trainer.run_dir"}
+
     event_rows = [row[1:] for row in events(runs[:1]).rows]
     assert event_rows == [
         ["dawn", "start 1: 2 processes, from the start"],
@@ -229,6 +232,7 @@ def test_results_of_eval_are_shown_with_their_errors_and_refused_where_there_are
     results = {"model": "base", "benchmarks": {"aime24": row}, "average": row}
     (tmp_path / "results.json").write_text(json.dumps(results))
     first = benchmarks([str(tmp_path)]).rows[0]
+
     assert first == ["base", "aime24", "0.2500 \N{PLUS-MINUS SIGN} 0.0500", "-", "30", "4"]
     with pytest.raises(ValueError, match=r"holds no results.*give the --out of a finished"):
         benchmarks([str(tmp_path / "none")])
@@ -238,6 +242,7 @@ def test_rollouts_are_whole_groups_within_the_limit_and_the_same_every_time(tmp_
     run = read_run(make_run(tmp_path / "run", steps=8))
     everything = sample_of(run, max_bytes=10**6)
     assert (everything.num_rollouts, everything.num_read, everything.num_steps) == (32, 32, 8)
+
     one = everything.groups[0]["rollouts"][0]
     assert (one["score"], one["weight"], one["length"]) == (0.25, 0.25, 2)
 
@@ -361,6 +366,7 @@ def test_in_a_browser_tokens_are_shaded_by_what_they_got(tmp_path: Path) -> None
     page_state = in_browser(page, SHADING)
     assert page_state["errors"] == []
     assert page_state["tokens"] == ["5", SCRIPT]
+
     up = (0, 114, 178)
     down = (213, 94, 0)
     # The first token's weight is half of the group's largest and negative: the loss falls as it
@@ -417,6 +423,7 @@ def test_watching_writes_the_page_again_until_the_run_ends(
     monkeypatch.setattr("time.sleep", goes_on)
     assert cli.main(["report", str(run.path), "--out", str(out), "--watch", "30"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
+
     pages.append(out.read_text(encoding="utf-8"))
     done = [re.search(r"\d of 4", page) for page in pages]
     assert [match and match[0] for match in done] == ["2 of 4", "3 of 4", "4 of 4"]
@@ -473,6 +480,7 @@ def in_browser(page: Path, clicks: str) -> dict[str, Any]:
     text = page.read_text(encoding="utf-8")
     nonce = re.search(r"nonce-([0-9a-f]{32})", text)
     assert nonce is not None
+
     first = (
         f'<script nonce="{nonce[1]}">window.faults = [];'
         'addEventListener("error", (event) => faults.push(String(event.message)));'
@@ -490,6 +498,7 @@ def in_browser(page: Path, clicks: str) -> dict[str, Any]:
     text = text.replace("<title>", f"{first}<title>", 1)
     probe.write_text(text.replace("</body>\n</html>", f"{last}</body></html>"), encoding="utf-8")
     assert CHROMIUM is not None
+
     words = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     words += ["--virtual-time-budget=10000", f"--user-data-dir={page.parent / 'profile'}"]
     done = subprocess.run(
@@ -497,4 +506,5 @@ def in_browser(page: Path, clicks: str) -> dict[str, Any]:
     )
     seen = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
     assert seen is not None, done.stderr[-2000:]
+
     return dict(json.loads(html.unescape(seen[1])))

@@ -83,9 +83,11 @@ def test_metrics_rows_and_curves(tmp_path: Path) -> None:
     for step in (1, 2):
         writer.write(step, {"reward_mean": 0.5, "loss": math.nan, "grad_norm": 1.0})
     writer.close()
+
     assert [json.loads(line) for line in run.metrics.read_text().splitlines()][1] == {
         "step": 2, "reward_mean": 0.5, "loss": None, "grad_norm": 1.0,
     }  # fmt: skip
     assert list(run.tensorboard.iterdir())
+
     plot_curves(run.metrics, run.evaluations, run.curves)
     assert run.curves.read_bytes().startswith(b"\x89PNG")

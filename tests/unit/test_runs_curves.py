@@ -74,7 +74,9 @@ def test_the_figure_shows_the_run(tmp_path: Path, figures: list[Figure]) -> None
     plot_curves(
         write(tmp_path / "m.jsonl", rows), write(tmp_path / "e.jsonl", held), out, title="first run"
     )
+
     assert out.read_bytes().startswith(b"\x89PNG") and matplotlib.get_backend() == backend
+
     (figure,) = figures
     titles = [axis.get_title(loc="left") for axis in figure.axes[:6]]
     assert [t.split(",")[0].split(":")[0] for t in titles] == [
@@ -85,15 +87,18 @@ def test_the_figure_shows_the_run(tmp_path: Path, figures: list[Figure]) -> None
         "gradient",
         "response length",
     ]
+
     accuracy, loss = figure.axes[:2]
     (bars,) = accuracy.containers
     assert isinstance(bars, ErrorbarContainer)
+
     line, _, (spread,) = bars.lines
     assert numpy.asarray(line.get_xydata()).tolist() == [[0, 0.25], [3, 0.75]]
     assert spread.get_segments()[1].tolist() == [[3, 0.72], [3, 0.78]], (
         "one standard error each way"
     )
     assert [t.get_text() for t in accuracy.texts] == ["0.250", "0.750"]
+
     curve = numpy.asarray(loss.lines[0].get_ydata())
     assert curve[0] == 3.0 and math.isnan(curve[1]) and curve[2] == 5.0, "a skipped step is a gap"
     assert loss.lines[1].get_xdata() == [2, 2] and loss.lines[1].get_label() == "skipped update"

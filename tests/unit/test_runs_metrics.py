@@ -122,6 +122,7 @@ def test_checks_refills_and_lost_completions_golden() -> None:
     ]
     lost = rollout(2, EXCLUDED, 0, Status.LOST, finished=False)
     metrics = rollout_metrics([*checked, lost])
+
     assert metrics["checked_early_share"] == 2 / 3
     assert metrics["check_seconds_max"] == 2.0
     assert metrics["refilled_share"] == 1 / 3  # group 1 of 0, 1, 2
@@ -162,6 +163,7 @@ def test_score_metrics_leave_out_what_was_not_scored_and_what_is_not_finite() ->
         rollout(0, NEGATIVE, 1),
     ]
     metrics = score_metrics(rollouts, [1.0, 99.0, math.nan, math.inf], [-0.5, 0.0, math.nan, 0.5])
+
     assert (
         metrics["score_positive_mean"],
         metrics["score_positive_p5"],
@@ -205,6 +207,7 @@ def test_engine_metrics_golden() -> None:
         {"seconds": 8.0, "tokens": 200},
         {"seconds": 0.0, "tokens": 0},
     ]
+
     assert engine_metrics(engines) == pytest.approx(
         {
             "engine/seconds_mean": 10 / 3,
@@ -243,6 +246,7 @@ def test_step_metrics_golden() -> None:
         "tflops_per_rank": 1.0,
         "mfu": 0.1,
     }
+
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
 

@@ -62,6 +62,7 @@ def test_a_plain_log_is_one_line_a_step_without_control_characters() -> None:
         progress.evaluation_done(1, 0.625, 0.03, 300, 2.0)
         progress.step_done(2, METRICS, {"rollout": 1.0})
     text = file.getvalue()
+
     assert re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text) is None
     assert text.splitlines() == [
         "step  1  reward 0.500  held-out -  loss 1.250  solved 0.25  one-class 0.38  "
@@ -89,8 +90,10 @@ def test_a_terminal_gets_columns_under_one_heading_and_the_present_stage(
         for step in (1, 2):
             progress.step_done(step, METRICS, {"rollout": 7.0, "update": 0.5})
     text = file.getvalue()
+
     assert "rollout 7 s" in text and "0/20" in text and "2/20" in text
     assert text.count("one-class") == 1
+
     lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", line).rstrip() for line in text.splitlines()]
     heading = next(line for line in lines if "one-class" in line)
     first = next(line for line in lines if line.startswith("    1  "))
@@ -98,6 +101,7 @@ def test_a_terminal_gets_columns_under_one_heading_and_the_present_stage(
         assert heading.index(name) + len(name) == first.rindex(value) + len(value), (
             f"column {name} lines up"
         )
+
     expected_names = ["rollout", "update", "seconds"] if stages else ["seconds"]
     expected_values = ["7.0", "0.5", "7.5"] if stages else ["7.5"]
     assert heading.split()[8:] == expected_names

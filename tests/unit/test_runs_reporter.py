@@ -125,6 +125,7 @@ def test_a_run_leaves_its_files_and_says_where(done: tuple[Path, str]) -> None:
         for p in path.rglob("*")
         if p.is_file() and "tensorboard" not in p.parts
     }
+
     assert names == {
         "config.yaml",
         "lives/life-0001.json",
@@ -139,8 +140,10 @@ def test_a_run_leaves_its_files_and_says_where(done: tuple[Path, str]) -> None:
         "dumps/step-00001-update-2/rollouts/step-00001.parquet",
     }
     assert list((path / "tensorboard").iterdir())
+
     answers = json.loads((path / "heldout/step-00000.json").read_text())
     assert answers == {"samples": 2, "correct": {"heldout/0": 2, "heldout/1": 0}}
+
     row = json.loads((path / "metrics.jsonl").read_text())
     assert (row["step"], row["reward_mean"], row["skipped_updates"], row["mismatch_mean_abs"]) == (
         1,
@@ -238,6 +241,7 @@ def test_a_step_s_rollouts_take_the_place_of_its_chunks_when_they_are_written(
         reporter.trained(1, ROLLOUTS, TRAINING)
         with pytest.raises(OSError, match="no space left"):
             reporter.settle()
+
     assert chunk.exists() and directory.saved_steps() == []
 
     with reporter.progress:
@@ -276,5 +280,6 @@ def test_a_sample_of_groups_is_drawn_by_the_seed_and_counted_whole(tmp_path: Pat
             assert figures in ([(1, 0.1), (1, -0.1)], [(2, None), (2, None)])
         metrics = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
         assert metrics["reward_mean"] == 0.5, "of all rollouts"
+
     assert groups["first"] == groups["again"] != groups["other"]
     assert {0} in groups["first"] and {1} in groups["first"], "each step draws anew"

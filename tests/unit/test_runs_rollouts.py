@@ -87,6 +87,7 @@ def test_figures_of_tokens_are_kept_beside_the_rollouts(tmp_path: Path) -> None:
     figures = {"log_ratios": ratios, "token_weights": weights}
     write_rollouts(path, ROLLOUTS, step=1, token_figures=figures)
     first, second, third = rows(path)
+
     assert first["log_ratios"] == [0.5, None]
     assert first["token_weights"] == [-0.25, float(numpy.float32(1e-20))]
     assert "log_ratios" not in second and "token_weights" not in second
@@ -120,6 +121,7 @@ def test_masks_versions_and_references_are_kept(tmp_path: Path) -> None:
         ROLLOUTS[0], completion=completion, reference_logprobs=reference_logprobs
     )
     write_rollouts(tmp_path / "a.parquet", [masked, ROLLOUTS[1]], step=1)
+
     assert read_rollouts(tmp_path / "a.parquet") == [masked, ROLLOUTS[1]]
 
 
@@ -133,6 +135,7 @@ def test_the_row_names_everything_that_the_paper_trail_needs(tmp_path: Path) -> 
         weights=[-0.5, 0.5, 0.0],
         minibatches=[1, 1, 2],
     )
+
     assert rows(path)[0] == {
         "step": 12,
         "score": 0.25,
@@ -229,11 +232,13 @@ def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
     assert run.saved_rollouts(3) == path and run.saved_steps() == [3]
     assert read_rollouts(path) == ROLLOUTS
     assert [row["uid"] for row in rows(path)] == ["train/17"] * 3
+
     origin = Origin("w", "q", "a", 3, {})
     chunk = run.chunk(4, 0, 0).with_suffix(".jsonl")
     write_lines(chunk, ROLLOUTS, header=[{"drawn_under": origin.to_plain()}])
     assert run.saved_chunk(4, 0, 0) == chunk and run.chunks(4) == [chunk]
     assert read_chunk(chunk) == (origin, ROLLOUTS)
+
     write_rollouts(run.rollouts(3), ROLLOUTS[:1], step=3)
     assert read_rollouts(run.saved_rollouts(3)) == ROLLOUTS[:1], "the newer file counts"
 
@@ -265,6 +270,7 @@ def test_a_token_takes_less_than_8_bytes(tmp_path: Path) -> None:
         for i in range(64)
     ]
     write_rollouts(tmp_path / "a.parquet", rollouts, step=1)
+
     assert (tmp_path / "a.parquet").stat().st_size < 8 * 64_000
 
 
@@ -304,14 +310,17 @@ def test_a_chunk_says_what_it_was_drawn_under(tmp_path: Path) -> None:
     write_chunk(path, ROLLOUTS, step=12, origin=origin)
     assert read_chunk(path) == (origin, ROLLOUTS)
     assert origin.differences(origin) == []
+
     other = dataclasses.replace(origin, answers="b", settings={"labels.excluded": []})
     assert origin.differences(other) == [
         "gold answers have changed",
         "rollout.temperature was 1.0 and is None",
         "labels.excluded was ['timeout'] and is []",
     ]
+
     write_rollouts(path, ROLLOUTS, step=12)
     assert read_chunk(path) == (None, ROLLOUTS), "of an earlier version: it says nothing"
+
     path.write_text("{")
     with pytest.raises(ValueError, match=r"chunk.parquet is not a whole file of rollouts"):
         read_chunk(path)

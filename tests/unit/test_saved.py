@@ -125,9 +125,11 @@ def test_what_cannot_be_deleted_is_said(tmp_path: Path, monkeypatch: pytest.Monk
         make(tmp_path, step)
     monkeypatch.setattr(shutil, "rmtree", busy)
     gone, failures = saved.retire(tmp_path, keep=2, keep_every=0, keep_best=False)
+
     assert gone == [Position(1)] and "step_1.deleted could not be deleted" in failures[0]
     assert positions(tmp_path) == ["step_3", "step_2"]
     assert saved.clean(tmp_path)[1] == failures, "a later start says it again, and goes on"
+
     make(tmp_path, 1)
     gone, failures = saved.retire(tmp_path, keep=2, keep_every=0, keep_best=False)
     assert gone == [Position(1)] and "step_1.deleted-2" in failures[0]
@@ -140,9 +142,11 @@ def test_a_checkpoint_that_was_moved_and_linked_is_kept(tmp_path: Path) -> None:
         make(folder, step)
     (folder / "step_1").rename(elsewhere)
     (folder / "step_1").symlink_to(elsewhere)
+
     assert saved.retire(folder, keep=1, keep_every=0, keep_best=False) == ([Position(2)], [])
     assert positions(folder) == ["step_3", "step_1"]
     assert saved.saved(folder)[1].damage() == ""
+
     make(folder, 1)
     assert not (folder / "step_1").is_symlink(), "the same position again takes the link's place"
     assert (elsewhere / "state.pt").exists(), "and leaves alone what it pointed to"
@@ -187,10 +191,12 @@ def test_changes_are_said_or_refused() -> None:
     now = json.loads(json.dumps(before))
     now["optimizer"]["lr"] = 2.0
     now["trainer"]["steps"] = 20
+
     assert check_changes(before, now, within_a_step=False) == [
         "trainer.steps: 10 -> 20",
         "optimizer.lr: 1.0 -> 2.0",
     ]
+
     now["trainer"]["seed"] = 2
     with pytest.raises(
         ValueError,

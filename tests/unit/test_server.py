@@ -62,6 +62,7 @@ def test_the_server_gets_the_words_of_both(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv(server_main.VARIABLE, json.dumps(["--hf-token", CANARY]))
     server_main.main()
     name, words, variables = json.loads(out.read_text())
+
     assert (name, words) == ("__main__", ["--port", "1", "--hf-token", CANARY])
     assert server_main.VARIABLE not in variables
 
@@ -92,6 +93,7 @@ def test_a_server_that_dies_in_a_broadcast_takes_nobody_along() -> None:
     engine._link = link = BrokenLink()  # type: ignore[assignment]
     engine._linked = lambda _seconds: link  # type: ignore[assignment, method-assign, return-value]
     engine.server = SimpleNamespace(call=dies)  # type: ignore[assignment]
+
     with pytest.raises(EngineFailed, match="is gone"):
         engine._send(iter([("w", torch.zeros(4))]))
     assert events == ["send", "abort"]

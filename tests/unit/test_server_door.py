@@ -226,6 +226,7 @@ def test_every_route_of_vllm_is_closed_without_the_key(monkeypatch: pytest.Monke
     vllm = build_app(args, ("generate",))
     routes = [(route.path, getattr(route, "methods", None)) for route in vllm.routes]
     paths = {path for path, _ in routes}
+
     assert {"/health", "/collective_rpc", "/v1/completions", "/reset_prefix_cache"} <= paths
     assert len(paths) > 15
 

@@ -78,8 +78,10 @@ def test_held_out_pairs_and_their_mirrors_are_not_trained_on(example: Any, tmp_p
     pairs = {
         name: [frozenset(text.split(" + ")) for text in texts] for name, texts in asked.items()
     }
+
     assert len(set(asked["heldout"])) == len(set(pairs["heldout"])) == 400
     assert not set(pairs["train"]) & set(pairs["heldout"])
+
     # 8,100 ordered pairs; of the 400 held-out ones, those of two different numbers take their
     # mirror with them.
     different = sum(len(pair) == 2 for pair in pairs["heldout"])
@@ -113,6 +115,7 @@ def test_comparison_has_figures_and_answers_of_both(example: Any, tmp_path: Path
                 "".join(json.dumps(row) + "\n" for row in rows)
             )
     shown = example.side_by_side(tmp_path / "before", tmp_path / "after")
+
     assert shown.splitlines() == [
         "held-out pass@1   before                  after",
         "strict            0.250 +- 0.013          0.875 +- 0.013",

@@ -63,6 +63,7 @@ def write(path: Path, problems: list[tuple[str, Any]]) -> Path:
 
 def test_every_sample_is_tested_and_every_layout_has_one() -> None:
     assert {p.name for p in SAMPLES.glob("*.json*")} == set(FORMS)
+
     used = set()
     for form, (name, *_) in FORMS.items():
         path = SAMPLES / form
@@ -78,6 +79,7 @@ def test_every_sample_is_tested_and_every_layout_has_one() -> None:
             ]
             if form
         }
+
     assert {f for s in SOURCES for f in s.layouts if "." not in f.answer} <= used
 
 
@@ -87,15 +89,18 @@ def test_published_forms(form: str, tmp_path: Path) -> None:
     done = prepare({name: str(SAMPLES / form)}, tmp_path)
     written_rows = rows(tmp_path / f"{name}.jsonl")
     assert [row["reward_model"]["ground_truth"] for row in written_rows] == golds
+
     counts = done.counts[name]
     assert counts.dropped == dropped
     assert counts.read == counts.kept + counts.dropped.total()
     assert {row["data_source"] for row in written_rows} == {name}
+
     for row in written_rows:
         text = row["prompt"][-1]["content"]
         assert "Answer:" not in text and "step by step" not in text, (
             "the publisher's instruction must go"
         )
+
     # What is written is what training and evaluation read.
     read = read_rows(tmp_path / f"{name}.jsonl")
     accepted = [gold if isinstance(gold, list) else [gold] for gold in golds]
@@ -115,6 +120,7 @@ def test_parquet_and_folders_read_like_jsonl(form: str, tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows(SAMPLES / form)), tmp_path / "in/data/train-0.parquet")
     prepare({name: str(tmp_path / "in")}, tmp_path / "out")
     prepare({name: str(SAMPLES / form)}, tmp_path / "expected")
+
     assert rows(tmp_path / f"out/{name}.jsonl") == rows(tmp_path / f"expected/{name}.jsonl")
     assert [
         row["reward_model"]["ground_truth"] for row in rows(tmp_path / f"out/{name}.jsonl")
@@ -183,16 +189,19 @@ def test_near_questions_by_hand() -> None:
         q: index.closest(q)
         for q in ("a b c d e f g h i z", "a b c d z f g h i j", "a b z d e f z h i j")
     }
+
     assert [m and m.share for m in shares.values()] == [
         7 / 8,
         5 / 8,
         None,
     ]  # the last one keeps 2 of 8
+
     part = index.closest("c d e f g")
     assert part is not None and part.share == 1, (
         "the shorter one counts: it is wholly part of the other"
     )
     assert index.closest("a b") is None, "too short to be near"
+
     same = index.closest("A, B c d e f g h i j!")
     assert same is not None and (same.name, same.share) == ("b/0", 1)
 
@@ -249,6 +258,7 @@ def test_duplicates_disagreement_and_leaks(tmp_path: Path) -> None:
     }
     done = prepare(sources, tmp_path / "out")
     counts = done.counts["deepscaler"]
+
     assert (counts.read, counts.kept) == (10, 3)
     assert counts.dropped == {
         "duplicate": 3, "answers of equal questions disagree": 2, "asked by a benchmark": 1,
@@ -263,6 +273,7 @@ def test_duplicates_disagreement_and_leaks(tmp_path: Path) -> None:
     ]
     assert rows(tmp_path / "out/leaks.jsonl")[1]["train_question"] == TRAIN[1][0]
     assert "aime24" in done.unchecked and "math500" not in done.unchecked
+
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert (
         report["sources"]["deepscaler"]["dropped"] == counts.dropped
@@ -283,6 +294,7 @@ def test_the_command(tmp_path: Path) -> None:
         "--out", str(tmp_path), f"aime25={SAMPLES / 'opencompass--AIME2025.jsonl'}",
         f"dapo={SAMPLES / 'BytedTsinghua-SIA--DAPO-Math-17k.jsonl'}",
     )  # fmt: skip
+
     assert done.returncode == 0, done.stderr
     assert "3 duplicate" in done.stdout and "not compared with aime24, math500" in done.stdout
     assert {p.name for p in tmp_path.iterdir()} == {
@@ -342,6 +354,7 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (snapshot / "README.md").write_text("# not data")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
+
     for word in ("aime25", "aime25=opencompass/AIME2025"):
         done = command("--out", str(tmp_path / "out"), word)
         assert done.returncode == 0, done.stderr

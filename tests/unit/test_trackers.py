@@ -37,6 +37,7 @@ def write_a_life(directory: RunDirectory, tracker: str, first_step: int, steps: 
     writer.write(first_step + 1, {"loss": 0.25})
     writer.write_evaluation(first_step + 1, {"heldout/pass_at_1": 0.75})
     writer.close()
+
     assert warnings == []
 
 
@@ -47,10 +48,13 @@ def test_tensorboard_gets_everything(tmp_path: Path) -> None:
     write_a_life(directory, "tensorboard", 1)
     events = EventAccumulator(str(directory.tensorboard)).Reload()
     assert sorted(events.Tags()["scalars"]) == ["heldout/pass_at_1", "objective/loss"]
+
     losses = [(event.step, event.value) for event in events.Scalars("objective/loss")]
     assert losses == [(1, 0.5), (2, 0.25)]
+
     (settings,) = events.Tensors("configuration/text_summary")
     assert b"objective.tau: 0.5" in settings.tensor_proto.string_val[0]
+
     (where,) = events.Tensors("run directory/text_summary")
     assert str(tmp_path).encode() in where.tensor_proto.string_val[0]
 
@@ -82,6 +86,7 @@ def test_mlflow_holds_one_run_of_both_lives(
     client = MlflowClient(tracking_uri=(directory.path / "mlruns").as_uri())
     experiment = client.get_experiment_by_name("megatron_real")
     assert experiment is not None
+
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("first", "FINISHED")
     assert run.data.params == {
@@ -90,10 +95,13 @@ def test_mlflow_holds_one_run_of_both_lives(
         "trainer.steps": "3",
     }
     assert run.data.tags["run_directory"] == str(directory.path)
+
     losses = client.get_metric_history(run.info.run_id, "objective/loss")
     assert [(one.step, one.value) for one in losses] == [(1, 0.5), (2, 0.25), (2, 0.5), (3, 0.25)]
+
     held = client.get_metric_history(run.info.run_id, "heldout/pass_at_1")
     assert [(one.step, one.value) for one in held] == [(2, 0.75), (3, 0.75)]
+
     (file,) = directory.path.glob("mlruns/*/*/artifacts/configuration.json")
     assert json.loads(file.read_text())["trainer"]["steps"] == 9
 
@@ -109,6 +117,7 @@ def test_wandb_offline_keeps_the_configuration_and_every_figure(
     write_a_life(directory, "wandb", 1)
     (file,) = directory.path.glob("wandb/offline-run-*/*.wandb")
     identity = json.loads((directory.path / "wandb.json").read_text())["id"]
+
     assert file.name == f"run-{identity}.wandb"
 
     # The process that writes may close the file a little after the run has ended.
@@ -117,8 +126,10 @@ def test_wandb_offline_keeps_the_configuration_and_every_figure(
         assert time.monotonic() < ended, kinds
         time.sleep(0.1)
     configuration, history = read_wandb(file)
+
     assert configuration["objective"]["tau"] == 0.5
     assert configuration["run_directory"] == str(directory.path)
+
     losses = [(row["step"], row["objective/loss"]) for row in history if "objective/loss" in row]
     assert losses == [(1, 0.5), (2, 0.25)]
     assert [row["step"] for row in history if row.get("heldout/pass_at_1") == 0.75] == [2]
@@ -160,6 +171,7 @@ def records_of(log: bytes) -> Iterator[bytes]:
     middle or 4 last.
     """
     assert log[:4] == b":W&B"
+
     at = 7
     data = b""
     while at + 7 <= len(log):
@@ -209,6 +221,7 @@ def test_a_tracker_that_fails_is_said_once_and_ends_nothing(
         writer.write(step, {"loss": 0.5})
     writer.close()
     (warning,) = warnings
+
     assert warning.startswith("WARNING: Tracker is left out")
     assert warning.endswith("RuntimeError: out of reach")
     assert len(directory.metrics.read_text().splitlines()) == 2

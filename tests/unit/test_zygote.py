@@ -43,6 +43,7 @@ def test_it_is_like_a_new_process(tmp_path: Path, code: object) -> None:
         )
         output = process.communicate("what it reads", timeout=240)
         answers.append((process.returncode, *output))
+
     assert answers[0] == answers[1]
     assert answers[0][0] == (code if isinstance(code, int) else 1)
 
@@ -77,7 +78,9 @@ def test_a_server_is_a_fork_of_its_guard_and_ends_with_its_group(tmp_path: Path)
         text=True,
         start_new_session=True,
     )
+
     assert process.stdout.readline() == f"True {process.pid} {process.pid}\n"
+
     process.stdin.close()
     assert process.wait(timeout=240) == -signal.SIGKILL
     assert process.stdout.read() == "", "nobody has the stream any more"
@@ -95,7 +98,9 @@ def test_a_shell_scripts_python_is_a_fork(tmp_path: Path, code: int) -> None:
         text=True,
         timeout=240,
     )
+
     assert done.returncode == code, done.stderr
+
     first, second = done.stdout.splitlines()[:2]
     assert first.startswith("True ") and second == "['one', 'two'] input"
 
