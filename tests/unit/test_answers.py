@@ -56,14 +56,14 @@ def test_each_gold_has_twenty_spellings_of_either_sort() -> None:
     assert set(counts.values()) == {NUM_SPELLINGS}
 
 
-def test_generated_pairs_drawn_at_random() -> None:
+def test_generated_pairs_drawn_at_random_are_judged_as_they_should_be() -> None:
     positives, negatives = judged(random.Random(0).sample(pairs(), NUM_DRAWN))
     assert not positives
     assert len(negatives) <= MAX_FALSE_NEGATIVE_SHARE * NUM_DRAWN
 
 
 @pytest.mark.grid
-def test_generated_pairs_all() -> None:
+def test_every_generated_pair_is_judged_as_it_should_be() -> None:
     every = pairs()
     positives, negatives = judged(every)
     assert not positives
@@ -98,7 +98,7 @@ def text_of(answer: Answer | None) -> str | None:
 
 
 @pytest.mark.parametrize("text", BOXES, ids=lambda text: text[:40])
-def test_boxes(text: str) -> None:
+def test_the_last_balanced_box_is_the_answer(text: str) -> None:
     answer = final_answer(text)
     assert text_of(answer) == BOXES[text]
 
@@ -195,7 +195,7 @@ DECIDED = [
 
 
 @pytest.mark.parametrize(("gold", "answer", "agrees"), DECIDED, ids=str)
-def test_decided_pairs(gold: str, answer: str, agrees: bool) -> None:
+def test_decided_pairs_are_compared_as_decided(gold: str, answer: str, agrees: bool) -> None:
     assert same(read(gold), read(answer)) == agrees
 
 
@@ -205,11 +205,11 @@ def test_decided_pairs(gold: str, answer: str, agrees: bool) -> None:
      "=", "_", "\\sqrt[", "or "],
     ids=str,
 )  # fmt: skip
-def test_reading_survives_what_is_repeated_without_end(piece: str) -> None:
+def test_reading_an_endless_repetition_returns(piece: str) -> None:
     assert read(piece * (1000 // len(piece))) is not None
 
 
-def test_marks_of_thinking_stay_in_the_text_where_the_tokenizer_calls_them_special() -> None:
+def test_thinking_marks_that_are_special_tokens_stay_in_the_decoded_text() -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -230,7 +230,7 @@ def test_marks_of_thinking_stay_in_the_text_where_the_tokenizer_calls_them_speci
     assert decoded([2, 4, 3, 5, 1], tokenizer) == "<think>six</think>five"
 
 
-def test_a_box_in_a_thinking_that_the_template_opened_is_no_answer() -> None:
+def test_a_box_in_thinking_that_the_template_opened_is_no_answer() -> None:
     prompt = Prompt("p", "<|assistant|><think>\n", (1,), ("5",))
     texts = ["\\boxed{5}", "\\boxed{6}</think>\\boxed{5}"]
     with Labeller("math_verify", workers=1, timeout_seconds=60, memory_mib=1024) as label:

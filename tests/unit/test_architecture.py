@@ -24,7 +24,7 @@ LLAMA3 = {
 }
 
 
-def test_r1_distill_qwen_1_5b() -> None:
+def test_the_config_of_r1_distill_qwen_1_5b_is_read_as_published() -> None:
     architecture = Architecture.from_config(QWEN_1_5B)
     assert (
         architecture.head_dim,
@@ -65,7 +65,7 @@ def test_a_kv_cache_counts_the_heads_as_they_are() -> None:
     ],
     ids=["transformers4", "transformers5"],
 )
-def test_llama3_rope_in_both_spellings(rope: dict[str, Any]) -> None:
+def test_llama3_rope_settings_are_read_in_both_spellings(rope: dict[str, Any]) -> None:
     architecture = Architecture.from_config(
         {**QWEN_1_5B, "architectures": ["LlamaForCausalLM"], **rope}
     )
@@ -117,7 +117,9 @@ def test_llama3_rope_in_both_spellings(rope: dict[str, Any]) -> None:
     ],
     ids=str,
 )
-def test_refuses(change: dict[str, Any], message: str) -> None:
+def test_a_config_that_is_not_supported_is_refused_by_name(
+    change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         Architecture.from_config({**QWEN_1_5B, **change})
 

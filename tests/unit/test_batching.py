@@ -45,7 +45,9 @@ def test_denominator_counts_groups_with_a_labelled_rollout() -> None:
     one_class=st.sampled_from(["skip", "keep"]),
 )
 @settings(deadline=None)
-def test_kept_are_those_with_a_weight(labels: list[list[int]], one_class: OneClassGroups) -> None:
+def test_minibatches_keep_exactly_the_rollouts_with_a_weight(
+    labels: list[list[int]], one_class: OneClassGroups
+) -> None:
     """Batching drops rollouts before there are scores; the objective must agree
     on which have no weight.
     """
@@ -142,7 +144,7 @@ def test_a_sequence_beyond_the_budget_is_refused() -> None:
     placement=st.sampled_from(["intact", "dp", "split"]),
 )
 @settings(max_examples=150, deadline=None)
-def test_plans_are_those_of_the_plain_packing(
+def test_fast_planning_makes_the_plans_of_the_plain_packing(
     sizes: list[list[int]], dp: int, budget: int, padded: bool, multiple: int, placement: str
 ) -> None:
     """What makes planning fast, bounds of counts and full bins that wait, changes no plan."""

@@ -12,7 +12,9 @@ from tests.integration.conftest import ROOT
 
 
 @pytest.mark.grid
-def test_ten_thousand_steps_of_64_ranks_keep_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_over_ten_thousand_steps_of_64_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Counted once every prompt has been seen, whose expected length is kept:
     after 4,000 / 32 steps.
     """

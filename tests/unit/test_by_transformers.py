@@ -61,7 +61,7 @@ def test_another_rotary_embedding_is_refused(model: Path, monkeypatch: pytest.Mo
         new_model(model, torch.float32)
 
 
-def test_models_are_whole_after_the_cpu_room_was_entered(model: Path) -> None:
+def test_models_load_after_the_cpu_room_was_entered(model: Path) -> None:
     """In a new process: torch has seen no `with torch.device` before its
     constructors are wrapped.
     """
@@ -133,7 +133,7 @@ def test_a_tokenizer_that_cannot_be_read_is_one_sentence(model: Path) -> None:
         load_tokenizer(ModelConfig(path=str(model)))
 
 
-def test_tokens_that_end_a_response(model: Path) -> None:
+def test_end_of_sequence_tokens_come_from_the_generation_config_first(model: Path) -> None:
     """config.json's count where there is no generation_config.json, as in transformers."""
     (model / "generation_config.json").unlink(missing_ok=True)
     with_values(model, "config.json", eos_token_id=[7, 9])

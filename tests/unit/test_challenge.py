@@ -23,7 +23,7 @@ def address(door: Door) -> tuple[str, int]:
     return str(host), int(port)
 
 
-def test_both_ends_know_it() -> None:
+def test_two_ends_with_the_same_secret_accept_each_other() -> None:
     secret = new_secret()
     with Door(listener(), secret, purpose="test") as door:
         ours = connect(address(door), secret, purpose="test")
@@ -73,7 +73,7 @@ IMPOSTORS: dict[str, Callable[[socket.socket], None]] = {
 
 
 @pytest.mark.parametrize("kind", IMPOSTORS)
-def test_whoever_listens_has_to_prove_it_too(kind: str) -> None:
+def test_the_listener_has_to_prove_the_secret_too(kind: str) -> None:
     heard: list[bytes] = []
 
     def answer(connection: socket.socket) -> None:
@@ -87,7 +87,7 @@ def test_whoever_listens_has_to_prove_it_too(kind: str) -> None:
     assert all(b"right" not in message for message in heard)
 
 
-def test_an_old_proof_is_worth_nothing() -> None:
+def test_a_recorded_proof_is_not_accepted_again() -> None:
     """What was once said is said again, to a listener with another number."""
     recorded: list[bytes] = []
 
@@ -108,7 +108,7 @@ def test_an_old_proof_is_worth_nothing() -> None:
             door.next(0.1)
 
 
-def test_silent_strays_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_connections_do_not_block_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(challenge, "HANDSHAKE_SECONDS", 1.0)
     with Door(listener(), "right", purpose="test") as door:
         strays = [socket.create_connection(address(door)) for _ in range(300)]

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 # ---- statistics
 
 
-def test_mean_and_standard_error_by_hand() -> None:
+def test_mean_and_standard_error_equal_those_computed_by_hand() -> None:
     # Deviations -2, 0, 2: s^2 = 8 / 2 = 4, and 2 / sqrt(3).
     mean = mean_over_seeds([1.0, 3.0, 5.0])
     assert mean.value == 3.0 and mean.count == 3
@@ -42,7 +42,7 @@ def test_mean_and_standard_error_by_hand() -> None:
 
 
 @pytest.mark.parametrize("values", [[], [0.5, math.nan]], ids=["nothing", "a NaN"])
-def test_what_is_not_known_is_not_averaged_away(values: list[float]) -> None:
+def test_an_unknown_figure_makes_the_mean_unknown(values: list[float]) -> None:
     assert math.isnan(mean_over_seeds(values).value)
 
 
@@ -51,7 +51,7 @@ def test_one_seed_has_no_spread() -> None:
     assert mean.value == 0.5 and math.isnan(mean.standard_error)
 
 
-def test_the_interval_of_two_differences_by_hand() -> None:
+def test_the_interval_of_two_differences_equals_that_computed_by_hand() -> None:
     # Differences 0.1 and 0.3. Their four resamples have the means 0.1, 0.2, 0.2, 0.3, so that 25 %
     # lie at either end: the 95 % interval is [0.1, 0.3]. Standard error: |0.3 - 0.1| / 2.
     difference = paired_difference({1: 0.5, 2: 0.4}, {1: 0.6, 2: 0.7})
@@ -81,7 +81,9 @@ ZERO_OF = per_problem([0.0, 0.0], [0.0, 0.0])
         pytest.param(per_problem([0.0, 0.0], [1.0, 1.0]), id="seeds differ, problems agree"),
     ],
 )
-def test_the_interval_over_seeds_and_problems_by_hand(table: dict[int, dict[str, float]]) -> None:
+def test_the_interval_over_seeds_and_problems_equals_that_computed_by_hand(
+    table: dict[int, dict[str, float]],
+) -> None:
     means = {seed: sum(row.values()) / 2 for seed, row in table.items()}
     difference = paired_difference(ZERO, means, first_problems=ZERO_OF, other_problems=table)
     assert (difference.value, difference.low, difference.high) == pytest.approx((0.5, 0.0, 1.0))
@@ -163,7 +165,7 @@ def write_sweep(base: Path, /, **changes: Any) -> Path:
     return path
 
 
-def test_runs_of_a_sweep(base: Path) -> None:
+def test_a_sweep_has_a_run_for_each_variant_and_seed(base: Path) -> None:
     sweep = load_sweep(write_sweep(base))
     assert sweep.variants == ("real", "grpo") and sweep.budget == 320
     names = [run.name for run in sweep.runs]
@@ -180,7 +182,7 @@ def test_variants_use_the_same_number_of_rollouts(base: Path) -> None:
     assert [run.config.trainer.steps for run in sweep.runs[:2]] == [20, 10]
 
 
-def test_permuted_labels_are_a_control(base: Path) -> None:
+def test_permuted_labels_are_accepted_as_a_control(base: Path) -> None:
     variants = {"real": {}, "control": {"labels": {"permute": True}}}
     sweep = load_sweep(write_sweep(base, variants=variants))
     assert [run.config.labels.permute for run in sweep.runs[:2]] == [False, True]
@@ -212,7 +214,7 @@ def test_permuted_labels_are_a_control(base: Path) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_a_wrong_sweep_is_refused(
+def test_an_invalid_sweep_is_refused(
     base: Path, changes: dict[str, Any], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["compare", str(write_sweep(base, **changes))]) == 2
@@ -221,7 +223,7 @@ def test_a_wrong_sweep_is_refused(
     assert not (base.parent / "out").exists(), "something was written"
 
 
-def test_the_command_line_is_for_all_variants(
+def test_settings_on_the_command_line_apply_to_all_variants(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = load_sweep(write_sweep(base), ["optimizer.lr=3e-5"])
@@ -230,7 +232,7 @@ def test_the_command_line_is_for_all_variants(
     assert "set it in the variants" in capsys.readouterr().err
 
 
-def test_runs_of_other_settings_are_not_mixed_in(base: Path) -> None:
+def test_runs_of_other_settings_are_refused(base: Path) -> None:
     run = load_sweep(write_sweep(base)).runs[0]
     keep(run, accuracy=0.5)
     load_sweep(
@@ -240,7 +242,7 @@ def test_runs_of_other_settings_are_not_mixed_in(base: Path) -> None:
         load_sweep(write_sweep(base), ["optimizer.lr=3e-5"])
 
 
-def test_a_run_of_an_earlier_version_lacks_settings(base: Path) -> None:
+def test_a_run_of_an_earlier_version_may_lack_new_settings(base: Path) -> None:
     """It did what is now their default, and nothing else."""
     run = load_sweep(write_sweep(base)).runs[0]
     keep(run, accuracy=0.5)
@@ -261,7 +263,7 @@ def test_shipped_sweeps_name_settings_that_exist(base: Path) -> None:
         assert len(sweep.runs) == len(sweep.variants) * len(sweep.seeds)
 
 
-def test_a_run_in_the_variables_of_the_slurm_scripts(
+def test_a_run_is_described_by_the_variables_of_the_slurm_scripts(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_sweep(base)
@@ -362,7 +364,7 @@ def results_of(sweep: Sweep) -> list[RunResult]:
     return [read_result(run) for run in sweep.runs]
 
 
-def test_figures_of_a_run(base: Path) -> None:
+def test_the_figures_of_a_run_are_read_from_its_directory(base: Path) -> None:
     run = load_sweep(write_sweep(base)).runs[0]
     assert read_result(run).outcome == Outcome.UNFINISHED
     keep(run, accuracy=0.75)
@@ -372,7 +374,7 @@ def test_figures_of_a_run(base: Path) -> None:
     assert result.seconds == 36.0 and result.tokens == 10 * 5 * 32
 
 
-def test_the_problems_of_a_run(base: Path) -> None:
+def test_the_problems_of_a_run_are_read_from_its_last_evaluation(base: Path) -> None:
     first, grpo, *_ = load_sweep(write_sweep(base)).runs
     keep(first, accuracy=0.75, correct={"heldout/0": 2, "heldout/1": 1})
     assert read_result(first).accuracy_of == {"heldout/0": 1.0, "heldout/1": 0.5}
@@ -446,7 +448,9 @@ def test_a_diverged_run_is_counted_and_not_averaged(base: Path) -> None:
     assert float(rows[1]["differences.accuracy.value"]) == pytest.approx(0.1)
 
 
-def test_the_table_of_what_is_there(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_shows_the_runs_that_are_there(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = write_sweep(base)
     keep(load_sweep(file).runs[0], accuracy=0.5)
     assert cli.main(["compare", str(file), "--table", "--json"]) == 1

@@ -171,7 +171,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("words", "message"), REFUSED.items(), ids=REFUSED)
-def test_refuses(file: Path, words: str, message: str) -> None:
+def test_an_invalid_setting_is_refused_in_one_sentence(
+    file: Path, words: str, message: str
+) -> None:
     with pytest.raises(ValueError) as refused:
         config.load(file, words.split())
     assert message in str(refused.value)
@@ -190,7 +192,7 @@ def test_the_layout_must_divide_the_world() -> None:
         config.check_world(Config(rollout=config.RolloutConfig(tp=4)), 6)
 
 
-def test_fewer_rollouts_than_data_parallel_ranks_are_said() -> None:
+def test_fewer_rollouts_than_data_parallel_ranks_are_warned_of() -> None:
     """32 groups of 8 in an update: 256 ranks have one each, of 512 at least 256 have none."""
     layout = Config(
         rollout=config.RolloutConfig(num_prompts=128, group_size=8),
@@ -484,7 +486,9 @@ class Outer:
     ],
     ids=str,
 )
-def test_bounds_stand_on_the_field(settings: dict[str, Any], sentence: str) -> None:
+def test_a_value_beyond_the_bound_of_its_field_is_refused(
+    settings: dict[str, Any], sentence: str
+) -> None:
     bounds.check_bounds(Outer(share=0.5, clip=1.0))
     with pytest.raises(ValueError) as refused:
         bounds.check_bounds(Outer(**settings), "outer.")

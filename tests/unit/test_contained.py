@@ -144,7 +144,7 @@ def test_mathematics_is_never_run_as_code(verifier: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.grid)])
-def test_scorers_that_evaluated_answers_no_longer_do(few: bool) -> None:
+def test_no_scorer_of_reasoning_gym_evaluates_an_answer(few: bool) -> None:
     """Every task of reasoning_gym on evil answers: none compiles or runs any of it."""
     from reasoning_gym.factory import DATASETS
 
@@ -175,7 +175,7 @@ def _entry(task: str) -> dict[str, Any]:
     }
 
 
-def test_every_task_is_classed() -> None:
+def test_every_task_of_reasoning_gym_is_classed() -> None:
     from reasoning_gym.factory import DATASETS
 
     classes = [gym.READERS, gym.LISTS, gym.NUMBERS, gym.EXPRESSIONS, {"composite"}]
@@ -213,7 +213,7 @@ ARITHMETIC = {
 }
 
 
-def test_arithmetic() -> None:
+def test_arithmetic_is_distinguished_from_code() -> None:
     outcome_of = {
         text: (gym.is_arithmetic(text, names=False), gym.is_arithmetic(text, names=True))
         for text in ARITHMETIC
@@ -243,7 +243,7 @@ RIGHT: list[tuple[str, str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-def test_no_answer_is_paid_whatever_the_question_is() -> None:
+def test_no_answer_is_right_for_every_question() -> None:
     from reasoning_gym import get_score_answer_fn
 
     def of_the_library(answer: str, gold: str, extra: dict[str, Any]) -> float:
@@ -349,7 +349,7 @@ def test_an_answer_that_reasoning_gym_would_run_does_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "bare.keys"]
 
 
-def test_another_version_of_reasoning_gym_needs_walls(
+def test_another_version_of_reasoning_gym_is_checked_in_a_child_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody has read its scorers, so each check is in a child of a worker that
@@ -488,7 +488,7 @@ def test_a_file_named_as_another_module_is_refused(own: Callable[..., str]) -> N
 
 
 @pytest.mark.parametrize("trusted", [True, False], ids=["trusted", "contained"])
-def test_what_a_verifier_started_ends_with_it(
+def test_processes_that_a_verifier_started_end_with_it(
     own: Callable[..., str], tmp_path: Path, trusted: bool
 ) -> None:
     """A grandchild in a session of its own, which no signal to a process group reaches."""
@@ -600,7 +600,7 @@ def test_a_verifier_larger_than_its_memory_is_refused_with_the_remedy(
         VerifierPool(name, **(OPTIONS | {"memory_mib": 512}))
 
 
-def test_a_worker_that_is_replaced_after_every_check_is_said_once(
+def test_a_worker_that_is_replaced_after_every_check_is_warned_of_once(
     own: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
     name = own("kept.append(bytearray(400 << 20)); return True", "TRUSTED = True\nkept = []")
@@ -628,7 +628,7 @@ JUNK = [
 ]
 
 
-def test_a_junk_reply_costs_its_check_only(own: Callable[..., str]) -> None:
+def test_a_junk_reply_fails_only_its_own_check(own: Callable[..., str]) -> None:
     """From a trusted verifier, which alone has the worker's descriptors."""
     write = (
         "[os.write(n, text.encode() + b'\\n') for n in map(int, os.listdir('/proc/self/fd')) "
@@ -664,7 +664,7 @@ def test_a_closed_pool_leaves_no_descriptor() -> None:
 # --- the ladder -----------------------------------------------------------------------------------
 
 
-def test_what_the_lowest_rung_refuses(
+def test_the_lowest_rung_refuses_code_and_warns_of_own_verifiers(
     own: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Code is refused, tasks that evaluate by name, `require` altogether; mathematics goes on;
@@ -706,7 +706,7 @@ def test_the_doctor_says_which_rung_this_node_stands_on(monkeypatch: pytest.Monk
     assert "install libseccomp2" in lowest.remedy
 
 
-def test_off_still_gives_each_check_a_clean_child(own: Callable[..., str]) -> None:
+def test_containment_off_still_gives_each_check_a_clean_child(own: Callable[..., str]) -> None:
     name = own("kept.append(1); return float(len(kept))", "kept = []")
     with VerifierPool(name, sandbox="off", **OPTIONS) as pool:
         assert [o.reward for o in pool.run([Check("", [])] * 3)] == [1.0] * 3
@@ -733,7 +733,7 @@ SOLUTIONS = {
 
 @needs_walls
 @pytest.mark.parametrize("shape", SOLUTIONS)
-def test_rows_of_the_known_shapes(shape: str) -> None:
+def test_rows_of_every_known_shape_are_judged(shape: str) -> None:
     """Through the prompts' reader and the labeller: the right program is positive,
     one that passes a part is not.
     """
@@ -759,7 +759,7 @@ def test_rows_of_the_known_shapes(shape: str) -> None:
 
 
 @needs_walls
-def test_a_program_does_not_bring_what_judges_it() -> None:
+def test_a_program_cannot_replace_the_helpers_of_its_tests() -> None:
     """HumanEval's find_zero is judged by poly, which stands in its prompt:
     a program's own poly may be 0 everywhere.
     """
@@ -776,7 +776,7 @@ def test_a_program_does_not_bring_what_judges_it() -> None:
 
 
 @needs_walls
-def test_names_that_a_test_binds_are_not_the_programs() -> None:
+def test_names_that_a_test_binds_are_not_taken_from_the_program() -> None:
     test = (
         "def check(candidate):\n    try:\n        candidate(-1)\n    except ValueError as error:\n"
         "        assert 'negative' in str(error)\n    match candidate(4):\n        case [*roots]:\n"
@@ -794,7 +794,7 @@ def test_names_that_a_test_binds_are_not_the_programs() -> None:
 
 
 @needs_walls
-def test_a_threshold_asks_for_a_share_of_the_tests() -> None:
+def test_a_threshold_is_a_share_of_the_tests() -> None:
     tests = {"tests": [{"assert": f"f({n}) == {n}"} for n in range(4)]}
     text = "```python\ndef f(n): return min(n, 2)\n```"
     item = (Prompt("p", "", (1,), (), metadata=tests), Completion((1,), (0.0,), text, True))
@@ -822,7 +822,7 @@ PROGRAMS = {
 }
 
 
-def test_where_the_program_is() -> None:
+def test_the_program_is_read_from_the_last_code_block() -> None:
     assert {text: program_of(text) for text in PROGRAMS} == PROGRAMS
     assert program_of("```python\na\n```", require_think=True) is None
 

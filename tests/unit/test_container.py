@@ -85,7 +85,7 @@ def test_the_pins_exist_and_fit_together() -> None:
         (["--keep-torch-pins"], "torch==2.13.0"),
     ],
 )
-def test_pins_that_do_not_fit_are_told(words: list[str], message: str) -> None:
+def test_pins_that_do_not_fit_are_named(words: list[str], message: str) -> None:
     done = run(sys.executable, "tools/check_container.py", *words)
     assert done.returncode == 1
     assert message in " ".join(done.stderr.split())

@@ -65,7 +65,9 @@ def test_round_trip_is_the_identical_file(
     assert check_manifest(there.out) == check_manifest(back.out) == []
 
 
-def test_blocks_smaller_than_a_row_and_many_workers(source: Path, tmp_path: Path) -> None:
+def test_blocks_smaller_than_a_row_and_many_workers_give_the_same_file(
+    source: Path, tmp_path: Path
+) -> None:
     limits = Limits(workers=7, max_memory=1)
     there = hf_to_megatron(source, tmp_path / "megatron", tp_chunks=2, limits=limits)
     assert files_of(megatron_to_hf(there.out, tmp_path / "hf", limits=limits).out) == files_of(
@@ -98,7 +100,9 @@ def test_shards_of_a_size_load_in_transformers(source: Path, tmp_path: Path) -> 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_bin_and_snapshot_sources(source: Path, tmp_path: Path) -> None:
+def test_bin_files_and_hub_snapshots_convert_to_the_same_checkpoint(
+    source: Path, tmp_path: Path
+) -> None:
     """pytorch_model.bin, whole and in parts, and a hub snapshot whose files are links,
     give the same checkpoint.
     """
@@ -128,7 +132,9 @@ def test_bin_and_snapshot_sources(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("F32", torch.float32), ("F16", torch.float16)])
-def test_casts(source: Path, tmp_path: Path, dtype: str, torch_dtype: torch.dtype) -> None:
+def test_weights_are_cast_to_the_dtype_that_is_asked_for(
+    source: Path, tmp_path: Path, dtype: str, torch_dtype: torch.dtype
+) -> None:
     there = hf_to_megatron(source, tmp_path / "megatron", dtype=dtype)
     back = megatron_to_hf(there.out, tmp_path / "hf").out
     before = HfWeights(source)
@@ -183,7 +189,7 @@ def edited(
     ],
     ids=["missing", "extra", "shape", "quantised"],
 )
-def test_a_wrong_model_is_named(
+def test_tensors_that_do_not_fit_the_config_are_named(
     source: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(WeightsError, match=message):
@@ -191,7 +197,9 @@ def test_a_wrong_model_is_named(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["edited"]
 
 
-def test_a_copy_of_the_tied_embedding(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_only_an_equal_copy_of_the_tied_embedding_is_left_out(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     """Some tied models carry lm_head.weight: an equal one is left out, another one refused."""
     source = tiny_model("llama", dtype="bfloat16", tie_word_embeddings=True)
     embedding = HfWeights(source).read("model.embed_tokens.weight")
@@ -252,7 +260,9 @@ def test_a_flipped_bit_is_found_by_the_manifest(
     assert main(["convert", "verify", str(out)]) in (1, 2)
 
 
-def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_converts_verifies_and_inspects(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     there = str(tmp_path / "megatron")
     back = str(tmp_path / "hf")
     assert main(["convert", "to-megatron", str(source), there, "--json"]) == 0
@@ -303,7 +313,7 @@ def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value[2:]) or value[0],
 )
-def test_refusals(
+def test_a_wrong_command_is_refused_in_one_sentence(
     source: Path, tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["convert", *(word.format(source=source, tmp=tmp_path) for word in words)]) == 2
@@ -385,7 +395,7 @@ def test_another_models_config_is_refused(
         megatron_to_hf(there, tmp_path / "hf", hf_config=tiny_model("llama"))
 
 
-def test_overwrite_replaces(source: Path, tmp_path: Path) -> None:
+def test_overwrite_replaces_an_earlier_conversion(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "megatron"
     hf_to_megatron(source, out, layout=LegacyLayout(tp=2))
     hf_to_megatron(source, out, overwrite=True)

@@ -85,7 +85,7 @@ def _count_changes(patch: pytest.MonkeyPatch, *, last: int) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("convert", [to_megatron, to_hf])
-def test_kills_at_random_moments(
+def test_a_conversion_that_is_killed_at_any_moment_can_be_completed(
     convert: Callable[[Path, Path], Converted], source: Path, tmp_path: Path
 ) -> None:
     given = hf_to_megatron(source, tmp_path / "given").out if convert is to_hf else source
@@ -135,7 +135,7 @@ def test_a_resumed_run_copies_only_what_is_missing(
     assert check_manifest(tmp_path / "out") == []
 
 
-def test_a_spoilt_partial_is_made_again(
+def test_tensors_that_fail_their_checksum_are_written_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A journal that promises what the disk lost, as after a power cut: the checksum finds it."""
@@ -179,7 +179,7 @@ def _full_disk(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_another_source_starts_anew(
+def test_a_partial_of_another_source_is_not_resumed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfer, "_finish", _full_disk)
@@ -191,7 +191,7 @@ def test_another_source_starts_anew(
     assert to_megatron(copy, tmp_path / "out").resumed_bytes == 0
 
 
-def test_too_small_a_disk_is_found_before(
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -201,7 +201,7 @@ def test_too_small_a_disk_is_found_before(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_conversions_to_one_place(source: Path, tmp_path: Path) -> None:
+def test_two_conversions_to_one_place_are_refused(source: Path, tmp_path: Path) -> None:
     with (
         transfer._journal(tmp_path / "out"),
         pytest.raises(WeightsError, match="another process is writing"),

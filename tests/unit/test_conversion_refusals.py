@@ -263,7 +263,9 @@ def test_an_index_of_the_single_file_is_no_second_set(source: Path) -> None:
     open_model(source)
 
 
-def test_a_tied_file_that_kept_only_the_output_layer(tied: Path, tmp_path: Path) -> None:
+def test_a_tied_file_that_kept_only_the_output_layer_is_converted(
+    tied: Path, tmp_path: Path
+) -> None:
     """transformers ties the embedding to it; so do we."""
     from transformers import AutoModelForCausalLM
 
@@ -399,7 +401,7 @@ def test_out_and_source_may_not_touch(source: Path, tmp_path: Path, where: str) 
     assert (source / SINGLE).exists() and not (source / "out").exists()
 
 
-def test_out_around_the_files_that_the_source_links_to(source: Path, tmp_path: Path) -> None:
+def test_out_may_not_hold_the_files_that_the_source_links_to(source: Path, tmp_path: Path) -> None:
     there = hf_to_megatron(source, tmp_path / "megatron").out
     out = megatron_to_hf(there, tmp_path / "hf").out
     (source / SINGLE).unlink()
@@ -571,7 +573,9 @@ def test_an_object_in_the_place_of_a_tensor_is_named(source: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("heights", [(1, 3, 3, 1), (0, 4, 4, 0), (2, 2, 2, 2)], ids=str)
-def test_uneven_pipelines(tiny_model: ModelMaker, tmp_path: Path, heights: tuple[int, ...]) -> None:
+def test_stages_with_unequal_numbers_of_layers_are_joined(
+    tiny_model: ModelMaker, tmp_path: Path, heights: tuple[int, ...]
+) -> None:
     """Stages that account for the embedding hold fewer layers; each numbers its own from 0."""
     source = tiny_model("qwen2", dtype="bfloat16")
     whole = hf_to_megatron(source, tmp_path / "whole", layout=LegacyLayout()).out
@@ -605,7 +609,7 @@ def test_uneven_pipelines(tiny_model: ModelMaker, tmp_path: Path, heights: tuple
         megatron_to_hf(staged, tmp_path / "no", hf_config=source)
 
 
-def test_verify_after_megatron_lm_went_on_saving(source: Path, tmp_path: Path) -> None:
+def test_verify_reads_the_checkpoint_that_the_tracker_names(source: Path, tmp_path: Path) -> None:
     there = hf_to_megatron(source, tmp_path / "megatron").out
     shutil.copytree(there / "release", there / "iter_0000010")
     (there / "latest_checkpointed_iteration.txt").write_text("10")

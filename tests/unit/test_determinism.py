@@ -29,7 +29,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     deterministic.fill_uninitialized_memory = fills
 
 
-def test_every_library_is_told() -> None:
+def test_every_library_is_set_to_be_deterministic() -> None:
     allow_only_deterministic()
     assert [os.environ[name] for name in NAMES] == ["0", ":4096:8", "Ring"]
     assert torch.are_deterministic_algorithms_enabled()

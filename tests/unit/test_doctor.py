@@ -103,7 +103,9 @@ def test_an_unrelated_apex_falls_back(tmp_path: Path, monkeypatch: pytest.Monkey
     ("mount", "verdict"),
     [("lustre", "ok"), ("nfs4", "ok"), ("overlay", "warn"), ("tmpfs", "warn")],
 )
-def test_file_system_is_that_of_the_deepest_mount(tmp_path: Path, mount: str, verdict: str) -> None:
+def test_the_file_system_is_that_of_the_deepest_mount(
+    tmp_path: Path, mount: str, verdict: str
+) -> None:
     mounts = tmp_path / "mounts"
     mounts.write_text(
         f"a / ext4 rw 0 0\nb {tmp_path} {mount} rw 0 0\nc {tmp_path}-other overlay rw 0 0\n"
@@ -136,7 +138,7 @@ def test_a_full_disk_fails_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_few_open_files_warn() -> None:
+def test_a_low_limit_of_open_files_is_warned_of() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
     try:
@@ -157,7 +159,9 @@ def test_few_open_files_warn() -> None:
         pytest.param(resource.RLIM_INFINITY, 4096, "ok", id="no limit"),
     ],
 )
-def test_open_files_are_held_against_the_world(limit: int, world: int, verdict: str) -> None:
+def test_the_limit_of_open_files_is_compared_with_the_number_of_ranks(
+    limit: int, world: int, verdict: str
+) -> None:
     assert machine.open_files(limit, world=world).verdict == verdict
 
 
@@ -182,7 +186,9 @@ def test_free_space_is_that_of_the_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("checkpoint", "verdict"), [(1, "ok"), (0.3, "warn"), (0.6, "fail")])
-def test_the_whole_run_must_have_room(tmp_path: Path, checkpoint: float, verdict: str) -> None:
+def test_free_space_is_compared_with_the_needs_of_the_whole_run(
+    tmp_path: Path, checkpoint: float, verdict: str
+) -> None:
     """In shares of the free space: ten checkpoints of 0.3 do not fit, of 0.6 not even two."""
     free = shutil.disk_usage(tmp_path).free
     size = 1 if checkpoint == 1 else int(checkpoint * free)

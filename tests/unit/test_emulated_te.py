@@ -25,7 +25,7 @@ def _seeded() -> None:
 
 
 @pytest.mark.parametrize("zero_centered", [False, True])
-def test_rmsnorm(zero_centered: bool) -> None:
+def test_rmsnorm_and_its_gradients_equal_those_of_torch(zero_centered: bool) -> None:
     x = torch.randn(5, 16, requires_grad=True)
     weight = torch.randn(16, requires_grad=True)
     expected = torch.nn.functional.rms_norm(x, (16,), weight + float(zero_centered), eps=1e-5)
@@ -213,7 +213,7 @@ def test_packed_and_padded_forms_are_pad_sequence() -> None:
     assert_close(kernels.convert_bshd_to_thd(padded, CU, 8), t)
 
 
-def test_lists_of_tensors() -> None:
+def test_norms_and_scaling_of_lists_equal_those_of_each_tensor() -> None:
     tensors = [torch.randn(3), torch.randn(2, 4)]
     norm, each = kernels.multi_tensor_l2norm(0, torch.zeros(1), [tensors], True)
     assert_close(norm[0], torch.cat([t.flatten() for t in tensors]).norm())
@@ -225,7 +225,7 @@ def test_lists_of_tensors() -> None:
 
 
 @pytest.mark.parametrize(("mode", "optimizer"), [(0, torch.optim.Adam), (1, torch.optim.AdamW)])
-def test_adam(mode: int, optimizer: Any) -> None:
+def test_adam_equals_the_optimizers_of_torch(mode: int, optimizer: Any) -> None:
     start = torch.randn(7)
     gradients = torch.randn(3, 7)
     parameter = torch.nn.Parameter(start.clone())

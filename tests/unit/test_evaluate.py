@@ -44,7 +44,7 @@ def test_pass_at_k_is_the_share_of_all_subsets(samples: int) -> None:
             )
 
 
-def test_pass_at_k_of_many_samples() -> None:
+def test_pass_at_k_of_2000_samples_is_exact() -> None:
     """1 of 2000 correct: pass@1000 is a half. Naively, 1 - (1999/2000)^1000 would be 0.39."""
     assert pass_at_k(1, 2000, 1000) == pytest.approx(0.5, abs=1e-12)
 
@@ -62,14 +62,14 @@ VOTES: dict[str, tuple[list[tuple[bool, int | None]], float]] = {
 
 
 @pytest.mark.parametrize("case", VOTES)
-def test_majority_by_hand(case: str) -> None:
+def test_majority_accuracy_equals_that_computed_by_hand(case: str) -> None:
     votes, expected = VOTES[case]
     assert majority([judge("p", correct, answer) for correct, answer in votes]) == pytest.approx(
         expected
     )
 
 
-def test_figures_by_hand() -> None:
+def test_the_figures_equal_those_computed_by_hand() -> None:
     """Two problems, four samples: 3 of 4 and 1 of 4 correct.
 
     pass@1 = 1/2. Shares 3/4 and 1/4: variance 1/8 (n - 1 = 1), standard error sqrt(1/8 / 2) = 1/4.
@@ -104,7 +104,7 @@ def test_figures_by_hand() -> None:
     )
 
 
-def test_samples_that_are_no_power_of_two_have_their_own_k() -> None:
+def test_a_number_of_samples_that_is_no_power_of_two_is_a_k_of_its_own() -> None:
     summary = summarise([judge("p", i == 0, None) for i in range(6)])
     assert [k for k, _ in summary.pass_at_k] == [1, 2, 4, 6] and summary.majority is None
     assert math.isnan(summary.standard_error), (
@@ -162,11 +162,13 @@ def test_answers_that_say_the_same_are_one_class() -> None:
     ],
     ids=["whole numbers", "one gold", "no answer", "the check failed"],
 )
-def test_what_needs_no_verifier(given: list[Given], classes: list[int | None]) -> None:
+def test_equal_texts_and_failed_checks_need_no_verifier(
+    given: list[Given], classes: list[int | None]
+) -> None:
     assert answer_classes(given, never) == classes
 
 
-def test_right_and_wrong_never_vote_together_and_several_golds_are_compared() -> None:
+def test_right_and_wrong_answers_never_vote_together() -> None:
     given = [Given("1/2", True), Given("0.5", False), Given("3", True), Given("3.0", True)]
     assert answer_classes(given, halves, one_gold=False) == [0, 1, 2, 2]
 
@@ -246,7 +248,7 @@ def test_another_setting_is_refused_by_name(tmp_path: Path) -> None:
         EvaluationDirectory(tmp_path / "file").check(SETTINGS)
 
 
-def test_another_benchmark_may_join(tmp_path: Path) -> None:
+def test_a_benchmark_may_be_added_to_the_results(tmp_path: Path) -> None:
     directory = EvaluationDirectory(tmp_path)
     directory.claim(SETTINGS)
     other = {**{k: v for k, v in SETTINGS.items() if k != f"{BENCH}a"}, f"{BENCH}b": "34cd"}
@@ -264,7 +266,7 @@ def evaluation(pass_at_1: float, error: float, problems: int) -> Evaluation:
     return Evaluation(pass_at_1, error, passed, pass_at_1, problems, 2, 1, 0.0, 0.5, 10.0)
 
 
-def test_the_average_counts_benchmarks_alike(tmp_path: Path) -> None:
+def test_the_average_weighs_all_benchmarks_equally(tmp_path: Path) -> None:
     """(0.2 + 0.8) / 2, whatever their sizes; sqrt(0.03^2 + 0.04^2) / 2 = 0.025."""
     evaluations = {"small": evaluation(0.2, 0.03, 10), "large": evaluation(0.8, 0.04, 1000)}
     mean = average(evaluations)

@@ -101,7 +101,9 @@ def headers(draw: st.DrawFn, plain_header: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("part", range(2))
-def test_fuzzed_safetensors_headers(plain: bytes, tmp_path: Path, part: int) -> None:
+def test_fuzzed_safetensors_headers_are_refused_or_read_correctly(
+    plain: bytes, tmp_path: Path, part: int
+) -> None:
     """4,000 cases with --all; what is accepted is what the safetensors library reads,
     byte for byte.
     """
@@ -132,7 +134,7 @@ def test_fuzzed_safetensors_headers(plain: bytes, tmp_path: Path, part: int) -> 
     assert accepted[0] > 0, "some mutations must still be valid, or the comparison tests nothing"
 
 
-def test_fuzzed_indices(plain: bytes, tmp_path: Path) -> None:
+def test_fuzzed_indices_are_refused_or_read_correctly(plain: bytes, tmp_path: Path) -> None:
     """3,000 cases with --all, of an index of two files."""
     for name in ("model-1.safetensors", "model-2.safetensors"):
         (tmp_path / name).write_bytes(plain)
@@ -172,7 +174,9 @@ def test_fuzzed_indices(plain: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["release/.metadata", "release/__0_0.distcp"])
-def test_fuzzed_checkpoints(tiny_model: Callable[..., Path], tmp_path: Path, file: str) -> None:
+def test_fuzzed_checkpoints_are_refused_or_exported(
+    tiny_model: Callable[..., Path], tmp_path: Path, file: str
+) -> None:
     """1,500 cases of a few changed bytes: refused, or exported without touching anything else."""
     source = tiny_model(
         "llama", dtype="bfloat16", num_hidden_layers=1, hidden_size=8, intermediate_size=8
@@ -213,7 +217,9 @@ def test_fuzzed_checkpoints(tiny_model: Callable[..., Path], tmp_path: Path, fil
     ],
     ids=["os.system", "eval", "posix", "memo-bomb", "length-bomb", "nesting", "empty"],
 )
-def test_hostile_pickles(tmp_path: Path, payload: bytes, message: str) -> None:
+def test_hostile_pickles_are_refused_and_run_nothing(
+    tmp_path: Path, payload: bytes, message: str
+) -> None:
     with memory_stays_small(), pytest.raises(WeightsError, match=message):
         load_pickle(payload, tmp_path / "x.pt")
 
@@ -237,7 +243,7 @@ def test_a_bin_file_with_a_strange_class_is_refused(tmp_path: Path) -> None:
         HfWeights(tmp_path)
 
 
-def test_tensors_that_are_not_rows_in_a_row(tmp_path: Path) -> None:
+def test_only_contiguous_tensors_are_read_from_bin_files(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(4, 6).t()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(WeightsError, match="not stored as one contiguous tensor"):
         HfWeights(tmp_path)
@@ -253,7 +259,7 @@ def test_tensors_that_are_not_rows_in_a_row(tmp_path: Path) -> None:
         ("/etc/passwd", "is not one of the checkpoint"),
     ],
 )
-def test_metadata_that_leaves_the_directory(
+def test_metadata_that_names_files_outside_the_directory_are_refused(
     tiny_model: Callable[..., Path], tmp_path: Path, metadata: str, message: str
 ) -> None:
     there = hf_to_megatron(tiny_model("qwen2", dtype="bfloat16"), tmp_path / "megatron").out
@@ -266,7 +272,7 @@ def test_metadata_that_leaves_the_directory(
         megatron_to_hf(there, tmp_path / "hf")
 
 
-def test_loops_pipes_and_missing_files(plain: bytes, tmp_path: Path) -> None:
+def test_loops_pipes_and_missing_files_are_refused(plain: bytes, tmp_path: Path) -> None:
     link = tmp_path / "model.safetensors"
     link.symlink_to(link)
     with pytest.raises(WeightsError, match="cannot be read"):
@@ -434,6 +440,6 @@ def test_metadata_of_one_rank_are_refused(tmp_path: Path) -> None:
         check_metadata(tmp_path)
 
 
-def test_metadata_that_cannot_be_read(tmp_path: Path) -> None:
+def test_missing_metadata_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"cannot be read \(No such file"):
         check_metadata(tmp_path)

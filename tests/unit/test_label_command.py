@@ -74,7 +74,9 @@ def test_golds_that_nobody_can_match_are_named(tmp_path: Path, capsys: Any) -> N
         ('{"completion": "x"}\n', "d.jsonl:1 is no object with completion, gold and expected"),
     ],
 )
-def test_files_that_are_refused(tmp_path: Path, capsys: Any, text: str, sentence: str) -> None:
+def test_a_file_that_cannot_be_checked_is_refused(
+    tmp_path: Path, capsys: Any, text: str, sentence: str
+) -> None:
     (tmp_path / "d.jsonl").write_text(text)
     assert main(["labels", "check", str(tmp_path / "d.jsonl")]) == 2
     assert sentence in capsys.readouterr().err

@@ -119,7 +119,9 @@ HONEST = {
 
 
 @pytest.mark.parametrize("table", [HOSTILE, HONEST], ids=["hostile", "honest"])
-def test_table(pool: VerifierPool, table: dict[str, str]) -> None:
+def test_every_completion_of_the_table_has_its_status(
+    pool: VerifierPool, table: dict[str, str]
+) -> None:
     started = time.monotonic()
     status_of = dict(zip(table, statuses(pool, *table), strict=True))
     assert {text[:60]: status for text, status in status_of.items()} == {
@@ -175,7 +177,7 @@ READING = {
 
 
 @pytest.mark.parametrize("options", READING)
-def test_where_the_answer_is_read(options: str) -> None:
+def test_the_answer_is_read_outside_of_the_thinking(options: str) -> None:
     texts = [
         box("5"),
         f"thinking</think>{box('5')}",
@@ -188,7 +190,7 @@ def test_where_the_answer_is_read(options: str) -> None:
     assert [verify(text, ["5"], {})[0] for text in texts] == READING[options]
 
 
-def test_letter_by_letter() -> None:
+def test_the_exact_verifier_compares_letter_by_letter() -> None:
     boxed = load("exact")
     free = load("exact", require_boxed=False)
     assert boxed(box(" five "), ["5", " five"], {}) == ("ok", 1.0)
@@ -367,13 +369,15 @@ OWN = {
 
 
 @pytest.mark.parametrize("body", OWN)
-def test_own_verifier(own: Callable[[str], str], body: str) -> None:
+def test_a_verifier_of_ones_own_gives_statuses_and_rewards(
+    own: Callable[[str], str], body: str
+) -> None:
     with VerifierPool(own(body), **OPTIONS) as pool:
         for outcome in pool.run([Check("a", ["a"], {"level": 2})] * 2):
             assert (outcome.status, outcome.reward, outcome.reason) == OWN[body]
 
 
-def test_a_worker_killed_in_the_middle_of_a_check_costs_that_check(
+def test_a_worker_killed_in_the_middle_of_a_check_fails_only_that_check(
     own: Callable[[str], str], tmp_path: Path
 ) -> None:
     body = (
@@ -491,7 +495,7 @@ CONFIGURED: list[tuple[dict[str, Any], Sequence[int]]] = [
 
 
 @pytest.mark.parametrize(("options", "labels"), CONFIGURED, ids=str)
-def test_statuses_to_labels(
+def test_statuses_become_labels_by_the_configuration(
     own: Callable[[str], str], options: dict[str, Any], labels: list[int]
 ) -> None:
     """By a verifier of one's own that calls ours, and crashes where the text says so."""
@@ -512,7 +516,7 @@ def test_statuses_to_labels(
     assert [v.label for v in verdicts] == [labels[list(EACH).index(status)] for status in expected]
 
 
-def test_a_status_of_ours_is_unparsable() -> None:
+def test_an_unparsable_answer_has_a_status_of_its_own() -> None:
     with Labeller("exact", **OPTIONS, excluded=["unparsable"]) as label:
         assert [v.label for v in label([EACH["unparsable"], EACH["wrong"]])] == [EXCLUDED, NEGATIVE]
 
@@ -531,7 +535,7 @@ def test_failed_checks_are_excluded_and_too_many_stop_the_run(own: Callable[[str
             )  # the truncated ones were not checked and do not dilute the share
 
 
-def test_scores_need_a_threshold(own: Callable[[str], str]) -> None:
+def test_scores_without_a_threshold_are_refused(own: Callable[[str], str]) -> None:
     name = own("return float(text)")
     items = [completion("0.75"), completion("0.25")]
     with Labeller(name, **OPTIONS, threshold=0.5) as label:

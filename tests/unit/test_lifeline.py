@@ -98,7 +98,7 @@ def test_a_job_that_was_suspended_goes_on(ranks: list[subprocess.Popen[str]]) ->
 
 
 @pytest.mark.parametrize("ranks", ["good"], indirect=True)
-def test_a_good_end_takes_nobody_down(ranks: list[subprocess.Popen[str]]) -> None:
+def test_a_rank_that_ends_well_ends_no_other(ranks: list[subprocess.Popen[str]]) -> None:
     assert ends(ranks, within=120.0) == ["", "", ""]
     assert [p.returncode for p in ranks] == [0, 0, 0]
 
@@ -113,7 +113,7 @@ def test_an_error_that_not_every_rank_has_ends_the_others_later(
     assert ranks[1].wait(5) == 3
 
 
-def test_strays_cost_nothing(tmp_path: Path) -> None:
+def test_foreign_connections_do_not_disturb_the_ranks(tmp_path: Path) -> None:
     """A scanner, ends that close or stay silent, and a forged rank: all before the ranks come."""
     first = start(0, "good", tmp_path)
     while not (tmp_path / "address").exists():
@@ -222,7 +222,7 @@ HANGS = {
 
 
 @pytest.mark.parametrize("case", HANGS)
-def test_who_hangs(case: str) -> None:
+def test_the_rank_that_keeps_the_others_waiting_is_named(case: str) -> None:
     reports, sentence = HANGS[case]
     message = hanging(reports, 60.0)
     assert sentence in message and bool(sentence) == bool(message)

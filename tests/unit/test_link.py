@@ -103,7 +103,7 @@ def test_nobody_takes_a_workers_place() -> None:
 
 
 @pytest.mark.parametrize("impostor", ["worker", "sender"])
-def test_who_slips_into_the_group_gets_no_weights(impostor: str) -> None:
+def test_a_stranger_in_the_process_group_gets_no_weights(impostor: str) -> None:
     """The group's own connections ask for no secret: whoever was quicker there still has to prove
     that it knows it.
     """

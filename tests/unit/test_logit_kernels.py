@@ -80,7 +80,7 @@ def resources(binary: bytes, tmp_path: Path) -> dict[str, int]:
 @pytest.mark.parametrize("architecture", core([80, 90, 100], kept=[90]))
 @pytest.mark.parametrize("kernel", ["fold", "gradient"])
 @pytest.mark.parametrize("dtype", core(["bf16", "fp32"], kept=["bf16"]))
-def test_compiles_without_spills(
+def test_the_kernels_compile_without_register_spills(
     kernel: str, dtype: str, architecture: int, tmp_path: Path
 ) -> None:
     result = compiled(kernel, dtype, architecture)

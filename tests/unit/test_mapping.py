@@ -39,7 +39,7 @@ def shard(
     ],
     ids=["qwen2", "llama", "llama-biases", "qwen3-tied"],
 )
-def test_every_tensor_once_and_back(
+def test_every_tensor_is_mapped_once_and_back(
     tiny_model: Callable[..., Path], family: str, sizes: dict[str, object], tp: int
 ) -> None:
     weights = HfWeights(tiny_model(family, num_key_value_heads=4, num_hidden_layers=2, **sizes))

@@ -99,7 +99,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_sources_that_are_refused(name: str) -> None:
+def test_an_invalid_source_is_refused(name: str) -> None:
     values, sentence = REFUSED[name]
     with pytest.raises(ValueError, match=sentence):
         Config(data=DataConfig(**values))
@@ -127,7 +127,7 @@ def test_prompts_that_were_always_or_never_solved_are_left_out(tmp_path: Path) -
         ({"a/0": [True]}, "leaves no prompt"),
     ],
 )
-def test_pass_rates_that_are_refused(
+def test_an_invalid_file_of_pass_rates_is_refused(
     tmp_path: Path, solved: dict[str, list[bool]], sentence: str
 ) -> None:
     train = write(tmp_path / "a.jsonl", ["1"])

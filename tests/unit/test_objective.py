@@ -118,7 +118,9 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
         pytest.param("bce", 3.46573590, id="bce: 5 * log 2"),
     ],
 )
-def test_two_correct_three_wrong_on_policy(variant: Variant, expected: float) -> None:
+def test_the_loss_of_two_correct_and_three_wrong_equals_that_computed_by_hand(
+    variant: Variant, expected: float
+) -> None:
     score, label, group = batch(([0.0] * 5, [1, 1, 0, 0, 0]))
     assert real_loss(score, label, group, variant=variant).item() == pytest.approx(
         expected, abs=1e-8
@@ -139,14 +141,16 @@ def test_two_correct_three_wrong_on_policy(variant: Variant, expected: float) ->
         ),
     ],
 )
-def test_off_policy_by_hand(variant: Variant, expected: float) -> None:
+def test_the_off_policy_loss_equals_that_computed_by_hand(
+    variant: Variant, expected: float
+) -> None:
     score, label, group = batch(([TAU * math.log(2), TAU * math.log(3)], [1, 0]))
     assert real_loss(score, label, group, variant=variant).item() == pytest.approx(
         expected, abs=1e-12
     )
 
 
-def test_weights_by_hand() -> None:
+def test_the_weights_equal_those_computed_by_hand() -> None:
     # Positives: e^(-s/tau) = 1/2 and 4, so p = 1/11 and 8/11. Negatives: e^(s/tau) = 3 and 1, so p
     # = 3/5 and 1/5. |w| = p / tau = 2 p.
     score, label, group = batch(
@@ -159,7 +163,7 @@ def test_weights_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("num_plus", "num_minus"), [(1, 1), (2, 3), (7, 1), (5, 11)])
 @pytest.mark.parametrize("tau", [0.5, 0.3])
-def test_on_policy_weights_are_the_analytic_ones(
+def test_on_policy_weights_equal_the_analytic_ones(
     dtype: torch.dtype, num_plus: int, num_minus: int, tau: float
 ) -> None:
     label = torch.tensor([1] * num_plus + [0] * num_minus)
@@ -188,7 +192,7 @@ def test_on_policy_weights_are_the_analytic_ones(
 @pytest.mark.parametrize("one_class_groups", RULES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("tau", [0.1, 0.5, 2.0])
-def test_loss_is_the_printed_equation(
+def test_the_loss_equals_the_printed_equation(
     variant: Variant, one_class_groups: OneClassGroups, tau: float
 ) -> None:
     score, label, group = MIXED
@@ -199,7 +203,7 @@ def test_loss_is_the_printed_equation(
 
 @settings(max_examples=60, deadline=None)
 @given(batches(), st.sampled_from(VARIANTS), st.sampled_from(RULES))
-def test_loss_is_the_printed_equation_for_any_labels(
+def test_the_loss_equals_the_printed_equation_for_any_labels(
     rows: tuple[Tensor, Tensor, Tensor], variant: Variant, one_class_groups: OneClassGroups
 ) -> None:
     score, label, group = rows
@@ -216,7 +220,7 @@ def test_loss_is_the_printed_equation_for_any_labels(
 @pytest.mark.parametrize("one_class_groups", RULES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("num_groups", [None, 13])
-def test_closed_form_is_autograd_is_finite_differences(
+def test_the_closed_form_equals_autograd_and_finite_differences(
     variant: Variant, one_class_groups: OneClassGroups, num_groups: int | None
 ) -> None:
     score, label, group = MIXED
@@ -251,7 +255,7 @@ def test_closed_form_is_autograd_is_finite_differences(
 @given(
     batches(), st.sampled_from(VARIANTS), st.sampled_from(RULES), st.sampled_from([0.05, 0.5, 3.0])
 )
-def test_weights_are_autograd_signed_and_bounded(
+def test_the_weights_equal_autograd_with_the_right_sign_and_within_the_bound(
     rows: tuple[Tensor, Tensor, Tensor],
     variant: Variant,
     one_class_groups: OneClassGroups,
@@ -275,7 +279,7 @@ def test_weights_are_autograd_signed_and_bounded(
     assert (weight[label == -1] == 0).all()
 
 
-def test_weights_as_eq_9_and_10_are_printed() -> None:
+def test_the_weights_equal_eq_9_and_10_as_printed() -> None:
     score, label, group = MIXED
     weight = real_weights(score, label, group, one_class_groups="keep", num_groups=1)
     for k in range(len(score)):
@@ -290,7 +294,7 @@ def test_weights_as_eq_9_and_10_are_printed() -> None:
         assert weight[k].item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_bound_is_reached_by_a_hopeless_mistake() -> None:
+def test_the_bound_of_the_weights_is_reached_by_a_hopeless_mistake() -> None:
     score, label, group = batch(([-50.0, 50.0], [1, 0]))
     for variant in VARIANTS:
         weight = real_weights(score, label, group, variant=variant)
@@ -299,7 +303,7 @@ def test_bound_is_reached_by_a_hopeless_mistake() -> None:
         )
 
 
-def test_naive_split_of_a_group_is_wrong() -> None:
+def test_splitting_a_group_changes_its_gradient() -> None:
     """Negative control: the loss couples a group, so averaging it piecewise is
     another gradient altogether.
     """
@@ -314,7 +318,7 @@ def test_naive_split_of_a_group_is_wrong() -> None:
     assert (halves - whole).norm() / whole.norm() > 0.1
 
 
-def test_surrogate_has_the_gradient_of_the_loss() -> None:
+def test_the_surrogate_has_the_gradient_of_the_loss() -> None:
     """Backward of sum_k w_k * s_k, piece by piece and out of order,
     is that of the loss in the parameters.
     """
@@ -336,7 +340,9 @@ def test_surrogate_has_the_gradient_of_the_loss() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("label", [[1, 1, 1], [0, 0, 0], [1, -1, 1], [0, -1, -1]], ids=str)
-def test_one_class_group(variant: Variant, label: list[int]) -> None:
+def test_a_group_of_one_class_is_skipped_or_kept_by_the_setting(
+    variant: Variant, label: list[int]
+) -> None:
     rows = batch(([0.2, -0.4, 0.6], label))
     assert real_loss(*rows, variant=variant).item() == 0
     assert real_weights(*rows, variant=variant).abs().max() == 0
@@ -384,7 +390,7 @@ def test_excluded_values_contribute_exactly_nothing(
     assert (weight[~kept] == 0).all()
 
 
-def test_nan_of_a_labelled_rollout_is_not_hidden() -> None:
+def test_a_nan_of_a_labelled_rollout_is_not_hidden() -> None:
     """Negative control: a broken model must show, in its own group only."""
     score, label, group = batch(([NAN, 0.1], [1, 0]), ([0.2, 0.1], [1, 0]))
     assert real_loss(score, label, group).isnan()
@@ -486,7 +492,7 @@ def test_training_rollouts_are_those_with_a_weight(
     assert torch.equal(dropped, real_weights(score, label, group, **options)[trains])
 
 
-def test_labels_and_groups_of_any_number_type() -> None:
+def test_labels_and_groups_may_have_any_number_type() -> None:
     score, label, group = batch(([0.3, -0.2, 0.9], [1, 0, 0]))
     expected = real_weights(score, label, group)
     for other in (label.bool(), label.float(), label.to(torch.int8)):
@@ -499,7 +505,7 @@ def test_labels_and_groups_of_any_number_type() -> None:
 @pytest.mark.parametrize("one_class_groups", RULES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("ratio", [1e2, 1e4])
-def test_finite_and_bounded_at_extreme_scores(
+def test_loss_and_weights_are_finite_and_bounded_at_extreme_scores(
     variant: Variant, one_class_groups: OneClassGroups, ratio: float
 ) -> None:
     """Every label pattern of four rollouts at +-ratio * tau, in float32."""
@@ -541,7 +547,7 @@ def test_float32_weights_are_accurate_far_from_zero(variant: Variant) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_float64_sees_beyond_twenty(variant: Variant) -> None:
+def test_float64_keeps_the_tail_beyond_a_logit_of_20(variant: Variant) -> None:
     # The tail e^-z that F.softplus drops above 20. With z+ = 25: dL/ds of the positive misses 1/tau
     # by the factor 1 / (1 + e^25) = 1.4e-11, all of it far above float64's rounding.
     score, label, group = batch(([-25 * TAU, 0.0], [1, 0]))
@@ -650,7 +656,7 @@ def test_grpo_weights_are_autograd_of_the_clipped_loss(advantage: float) -> None
     assert 0 < (weight == 0).sum() < 31
 
 
-def test_figure_1_draws_the_paper_curves(tmp_path: Path) -> None:
+def test_figure_1_draws_the_curves_of_the_paper(tmp_path: Path) -> None:
     source = Path(__file__).parents[2] / "tools" / "plot_gradient_weights.py"
     spec = importlib.util.spec_from_file_location("plot_gradient_weights", source)
     assert spec is not None and spec.loader is not None

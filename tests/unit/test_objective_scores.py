@@ -16,7 +16,7 @@ from megatron_real.objective import sequence_scores
 POISON = [math.nan, math.inf, -math.inf]
 
 
-def test_by_hand() -> None:
+def test_scores_equal_those_computed_by_hand() -> None:
     # Differences 0.1, 0.3 -> mean 0.2; then -0.5 alone; the third sequence has no response token.
     logprob = torch.tensor([[-1.0, -2.0, 9.0], [7.0, -1.5, 9.0], [3.0, 3.0, 3.0]])
     old = torch.tensor([[-1.1, -2.3, 0.0], [0.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
@@ -29,7 +29,9 @@ def test_by_hand() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.integers(0, 2**31), st.booleans())
-def test_packed_is_padded_is_a_loop(lengths: list[int], seed: int, with_mask: bool) -> None:
+def test_packed_and_padded_scores_equal_those_of_a_loop(
+    lengths: list[int], seed: int, with_mask: bool
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     logprob, old = torch.randn(2, sum(lengths), dtype=torch.float64, generator=generator)
     keep = torch.ones(sum(lengths), dtype=torch.bool)
@@ -56,7 +58,7 @@ def test_packed_is_padded_is_a_loop(lengths: list[int], seed: int, with_mask: bo
     )
 
 
-def test_gradient_is_one_over_n_at_response_tokens() -> None:
+def test_the_gradient_is_one_over_n_at_response_tokens() -> None:
     logprob = torch.zeros(6, dtype=torch.float64, requires_grad=True)
     old = torch.zeros(6, dtype=torch.float64, requires_grad=True)
     mask = torch.tensor([0, 1, 1, 1, 0, 1], dtype=torch.bool)
@@ -89,7 +91,7 @@ def test_masked_values_touch_neither_scores_nor_gradient(packed: bool, poison: f
     assert torch.equal(dirty.grad, torch.tensor([0, 0.5, 0.5, 0, 0, 1.0]).view(shape))
 
 
-def test_nan_of_a_response_token_is_not_hidden() -> None:
+def test_a_nan_of_a_response_token_is_not_hidden() -> None:
     logprob = torch.tensor([math.nan, 1.0, 2.0])
     scores = sequence_scores(logprob, torch.zeros(3), cu_seqlens=torch.tensor([0, 2, 3]))
     assert scores[0].isnan()
@@ -126,7 +128,7 @@ def test_shards_of_the_tokens_add_up() -> None:
     assert ((sum(naive) / 2 - whole).abs() > 0.01).all(), "negative control: a mean of means"
 
 
-def test_low_precision_is_summed_in_float32() -> None:
+def test_scores_of_low_precision_are_summed_in_float32() -> None:
     # 0.01 a token, 4096 tokens: a bfloat16 sum would stop growing at a few units.
     logprob = torch.full((4096,), 0.01, dtype=torch.bfloat16)
     scores = sequence_scores(logprob, torch.zeros_like(logprob), cu_seqlens=torch.tensor([0, 4096]))

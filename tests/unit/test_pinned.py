@@ -89,7 +89,7 @@ def test_the_writing_thread_is_on_the_ranks_own_gpu(monkeypatch: pytest.MonkeyPa
     assert device_of == {name: 3}
 
 
-def test_what_is_written_is_not_copied_by_way_of_a_gpu(
+def test_checkpoints_are_not_copied_by_way_of_a_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """torch's overlapping loader waits for the device after each so many bytes;

@@ -103,7 +103,7 @@ REHEARSED = [
 
 
 @pytest.mark.parametrize(("model", "gpus", "stage", "micro_batches", "gib", "words"), REHEARSED)
-def test_it_foretells_what_true_sizes_were_rehearsed_to_take(
+def test_planned_memory_equals_that_of_rehearsals_at_true_sizes(
     model: str, gpus: int, stage: int, micro_batches: int, gib: float, words: tuple[str, ...]
 ) -> None:
     path = published_model(model)
@@ -139,7 +139,9 @@ def test_rates_of_a_gpu_day_take_the_place_of_published_ones(tmp_path: Path) -> 
         (None, "is not the JSON that tools/gpu_day.py writes"),
     ],
 )
-def test_refused_rates(tmp_path: Path, text: str | None, message: str) -> None:
+def test_an_invalid_file_of_rates_is_refused(
+    tmp_path: Path, text: str | None, message: str
+) -> None:
     file = tmp_path / "gpu-day.json"
     if text is not None:
         file.write_text(text)
@@ -147,7 +149,7 @@ def test_refused_rates(tmp_path: Path, text: str | None, message: str) -> None:
         measured_device(file, DEVICES["h100-80g"])
 
 
-def test_parameters_of_7b() -> None:
+def test_the_parameters_of_7b_equal_those_computed_by_hand() -> None:
     """Qwen2 7B: 28 layers of 3584 x 4608 + 4608 (q, k, v), 3584 x 3584, 3 x 3584 x 18944 and two
     norms; embedding and head of 152064 x 3584; the last norm. Its published count is 7,615,616,512.
     """
@@ -175,7 +177,7 @@ def test_a_tied_head_on_another_stage_is_a_copy() -> None:
     ("pp", "vpp", "micro_batches", "expected"),
     [(1, 1, 8, [1]), (4, 1, 8, [4, 3, 2, 1]), (4, 1, 2, [2, 2, 2, 1]), (2, 2, 8, [5, 3])],
 )
-def test_micro_batches_in_flight(
+def test_micro_batches_in_flight_are_those_of_1f1b(
     pp: int, vpp: int, micro_batches: int, expected: list[int]
 ) -> None:
     """1F1B warms up with as many forwards as stages follow; interleaved,
@@ -185,7 +187,7 @@ def test_micro_batches_in_flight(
     assert [in_flight(parallel, stage, micro_batches) for stage in range(pp)] == expected
 
 
-def test_resident_bytes(file: Path) -> None:
+def test_resident_bytes_equal_those_computed_by_hand(file: Path) -> None:
     """bf16: 2 bytes of weight, 4 of gradient, 12 of master weight and moments over the 8
     data-parallel ranks.
     """
@@ -204,7 +206,7 @@ def test_resident_bytes(file: Path) -> None:
     )
 
 
-def test_kv_bytes_of_a_token(file: Path) -> None:
+def test_kv_bytes_of_a_token_equal_those_computed_by_hand(file: Path) -> None:
     """Key and value of 28 layers x 4 heads x 128 x 2 bytes; no rank holds less than one head."""
     run = planned(file)
     assert kv_bytes_per_token(run.architecture, run.config) == 57_344
@@ -225,7 +227,7 @@ def test_a_sleeping_engine_leaves_the_update_its_memory(file: Path) -> None:
     assert awake.peaks["rollout"] == asleep.peaks["rollout"]
 
 
-def test_step_numbers_of_the_recipe(file: Path) -> None:
+def test_the_counts_of_the_recipes_step_equal_those_computed_by_hand(file: Path) -> None:
     """128 prompts x 8, 32 prompts an update; 256 + 4096 tokens: 3 rollouts in 16,384, 32 a rank:
     11 micro-batches.
     """
@@ -267,7 +269,7 @@ def test_passes_are_those_of_the_objective(
     assert seconds.total == pytest.approx(parts)
 
 
-def test_update_on_one_gpu_is_work_over_speed(file: Path) -> None:
+def test_the_time_of_an_update_on_one_gpu_is_work_over_speed(file: Path) -> None:
     """No traffic on one GPU: an update is 3 forward passes at the given share of 989 TFLOP/s,
     4 when recomputed; the old log-probs are those of 3 of 4 minibatches.
     """
@@ -281,7 +283,7 @@ def test_update_on_one_gpu_is_work_over_speed(file: Path) -> None:
     ).update == pytest.approx(4 * forward)
 
 
-def test_pipeline_bubble(file: Path) -> None:
+def test_the_pipeline_bubble_is_counted(file: Path) -> None:
     """(pp - 1) / (micro-batches x vpp) of the time is idle."""
     flat, piped = (
         step_time(planned(file, *words, gpus=8)).old_logprobs for words in ((), ("parallel.pp=2",))
@@ -290,7 +292,7 @@ def test_pipeline_bubble(file: Path) -> None:
     assert piped / flat == pytest.approx(1 + 1 / count)
 
 
-def test_decoding_reads_weights_and_cache(file: Path) -> None:
+def test_the_time_of_decoding_is_that_of_reading_weights_and_cache(file: Path) -> None:
     """One sequence an engine: each of the 8192 steps reads the weights and, on average,
     half of the longest context.
     """
@@ -303,7 +305,9 @@ def test_decoding_reads_weights_and_cache(file: Path) -> None:
 SERVERS = ["rollout.engine=vllm-server", "rollout.num_servers=4", "rollout.tp=2"]
 
 
-def test_servers_take_the_engine_along(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_servers_decode_on_gpus_of_their_own(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """4 servers of 2 GPUs decode as 8 GPUs that train would with rollout.tp=2;
     the policy has its own to itself.
     """
@@ -416,7 +420,9 @@ def test_the_shipped_recipes_fit_in_80_gb(
     assert "fits: " in capsys.readouterr().out
 
 
-def test_json_and_exit_codes(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_json_and_the_exit_code_say_whether_a_layout_fits(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, report = plan(
         file, capsys, "--gpus", "32", "parallel.tp=4", "parallel.sp=true", "--price", "2"
     )
@@ -468,7 +474,7 @@ def test_json_and_exit_codes(file: Path, capsys: pytest.CaptureFixture[str]) -> 
         ),
     ],
 )
-def test_refused_in_one_sentence(
+def test_an_invalid_plan_is_refused_in_one_sentence(
     file: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["plan", str(file), *words]) == 2
@@ -507,7 +513,7 @@ def test_a_plan_imports_no_torch_and_shows_every_part(file: Path) -> None:
         assert part in done.stdout
 
 
-def test_config_is_left_as_it_is(file: Path) -> None:
+def test_ranking_leaves_the_configuration_as_it_is(file: Path) -> None:
     """Ranking tries other layouts on copies."""
     run = planned(file)
     before = config.to_dict(run.config)
@@ -515,7 +521,7 @@ def test_config_is_left_as_it_is(file: Path) -> None:
     assert isinstance(run.config, Config) and config.to_dict(run.config) == before
 
 
-def test_sizes_that_are_written_twice_are_equal() -> None:
+def test_sizes_that_the_plan_repeats_equal_those_of_the_code() -> None:
     """A plan needs no torch."""
     from megatron_real.policy import logprobs
     from megatron_real.rollout import link
@@ -575,7 +581,7 @@ def test_the_engine_of_a_model_that_fits_is_as_configured(file: Path) -> None:
     assert {made.run.config.rollout.tp for made in wider} <= {1, 2}
 
 
-def test_memory_that_the_kv_cache_leaves_free_is_said(
+def test_memory_that_the_kv_cache_leaves_free_is_reported(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A larger cache that the sentence names fits, and its step takes the seconds
@@ -594,7 +600,9 @@ def test_memory_that_the_kv_cache_leaves_free_is_said(
     assert "stay free while" not in capsys.readouterr().out
 
 
-def test_too_few_gpus_get_the_nearest_that_works(capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_few_gpus_are_answered_with_the_nearest_number_that_works(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert cli.main(["plan", "r1-distill-qwen-7b", "--gpus", "2"]) == 1
     shown = capsys.readouterr().out
     assert "The nearest that works: 4 x h100-80g" in shown
@@ -633,7 +641,9 @@ def test_a_run_s_own_rates_take_the_place_of_published_ones(tmp_path: Path) -> N
     assert measured(run, Rates(train=0.1, mean_response=7.0)).train == 0.1
 
 
-def test_what_is_hidden_takes_no_time(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_that_is_hidden_adds_no_time(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ahead = ["rollout.engine=vllm-server", "rollout.max_lag=1", "parallel.tp=4", "--gpus", "8"]
     cli.main(["plan", str(file), *RECIPE, *ahead])
     shown = capsys.readouterr().out

@@ -56,7 +56,7 @@ def write(path: Path, rows: list[Any]) -> Path:
     ],
     ids=["deepscaler", "float", "list", "problem", "zero"],
 )
-def test_schemas(tmp_path: Path, row: Any, answers: tuple[str, ...]) -> None:
+def test_rows_of_every_schema_are_read(tmp_path: Path, row: Any, answers: tuple[str, ...]) -> None:
     (parsed,) = read_rows(write(tmp_path / "d.jsonl", [row]))
     assert (parsed.uid, parsed.answers, parsed.messages[-1]["content"]) == ("d/0", answers, "2+3?")
 
@@ -100,7 +100,7 @@ def test_broken_input_is_named(tmp_path: Path) -> None:
         read_rows(tmp_path / "nothing.jsonl")
 
 
-def test_rendering(tmp_path: Path) -> None:
+def test_a_prompt_is_rendered_by_the_chat_template(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", [DEEPSCALER])
     (chat,) = load_prompts(path, LetterTokenizer("yes"), suffix="Think.", max_tokens=99)
     assert chat.text == "[user]2+3? Think.[assistant]"
@@ -223,7 +223,7 @@ def test_caches_of_map_are_no_rows(tmp_path: Path) -> None:
     assert row.messages[0]["content"] == files[0]
 
 
-def test_golds_that_are_none_are_no_answers(tmp_path: Path) -> None:
+def test_golds_that_are_no_text_or_number_are_no_answers(tmp_path: Path) -> None:
     """NaN of a parquet column, bytes and objects; the rows are skipped and counted."""
     import pyarrow
     import pyarrow.parquet

@@ -182,7 +182,7 @@ REFUSALS: dict[str, tuple[Callable[[RunDirectory], object], list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_is_no_whole_export_is_refused_in_a_sentence(
+def test_an_incomplete_export_is_refused_in_one_sentence(
     run: RunDirectory, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     change, words, sentence = REFUSALS[case]
@@ -303,7 +303,7 @@ def _results(card: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("trouble", ["no token", "refused"])
-def test_an_upload_that_fails_is_a_sentence_without_the_token(
+def test_an_upload_that_fails_is_reported_in_one_sentence_without_the_token(
     run: RunDirectory,
     hub: type[Hub],
     capsys: pytest.CaptureFixture[str],

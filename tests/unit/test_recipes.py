@@ -100,7 +100,7 @@ def test_runs_of_the_paper_differ_in_their_objective_alone(file: Path, tmp_path:
 
 
 @pytest.mark.parametrize("size", SHAPES)
-def test_objectives_are_the_papers(size: str, tmp_path: Path) -> None:
+def test_the_coefficients_of_each_objective_are_the_papers(size: str, tmp_path: Path) -> None:
     def objective(row: str) -> Objective:
         return load(CONFIGS / f"paper/{row}_{size}.yaml", size, tmp_path).objective
 
@@ -114,13 +114,13 @@ def test_objectives_are_the_papers(size: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["old", "reference"])
-def test_ablations_of_the_kl(to: Any, tmp_path: Path) -> None:
+def test_the_ablations_of_the_kl_are_the_papers(to: Any, tmp_path: Path) -> None:
     run = load(CONFIGS / f"paper/ablations/kl_{to}.yaml", "1.5b", tmp_path)
     assert run.objective == make_objective("real", kl=KlConfig(to=to, coefficient=0.001))
 
 
 @pytest.mark.parametrize("model", SHAPES)
-def test_recipe_is_the_papers(model: str, tmp_path: Path) -> None:
+def test_the_recipe_is_the_papers(model: str, tmp_path: Path) -> None:
     recipe_config = recipe(model, tmp_path)
     assert (recipe_config.optimizer.lr, recipe_config.trainer.steps) == {
         "1.5b": (2e-6, 1400),
@@ -163,7 +163,7 @@ def test_recipe_is_the_papers(model: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gpus", [8, 16, 32, 64])
 @pytest.mark.parametrize("model", SHAPES)
-def test_layout_fits_the_number_of_gpus(model: str, gpus: int, tmp_path: Path) -> None:
+def test_the_layout_fits_the_number_of_gpus(model: str, gpus: int, tmp_path: Path) -> None:
     recipe_config = recipe(model, tmp_path)
     copies = config.check_world(recipe_config, gpus)
     assert copies * recipe_config.parallel.tp == gpus and recipe_config.parallel.tp <= GPUS_PER_NODE
@@ -184,14 +184,14 @@ def test_layout_fits_the_number_of_gpus(model: str, gpus: int, tmp_path: Path) -
 @pytest.mark.parametrize(
     "script", ["real_1.5b.sh", "real_7b.sh", "slurm/job.sh", "slurm/node.sh", "slurm/words.sh"]
 )
-def test_scripts_parse(script: str) -> None:
+def test_every_script_parses(script: str) -> None:
     done = subprocess.run(
         ["bash", "-n", ROOT / "examples" / script], capture_output=True, text=True
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
-def test_both_scripts_differ_in_the_model_alone() -> None:
+def test_the_two_scripts_differ_only_in_the_model() -> None:
     small, large = ((ROOT / f"examples/real_{model}.sh").read_text() for model in SHAPES)
     assert (
         small.replace("1.5B", "7B").replace("1.5b", "7b").replace("--nodes=1", "--nodes=2") == large

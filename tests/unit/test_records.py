@@ -123,7 +123,7 @@ def test_a_label_is_its_number() -> None:
     assert torch.full((1,), EXCLUDED).dtype == torch.int64
 
 
-def test_what_a_status_says_of_the_check() -> None:
+def test_a_status_knows_whether_its_check_failed_or_never_ran() -> None:
     assert {s for s in Status if s.failed} == {"timeout", "crashed", "lost"}
     assert {s for s in Status if s.unchecked} == {"overlong", "empty"}
 

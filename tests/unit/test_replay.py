@@ -49,7 +49,7 @@ def config_of(run: RunDirectory, *, steps: int = 2, minibatch: int = 2, **change
     )
 
 
-def test_a_replay_that_fits_is_taken_without_a_word(saved: RunDirectory) -> None:
+def test_a_replay_that_fits_is_accepted_without_a_warning(saved: RunDirectory) -> None:
     assert check_replay(config_of(saved)) == []
     assert check_replay(config_of(saved, steps=1)) == []
     assert check_replay(Config()) == []
@@ -75,7 +75,7 @@ def test_a_replay_that_cannot_be_made_is_refused(
         check_replay(config_of(saved, **options))
 
 
-def test_other_minibatches_are_said(saved: RunDirectory) -> None:
+def test_other_minibatches_are_warned_of(saved: RunDirectory) -> None:
     (sentence,) = check_replay(config_of(saved, minibatch=4))
     assert "made its updates of 2 prompts, this replay makes them of 4" in sentence
 

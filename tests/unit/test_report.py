@@ -276,7 +276,7 @@ def test_steps_are_spaced_evenly() -> None:
     assert (len(set(steps)), steps[0], steps[-1]) == (40, 1, 1400)
 
 
-def test_what_cannot_be_seen_is_made_visible_and_long_texts_are_cut_in_the_middle() -> None:
+def test_invisible_characters_are_shown_and_long_texts_are_cut_in_the_middle() -> None:
     assert visible("a\0b\x1b[31m\n\t\u202e") == "a\u2400b\u241b[31m\n\t<U+202E>"
     assert visible("half \ud83d pair, whole \U0001f600") == "half \ufffd pair, whole \U0001f600"
     cut = visible("a" * 50_000 + "z" * 50_000)

@@ -56,7 +56,9 @@ def rollout(uid: str, length: int, label: int = POSITIVE) -> Rollout:
         pytest.param([], 2, [[], []], id="nothing"),
     ],
 )
-def test_spread(costs: list[float], engines: int, expected: list[list[int]]) -> None:
+def test_prompts_are_spread_over_engines_by_their_cost(
+    costs: list[float], engines: int, expected: list[list[int]]
+) -> None:
     assert spread(costs, engines) == expected
 
 
@@ -75,7 +77,7 @@ def test_spread_takes_each_prompt_once_and_bounds_the_longest_share(
     )
 
 
-def test_expected_lengths() -> None:
+def test_the_expected_length_is_that_of_earlier_answers() -> None:
     lengths = ExpectedLengths()
     assert lengths.costs([prompt("a"), prompt("b", 5)], 4) == [2 + 4 * 1, 5 + 4 * 1]
     lengths.learn([rollout("a", 10), rollout("a", 30), rollout("c", 100)])
@@ -114,7 +116,7 @@ def test_rollouts_beyond_the_bound_are_excluded_and_counted() -> None:
     assert [r.label for r in kept] == [POSITIVE, EXCLUDED, EXCLUDED, EXCLUDED, POSITIVE]
 
 
-def test_what_was_lost_teaches_no_length() -> None:
+def test_a_lost_completion_does_not_change_the_expected_length() -> None:
     """It had perhaps the longest answer of all, and has no token."""
     lost = dataclasses.replace(rollout("a", 0), verdict=Verdict(Status.LOST, EXCLUDED, None))
     lengths = ExpectedLengths()
@@ -122,7 +124,7 @@ def test_what_was_lost_teaches_no_length() -> None:
     assert lengths.of == {"a": 100}
 
 
-def test_vllms_limits_hold_where_auto_takes_it(
+def test_the_limits_of_vllm_are_checked_where_auto_takes_it(
     tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_engine, "missing", lambda _: "")

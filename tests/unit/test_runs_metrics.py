@@ -85,7 +85,7 @@ def training(**changes: Any) -> Training:
     return Training(**(values | changes))
 
 
-def test_rollout_metrics_golden() -> None:
+def test_rollout_metrics_equal_those_computed_by_hand() -> None:
     assert rollout_metrics(STEP) == pytest.approx(
         {
             "reward_mean": 3 / 5,  # 3 right of the 5 labelled
@@ -113,7 +113,7 @@ def test_rollout_metrics_golden() -> None:
     )
 
 
-def test_checks_refills_and_lost_completions_golden() -> None:
+def test_figures_of_checks_refills_and_lost_completions_equal_those_by_hand() -> None:
     checked = [
         replace(r, verdict=replace(r.verdict, seconds=s, early=early), refills=refills)
         for r, s, early, refills in zip(
@@ -172,7 +172,7 @@ def test_score_metrics_leave_out_what_was_not_scored_and_what_is_not_finite() ->
     assert math.isnan(metrics["score_negative_mean"]) and math.isnan(metrics["score_negative_p5"])
 
 
-def test_score_metrics_golden() -> None:
+def test_score_metrics_equal_those_computed_by_hand() -> None:
     rollouts = [rollout(0, NEGATIVE, 1)] * 21
     metrics = score_metrics(rollouts, [float(i) for i in range(20, -1, -1)], [0.5] * 21)
     named = (
@@ -185,12 +185,12 @@ def test_score_metrics_golden() -> None:
 
 @pytest.mark.parametrize("percent", [0, 5, 37.5, 95, 100])
 @pytest.mark.parametrize("size", [1, 2, 7])
-def test_percentile_is_numpys(percent: float, size: int) -> None:
+def test_percentiles_equal_those_of_numpy(percent: float, size: int) -> None:
     values = np.random.default_rng(size).normal(size=size).tolist()
     assert percentile(values, percent) == pytest.approx(np.percentile(values, percent))
 
 
-def test_speed_metrics_golden() -> None:
+def test_speed_metrics_equal_those_computed_by_hand() -> None:
     # 1200 tokens and 60 TFLOP in 3 s on 2 ranks: 200 tokens/s and 10 TFLOP/s a rank, a tenth of the
     # peak of 100
     metrics = speed_metrics(1200, 60e12, 6.0, 100.0)
@@ -200,7 +200,7 @@ def test_speed_metrics_golden() -> None:
     assert "mfu" not in speed_metrics(1200, 60e12, 6.0, None)
 
 
-def test_engine_metrics_golden() -> None:
+def test_engine_metrics_equal_those_computed_by_hand() -> None:
     # 300 tokens in 10 s over three engines; the last drew nothing.
     engines = [
         {"seconds": 2.0, "tokens": 100},
@@ -222,7 +222,7 @@ def test_engine_metrics_golden() -> None:
     assert engine_metrics([]) == {}, "a replay has no engine"
 
 
-def test_step_metrics_golden() -> None:
+def test_step_metrics_equal_those_computed_by_hand() -> None:
     seconds = {"rollout": 100.0, "old_logprobs": 1.0, "update": 2.0}
     metrics = step_metrics(STEP, training(), seconds, num_ranks=2, peak_tflops=10.0)
     expected = {
@@ -269,7 +269,7 @@ def test_a_skipped_update_is_counted_and_spoils_no_mean() -> None:
         pytest.param("cpu", None, id="unknown"),
     ],
 )
-def test_peak_tflops(name: str, expected: float | None) -> None:
+def test_the_peak_is_that_of_the_named_gpu(name: str, expected: float | None) -> None:
     assert peak_tflops(name) == expected
 
 

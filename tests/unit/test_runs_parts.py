@@ -59,7 +59,7 @@ def test_a_part_that_is_damaged_or_missing_names_itself(tmp_path: Path) -> None:
             read(path)
 
 
-def test_parts_and_files_take_each_other_s_place(tmp_path: Path) -> None:
+def test_parts_and_whole_files_replace_each_other(tmp_path: Path) -> None:
     """A run may go on with other nodes than it began with."""
     path = tmp_path / "step-00007.parquet"
     write_rollouts(path, ROLLOUTS[:1], step=7)

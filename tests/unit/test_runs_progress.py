@@ -179,7 +179,7 @@ def test_a_terminal_of_80_columns_holds_a_row_and_its_heading_comes_again() -> N
     assert max(len(line.rstrip()) for line in lines if "0.250@1000" in line) <= 80
 
 
-def test_a_long_stage_says_what_it_has_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_stage_logs_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.05)
     file = io.StringIO()
     with RunProgress(2, shown=True, console=Console(file=file)) as progress:

@@ -125,7 +125,7 @@ def test_masks_versions_and_references_are_kept(tmp_path: Path) -> None:
     assert read_rollouts(tmp_path / "a.parquet") == [masked, ROLLOUTS[1]]
 
 
-def test_the_row_names_everything_that_the_paper_trail_needs(tmp_path: Path) -> None:
+def test_a_row_holds_everything_about_its_rollout(tmp_path: Path) -> None:
     path = tmp_path / "step.parquet"
     write_rollouts(
         path,

@@ -50,5 +50,5 @@ def test_weights_that_are_there_can_be_evaluated(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"), [(42.4, "42 s"), (200, "3 min 20 s"), (18720, "5 h 12 min")]
 )
-def test_durations_in_words(seconds: float, text: str) -> None:
+def test_durations_are_written_in_words(seconds: float, text: str) -> None:
     assert duration(seconds) == text

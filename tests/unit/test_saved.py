@@ -73,7 +73,7 @@ def test_damage_is_named_and_set_aside(
 
 
 @pytest.mark.parametrize("name", ["a.distcp", "manifest.json"])
-def test_what_cannot_be_read_is_not_damaged(tmp_path: Path, name: str) -> None:
+def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path: Path, name: str) -> None:
     """A link that leads to itself errs for every user, root too: ELOOP,
     as EACCES or EIO would be.
     """
@@ -88,7 +88,7 @@ def test_what_cannot_be_read_is_not_damaged(tmp_path: Path, name: str) -> None:
     assert one.damage() == ""
 
 
-def test_what_is_unreadable_at_a_checksum_is_not_damaged(
+def test_a_file_that_becomes_unreadable_during_its_checksum_is_not_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def denied(file: Path) -> str:
@@ -100,7 +100,7 @@ def test_what_is_unreadable_at_a_checksum_is_not_damaged(
         one.damage()
 
 
-def test_ranks_share_the_reading(tmp_path: Path) -> None:
+def test_ranks_share_the_reading_of_checksums(tmp_path: Path) -> None:
     one = make(tmp_path, 1)
     flip(one.path / "state.pt")
     files = one.manifest()["files"]
@@ -108,7 +108,7 @@ def test_ranks_share_the_reading(tmp_path: Path) -> None:
     assert damages[0] == "" and "state.pt" in damages[1]
 
 
-def test_what_a_dead_writer_left_is_deleted(tmp_path: Path) -> None:
+def test_files_that_a_dead_writer_left_are_deleted(tmp_path: Path) -> None:
     make(tmp_path, 1)
     (saved.temporary(tmp_path, Position(2)) / "deep").mkdir(parents=True)
     (tmp_path / "step_3.deleted").mkdir()
@@ -117,7 +117,9 @@ def test_what_a_dead_writer_left_is_deleted(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1"]
 
 
-def test_what_cannot_be_deleted_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_cannot_be_deleted_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def busy(path: Path) -> None:
         raise OSError(16, "Device or resource busy", str(path))
 
@@ -171,7 +173,9 @@ def test_the_same_position_again_replaces_it(tmp_path: Path) -> None:
     ],
     ids=["newest", "every 20th", "best", "all"],
 )  # fmt: skip
-def test_retention(tmp_path: Path, options: dict[str, int], kept: list[str]) -> None:
+def test_the_retention_keeps_the_newest_the_regular_and_the_best(
+    tmp_path: Path, options: dict[str, int], kept: list[str]
+) -> None:
     """Accuracy 0.8 twice: of equals the newest counts as the best."""
     for step, accuracy in ((10, 0.8), (20, None), (30, 0.8), (40, 0.1), (50, None)):
         make(tmp_path, step, accuracy=accuracy)
@@ -182,7 +186,7 @@ def test_retention(tmp_path: Path, options: dict[str, int], kept: list[str]) -> 
     assert not saved.left_behind(tmp_path)
 
 
-def test_changes_are_said_or_refused() -> None:
+def test_changed_settings_are_reported_or_refused() -> None:
     before = {
         "trainer": {"seed": 1, "steps": 10},
         "optimizer": {"lr": 1.0},
@@ -205,7 +209,7 @@ def test_changes_are_said_or_refused() -> None:
         check_changes(before, now, within_a_step=False)
 
 
-def test_a_step_that_is_begun_is_ended_as_it_was_begun() -> None:
+def test_a_step_is_finished_with_the_settings_it_began_with() -> None:
     before = {"batch": {"minibatch_prompts": 4}}
     now = {"batch": {"minibatch_prompts": 8}}
     assert check_changes(before, now, within_a_step=False) == ["batch.minibatch_prompts: 4 -> 8"]

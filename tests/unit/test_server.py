@@ -49,7 +49,9 @@ def test_without_a_secret_the_command_line_is_whole() -> None:
     assert server_main.VARIABLE not in environment(config(secret=False), "key", gpus=[])
 
 
-def test_the_server_gets_the_words_of_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_gets_the_arguments_of_command_line_and_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "seen.json"
     (tmp_path / "some_server.py").write_text(
         "import json, os, pathlib, sys\n"
@@ -67,7 +69,7 @@ def test_the_server_gets_the_words_of_both(tmp_path: Path, monkeypatch: pytest.M
     assert server_main.VARIABLE not in variables
 
 
-def test_a_server_that_dies_in_a_broadcast_takes_nobody_along() -> None:
+def test_a_server_that_dies_in_a_broadcast_does_not_end_the_sender() -> None:
     """The link is aborted as soon as the call fails, so that NCCL's watchdog finds nothing to end
     the process for.
     """

@@ -46,7 +46,9 @@ GOLD = "58 + 67 = 125"
         ("1" * 100_000, False, False),
     ],
 )
-def test_verifiers(text: str, strict: bool, lenient: bool) -> None:
+def test_strict_and_lenient_judge_the_table_as_expected(
+    text: str, strict: bool, lenient: bool
+) -> None:
     assert load("exact", require_boxed=False)(text, [GOLD], {})[0] == _status(text, strict)
     verdict = load(f"{EXAMPLE}:lenient")(text, [GOLD], {})
     assert verdict == (("ok", 1.0) if lenient else ("wrong", 0.0))
@@ -100,7 +102,9 @@ def test_the_answer_is_the_sum_and_the_worked_example_is_right(
         assert row.answers == (f"{asked} = {eval(asked)}",)
 
 
-def test_comparison_has_figures_and_answers_of_both(example: Any, tmp_path: Path) -> None:
+def test_the_comparison_has_figures_and_answers_before_and_after(
+    example: Any, tmp_path: Path
+) -> None:
     for name, figure, answer in (("before", 0.25, "58 + 67\n= 115"), ("after", 0.875, GOLD)):
         for verifier in ("strict", "lenient"):
             samples = tmp_path / name / verifier / "samples/heldout"

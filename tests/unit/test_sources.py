@@ -84,7 +84,7 @@ def test_every_sample_is_tested_and_every_layout_has_one() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_published_forms(form: str, tmp_path: Path) -> None:
+def test_every_published_form_becomes_the_one_schema(form: str, tmp_path: Path) -> None:
     name, golds, dropped = FORMS[form]
     done = prepare({name: str(SAMPLES / form)}, tmp_path)
     written_rows = rows(tmp_path / f"{name}.jsonl")
@@ -145,13 +145,13 @@ def test_the_context_goes_before_the_question(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_whole_numbers(answer: Any, whole: str) -> None:
+def test_whole_numbers_are_read_in_every_spelling(answer: Any, whole: str) -> None:
     row = prepared(BY_NAME["aime24"], {"problem": "What is it?", "answer": answer}, 0)
     assert row["reward_model"]["ground_truth"] == whole
 
 
 @pytest.mark.parametrize("answer", ["1/2", "about 7", "33.5", "nan", "inf"])
-def test_answers_that_are_no_whole_numbers(answer: str) -> None:
+def test_an_answer_that_is_no_whole_number_is_refused(answer: str) -> None:
     with pytest.raises(Unusable, match="not a whole number"):
         prepared(BY_NAME["aime24"], {"problem": "What is it?", "answer": answer}, 0)
 
@@ -171,16 +171,16 @@ OTHER = [("2+3", "2-3"), ("x^2", "x^3"), ("find 12", "find 1 2"), ("a<b", "a>b")
 
 
 @pytest.mark.parametrize(("one", "other"), SAME)
-def test_looks_do_not_count(one: str, other: str) -> None:
+def test_formatting_does_not_make_two_questions_different(one: str, other: str) -> None:
     assert tokens(one) == tokens(other)
 
 
 @pytest.mark.parametrize(("one", "other"), OTHER)
-def test_what_changes_the_question_counts(one: str, other: str) -> None:
+def test_a_difference_in_content_makes_two_questions_different(one: str, other: str) -> None:
     assert tokens(one) != tokens(other)
 
 
-def test_near_questions_by_hand() -> None:
+def test_the_overlap_of_near_questions_equals_that_computed_by_hand() -> None:
     """Ten letters have 8 trigrams; changing the last letter leaves 7 of 8,
     changing the fifth leaves 5 of 8.
     """
@@ -249,7 +249,7 @@ TRAIN = [
 ]
 
 
-def test_duplicates_disagreement_and_leaks(tmp_path: Path) -> None:
+def test_duplicates_disagreements_and_leaks_are_reported(tmp_path: Path) -> None:
     sources = {
         "deepscaler": str(write(tmp_path / "train.jsonl", TRAIN)),
         "math500": str(
@@ -289,7 +289,7 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command_writes_the_benchmarks_and_its_report(tmp_path: Path) -> None:
     done = command(
         "--out", str(tmp_path), f"aime25={SAMPLES / 'opencompass--AIME2025.jsonl'}",
         f"dapo={SAMPLES / 'BytedTsinghua-SIA--DAPO-Math-17k.jsonl'}",
@@ -327,7 +327,7 @@ def test_bad_input_is_one_sentence(words: list[str], message: str, tmp_path: Pat
     assert not (tmp_path / "out").exists(), "nothing is written"
 
 
-def test_without_a_network_the_remedy_is_said(
+def test_without_a_network_the_error_names_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -340,7 +340,9 @@ def test_without_a_network_the_remedy_is_said(
     )
 
 
-def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_benchmark_is_read_from_the_cache_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """huggingface_hub's own cache, filled by hand: two files of one dataset,
     another that is not asked for.
     """

@@ -188,7 +188,7 @@ def records_of(log: bytes) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("fails_at", ["open", "write", "close"])
-def test_a_tracker_that_fails_is_said_once_and_ends_nothing(
+def test_a_tracker_that_fails_is_reported_once_and_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str
 ) -> None:
     class Failing:

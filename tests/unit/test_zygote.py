@@ -26,7 +26,7 @@ sys.exit({code!r})
 
 
 @pytest.mark.parametrize("code", [0, 3, "a sentence"])
-def test_it_is_like_a_new_process(tmp_path: Path, code: object) -> None:
+def test_a_forked_command_behaves_like_a_new_process(tmp_path: Path, code: object) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(code=code))
     answers = []
@@ -52,7 +52,7 @@ def test_it_is_like_a_new_process(tmp_path: Path, code: object) -> None:
     ("number", "code"),
     [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 1)],
 )
-def test_signals_end_it(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_signals_end_a_forked_command(tmp_path: Path, number: signal.Signals, code: int) -> None:
     """SIGINT is an exception, as in a process whose parent does not ignore it."""
     program = tmp_path / "program.py"
     program.write_text("import time\nprint('up', flush=True)\ntime.sleep(600)\n")
