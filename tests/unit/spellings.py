@@ -1,5 +1,5 @@
-r"""Pairs of answers that mean the same, and that do not: each gold in twenty
-spellings of either sort.
+"""Pairs of answers that mean the same, and pairs that do not: each gold in twenty spellings of
+either sort.
 
 The golds are those of tests/samples and one or more of every kind that docs/labels.md lists. A
 completion is a whole text, so that boxes and thinking vary too.
@@ -280,7 +280,7 @@ WRAPPED = (
 
 
 def pairs() -> list[Pair]:
-    """Every gold in `NUM_SPELLINGS` completions that agree and as many that do not."""
+    """Returns every gold in `NUM_SPELLINGS` completions that agree and in as many that do not."""
     all_pairs = []
     for kind, entries in TABLE.items():
         for gold, spelled, others in entries:
@@ -297,7 +297,7 @@ def pairs() -> list[Pair]:
 
 
 def sample_numbers() -> Iterator[str]:
-    """The golds of tests/samples that are plain numbers; the others are in the table."""
+    """Returns the golds of tests/samples that are plain numbers; the others are in the table."""
     for file in sorted(SAMPLES.glob("*.json*")):
         text = file.read_text(encoding="utf-8")
         if text.startswith("["):

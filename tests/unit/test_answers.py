@@ -1,5 +1,5 @@
-"""Answers read and compared: our table of 99, generated spellings,
-and where in a text an answer is looked for.
+"""How answers are read and compared: a table of 99, generated spellings, and where in a text the
+answer is looked for.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_FALSE_NEGATIVE_SHARE = 0.01
 
 
 def test_every_answer_of_the_table_is_judged_as_it_should_be() -> None:
-    """Each was judged otherwise once.
+    """Every row was once judged wrongly.
 
     A row whose expectation was open carries the reason of the decision.
     """
@@ -38,7 +38,7 @@ def test_every_answer_of_the_table_is_judged_as_it_should_be() -> None:
 
 
 def judged(every: list[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """The false positives and the false negatives among pairs."""
+    """Returns the pairs that are falsely accepted and those that are falsely rejected."""
     verify = load("math_verify")
     positives = []
     negatives = []
@@ -239,7 +239,7 @@ def test_a_box_in_thinking_that_the_template_opened_is_no_answer() -> None:
 
 
 def test_wrong_answers_vote_together_without_a_box_and_without_algebra() -> None:
-    """Three texts say 6 and two say 5, and 5 is right: the majority is wrong."""
+    """Three texts say 6 and two say 5, which is right, so the majority is wrong."""
     texts = ["so it is 6", "6", "I think it is 6.0", "it is 5", "5"]
     given = [Given(text, text.endswith("5"), comparable=False) for text in texts]
     classes = answer_classes(given, lambda one, other: False)

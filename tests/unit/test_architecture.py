@@ -142,7 +142,7 @@ def test_a_config_that_is_not_supported_is_refused_by_name(
     ids=str,
 )
 def test_settings_that_change_nothing_are_accepted(change: dict[str, Any]) -> None:
-    """transformers computes the same model with and without them."""
+    """transformers computes the same model with these settings and without them."""
     plain = Architecture.from_config(QWEN_1_5B)
     assert Architecture.from_config({**QWEN_1_5B, **change}) == plain
 

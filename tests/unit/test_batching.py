@@ -1,4 +1,4 @@
-"""Minibatches keep the denominators, plans keep every promise of their placement."""
+"""Minibatches keep their denominators, and plans keep every promise of their placement."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_denominator_counts_groups_with_a_labelled_rollout() -> None:
 def test_minibatches_keep_exactly_the_rollouts_with_a_weight(
     labels: list[list[int]], one_class: OneClassGroups
 ) -> None:
-    """Batching drops rollouts before there are scores; the objective must agree
-    on which have no weight.
+    """Batching drops rollouts before there are scores, so it must agree with the objective on which
+    rollouts have no weight.
     """
     rollouts = [rollout(g, y) for g, ys in enumerate(labels) for y in ys]
     objective = make_objective("real", one_class_groups=one_class)
@@ -147,7 +147,7 @@ def test_a_sequence_beyond_the_budget_is_refused() -> None:
 def test_fast_planning_makes_the_plans_of_the_plain_packing(
     sizes: list[list[int]], dp: int, budget: int, padded: bool, multiple: int, placement: str
 ) -> None:
-    """What makes planning fast, bounds of counts and full bins that wait, changes no plan."""
+    """Bounds of counts and full bins that are set aside make planning fast, and change no plan."""
     lengths = [n for group in sizes for n in group]
     groups = [g for g, group in enumerate(sizes) for _ in group]
     layout = Layout(dp=dp, max_tokens=budget, padded=padded, count_multiple=multiple)
@@ -161,8 +161,8 @@ def test_fast_planning_makes_the_plans_of_the_plain_packing(
 
 
 def test_planning_does_not_grow_with_ranks_times_sequences() -> None:
-    """Comparisons of bins, counted: the number for 8 times the ranks and
-    sequences is about 8 times as large.
+    """Counts comparisons of bins: for 8 times the ranks and 8 times the sequences there are about 8
+    times as many, not 64.
     """
 
     def comparisons(dp: int) -> int:
@@ -184,7 +184,9 @@ def test_planning_does_not_grow_with_ranks_times_sequences() -> None:
 
 
 def test_a_group_above_the_budget_ends_the_attempt() -> None:
-    """8 x 8,192 tokens never fit into one micro-batch: `intact` asks no count of micro-batches."""
+    """8 x 8,192 tokens never fit into one micro-batch, so `intact` tries no count of
+    micro-batches.
+    """
     packing = _Packing([8192] * 64, [i // 8 for i in range(64)], Layout(4, 10240), float)
     assert len(packing._counts("intact")) == 0
     assert list(packing._counts("split")) == [16]

@@ -1,4 +1,4 @@
-"""Results of benchmarks: kept in files, read again, compared row by row."""
+"""Results of benchmarks are kept in files, read again, and compared row by row."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def options(*words: str) -> argparse.Namespace:
 
 
 def test_results_are_kept_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows with the same name keep their order; a row that was not measured before is left out."""
+    """Rows with the same name keep their order, and a row that was not measured before
+    is left out.
+    """
     file = tmp_path / "results.json"
     asked = options("--json", str(file))
     earlier = [dict(row, seconds=row["seconds"] / 2) for row in NOW[:2]]

@@ -15,8 +15,8 @@ from tests.integration.conftest import ROOT
 def test_memory_does_not_grow_over_ten_thousand_steps_of_64_ranks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Counted once every prompt has been seen, whose expected length is kept:
-    after 4,000 / 32 steps.
+    """Memory is measured after 4,000 / 32 steps, when the expected length of every
+    prompt is known.
     """
     monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
     run = importlib.import_module("bench_bookkeeping").Bookkeeping(ranks=64, prompts=4_000)

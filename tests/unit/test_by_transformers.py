@@ -1,4 +1,6 @@
-"""What transformers makes of a model's files: the same as we do, or a sentence."""
+"""transformers reads a model's files as this package does, or the difference is reported in one
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ def test_a_config_that_transformers_rejects_is_one_sentence(model: Path) -> None
 
 
 def test_another_rotary_embedding_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As transformers 4 does with rope_parameters: it takes its default base."""
+    """transformers 4 ignores rope_parameters and uses its default base."""
     load_model(model, torch.float32)
     with_values(model, "config.json", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     load_model(model, torch.bfloat16)
@@ -62,7 +64,7 @@ def test_another_rotary_embedding_is_refused(model: Path, monkeypatch: pytest.Mo
 
 
 def test_models_load_after_the_cpu_room_was_entered(model: Path) -> None:
-    """In a new process: torch has seen no `with torch.device` before its
+    """In a new process, because torch must not have seen `with torch.device` before its
     constructors are wrapped.
     """
     program = """
@@ -82,7 +84,7 @@ load_model(sys.argv[1], torch.float32)
 
 
 def digits_together(directory: Path, pre_tokenizer: Any) -> Path:
-    """A tokenizer of bytes with one merge, "19", which a pre-tokenizer may keep apart."""
+    """Makes a tokenizer of bytes with one merge, "19", which a pre-tokenizer may keep apart."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<|end|>", *alphabet, "19"]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [("1", "9")]))
@@ -98,7 +100,7 @@ def digits_together(directory: Path, pre_tokenizer: Any) -> Path:
 def test_texts_are_cut_as_tokenizer_json_says(
     model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
-    """transformers may read "1999" as four tokens where the file says three, "19", "9", "9"."""
+    """transformers may read "1999" as four tokens where the file gives three: "19", "9" and "9"."""
     digits_together(model, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     with_values(model, "tokenizer_config.json", tokenizer_class=kind, chat_template="{{ 1 }}")
     config = ModelConfig(path=str(model))
@@ -134,7 +136,7 @@ def test_a_tokenizer_that_cannot_be_read_is_one_sentence(model: Path) -> None:
 
 
 def test_end_of_sequence_tokens_come_from_the_generation_config_first(model: Path) -> None:
-    """config.json's count where there is no generation_config.json, as in transformers."""
+    """Without generation_config.json those of config.json count, as in transformers."""
     (model / "generation_config.json").unlink(missing_ok=True)
     with_values(model, "config.json", eos_token_id=[7, 9])
     assert eos_ids(str(model), 5) == [5, 7, 9]

@@ -44,7 +44,7 @@ def test_another_secret_or_purpose_is_refused(secret: str, purpose: str) -> None
 
 
 def impostor(answer: Callable[[socket.socket], None]) -> tuple[str, int]:
-    """Listens on a port in place of ours, and answers once."""
+    """Listens on a port in place of the real listener, and answers one connection."""
     server = listener()
 
     def serve() -> None:
@@ -58,7 +58,7 @@ def impostor(answer: Callable[[socket.socket], None]) -> tuple[str, int]:
 
 
 def reflect(connection: socket.socket) -> None:
-    """Sends back what it gets, in the hope that a proof is good for both directions."""
+    """Sends back what it receives, in the hope that a proof is valid in both directions."""
     connection.sendall(bytes(32))
     received = connection.recv(64, socket.MSG_WAITALL)
     connection.sendall(received[32:])
@@ -88,7 +88,7 @@ def test_the_listener_has_to_prove_the_secret_too(kind: str) -> None:
 
 
 def test_a_recorded_proof_is_not_accepted_again() -> None:
-    """What was once said is said again, to a listener with another number."""
+    """A recorded message is sent again, to a listener with another random number."""
     recorded: list[bytes] = []
 
     def record(connection: socket.socket) -> None:

@@ -1,5 +1,5 @@
-"""Sweeps: refused in one sentence before anything starts, read from run directories,
-and compared seed by seed.
+"""Sweeps are refused in one sentence before anything starts, read from run directories, and
+compared seed by seed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def test_the_interval_of_two_differences_equals_that_computed_by_hand() -> None:
 
 
 def per_problem(*rows: list[float]) -> dict[int, dict[str, float]]:
-    """{seed: {problem: figure}} of a row for each seed."""
+    """Returns {seed: {problem: figure}} of a row for each seed."""
     return {
         seed: {f"heldout/{i}": value for i, value in enumerate(row)}
         for seed, row in enumerate(rows)
@@ -100,8 +100,8 @@ def test_without_the_problems_the_interval_is_over_seeds() -> None:
 
 
 def test_the_interval_is_as_wide_as_both_spreads() -> None:
-    """The variance of a mean over both is about that over seeds plus that over
-    problems (Owen 2007, Section 3).
+    """The variance of a mean over both seeds and problems is about the variance over seeds plus
+    that over problems (Owen 2007, Section 3).
     """
     rng = np.random.default_rng(3)
     table_SN = rng.normal(0.1, 0.1, (8, 1)) + rng.normal(0.0, 0.5, (1, 60))
@@ -117,8 +117,8 @@ def test_the_interval_is_as_wide_as_both_spreads() -> None:
 
 
 def test_seeds_are_paired() -> None:
-    """Seeds differ by 0.4, variants by 0.1 on each: paired the interval is that of 0.1,
-    crossed it covers 0.
+    """Seeds differ by 0.4 and variants by 0.1 on each seed: a paired interval is that of 0.1, a
+    crossed one would cover 0.
     """
     first = {1: 0.1, 2: 0.5, 3: 0.9}
     paired = paired_difference(first, {1: 0.2, 2: 0.6, 3: 1.0})
@@ -139,7 +139,7 @@ def test_a_seed_that_only_one_variant_has_is_left_out_of_the_difference() -> Non
 
 @pytest.fixture
 def base(tmp_path: Path, tiny_model: Callable[..., Path]) -> Path:
-    """A base configuration of 10 steps of 4 x 8 rollouts."""
+    """Writes a base configuration of 10 steps of 4 x 8 rollouts."""
     model = tmp_path / "model"
     model.symlink_to(tiny_model(num_hidden_layers=2, max_position_embeddings=16384))
     values = {
@@ -243,7 +243,7 @@ def test_runs_of_other_settings_are_refused(base: Path) -> None:
 
 
 def test_a_run_of_an_earlier_version_may_lack_new_settings(base: Path) -> None:
-    """It did what is now their default, and nothing else."""
+    """It ran with what is now the default of these settings, and with no other value."""
     run = load_sweep(write_sweep(base)).runs[0]
     keep(run, accuracy=0.5)
     values = OmegaConf.load(run.directory.config)
@@ -256,7 +256,7 @@ def test_a_run_of_an_earlier_version_may_lack_new_settings(base: Path) -> None:
 
 
 def test_shipped_sweeps_name_settings_that_exist(base: Path) -> None:
-    """Their runs are loaded with the model of this test in the place of theirs."""
+    """The runs are loaded with this test's model instead of theirs."""
     words = [f"model.path={base.parent / 'model'}"]
     for file in (ROOT / "examples/configs/compare").glob("*.yaml"):
         sweep = load_sweep(file, words, num_ranks=None)
@@ -293,7 +293,7 @@ esac
 
 
 def test_a_job_of_the_array_trains_its_run(base: Path, tmp_path: Path) -> None:
-    """examples/compare.sh as it is, on commands that stand for Slurm's."""
+    """Runs examples/compare.sh as it is; small commands take the place of Slurm's."""
     for name, text in (("srun", _SRUN), ("scontrol", _SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -343,7 +343,10 @@ def keep(
     reason: str = "",
     diverged: bool = False,
 ) -> None:
-    """Writes what a run leaves in its directory; `correct`: of two samples of each problem."""
+    """Writes the files that a finished run leaves in its directory.
+
+    `correct` counts the right ones of two samples of each problem.
+    """
     directory = run.directory
     directory.path.mkdir(parents=True)
     OmegaConf.save(OmegaConf.create(to_plain(run.config)), directory.config)
@@ -500,8 +503,8 @@ end("finished", 0)
 
 @pytest.fixture
 def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
-    """Puts a stub in the place of the interpreter that starts runs; {"VARIANT SEED":
-    what goes wrong}.
+    """Replaces the interpreter that starts runs by a stub, which fails as {"VARIANT SEED": what
+    goes wrong} says.
     """
 
     python = sys.executable
@@ -516,7 +519,7 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[s
 
 
 def starts(sweep: Sweep) -> dict[str, int]:
-    """How often each run was started."""
+    """Returns how often each run was started."""
     counts = {}
     for run in sweep.runs:
         file = run.directory.path / "logs/starts"
@@ -525,7 +528,7 @@ def starts(sweep: Sweep) -> dict[str, int]:
 
 
 def row_of(variant: str, shown: str) -> str:
-    """How often a variant finished, diverged and failed, as the printed table has it."""
+    """Returns how often a variant finished, diverged and failed, as the printed table has it."""
     words = next(line.split() for line in shown.splitlines() if line.startswith(f"{variant} "))
     return " ".join(words[1:6])
 

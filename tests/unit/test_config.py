@@ -1,5 +1,5 @@
-"""The configuration: shipped files load, wrong ones are refused in one sentence
-with the value and the remedy.
+"""Shipped configurations load, and wrong ones are refused in one sentence with the value and the
+remedy.
 """
 
 from __future__ import annotations
@@ -193,7 +193,9 @@ def test_the_layout_must_divide_the_world() -> None:
 
 
 def test_fewer_rollouts_than_data_parallel_ranks_are_warned_of() -> None:
-    """32 groups of 8 in an update: 256 ranks have one each, of 512 at least 256 have none."""
+    """An update has 32 groups of 8: 256 ranks get one rollout each; of 512 ranks at least 256 get
+    none.
+    """
     layout = Config(
         rollout=config.RolloutConfig(num_prompts=128, group_size=8),
         batch=config.BatchConfig(minibatch_prompts=32),
@@ -205,8 +207,10 @@ def test_fewer_rollouts_than_data_parallel_ranks_are_warned_of() -> None:
 
 
 def test_the_smallest_kv_cache_holds_one_sequence(file: Path) -> None:
-    """R1-Distill 1.5B in bf16: 2 x 28 layers x 2 KV heads x 128 x 2 bytes = 28,672 a token; 9216
-    tokens are 72 blocks of 128, and one more: 73 x 128 x 28,672 bytes = 255.5 MiB; half of it on
+    """R1-Distill 1.5B in bf16 needs 2 x 28 layers x 2 KV heads x 128 x 2 bytes = 28,672 bytes a
+    token.
+
+    9216 tokens are 72 blocks of 128, plus one: 73 x 128 x 28,672 bytes = 255.5 MiB, half of it on
     each of two ranks.
     """
     for tp, enough in ((1, 256), (2, 128)):
@@ -217,8 +221,10 @@ def test_the_smallest_kv_cache_holds_one_sequence(file: Path) -> None:
 
 
 def test_a_qwen3_without_head_dim_needs_its_whole_kv_cache(file: Path, model: Path) -> None:
-    """The sizes of Qwen3-0.6B: 2 x 28 layers x 8 KV heads x 128 x 2 bytes = 114,688 a token,
-    73 blocks of 128 as above: 1022 MiB. By hidden_size / num_attention_heads = 64 it would be half.
+    """The sizes of Qwen3-0.6B: 2 x 28 layers x 8 KV heads x 128 x 2 bytes = 114,688 bytes a token.
+
+    73 blocks of 128, as above, are 1022 MiB. With hidden_size / num_attention_heads = 64 it would
+    be half.
     """
     values = json.loads((model / "config.json").read_text()) | {
         "architectures": ["Qwen3ForCausalLM"],
@@ -496,7 +502,7 @@ def test_a_value_beyond_the_bound_of_its_field_is_refused(
 
 
 def test_every_number_has_a_bound() -> None:
-    """Of a threshold any number makes sense; the default of a number is within its bound."""
+    """A threshold may be any number. The default of every number is within its bound."""
     unbounded = []
     sections = {section.name: getattr(Config(), section.name) for section in fields(Config)}
     sections["rollout.sync"] = Config().rollout.sync

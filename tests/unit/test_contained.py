@@ -1,5 +1,5 @@
-"""Which verifiers run what a completion says, what becomes of those that do,
-and what a worker leaves behind.
+"""Which verifiers run text of a completion as code, how those are contained, and what a worker
+leaves behind.
 """
 
 from __future__ import annotations
@@ -113,8 +113,9 @@ PIECES = [
 
 
 def audited(verifier: str, checks: list[tuple[str, list[str], dict[str, Any]]]) -> list[Any]:
-    """[number of checks, events with code of the text], seen in a process of its own:
-    a hook cannot be taken off.
+    """Returns [number of checks, events that ran text as code], recorded by an audit hook.
+
+    It takes a process of its own, because a hook cannot be removed.
     """
     script = AUDITED.format(verifier=verifier, tests=str(Path(__file__).parent))
     done = subprocess.run(
@@ -145,7 +146,9 @@ def test_mathematics_is_never_run_as_code(verifier: str, count: int) -> None:
 
 @pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.grid)])
 def test_no_scorer_of_reasoning_gym_evaluates_an_answer(few: bool) -> None:
-    """Every task of reasoning_gym on evil answers: none compiles or runs any of it."""
+    """Checks every task of reasoning_gym on evil answers: none compiles or runs any
+    part of them.
+    """
     from reasoning_gym.factory import DATASETS
 
     entries = {task: _entry(task) for task in sorted(DATASETS) if task != "composite"}
@@ -160,8 +163,8 @@ def test_no_scorer_of_reasoning_gym_evaluates_an_answer(few: bool) -> None:
 
 
 def _entry(task: str) -> dict[str, Any]:
-    """A small row of the task: what its scorer reads, without the cost of making
-    a problem for most of them.
+    """Returns a small row of a task: what its scorer reads, without the cost of generating a
+    problem for most tasks.
     """
     import reasoning_gym
 
@@ -265,9 +268,10 @@ FAILED_ON = [
 
 
 def test_an_answer_cannot_choose_to_fail_its_check() -> None:
-    """A failed check is no negative, and many of them end the run.
+    """A failed check excludes the rollout instead of making it a negative, and many of them end the
+    run.
 
-    What a row fails on is still raised.
+    An error in the row itself is still raised.
     """
     from reasoning_gym import get_score_answer_fn
 
@@ -308,8 +312,8 @@ before = score("7 7"); score(sys.argv[1]); print(before, score("7 7"))
 def test_an_answer_that_reasoning_gym_would_run_does_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shell command, a key from the environment, a replaced scorer:
-    all three work on the library by itself.
+    """A shell command, a key from the environment, and a replaced scorer: all three succeed on the
+    library by itself.
     """
     monkeypatch.setenv("CANARY_API_KEY", "secret")
     bare = ATTACK.format(file=tmp_path / "bare")
@@ -352,8 +356,8 @@ def test_an_answer_that_reasoning_gym_would_run_does_nothing(
 def test_another_version_of_reasoning_gym_is_checked_in_a_child_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody has read its scorers, so each check is in a child of a worker that
-    has read no request.
+    """Its scorers were not reviewed, so each check is in a child of a worker that has read no
+    request.
     """
     metadata = tmp_path / "reasoning_gym-9.9.dist-info" / "METADATA"
     metadata.parent.mkdir()
@@ -373,7 +377,7 @@ def test_another_version_of_reasoning_gym_is_checked_in_a_child_process(
 
 @pytest.fixture
 def own(tmp_path: Path) -> Callable[..., str]:
-    """The name of a verifier with this body, in a folder with other files."""
+    """Writes a verifier with this body to a folder with other files, and returns its name."""
 
     def make(body: str, head: str = "", name: str = "judges") -> str:
         file = tmp_path / f"{name}.py"
@@ -491,7 +495,9 @@ def test_a_file_named_as_another_module_is_refused(own: Callable[..., str]) -> N
 def test_processes_that_a_verifier_started_end_with_it(
     own: Callable[..., str], tmp_path: Path, trusted: bool
 ) -> None:
-    """A grandchild in a session of its own, which no signal to a process group reaches."""
+    """The verifier starts a grandchild in a session of its own, which no signal to a process group
+    reaches.
+    """
     marker = f"grandchild-{uuid.uuid4().hex}"
     start = f"subprocess.Popen(['sh', '-c', 'sleep 600; echo {marker}'], start_new_session=True)"
     if trusted:
@@ -527,9 +533,9 @@ def test_processes_that_a_verifier_started_end_with_it(
 def test_a_verifier_in_the_home_directory_is_refused(
     own: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would show its folder to completions, and keys lie there.
+    """Its folder would be visible to completions, and the home directory holds keys.
 
-    Containers say by HOME where that is.
+    In containers, HOME gives the home directory.
     """
     name = own("return True")
     for home in (tmp_path, tmp_path / "user"):
@@ -544,8 +550,8 @@ def test_a_verifier_in_the_home_directory_is_refused(
 def test_the_path_of_libraries_shows_no_private_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not the working directory, the home directory or what has them in it,
-    nor anything relative.
+    """It leaves out the working directory, the home directory, whatever contains one of them, and
+    relative paths.
     """
     home = Path(pwd.getpwuid(os.getuid()).pw_dir)
     canaries = [tmp_path / "canary", home / f"canary-{uuid.uuid4().hex}"]
@@ -576,7 +582,7 @@ def test_the_path_of_libraries_shows_no_private_folder(
 
 @needs_walls
 def test_a_worker_whose_launcher_was_killed_gives_no_verdict() -> None:
-    """A right program would be wrong, and all later ones too."""
+    """Otherwise a right program would be judged wrong, and all later ones too."""
     test = {"tests": [{"stdin": "", "stdout": "5"}]}
     right = Check("```python\nprint(5)\n```", [], test)
     with VerifierPool("code", **OPTIONS) as pool:
@@ -629,7 +635,7 @@ JUNK = [
 
 
 def test_a_junk_reply_fails_only_its_own_check(own: Callable[..., str]) -> None:
-    """From a trusted verifier, which alone has the worker's descriptors."""
+    """The reply comes from a trusted verifier, which alone has the worker's descriptors."""
     write = (
         "[os.write(n, text.encode() + b'\\n') for n in map(int, os.listdir('/proc/self/fd')) "
         "if n > 2 and os.path.realpath(f'/proc/self/fd/{n}').split('/')[-1].startswith('pipe')]"
@@ -667,8 +673,8 @@ def test_a_closed_pool_leaves_no_descriptor() -> None:
 def test_the_lowest_rung_refuses_code_and_warns_of_own_verifiers(
     own: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Code is refused, tasks that evaluate by name, `require` altogether; mathematics goes on;
-    own verifiers are warned of.
+    """Code, tasks that evaluate answers and `require` are refused; mathematics goes on; a verifier
+    of one's own is warned of.
     """
     lowest = OPTIONS | {"highest": Rung.LIMITS}
     with pytest.raises(ValueError, match="programs run in a sandbox only"):
@@ -734,8 +740,8 @@ SOLUTIONS = {
 @needs_walls
 @pytest.mark.parametrize("shape", SOLUTIONS)
 def test_rows_of_every_known_shape_are_judged(shape: str) -> None:
-    """Through the prompts' reader and the labeller: the right program is positive,
-    one that passes a part is not.
+    """Rows go through the prompts' reader and the labeller: the right program is positive, one that
+    passes a part of the tests is not.
     """
     rows = read_rows(SAMPLES / f"{shape}.jsonl")
     assert len(rows) == len(SOLUTIONS[shape])
@@ -760,8 +766,8 @@ def test_rows_of_every_known_shape_are_judged(shape: str) -> None:
 
 @needs_walls
 def test_a_program_cannot_replace_the_helpers_of_its_tests() -> None:
-    """HumanEval's find_zero is judged by poly, which stands in its prompt:
-    a program's own poly may be 0 everywhere.
+    """HumanEval's find_zero is judged by poly, which its prompt defines: a program's own poly could
+    be 0 everywhere.
     """
     test = "def check(candidate):\n    assert abs(poly([1, 2], candidate([1, 2]))) < 1e-4\n"
     poly = "def poly(xs, x):\n    return sum(c * x**i for i, c in enumerate(xs))"

@@ -1,5 +1,5 @@
-"""HF <-> Megatron conversion: identical bytes there and back, every kind of source,
-and refusals in one sentence.
+"""HF <-> Megatron conversion gives identical bytes there and back, reads every kind of source, and
+refuses in one sentence.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def test_blocks_smaller_than_a_row_and_many_workers_give_the_same_file(
 
 
 def test_many_files_come_back_as_they_were(source: Path, tmp_path: Path) -> None:
-    """transformers cuts the weights into shards; the export has the same ones,
-    and the same index.
+    """transformers cuts the weights into shards; the export has the same shards and the
+    same index.
     """
     from transformers import AutoModelForCausalLM
 
@@ -103,8 +103,8 @@ def test_shards_of_a_size_load_in_transformers(source: Path, tmp_path: Path) -> 
 def test_bin_files_and_hub_snapshots_convert_to_the_same_checkpoint(
     source: Path, tmp_path: Path
 ) -> None:
-    """pytorch_model.bin, whole and in parts, and a hub snapshot whose files are links,
-    give the same checkpoint.
+    """Sources are pytorch_model.bin, whole and in parts, and a hub snapshot whose files
+    are links.
     """
     weights = HfWeights(source)
     tensors = {name: weights.read(name) for name in weights.names}
@@ -159,7 +159,7 @@ def test_a_value_that_does_not_fit_is_refused(source: Path, tmp_path: Path) -> N
 def edited(
     source: Path, tmp_path: Path, **changes: Callable[[torch.Tensor], torch.Tensor | None]
 ) -> Path:
-    """A copy of an HF directory with tensors changed; None drops one."""
+    """Copies an HF directory with changed tensors; a change that returns None drops the tensor."""
     from safetensors.torch import save_file
 
     directory = tmp_path / "edited"
@@ -200,7 +200,9 @@ def test_tensors_that_do_not_fit_the_config_are_named(
 def test_only_an_equal_copy_of_the_tied_embedding_is_left_out(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Some tied models carry lm_head.weight: an equal one is left out, another one refused."""
+    """Some tied models carry lm_head.weight: an equal one is left out, a different one
+    is refused.
+    """
     source = tiny_model("llama", dtype="bfloat16", tie_word_embeddings=True)
     embedding = HfWeights(source).read("model.embed_tokens.weight")
     equal = edited(source, tmp_path, **{"lm_head.weight": lambda _: embedding.clone()})
@@ -343,7 +345,7 @@ def test_a_checkpoint_with_parts_lost_is_one_sentence(
 
 
 def test_an_explicit_dtype_is_that_of_all_tensors(source: Path, tmp_path: Path) -> None:
-    """Also where the recorded files have the matrices in that dtype and others not."""
+    """This holds too where the recorded files have matrices in that dtype and other tensors not."""
     mixed = shutil.copytree(source, tmp_path / "mixed")
     tensors = load_file(mixed / "model.safetensors")
     for name, tensor in tensors.items():
@@ -363,7 +365,9 @@ def test_an_explicit_dtype_is_that_of_all_tensors(source: Path, tmp_path: Path) 
 
 
 def test_verify_finds_tensors_that_share_bytes(source: Path, tmp_path: Path) -> None:
-    """Two norms of one shape on one storage: every element of both is read from the same place."""
+    """Two norms of one shape lie on one storage: every element of both is read from the
+    same place.
+    """
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.0.input_layernorm.weight"] = tensors[
         "model.layers.1.input_layernorm.weight"

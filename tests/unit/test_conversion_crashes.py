@@ -1,5 +1,5 @@
-"""kill -9 in the middle of a conversion: nothing, or a partial directory that the
-next run completes.
+"""A conversion that is killed leaves nothing, or a partial directory that the next run
+completes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def to_hf(source: Path, out: Path) -> Converted:
 
 
 def changes(convert: Callable[[Path, Path], Converted], source: Path, out: Path) -> int:
-    """How often the conversion changes the disk: bytes written, brought to disk, or renamed."""
+    """Returns how often the conversion changes the disk: by a write, a sync or a rename."""
     with pytest.MonkeyPatch.context() as patch:
         count = _count_changes(patch, last=-1)
         convert(source, out)
@@ -55,8 +55,8 @@ def changes(convert: Callable[[Path, Path], Converted], source: Path, out: Path)
 def kill(
     convert: Callable[[Path, Path], Converted], source: Path, out: Path, *, after: int
 ) -> None:
-    """Runs the conversion in a process of its own, which kills itself after so
-    many changes of the disk.
+    """Runs the conversion in a process of its own, which kills itself after `after` changes of the
+    disk.
     """
     child = os.fork()
     if not child:
@@ -110,8 +110,8 @@ def test_a_conversion_that_is_killed_at_any_moment_can_be_completed(
 def test_a_resumed_run_copies_only_what_is_missing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The third part of the tensors fails; the second run writes exactly the
-    bytes that the first one did not.
+    """Writing the third part of the tensors fails; the second run writes exactly the bytes that the
+    first one did not.
     """
     written = [0]
     write = transfer._write
@@ -138,7 +138,7 @@ def test_a_resumed_run_copies_only_what_is_missing(
 def test_tensors_that_fail_their_checksum_are_written_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A journal that promises what the disk lost, as after a power cut: the checksum finds it."""
+    """The journal promises data that the disk lost, as after a power cut; the checksum finds it."""
     monkeypatch.setattr(transfer, "_finish", _full_disk)
     with pytest.raises(
         WeightsError, match="is full; free some space and run the same command again"
@@ -159,8 +159,8 @@ def test_tensors_that_fail_their_checksum_are_written_again(
 def test_a_line_of_the_journal_that_was_cut_short_spoils_no_other(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk was full in the middle of a line; the next run appends behind it,
-    and the one after reads both.
+    """The disk was full in the middle of a line: the next run appends after it, and the run after
+    that reads both.
     """
     monkeypatch.setattr(transfer, "_finish", _full_disk)
     for cut_short in (True, False):

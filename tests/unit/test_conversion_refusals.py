@@ -1,4 +1,6 @@
-"""What a conversion must not lose, must not believe and must not delete; in one sentence each."""
+"""What a conversion must not lose, must not believe and must not delete; each is refused in one
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ LAYERS = {"num_hidden_layers": 2}
 
 @pytest.fixture
 def source(tiny_model: ModelMaker, tmp_path: Path) -> Path:
-    """A model of two layers that the test may change."""
+    """Makes a model of two layers that the test may change."""
     return Path(
         shutil.copytree(tiny_model("qwen2", dtype="bfloat16", **LAYERS), tmp_path / "model")
     )
@@ -48,20 +50,20 @@ def source(tiny_model: ModelMaker, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tied(tiny_model: ModelMaker, tmp_path: Path) -> Path:
-    """The same, with the embedding as output layer."""
+    """Makes the same model with its embedding as output layer."""
     path = tiny_model("qwen2", dtype="bfloat16", tie_word_embeddings=True, **LAYERS)
     return Path(shutil.copytree(path, tmp_path / "tied"))
 
 
 def with_config(directory: Path, **values: Any) -> Path:
-    """The same directory, its config.json changed."""
+    """Changes config.json of a directory, which it returns."""
     file = directory / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
     return directory
 
 
 def with_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    """The same directory, its single file of weights changed."""
+    """Changes the single file of weights of a directory, which it returns."""
     tensors = load_file(directory / SINGLE)
     change(tensors)
     save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
@@ -83,7 +85,9 @@ def changed_state(checkpoint: Path, change: Callable[[dict[str, Any]], None]) ->
 def test_an_output_layer_of_its_own_is_not_dropped(
     source: Path, tied: Path, tmp_path: Path, layout: LegacyLayout | None
 ) -> None:
-    """A checkpoint with an output layer under a tied config: exported without it, half is lost."""
+    """The checkpoint has an output layer of its own under a tied config: an export without it would
+    lose it.
+    """
     there = hf_to_megatron(source, tmp_path / "megatron", layout=layout).out
     with pytest.raises(WeightsError, match=r"output_layer.weight differs from model.embed_tokens"):
         megatron_to_hf(there, tmp_path / "hf", hf_config=tied)
@@ -118,7 +122,9 @@ def test_a_parameter_under_two_names_is_refused(source: Path, tmp_path: Path) ->
 
 
 def test_rotary_buffers_are_compared_with_the_base(tiny_model: ModelMaker, tmp_path: Path) -> None:
-    """inv_freq of old Llama files is 10000^(-2i/8) for a head of 8; it is left out where it is."""
+    """inv_freq of old Llama files is 10000^(-2i/8) for a head of size 8; one with these values is
+    left out.
+    """
     path = tiny_model("llama", dtype="bfloat16", **LAYERS)
     source = Path(shutil.copytree(path, tmp_path / "llama"))
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -200,7 +206,7 @@ def test_a_plan_needs_no_weights(source: Path) -> None:
 
 
 def cut(source: Path, *, index: bool) -> Path:
-    """Two shards instead of the single file."""
+    """Cuts the single file of a model into two shards."""
     tensors = load_file(source / SINGLE)
     names = list(tensors)
     weight_map: dict[str, str] = {}
@@ -266,7 +272,7 @@ def test_an_index_of_the_single_file_is_no_second_set(source: Path) -> None:
 def test_a_tied_file_that_kept_only_the_output_layer_is_converted(
     tied: Path, tmp_path: Path
 ) -> None:
-    """transformers ties the embedding to it; so do we."""
+    """transformers ties the embedding to it, and so does the conversion."""
     from transformers import AutoModelForCausalLM
 
     before = load_file(tied / SINGLE)["model.embed_tokens.weight"]
@@ -314,7 +320,7 @@ def test_side_files_templates_and_code_come_along(source: Path, tmp_path: Path) 
 
 
 def test_links_out_of_the_model_are_not_followed(source: Path, tmp_path: Path) -> None:
-    """A file of this machine must not be published with the weights."""
+    """A private file of this machine must not be published with the weights."""
     secret = tmp_path / "secret"
     secret.write_text("HF_TOKEN=hf_secret")
     weights = load_file(source / SINGLE)
@@ -549,7 +555,7 @@ def test_the_arguments_of_torch_dist_are_compared(
 
 
 def test_arguments_of_unknown_classes_are_inert(source: Path, tmp_path: Path) -> None:
-    """An args object of a fork: nothing of it is imported, and the weights are read."""
+    """A fork's object of arguments is not imported, and the weights are read all the same."""
     there = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout()).out
 
     def strange(state: dict[str, Any]) -> None:
@@ -576,7 +582,9 @@ def test_an_object_in_the_place_of_a_tensor_is_named(source: Path, tmp_path: Pat
 def test_stages_with_unequal_numbers_of_layers_are_joined(
     tiny_model: ModelMaker, tmp_path: Path, heights: tuple[int, ...]
 ) -> None:
-    """Stages that account for the embedding hold fewer layers; each numbers its own from 0."""
+    """Stages that account for the embedding hold fewer layers, and each numbers its own layers from
+    0.
+    """
     source = tiny_model("qwen2", dtype="bfloat16")
     whole = hf_to_megatron(source, tmp_path / "whole", layout=LegacyLayout()).out
     state = torch.load(whole / "release/mp_rank_00/model_optim_rng.pt", weights_only=False)
@@ -668,7 +676,9 @@ def test_verify_compares_the_descriptions(source: Path, tmp_path: Path, change: 
 
 
 def test_peak_memory_is_this_programs_own() -> None:
-    """Across exec the kernel passes on getrusage's figure, of a launcher of 400 MB for example."""
+    """Across exec the kernel hands on getrusage's figure, for example that of a
+    launcher of 400 MB.
+    """
     program = (
         "import os, sys; block = bytearray(400 * 2**20); "
         "os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"

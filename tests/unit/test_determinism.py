@@ -1,4 +1,6 @@
-"""trainer.deterministic: what is set, and that nothing of the environment can undo it silently."""
+"""trainer.deterministic: which settings it makes, and that no environment variable undoes them
+silently.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ SEVEN_B: Any = SimpleNamespace(num_parameters=7_600_000_000)
 
 
 def recipe(**rollout: Any) -> Config:
-    """As examples/configs/real_7b.yaml has it."""
+    """Returns the settings of examples/configs/real_7b.yaml."""
     return Config(
         trainer=TrainerConfig(run_dir="run", steps=1000),
         data=DataConfig(train="train.jsonl", heldout="heldout.jsonl"),
@@ -31,8 +31,8 @@ def recipe(**rollout: Any) -> Config:
 
 
 def test_the_needs_of_the_7b_recipe_equal_those_computed_by_hand() -> None:
-    """14 bytes a parameter. Kept: 100, 200, ... 1000, 990, the best one;
-    and one that is being written.
+    """A parameter takes 14 bytes. Kept are steps 100, 200, ... 1000, 990 and the best one, beside
+    the one that is being written.
     """
     needs = disk_needs(recipe(), SEVEN_B)
     assert needs.checkpoint == 106_400_000_000
@@ -66,6 +66,6 @@ def test_the_retention_of_rollouts_reduces_the_needs() -> None:
 def test_the_number_of_checkpoints_kept_follows_the_retention(
     checkpoint: dict[str, Any], kept: int
 ) -> None:
-    """Saved at 300, 600, 900 and 1000, for example."""
+    """With every=300, checkpoints are saved at steps 300, 600, 900 and 1000."""
     config = dataclasses.replace(recipe(), checkpoint=CheckpointConfig(**checkpoint))
     assert disk_needs(config, SEVEN_B).num_checkpoints == kept + 1

@@ -1,5 +1,6 @@
-"""What one process finds, each thing also broken; what ranks find together is in
-tests/distributed/test_doctor.py.
+"""What the doctor finds in one process, each finding in order and broken.
+
+What several ranks find together is in tests/distributed/test_doctor.py.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def doctor(run_dir: Path, *, processes: int = 1) -> tuple[int, dict[str, dict[str, str]]]:
-    """Exit code of the command line, and its findings by name."""
+    """Returns the exit code of the command line, and its findings by name."""
     launcher: list[str] = []
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
@@ -83,7 +84,7 @@ def test_an_old_megatron_core_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_empty_transformer_engine_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of PyPI has a record and no code."""
+    """The package of that name on PyPI has metadata and no code."""
     installed(tmp_path, "transformer-engine", "9.9.9")
     monkeypatch.syspath_prepend(str(tmp_path))
     finding = software_finding("transformer-engine")
@@ -125,9 +126,7 @@ def test_disk_speed_leaves_nothing_and_fails_on_a_file(tmp_path: Path) -> None:
 def test_a_full_disk_fails_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The limit on file sizes stands in for a full disk: a write beyond it is
-    refused by the kernel.
-    """
+    """The limit on file sizes stands in for a full disk: the kernel refuses a write beyond it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 20, hard))
     try:
@@ -189,7 +188,9 @@ def test_free_space_is_that_of_the_disk(tmp_path: Path) -> None:
 def test_free_space_is_compared_with_the_needs_of_the_whole_run(
     tmp_path: Path, checkpoint: float, verdict: str
 ) -> None:
-    """In shares of the free space: ten checkpoints of 0.3 do not fit, of 0.6 not even two."""
+    """Sizes are shares of the free space: ten checkpoints of 0.3 do not fit; of 0.6 not even two
+    do.
+    """
     free = shutil.disk_usage(tmp_path).free
     size = 1 if checkpoint == 1 else int(checkpoint * free)
     needs = DiskNeeds(checkpoint=size, num_checkpoints=10, rollouts=0, export=0)

@@ -1,5 +1,5 @@
-"""Each emulated kernel of TransformerEngine against an operator of torch that
-computes the same in another way.
+"""Each emulated kernel of TransformerEngine equals an operator of torch that computes the same in
+another way.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def gemm(a: torch.Tensor, transa: bool, b: torch.Tensor, transb: bool, **options
 
 
 def test_gemm_is_a_linear_layer_and_its_gradients() -> None:
-    """The three forms in which TransformerEngine's Linear calls it."""
+    """These are the three forms in which TransformerEngine's Linear calls it."""
     linear = torch.nn.Linear(6, 4)
     x = torch.randn(2, 3, 6, requires_grad=True)
     upstream = torch.randn(2, 3, 4)
@@ -106,7 +106,9 @@ def test_fused_attention_is_softmax_of_each_sequence() -> None:
 
 
 def test_attention_in_two_steps_is_attention() -> None:
-    """The ring's merge: each half of the keys by itself, joined by their log-sum-exps."""
+    """Ring attention's merge: each half of the keys is attended to by itself, and the halves are
+    joined by their log-sum-exps.
+    """
     bounds = torch.tensor([0, 8], dtype=torch.int32)
     q, k, v = (torch.randn(8, 2, 8, requires_grad=True) for _ in range(3))
     heads_first = torch.nn.functional.scaled_dot_product_attention(
@@ -165,7 +167,9 @@ def test_attention_in_two_steps_is_attention() -> None:
 
 
 def test_halves_are_those_of_each_sequence() -> None:
-    """Sequences of 2 and 6 tokens: first halves 0 and 2 to 4, second halves 1 and 5 to 7."""
+    """Sequences of 2 and 6 tokens have the first halves 0 and 2 to 4, and the second halves 1 and 5
+    to 7.
+    """
     bounds = torch.tensor([0, 2, 8], dtype=torch.int32)
     lse = torch.arange(8.0).expand(2, 8).clone()
     second = torch.tensor([1.0, 5.0, 6.0, 7.0]).expand(2, 4)

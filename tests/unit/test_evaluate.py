@@ -45,7 +45,9 @@ def test_pass_at_k_is_the_share_of_all_subsets(samples: int) -> None:
 
 
 def test_pass_at_k_of_2000_samples_is_exact() -> None:
-    """1 of 2000 correct: pass@1000 is a half. Naively, 1 - (1999/2000)^1000 would be 0.39."""
+    """With 1 of 2000 correct, pass@1000 is one half; the naive 1 - (1999/2000)^1000
+    would be 0.39.
+    """
     assert pass_at_k(1, 2000, 1000) == pytest.approx(0.5, abs=1e-12)
 
 
@@ -267,7 +269,9 @@ def evaluation(pass_at_1: float, error: float, problems: int) -> Evaluation:
 
 
 def test_the_average_weighs_all_benchmarks_equally(tmp_path: Path) -> None:
-    """(0.2 + 0.8) / 2, whatever their sizes; sqrt(0.03^2 + 0.04^2) / 2 = 0.025."""
+    """(0.2 + 0.8) / 2 whatever the sizes, and a standard error of sqrt(0.03^2 + 0.04^2) / 2 =
+    0.025.
+    """
     evaluations = {"small": evaluation(0.2, 0.03, 10), "large": evaluation(0.8, 0.04, 1000)}
     mean = average(evaluations)
     assert (mean["pass_at_1"], mean["standard_error"]) == pytest.approx((0.5, 0.025))

@@ -1,5 +1,5 @@
-"""Weights from anywhere: whatever their headers, indices and pickles say,
-the end is a sentence or the right tensor.
+"""Weights of unknown origin: whatever their headers, indices and pickles hold, they are refused in
+one sentence or read correctly.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def read_all(directory: Path) -> dict[str, torch.Tensor] | None:
-    """The tensors, or None where the directory was refused."""
+    """Returns the tensors, or None where the directory was refused."""
     try:
         weights = HfWeights(directory)
         return {
@@ -83,7 +83,7 @@ fields = st.one_of(
 
 @st.composite
 def headers(draw: st.DrawFn, plain_header: bytes) -> bytes:
-    """A header with a few of its fields, names or bytes replaced."""
+    """Draws a header with a few of its fields, names or bytes replaced."""
     if draw(st.booleans()):
         table = json.loads(plain_header)
         for _ in range(draw(st.integers(1, 3))):
@@ -104,7 +104,7 @@ def headers(draw: st.DrawFn, plain_header: bytes) -> bytes:
 def test_fuzzed_safetensors_headers_are_refused_or_read_correctly(
     plain: bytes, tmp_path: Path, part: int
 ) -> None:
-    """4,000 cases with --all; what is accepted is what the safetensors library reads,
+    """There are 4,000 cases with --all. What is accepted is what the safetensors library reads,
     byte for byte.
     """
     length = struct.unpack("<Q", plain[:8])[0]
@@ -135,7 +135,7 @@ def test_fuzzed_safetensors_headers_are_refused_or_read_correctly(
 
 
 def test_fuzzed_indices_are_refused_or_read_correctly(plain: bytes, tmp_path: Path) -> None:
-    """3,000 cases with --all, of an index of two files."""
+    """There are 3,000 cases with --all, of an index of two files."""
     for name in ("model-1.safetensors", "model-2.safetensors"):
         (tmp_path / name).write_bytes(plain)
     targets = st.one_of(
@@ -177,7 +177,7 @@ def test_fuzzed_indices_are_refused_or_read_correctly(plain: bytes, tmp_path: Pa
 def test_fuzzed_checkpoints_are_refused_or_exported(
     tiny_model: Callable[..., Path], tmp_path: Path, file: str
 ) -> None:
-    """1,500 cases of a few changed bytes: refused, or exported without touching anything else."""
+    """In 1,500 cases a few bytes are changed; an export touches nothing outside its directory."""
     source = tiny_model(
         "llama", dtype="bfloat16", num_hidden_layers=1, hidden_size=8, intermediate_size=8
     )
@@ -225,7 +225,9 @@ def test_hostile_pickles_are_refused_and_run_nothing(
 
 
 def test_classes_of_a_checkpoint_are_inert(tmp_path: Path) -> None:
-    """numpy and torch names are stood in for; even a callable of torch is never called."""
+    """Stand-ins take the place of numpy's and torch's names; even a callable of torch is never
+    called.
+    """
     payload = b"ctorch.hub\nload\n(S'evil/repo'\ntR."
     assert type(load_pickle(payload, tmp_path / "x.pt")).__name__ == "load"
 
@@ -318,7 +320,7 @@ def test_a_missing_chunk_is_named(tiny_model: Callable[..., Path], tmp_path: Pat
 
 
 class Planted:
-    """What an attacker pickles: its reading calls a function."""
+    """What an attacker pickles: reading it calls a function."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -328,7 +330,7 @@ class Planted:
 
 
 def saved_by_torch(folder: Path) -> Path:
-    """A torch_dist checkpoint as torch's writer makes it: a tensor, and an object."""
+    """Writes a torch_dist checkpoint with torch's own writer: a tensor, and an object."""
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -341,7 +343,9 @@ def saved_by_torch(folder: Path) -> Path:
 
 @pytest.mark.parametrize("where", ["metadata", "object"])
 def test_resuming_runs_nothing_of_a_checkpoint(tmp_path: Path, where: str) -> None:
-    """torch's reader calls what .metadata and the objects in the shards name; ours is before it."""
+    """torch's reader calls what .metadata and the objects in the shards name, so this package's
+    check comes before it.
+    """
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -414,14 +418,14 @@ def test_resuming_runs_nothing_of_a_checkpoint(tmp_path: Path, where: str) -> No
     ],
 )
 def test_metadata_name_only_their_own_classes(tmp_path: Path, payload: bytes) -> None:
-    """The list is of names, not of packages: torch alone has a hundred ways to run something."""
+    """The check lists names, not packages: torch alone has a hundred ways to run something."""
     (tmp_path / ".metadata").write_bytes(payload)
     with pytest.raises(WeightsError, match=r"do not trust it|corrupt"):
         check_metadata(tmp_path)
 
 
 def test_both_ways_to_pickle_a_member_of_an_enum_are_read(tmp_path: Path) -> None:
-    """Python 3.11.2 pickles it as getattr(class, name), 3.11.7 as class(value)."""
+    """Python 3.11.2 pickles it as getattr(class, name), and 3.11.7 as class(value)."""
     enum = b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n"
     for payload in (
         b"cbuiltins\ngetattr\n(" + enum + b"S'TORCH_CONTIGUOUS_FORMAT'\ntR.",
@@ -432,7 +436,7 @@ def test_both_ways_to_pickle_a_member_of_an_enum_are_read(tmp_path: Path) -> Non
 
 
 def test_metadata_of_one_rank_are_refused(tmp_path: Path) -> None:
-    """torch falls back on them, by pickle.load, where it fails on those of all ranks."""
+    """torch falls back on them with pickle.load where it cannot read those of all ranks."""
     (tmp_path / ".metadata").write_bytes(pickle.dumps({}))
     check_metadata(tmp_path)
     (tmp_path / "__0.metadata").write_bytes(b"cos\nsystem\n(S'true'\ntR.")

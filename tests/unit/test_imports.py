@@ -1,5 +1,5 @@
-"""Imports run one way: a module imports its own package and what lies below it,
-and nothing else of this project.
+"""Imports run one way: a module imports its own package and the layers below it, and nothing else
+of this project.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KNOWN = {
 
 
 def layer_of(name: str) -> int:
-    """The number of a package's or module's layer."""
+    """Returns the number of the layer of a package or module."""
     for number, names in enumerate(LAYERS):
         if name in names:
             return number
@@ -51,8 +51,8 @@ def layer_of(name: str) -> int:
 
 
 def imported(source: str) -> Iterator[tuple[int, str]]:
-    """(line, top-level name) of everything of this project that a source imports,
-    inside functions too.
+    """Yields (line, top-level name) of every import of this project in a source, those inside
+    functions too.
     """
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Import | ast.ImportFrom):
@@ -71,7 +71,7 @@ def imported(source: str) -> Iterator[tuple[int, str]]:
 
 
 def violations(name: str, source: str) -> list[str]:
-    """A line for each import of `source`, a file of `name`, that does not run downwards."""
+    """Returns a line for each import of `source`, a file of `name`, that does not run downwards."""
     return [
         f"line {line} imports megatron_real.{other}"
         for line, other in imported(source)
@@ -94,7 +94,7 @@ def test_imports_run_downwards(folder: str) -> None:
 
 
 def test_every_known_violation_still_exists() -> None:
-    """An entry that has been mended goes."""
+    """The entry of a violation that has been mended must be deleted."""
     for name, other in KNOWN:
         files = [file for file in FILES if file.parts[0].removesuffix(".py") == name]
         sources = [(PACKAGE / file).read_text(encoding="utf-8") for file in files]
