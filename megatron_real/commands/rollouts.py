@@ -15,11 +15,10 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
-import yaml
-
-from megatron_real.commands.terminal import refuse
+from megatron_real.commands.terminal import input_checks
 from megatron_real.records import Label, Status
 from megatron_real.report.browser import token_decoder, visible
 from megatron_real.runs.directory import RunDirectory
@@ -106,7 +105,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the rollouts, or returns 2 and says in one sentence why not."""
-    try:
+    with input_checks():
         if options.limit < 0:
             raise ValueError(f"--limit is {options.limit}; it must be at least 0 (all)")
         if options.shade and options.step is None:
@@ -120,8 +119,6 @@ def run(options: argparse.Namespace) -> int:
             _print_json(rows, options.without_tokens)
         else:
             _print_text(list(rows), directory, options)
-    except ValueError as error:
-        return refuse(error)
     return 0
 
 
@@ -230,11 +227,9 @@ def _decoder(
             f"{directory.path} has no {shade} of single tokens in this step; a run keeps them with "
             "trainer.keep_token_weights=true"
         )
-    try:
-        config = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        config = {}
-    decode = token_decoder(config if isinstance(config, dict) else {})
+    decode = None
+    with suppress(ValueError):
+        decode = token_decoder(directory.read_config("its tokenizer is not known"))
     if decode is None:
         raise ValueError(
             f"--shade needs the tokenizer.json of the run's model, which {directory.config} does "

@@ -215,7 +215,7 @@ def test_thinking_marks_that_are_special_tokens_stay_in_the_decoded_text() -> No
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import PreTrainedTokenizerFast
 
-    from megatron_real.rollout.tokenizer import decoded
+    from megatron_real.rollout.engines.tokenizer import decoded
 
     words = ["<unk>", "<eos>", "<think>", "</think>", "six", "five"]
     model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))

@@ -22,7 +22,8 @@ from megatron_real.records import (
     Status,
     Verdict,
 )
-from megatron_real.rollout import build_engine, vllm_engine
+from megatron_real.rollout import build_engine
+from megatron_real.rollout.engines import vllm as vllm_engine
 from megatron_real.rollout.spread import ExpectedLengths, prompt_seed, samples_together, spread
 from megatron_real.rollout.stage import without_mismatch
 

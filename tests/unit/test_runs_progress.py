@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_real.runs import progress as module
-from megatron_real.runs.progress import RunProgress, StageTimer, profile_step
+from megatron_real import progress as module
+from megatron_real.progress import RunProgress, StageTimer, profile_step
 
 METRICS = {
     "reward_mean": 0.5,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_real.config import BatchConfig, Config, Given, RolloutConfig, TrainerConfig, load
-from megatron_real.evaluate import Evaluation
+from megatron_real.evaluation.figures import Evaluation
 from megatron_real.records import (
     NEGATIVE,
     POSITIVE,
