@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
+Dtype = Literal["fp64", "fp32", "bf16"]
+
 
 @dataclass(frozen=True)
 class Layout:
