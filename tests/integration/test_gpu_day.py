@@ -24,12 +24,16 @@ def run(out: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], Any]:
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )
     results = out / "gpu-day.json"
-    return done, json.loads(results.read_text()) if results.exists() else None
+    if not results.exists():
+        return done, None
+    return done, json.loads(results.read_text())
 
 
 def test_rehearsal_runs_the_kernels_and_the_step(tmp_path: Path) -> None:
     words = ("--rehearse", "--only", "kernels", "step-1.5b", "--minutes", "10")
+
     done, results = run(tmp_path, *words)
+
     assert done.returncode == 0, done.stdout + json.dumps(results, indent=1)
     assert results["rehearsed_on_a_cpu"]
     assert len(results["stages"]["kernels"]["rows"]) == 9, "three outputs of three kinds of logits"
