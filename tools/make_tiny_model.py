@@ -181,9 +181,12 @@ def warm_up(
     started = time.monotonic()
     for step in range(1, steps + 1):
         batch = draw.choices(pairs, k=BATCH)
-        answers = [
-            sum_without_carry(p) if draw.random() < SLOPPY_SHARE else true_sum(p) for p in batch
-        ]
+        answers = []
+        for pair in batch:
+            if draw.random() < SLOPPY_SHARE:
+                answers.append(sum_without_carry(pair))
+            else:
+                answers.append(true_sum(pair))
         texts = [
             f"<|user|>{question(p)}<|assistant|>\\boxed{{{a}}}<|end|>"
             for p, a in zip(batch, answers, strict=True)
