@@ -211,7 +211,7 @@ def test_trained_checkpoints_export(
     [("torch_dist", None), ("torch", LegacyLayout(layers="local"))],
     ids=["dist", "torch"],
 )
-def test_megatron_lm_loads_it(
+def test_megatron_lm_loads_a_converted_checkpoint(
     world: World,
     tiny_model: Callable[..., Path],
     tmp_path: Path,

@@ -62,7 +62,7 @@ def answers(world: World) -> list[dict[str, tuple[str, str, float]]]:
 
 
 @pytest.mark.parametrize("method", CASES)
-def test_one_ranks_error_is_every_ranks(
+def test_one_ranks_error_is_raised_on_every_rank(
     answers: list[dict[str, tuple[str, str, float]]], method: str
 ) -> None:
     _, expected_class, sentence = CASES[method]

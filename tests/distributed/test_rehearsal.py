@@ -244,7 +244,7 @@ def test_parameters_are_gathered_once_after_an_update(reports: Mapping[str, Rank
 
 
 @pytest.mark.grid
-def test_its_peak_is_that_of_torch_on_a_cpu(
+def test_the_peak_of_memory_is_that_of_torch_on_a_cpu(
     world: World, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The same update of the same model, with fake CUDA tensors and with torch's own allocator."""

@@ -199,7 +199,7 @@ def lives(folder: Path, ranks_per_node: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("ranks_per_node", [2, 1])
-def test_a_kept_chunk_is_used_only_where_it_would_be_drawn_so_again(
+def test_a_kept_chunk_is_used_only_where_it_would_be_drawn_alike(
     world: World, tmp_path: Path, ranks_per_node: int
 ) -> None:
     """Other settings, weights, answers or prompts: the chunk is drawn again on both ranks,

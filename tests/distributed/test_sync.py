@@ -143,7 +143,9 @@ def test_the_mismatch_of_each_rollout(
 
 
 @pytest.mark.one_version
-def test_a_hanging_sync_says_where_each_rank_stands(tiny_model: ModelMaker, tmp_path: Path) -> None:
+def test_a_hanging_sync_reports_where_each_rank_waits(
+    tiny_model: ModelMaker, tmp_path: Path
+) -> None:
     path = sync_jobs.complete(tiny_model("qwen2", dtype="float32"))
     script = tmp_path / "hang.py"
     script.write_text(

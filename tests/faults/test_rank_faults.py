@@ -137,7 +137,7 @@ def outcomes() -> dict[str, Future[list[End]]]:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_every_rank_ends_with_the_right_words(
+def test_every_rank_ends_with_a_message_that_names_the_cause(
     outcomes: dict[str, Future[list[End]]], name: str
 ) -> None:
     row = TABLE[name]

@@ -41,7 +41,7 @@ def test_no_benchmark_is_left_out() -> None:
     "name",
     [pytest.param(n, marks=needs_vllm) if n in ("rollout", "weight_sync") else n for n in SMALLEST],
 )
-def test_it_runs(name: str, tmp_path: Path) -> None:
+def test_every_benchmark_runs(name: str, tmp_path: Path) -> None:
     results = tmp_path / "results.json"
     run = [sys.executable, "-W", "ignore", f"tools/bench_{name}.py", *SMALLEST[name].split()]
     run += ["--json", str(results)]

@@ -71,7 +71,9 @@ def test_logits_of_another_model_are_told_apart(
     assert ("rope_theta is 10000.0" in done.stderr) == (differs == "config")
 
 
-def test_no_torch_for_bytes(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_commands_that_only_move_bytes_import_no_torch(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     """Export, inspection and refusals start without torch; nothing of a conversion imports
     transformers or megatron.
     """

@@ -112,7 +112,7 @@ def share_of_majority(answers: list[str], right: str) -> float:
     return 1 / len(winners)
 
 
-def test_killed_in_the_middle_it_ends_with_the_same_figures(
+def test_a_killed_evaluation_ends_with_the_same_figures(
     straight: Path, base: Path, benches: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -154,7 +154,7 @@ def test_killed_in_the_middle_it_ends_with_the_same_figures(
         assert (out / name).read_bytes() == (straight / name).read_bytes()
 
 
-def test_finished_it_only_shows_the_figures(
+def test_a_finished_evaluation_only_shows_its_figures(
     straight: Path, base: Path, benches: dict[str, Path]
 ) -> None:
     before = (straight / "results.json").read_bytes()
@@ -282,7 +282,7 @@ def test_figures_are_not_trusted_where_the_checks_failed(
     ],
     ids=["no file", "twice", "missing", "path", "samples", "top_p", "long", "megatron", "key"],
 )
-def test_bad_input_is_one_sentence(
+def test_bad_input_is_refused_in_one_sentence(
     base: Path, benches: dict[str, Path], tmp_path: Path, words: list[str], message: str
 ) -> None:
     done = evaluate(base, benches, tmp_path / "out", *words)

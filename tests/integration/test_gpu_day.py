@@ -43,14 +43,14 @@ def test_rehearsal_runs_the_kernels_and_the_step(tmp_path: Path) -> None:
     assert "no figure here says anything" in text and "| shape | layers |" in text
 
 
-def test_what_the_time_does_not_hold_is_left_out_and_said(tmp_path: Path) -> None:
+def test_a_stage_that_does_not_fit_the_time_is_left_out(tmp_path: Path) -> None:
     done, results = run(tmp_path, "--rehearse", "--only", "save", "--minutes", "0.001")
     assert done.returncode == 0, done.stderr
     assert results["stages"]["save"]["status"] == "left out"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_refuses_and_says_how_to_rehearse(tmp_path: Path) -> None:
+def test_without_a_gpu_it_refuses_and_names_the_rehearsal(tmp_path: Path) -> None:
     done, results = run(tmp_path, "--only", "save")
     assert done.returncode == 1
     assert "--rehearse runs tiny sizes on the CPU" in results["stages"]["save"]["reason"]

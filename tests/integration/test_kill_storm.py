@@ -33,7 +33,7 @@ STORM = (
 
 
 @pytest.mark.grid
-def test_a_storm_of_kills(base: Path, tmp_path: Path) -> None:
+def test_thirty_kills_lose_nothing_and_repeat_nothing(base: Path, tmp_path: Path) -> None:
     done = train(base, tmp_path / "whole", *STORM, processes=1)
     assert done.returncode == 0, done.stderr
     steps = rows(tmp_path / "whole/metrics.jsonl")

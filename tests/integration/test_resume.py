@@ -198,7 +198,7 @@ def test_a_killed_rank_ends_the_job_in_seconds_and_it_resumes(
     assert_same_run(run_dir, undisturbed[2])
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_used(
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
     base: Path, undisturbed: dict[int, Path], tmp_path: Path
 ) -> None:
     run_dir = copied(undisturbed[1], tmp_path)
@@ -211,7 +211,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(
     assert_same_run(run_dir, undisturbed[1])
 
 
-def test_what_changed_is_said_and_what_may_not_is_refused(
+def test_changed_settings_are_reported_and_forbidden_ones_are_refused(
     base: Path, undisturbed: dict[int, Path], tmp_path: Path
 ) -> None:
     run_dir = copied(undisturbed[1], tmp_path)

@@ -115,7 +115,7 @@ def test_nothing_is_answered_without_weights(results: Results) -> None:
         assert "503: no trainer has sent it weights" in rank["early"]
 
 
-def test_a_servers_failure_is_every_ranks(results: Results) -> None:
+def test_a_servers_failure_is_raised_on_every_rank(results: Results) -> None:
     """Otherwise the other ranks would wait for the one that has left."""
     assert [rank["one_fails"] for rank in two_servers(results)] == ["it fell over"] * 2
 
@@ -198,7 +198,9 @@ def test_held_out_accuracy_rises(base: Path, tmp_path: Path) -> None:
         assert row["mismatch_max_abs"] < 1e-4 and row["mismatch_share"] == 0
 
 
-def test_a_server_that_does_not_start_is_one_sentence(base: Path, tmp_path: Path) -> None:
+def test_a_server_that_does_not_start_is_reported_in_one_sentence(
+    base: Path, tmp_path: Path
+) -> None:
     done = train(
         base,
         tmp_path / "run",

@@ -144,7 +144,7 @@ def test_a_directory_of_other_files_is_not_written_to(runs: Runs) -> None:
     assert set(runs.content()) == {"thesis.tex"}
 
 
-def test_a_finished_run_says_that_there_is_nothing_to_do(runs: Runs, finished: Path) -> None:
+def test_a_finished_run_reports_that_there_is_nothing_to_do(runs: Runs, finished: Path) -> None:
     runs.become(finished)
     before = runs.content()
     assert runs.train("optimizer.lr=1e-6") == 0
@@ -212,7 +212,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(
     assert runs.content(without="status.json") == before
 
 
-def test_an_unreadable_checkpoint_stops_with_a_sentence(
+def test_an_unreadable_checkpoint_is_refused_in_one_sentence(
     runs: Runs, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def denied(file: Path) -> str:
@@ -229,7 +229,7 @@ def test_an_unreadable_checkpoint_stops_with_a_sentence(
     assert "resuming after step 3" in runs.output
 
 
-def test_a_cut_configuration_is_a_sentence(runs: Runs, finished: Path) -> None:
+def test_a_truncated_configuration_is_refused_in_one_sentence(runs: Runs, finished: Path) -> None:
     runs.become(finished)
     config = runs.directory / "config.yaml"
     config.write_bytes(config.read_bytes()[:5])
@@ -237,7 +237,7 @@ def test_a_cut_configuration_is_a_sentence(runs: Runs, finished: Path) -> None:
     assert f"{config} is not a whole configuration" in runs.output and "lives" in runs.output
 
 
-def test_rows_that_were_cut_or_deleted_are_said(runs: Runs, finished: Path) -> None:
+def test_rows_that_were_cut_or_deleted_are_reported(runs: Runs, finished: Path) -> None:
     """The next row stands on a line of its own, and the curves are drawn."""
     runs.become(finished)
     metrics = runs.directory / "metrics.jsonl"
@@ -307,7 +307,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("full_disk")
-def test_a_full_disk_fails_and_says_so(runs: Runs) -> None:
+def test_a_full_disk_fails_the_run_with_the_reason(runs: Runs) -> None:
     assert runs.train() == 1
     assert "No space left on device" in runs.output
     assert runs.status["state"] == "failed" and "No space left" in runs.status["reason"]
@@ -353,7 +353,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
     assert not saved.left_behind(runs.directory / "checkpoints")
 
 
-def test_a_run_that_learns_nothing_says_so(runs: Runs) -> None:
+def test_a_run_that_learns_nothing_warns(runs: Runs) -> None:
     """A verifier that finds everything wrong makes groups of one class only."""
     own = runs.base / "none.py"
     own.write_text("def judge(text, answers, metadata):\n    return 0.0\n")
@@ -439,7 +439,7 @@ def test_wandb_that_is_not_installed_is_refused(
     assert not runs.directory.exists()
 
 
-def test_a_reader_that_has_enough_is_no_error(untrained: Path) -> None:
+def test_a_pipe_without_a_reader_is_no_error(untrained: Path) -> None:
     """`plan | head`: the pipe has no reader any more when the output is flushed."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -453,7 +453,7 @@ def test_a_reader_that_has_enough_is_no_error(untrained: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+def test_a_dry_run_prints_what_would_be_done_and_writes_nothing(
     runs: Runs, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)

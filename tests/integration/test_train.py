@@ -243,7 +243,7 @@ def test_ctrl_c_ends_cleanly(base: Path, tmp_path: Path) -> None:
     assert len(list((run_dir / "rollouts").glob("step-*.parquet"))) >= steps >= 1
 
 
-def test_a_truncated_weights_file_is_one_sentence(base: Path, tmp_path: Path) -> None:
+def test_a_truncated_weights_file_is_refused_in_one_sentence(base: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in base.iterdir():

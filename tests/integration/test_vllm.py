@@ -89,7 +89,7 @@ def test_log_probs_agree_after_every_sync(results: Results) -> None:
         assert min(parity["stale"]) > 0.05, "the weights moved, and without a sync it shows"
 
 
-def test_what_must_not_be_forgotten(results: Results) -> None:
+def test_a_sync_that_keeps_old_caches_or_packed_weights_is_seen(results: Results) -> None:
     for rank in results.ranks:
         assert rank["forgotten"]["none"] <= 1e-4
         assert rank["forgotten"]["prefix-cache"] > 0.05
@@ -177,7 +177,7 @@ def test_rollouts_beyond_the_mismatch_bound_are_excluded(base: Path, tmp_path: P
     assert row["status/mismatch"] == row["excluded_share"] * 512 > 0.9 * 512
 
 
-def test_auto_takes_vllm_and_says_so(base: Path, tmp_path: Path) -> None:
+def test_auto_selects_vllm_and_reports_it(base: Path, tmp_path: Path) -> None:
     """Also beside another job of the node, or after one that was killed:
     its memory has another name.
     """
@@ -192,7 +192,7 @@ def test_auto_takes_vllm_and_says_so(base: Path, tmp_path: Path) -> None:
     assert "rollouts by vllm (rollout.engine=auto: vllm is installed)" in done.stdout
 
 
-def test_an_unknown_argument_of_vllm_is_one_sentence(base: Path, tmp_path: Path) -> None:
+def test_an_unknown_argument_of_vllm_is_refused_in_one_sentence(base: Path, tmp_path: Path) -> None:
     words = ["rollout.engine=vllm", "rollout.vllm.enforce_eagre=true"]
     done = train(base, tmp_path / "run", *words, processes=1)
     assert done.returncode == 2
