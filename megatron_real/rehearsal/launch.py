@@ -53,8 +53,10 @@ def _layers(request: Request) -> str:
             "run `bash tools/te_python.sh`, or name its folder in TE_PYTHON, or set "
             "model.layers=local"
         )
+    if choice == "auto" and has_te:
+        return "te"
     if choice == "auto":
-        return "te" if has_te else "local"
+        return "local"
     return choice
 
 

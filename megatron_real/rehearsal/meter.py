@@ -224,7 +224,9 @@ class Meter(TorchDispatchMode):
         """Returns the constant that stands for an element whose value only a GPU would know."""
         if tensor.is_floating_point():
             return 0.5
-        return True if tensor.dtype == torch.bool else 1
+        if tensor.dtype == torch.bool:
+            return True
+        return 1
 
     def _equal(self, tensors: Sequence[Tensor]) -> bool:
         if any(tensor.device.type == "cuda" for tensor in tensors):
