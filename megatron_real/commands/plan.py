@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_real import config as configuration
-from megatron_real.commands.terminal import refuse, table
+from megatron_real.commands.terminal import input_checks, table
 from megatron_real.compare.sweep import is_sweep, load_sweep
 from megatron_real.config import ParallelConfig
 from megatron_real.config.engines import ENGINES, candidates
+from megatron_real.conversion.convert import check_model
 from megatron_real.plan.devices import DEVICES, Device
 from megatron_real.plan.layouts import RESERVE_SHARE, Estimate, ranked, told_apart
 from megatron_real.plan.measured import Rates, measured, measured_device
@@ -27,7 +28,6 @@ from megatron_real.plan.memory import MODELLED
 from megatron_real.plan.speed import Cluster, Run
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.disk_needs import DiskNeeds, disk_needs
-from megatron_real.weights.conversion import check_model
 from megatron_real.weights.published import PUBLISHED, published_model
 
 SUMMARY = "estimate memory, time and cost of a run, and rank its layouts"
@@ -119,7 +119,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs `plan`; returns the exit code."""
-    try:
+    with input_checks():
         source = _Source.of(options)
         device = DEVICES[options.gpu]
         if options.rates:
@@ -136,8 +136,6 @@ def run(options: argparse.Namespace) -> int:
         best = ranked(estimate.run)
         if note and best:
             estimate = best[0]
-    except ValueError as error:
-        return refuse(error)
 
     engines = ""
     if best:

@@ -29,8 +29,8 @@ def trained_and_saved(
     Args:
         live: the negative control: the state itself takes the place of its copy.
     """
-    from megatron_real.policy.state import schedule_state, sharded_state
-    from megatron_real.runs import staging
+    from megatron_real.checkpoint import writer
+    from megatron_real.checkpoint.state import schedule_state, sharded_state
 
     policy = new_policy(config, config.model.path)
     rollouts = rollouts_of(samples)
@@ -41,9 +41,9 @@ def trained_and_saved(
     if live:
         # Nobody takes the patch back: this process ends with the function.
         mock.patch.object(
-            staging, "host_copies", lambda like: [tensor.detach() for tensor in like]
+            writer, "host_copies", lambda like: [tensor.detach() for tensor in like]
         ).start()
-    store = staging.Staging(policy.groups.dp_cp)
+    store = writer.Staging(policy.groups.dp_cp)
     by_key, common = store.copy(sharded_state(policy))
     schedule = schedule_state(policy)
 
@@ -57,9 +57,9 @@ def trained_and_saved(
     group = None
     if dist.get_world_size() > 1:
         group = dist.new_group(backend="gloo")
-    staging.write(Path(folder), by_key, group)
+    writer.write(Path(folder), by_key, group)
     if first:
-        staging.write_common(Path(folder), common)
+        writer.write_common(Path(folder), common)
     return {**state, "schedule": schedule, "later": state_of(policy)["weights"]}
 
 
@@ -67,8 +67,8 @@ def resumed(
     config: Config, samples: list[Sample], folder: str, schedule: dict[str, int]
 ) -> dict[str, Any]:
     """The state read back in this layout, and the weights three updates later."""
-    from megatron_real.policy.state import load_schedule_state, load_sharded_state
-    from megatron_real.weights.unpickling import check_metadata, weights_only
+    from megatron_real.checkpoint.state import load_schedule_state, load_sharded_state
+    from megatron_real.checkpoint.unpickling import check_metadata, weights_only
 
     policy = new_policy(config, config.model.path)
     check_metadata(Path(folder))
@@ -110,7 +110,7 @@ def state_of(policy: Any) -> dict[str, Any]:
     """The weights by their HF names, and this rank's pieces of the optimizer's state, each with
     its key, the whole tensor's shape and the piece's offset in it.
     """
-    from megatron_real.policy.state import sharded_state
+    from megatron_real.checkpoint.state import sharded_state
 
     pieces = [
         (piece.key, piece.global_shape, piece.global_offset, piece.data.clone())
@@ -121,7 +121,7 @@ def state_of(policy: Any) -> dict[str, Any]:
 
 def stopped_within_a_step(config: Config, samples: list[Sample], done: int) -> dict[str, Any]:
     """The state of a step after `done` of its updates, and what the rest of them gave."""
-    from megatron_real.policy.state import unfinished
+    from megatron_real.checkpoint.state import unfinished
 
     policy = new_policy(config, config.model.path)
     batches = policy.prepare(rollouts_of(samples))
@@ -142,7 +142,7 @@ def taken_up(
 
     The updates before it are made again, to have the same weights.
     """
-    from megatron_real.policy.state import Unfinished, prepare
+    from megatron_real.checkpoint.state import Unfinished, prepare
 
     policy = new_policy(config, config.model.path)
     for batch in policy.prepare(rollouts_of(samples))[:done]:

@@ -54,7 +54,7 @@ def logits_of_checkpoint(config: Config, checkpoint: str, tokens: list[int]) -> 
     """Logits [T, V] of tokens[:-1], on one rank of the last stage, after megatron-core's loader
     and ours have filled the same parameters with the same values.
     """
-    from megatron_real.weights.conversion import open_megatron
+    from megatron_real.conversion.convert import open_megatron
     from megatron_real.weights.stream import global_parameters
 
     policy = new_policy(config, config.model.path)

@@ -126,7 +126,7 @@ class Pair:
 
     def rollouts(self, asked: list[Prompt], *, seed: int = 5) -> list[Rollout]:
         """Two answers to each prompt, the same on every rank."""
-        from megatron_real.rollout.engine import completed
+        from megatron_real.rollout.engines.engine import completed
 
         sampling = Sampling(2, TEMPERATURE, 16)
         seeds = [seed + 10 * i for i in range(len(asked))]

@@ -26,7 +26,7 @@ def attempts() -> dict[str, tuple[str, str, float]]:
     """Returns for each method the error that this rank raises when one rank alone fails,
     as its class and message, and the seconds that it took.
     """
-    from megatron_real.runs.ranks import Ranks
+    from megatron_real.parallel.ranks import Ranks
 
     ranks = Ranks.of_all(timedelta(seconds=240))
     errors = {}
@@ -74,7 +74,7 @@ def test_one_ranks_error_is_raised_on_every_rank(
 
 def kept() -> bool:
     """Whether this rank gets its own process group back, which cannot be sent to another one."""
-    from megatron_real.runs.ranks import Ranks
+    from megatron_real.parallel.ranks import Ranks
 
     ranks = Ranks.of_all(timedelta(seconds=240))
     return ranks.together(lambda: ranks.group) is ranks.group
@@ -90,9 +90,10 @@ def surveyed(folder: str, fault: str) -> tuple[str, float]:
     """
     import os
 
-    from megatron_real.runs import checkpoint, saved
+    from megatron_real.checkpoint import saver
+    from megatron_real.parallel.ranks import Ranks
+    from megatron_real.runs import saved
     from megatron_real.runs.directory import RunDirectory
-    from megatron_real.runs.ranks import Ranks
 
     ranks = Ranks.of_all(timedelta(seconds=240))
     directory = RunDirectory(folder)
@@ -128,7 +129,7 @@ def surveyed(folder: str, fault: str) -> tuple[str, float]:
 
     started = time.monotonic()
     try:
-        newest = checkpoint.survey(directory, ranks).newest
+        newest = saver.survey(directory, ranks).newest
         outcome = "none"
         if newest is not None:
             outcome = newest.path.name

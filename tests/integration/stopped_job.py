@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from unittest import mock
 
 from megatron_real import cli
+from megatron_real.progress import RunProgress
 from megatron_real.runs import reporter
-from megatron_real.runs.progress import RunProgress
 
 
 class Stopper(RunProgress):

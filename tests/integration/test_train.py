@@ -19,9 +19,13 @@ from megatron_real import cli
 from tests.integration.conftest import ROOT, command, rows, train
 
 
-def pairs(path: Path) -> list[tuple[int, ...]]:
+def pairs(path: Path) -> list[tuple[int, int]]:
     """The operands of each problem."""
-    return [tuple(map(int, row["prompt"][0]["content"][:-1].split("+"))) for row in rows(path)]
+    operands = []
+    for row in rows(path):
+        first, second = row["prompt"][0]["content"].removesuffix("=").split("+")
+        operands.append((int(first), int(second)))
+    return operands
 
 
 @pytest.fixture(scope="session")

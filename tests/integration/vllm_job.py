@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from megatron_real.policy.layout import join_world
+from megatron_real.parallel.groups import join_world
 from megatron_real.records import Sampling
 from tests.distributed import sync_jobs
 from tests.distributed.sync_jobs import Pair, prompts
@@ -51,7 +51,7 @@ def forgotten(pair: Pair) -> dict[str, float]:
     """The largest difference where a sync forgets to drop the prefix cache, or to pack the weights
     again; `none` is after a sync that forgets nothing.
     """
-    from megatron_real.rollout import vllm_engine
+    from megatron_real.rollout.engines import vllm as vllm_engine
 
     asked = prompts(2, tokens=200)
     differences = {}
@@ -100,7 +100,7 @@ def spread(pair: Pair) -> dict[str, Any]:
     prompts.
     """
     from megatron_real.labels import Labeller
-    from megatron_real.rollout.engine import completed
+    from megatron_real.rollout.engines.engine import completed
     from megatron_real.rollout.spread import prompt_seed
     from megatron_real.rollout.stage import RolloutStage
 
