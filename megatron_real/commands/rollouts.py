@@ -15,9 +15,8 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
-
-import yaml
 
 from megatron_real.commands.terminal import input_checks
 from megatron_real.records import Label, Status
@@ -241,13 +240,9 @@ def _decoder(
             f"{directory.path} has no {shade} of single tokens in this step; a run keeps them with "
             "trainer.keep_token_weights=true"
         )
-    try:
-        config = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        config = {}
-    if not isinstance(config, dict):
-        config = {}
-    decode = token_decoder(config)
+    decode = None
+    with suppress(ValueError):
+        decode = token_decoder(directory.read_config("its tokenizer is not known"))
     if decode is None:
         raise ValueError(
             f"--shade needs the tokenizer.json of the run's model, which {directory.config} does "

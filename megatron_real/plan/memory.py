@@ -15,20 +15,25 @@ the MLP, V rows of the vocabulary, D head size.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_real.buffers import LOGITS_CHUNK_BYTES, SYNC_BUCKET_BYTES
 from megatron_real.config import Config, ParallelConfig
 from megatron_real.config.engines import has_own_processes
 from megatron_real.numerics import DTYPE_BYTES
 from megatron_real.weights.architecture import Architecture
-
-CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
-"""The log-prob head's chunk of logits in fp32: policy/logprobs.py."""
-
-BUCKET_BYTES = 256 << 20
-"""What goes to a server at a time, at least: rollout/vllm_server/link.py."""
+from megatron_real.weights.mapping import (
+    EMBEDDING,
+    FINAL_NORM,
+    LAYERS,
+    OUTPUT,
+    Coordinates,
+    entries,
+)
 
 MODELLED = frozenset({"grad_reduce_in_fp32", "bias_activation_fusion", "apply_rope_fusion"})
 """Fields of `megatron.*` that the estimates follow."""
@@ -167,38 +172,40 @@ def stage_memory(
 def stage_parameters(architecture: Architecture, parallel: ParallelConfig, stage: int) -> int:
     """Elements of one rank's parameters on a pipeline stage, as Megatron shards them.
 
-    Column- and row-parallel weights, the embedding and the head are cut over tensor-parallel ranks,
-    norms and biases of row-parallel layers are not. A tied head on another stage than the embedding
-    is a copy of it. With more ranks than KV heads the weights are still cut evenly: only the
-    computed keys and values are exchanged.
+    What is cut over which ranks is the weight mapping's to say. A tied head on another stage than
+    the embedding is a copy of it. With more ranks than KV heads the weights are still cut evenly:
+    only the computed keys and values are exchanged.
     """
-    a = architecture
-    tp = parallel.tp
-    hidden = a.hidden_size
+    elements = _elements(architecture, parallel.tp)
+    layer = sum(count for key, count in elements.items() if key.startswith(LAYERS))
+    total = architecture.num_layers // parallel.pp * layer
 
-    # Of a layer: what is cut over tensor-parallel ranks, and what every rank has whole.
-    qkv = a.head_dim * (a.num_heads + 2 * a.num_kv_heads)
-    cut = hidden * qkv + a.head_dim * a.num_heads * hidden + 3 * hidden * a.ffn_size
-    whole = 2 * hidden
-    if a.qkv_bias:
-        cut += qkv
-    if a.linear_bias:
-        cut += 2 * a.ffn_size
-        whole += 2 * hidden
-    if a.qk_norm:
-        whole += 2 * a.head_dim
-    total = a.num_layers // parallel.pp * (cut // tp + whole)
-
-    vocabulary = a.padded_vocab(tp) // tp * hidden
     first = stage == 0
     last = stage == parallel.pp - 1
     if first:
-        total += vocabulary
+        total += elements[EMBEDDING]
     if last:
-        total += hidden  # the final norm
-        if not (a.tied and first):
-            total += vocabulary
+        total += elements[FINAL_NORM]
+        if not architecture.tied:
+            total += elements[OUTPUT]
+        elif not first:
+            total += elements[EMBEDDING]
     return total
+
+
+@functools.cache
+def _elements(architecture: Architecture, tp: int) -> Mapping[str, int]:
+    """Returns key of a parameter -> its elements on one of `tp` ranks; for a layer's, of one layer.
+
+    All layers are alike, and a plan asks for many layouts.
+    """
+    one_layer = dataclasses.replace(architecture, num_layers=1)
+    padded_rows = architecture.padded_vocab(tp)
+    elements = {}
+    for entry in entries(one_layer):
+        part = entry.shard(Coordinates(tp_rank=0, tp=tp), padded_rows=padded_rows)
+        elements[entry.key] = part.height * part.width
+    return elements
 
 
 def _resident(config: Config, parameters: int, *, dp: int) -> Resident:
@@ -406,7 +413,7 @@ def _head(
     wide = max(4, width)  # sums are in fp32 or wider
     hidden = layer.tokens * architecture.hidden_size
     logits = layer.tokens * columns
-    chunk = min(logits * wide, CHUNK_BYTES[shapes.device])
+    chunk = min(logits * wide, LOGITS_CHUNK_BYTES[shapes.device])
     working = chunk
     if shapes.device == "cpu" and width == 2:
         working *= 2
@@ -457,5 +464,5 @@ def _sync(architecture: Architecture, config: Config) -> int:
     rows = max(architecture.vocab_size, 2 * architecture.ffn_size)
     largest = rows * architecture.hidden_size * DTYPE_BYTES[config.model.dtype]
     if has_own_processes(config.rollout.engine):
-        return 2 * largest + max(BUCKET_BYTES, largest)
+        return 2 * largest + max(SYNC_BUCKET_BYTES, largest)
     return 2 * largest

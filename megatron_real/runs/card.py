@@ -15,8 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import yaml
-
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.rows import read_rows
 from megatron_real.runs.summary import mean_reward
@@ -76,7 +74,7 @@ def model_card(
     """
     from huggingface_hub import ModelCardData
 
-    config = _config(directory)
+    config = directory.read_config("a model card is made of it")
     source = Path(str(_setting(config, "model.path")))
     objective = str(_setting(config, "objective.name"))
     evaluations = [
@@ -157,19 +155,6 @@ def with_benchmarks(card: str, evaluations: Sequence[str | Path]) -> str:
     data.eval_results = [*(data.eval_results or []), *results]
     head = ["benchmark", "pass@1", "standard error", "problems", "samples each"]
     return f"{str(parsed).rstrip()}\n\n## Benchmarks\n\n{_table(head, rows)}\n"
-
-
-def _config(directory: RunDirectory) -> Mapping[str, Any]:
-    try:
-        config = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{directory.config} cannot be read ({' '.join(str(error).split())}); "
-            "a model card is made of it"
-        ) from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{directory.config} is no configuration; a model card is made of it")
-    return config
 
 
 def _inherited(source: Path) -> dict[str, Any]:

@@ -142,12 +142,12 @@ def taken_up(
 
     The updates before it are made again, to have the same weights.
     """
-    from megatron_real.checkpoint.state import Unfinished, prepare
+    from megatron_real.checkpoint.state import Unfinished, prepare_step
 
     policy = new_policy(config, config.model.path)
     for batch in policy.prepare(rollouts_of(samples))[:done]:
         policy.update(batch)
-    batches, updates = prepare(policy, rollouts_of(samples), Unfinished.from_state_dict(begun))
+    batches, updates = prepare_step(policy, rollouts_of(samples), Unfinished.from_state_dict(begun))
     assert len(updates) == done
     rest = [policy.update(batch) for batch in batches[done:]]
     return {

@@ -35,7 +35,7 @@ def same(one: list[tuple[str, torch.Tensor]], other: list[tuple[str, torch.Tenso
 def test_tensors_come_out_as_they_went_in(
     monkeypatch: pytest.MonkeyPatch, limit: int, number: int
 ) -> None:
-    monkeypatch.setattr(link, "BUCKET_BYTES", limit)
+    monkeypatch.setattr(link, "SYNC_BUCKET_BYTES", limit)
     found, places = [], []
     for bucket in buckets(TENSORS):
         assert len(bucket.flat) <= limit or len(bucket.slots) == 1
