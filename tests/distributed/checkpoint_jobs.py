@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -35,24 +36,31 @@ def trained_and_saved(
     rollouts = rollouts_of(samples)
     for batch in policy.prepare(rollouts):
         policy.update(batch)
-    found = state_of(policy)
+    state = state_of(policy)
+
     if live:
-        writer.host_copies = lambda like: [tensor.detach() for tensor in like]  # type: ignore[assignment]
+        # Nobody takes the patch back: this process ends with the function.
+        mock.patch.object(
+            writer, "host_copies", lambda like: [tensor.detach() for tensor in like]
+        ).start()
     store = writer.Staging(policy.groups.dp_cp)
     by_key, common = store.copy(sharded_state(policy))
     schedule = schedule_state(policy)
+
     for batch in policy.prepare(rollouts):
         policy.update(batch)
+
     first = dist.get_rank() == 0
     if first:
         Path(folder).mkdir()
     dist.barrier()
-    writer.write(
-        Path(folder), by_key, dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
-    )
+    group = None
+    if dist.get_world_size() > 1:
+        group = dist.new_group(backend="gloo")
+    writer.write(Path(folder), by_key, group)
     if first:
         writer.write_common(Path(folder), common)
-    return {**found, "schedule": schedule, "later": state_of(policy)["weights"]}
+    return {**state, "schedule": schedule, "later": state_of(policy)["weights"]}
 
 
 def resumed(
@@ -67,10 +75,11 @@ def resumed(
     with weights_only(Path(folder)), counted_reads() as numbers:
         load_sharded_state(policy, Path(folder))
     load_schedule_state(policy, schedule)
-    found = {**state_of(policy), "numbers read": sum(numbers)}
+    state = state_of(policy)
+
     for batch in policy.prepare(rollouts_of(samples)):
         policy.update(batch)
-    return {**found, "later": state_of(policy)["weights"]}
+    return {**state, "numbers read": sum(numbers), "later": state_of(policy)["weights"]}
 
 
 @contextmanager
@@ -93,13 +102,13 @@ def counted_reads() -> Iterator[list[int]]:
 
 def numbers_of(folder: str) -> int:
     """How many numbers the tensors of a checkpoint have."""
-    saved = FileSystemReader(folder).read_metadata().state_dict_metadata.values()
-    return sum(prod(one.size) for one in saved if isinstance(one, TensorStorageMetadata))
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata.values()
+    return sum(prod(entry.size) for entry in entries if isinstance(entry, TensorStorageMetadata))
 
 
 def state_of(policy: Any) -> dict[str, Any]:
-    """The weights by their HF names, and this rank's pieces of the optimizer's
-    state with their places.
+    """The weights by their HF names, and this rank's pieces of the optimizer's state, each with
+    its key, the whole tensor's shape and the piece's offset in it.
     """
     from megatron_real.checkpoint.state import sharded_state
 
@@ -129,8 +138,9 @@ def stopped_within_a_step(config: Config, samples: list[Sample], done: int) -> d
 def taken_up(
     config: Config, samples: list[Sample], begun: dict[str, Any], done: int
 ) -> dict[str, Any]:
-    """The same rest, in this layout, from `begun`; the updates before it are made
-    again to have the same weights.
+    """The rest of the step, in this layout, from the state `begun`.
+
+    The updates before it are made again, to have the same weights.
     """
     from megatron_real.checkpoint.state import Unfinished, prepare_step
 
@@ -154,8 +164,13 @@ def assembled(ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     for rank in ranks:
         for key, shape, offset, data in rank["pieces"]:
             tensor = whole.setdefault(key, torch.full(shape, torch.nan))
-            place = tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))
+            place = slices(offset, data.shape)
             known = ~tensor[place].isnan()
             assert torch.equal(tensor[place][known], data[known]), f"two ranks disagree on {key}"
             tensor[place] = data
     return whole
+
+
+def slices(offset: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
+    """The box of `size` elements that begins at `offset`, as an index of a tensor."""
+    return tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))
