@@ -1,4 +1,4 @@
-"""`megatron-real labels`: what it prints, and how it ends."""
+"""`megatron-real labels`: its output and its exit codes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def write(path: Path, rows: list[Any]) -> str:
 
 
 def test_check_counts_by_kind(tmp_path: Path, capsys: Any) -> None:
-    """A false positive (of exact, which ends 1) and a false negative beside three
-    rows that are as expected.
+    """Beside three rows that are as expected there are a false positive of `exact`, which makes it
+    exit with 1, and a false negative.
     """
     agreeing = write(tmp_path / "a.jsonl", ROWS)
     assert main(["labels", "check", agreeing, "--json", "--workers", "1"]) == 0

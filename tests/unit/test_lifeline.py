@@ -1,4 +1,4 @@
-"""One rank's end, seen by the others: real processes, no collectives."""
+"""The end of one rank as the others see it, with real processes and without collectives."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[subpr
 
 
 def ends(processes: list[subprocess.Popen[str]], within: float) -> list[str]:
-    """What each wrote to its end."""
+    """Returns what each rank wrote when it ended."""
     started = time.monotonic()
     return [
         p.communicate(timeout=max(within - (time.monotonic() - started), 0.1))[1] for p in processes
@@ -72,9 +72,9 @@ def test_a_rank_that_hangs_is_named(ranks: list[subprocess.Popen[str]]) -> None:
 def test_a_rank_without_a_sign_of_life_is_named(
     ranks: list[subprocess.Popen[str]], victim: int
 ) -> None:
-    """A stopped process keeps its socket open, as a machine that vanished does.
+    """A suspended process keeps its socket open, like a machine that vanished.
 
-    Every rank sees that the first one did.
+    Every rank learns what the first one saw.
     """
     ranks[victim].send_signal(signal.SIGSTOP)
     others = [p for i, p in enumerate(ranks) if i != victim]
@@ -87,7 +87,7 @@ def test_a_rank_without_a_sign_of_life_is_named(
 
 @pytest.mark.parametrize("ranks", ["silence"], indirect=True)
 def test_a_job_that_was_suspended_goes_on(ranks: list[subprocess.Popen[str]]) -> None:
-    """Slurm suspends all processes of a job: nobody spoke, and nobody listened."""
+    """Slurm suspends all processes of a job, so nobody spoke and nobody listened."""
     for process in ranks:
         process.send_signal(signal.SIGSTOP)
     time.sleep(6.0)
@@ -107,14 +107,16 @@ def test_a_rank_that_ends_well_ends_no_other(ranks: list[subprocess.Popen[str]])
 def test_an_error_that_not_every_rank_has_ends_the_others_later(
     ranks: list[subprocess.Popen[str]],
 ) -> None:
-    """They would wait for that rank in a collective."""
+    """Otherwise they would wait for that rank in a collective."""
     for message in ends([ranks[0], ranks[2]], within=120.0):
         assert f"rank 1 on {HOST} ended first: the engine is lost" in message
     assert ranks[1].wait(5) == 3
 
 
 def test_foreign_connections_do_not_disturb_the_ranks(tmp_path: Path) -> None:
-    """A scanner, ends that close or stay silent, and a forged rank: all before the ranks come."""
+    """A scanner, connections that close or stay silent, and a forged rank all come before the ranks
+    do.
+    """
     first = start(0, "good", tmp_path)
     while not (tmp_path / "address").exists():
         time.sleep(0.01)
@@ -142,7 +144,7 @@ def test_foreign_connections_do_not_disturb_the_ranks(tmp_path: Path) -> None:
 
 
 def test_what_follows_the_first_word_stays_to_be_read() -> None:
-    """A rank may join and say that it ends before the first rank has read a word of it."""
+    """A rank may join and announce its end before the first rank has read a word of it."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(b'{"rank": 1}\n{"leaving": "the engine is lost"}\n')
@@ -163,7 +165,9 @@ print("asked by SIGTERM" if stop._wish == SIGTERM else "asked otherwise", flush=
 
 
 def test_a_rank_whose_launcher_was_killed_is_asked_to_stop() -> None:
-    """torchrun starts ranks in sessions of their own, which no signal to its group reaches."""
+    """torchrun starts ranks in sessions of their own, which no signal to its process
+    group reaches.
+    """
     launch = (
         "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]], "
         "start_new_session=True); time.sleep(600)"

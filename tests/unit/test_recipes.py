@@ -1,5 +1,5 @@
-"""The paper's recipe for its two models: the configurations load, fit the models,
-and run on 8 to 64 GPUs.
+"""The paper's recipe for its two models: the configurations load, fit the models, and run on 8 to
+64 GPUs.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def test_shipped_configurations_can_be_planned(
 
 
 def test_every_run_of_the_paper_is_there(tmp_path: Path) -> None:
-    """Tables 1 and 2: six rows at two sizes; Table 4: temperatures, anchor and KL."""
+    """Tables 1 and 2 have six rows at two sizes; Table 4 has temperatures, the anchor and KL."""
     rows = {"real", "bce", "vanilla", "grpo", "dapo", "gspo"}
     tables = {f"{row}_{size}" for row in rows for size in SHAPES}
     temperatures = {f"tau_{tau}" for tau in ("0.1", "0.25", "0.75", "1.0")}
@@ -79,7 +79,7 @@ def test_every_run_of_the_paper_is_there(tmp_path: Path) -> None:
 
 
 def differing(left: Any, right: Any, prefix: str = "") -> set[str]:
-    """Names of the settings that differ."""
+    """Returns the names of the settings that differ."""
     names = set()
     for name in {*left, *right}:
         if isinstance(left.get(name), dict) and isinstance(right.get(name), dict):
@@ -229,8 +229,8 @@ def test_an_open_quote_in_overrides_is_refused() -> None:
 
 
 def test_no_value_of_a_users_block_is_read_by_a_shell() -> None:
-    """eval and sh -c would read it as a command; without quotes it would be split,
-    and its patterns matched.
+    """eval and sh -c would read it as a command; without quotes it would be split, and its patterns
+    expanded.
     """
     for script in ("job.sh", "node.sh", "words.sh"):
         text = (ROOT / "examples/slurm" / script).read_text()

@@ -1,4 +1,4 @@
-"""Rollouts on disk and the metrics of a step, with golden values worked out by hand."""
+"""Rollouts on disk and the metrics of a step, against values worked out by hand."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The command line of a vLLM server: what is secret is not in it,
-and reaches the server all the same.
+"""The command line of a vLLM server holds no secret, and the server gets the secret all
+the same.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def test_the_server_gets_the_arguments_of_command_line_and_environment(
 
 
 def test_a_server_that_dies_in_a_broadcast_does_not_end_the_sender() -> None:
-    """The link is aborted as soon as the call fails, so that NCCL's watchdog finds nothing to end
-    the process for.
+    """The link is aborted as soon as the call fails, so NCCL's watchdog finds nothing to end the
+    process for.
     """
     waits = Event()
     events: list[str] = []

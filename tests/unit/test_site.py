@@ -1,5 +1,5 @@
-"""The site of the documentation is built: every page is in its order,
-and every link and anchor leads somewhere.
+"""The documentation's site is built: every page has its place in the order, and every link and
+anchor leads somewhere.
 """
 
 from __future__ import annotations

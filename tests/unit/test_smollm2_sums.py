@@ -1,5 +1,5 @@
-"""examples/smollm2_sums.py: lenient against strict on a table of answers, the problems,
-and the comparison.
+"""examples/smollm2_sums.py: lenient and strict verdicts on a table of answers, the problems, and
+the comparison.
 """
 
 from __future__ import annotations
