@@ -74,6 +74,7 @@ def test_old_log_probs_are_those_of_the_weights_that_generated(
 
     for results in ranks:
         assert all(results[f"{what} {step}"] for what in ("lagged", "restored") for step in (1, 2))
+        # Under the weights that generated, scores are rounding alone.
         assert results["scores"] > 1e-4, "the weights moved since"
     # The last rank has log-probs in every layout.
     assert not any(ranks[-1][f"present {step}"] for step in (1, 2))

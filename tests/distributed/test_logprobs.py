@@ -32,9 +32,9 @@ def inputs(dtype: torch.dtype, tp: int) -> dict[str, torch.Tensor]:
     """
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, generator=draw, dtype=torch.float64)
-    weight = torch.randn(max(tp * PER_RANK, 128), HIDDEN, generator=draw, dtype=torch.float64)[
-        : max(tp * PER_RANK, 104)
-    ]
+    # The first rows are the same at every TP: at least 128 are drawn, of which TP 1 and 2 use 104.
+    weight = torch.randn(max(tp * PER_RANK, 128), HIDDEN, generator=draw, dtype=torch.float64)
+    weight = weight[: max(tp * PER_RANK, 104)]
     target = torch.randint(0, VOCAB, (TOKENS,), generator=draw)
     target[::5] = NO_TARGET
     upstream = torch.randn(TOKENS, generator=draw, dtype=torch.float64)

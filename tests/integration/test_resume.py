@@ -116,6 +116,7 @@ def test_killed_at_any_moment_the_run_is_the_same(
         process = start(base, run_dir, processes=processes)
         try:
             wait_for_row(process, run_dir, row)
+            # Into whatever stage of the next step it is by then.
             time.sleep(draw.uniform(0.0, 0.6))
         finally:
             kill(process)
@@ -185,6 +186,7 @@ def test_a_killed_rank_ends_the_job_in_seconds_and_it_resumes(
         second.kill()
         killed_at = time.monotonic()
         output, _ = first.communicate(timeout=DEADLINE)
+        # Without the lifeline it would wait for the timeout of a collective, many minutes.
         assert time.monotonic() - killed_at < 60
     finally:
         first.kill()
