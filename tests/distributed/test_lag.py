@@ -23,7 +23,7 @@ ModelMaker = Callable[..., Path]
 
 
 def old_logprobs(batches: list[Any]) -> list[torch.Tensor]:
-    """The old log-probs of the micro-batches, on the ranks that have them."""
+    """Returns the old log-probs of the micro-batches, on the ranks that have them."""
     results = [results for batch in batches for results in batch.results]
     return [r.old_logprob_T for r in results if r.has("old_logprob_T")]
 
@@ -33,7 +33,7 @@ def all_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 
 def lagging(config: Config, samples: list[Sample]) -> dict[str, Any]:
-    """Two steps of updates; after each, the old log-probs under the weights before it."""
+    """Makes two steps of updates, and after each the old log-probs under the weights before it."""
     from megatron_real.policy.snapshot import Snapshot
 
     policy = jobs.new_policy(config, config.model.path)

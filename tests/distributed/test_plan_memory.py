@@ -95,7 +95,7 @@ def config_of(
     max_tokens: int = SEQUENCES,
     **parallel: Any,
 ) -> Config:
-    """A configuration of SEQUENCES sequences, `max_tokens` of them in a micro-batch."""
+    """Returns a configuration of SEQUENCES sequences, `max_tokens` of them in a micro-batch."""
     return Config(
         model=ModelConfig(path=str(path), dtype=dtype, logprobs=logprobs, recompute=recompute),
         data=DataConfig(max_prompt_tokens=8),

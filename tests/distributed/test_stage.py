@@ -168,7 +168,7 @@ def everywhere(stage: RolloutStage, rollouts: list[Rollout]) -> list[Rollout]:
 
 
 def known(rollouts: list[Rollout]) -> list[Any]:
-    """All of the rollouts but the clock's and the weight version."""
+    """Returns all facts of the rollouts but those of the clock and the weight version."""
     return [
         (r.prompt.uid, r.group, r.sample, drawn(r), r.verdict.status, r.label, r.refills)
         for r in rollouts

@@ -73,7 +73,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    """The metrics that do not depend on the machine's speed."""
+    """Returns the metrics that do not depend on the machine's speed."""
     timed = (
         "seconds",
         "memory",
@@ -86,7 +86,7 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_same_run(run_dir: Path, expected: Path) -> None:
-    """Metrics, evaluations, rollouts and exported weights are equal, bit for bit."""
+    """Asserts that metrics, evaluations, rollouts and exported weights are equal, bit for bit."""
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         pairs = zip(rows(run_dir / name), rows(expected / name), strict=True)
         for row, expected_row in pairs:
