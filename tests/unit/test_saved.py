@@ -9,7 +9,7 @@ import pytest
 
 from megatron_real.runs import saved
 from megatron_real.runs.changes import check_changes
-from megatron_real.runs.saved import Position, Saved, Unreadable
+from megatron_real.runs.saved import Position, Saved, UnreadableCheckpoint
 
 
 def make(folder: Path, step: int, update: int = 0, accuracy: float | None = None) -> Saved:
@@ -77,7 +77,7 @@ def test_what_cannot_be_read_is_not_damaged(tmp_path: Path, name: str) -> None:
     content = (one.path / name).read_bytes()
     (one.path / name).unlink()
     (one.path / name).symlink_to(name)
-    with pytest.raises(Unreadable, match=r"symbolic links.*nothing was changed"):
+    with pytest.raises(UnreadableCheckpoint, match=r"symbolic links.*nothing was changed"):
         one.damage()
     (one.path / name).unlink()
     (one.path / name).write_bytes(content)
@@ -92,7 +92,9 @@ def test_what_is_unreadable_at_a_checksum_is_not_damaged(
 
     one = make(tmp_path, 10)
     monkeypatch.setattr(saved, "checksum", denied)
-    with pytest.raises(Unreadable, match=r"a\.distcp cannot be read \(Permission denied\)"):
+    with pytest.raises(
+        UnreadableCheckpoint, match=r"a\.distcp cannot be read \(Permission denied\)"
+    ):
         one.damage()
 
 
