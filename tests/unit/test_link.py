@@ -36,22 +36,26 @@ def test_tensors_come_out_as_they_went_in(
     monkeypatch: pytest.MonkeyPatch, limit: int, number: int
 ) -> None:
     monkeypatch.setattr(link, "SYNC_BUCKET_BYTES", limit)
-    found, places = [], []
+
+    unpacked_tensors = []
+    addresses = []
     for bucket in buckets(TENSORS):
         assert len(bucket.flat) <= limit or len(bucket.slots) == 1
-        found.append(
-            [(name, tensor.clone()) for name, tensor in unpacked(bucket.flat, bucket.slots)]
-        )
-        places.append(bucket.flat.data_ptr())
-    assert len(found) == number and same([pair for pairs in found for pair in pairs], TENSORS)
-    assert limit < 128 or len(set(places)) == 1 + (limit == 128), (
+        # Cloned, because the next bucket may lie in the same memory.
+        for name, tensor in unpacked(bucket.flat, bucket.slots):
+            unpacked_tensors.append((name, tensor.clone()))
+        addresses.append(bucket.flat.data_ptr())
+
+    assert len(addresses) == number and same(unpacked_tensors, TENSORS)
+    assert limit < 128 or len(set(addresses)) == 1 + (limit == 128), (
         "one memory for all, another for one that is larger"
     )
 
 
 def test_two_workers_get_what_the_sender_sends() -> None:
     listener = listen("127.0.0.1")
-    address, (bucket,) = listener.getsockname(), buckets(TENSORS)
+    address = listener.getsockname()
+    (bucket,) = buckets(TENSORS)
 
     def worker(rank: int) -> list[tuple[str, torch.Tensor]]:
         joined = Link.join(address, "secret", rank=rank, size=3, device=CPU, seconds=30)
@@ -77,7 +81,7 @@ def test_nobody_takes_a_workers_place() -> None:
     one that stays silent.
     """
     listener = listen("127.0.0.1")
-    address = listener.getsockname()
+    address: tuple[str, int] = listener.getsockname()
     with ThreadPoolExecutor(2) as pool:
         host = pool.submit(Link.host, listener, "secret", size=2, device=CPU, seconds=30)
         scanner = socket.create_connection(address)
@@ -99,7 +103,7 @@ def test_nobody_takes_a_workers_place() -> None:
 
 
 @pytest.mark.parametrize("impostor", ["worker", "sender"])
-def test_who_slips_into_the_group_gets_no_weights(impostor: str) -> None:
+def test_a_stranger_in_the_process_group_gets_no_weights(impostor: str) -> None:
     """The group's own connections ask for no secret: whoever was quicker there still has to prove
     that it knows it.
     """

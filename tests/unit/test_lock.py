@@ -57,9 +57,10 @@ def test_a_living_owner_is_respected(tmp_path: Path) -> None:
 
 def test_a_lock_goes_from_one_owner_to_the_next(tmp_path: Path) -> None:
     for number in (1, 2, 3):
-        lock, said = newcomer(tmp_path / "owners"), list[str]()
-        lock.take(said.append)
-        assert last(tmp_path / "owners").name == str(number) and not said
+        lock = newcomer(tmp_path / "owners")
+        messages: list[str] = []
+        lock.take(messages.append)
+        assert last(tmp_path / "owners").name == str(number) and not messages
         lock.release()
     assert [json.loads(file.read_text())["ended"] for file in (tmp_path / "owners").iterdir()] == [
         True
@@ -68,9 +69,10 @@ def test_a_lock_goes_from_one_owner_to_the_next(tmp_path: Path) -> None:
 
 def test_a_dead_owner_of_this_machine_is_seen_at_once(tmp_path: Path) -> None:
     dead_owner(tmp_path / "owners")
-    lock, said = newcomer(tmp_path / "owners"), list[str]()
-    lock.take(said.append)
-    assert "which is gone; taking over" in said[0]
+    lock = newcomer(tmp_path / "owners")
+    messages: list[str] = []
+    lock.take(messages.append)
+    assert "which is gone; taking over" in messages[0]
     lock.release()
 
 
@@ -88,9 +90,10 @@ def test_a_process_table_says_nothing_about_processes_elsewhere(
 ) -> None:
     """Its number is not in this table, and it may live all the same: the lease decides."""
     dead_owner(tmp_path / "owners", **changes)
-    lock, said = newcomer(tmp_path / "owners", lease=0.5), list[str]()
-    lock.take(said.append)
-    assert "waiting up to 0.5 s" in said[0] and "no sign of life for 0.5 s" in said[1]
+    lock = newcomer(tmp_path / "owners", lease=0.5)
+    messages: list[str] = []
+    lock.take(messages.append)
+    assert "waiting up to 0.5 s" in messages[0] and "no sign of life for 0.5 s" in messages[1]
     lock.release()
 
 

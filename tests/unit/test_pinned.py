@@ -90,7 +90,7 @@ def test_the_writing_thread_is_on_the_ranks_own_gpu(monkeypatch: pytest.MonkeyPa
     assert device_of == {name: torch.device("cuda", 3)}
 
 
-def test_what_is_written_is_not_copied_by_way_of_a_gpu(
+def test_checkpoints_are_not_copied_by_way_of_a_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """torch's overlapping loader waits for the device after each so many bytes;
@@ -113,7 +113,8 @@ def test_a_checksum_is_the_same_however_many_blocks_are_summed_at_once(
 ) -> None:
     """On a GPU 256 MiB are summed by a handful of launches, on a CPU block by block."""
     data = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8)
-    sums, launches = [], []
+    sums = []
+    launches = []
     for together in (1, 3, 1024):
         monkeypatch.setitem(checksum._TOGETHER, "cpu", together)
         with torch.profiler.profile() as profile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_real.config import BatchConfig, Config, RolloutConfig, TrainerConfig
-from megatron_real.records import Completion, Prompt, Rollout, Verdict
+from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Status, Verdict
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.replay import check_replay
 from megatron_real.runs.rollouts import write_rollouts
@@ -21,7 +22,7 @@ ROLLOUTS = [
         group,
         sample,
         Completion((2,), (-1.0,), "half \ud83d pair", True),
-        Verdict("ok", 1, 1.0),
+        Verdict(Status.OK, POSITIVE, 1.0),
     )
     for group in range(4)
     for sample in range(2)
@@ -39,16 +40,16 @@ def saved(tmp_path: Path) -> RunDirectory:
     return run
 
 
-def config_of(run: RunDirectory, *, steps: int = 2, minibatch: int = 2, **rollout: Any) -> Config:
-    rollout = {"num_prompts": 4, "temperature": 0.7, "replay": str(run.path)} | rollout
+def config_of(run: RunDirectory, *, steps: int = 2, minibatch: int = 2, **changes: Any) -> Config:
+    rollout = RolloutConfig(num_prompts=4, temperature=0.7, replay=str(run.path))
     return Config(
         trainer=TrainerConfig(steps=steps),
-        rollout=RolloutConfig(**rollout),
+        rollout=dataclasses.replace(rollout, **changes),
         batch=BatchConfig(minibatch_prompts=minibatch),
     )
 
 
-def test_a_replay_that_fits_is_taken_without_a_word(saved: RunDirectory) -> None:
+def test_a_replay_that_fits_is_accepted_without_a_warning(saved: RunDirectory) -> None:
     assert check_replay(config_of(saved)) == []
     assert check_replay(config_of(saved, steps=1)) == []
     assert check_replay(Config()) == []
@@ -74,7 +75,7 @@ def test_a_replay_that_cannot_be_made_is_refused(
         check_replay(config_of(saved, **options))
 
 
-def test_other_minibatches_are_said(saved: RunDirectory) -> None:
+def test_other_minibatches_are_warned_of(saved: RunDirectory) -> None:
     (sentence,) = check_replay(config_of(saved, minibatch=4))
     assert "made its updates of 2 prompts, this replay makes them of 4" in sentence
 

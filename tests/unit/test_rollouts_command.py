@@ -59,7 +59,7 @@ def test_steps_are_chosen(run: RunDirectory, capsys: pytest.CaptureFixture[str])
         (["--steps", "x"], "--steps 'x' is no step; give numbers such as 12 or 20-29"),
     ],
 )
-def test_refusals(
+def test_a_step_that_is_not_saved_is_refused(
     run: RunDirectory, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
 ) -> None:
     assert main(["rollouts", str(run.path), *words]) == 2
@@ -156,17 +156,19 @@ def test_tokens_are_shaded_by_their_weights(
         (["--step", "41"], "has no rollouts of step 41"),
     ],
 )
-def test_refusals_of_what_is_to_be_read(
+def test_an_invalid_filter_is_refused_in_one_sentence(
     groups: RunDirectory, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
 ) -> None:
     assert main(["rollouts", str(groups.path), *words]) == 2
-    said = capsys.readouterr()
-    assert sentence in said.err and said.out == ""
+    output = capsys.readouterr()
+    assert sentence in output.err and output.out == ""
 
 
 def test_shades_that_were_not_kept_are_refused(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["rollouts", str(run.path), "--step", "1", "--shade", "ratio"]) == 2
-    said = capsys.readouterr()
-    assert "a run keeps them with trainer.keep_token_weights=true" in said.err and said.out == ""
+    output = capsys.readouterr()
+    assert (
+        "a run keeps them with trainer.keep_token_weights=true" in output.err and output.out == ""
+    )

@@ -322,11 +322,14 @@ def test_each_program_ends_in_its_own_way(code: VerifierPool) -> None:
     expected = {name: reason for name, (_, _, reason) in ENDINGS.items()}
     if not code.threads:
         expected[THREADED] = "0 of 2 tests passed: error"
+
     assert reasons == expected
+
     passed = [
         outcome.reason.count(" ok") == len(ENDINGS[name][1]["tests"])
         for name, outcome in zip(ENDINGS, outcomes, strict=True)
     ]
+
     assert [outcome.status == "ok" for outcome in outcomes] == passed
     assert [outcome.reward for outcome in outcomes] == [float(all_passed) for all_passed in passed]
 
@@ -337,18 +340,22 @@ def test_nothing_is_left_after_the_table(code: VerifierPool, attempts: dict[str,
     """
     (worker,) = code._workers
     assert worker._process is not None
+
     below = psutil.Process(worker._process.pid).children(recursive=True)
     assert len(below) == (3 if worker.rung is Rung.NAMESPACES else 2)
+
     mounts = Path("/proc/self/mounts").read_text()
     for folder in ("/tmp", "/dev/shm"):
         assert [name for name in os.listdir(folder) if CANARY in name and name != CANARY] == []
     pool = VerifierPool("code", workers=1, timeout_seconds=9, memory_mib=1024, highest=worker.rung)
     (other,) = pool._workers
     assert other._process is not None
+
     processes = [
         other._process.pid,
         *(p.pid for p in psutil.Process(other._process.pid).children(True)),
     ]
     pool.close()
+
     assert not any(psutil.pid_exists(process) for process in processes)
     assert Path("/proc/self/mounts").read_text() == mounts

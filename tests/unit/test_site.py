@@ -33,5 +33,6 @@ def test_the_site_is_built_with_strict_links(tmp_path: Path) -> None:
         text=True,
         timeout=120,
     )
+
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site/concepts.html").is_file()
