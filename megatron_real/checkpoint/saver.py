@@ -59,7 +59,7 @@ from megatron_real.runs.reporter import Reporter
 from megatron_real.runs.saved import (
     Position,
     Saved,
-    Unreadable,
+    UnreadableCheckpoint,
     checksum,
     clean,
     commit,
@@ -171,13 +171,15 @@ def read_state(checkpoint: Saved) -> dict[str, Any]:
     """Reads all of a checkpoint that is not sharded.
 
     Raises:
-        Unreadable: this process cannot read it now.
+        UnreadableCheckpoint: this process cannot read it now.
     """
     file = checkpoint.path / _STATE
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise Unreadable(f"{file} cannot be read ({error}); nothing was changed") from error
+        raise UnreadableCheckpoint(
+            f"{file} cannot be read ({error}); nothing was changed"
+        ) from error
     return state
 
 

@@ -108,7 +108,7 @@ def travel() -> dict[str, Any]:
 
 
 def known(rollout: Rollout) -> tuple[Any, ...]:
-    """What every rank knows of a rollout."""
+    """Returns what every rank knows of a rollout."""
     completion = rollout.completion
     lengths = (rollout.num_tokens, completion.num_tokens, completion.num_trained)
     place = (rollout.prompt, rollout.group, rollout.sample, rollout.holder)
@@ -212,7 +212,7 @@ def test_micro_batches_are_those_of_rollouts_that_every_rank_has(
 
 
 def written(folder: Path, ranks_per_node: int) -> list[Rollout]:
-    """The rollouts of a step and of a skipped update, as written by ranks that hold a part each."""
+    """Returns the rollouts of a step and a skipped update, as ranks with a part each write them."""
     from megatron_real.runs.reporter import Reporter
 
     rank = dist.get_rank()

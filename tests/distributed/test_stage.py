@@ -168,7 +168,7 @@ def everywhere(stage: RolloutStage, rollouts: list[Rollout]) -> list[Rollout]:
 
 
 def known(rollouts: list[Rollout]) -> list[Any]:
-    """All of the rollouts but the clock's and the weight version."""
+    """Returns all facts of the rollouts but those of the clock and the weight version."""
     return [
         (r.prompt.uid, r.group, r.sample, drawn(r), r.verdict.status, r.label, r.refills)
         for r in rollouts
@@ -183,7 +183,7 @@ def drawn(rollout: Rollout) -> tuple[Any, ...]:
 
 def alike(ranks: list[list[Rollout]]) -> list[Rollout]:
     """The rollouts, which all ranks must know alike, complete and in order."""
-    # The verdicts' seconds too: each verdict is made once and gathered.
+    # Equal to the verdicts' seconds: each verdict is made once and gathered.
     assert all(rank == ranks[0] for rank in ranks)
     assert [(r.group, r.sample) for r in ranks[0]] == [(i, k) for i in range(6) for k in range(4)]
     return ranks[0]

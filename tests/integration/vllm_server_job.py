@@ -57,7 +57,7 @@ def damages(pair: Pair) -> dict[str, str]:
 
 
 def key(pair: Pair) -> dict[str, int]:
-    """The HTTP status of each path for a request without a key, and for one with another key."""
+    """Returns each path's HTTP status for a request without a key, and for one with another key."""
     statuses = {}
     host, port = pair.engine.server.address
     for path in ("/health", "/v1/completions", "/collective_rpc", "/reset_prefix_cache", "/pause"):
@@ -73,7 +73,7 @@ def key(pair: Pair) -> dict[str, int]:
 
 
 def early(pair: Pair) -> str:
-    """The error of a request to a server that has no weights yet."""
+    """Returns the error of a request to a server that has no weights yet."""
     try:
         completed(pair.engine, prompts(1), SAMPLING, seeds=[1])
     except EngineFailed as error:
@@ -82,7 +82,7 @@ def early(pair: Pair) -> str:
 
 
 def refused(pair: Pair) -> str:
-    """The error of waiting for a server with another key, which comes without a long wait."""
+    """Returns the error of waiting with another key, which comes without a long wait."""
     try:
         wait_until_healthy(Server(pair.engine.server.url, "other"), 60.0, lambda _: None)
     except EngineFailed as error:
@@ -110,7 +110,7 @@ def leaks(pair: Pair) -> list[str]:
 
 
 def one_fails(pair: Pair) -> str:
-    """Every rank's error where the last rank's server does not answer for its checksums."""
+    """Returns the error where the last rank's server does not answer for its checksums."""
     server = pair.engine.server
     call = server.call
 
@@ -185,7 +185,7 @@ def killed(pair: Pair) -> dict[str, Any]:
 
 
 def pid_of_server(pair: Pair) -> int:
-    """The process of this rank's server; 0 where another rank has started it."""
+    """Returns the process of this rank's server; 0 where another rank has started it."""
     started = pair.engine.started
     if started is None:
         return 0

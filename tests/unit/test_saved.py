@@ -11,7 +11,7 @@ import pytest
 
 from megatron_real.runs import saved
 from megatron_real.runs.changes import check_changes
-from megatron_real.runs.saved import Position, Saved, Unreadable
+from megatron_real.runs.saved import Position, Saved, UnreadableCheckpoint
 
 
 def make(folder: Path, step: int, update: int = 0, accuracy: float | None = None) -> Saved:
@@ -81,7 +81,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path: Path, name: s
     content = (one.path / name).read_bytes()
     (one.path / name).unlink()
     (one.path / name).symlink_to(name)
-    with pytest.raises(Unreadable, match=r"symbolic links.*nothing was changed"):
+    with pytest.raises(UnreadableCheckpoint, match=r"symbolic links.*nothing was changed"):
         one.damage()
     (one.path / name).unlink()
     (one.path / name).write_bytes(content)
@@ -96,7 +96,9 @@ def test_a_file_that_becomes_unreadable_during_its_checksum_is_not_damaged(
 
     one = make(tmp_path, 10)
     monkeypatch.setattr(saved, "checksum", denied)
-    with pytest.raises(Unreadable, match=r"a\.distcp cannot be read \(Permission denied\)"):
+    with pytest.raises(
+        UnreadableCheckpoint, match=r"a\.distcp cannot be read \(Permission denied\)"
+    ):
         one.damage()
 
 
