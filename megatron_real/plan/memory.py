@@ -117,7 +117,9 @@ class StageMemory:
         kept = engine
         if self.engine and self.engine_sleeps:
             kept = ENGINE_ASLEEP
-        beside = self.old_logprobs.total if self.scores_beside_engine else 0
+        beside = 0
+        if self.scores_beside_engine:
+            beside = self.old_logprobs.total
         return {
             "sync": self.resident.total + self.engine.get("weights", 0) + self.sync,
             "rollout": self.resident.total + engine + beside,
@@ -238,8 +240,12 @@ class _Layer:
         self.width = DTYPE_BYTES[config.model.dtype]
         self.te = shapes.layers == "te"
         self.tokens = -(-config.batch.max_tokens // parallel.cp)
-        self.residual = self.tokens * a.hidden_size // (parallel.tp if parallel.sp else 1)
-        self.gathered = self.tokens * a.hidden_size if parallel.sp else 0
+        # Sequence parallelism shards the tokens between layers, and gathers them within.
+        self.residual = self.tokens * a.hidden_size
+        self.gathered = 0
+        if parallel.sp:
+            self.gathered = self.residual
+            self.residual //= parallel.tp
         self.ffn = self.tokens * a.ffn_size // parallel.tp
         self.heads = a.num_heads // parallel.tp
         self.kv_heads = max(a.num_kv_heads // parallel.tp, 1)
@@ -282,7 +288,10 @@ class _Layer:
 
         Ours also keeps x in fp32 and x / rms(x).
         """
-        return self.residual * (2 * self.width if self.te else max(4, self.width) + 2 * self.width)
+        width = 2 * self.width
+        if not self.te:
+            width += max(4, self.width)
+        return self.residual * width
 
     @property
     def _attention(self) -> int:
@@ -368,8 +377,10 @@ def _update(architecture: Architecture, config: Config, stage: int, shapes: Shap
     first = stage == 0
     last = stage == parallel.pp - 1
     if parallel.pp > 1:
-        tensors = 1 if first or last else 2
-        saved += passes * layer.input * tensors
+        num_tensors = 2
+        if first or last:
+            num_tensors = 1
+        saved += passes * layer.input * num_tensors
 
     head = 0
     if last:
@@ -403,19 +414,29 @@ def _head(
     hidden = layer.tokens * architecture.hidden_size
     logits = layer.tokens * columns
     chunk = min(logits * wide, LOGITS_CHUNK_BYTES[shapes.device])
-    working = chunk * (2 if shapes.device == "cpu" and width == 2 else 1)
+    working = chunk
+    if shapes.device == "cpu" and width == 2:
+        working *= 2
     if config.model.logprobs == "logits":
         # The rows with a target are copied out of a chunk, in the logits' own dtype.
         copied = chunk * width // wide
-        kept = logits * width * (2 if backward else 1)
+        kept = logits * width
+        if backward:
+            kept *= 2  # and their gradient
         return working + copied + kept + layer.gathered * width
     if shapes.device == "cuda" and width <= 4 and not config.objective.entropy_bonus:
         # Triton's kernels work in the logits' own buffer; fp32 logits leave their gradient to one
         # of bf16.
         narrow = chunk * width // wide
-        buffers = (chunk + (narrow if backward else 0)) if config.model.fp32_head else narrow
+        buffers = narrow
+        if config.model.fp32_head:
+            buffers = chunk
+            if backward:
+                buffers += narrow
     else:
-        buffers = working + (chunk // 2 if width == 2 else 0)
+        buffers = working
+        if width == 2:
+            buffers += chunk // 2
     if not backward:
         return buffers + layer.gathered * width + hidden * width
     # Rows with a target, the same scaled, the sum of their gradients, one chunk's share of it; the

@@ -144,7 +144,9 @@ def with_benchmarks(card: str, evaluations: Sequence[str | Path]) -> str:
         for name, row in _benchmarks(Path(directory)).items():
             results.append(_result(name, name, float(row["pass_at_1"])))
             error = row.get("standard_error")
-            spread = "" if error is None else f"{error:.4f}"
+            spread = ""
+            if error is not None:
+                spread = f"{error:.4f}"
             accuracy = f"{row['pass_at_1']:.4f}"
             rows.append([name, accuracy, spread, row["problems"], row["samples"]])
     parsed = ModelCard(card, ignore_metadata_errors=True)
@@ -199,7 +201,9 @@ def _figures(
         )
     for row in [*evaluations[:1], *evaluations[1:][-1:]]:
         error = row.get("heldout/standard_error")
-        spread = "" if error is None else f" (standard error {error:.4f})"
+        spread = ""
+        if error is not None:
+            spread = f" (standard error {error:.4f})"
         lines.append(
             f"* Held-out pass@1 after {row['step']} steps: {row['heldout/pass_at_1']:.4f}{spread}, "
             f"{row.get('heldout/problems') or 0:.0f} problems, "
@@ -252,7 +256,9 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in _SETTINGS:
         section, _, setting = name.partition(".")
         values = config.get(section) or {}
-        names = list(values) if setting == "*" else [setting]
+        names = [setting]
+        if setting == "*":
+            names = list(values)
         for each in names:
             value = values.get(each)
             if isinstance(value, Mapping):
@@ -288,8 +294,9 @@ def _hub_id(path: Path) -> str:
 def _setting(config: Mapping[str, Any], name: str) -> Any:
     section, _, setting = name.partition(".")
     values = config.get(section)
-    value = values.get(setting) if isinstance(values, Mapping) else None
-    return "" if value is None else value
+    if not isinstance(values, Mapping) or values.get(setting) is None:
+        return ""
+    return values[setting]
 
 
 def _table(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
