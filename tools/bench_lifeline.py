@@ -5,9 +5,9 @@
     python tools/bench_lifeline.py --before 5f464ca
 
 Every rank is a process with a lifeline and nothing else, all on this machine; machines of 8 ranks
-are made up by their names. One rank is killed: the first, the first of the second machine, which
-others hang on, or the last. Seconds go from the kill to the end of the last process; every process
-must have ended by the killed one's name.
+are made up by their names. One rank is killed: the first, the first of the second machine, below
+which there are others, or the last. Seconds go from the kill to the end of the last process; every
+process must have ended by the killed one's name.
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ def main() -> None:
     )
     parser.add_argument("--before", default="", help="a commit whose lifeline is measured too")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512])
+    parser.add_argument("--killed", type=int, nargs="+", help="ranks; default: those named above")
     add_options(parser, rounds=1)
     options = parser.parse_args()
     apply_options(options)
@@ -153,7 +154,8 @@ def main() -> None:
             earlier.write_text(source_of(options.before), encoding="utf-8")
             files = {"before": str(earlier), "now": ""}
         for world in options.ranks:
-            for victim in sorted({0, RANKS_OF_A_MACHINE, world - 1} & set(range(world))):
+            victims = options.killed or [0, RANKS_OF_A_MACHINE, world - 1]
+            for victim in sorted(set(victims) & set(range(world))):
                 for way, file in files.items():
                     row = {"ranks": world, "killed": victim, "way": way}
                     rows.append(row | killed(file, world, victim))

@@ -48,7 +48,7 @@ from megatron_real.supervision.places import place_of
 EXIT_CODE = 1
 """Exit code of a rank that another one's end took down."""
 FAN_OUT = 8
-"""Ranks of its own machine, and first ranks of other machines, that hang on one rank at most."""
+"""Most children of a rank on its own machine, and of a machine's first rank on other machines."""
 MOST_SOCKETS = 1 + 2 * FAN_OUT
 """Connections of one rank at most, whatever the number of ranks."""
 _JOIN_SECONDS = 120.0
@@ -71,10 +71,10 @@ Stage = Callable[[], tuple[int, str, float]]
 
 
 def tree(hosts: Sequence[str]) -> list[int]:
-    """Returns [ranks] the rank on which each one hangs, -1 for the first rank.
+    """Returns [ranks] the parent of each rank in the tree, -1 for the first rank.
 
-    The ranks of a machine hang on its first one, and the first ranks of the machines on each other:
-    so a connection between machines is one between first ranks. A rank has `MOST_SOCKETS`
+    The ranks of a machine are a tree below its first one, and the first ranks of the machines are a
+    tree too: connections between machines are between first ranks alone. A rank has `MOST_SOCKETS`
     connections at most, and is log(W) / log(`FAN_OUT`) + 2 of them away from the first, at most.
 
     Args:
@@ -84,12 +84,12 @@ def tree(hosts: Sequence[str]) -> list[int]:
     for rank, host in enumerate(hosts):
         ranks_of.setdefault(host, []).append(rank)
 
-    above = [-1] * len(hosts)
+    parents = [-1] * len(hosts)
     firsts = [ranks[0] for ranks in ranks_of.values()]
     for together in (firsts, *ranks_of.values()):
         for i, rank in enumerate(together[1:]):
-            above[rank] = together[i // FAN_OUT]
-    return above
+            parents[rank] = together[i // FAN_OUT]
+    return parents
 
 
 class Lifeline:
@@ -217,9 +217,9 @@ class Lifeline:
         secret = challenge.new_secret() if self.rank == 0 else ""
         hosts, secrets = zip(*gathered((socket.gethostname(), secret)), strict=True)
         secret = secrets[0]
-        above = tree(hosts)
+        parents = tree(hosts)
         names = [f"rank {rank} on {host}" for rank, host in enumerate(hosts)]
-        missing = {rank for rank in range(self.world) if above[rank] == self.rank}
+        missing = {rank for rank in range(self.world) if parents[rank] == self.rank}
 
         address: tuple[str, int] | None = None
         problem = ""
@@ -237,12 +237,13 @@ class Lifeline:
             raise OSError(next(problem for problem in problems if problem))
 
         with door or nullcontext():
-            if above[self.rank] >= 0:
-                address = addresses[above[self.rank]]
+            parent = parents[self.rank]
+            if parent >= 0:
+                address = addresses[parent]
                 connection = challenge.connect(address, secret, purpose=_PURPOSE, seconds=60.0)
                 line = _Line(connection)
                 line.send({"rank": self.rank}, seconds=_LAST_WORD_SECONDS)
-                self._above = _Peer(line, names[above[self.rank]])
+                self._above = _Peer(line, names[parent])
             if door is not None:
                 self._below = [_Peer(line, names[rank]) for rank, line in _let_in(door, missing)]
 
