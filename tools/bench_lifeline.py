@@ -31,14 +31,15 @@ RANKS_OF_A_MACHINE = 8
 
 
 def source_of(commit: str) -> str:
-    """runs/lifeline.py as it was at a commit."""
-    return subprocess.run(
+    """runs/lifeline.py as it was at a commit, with today's place of what it imports."""
+    source = subprocess.run(
         ["git", "show", f"{commit}:megatron_real/runs/lifeline.py"],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
         check=True,
     ).stdout
+    return source.replace("megatron_real.runs.places", "megatron_real.supervision.places")
 
 
 def module_of(file: str) -> Any:
@@ -63,9 +64,8 @@ def open_files() -> list[Path]:
     return [file for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
 
 
-def be_rank(file: str, rank: int, world: int, parent: Connection, said: str) -> None:
+def be_rank(module: Any, rank: int, world: int, parent: Connection, said: str) -> None:
     """One rank, which joins, tells how many sockets it has, and waits for its end."""
-    module = module_of(file)
     os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), 2)
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     module.socket.gethostname = lambda: f"n{rank // RANKS_OF_A_MACHINE}"
@@ -86,6 +86,7 @@ def be_rank(file: str, rank: int, world: int, parent: Connection, said: str) -> 
 
 def killed(file: str, world: int, victim: int) -> dict[str, Any]:
     """Sockets of the busiest rank, seconds until all have joined, and until the last has ended."""
+    module = module_of(file)
     context = mp.get_context("fork")
     pipes = []
     processes = []
@@ -93,7 +94,7 @@ def killed(file: str, world: int, victim: int) -> dict[str, Any]:
         for rank in range(world):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=be_rank, args=(file, rank, world, theirs, said.name), daemon=True
+                target=be_rank, args=(module, rank, world, theirs, said.name), daemon=True
             )
             process.start()
             theirs.close()
