@@ -69,7 +69,7 @@ def test_models_load_after_the_cpu_room_was_entered(model: Path) -> None:
     """
     program = """
 import sys, torch
-from megatron_real import cpu
+from megatron_real.parallel import cpu
 cpu.enable()
 with torch.device("meta"):
     made = [torch.tensor([1.0]), torch.zeros(1), torch.empty(1), torch.full((1,), 2.0)]
