@@ -170,6 +170,7 @@ def test_planning_does_not_grow_with_ranks_times_sequences() -> None:
     """
 
     def comparisons(dp: int) -> int:
+        # Knuth's multiplicative hash: lengths that are spread evenly and the same in every run.
         lengths = [256 + (i * 2654435761) % 8192 for i in range(4 * dp)]
         layout = Layout(dp=dp, max_tokens=10240)
         with mock.patch.object(

@@ -68,6 +68,7 @@ def test_round_trip_is_the_identical_file(
 def test_blocks_smaller_than_a_row_and_many_workers_give_the_same_file(
     source: Path, tmp_path: Path
 ) -> None:
+    # One byte of memory: every block is then a part of a row.
     limits = Limits(workers=7, max_memory=1)
     converted = hf_to_megatron(source, tmp_path / "megatron", tp_chunks=2, limits=limits)
     assert files_of(megatron_to_hf(converted.out, tmp_path / "hf", limits=limits).out) == files_of(

@@ -41,6 +41,7 @@ TENSORS = {
 
 @contextmanager
 def memory_stays_small(limit: int = 300 * 2**20) -> Iterator[None]:
+    # ru_maxrss counts KiB, and only ever grows.
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < limit

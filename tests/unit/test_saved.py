@@ -31,6 +31,7 @@ def positions(folder: Path) -> list[str]:
 
 
 def test_a_whole_checkpoint_is_found(tmp_path: Path) -> None:
+    # As text, step_9 would come after step_100.
     for step in (9, 10, 100):
         make(tmp_path, step)
     make(tmp_path, 10, update=3)

@@ -106,6 +106,7 @@ def test_a_shell_scripts_python_is_a_fork(tmp_path: Path, code: int) -> None:
 
 
 def test_a_cover_has_each_value_by_default() -> None:
+    # Of the six pairs, three are enough for each of the five values.
     rows = cover("ab", "cde")
     core = [row.values for row in rows if not row.marks]
     assert core == [("a", "c"), ("a", "e"), ("b", "d")]
