@@ -166,6 +166,7 @@ def test_every_parameter_is_on_one_stage_and_one_rank_but_norms_on_all(tp: int, 
     shards = sum(
         tp * stage_parameters(a, ParallelConfig(tp=tp, pp=pp), stage) for stage in range(pp)
     )
+    # Each of the tp ranks holds every norm whole: two in each of 28 layers, and the last one.
     norms = (2 * 28 + 1) * 3584
     assert shards == a.num_parameters + (tp - 1) * norms
 
@@ -213,9 +214,10 @@ def test_kv_bytes_of_a_token_equal_those_computed_by_hand(file: Path) -> None:
     """Key and value of 28 layers x 4 heads x 128 x 2 bytes; a rank holds at least one head."""
     run = planned(file)
     assert kv_bytes_per_token(run.architecture, run.config) == 57_344
-    assert (
-        kv_bytes_per_token(run.architecture, planned(file, "rollout.tp=28").config) == 57_344 // 4
-    )
+
+    # 28 ranks share 4 KV heads: each rank still holds one.
+    wide = planned(file, "rollout.tp=28").config
+    assert kv_bytes_per_token(run.architecture, wide) == 57_344 // 4
 
 
 def test_a_sleeping_engine_leaves_the_update_its_memory(file: Path) -> None:
@@ -240,9 +242,9 @@ def test_the_counts_of_the_recipes_step_equal_those_computed_by_hand(file: Path)
     assert run.config.updates_per_step == 4
     assert run.mean_tokens == 4352
     assert run.micro_batches == 11
-    assert (
-        planned(file, "parallel.pp=4", "parallel.vpp=7").micro_batches == 12
-    )  # a multiple of the stages
+
+    # With interleaved stages the number is rounded up to a multiple of the 4 stages.
+    assert planned(file, "parallel.pp=4", "parallel.vpp=7").micro_batches == 12
 
 
 @pytest.mark.parametrize(
@@ -262,6 +264,8 @@ def test_passes_are_those_of_the_objective(
     updates, with a scoring pass where scores are coupled beyond a training pass.
     """
     run = planned(file, *words, gpus=1, train_utilization=0.4)
+    # 1024 rollouts of 4352 tokens, with half of that as mean context; an H100's peak is 989
+    # TFLOP/s.
     forward = 1024 * 4352 * run.architecture.flops_per_token(2176) / (989e12 * 0.4)
     seconds = step_time(run)
     counted = (seconds.old_logprobs, seconds.reference, seconds.update)
