@@ -126,28 +126,16 @@ def test_the_recipe_is_the_papers(model: str, tmp_path: Path) -> None:
         "1.5b": (2e-6, 1400),
         "7b": (1e-6, 1000),
     }[model]
-    assert (
-        recipe_config.optimizer.weight_decay,
-        recipe_config.optimizer.beta1,
-        recipe_config.optimizer.beta2,
-    ) == (
-        0.01,
-        0.9,
-        0.999,
-    )
+    assert recipe_config.optimizer.weight_decay == 0.01
+    assert recipe_config.optimizer.beta1 == 0.9
+    assert recipe_config.optimizer.beta2 == 0.999
     assert (recipe_config.optimizer.clip_grad, recipe_config.optimizer.schedule) == (
         1.0,
         "constant",
     )
-    assert (
-        recipe_config.rollout.num_prompts,
-        recipe_config.rollout.group_size,
-        recipe_config.batch.minibatch_prompts,
-    ) == (
-        128,
-        8,
-        32,
-    )
+    assert recipe_config.rollout.num_prompts == 128
+    assert recipe_config.rollout.group_size == 8
+    assert recipe_config.batch.minibatch_prompts == 32
     assert (recipe_config.data.max_prompt_tokens, recipe_config.rollout.max_response_tokens) == (
         1024,
         8192,

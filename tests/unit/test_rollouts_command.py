@@ -40,11 +40,9 @@ def test_every_rollout_is_a_line(run: RunDirectory, capsys: pytest.CaptureFixtur
     rows = printed(capsys, str(run.path))
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[0]["completion"] == "half \ud83d pair \x1b[2J"
-    assert (rows[0]["score"], rows[0]["token_ids"], rows[0]["logprobs"]) == (
-        None,
-        [7, 8],
-        [-0.5, None],
-    )
+    assert rows[0]["score"] is None
+    assert rows[0]["token_ids"] == [7, 8]
+    assert rows[0]["logprobs"] == [-0.5, None]
 
 
 def test_steps_are_chosen(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
