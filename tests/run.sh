@@ -14,6 +14,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export EXTRAS=test,examples
+unset PYTHONDONTWRITEBYTECODE # else each interpreter that starts compiles torch and all else again
 lanes=(--numprocesses "${LANES:-2}" --dist loadgroup --no-loadscope-reorder)
 
 check_text() {

@@ -409,6 +409,31 @@ def _fork_the_ranks() -> None:
     subprocess_handler.Popen = Popen  # type: ignore[attr-defined, assignment]
 
 
+def _import_what_runs_need_later() -> None:
+    """Imports what a command imports only when it comes to it: tables, pictures, tokenizers.
+
+    They are a third of the CPU time of a run of one step. Its picture is another third, and is not
+    drawn: runs in pytest's process and on Slurm draw theirs.
+    """
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure
+    import omegaconf
+    import pandas
+    import pyarrow.parquet
+    import torch.distributed.run
+    import transformers.models.auto.tokenization_auto
+    import transformers.tokenization_utils_sentencepiece
+
+    import megatron_real.loop
+    from megatron_real.commands import COMMANDS  # noqa: F401
+    from megatron_real.runs import reporter
+
+    def draw_nothing(*_: Any, **__: Any) -> None:
+        pass
+
+    reporter.plot_curves = draw_nothing
+
+
 def _import_vllm() -> None:
     """As megatron_real imports it for the engine in its processes."""
     from megatron_real.rollout.vllm_engine import ENVIRONMENT
@@ -449,6 +474,7 @@ def main() -> None:
 
     from tests.distributed import preload  # noqa: F401
 
+    _import_what_runs_need_later()
     if sys.argv[2] == _VLLM:
         _import_vllm()
         _fork_the_servers()

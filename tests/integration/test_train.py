@@ -37,11 +37,11 @@ def heldout(run_dir: Path) -> list[float]:
     return [row["heldout/pass_at_1"] for row in rows(run_dir / "evaluations.jsonl")]
 
 
-def test_held_out_pairs_are_seen_by_nothing_else(base: Path) -> None:
+def test_held_out_pairs_are_seen_by_nothing_else(whole_base: Path) -> None:
     train_pairs, heldout_pairs = (
-        {frozenset(p) for p in pairs(base / f"{name}.jsonl")} for name in ("train", "heldout")
+        {frozenset(p) for p in pairs(whole_base / f"{name}.jsonl")} for name in ("train", "heldout")
     )
-    assert len(rows(base / "heldout.jsonl")) == 400
+    assert len(rows(whole_base / "heldout.jsonl")) == 400
     assert not train_pairs & heldout_pairs
 
 
