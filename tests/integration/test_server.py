@@ -188,7 +188,8 @@ def run(base: Path, run_dir: Path, *words: str) -> subprocess.CompletedProcess[s
 
 def test_held_out_accuracy_rises(base: Path, tmp_path: Path) -> None:
     """Two ranks, one server."""
-    done = run(base, tmp_path / "run", "trainer.steps=8", "rollout.sync.checksum_every=1")
+    words = ["trainer.steps=4", "optimizer.lr=1e-4", "rollout.sync.checksum_every=1"]
+    done = run(base, tmp_path / "run", *words)
     assert done.returncode == 0, done.stderr
     first, *_, last = heldout(tmp_path / "run")
     assert first < 0.5 and last > first + 0.2
