@@ -15,22 +15,27 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_real.checkpoint import saver
 from megatron_real.config import Config, check_world, too_few_sequences
 from megatron_real.config.sources import data_sources
-from megatron_real.disk import is_full_disk
-from megatron_real.evaluate import Evaluation, evaluate
-from megatron_real.exchange import Exchange
+from megatron_real.conversion.convert import open_start
+from megatron_real.errors import ExpectedEnd, NothingToDo, Stopped, state_and_reason
+from megatron_real.evaluation.figures import Evaluation, evaluate
 from megatron_real.labels import Labeller, build_labeller
+from megatron_real.parallel.exchange import Exchange
+from megatron_real.parallel.groups import join_world, set_up
+from megatron_real.parallel.ranks import Ranks
 from megatron_real.policy.determinism import allow_only_deterministic
-from megatron_real.policy.layout import join_world, set_up
 from megatron_real.policy.policy import Policy, PolicySettings
 from megatron_real.policy.reference import Reference
 from megatron_real.policy.snapshot import Snapshot
+from megatron_real.progress import RunProgress
 from megatron_real.prompts import PromptCursor
 from megatron_real.prompts.cursor import Digests
 from megatron_real.prompts.training import heldout_prompts, training_prompts
 from megatron_real.records import Prompt, Sampling
 from megatron_real.rollout import RolloutStage, build_engine
+from megatron_real.rollout.sampling import evaluation_sampling, training_sampling
 from megatron_real.rollout.source import (
     DrawOptions,
     Fresh,
@@ -40,19 +45,14 @@ from megatron_real.rollout.source import (
     Source,
 )
 from megatron_real.rollout.sync import WeightSync
-from megatron_real.runs import checkpoint
-from megatron_real.runs.claim import Claim, Earlier, NothingToDo
+from megatron_real.runs.chunks import ChunkFiles, settings_of_rollouts
+from megatron_real.runs.claim import Claim, Earlier
 from megatron_real.runs.directory import RunDirectory
-from megatron_real.runs.lifeline import Lifeline
-from megatron_real.runs.progress import RunProgress
-from megatron_real.runs.ranks import Ranks
 from megatron_real.runs.reporter import Reporter
 from megatron_real.runs.rollouts import read_rollouts
-from megatron_real.runs.sampling import ChunkFiles, settings_of_rollouts
-from megatron_real.runs.status import State
-from megatron_real.runs.stop import Stopped, StopRequest
+from megatron_real.supervision.lifeline import Lifeline
+from megatron_real.supervision.stop import StopRequest
 from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.conversion import open_start
 from megatron_real.weights.mapping import Weights
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class Job:
     """The verifiers of the rollouts; None in a replay, whose rollouts have their labels."""
     evaluation: HeldoutEvaluation | None
     """None without held-out problems, and in a replay, which has no engine."""
-    checkpoints: checkpoint.Checkpoints
+    checkpoints: saver.Checkpoints
     """Saves the run, and knows where it begins."""
     ranks: Ranks
     """All processes of the job."""
@@ -122,22 +122,27 @@ class Job:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Ends the job on this rank.
+        """Ends the job on this rank, and says in status.json how.
 
         An error that nobody expected takes the other ranks down, by its name; a good end takes
-        nobody down.
+        nobody down. An expected error is every rank's: one that does not end by it within a while
+        is taken down.
         """
         if self.labeller is not None:
             self.labeller.close()
-        if isinstance(error, Stopped | KeyboardInterrupt):
-            self.reporter.say_status("stopped", str(error) or "interrupted")
-        elif error is not None and kind is not None:
-            self.lifeline.say_end(f"{kind.__name__}: {error}")
-            state: State = "crashed"
-            if is_full_disk(error):
-                state = "failed"  # it would fail again until somebody frees space
-            self.reporter.say_status(state, f"{kind.__name__}: {error}")
-        self.lifeline.close()
+        cause = ""
+        if error is not None:
+            state, reason = state_and_reason(error)
+            diverged = isinstance(error, ExpectedEnd) and error.diverged
+            if not isinstance(error, ExpectedEnd | KeyboardInterrupt):
+                # Before the status: where another rank has failed first, this process ends here, by
+                # that rank's name.
+                self.lifeline.say_end(reason)
+            self.reporter.say_status(state, reason, diverged=diverged)
+            # All ranks have agreed to stop, and may take their time.
+            if not isinstance(error, Stopped):
+                cause = reason
+        self.lifeline.close(cause)
         # Last: until then no other job may take the run directory.
         if self.claim is not None:
             self.claim.release()
@@ -190,12 +195,13 @@ def _refuse(claim: Claim, error: BaseException) -> None:
     """Writes into the run directory why a start has ended that has changed nothing else in it."""
     if isinstance(error, NothingToDo):
         claim.release()
-    elif isinstance(error, ValueError) or is_full_disk(error):
+    elif isinstance(error, ValueError):
         claim.refuse(str(error))
     elif isinstance(error, KeyboardInterrupt):
         claim.refuse("interrupted while it started", "stopped")
     else:
-        claim.refuse(f"{type(error).__name__}: {error}", "crashed")
+        state, reason = state_and_reason(error)
+        claim.refuse(reason, state)
 
 
 def _last_word(claim: Claim, reporter: Reporter) -> Callable[[str], None]:
@@ -231,8 +237,8 @@ def _build(
 
     # The run directory: what an earlier life has left, and where this one begins.
     earlier = ranks.on_first(lambda: claim.take(logger.warning) if claim is not None else Earlier())
-    survey = checkpoint.survey(directory, ranks)
-    beginning = checkpoint.beginning_of(config, directory, earlier, survey, ranks)
+    survey = saver.survey(directory, ranks)
+    beginning = saver.beginning_of(config, directory, earlier, survey, ranks)
 
     # The policy.
     processes = f"{ranks.world} processes"
@@ -243,7 +249,6 @@ def _build(
     too_few = too_few_sequences(config, check_world(config, ranks.world))
     if too_few:
         say(f"WARNING: {too_few}")
-    updates_per_step = config.rollout.num_prompts // config.batch.minibatch_prompts
     policy = Policy(
         PolicySettings.of(config),
         architecture,
@@ -253,7 +258,7 @@ def _build(
             seed=config.trainer.seed,
             timeout_minutes=config.trainer.timeout_minutes,
         ),
-        num_updates=config.trainer.steps * updates_per_step,
+        num_updates=config.trainer.steps * config.updates_per_step,
         exchange=exchange,
     )
 
@@ -268,14 +273,14 @@ def _build(
 
     # Engine and verifiers, which a replay does without.
     drawing = None
-    stateful: dict[str, checkpoint.Stateful] = {}
+    stateful: dict[str, saver.Stateful] = {}
     if not config.rollout.replay:
         drawing = _drawing(config, architecture, exchange, ranks, say)
         reporter.progress.detail = _generating(reporter.progress, drawing.stage)
         reporter.engine_work = drawing.stage.take_work
         stateful = {"cursor": drawing.cursor, "lengths": drawing.stage.lengths}
 
-    checkpoints = checkpoint.Checkpoints(config, policy, reporter, stateful, ranks, stop)
+    checkpoints = saver.Checkpoints(config, policy, reporter, stateful, ranks, stop)
     checkpoints.load(beginning.newest)
 
     source: Source
@@ -288,13 +293,7 @@ def _build(
         source = _source(config, drawing, policy, checkpoints, reporter, ranks)
         labeller = drawing.stage.labeller
         if drawing.heldout:
-            sampling = Sampling(
-                config.evaluation.samples,
-                config.evaluation.temperature,
-                config.rollout.max_response_tokens,
-                config.evaluation.top_p,
-            )
-            evaluation = HeldoutEvaluation(source, drawing.heldout, sampling)
+            evaluation = HeldoutEvaluation(source, drawing.heldout, evaluation_sampling(config))
 
     # Only now the run directory changes.
     checkpoints.begin(beginning, survey.damaged)
@@ -405,7 +404,7 @@ def _source(
     config: Config,
     drawing: _Drawing,
     policy: Policy,
-    checkpoints: checkpoint.Checkpoints,
+    checkpoints: saver.Checkpoints,
     reporter: Reporter,
     ranks: Ranks,
 ) -> Fresh:
@@ -419,13 +418,7 @@ def _source(
         check_weights=checkpoints.check_sound,
     )
     options = DrawOptions(
-        sampling=Sampling(
-            rollout.group_size,
-            rollout.temperature,
-            rollout.max_response_tokens,
-            rollout.top_p,
-            rollout.top_k,
-        ),
+        sampling=training_sampling(config),
         num_prompts=rollout.num_prompts,
         chunk_prompts=rollout.chunk_prompts,
         refill_rounds=rollout.refill_rounds,

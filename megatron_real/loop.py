@@ -16,7 +16,7 @@ checkpoint      everything                a copy that a thread      the copy, no
                                           writes
 
 The first three are in rollout/source.py. A run may stop at the seams of its stages, and the same
-command goes on from there; see runs/checkpoint.py.
+command goes on from there; see checkpoint/saver.py.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from megatron_real.checkpoint.state import prepare_step
 from megatron_real.job import Job
 from megatron_real.policy.policy import Update
-from megatron_real.policy.state import prepare
 from megatron_real.policy.train_step import Batch
 from megatron_real.rollout.source import StepRollouts
 from megatron_real.runs.card import CARD, model_card, versions
-from megatron_real.runs.ruin import NonFinite
 from megatron_real.runs.saved import Position
 from megatron_real.runs.training import summary
+from megatron_real.supervision.ruin import NonFinite
 from megatron_real.weights.stream import write_hf
 
 
@@ -78,7 +78,7 @@ def _updates(job: Job, taken: StepRollouts) -> tuple[list[Batch], list[Update]]:
     timed = job.reporter.progress.stage
     with timed("old_logprobs"), taken.generating_weights():
         begun = job.checkpoints.take_begun()
-        batches, updates = prepare(job.policy, taken.rollouts, begun, lagging=taken.lag > 0)
+        batches, updates = prepare_step(job.policy, taken.rollouts, begun, lagging=taken.lag > 0)
 
     while len(updates) < len(batches):
         with timed("update"):

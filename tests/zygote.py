@@ -45,7 +45,7 @@ _VLLM = "vllm"
 """The kind of zygote that has imported vLLM too, which takes twice as long to start."""
 REAL_SERVERS = "MEGATRON_REAL_TESTS_REAL_SERVERS"
 """Environment variable of a forked process that is to start its vLLM servers as new processes."""
-_GUARD = "server_guard.py"
+_GUARD = "vllm_server/guard.py"
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ class Popen(subprocess.Popen[Any]):
         stdin = pipes[0]
         stdout = pipes[3]
         stderr = pipes[5]
+        # -1 stands for this process's own stream.
         streams = [
-            0 if stdin == -1 else stdin,
-            1 if stdout == -1 else stdout,
-            2 if stderr == -1 else stderr,
+            number if stream == -1 else stream
+            for number, stream in enumerate((stdin, stdout, stderr))
         ]
         request = Request(
             words=self._words,
@@ -170,7 +170,9 @@ def _forkable(args: Any, options: Mapping[str, Any]) -> list[str] | None:
     if words[:1] == ["-u"]:
         words = words[1:]
     is_script = bool(words) and words[0].endswith(".py")
-    return words if is_script or words[:1] == ["-m"] else None
+    if is_script or words[:1] == ["-m"]:
+        return words
+    return None
 
 
 def _ask(kind: str, request: Request, streams: Sequence[int]) -> tuple[int, socket.socket]:
@@ -275,8 +277,9 @@ _NewProcess = subprocess.Popen
 
 def _start_server(args: Sequence[Any], **options: Any) -> subprocess.Popen[Any]:
     """As subprocess.Popen for the guard of a vLLM server."""
-    start = subprocess.Popen if os.environ.get(REAL_SERVERS) else Popen
-    return start(args, **options)
+    if os.environ.get(REAL_SERVERS):
+        return subprocess.Popen(args, **options)
+    return Popen(args, **options)
 
 
 class Server:
@@ -436,7 +439,7 @@ def _import_what_runs_need_later() -> None:
 
 def _import_vllm() -> None:
     """As megatron_real imports it for the engine in its processes."""
-    from megatron_real.rollout.vllm_engine import ENVIRONMENT
+    from megatron_real.rollout.engines.vllm import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -463,7 +466,7 @@ def _import_vllm() -> None:
 
 def _fork_the_servers() -> None:
     """Has runs start the guards of their vLLM servers by `_start_server`."""
-    from megatron_real.rollout import server
+    from megatron_real.rollout.vllm_server import server
 
     forking = {**vars(subprocess), "Popen": _start_server}
     server.subprocess = types.SimpleNamespace(**forking)  # type: ignore[attr-defined, assignment]

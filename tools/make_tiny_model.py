@@ -24,6 +24,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +109,14 @@ def split_pairs(draw: random.Random) -> tuple[list[Pair], list[Pair]]:
     return heldout, [pair for pair in pairs if frozenset(pair) not in seen]
 
 
-def new_tokenizer() -> PreTrainedTokenizerFast:
+def new_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
     """One token a digit; `\\boxed{` and the chat roles are tokens too.
 
     transformers 5 loads every qwen2 directory as byte-level BPE with Qwen2's own pre-tokenizer,
     whatever the saved tokenizer says. So this is a byte-level BPE without merges, and what is
     longer than a character is an added token: those are found before any pre-tokenizer runs.
     """
-    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(WORDS)}, []))
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
@@ -132,11 +133,11 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def new_model() -> Qwen2ForCausalLM:
+def new_model(words: Sequence[str] = WORDS) -> Qwen2ForCausalLM:
     """Two layers of width 128: 4 query heads, 2 key-value heads of size 32."""
     # A dict: transformers annotates other arguments in each version.
     settings: dict[str, Any] = dict(
-        vocab_size=len(WORDS),
+        vocab_size=len(words),
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
@@ -181,9 +182,12 @@ def warm_up(
     started = time.monotonic()
     for step in range(1, steps + 1):
         batch = draw.choices(pairs, k=BATCH)
-        answers = [
-            sum_without_carry(p) if draw.random() < SLOPPY_SHARE else true_sum(p) for p in batch
-        ]
+        answers = []
+        for pair in batch:
+            if draw.random() < SLOPPY_SHARE:
+                answers.append(sum_without_carry(pair))
+            else:
+                answers.append(true_sum(pair))
         texts = [
             f"<|user|>{question(p)}<|assistant|>\\boxed{{{a}}}<|end|>"
             for p, a in zip(batch, answers, strict=True)
@@ -217,7 +221,7 @@ def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def greedy_accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> float:
+def greedy_accuracy(model: Any, tokenizer: Any, pairs: list[Pair]) -> float:
     """Returns the share of sums whose most likely answer is right."""
     prompts = tokenizer(
         [f"<|user|>{question(p)}<|assistant|>" for p in pairs], return_tensors="pt"

@@ -22,12 +22,11 @@ from pathlib import Path
 
 import megatron_real
 from megatron_real.cli import build_parser
-from megatron_real.commands.terminal import EXIT_CODES
 from megatron_real.config.describe import Setting, every_setting
+from megatron_real.errors import EXIT_CODES, STATES
 from megatron_real.objective.registry import OBJECTIVES
 from megatron_real.records import Label, Status
 from megatron_real.runs.metric_table import METRICS
-from megatron_real.runs.status import STATES
 
 DOCS = Path(__file__).parents[1] / "docs"
 NOTE = "<!-- Written by tools/reference.py; edit the code instead. -->\n"
@@ -40,8 +39,8 @@ def metrics_page() -> str:
         NOTE,
         "`metrics.jsonl` of a run directory has a row for each step, and `evaluations.jsonl` one "
         "for each evaluation.",
-        "Trackers (TensorBoard, Weights & Biases, MLflow) show the same figures in groups. A "
-        "figure of nothing, such as the",
+        "Trackers (TensorBoard, Weights & Biases, MLflow, Trackio) show the same figures in "
+        "groups. A figure of nothing, such as the",
         "mean score of right answers where there were none, is null in the files and left out "
         "elsewhere.",
     ]
@@ -180,12 +179,15 @@ CLASSES_WITH_METHODS = ("RunRecords",)
 
 
 def _described(name: str, public: object) -> list[str]:
-    keyword = "class" if inspect.isclass(public) else "def"
-    signature = str(inspect.signature(public)) if callable(public) else ""
-    # Defaults of objects would show their address or their whole contents.
-    signature = re.sub(r"=<[^>]*>", "=...", signature).replace("'", "")
-    if inspect.isclass(public) and name not in CLASSES_WITH_METHODS:
-        signature = ""
+    keyword = "def"
+    signature = ""
+    if callable(public):
+        # Defaults of objects would show their address or their whole contents.
+        signature = re.sub(r"=<[^>]*>", "=...", str(inspect.signature(public))).replace("'", "")
+    if inspect.isclass(public):
+        keyword = "class"
+        if name not in CLASSES_WITH_METHODS:
+            signature = ""
     code = textwrap.fill(f"{keyword} {name}{signature}", 92, subsequent_indent="    ")
     return ["```python", code, "```\n", "```text", inspect.cleandoc(public.__doc__ or ""), "```"]
 

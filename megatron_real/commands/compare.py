@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from megatron_real.commands.terminal import INTERRUPTED, refuse, say, table
+from megatron_real.commands.arguments import add_overrides
+from megatron_real.commands.terminal import input_checks, say, table
 from megatron_real.compare.execute import Executor, sweep_lock
 from megatron_real.compare.results import Outcome, RunResult, read_result
 from megatron_real.compare.sweep import Sweep, load_sweep
-from megatron_real.runs.stop import EXIT_AGAIN
+from megatron_real.errors import INTERRUPTED, STOPPED_EARLY
 from megatron_real.runs.summary import duration
 
 SUMMARY = "train variants of a configuration with several seeds, and compare them"
@@ -42,9 +43,7 @@ command again; 130 interrupted
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("sweep", help="YAML file with base, out, seeds, budget and variants")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="replaces a value in all runs"
-    )
+    add_overrides(parser, of="in all runs")
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="processes of each run; default: one"
     )
@@ -68,13 +67,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the sweep; returns the exit code."""
-    try:
+    with input_checks():
         sweep = _checked(options)
         if options.describe is not None:
             print(_description(sweep, options.describe))
             return 0
-    except ValueError as error:
-        return refuse(error)
 
     if options.list:
         for number, run in enumerate(sweep.runs):
@@ -136,7 +133,7 @@ def _execute(sweep: Sweep, options: argparse.Namespace) -> int:
                 if code == INTERRUPTED:
                     raise KeyboardInterrupt
                 unfinished = result.outcome == Outcome.UNFINISHED
-                if code == EXIT_AGAIN or (executor.asked_to_stop and unfinished):
+                if code == STOPPED_EARLY or (executor.asked_to_stop and unfinished):
                     return _stopped()
                 if unfinished:
                     result = _failed_now(result, code, log)
@@ -158,7 +155,7 @@ def _exit_code(results: Sequence[RunResult]) -> int:
 
 def _stopped() -> int:
     say("the sweep has stopped early; the same command goes on with it")
-    return EXIT_AGAIN
+    return STOPPED_EARLY
 
 
 def _failed_now(result: RunResult, code: int, log: Path) -> RunResult:
@@ -219,7 +216,7 @@ def _print_table(sweep: Sweep, results: Sequence[RunResult], file: TextIO | None
 def _description(sweep: Sweep, number: int) -> str:
     """Returns one run in the variables of the Slurm scripts.
 
-    OVERRIDES is read by examples/slurm/words.sh.
+    OUTCOME and OVERRIDES are read by examples/slurm/sweep.sh and words.sh.
 
     Raises:
         ValueError: the sweep has no run of that number.
@@ -231,6 +228,7 @@ def _description(sweep: Sweep, number: int) -> str:
         )
     run = sweep.runs[number]
     values = {
+        "OUTCOME": str(read_result(run).outcome),
         "CONFIG": str(run.base),
         "RUN_DIR": run.config.trainer.run_dir,
         "MODEL": run.config.model.path,

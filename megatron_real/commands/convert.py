@@ -5,7 +5,7 @@
     megatron-real convert verify A [B] [--logits]
     megatron-real convert inspect DIR
 
-Only the command line is here: arguments, progress, summary. The work is in megatron_real/weights/.
+Only the command line is here: arguments, progress, summary. The work is in the package conversion.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_real.commands.subject import checkpoint_of_run, hf_config_of
-from megatron_real.commands.terminal import INTERRUPTED, REFUSED, hanging, refuse, say
+from megatron_real.commands.terminal import hanging, input_checks, say
 from megatron_real.config.locate import is_run_directory, weights_directory
+from megatron_real.errors import INTERRUPTED, Refused
 from megatron_real.runs.card import CARD, model_card
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.saved import saved
@@ -31,8 +32,8 @@ from megatron_real.weights.stored import stored_dtype
 from megatron_real.weights.transfer import Limits
 
 if TYPE_CHECKING:
+    from megatron_real.conversion.verify import Opened
     from megatron_real.policy.parity import LogitParity
-    from megatron_real.weights.verify import Opened
 
 SUMMARY = "convert, compare and describe weights: HF directories and Megatron checkpoints"
 EXAMPLES = """\
@@ -132,14 +133,12 @@ def run(options: argparse.Namespace) -> int:
         "inspect": _inspect,
     }
     try:
-        return commands[options.conversion](options)
-    except ValueError as error:
-        return refuse(error)
+        with input_checks():
+            return commands[options.conversion](options)
     except BrokenPipeError:
         raise  # the reader of our output has left, which the command line knows how to end
     except OSError as error:  # a directory or file that this user may not read
-        say(f"{error.filename}: {error.strerror}")
-        return REFUSED
+        raise Refused(f"{error.filename}: {error.strerror}") from error
     except KeyboardInterrupt:
         say("interrupted; the same command goes on where this one stopped")
         return INTERRUPTED
@@ -195,7 +194,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _to_megatron(options: argparse.Namespace) -> int:
-    from megatron_real.weights.conversion import LegacyLayout, hf_to_megatron
+    from megatron_real.conversion.convert import LegacyLayout, hf_to_megatron
 
     options.source = Path(weights_directory(str(options.source), "HF_DIR"))
     if options.format == "torch_dist" and (options.tp, options.pp) != (1, 1):
@@ -214,7 +213,7 @@ def _to_megatron(options: argparse.Namespace) -> int:
 
 
 def _to_hf(options: argparse.Namespace) -> int:
-    from megatron_real.weights.conversion import megatron_to_hf
+    from megatron_real.conversion.convert import megatron_to_hf
 
     options.source = checkpoint_of_run(options.source)
     hf_config = options.hf_config or hf_config_of(options.source)
@@ -294,7 +293,7 @@ def _convert(options: argparse.Namespace, conversion: Any, **keywords: Any) -> i
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from megatron_real.weights.verify import open_as_hf, verify
+    from megatron_real.conversion.verify import open_as_hf, verify
 
     a = open_as_hf(*_weights_named(options.a, options.hf_config))
     b = None
@@ -368,7 +367,7 @@ def _logits(a: Opened, b: Opened | None) -> LogitParity:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from megatron_real.weights.inspection import describe
+    from megatron_real.conversion.inspection import describe
 
     description = describe(*_weights_named(options.directory, options.hf_config))
     if options.json:

@@ -14,7 +14,8 @@ import socket
 from pathlib import Path
 
 from megatron_real import config as configuration
-from megatron_real.commands.terminal import hanging, is_first_rank, refuse
+from megatron_real.commands.arguments import add_overrides
+from megatron_real.commands.terminal import hanging, input_checks, is_first_rank
 from megatron_real.doctor.finding import Finding
 from megatron_real.doctor.report import report
 from megatron_real.runs.disk_needs import disk_needs
@@ -41,9 +42,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", nargs="?", help="YAML file of the run, whose disk space is counted then"
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file"
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--run-dir", metavar="DIR", help="where the run would write (default: CONFIG's, or here)"
     )
@@ -52,18 +51,16 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs `doctor`; returns the exit code, the same on every rank."""
-    from megatron_real.policy.layout import join_world, leave_world
+    from megatron_real.parallel.groups import join_world, leave_world
 
     speaks = is_first_rank()
     run_dir = options.run_dir
     needs = None
-    try:
+    with input_checks():
         if options.config is not None:
             config = configuration.load(options.config, options.overrides)
             needs = disk_needs(config, Architecture.read(config.model.path))
             run_dir = run_dir or config.trainer.run_dir
-    except ValueError as error:
-        return refuse(error)
 
     try:
         join_world(_JOIN_MINUTES)

@@ -1,4 +1,4 @@
-"""`megatron-real eval`: the arguments and exit codes of benchmark.py.
+"""`megatron-real eval`: the arguments and exit codes of evaluation/benchmark.py.
 
     megatron-real eval MODEL --bench NAME=FILE ... [--samples 16] [--out DIR] [key.sub=value ...]
 
@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_real import config as configuration
+from megatron_real.commands.arguments import add_overrides
 from megatron_real.commands.subject import Subject
-from megatron_real.commands.terminal import INTERRUPTED, refuse, say
+from megatron_real.commands.terminal import input_checks, say
+from megatron_real.conversion.convert import check_model
+from megatron_real.errors import DONE, INTERRUPTED
 from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.conversion import check_model
 
 SUMMARY = "measure pass@1, pass@k and maj@k on benchmarks"
 EXAMPLES = """\
@@ -46,9 +48,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="run directory or checkpoint of one, with the run's own settings; HF directory or "
         "cached hub id; YAML file",
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file"
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--bench",
         action="append",
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         if value is not None:
             asked.append(f"{key}={value}")
 
-    try:
+    with input_checks():
         subject = Subject.of(options.config)
         words = [*subject.words, *options.overrides, *asked]
         # Nothing is packed here, so that responses may be as long as the model can take.
@@ -81,25 +81,17 @@ def run(options: argparse.Namespace) -> int:
         config = configuration.load(subject.config, words)
         check_model(config.model.path, config.model.weights)
         files = _benchmarks(options.bench)
-    except ValueError as error:
-        return refuse(error)
 
-    from megatron_real.benchmark import UntrustedFigures, run_benchmarks
-    from megatron_real.rollout.engine import EngineFailed
-    from megatron_real.rollout.sync import SyncError
+    from megatron_real.evaluation.benchmark import run_benchmarks
 
     out = options.out or str(Path("runs/eval") / subject.name(config.model.path))
     try:
-        run_benchmarks(config, files, out)
-    except ValueError as error:
-        return refuse(error)
+        with input_checks():
+            run_benchmarks(config, files, out)
     except KeyboardInterrupt:
         say(f"interrupted; the same command goes on from what is in {out}")
         return INTERRUPTED
-    except (UntrustedFigures, EngineFailed, SyncError) as error:
-        say(error)
-        return 1
-    return 0
+    return DONE
 
 
 def _fitting_lengths(subject: Subject, words: Sequence[str]) -> list[str]:

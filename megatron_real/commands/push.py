@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_real.commands.arguments import add_evaluations
 from megatron_real.commands.convert import amount, progress_bar
-from megatron_real.commands.terminal import refuse, say, table
+from megatron_real.commands.terminal import input_checks, say, table
 from megatron_real.config.locate import is_run_directory
+from megatron_real.errors import Refused
 from megatron_real.runs.card import CARD, model_card, with_benchmarks
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.weights.hf import BIN_INDEX, INDEX, HfWeights, side_files
@@ -61,14 +63,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--public", action="store_true", help="make a new repository public; default: private"
     )
-    parser.add_argument(
-        "--eval",
-        action="append",
-        default=[],
-        dest="evaluations",
-        metavar="DIR",
-        help="results of `megatron-real eval`, for the card; may be given many times",
-    )
+    add_evaluations(parser, purpose=", for the card")
     parser.add_argument(
         "--message", default="Upload by megatron_real", metavar="TEXT", help="of the commit"
     )
@@ -76,12 +71,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Uploads the export; returns the exit code."""
-    try:
+    with input_checks():
         _check_name(options.repo)
         upload = _gather(Path(options.run_dir), options.evaluations)
         _check_weights(upload.export)
-    except ValueError as error:
-        return refuse(error)
 
     names = sorted(upload.files)
     print(f"{upload.export} -> {options.repo}")
@@ -156,7 +149,7 @@ def _check_weights(export: Path) -> None:
     Raises:
         ValueError: one is missing, has another shape, or holds NaN.
     """
-    from megatron_real.weights.verify import open_as_hf, verify
+    from megatron_real.conversion.verify import open_as_hf, verify
 
     with progress_bar(f"checking {export}") as progress:
         report = verify(open_as_hf(export), None, progress=progress)
@@ -170,9 +163,7 @@ def _guarded(send: Callable[[], str]) -> int:
 
     token = get_token()
     if not token:
-        return refuse(
-            ValueError("this machine has no token of the hub; `hf auth login`, or set HF_TOKEN")
-        )
+        raise Refused("this machine has no token of the hub; `hf auth login`, or set HF_TOKEN")
     try:
         url = send()
     except Exception as error:  # of a service and its library, which raise what they like

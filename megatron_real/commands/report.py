@@ -7,7 +7,8 @@ import importlib.util
 import time
 from pathlib import Path
 
-from megatron_real.commands.terminal import refuse, say
+from megatron_real.commands.arguments import add_evaluations
+from megatron_real.commands.terminal import input_checks, say
 from megatron_real.disk import write_whole
 from megatron_real.report.page import report_page
 from megatron_real.report.variants import Run, read_run
@@ -30,14 +31,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="directory of a run")
     parser.add_argument("--out", default="report.html", metavar="FILE", help="default: report.html")
-    parser.add_argument(
-        "--eval",
-        action="append",
-        default=[],
-        dest="evaluations",
-        metavar="DIR",
-        help="results of `megatron-real eval`; may be given many times",
-    )
+    add_evaluations(parser)
     parser.add_argument(
         "--steps",
         nargs="+",
@@ -62,13 +56,12 @@ def run(options: argparse.Namespace) -> int:
     """Writes the report; returns the exit code."""
     out = Path(options.out)
     try:
-        _check(options, out)
-        runs = _write(options, out)
-        while options.watch > 0 and any(run.status.get("state") == "running" for run in runs):
-            time.sleep(options.watch)
+        with input_checks():
+            _check(options, out)
             runs = _write(options, out)
-    except ValueError as error:
-        return refuse(error)
+            while options.watch > 0 and any(run.status.get("state") == "running" for run in runs):
+                time.sleep(options.watch)
+                runs = _write(options, out)
     except KeyboardInterrupt:
         say(f"stopped watching; {out} is as it was last written")
     return 0

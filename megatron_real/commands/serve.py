@@ -12,8 +12,9 @@ import importlib.util
 import os
 
 from megatron_real import config as configuration
-from megatron_real.commands.terminal import refuse
-from megatron_real.weights.conversion import check_model
+from megatron_real.commands.arguments import add_overrides
+from megatron_real.commands.terminal import input_checks
+from megatron_real.conversion.convert import check_model
 
 SUMMARY = "run a vLLM server for a run on other machines"
 EXAMPLES = """\
@@ -25,9 +26,7 @@ example:
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("config", help="the run's YAML file")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file"
-    )
+    add_overrides(parser)
     parser.add_argument("--host", help="address to listen on; default: rollout.server_host")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
 
@@ -35,7 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Becomes the server, or returns 2 and says in one sentence why not."""
     key = os.environ.get("VLLM_API_KEY", "")
-    try:
+    with input_checks():
         config = configuration.load(options.config, options.overrides)
         if not key:
             raise ValueError(
@@ -45,10 +44,8 @@ def run(options: argparse.Namespace) -> int:
         check_model(config.model.path, required=False)  # the weights come from the run
         if importlib.util.find_spec("vllm") is None:
             raise ValueError("vLLM is not installed; install vllm")
-    except ValueError as error:
-        return refuse(error)
 
-    from megatron_real.rollout.server import command, environment
+    from megatron_real.rollout.vllm_server.server import command, environment
 
     host = options.host or config.rollout.server_host
     words = command(config, host=host, port=options.port)

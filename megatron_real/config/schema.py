@@ -350,6 +350,9 @@ class TrainerConfig:
     mlflow: bool = False
     """Log to MLflow (mlflow-skinny must be installed), at MLFLOW_TRACKING_URI, else in files below
     the run directory."""
+    trackio: bool = False
+    """Log to Trackio (must be installed, and needs transformers 5), where it keeps the runs of this
+    machine: TRACKIO_DIR."""
     export: bool = True
     """Write the trained weights as an HF directory at the end."""
     max_hours: Annotated[float, ZeroIsOff] = 0.0
@@ -400,6 +403,11 @@ class Config:
     given: Mapping[str, Given] = field(default_factory=dict, repr=False, compare=False)
     """No setting, but where settings come from: the path of a value (`rollout.vllm.hf_token`) ->
     how it was given."""
+
+    @property
+    def updates_per_step(self) -> int:
+        """Updates of the weights in a step: one for each minibatch."""
+        return self.rollout.num_prompts // self.batch.minibatch_prompts
 
     def __post_init__(self) -> None:
         # Bounds first: the sentences about combinations presume values that are possible alone.

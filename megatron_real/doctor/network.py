@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_real.doctor.finding import Finding
 from megatron_real.doctor.machine import existing_folder
+from megatron_real.parallel.cpu import device
 
 MAX_SKEW_SECONDS = 0.5
 """Clocks further apart order files and log lines of two nodes wrongly."""
@@ -137,17 +138,16 @@ def all_reduce(*, nodes: int, size: int | None = None) -> Finding:
         size: bytes; default: 512 MiB on GPUs, else 32 MiB.
     """
     num_ranks = dist.get_world_size()
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cpu")
+    on_gpu = device().type == "cuda"
+    default_size = 32 << 20
     if on_gpu:
-        device = torch.device("cuda", torch.cuda.current_device())
-    if size is None:
-        size = 512 << 20 if on_gpu else 32 << 20
+        default_size = 512 << 20
+    size = size or default_size
 
     seconds: list[float] = []
     error = 0.0
     for _ in range(5):
-        tensor = torch.full((size // 4,), float(dist.get_rank() + 1), device=device)
+        tensor = torch.full((size // 4,), float(dist.get_rank() + 1), device=device())
         dist.barrier()
         started = time.perf_counter()
         dist.all_reduce(tensor)
@@ -158,7 +158,7 @@ def all_reduce(*, nodes: int, size: int | None = None) -> Finding:
         error = max(error, float((tensor - num_ranks * (num_ranks + 1) / 2).abs().max()))
 
     # The same figures on every rank: the quickest round of the slowest, and the largest error.
-    worst = torch.tensor([min(seconds), error], device=device)
+    worst = torch.tensor([min(seconds), error], device=device())
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     quickest, error = worst.tolist()
     if error:
@@ -172,12 +172,15 @@ def all_reduce(*, nodes: int, size: int | None = None) -> Finding:
         return Finding("ok", "all-reduce", "one rank: it works, and has nothing to send")
 
     speed = 2 * (num_ranks - 1) / num_ranks * size / quickest / 1e9
-    plural = "s" if nodes > 1 else ""
+    # Between nodes an all-reduce is slower than within one.
+    unit = "node"
+    if nodes > 1:
+        unit = "nodes"
     description = (
-        f"{num_ranks} ranks, {nodes} node{plural}: {size >> 20} MiB in {quickest * 1e3:.1f} ms, "
+        f"{num_ranks} ranks, {nodes} {unit}: {size >> 20} MiB in {quickest * 1e3:.1f} ms, "
         f"{speed:.2f} GB/s of bus bandwidth"
     )
-    if on_gpu and speed < SLOW_GB["nodes" if nodes > 1 else "node"]:
+    if on_gpu and speed < SLOW_GB[unit]:
         remedy = (
             "NCCL_DEBUG=INFO says which transport it took; see NCCL_IB_HCA and NCCL_SOCKET_IFNAME"
         )

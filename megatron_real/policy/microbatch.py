@@ -18,6 +18,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_real.parallel.cpu import device
 from megatron_real.policy.logprobs import NO_TARGET
 from megatron_real.records import Rollout
 
@@ -137,7 +138,9 @@ def micro_batch(
     own = _Columns.of_rank(sequences, alignment)
     kept_K = (own.target >= 0).nonzero().squeeze(1)
 
-    spans = [*lengths, fill] if fill else lengths
+    spans = lengths
+    if fill:
+        spans = [*lengths, fill]
     bounds = torch.tensor([0, *spans], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     packed_bounds = bounds if bounds_on_host else to_device(bounds)
 
@@ -177,7 +180,7 @@ def to_device(host: Tensor) -> Tensor:
         return host
     # From pinned memory the copy waits in the device's queue; from other memory the host would wait
     # for the queue.
-    return host.pin_memory().to(torch.cuda.current_device(), non_blocking=True)
+    return host.pin_memory().to(device(), non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from typing import Any, Protocol
 import numpy
 from torch import Tensor
 
-from megatron_real.exchange import Exchange
 from megatron_real.objective import Objective
+from megatron_real.parallel.exchange import Exchange
 from megatron_real.prompts import PromptCursor
 from megatron_real.records import (
     UNKNOWN_VERSION,
@@ -40,7 +40,7 @@ from megatron_real.records import (
     Sampling,
 )
 from megatron_real.rollout.ahead import Ahead
-from megatron_real.rollout.engine import EngineFailed
+from megatron_real.rollout.engines.engine import EngineFailed
 from megatron_real.rollout.origin import (
     Origin,
     WeightsDigest,

@@ -196,8 +196,8 @@ def _empty(path: Path) -> ValueError:
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    said = " ".join(str(error).split())
-    return ValueError(f"{path} is not a whole file of rollouts ({said}); it may be cut")
+    reason = " ".join(str(error).split())
+    return ValueError(f"{path} is not a whole file of rollouts ({reason}); it may be cut")
 
 
 def _saved_steps(folder: Path) -> str:

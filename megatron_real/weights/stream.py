@@ -15,12 +15,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_real.collective import on_every_rank
 from megatron_real.disk import fsync
+from megatron_real.parallel.collective import on_every_rank
+from megatron_real.parallel.cpu import device
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.hf import hf_files, hf_side_files
-from megatron_real.weights.mapping import EMBEDDING, OUTPUT, Weights, entries, hf_shapes
+from megatron_real.weights.mapping import (
+    EMBEDDING,
+    OUTPUT,
+    Coordinates,
+    Weights,
+    entries,
+    hf_shapes,
+)
 from megatron_real.weights.stored import OpenFiles, stored_dtype, torch_dtype
 
 _BLOCK_BYTES = 2**24
@@ -110,10 +118,10 @@ def _read_weights(
             if not names:
                 continue
 
-            ranges, columns = entry.local_ranges(tp_rank, tp, padded_rows=padded_rows)
+            rectangle = entry.shard(Coordinates(tp_rank, tp), padded_rows=padded_rows)
             for name in names:
                 target = parameters[name].data
-                piece = weights.megatron_piece(entry, ranges, columns)
+                piece = weights.megatron_piece(entry, rectangle)
                 if tuple(target.shape) != piece.shape:
                     raise WeightsError(
                         f"{', '.join(entry.parts)} give {name} the shape {piece.shape}, but the "
@@ -291,6 +299,6 @@ def _broadcast(
     # Another stage may hold the parameter too (a tied embedding): it receives into a buffer, so
     # that its own copy stays as it is.
     if dist.get_rank(pp_group) != stage or shard is None:
-        shard = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
+        shard = torch.empty(shape, dtype=dtype, device=device())
     dist.broadcast(shard, src=dist.get_global_rank(pp_group, stage), group=pp_group)
     return shard

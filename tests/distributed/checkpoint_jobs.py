@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -28,49 +29,57 @@ def trained_and_saved(
     Args:
         live: the negative control: the state itself takes the place of its copy.
     """
-    from megatron_real.policy.state import schedule_state, sharded_state
-    from megatron_real.runs import staging
+    from megatron_real.checkpoint import writer
+    from megatron_real.checkpoint.state import schedule_state, sharded_state
 
     policy = new_policy(config, config.model.path)
     rollouts = rollouts_of(samples)
     for batch in policy.prepare(rollouts):
         policy.update(batch)
-    found = state_of(policy)
+    state = state_of(policy)
+
     if live:
-        staging.host_copies = lambda like: [tensor.detach() for tensor in like]  # type: ignore[assignment]
-    store = staging.Staging(policy.groups.dp_cp)
+        # Nobody takes the patch back: this process ends with the function.
+        mock.patch.object(
+            writer, "host_copies", lambda like: [tensor.detach() for tensor in like]
+        ).start()
+    store = writer.Staging(policy.groups.dp_cp)
     by_key, common = store.copy(sharded_state(policy))
     schedule = schedule_state(policy)
+
     for batch in policy.prepare(rollouts):
         policy.update(batch)
+
     first = dist.get_rank() == 0
     if first:
         Path(folder).mkdir()
     dist.barrier()
-    staging.write(
-        Path(folder), by_key, dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
-    )
+    group = None
+    if dist.get_world_size() > 1:
+        group = dist.new_group(backend="gloo")
+    writer.write(Path(folder), by_key, group)
     if first:
-        staging.write_common(Path(folder), common)
-    return {**found, "schedule": schedule, "later": state_of(policy)["weights"]}
+        writer.write_common(Path(folder), common)
+    return {**state, "schedule": schedule, "later": state_of(policy)["weights"]}
 
 
 def resumed(
     config: Config, samples: list[Sample], folder: str, schedule: dict[str, int]
 ) -> dict[str, Any]:
     """The state read back in this layout, and the weights three updates later."""
-    from megatron_real.policy.state import load_schedule_state, load_sharded_state
-    from megatron_real.weights.unpickling import check_metadata, weights_only
+    from megatron_real.checkpoint.state import load_schedule_state, load_sharded_state
+    from megatron_real.checkpoint.unpickling import check_metadata, weights_only
 
     policy = new_policy(config, config.model.path)
     check_metadata(Path(folder))
     with weights_only(Path(folder)), counted_reads() as numbers:
         load_sharded_state(policy, Path(folder))
     load_schedule_state(policy, schedule)
-    found = {**state_of(policy), "numbers read": sum(numbers)}
+    state = state_of(policy)
+
     for batch in policy.prepare(rollouts_of(samples)):
         policy.update(batch)
-    return {**found, "later": state_of(policy)["weights"]}
+    return {**state, "numbers read": sum(numbers), "later": state_of(policy)["weights"]}
 
 
 @contextmanager
@@ -93,15 +102,15 @@ def counted_reads() -> Iterator[list[int]]:
 
 def numbers_of(folder: str) -> int:
     """How many numbers the tensors of a checkpoint have."""
-    saved = FileSystemReader(folder).read_metadata().state_dict_metadata.values()
-    return sum(prod(one.size) for one in saved if isinstance(one, TensorStorageMetadata))
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata.values()
+    return sum(prod(entry.size) for entry in entries if isinstance(entry, TensorStorageMetadata))
 
 
 def state_of(policy: Any) -> dict[str, Any]:
-    """The weights by their HF names, and this rank's pieces of the optimizer's
-    state with their places.
+    """The weights by their HF names, and this rank's pieces of the optimizer's state, each with
+    its key, the whole tensor's shape and the piece's offset in it.
     """
-    from megatron_real.policy.state import sharded_state
+    from megatron_real.checkpoint.state import sharded_state
 
     pieces = [
         (piece.key, piece.global_shape, piece.global_offset, piece.data.clone())
@@ -112,7 +121,7 @@ def state_of(policy: Any) -> dict[str, Any]:
 
 def stopped_within_a_step(config: Config, samples: list[Sample], done: int) -> dict[str, Any]:
     """The state of a step after `done` of its updates, and what the rest of them gave."""
-    from megatron_real.policy.state import unfinished
+    from megatron_real.checkpoint.state import unfinished
 
     policy = new_policy(config, config.model.path)
     batches = policy.prepare(rollouts_of(samples))
@@ -129,15 +138,16 @@ def stopped_within_a_step(config: Config, samples: list[Sample], done: int) -> d
 def taken_up(
     config: Config, samples: list[Sample], begun: dict[str, Any], done: int
 ) -> dict[str, Any]:
-    """The same rest, in this layout, from `begun`; the updates before it are made
-    again to have the same weights.
+    """The rest of the step, in this layout, from the state `begun`.
+
+    The updates before it are made again, to have the same weights.
     """
-    from megatron_real.policy.state import Unfinished, prepare
+    from megatron_real.checkpoint.state import Unfinished, prepare_step
 
     policy = new_policy(config, config.model.path)
     for batch in policy.prepare(rollouts_of(samples))[:done]:
         policy.update(batch)
-    batches, updates = prepare(policy, rollouts_of(samples), Unfinished.from_state_dict(begun))
+    batches, updates = prepare_step(policy, rollouts_of(samples), Unfinished.from_state_dict(begun))
     assert len(updates) == done
     rest = [policy.update(batch) for batch in batches[done:]]
     return {
@@ -154,8 +164,13 @@ def assembled(ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     for rank in ranks:
         for key, shape, offset, data in rank["pieces"]:
             tensor = whole.setdefault(key, torch.full(shape, torch.nan))
-            place = tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))
+            place = slices(offset, data.shape)
             known = ~tensor[place].isnan()
             assert torch.equal(tensor[place][known], data[known]), f"two ranks disagree on {key}"
             tensor[place] = data
     return whole
+
+
+def slices(offset: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
+    """The box of `size` elements that begins at `offset`, as an index of a tensor."""
+    return tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))

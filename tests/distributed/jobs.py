@@ -32,12 +32,12 @@ def rollouts_of(samples: list[Sample]) -> list[Rollout]:
 def completion_of(sample: Sample) -> Completion:
     """The engine's log-probs are 0, and NaN where no token is trained: nothing may read those."""
     trained = sample.trained or (True,) * len(sample.response)
-    logprobs = [0.0 if one else math.nan for one in trained]
+    logprobs = [0.0 if is_trained else math.nan for is_trained in trained]
     return Completion(sample.response, logprobs, "", True, trained)
 
 
 def new_policy(config: Config, path: str, num_updates: int = 100) -> Any:
-    from megatron_real.policy.layout import set_up
+    from megatron_real.parallel.groups import set_up
     from megatron_real.policy.policy import Policy, PolicySettings
     from megatron_real.weights.architecture import Architecture
     from megatron_real.weights.hf import HfWeights
@@ -57,27 +57,31 @@ def gradient(config: Config, old_path: str | None, samples: list[Sample]) -> dic
     """
     policy = new_policy(config, config.model.path)
     batch = prepared(policy, old_path, samples)
-    forwards = [0]
+    forwards = 0
+
+    def count(*_: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+
     for chunk in policy.chunks:
-        chunk.register_forward_pre_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
+        chunk.register_forward_pre_hook(count)
     result = policy.gradient(batch)
     return {
         "loss": result.loss,
         "gradients": gradients_of(policy),
-        "forwards": forwards[0] / len(policy.chunks) / len(batch.micro_batches),
+        "forwards": forwards / len(policy.chunks) / len(batch.micro_batches),
         "placement": batch.plan.placement,
     }
 
 
 def prepared(policy: Any, old_path: str | None, samples: list[Sample]) -> Any:
-    """The minibatch as one batch; with `old_path`, its old log-probs are those of
-    the weights there.
-    """
+    """The minibatch as one batch; with `old_path`, its old log-probs are of the weights there."""
     from megatron_real.weights.hf import HfWeights
 
     settings = policy.settings
     (cut,) = minibatches(rollouts_of(samples), settings.objective, groups_per_minibatch=1000)
     batch = policy.packer.pack(cut, off_policy=old_path is not None)
+
     if old_path is not None:
         policy.load_parameters(HfWeights(old_path))
         policy.step.old_logprobs(batch)
@@ -106,7 +110,8 @@ def naive_gradient(config: Config, old_path: str, samples: list[Sample]) -> dict
     assert count > 1, "the control needs groups that are cut"
 
     def naive(index: int, outputs: Any) -> torch.Tensor:
-        micro, old_T = batch.micro_batches[index], batch.results[index].old_logprob_T
+        micro = batch.micro_batches[index]
+        old_T = batch.results[index].old_logprob_T
         used = slice(0, micro.num_used)
         score_R = sequence_scores(
             outputs.logprob_T[used],
@@ -127,19 +132,21 @@ def averaged_gradient(config: Config, samples: list[Sample]) -> dict[str, Any]:
     """The gradient with Megatron's data-parallel averaging left on."""
     from megatron_real.policy import model
 
-    ours = model.transformer_config
+    summing = model.transformer_config
 
     def averaging(*args: Any, **kwargs: Any) -> Any:
-        made = ours(*args, **kwargs)
-        made.calculate_per_token_loss = False
-        return made
+        transformer_config = summing(*args, **kwargs)
+        transformer_config.calculate_per_token_loss = False
+        return transformer_config
 
     model.transformer_config = averaging
     try:
         policy = new_policy(config, config.model.path)
     finally:
-        model.transformer_config = ours
-    policy.chunks[0].config.calculate_per_token_loss = True  # the schedule sums; only DDP averages
+        model.transformer_config = summing
+
+    # Only DDP is to average: the schedule reads the flag again, and sums.
+    policy.chunks[0].config.calculate_per_token_loss = True
     policy.gradient(prepared(policy, None, samples))
     return {"gradients": gradients_of(policy)}
 
@@ -148,11 +155,11 @@ def updates(config: Config, samples: list[Sample]) -> dict[str, Any]:
     """Three updates on one step's rollouts: the first on-policy, the others with a scoring pass."""
     policy = new_policy(config, config.model.path)
     start = {name: tensor.clone() for name, tensor in policy.stream()}
-    done = [policy.update(batch) for batch in policy.prepare(rollouts_of(samples))]
-    assert len(done) == 3, "five groups, two a minibatch"
+    results = [policy.update(batch) for batch in policy.prepare(rollouts_of(samples))]
+    assert len(results) == 3, "five groups, two a minibatch"
     return {
-        "losses": [u.gradient.loss for u in done],
-        "grad_norms": [u.grad_norm for u in done],
+        "losses": [u.gradient.loss for u in results],
+        "grad_norms": [u.grad_norm for u in results],
         "start": start,
         "weights": {name: tensor.clone() for name, tensor in policy.stream()},
     }
@@ -162,16 +169,18 @@ def poisoned_update(config: Config, samples: list[Sample]) -> dict[str, Any]:
     """Two updates with a NaN among the old log-probs, then a sound one."""
     policy = new_policy(config, config.model.path)
     batches = policy.prepare(rollouts_of(samples))
-    poisoned, sound = batches[1], batches[2]
+    poisoned = batches[1]
+    sound = batches[2]
     for micro, results in zip(poisoned.micro_batches, poisoned.results, strict=True):
         results.old_logprob_T[micro.kept_K] = torch.nan
+
     start = {name: tensor.clone() for name, tensor in policy.stream()}
-    done = [policy.update(poisoned) for _ in range(2)]
+    updates = [policy.update(poisoned) for _ in range(2)]
     unchanged = all(torch.equal(tensor, start[name]) for name, tensor in policy.stream())
-    done.append(policy.update(sound))
+    updates.append(policy.update(sound))
     return {
-        "skipped": [u.skipped for u in done],
-        "in_a_row": [u.skipped_in_a_row for u in done],
+        "skipped": [u.skipped for u in updates],
+        "in_a_row": [u.skipped_in_a_row for u in updates],
         "unchanged": unchanged,
     }
 
@@ -183,12 +192,13 @@ def logprobs(config: Config, samples: list[Sample]) -> torch.Tensor | None:
     policy.step.old_logprobs(batch)
     if not policy.groups.is_last_stage:
         return None
-    found: dict[int, torch.Tensor] = {}
+
+    by_position: dict[int, torch.Tensor] = {}
     for micro, results in zip(batch.micro_batches, batch.results, strict=True):
         for k, position in enumerate(micro.positions):
             own = slice(int(micro.cu_seqlens[k]), int(micro.cu_seqlens[k + 1]))
-            found[position] = results.old_logprob_T[own][micro.target_T[own] >= 0]
-    return torch.cat([found[i] for i in sorted(found)])
+            by_position[position] = results.old_logprob_T[own][micro.target_T[own] >= 0]
+    return torch.cat([by_position[i] for i in sorted(by_position)])
 
 
 def export(config: Config, out: str) -> None:

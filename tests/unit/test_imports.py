@@ -13,17 +13,19 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_real"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("records", "disk", "numerics", "cpu", "pinned", "collective", "challenge", "bounds"),
-    ("exchange",),
+    ("disk", "numerics", "buffers", "pinned", "challenge", "bounds", "progress"),
+    ("records", "errors"),
     ("objective",),
     ("config",),
-    ("labels", "batching"),
+    ("parallel", "labels", "batching"),
     ("prompts",),
     ("weights",),
+    ("conversion",),
     ("policy", "rollout"),
-    ("evaluate",),
+    ("evaluation", "supervision"),
     ("runs",),
-    ("job", "benchmark", "doctor", "plan", "launcher", "compare", "report"),
+    ("checkpoint",),
+    ("job", "doctor", "plan", "launcher", "compare", "report"),
     ("loop", "rehearsal"),
     ("session",),
     ("commands",),
@@ -90,6 +92,17 @@ def test_imports_run_downwards(folder: str) -> None:
     for file in files:
         wrong = violations(name, (PACKAGE / file).read_text(encoding="utf-8"))
         assert not wrong, f"megatron_real/{file}: {'; '.join(wrong)}; its layer is {layer_of(name)}"
+
+
+def test_the_device_is_named_in_one_way() -> None:
+    """torch.cuda's own answer needs a GPU, or the emulation of one; cpu.device() needs neither."""
+    asks_cuda = [
+        str(file)
+        for file in FILES
+        if "current_device" in (PACKAGE / file).read_text(encoding="utf-8")
+    ]
+    emulated = [name for name in asks_cuda if name.startswith("rehearsal")]
+    assert sorted(set(asks_cuda) - set(emulated)) == ["parallel/cpu.py"]
 
 
 def test_the_known_violations_still_exist() -> None:

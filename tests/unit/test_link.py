@@ -11,8 +11,8 @@ import torch
 from torch._C._distributed_c10d import HashStore, TCPStore
 
 from megatron_real.challenge import NotProven
-from megatron_real.rollout import link
-from megatron_real.rollout.link import Link, buckets, listen, unpacked
+from megatron_real.rollout.vllm_server import link
+from megatron_real.rollout.vllm_server.link import Link, buckets, listen, unpacked
 
 CPU = torch.device("cpu")
 TENSORS = [
@@ -35,7 +35,7 @@ def same(one: list[tuple[str, torch.Tensor]], other: list[tuple[str, torch.Tenso
 def test_tensors_come_out_as_they_went_in(
     monkeypatch: pytest.MonkeyPatch, limit: int, number: int
 ) -> None:
-    monkeypatch.setattr(link, "BUCKET_BYTES", limit)
+    monkeypatch.setattr(link, "SYNC_BUCKET_BYTES", limit)
     found, places = [], []
     for bucket in buckets(TENSORS):
         assert len(bucket.flat) <= limit or len(bucket.slots) == 1

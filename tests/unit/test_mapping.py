@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.hf import HfWeights
-from megatron_real.weights.mapping import Entry, entries, hf_shapes
+from megatron_real.weights.mapping import Coordinates, Entry, entries, hf_shapes
 from megatron_real.weights.stored import OpenFiles, torch_dtype
 
 
@@ -21,8 +21,10 @@ def shard(
     entry: Entry, weights: HfWeights, architecture: Architecture, rank: int, tp: int
 ) -> Tensor:
     """What tensor-parallel rank `rank` of `tp` loads."""
-    ranges, columns = entry.local_ranges(rank, tp, padded_rows=architecture.padded_vocab(tp))
-    piece = weights.megatron_piece(entry, ranges, columns)
+    coordinates = Coordinates(rank, tp)
+    rectangle = entry.shard(coordinates, padded_rows=architecture.padded_vocab(tp))
+    piece = weights.megatron_piece(entry, rectangle)
+    assert coordinates.on(entry.over) == ((rank, tp) if entry.over == "tp" else (0, 1))
     with OpenFiles() as files:
         data = piece.read(files, block_bytes=1000)
     return torch.frombuffer(data, dtype=torch_dtype(piece.dtype)).reshape(piece.shape)
@@ -74,7 +76,7 @@ def test_qkv_rows_are_grouped_by_kv_head() -> None:
         {"architectures": ["Qwen2ForCausalLM"], **numbers, **rest}
     )
     entry = next(e for e in entries(architecture) if e.key.endswith("linear_qkv.bias"))
-    assert entry.runs == [(0, 0, 2), (1, 0, 1), (2, 0, 1), (0, 2, 2), (1, 1, 1), (2, 1, 1)]
+    assert entry.spans == [(0, 0, 2), (1, 0, 1), (2, 0, 1), (0, 2, 2), (1, 1, 1), (2, 1, 1)]
     joined = entry.join([torch.tensor([1.0, 2, 10, 100, 3, 4, 20, 200])])
     assert [part.tolist() for part in joined] == [[1, 2, 3, 4], [10, 20], [100, 200]]
 
@@ -95,10 +97,8 @@ def test_a_rank_reads_only_its_own_slices(tiny_model: Callable[..., Path]) -> No
     for rank in range(2):
         with Counting() as files:
             for entry in entries(architecture):
-                ranges, columns = entry.local_ranges(
-                    rank, 2, padded_rows=architecture.padded_vocab(2)
-                )
-                for _ in weights.megatron_piece(entry, ranges, columns).blocks(files, 2**16):
+                own = entry.shard(Coordinates(rank, 2), padded_rows=architecture.padded_vocab(2))
+                for _ in weights.megatron_piece(entry, own).blocks(files, 2**16):
                     pass
     norms = (2 * architecture.num_layers + 1) * architecture.hidden_size
     assert sum(read) == 8 * (architecture.num_parameters + norms)

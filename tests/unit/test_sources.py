@@ -72,13 +72,13 @@ def test_every_sample_is_tested_and_every_layout_has_one() -> None:
             for row in published
             for form in [
                 next(
-                    (f for f in BY_NAME[name].layouts if f.question in row and f.answer in row),
+                    (f for f in BY_NAME[name].forms if f.question in row and f.answer in row),
                     None,
                 )
             ]
             if form
         }
-    assert {f for s in SOURCES for f in s.layouts if "." not in f.answer} <= used
+    assert {f for s in SOURCES for f in s.forms if "." not in f.answer} <= used
 
 
 @pytest.mark.parametrize("form", FORMS)
