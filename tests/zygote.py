@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -412,23 +413,26 @@ def _fork_the_ranks() -> None:
     subprocess_handler.Popen = Popen  # type: ignore[attr-defined, assignment]
 
 
-def _import_what_runs_need_later() -> None:
-    """Imports what a command imports only when it comes to it: tables, pictures, tokenizers.
+LATER = (
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "megatron_real.commands",
+    "megatron_real.loop",
+    "omegaconf",
+    "pandas",
+    "pyarrow.parquet",
+    "torch.distributed.run",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.tokenization_utils_sentencepiece",
+)
+"""What commands import only when they come to it: a third of the CPU time of a run of one step."""
 
-    They are a third of the CPU time of a run of one step. Its picture is another third, and is not
-    drawn: runs in pytest's process and on Slurm draw theirs.
+
+def _draw_no_pictures() -> None:
+    """Leaves out the picture of a forked run, which is another third of its CPU time.
+
+    Runs in pytest's own process and on Slurm draw theirs.
     """
-    import matplotlib.backends.backend_agg
-    import matplotlib.figure
-    import omegaconf
-    import pandas
-    import pyarrow.parquet
-    import torch.distributed.run
-    import transformers.models.auto.tokenization_auto
-    import transformers.tokenization_utils_sentencepiece
-
-    import megatron_real.loop
-    from megatron_real.commands import COMMANDS  # noqa: F401
     from megatron_real.runs import reporter
 
     def draw_nothing(*_: Any, **__: Any) -> None:
@@ -477,7 +481,9 @@ def main() -> None:
 
     from tests.distributed import preload  # noqa: F401
 
-    _import_what_runs_need_later()
+    for module in LATER:
+        importlib.import_module(module)
+    _draw_no_pictures()
     if sys.argv[2] == _VLLM:
         _import_vllm()
         _fork_the_servers()
