@@ -227,12 +227,15 @@ def test_the_first_rank_of_a_node_writes_what_others_hold(
     for found in world.run(written, 2, folder=tmp_path / "run", ranks_per_node=ranks_per_node):
         assert found == ROLLOUTS + ROLLOUTS[2:]
     file = RunDirectory(tmp_path / "run").rollouts(1)
+    dump = RunDirectory(tmp_path / "run").dump(1, 2).rollouts(1)
     if ranks_per_node == 2:
-        assert file.is_file()
+        assert file.is_file() and dump.is_file()
         return
     parts = [list(read_rows(part)) for part in part_files(file)]
     places = [[(row["group"], row["sample"]) for row in part] for part in parts]
     assert places == [[(r.group, r.sample) for r in ROLLOUTS[node::2]] for node in (0, 1)]
+    # The batch of a skipped update: no rank gets the tokens of another node.
+    assert [[row["sample"] for row in read_rows(part)] for part in part_files(dump)] == [[0], [1]]
     figures = [(row["score"], row["minibatch"]) for row in read_rows(file)]
     assert figures == [(0.1, 1), (-0.1, 1), (None, 2), (None, 2)]
 
