@@ -44,7 +44,7 @@ from megatron_real.labels.equivalence import Given, answer_classes
 from megatron_real.policy.layout import join_world, leave_world
 from megatron_real.prompts import load_prompts
 from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Sampling
-from megatron_real.rollout import RolloutStage, build_engine
+from megatron_real.rollout import RolloutStage, build_engine, takes_over
 from megatron_real.rollout.engine import Engine, EngineFailed
 from megatron_real.rollout.sync import WeightSync
 from megatron_real.runs.evaluated import BENCH, Chunk, EvaluationDirectory, average
@@ -285,6 +285,7 @@ def _answer(
             world=ranks.world,
             retries=config.rollout.retries,
             exchange=Exchange(rank, ranks.world, ranks.group),
+            take_over=takes_over(config, engine),
         )
         with (
             _progress(console, num_problems) as advance,

@@ -30,7 +30,7 @@ from megatron_real.prompts import PromptCursor
 from megatron_real.prompts.cursor import Digests
 from megatron_real.prompts.training import heldout_prompts, training_prompts
 from megatron_real.records import Prompt, Sampling
-from megatron_real.rollout import RolloutStage, build_engine
+from megatron_real.rollout import RolloutStage, build_engine, takes_over
 from megatron_real.rollout.source import (
     DrawOptions,
     Fresh,
@@ -383,6 +383,7 @@ def _drawing(
             world=exchange.world,
             retries=rollout.retries,
             exchange=exchange,
+            take_over=takes_over(config, engine),
         ),
         sync=WeightSync(
             engine,
