@@ -47,8 +47,8 @@ from megatron_real.runs.lifeline import Lifeline
 from megatron_real.runs.progress import RunProgress
 from megatron_real.runs.ranks import Ranks
 from megatron_real.runs.reporter import Reporter
-from megatron_real.runs.rollouts import read_rollouts
 from megatron_real.runs.sampling import ChunkFiles, settings_of_rollouts
+from megatron_real.runs.saved_steps import SavedSteps
 from megatron_real.runs.status import State
 from megatron_real.runs.stop import Stopped, StopRequest
 from megatron_real.weights.architecture import Architecture
@@ -282,8 +282,8 @@ def _build(
     labeller = None
     evaluation = None
     if drawing is None:
-        replayed = RunDirectory(config.rollout.replay)
-        source = Replay(lambda step: read_rollouts(replayed.saved_rollouts(step)), exchange)
+        replayed = SavedSteps(RunDirectory(config.rollout.replay), ranks, exchange)
+        source = Replay(replayed.read)
     else:
         source = _source(config, drawing, policy, checkpoints, reporter, ranks)
         labeller = drawing.stage.labeller

@@ -43,6 +43,9 @@ class Adder:
     def checksums(self, dtypes: Any) -> dict[str, Any]:
         return {}
 
+    def revive(self) -> bool:
+        return False
+
     def prepare_for_inference(self, weights: Any) -> None: ...
 
     def finish_inference(self) -> None: ...
