@@ -36,6 +36,7 @@ from rich.progress import (
 from rich.table import Table
 
 from megatron_real.config import Config, LabelConfig, to_dict
+from megatron_real.errors import ExpectedEnd
 from megatron_real.evaluate import Evaluation, summarise
 from megatron_real.exchange import Exchange
 from megatron_real.labels import Labeller, build_labeller
@@ -43,9 +44,10 @@ from megatron_real.labels.answers import final_answer, opened_thinking
 from megatron_real.labels.equivalence import Given, answer_classes
 from megatron_real.policy.layout import join_world, leave_world
 from megatron_real.prompts import load_prompts
-from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Sampling
+from megatron_real.records import POSITIVE, Completion, Prompt, Rollout
 from megatron_real.rollout import RolloutStage, build_engine, takes_over
 from megatron_real.rollout.engine import Engine, EngineFailed
+from megatron_real.rollout.sampling import evaluation_sampling
 from megatron_real.rollout.sync import WeightSync
 from megatron_real.runs.evaluated import BENCH, Chunk, EvaluationDirectory, average
 from megatron_real.runs.progress import Heartbeat
@@ -62,7 +64,7 @@ _PROBES = 64
 _PROBE_BYTES = 1 << 16
 
 
-class UntrustedFigures(RuntimeError):
+class UntrustedFigures(ExpectedEnd, RuntimeError):
     """So many checks failed that the figures say little of the model."""
 
 
@@ -253,13 +255,7 @@ def _answer(
         console.print(
             f"{len(chunks) - len(missing)} of {len(chunks)} chunks are there already; going on"
         )
-    evaluation = config.evaluation
-    sampling = Sampling(
-        evaluation.samples,
-        evaluation.temperature,
-        config.rollout.max_response_tokens,
-        evaluation.top_p,
-    )
+    sampling = evaluation_sampling(config)
 
     architecture, weights = open_start(config.model.path, config.model.weights)
     dtype = torch_dtype(config.model.dtype)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
+from megatron_real.errors import DONE, INTERRUPTED, ExpectedEnd
 from megatron_real.runs.quiet import quiet_libraries
 
 logger = logging.getLogger("megatron_real")
@@ -24,8 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0 done, or nothing left to do; 1 the run failed; 2 the input was refused; 75
-        stopped early with everything saved (start the same command again); 130 interrupted.
+        The exit code, one of errors.EXIT_CODES.
     """
     try:
         code = _run_command(arguments)
@@ -35,19 +35,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output has gone, as `head` does when it has enough. Python would flush
         # once more at its exit, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return DONE
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("megatron-real: interrupted before anything was begun", file=sys.stderr)
             print("megatron-real: the same command starts again", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def _run_command(arguments: Sequence[str] | None) -> int:
     """Parses the words, sets up logging and runs the command; returns its exit code."""
     # Not at the top: Ctrl-C is heard as such from the first import on.
     from megatron_real.commands import COMMANDS
-    from megatron_real.commands.terminal import is_first_rank
+    from megatron_real.commands.terminal import is_first_rank, say
 
     parser = build_parser()
     options, later = parser.parse_known_args(arguments)
@@ -69,7 +69,11 @@ def _run_command(arguments: Sequence[str] | None) -> int:
     logging.getLogger("vllm").setLevel(logging.ERROR)
     quiet_libraries()
 
-    return int(COMMANDS[options.command].run(options))
+    try:
+        return int(COMMANDS[options.command].run(options))
+    except ExpectedEnd as end:
+        say(end, on_every_rank=end.on_every_rank)
+        return end.exit_code
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_real.config import Config, check_world, too_few_sequences
 from megatron_real.config.sources import data_sources
-from megatron_real.disk import is_full_disk
+from megatron_real.errors import ExpectedEnd, NothingToDo, Stopped, state_and_reason
 from megatron_real.evaluate import Evaluation, evaluate
 from megatron_real.exchange import Exchange
 from megatron_real.labels import Labeller, build_labeller
@@ -31,6 +31,7 @@ from megatron_real.prompts.cursor import Digests
 from megatron_real.prompts.training import heldout_prompts, training_prompts
 from megatron_real.records import Prompt, Sampling
 from megatron_real.rollout import RolloutStage, build_engine, takes_over
+from megatron_real.rollout.sampling import evaluation_sampling, training_sampling
 from megatron_real.rollout.source import (
     DrawOptions,
     Fresh,
@@ -41,7 +42,7 @@ from megatron_real.rollout.source import (
 )
 from megatron_real.rollout.sync import WeightSync
 from megatron_real.runs import checkpoint
-from megatron_real.runs.claim import Claim, Earlier, NothingToDo
+from megatron_real.runs.claim import Claim, Earlier
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.lifeline import Lifeline
 from megatron_real.runs.progress import RunProgress
@@ -49,8 +50,7 @@ from megatron_real.runs.ranks import Ranks
 from megatron_real.runs.reporter import Reporter
 from megatron_real.runs.sampling import ChunkFiles, settings_of_rollouts
 from megatron_real.runs.saved_steps import SavedSteps
-from megatron_real.runs.status import State
-from megatron_real.runs.stop import Stopped, StopRequest
+from megatron_real.runs.stop import StopRequest
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.conversion import open_start
 from megatron_real.weights.mapping import Weights
@@ -122,22 +122,27 @@ class Job:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Ends the job on this rank.
+        """Ends the job on this rank, and says in status.json how.
 
         An error that nobody expected takes the other ranks down, by its name; a good end takes
-        nobody down.
+        nobody down. An expected error is every rank's: one that does not end by it within a while
+        is taken down.
         """
         if self.labeller is not None:
             self.labeller.close()
-        if isinstance(error, Stopped | KeyboardInterrupt):
-            self.reporter.say_status("stopped", str(error) or "interrupted")
-        elif error is not None and kind is not None:
-            self.lifeline.say_end(f"{kind.__name__}: {error}")
-            state: State = "crashed"
-            if is_full_disk(error):
-                state = "failed"  # it would fail again until somebody frees space
-            self.reporter.say_status(state, f"{kind.__name__}: {error}")
-        self.lifeline.close()
+        cause = ""
+        if error is not None:
+            state, reason = state_and_reason(error)
+            diverged = isinstance(error, ExpectedEnd) and error.diverged
+            if not isinstance(error, ExpectedEnd | KeyboardInterrupt):
+                # Before the status: where another rank has failed first, this process ends here, by
+                # that rank's name.
+                self.lifeline.say_end(reason)
+            self.reporter.say_status(state, reason, diverged=diverged)
+            # All ranks have agreed to stop, and may take their time.
+            if not isinstance(error, Stopped):
+                cause = reason
+        self.lifeline.close(cause)
         # Last: until then no other job may take the run directory.
         if self.claim is not None:
             self.claim.release()
@@ -190,12 +195,13 @@ def _refuse(claim: Claim, error: BaseException) -> None:
     """Writes into the run directory why a start has ended that has changed nothing else in it."""
     if isinstance(error, NothingToDo):
         claim.release()
-    elif isinstance(error, ValueError) or is_full_disk(error):
+    elif isinstance(error, ValueError):
         claim.refuse(str(error))
     elif isinstance(error, KeyboardInterrupt):
         claim.refuse("interrupted while it started", "stopped")
     else:
-        claim.refuse(f"{type(error).__name__}: {error}", "crashed")
+        state, reason = state_and_reason(error)
+        claim.refuse(reason, state)
 
 
 def _last_word(claim: Claim, reporter: Reporter) -> Callable[[str], None]:
@@ -288,13 +294,7 @@ def _build(
         source = _source(config, drawing, policy, checkpoints, reporter, ranks)
         labeller = drawing.stage.labeller
         if drawing.heldout:
-            sampling = Sampling(
-                config.evaluation.samples,
-                config.evaluation.temperature,
-                config.rollout.max_response_tokens,
-                config.evaluation.top_p,
-            )
-            evaluation = HeldoutEvaluation(source, drawing.heldout, sampling)
+            evaluation = HeldoutEvaluation(source, drawing.heldout, evaluation_sampling(config))
 
     # Only now the run directory changes.
     checkpoints.begin(beginning, survey.damaged)
@@ -420,13 +420,7 @@ def _source(
         check_weights=checkpoints.check_sound,
     )
     options = DrawOptions(
-        sampling=Sampling(
-            rollout.group_size,
-            rollout.temperature,
-            rollout.max_response_tokens,
-            rollout.top_p,
-            rollout.top_k,
-        ),
+        sampling=training_sampling(config),
         num_prompts=rollout.num_prompts,
         chunk_prompts=rollout.chunk_prompts,
         refill_rounds=rollout.refill_rounds,

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from megatron_real.errors import DONE, FAILED, INTERRUPTED, REFUSED, STOPPED_EARLY
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.status import read_status
-from megatron_real.runs.stop import EXIT_AGAIN
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -89,7 +89,7 @@ def launch(words: Sequence[str], *, num_ranks: int, run_dir: str) -> int:
         return _stopped(error, RunDirectory(run_dir))
     finally:
         shutil.rmtree(logs, ignore_errors=True)
-    return 0
+    return DONE
 
 
 def _failed(first: int, failure: ProcessFailure, logs: Path, directory: RunDirectory) -> int:
@@ -105,8 +105,7 @@ def _failed(first: int, failure: ProcessFailure, logs: Path, directory: RunDirec
         The exit code.
     """
     code = failure.exitcode
-    own_words = (2, EXIT_AGAIN, 130)
-    if code in own_words:
+    if code in (REFUSED, STOPPED_EARLY, INTERRUPTED):
         return code  # the first rank has said why, or the one that was alone to see it
 
     errors = {}
@@ -131,7 +130,7 @@ def _failed(first: int, failure: ProcessFailure, logs: Path, directory: RunDirec
     print(f"megatron-real: rank {rank} failed ({reason}){where}", file=sys.stderr)
     if code > 0:
         return code
-    return 1
+    return FAILED
 
 
 def _at_fault(errors: Mapping[int, str], first: int) -> int:
@@ -180,7 +179,7 @@ def _stopped(error: SignalException, directory: RunDirectory) -> int:
         child.kill()
 
     if error.sigval == signal.SIGINT:
-        return 130
+        return INTERRUPTED
     if read_status(directory.status).get("state") == "stopped":
-        return EXIT_AGAIN
+        return STOPPED_EARLY
     return 128 + int(error.sigval)

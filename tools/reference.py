@@ -22,12 +22,11 @@ from pathlib import Path
 
 import megatron_real
 from megatron_real.cli import build_parser
-from megatron_real.commands.terminal import EXIT_CODES
 from megatron_real.config.describe import Setting, every_setting
+from megatron_real.errors import EXIT_CODES, STATES
 from megatron_real.objective.registry import OBJECTIVES
 from megatron_real.records import Label, Status
 from megatron_real.runs.metric_table import METRICS
-from megatron_real.runs.status import STATES
 
 DOCS = Path(__file__).parents[1] / "docs"
 NOTE = "<!-- Written by tools/reference.py; edit the code instead. -->\n"

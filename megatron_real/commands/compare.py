@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from megatron_real.commands.terminal import INTERRUPTED, refuse, say, table
+from megatron_real.commands.terminal import input_checks, say, table
 from megatron_real.compare.execute import Executor, sweep_lock
 from megatron_real.compare.results import Outcome, RunResult, read_result
 from megatron_real.compare.sweep import Sweep, load_sweep
-from megatron_real.runs.stop import EXIT_AGAIN
+from megatron_real.errors import INTERRUPTED, STOPPED_EARLY
 from megatron_real.runs.summary import duration
 
 SUMMARY = "train variants of a configuration with several seeds, and compare them"
@@ -68,13 +68,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the sweep; returns the exit code."""
-    try:
+    with input_checks():
         sweep = _checked(options)
         if options.describe is not None:
             print(_description(sweep, options.describe))
             return 0
-    except ValueError as error:
-        return refuse(error)
 
     if options.list:
         for number, run in enumerate(sweep.runs):
@@ -136,7 +134,7 @@ def _execute(sweep: Sweep, options: argparse.Namespace) -> int:
                 if code == INTERRUPTED:
                     raise KeyboardInterrupt
                 unfinished = result.outcome == Outcome.UNFINISHED
-                if code == EXIT_AGAIN or (executor.asked_to_stop and unfinished):
+                if code == STOPPED_EARLY or (executor.asked_to_stop and unfinished):
                     return _stopped()
                 if unfinished:
                     result = _failed_now(result, code, log)
@@ -158,7 +156,7 @@ def _exit_code(results: Sequence[RunResult]) -> int:
 
 def _stopped() -> int:
     say("the sweep has stopped early; the same command goes on with it")
-    return EXIT_AGAIN
+    return STOPPED_EARLY
 
 
 def _failed_now(result: RunResult, code: int, log: Path) -> RunResult:

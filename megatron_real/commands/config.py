@@ -10,10 +10,11 @@ import json
 import sys
 import textwrap
 
-from megatron_real.commands.terminal import hanging, refuse
+from megatron_real.commands.terminal import hanging
 from megatron_real.config.describe import every_setting
 from megatron_real.config.json_schema import json_schema
 from megatron_real.config.names import closest
+from megatron_real.errors import Refused
 from megatron_real.objective.registry import OBJECTIVES
 
 SUMMARY = "explain every setting: type, default, bounds, meaning"
@@ -49,11 +50,8 @@ def run(options: argparse.Namespace) -> int:
     if not settings:
         # One path may have several meanings, one for each kind of objective.
         names = closest(prefixes[0], {setting.path for setting in all_settings})
-        return refuse(
-            ValueError(
-                f"no setting begins with {' or '.join(prefixes)}; the nearest are "
-                f"{', '.join(names)}"
-            )
+        raise Refused(
+            f"no setting begins with {' or '.join(prefixes)}; the nearest are {', '.join(names)}"
         )
 
     for setting in settings:

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_real.commands.subject import checkpoint_of_run, hf_config_of
-from megatron_real.commands.terminal import INTERRUPTED, REFUSED, hanging, refuse, say
+from megatron_real.commands.terminal import hanging, input_checks, say
 from megatron_real.config.locate import is_run_directory, weights_directory
+from megatron_real.errors import INTERRUPTED, Refused
 from megatron_real.runs.card import CARD, model_card
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.saved import saved
@@ -132,14 +133,12 @@ def run(options: argparse.Namespace) -> int:
         "inspect": _inspect,
     }
     try:
-        return commands[options.conversion](options)
-    except ValueError as error:
-        return refuse(error)
+        with input_checks():
+            return commands[options.conversion](options)
     except BrokenPipeError:
         raise  # the reader of our output has left, which the command line knows how to end
     except OSError as error:  # a directory or file that this user may not read
-        say(f"{error.filename}: {error.strerror}")
-        return REFUSED
+        raise Refused(f"{error.filename}: {error.strerror}") from error
     except KeyboardInterrupt:
         say("interrupted; the same command goes on where this one stopped")
         return INTERRUPTED

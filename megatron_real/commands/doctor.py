@@ -14,7 +14,7 @@ import socket
 from pathlib import Path
 
 from megatron_real import config as configuration
-from megatron_real.commands.terminal import hanging, is_first_rank, refuse
+from megatron_real.commands.terminal import hanging, input_checks, is_first_rank
 from megatron_real.doctor.finding import Finding
 from megatron_real.doctor.report import report
 from megatron_real.runs.disk_needs import disk_needs
@@ -57,13 +57,11 @@ def run(options: argparse.Namespace) -> int:
     speaks = is_first_rank()
     run_dir = options.run_dir
     needs = None
-    try:
+    with input_checks():
         if options.config is not None:
             config = configuration.load(options.config, options.overrides)
             needs = disk_needs(config, Architecture.read(config.model.path))
             run_dir = run_dir or config.trainer.run_dir
-    except ValueError as error:
-        return refuse(error)
 
     try:
         join_world(_JOIN_MINUTES)

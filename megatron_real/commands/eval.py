@@ -15,7 +15,8 @@ from pathlib import Path
 
 from megatron_real import config as configuration
 from megatron_real.commands.subject import Subject
-from megatron_real.commands.terminal import INTERRUPTED, refuse, say
+from megatron_real.commands.terminal import input_checks, say
+from megatron_real.errors import DONE, INTERRUPTED
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.conversion import check_model
 
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
         if value is not None:
             asked.append(f"{key}={value}")
 
-    try:
+    with input_checks():
         subject = Subject.of(options.config)
         words = [*subject.words, *options.overrides, *asked]
         # Nothing is packed here, so that responses may be as long as the model can take.
@@ -81,25 +82,17 @@ def run(options: argparse.Namespace) -> int:
         config = configuration.load(subject.config, words)
         check_model(config.model.path, config.model.weights)
         files = _benchmarks(options.bench)
-    except ValueError as error:
-        return refuse(error)
 
-    from megatron_real.benchmark import UntrustedFigures, run_benchmarks
-    from megatron_real.rollout.engine import EngineFailed
-    from megatron_real.rollout.sync import SyncError
+    from megatron_real.benchmark import run_benchmarks
 
     out = options.out or str(Path("runs/eval") / subject.name(config.model.path))
     try:
-        run_benchmarks(config, files, out)
-    except ValueError as error:
-        return refuse(error)
+        with input_checks():
+            run_benchmarks(config, files, out)
     except KeyboardInterrupt:
         say(f"interrupted; the same command goes on from what is in {out}")
         return INTERRUPTED
-    except (UntrustedFigures, EngineFailed, SyncError) as error:
-        say(error)
-        return 1
-    return 0
+    return DONE
 
 
 def _fitting_lengths(subject: Subject, words: Sequence[str]) -> list[str]:

@@ -23,7 +23,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from megatron_real.commands.terminal import hanging, refuse
+from megatron_real.commands.terminal import hanging, input_checks
 from megatron_real.labels.golds import kind_of, unmatchable
 from megatron_real.labels.pool import Check, VerifierPool
 from megatron_real.labels.verifiers import check_name
@@ -112,12 +112,10 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         The exit code: 0 done, 1 a row was judged otherwise than expected, 2 the input was refused.
     """
-    try:
+    with input_checks():
         if options.what == "check":
             return _check(options)
         return _golds(options)
-    except ValueError as error:
-        return refuse(error)
 
 
 def known_rows(path: Path) -> list[Known]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_real import config as configuration
-from megatron_real.commands.terminal import refuse, table
+from megatron_real.commands.terminal import input_checks, table
 from megatron_real.compare.sweep import is_sweep, load_sweep
 from megatron_real.config import ParallelConfig
 from megatron_real.config.engines import ENGINES, candidates
@@ -119,7 +119,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs `plan`; returns the exit code."""
-    try:
+    with input_checks():
         source = _Source.of(options)
         device = DEVICES[options.gpu]
         if options.rates:
@@ -136,8 +136,6 @@ def run(options: argparse.Namespace) -> int:
         best = ranked(estimate.run)
         if note and best:
             estimate = best[0]
-    except ValueError as error:
-        return refuse(error)
 
     engines = ""
     if best:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_real.commands.convert import amount, progress_bar
-from megatron_real.commands.terminal import refuse, say, table
+from megatron_real.commands.terminal import input_checks, say, table
 from megatron_real.config.locate import is_run_directory
+from megatron_real.errors import Refused
 from megatron_real.runs.card import CARD, model_card, with_benchmarks
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.weights.hf import BIN_INDEX, INDEX, HfWeights, side_files
@@ -76,12 +77,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Uploads the export; returns the exit code."""
-    try:
+    with input_checks():
         _check_name(options.repo)
         upload = _gather(Path(options.run_dir), options.evaluations)
         _check_weights(upload.export)
-    except ValueError as error:
-        return refuse(error)
 
     names = sorted(upload.files)
     print(f"{upload.export} -> {options.repo}")
@@ -170,9 +169,7 @@ def _guarded(send: Callable[[], str]) -> int:
 
     token = get_token()
     if not token:
-        return refuse(
-            ValueError("this machine has no token of the hub; `hf auth login`, or set HF_TOKEN")
-        )
+        raise Refused("this machine has no token of the hub; `hf auth login`, or set HF_TOKEN")
     try:
         url = send()
     except Exception as error:  # of a service and its library, which raise what they like

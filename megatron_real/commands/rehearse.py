@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from megatron_real import config as configuration
-from megatron_real.commands.terminal import refuse, table
+from megatron_real.commands.terminal import input_checks, table
 from megatron_real.config import Config
 from megatron_real.plan.devices import DEVICES
 from megatron_real.plan.layouts import RESERVE_SHARE
@@ -76,11 +76,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs `rehearse`; returns the exit code."""
-    try:
+    with input_checks():
         requests = _requests(options)
         reports = rehearse(requests)
-    except ValueError as error:
-        return refuse(error)
 
     budget = int(DEVICES[options.gpu].memory_gib * 2**30 * (1 - RESERVE_SHARE))
     if options.json:

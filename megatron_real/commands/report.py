@@ -7,7 +7,7 @@ import importlib.util
 import time
 from pathlib import Path
 
-from megatron_real.commands.terminal import refuse, say
+from megatron_real.commands.terminal import input_checks, say
 from megatron_real.disk import write_whole
 from megatron_real.report.page import report_page
 from megatron_real.report.variants import Run, read_run
@@ -62,13 +62,12 @@ def run(options: argparse.Namespace) -> int:
     """Writes the report; returns the exit code."""
     out = Path(options.out)
     try:
-        _check(options, out)
-        runs = _write(options, out)
-        while options.watch > 0 and any(run.status.get("state") == "running" for run in runs):
-            time.sleep(options.watch)
+        with input_checks():
+            _check(options, out)
             runs = _write(options, out)
-    except ValueError as error:
-        return refuse(error)
+            while options.watch > 0 and any(run.status.get("state") == "running" for run in runs):
+                time.sleep(options.watch)
+                runs = _write(options, out)
     except KeyboardInterrupt:
         say(f"stopped watching; {out} is as it was last written")
     return 0

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from megatron_real.commands.terminal import refuse
+from megatron_real.commands.terminal import input_checks
 from megatron_real.records import Label, Status
 from megatron_real.report.browser import token_decoder, visible
 from megatron_real.runs.directory import RunDirectory
@@ -106,7 +106,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the rollouts, or returns 2 and says in one sentence why not."""
-    try:
+    with input_checks():
         if options.limit < 0:
             raise ValueError(f"--limit is {options.limit}; it must be at least 0 (all)")
         if options.shade and options.step is None:
@@ -120,8 +120,6 @@ def run(options: argparse.Namespace) -> int:
             _print_json(rows, options.without_tokens)
         else:
             _print_text(list(rows), directory, options)
-    except ValueError as error:
-        return refuse(error)
     return 0
 
 

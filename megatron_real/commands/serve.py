@@ -12,7 +12,7 @@ import importlib.util
 import os
 
 from megatron_real import config as configuration
-from megatron_real.commands.terminal import refuse
+from megatron_real.commands.terminal import input_checks
 from megatron_real.weights.conversion import check_model
 
 SUMMARY = "run a vLLM server for a run on other machines"
@@ -35,7 +35,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Becomes the server, or returns 2 and says in one sentence why not."""
     key = os.environ.get("VLLM_API_KEY", "")
-    try:
+    with input_checks():
         config = configuration.load(options.config, options.overrides)
         if not key:
             raise ValueError(
@@ -45,8 +45,6 @@ def run(options: argparse.Namespace) -> int:
         check_model(config.model.path, required=False)  # the weights come from the run
         if importlib.util.find_spec("vllm") is None:
             raise ValueError("vLLM is not installed; install vllm")
-    except ValueError as error:
-        return refuse(error)
 
     from megatron_real.rollout.server import command, environment
 

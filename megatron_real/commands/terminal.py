@@ -6,24 +6,10 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-REFUSED = 2
-"""Exit code where the input was refused, before anything was written."""
-INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
-
-EXIT_CODES = {
-    0: "Done, or there was nothing left to do.",
-    1: (
-        "The run failed, or a check of `plan`, `doctor`, `convert verify` and the like found "
-        "something."
-    ),
-    REFUSED: "The input was refused. One sentence says what is wrong, and no run was changed.",
-    75: "The run stopped early with everything saved. Start the same command again.",
-    INTERRUPTED: "Ctrl-C. The run has saved where it could; the same command goes on.",
-}
-"""Exit code -> what it says, for the reference of the documentation. 75 is runs.stop.EXIT_AGAIN."""
+from megatron_real.errors import ExpectedEnd, Refused
 
 
 def is_first_rank() -> bool:
@@ -31,16 +17,24 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(sentence: object) -> None:
-    """Writes a sentence to standard error, on the first rank only."""
-    if is_first_rank():
+def say(sentence: object, *, on_every_rank: bool = True) -> None:
+    """Writes a sentence to standard error.
+
+    The first rank speaks for all where the sentence is one of every rank's.
+    """
+    if is_first_rank() or not on_every_rank:
         print(f"megatron-real: {sentence}", file=sys.stderr, flush=True)
 
 
-def refuse(error: ValueError) -> int:
-    """Says why the input is refused; returns the exit code."""
-    say(error)
-    return REFUSED
+@contextmanager
+def input_checks() -> Iterator[None]:
+    """A ValueError in here refuses the command's input: the command line says its sentence."""
+    try:
+        yield
+    except ExpectedEnd:
+        raise
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -8,10 +8,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 from megatron_real import config as configuration
-from megatron_real.commands.terminal import INTERRUPTED, REFUSED, is_first_rank, refuse, say
+from megatron_real.commands.terminal import input_checks, is_first_rank, say
+from megatron_real.disk import is_full_disk
+from megatron_real.errors import (
+    DONE,
+    INTERRUPTED,
+    DiskFull,
+    ExpectedEnd,
+    Interrupted,
+    NothingToDo,
+    Refused,
+)
 from megatron_real.runs.replay import check_replay
 from megatron_real.weights.conversion import check_model
 
@@ -52,7 +61,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Trains; returns the exit code."""
-    try:
+    with input_checks():
         config = _checked(options)
         for sentence in check_replay(config):
             say(sentence)
@@ -61,9 +70,7 @@ def run(options: argparse.Namespace) -> int:
 
             if is_first_rank():
                 print(description(config, options.nproc or _num_ranks_of_launcher()))
-            return 0
-    except ValueError as error:
-        return refuse(error)
+            return DONE
 
     if options.nproc is None:
         return _train(config)
@@ -107,8 +114,7 @@ def _checked(options: argparse.Namespace) -> configuration.Config:
 
 def _train(config: configuration.Config) -> int:
     """Trains in this process; returns the exit code."""
-    from megatron_real.runs import stop as stopping
-    from megatron_real.runs.stop import EXIT_AGAIN, Stopped, StopRequest
+    from megatron_real.runs.stop import StopRequest
 
     # First of all: a signal may come while the rest is imported.
     stop = StopRequest(max_hours=config.trainer.max_hours)
@@ -116,76 +122,34 @@ def _train(config: configuration.Config) -> int:
     if is_first_rank():
         print("loading torch and megatron-core", flush=True)  # seconds of silence otherwise
 
-    from megatron_real.disk import is_full_disk
     from megatron_real.job import build
-    from megatron_real.labels import RewardNeedsThreshold, TooManyFailedChecks
     from megatron_real.loop import train
     from megatron_real.policy.layout import leave_world
-    from megatron_real.rollout.engine import EngineFailed
-    from megatron_real.rollout.sync import SyncError
-    from megatron_real.runs.checkpoint import CheckpointFailed
-    from megatron_real.runs.claim import NothingToDo
     from megatron_real.runs.ranks import EveryRankError
-    from megatron_real.runs.ruin import NonFinite
 
     try:
         job = build(config, stop)
-    except NothingToDo as sentence:
-        say(sentence)
+    except NothingToDo:
         leave_world()
-        return 0
-    except EveryRankError as error:
-        say(error)
-        return REFUSED
+        raise
     except ValueError as error:
         # Weights, data or layout do not fit: the input's fault, which this rank may be alone to
         # see.
-        print(f"megatron-real: {error}", file=sys.stderr)
-        return REFUSED
+        raise Refused(str(error), on_every_rank=isinstance(error, EveryRankError)) from error
 
-    with job:
-        try:
+    try:
+        with job:
             train(job)
-        except Stopped as stopped:
-            if stop.reason == stopping.INTERRUPTED:
-                say(f"interrupted; metrics and rollouts so far are in {config.trainer.run_dir}")
-            say(stopped)
-            job.reporter.say_status("stopped", str(stopped))
-            if stop.reason == stopping.INTERRUPTED:
-                return INTERRUPTED
-            return EXIT_AGAIN
-        except KeyboardInterrupt:
-            say(f"interrupted; metrics and rollouts so far are in {config.trainer.run_dir}")
-            say(f"the same command goes on; {job.checkpoints.last_good()}")
-            job.reporter.say_status("stopped", "interrupted")
-            job.lifeline.close("interrupted")
-            return INTERRUPTED
-        except (EngineFailed, SyncError) as error:  # every rank has it
-            say(error)
-            # An engine may be lost by accident: a script may start the same command again.
-            job.reporter.say_status("crashed", str(error))
-            job.lifeline.close(str(error))
-            return 1
-        except (
-            NonFinite,
-            CheckpointFailed,
-            TooManyFailedChecks,
-            RewardNeedsThreshold,
-        ) as error:  # every rank has it
-            say(error)
-            diverged = isinstance(error, NonFinite)
-            job.reporter.say_status("failed", str(error), diverged=diverged)
-            job.lifeline.close(str(error))
-            if isinstance(error, ValueError):
-                return REFUSED
-            return 1
-        except Exception as error:
-            # A full disk comes in the words of many libraries.
-            if not is_full_disk(error):
-                raise
-            print(f"megatron-real: {error}; free space and start again", file=sys.stderr)
-            job.lifeline.say_end(str(error))
-            job.reporter.say_status("failed", str(error))
-            return 1
+    except (Interrupted, KeyboardInterrupt) as end:
+        say(f"interrupted; metrics and rollouts so far are in {config.trainer.run_dir}")
+        if isinstance(end, Interrupted):
+            raise
+        say(f"the same command goes on; {job.checkpoints.last_good()}")
+        return INTERRUPTED
+    except Exception as error:
+        # A full disk comes in the words of many libraries.
+        if isinstance(error, ExpectedEnd) or not is_full_disk(error):
+            raise
+        raise DiskFull(f"{error}; free space and start again") from error
     leave_world()
-    return 0
+    return DONE

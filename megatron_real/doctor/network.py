@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_real.cpu import device
 from megatron_real.doctor.finding import Finding
 from megatron_real.doctor.machine import existing_folder
 
@@ -137,17 +138,14 @@ def all_reduce(*, nodes: int, size: int | None = None) -> Finding:
         size: bytes; default: 512 MiB on GPUs, else 32 MiB.
     """
     num_ranks = dist.get_world_size()
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cpu")
-    if on_gpu:
-        device = torch.device("cuda", torch.cuda.current_device())
+    on_gpu = device().type == "cuda"
     if size is None:
         size = 512 << 20 if on_gpu else 32 << 20
 
     seconds: list[float] = []
     error = 0.0
     for _ in range(5):
-        tensor = torch.full((size // 4,), float(dist.get_rank() + 1), device=device)
+        tensor = torch.full((size // 4,), float(dist.get_rank() + 1), device=device())
         dist.barrier()
         started = time.perf_counter()
         dist.all_reduce(tensor)
@@ -158,7 +156,7 @@ def all_reduce(*, nodes: int, size: int | None = None) -> Finding:
         error = max(error, float((tensor - num_ranks * (num_ranks + 1) / 2).abs().max()))
 
     # The same figures on every rank: the quickest round of the slowest, and the largest error.
-    worst = torch.tensor([min(seconds), error], device=device)
+    worst = torch.tensor([min(seconds), error], device=device())
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     quickest, error = worst.tolist()
     if error:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 
+from megatron_real.errors import ExpectedEnd, Refused
 from megatron_real.labels.answers import opened_thinking
 from megatron_real.labels.pool import Check, Outcome, VerifierPool
 from megatron_real.labels.verifiers import NAMES, check_name
@@ -21,11 +22,11 @@ from megatron_real.records import (
 )
 
 
-class TooManyFailedChecks(RuntimeError):
+class TooManyFailedChecks(ExpectedEnd, RuntimeError):
     """More than the allowed share of a step's checks failed."""
 
 
-class RewardNeedsThreshold(ValueError):
+class RewardNeedsThreshold(Refused):
     """A reward is neither 0 nor 1, and the configuration does not say what counts as correct."""
 
 

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_real.cpu import device
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in fp32 at least.
@@ -41,7 +43,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+            torch.ones(hidden_size, dtype=config.params_dtype, device=device())
         )
         # Tells finalize_model_grads to sum this gradient over TP: each rank saw only its share of
         # the tokens.

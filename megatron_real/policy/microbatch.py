@@ -18,6 +18,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_real.cpu import device
 from megatron_real.policy.logprobs import NO_TARGET
 from megatron_real.records import Rollout
 
@@ -177,7 +178,7 @@ def to_device(host: Tensor) -> Tensor:
         return host
     # From pinned memory the copy waits in the device's queue; from other memory the host would wait
     # for the queue.
-    return host.pin_memory().to(torch.cuda.current_device(), non_blocking=True)
+    return host.pin_memory().to(device(), non_blocking=True)
 
 
 @dataclass(frozen=True)

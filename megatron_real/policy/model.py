@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_real.config import ModelConfig, ParallelConfig
+from megatron_real.cpu import device
 from megatron_real.policy.layers import local_block_spec
 from megatron_real.policy.logprobs import linear_logprobs, vocab_parallel_logprobs
 from megatron_real.weights.architecture import Architecture
@@ -224,7 +225,7 @@ def build_model(
             pg_collection=groups,
             vp_stage=stage,
         )
-        chunks.append(chunk.to(torch.cuda.current_device()))
+        chunks.append(chunk.to(device()))
     return chunks
 
 

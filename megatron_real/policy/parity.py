@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
 from megatron_real.config import ModelConfig, ParallelConfig
+from megatron_real.cpu import device
 from megatron_real.policy.layout import join_world, set_up
 from megatron_real.policy.logprobs import NO_TARGET
 from megatron_real.policy.model import LogprobHead, build_model
@@ -130,9 +131,8 @@ def _our_logits(architecture: Architecture, weights: Weights, token_T: Tensor) -
     )
     load_weights([model], weights, architecture, tp_rank=0, tp=1)
 
-    device = torch.cuda.current_device()
-    token_T = token_T.to(device)
-    bounds = torch.tensor([0, len(token_T)], dtype=torch.int32, device=device)
+    token_T = token_T.to(device())
+    bounds = torch.tensor([0, len(token_T)], dtype=torch.int32, device=device())
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=bounds,

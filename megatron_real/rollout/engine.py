@@ -9,15 +9,19 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from megatron_real.errors import ExpectedEnd, State
 from megatron_real.records import Completion, Prompt, Sampling
 from megatron_real.rollout.checksum import checksum
 
 
-class EngineFailed(RuntimeError):
+class EngineFailed(ExpectedEnd, RuntimeError):
     """An engine cannot go on.
 
     The completions that it has not returned are lost, and drawn again on another rank's engine.
     """
+
+    # An engine may be lost by accident: a script may start the same command again.
+    state: State = "crashed"
 
 
 @dataclass(frozen=True)

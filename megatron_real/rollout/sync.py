@@ -22,9 +22,11 @@ from torch import Tensor
 
 from megatron_real.collective import on_every_rank
 from megatron_real.config import SyncConfig
-from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Sampling, Status, Verdict
+from megatron_real.errors import ExpectedEnd, State
+from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Status, Verdict
 from megatron_real.rollout.checksum import checksum
 from megatron_real.rollout.engine import Engine, EngineFailed, Held, completed
+from megatron_real.rollout.sampling import probe_sampling
 from megatron_real.rollout.watch import Watch
 from megatron_real.weights.mapping import HF_EMBEDDING, HF_OUTPUT
 
@@ -41,8 +43,10 @@ The parts are those that this rank answers for, by the number of the process tha
 """
 
 
-class SyncError(RuntimeError):
+class SyncError(ExpectedEnd, RuntimeError):
     """Trainer and engine do not have the same weights."""
+
+    state: State = "crashed"
 
 
 class WeightSync:
@@ -118,7 +122,7 @@ class WeightSync:
 
     def _probe(self, mismatch: Mismatch) -> None:
         """Compares the log-probs of an answer that every engine samples with the trainer's."""
-        sampling = Sampling(1, self._temperature, self.config.probe_tokens)
+        sampling = probe_sampling(self.config, temperature=self._temperature)
 
         def answer() -> Completion:
             ((completion,),) = completed(

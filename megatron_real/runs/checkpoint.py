@@ -35,6 +35,7 @@ from megatron.core.dist_checkpointing.mapping import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_real.config import Config, to_plain
+from megatron_real.errors import ExpectedEnd, Interrupted, NothingToDo, Stopped
 from megatron_real.policy.policy import Policy, Update
 from megatron_real.policy.state import (
     Unfinished,
@@ -48,7 +49,7 @@ from megatron_real.policy.state import (
 )
 from megatron_real.policy.train_step import Batch
 from megatron_real.runs.changes import check_changes
-from megatron_real.runs.claim import Beginning, Earlier, NothingToDo, check_without_checkpoint
+from megatron_real.runs.claim import Beginning, Earlier, check_without_checkpoint
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.parts import delete
 from megatron_real.runs.ranks import EveryRankError, Ranks
@@ -70,7 +71,7 @@ from megatron_real.runs.saved import (
     temporary,
 )
 from megatron_real.runs.staging import Staging, write, write_common, writing_thread
-from megatron_real.runs.stop import SAVE_FAILED, Stopped, StopRequest, described
+from megatron_real.runs.stop import INTERRUPTED, SAVE_FAILED, StopRequest, described
 from megatron_real.weights.unpickling import check_metadata, weights_only
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class Stateful(Protocol):
         """
 
 
-class CheckpointFailed(RuntimeError):
+class CheckpointFailed(ExpectedEnd, RuntimeError):
     """Raised where a checkpoint could not be written and the run was to stop for that."""
 
 
@@ -430,10 +431,13 @@ class Checkpoints:
                 f"{failure or 'a checkpoint could not be saved'}. Free space and start the same "
                 "command again"
             )
-        raise Stopped(
+        sentence = (
             f"stopping after {_words(position)}, for {described(reason)}; the same command goes on "
             "from there"
         )
+        if reason == INTERRUPTED:
+            raise Interrupted(sentence)
+        raise Stopped(sentence)
 
     def _snapshot(self) -> dict[str, Any]:
         """Returns all of the state that is small, as it is now."""

@@ -18,15 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_real.errors import State
 from megatron_real.runs.changes import check_changes
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.lock import RunLock
 from megatron_real.runs.saved import LATEST, Saved
-from megatron_real.runs.status import State, read_status, write_status
-
-
-class NothingToDo(Exception):
-    """The run has finished already. The text says how to go on."""
+from megatron_real.runs.status import read_status, write_status
 
 
 @dataclass(frozen=True)

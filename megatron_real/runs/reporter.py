@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron_real.collective import on_every_rank
 from megatron_real.config import Config, to_dict, to_plain
 from megatron_real.disk import write_whole
+from megatron_real.errors import State
 from megatron_real.evaluate import Evaluation
 from megatron_real.exchange import Exchange
 from megatron_real.records import Rollout
@@ -34,7 +35,7 @@ from megatron_real.runs.peak import peak_tflops
 from megatron_real.runs.progress import RunProgress, profile_step
 from megatron_real.runs.rollouts import write_rollouts
 from megatron_real.runs.rows import drop_cut_row
-from megatron_real.runs.status import State, life_of_this_process, write_status
+from megatron_real.runs.status import life_of_this_process, write_status
 from megatron_real.runs.summary import duration, next_commands, summary_lines
 from megatron_real.runs.trackers import TRACKERS, check_installed
 

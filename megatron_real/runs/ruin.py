@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from megatron_real.errors import ExpectedEnd
 from megatron_real.policy.policy import Policy
 from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Status, Verdict
 from megatron_real.runs.ranks import Ranks
@@ -18,8 +19,10 @@ from megatron_real.runs.ranks import Ranks
 _PROBE_TOKENS = 8
 
 
-class NonFinite(RuntimeError):
+class NonFinite(ExpectedEnd, RuntimeError):
     """The policy is ruined: its weights, its output or too many updates in a row are not finite."""
+
+    diverged = True
 
 
 def ruin(policy: Policy, ranks: Ranks) -> str:

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from megatron_real.cpu import device
 from megatron_real.pinned import host_copies
 
 
@@ -94,7 +95,7 @@ def writing_thread() -> ThreadPoolExecutor:
         1,
         thread_name_prefix="checkpoint",
         initializer=torch.cuda.set_device,
-        initargs=(torch.cuda.current_device(),),
+        initargs=(device(),),
     )
 
 

@@ -10,21 +10,10 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_real.disk import write_whole
-
-State = Literal["running", "stopped", "finished", "failed", "crashed"]
-"""What became of the last start of a run."""
-
-STATES: Mapping[State, str] = {
-    "running": "A process is at work, or was killed without a word.",
-    "stopped": "It ended early with everything saved. The same command goes on.",
-    "finished": "All steps are done.",
-    "failed": "It was refused, or has failed in a way that the same command would repeat.",
-    "crashed": "It ended by an accident, after which the same command may succeed.",
-}
-"""State -> its meaning, as `status` and the docs print it."""
+from megatron_real.errors import State
 
 _MAX_REASON = 2000
 """Characters of a reason that are kept: the file then stays within its first block on disk."""

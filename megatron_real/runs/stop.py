@@ -21,9 +21,6 @@ from megatron_real.runs.memory import MemoryGuard
 if TYPE_CHECKING:
     from megatron_real.runs.ranks import Ranks
 
-EXIT_AGAIN = 75
-"""Exit code of a run that stopped early with everything saved: start the same command again
-(sysexits' EX_TEMPFAIL)."""
 _REASONS = (
     "",
     "trainer.max_hours is over",
@@ -44,10 +41,6 @@ GRACE_SECONDS = 5.0
 _SAME_PRESS_SECONDS = 1.0
 """A terminal and a launcher both pass Ctrl-C on: signals so close together are one press of the
 keys."""
-
-
-class Stopped(Exception):
-    """The run stopped early, as it was asked to; everything is saved."""
 
 
 class StopRequest:

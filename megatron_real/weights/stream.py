@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_real.collective import on_every_rank
+from megatron_real.cpu import device
 from megatron_real.disk import fsync
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
@@ -291,6 +292,6 @@ def _broadcast(
     # Another stage may hold the parameter too (a tied embedding): it receives into a buffer, so
     # that its own copy stays as it is.
     if dist.get_rank(pp_group) != stage or shard is None:
-        shard = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
+        shard = torch.empty(shape, dtype=dtype, device=device())
     dist.broadcast(shard, src=dist.get_global_rank(pp_group, stage), group=pp_group)
     return shard

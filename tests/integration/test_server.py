@@ -124,6 +124,16 @@ def test_a_request_has_its_time(found: Found) -> None:
         assert "no answer in 0.001 s" in answer["patience"]
 
 
+def test_what_waits_for_a_slow_server_is_answered_by_the_other(found: Found) -> None:
+    """Each server decodes 4 of its 18 answers at a time, so it begins with 2 prompts of 3."""
+    quick, slow = (answer["slowed"] for answer in two_servers(found))
+    for answer in (quick, slow):
+        assert answer["held False"] == 18 and answer["taken over False"] == 0
+        assert answer["same tokens"] and answer["largest"] <= 1e-5
+    assert (quick["held True"], slow["held True"]) == (36 - 6, 6)
+    assert (quick["taken over True"], slow["taken over True"]) == (18 - 6, 0)
+
+
 def test_a_killed_server_is_survived(found: Found) -> None:
     alive, killed = (answer["killed"] for answer in two_servers(found))
     assert not alive["lost"] and len(killed["lost"]) >= 6 and "failed" in killed["lost"][0]

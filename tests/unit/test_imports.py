@@ -13,7 +13,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_real"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("records", "disk", "numerics", "cpu", "pinned", "collective", "challenge", "bounds"),
+    ("disk", "numerics", "cpu", "pinned", "collective", "challenge", "bounds"),
+    ("records", "errors"),
     ("exchange",),
     ("objective",),
     ("config",),

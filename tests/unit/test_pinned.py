@@ -79,14 +79,15 @@ def test_the_driver_refuses_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_writing_thread_is_on_the_ranks_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    device_of: dict[str, int] = {}
+    device_of: dict[str, torch.device] = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(
-        torch.cuda, "set_device", lambda number: device_of.update({current_thread().name: number})
+        torch.cuda, "set_device", lambda device: device_of.update({current_thread().name: device})
     )
     with staging.writing_thread() as pool:
         name = pool.submit(lambda: current_thread().name).result()
-    assert device_of == {name: 3}
+    assert device_of == {name: torch.device("cuda", 3)}
 
 
 def test_what_is_written_is_not_copied_by_way_of_a_gpu(
