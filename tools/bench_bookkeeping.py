@@ -158,16 +158,13 @@ def cursors(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def step_time(
-    begun: list[list[int]],
-    waiting: list[int] | list[list[int]],
-    tokens: list[list[int]],
-    slowness: list[float],
+    begun: list[list[int]], waiting: list[int], tokens: list[list[int]], slowness: list[float]
 ) -> float:
     """When the last answer ends.
 
     Args:
-        begun: [engine] the prompts that it begins with.
-        waiting: those that wait for any engine, or [engine] for one alone.
+        begun: [engine] the prompts that no other engine gets.
+        waiting: those for whichever engine has room; it is emptied.
         tokens: [prompt] of each of its answers.
         slowness: [engine] time of a token.
     """
@@ -177,9 +174,8 @@ def step_time(
     ended = 0.0
     while free:
         now, engine = heapq.heappop(free)
-        queue: Any = waiting[engine] if waiting and isinstance(waiting[0], list) else waiting
-        if not left[engine] and queue:
-            left[engine] = list(tokens[queue.pop(0)])
+        if not left[engine] and waiting:
+            left[engine] = list(tokens[waiting.pop(0)])
         if left[engine]:
             end = now + left[engine].pop(0) * slowness[engine]
             ended = max(ended, end)
@@ -196,15 +192,13 @@ def slow_engines(slow: float) -> list[dict[str, Any]]:
         costs = ExpectedLengths().costs(made_prompts(len(tokens)), GROUP)
         shares = spread(costs, engines)
 
-        def waits(shares: list[list[int]] = shares, costs: list[float] = costs) -> Any:
-            return begun_and_waiting(shares, costs, AT_ONCE // GROUP)
-
         usual = [1.0] * engines
         one_slow = [1.0] * (engines - 1) + [slow]
-        nothing: list[list[int]] = [[] for _ in shares]
-        undisturbed = step_time(shares, nothing, tokens, usual)
-        kept = step_time(shares, nothing, tokens, one_slow)
-        taken = step_time(*waits(), tokens, one_slow)
+        undisturbed = step_time(shares, [], tokens, usual)
+        kept = step_time(shares, [], tokens, one_slow)
+        begun, waiting = begun_and_waiting(shares, costs, AT_ONCE // GROUP)
+        taken = step_time(begun, list(waiting), tokens, one_slow)
+        taken_usual = step_time(begun, list(waiting), tokens, usual)
         speed = sum(AT_ONCE / one for one in one_slow)
         best = max(sum(lengths) / speed, max(lengths))
         rows.append(
@@ -213,7 +207,7 @@ def slow_engines(slow: float) -> list[dict[str, Any]]:
                 "prompts": len(tokens),
                 "each its share": kept / undisturbed,
                 "taken over": taken / undisturbed,
-                "taken over, none slow": step_time(*waits(), tokens, usual) / undisturbed,
+                "taken over, none slow": taken_usual / undisturbed,
                 "best possible": best / undisturbed,
                 "taken over / share": taken / kept,
             }

@@ -138,8 +138,8 @@ def patience(pair: Pair) -> str:
 
 
 def slowed(pair: Pair) -> dict[str, Any]:
-    """The last rank's server gives no answer before the other has given all of its own; and the same
-    draw where each server keeps to its share.
+    """The last rank's server gives no answer before the other has given all of its own; and the
+    same draw where each server keeps to its share.
     """
     engine, complete = pair.engine, pair.engine._complete
     asked = prompts(12)
