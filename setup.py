@@ -91,6 +91,8 @@ setup(
         "report": REPORT,
         "wandb": ["wandb"],
         "mlflow": ["mlflow-skinny"],
+        # Not among the tests' needs: with it, pip takes transformers 5 alone.
+        "trackio": ["trackio>=0.43"],
         "completion": ["argcomplete>=3"],
         "docs": ["mkdocs-material>=9"],
     },

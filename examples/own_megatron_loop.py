@@ -16,7 +16,8 @@ import os
 import torch
 import torch.distributed as dist
 
-from megatron_real import cpu, real_loss, real_weights, sequence_scores, vocab_parallel_logprobs
+from megatron_real import real_loss, real_weights, sequence_scores, vocab_parallel_logprobs
+from megatron_real.parallel import cpu
 
 cpu.enable()  # only acts where there is no GPU; before megatron is imported
 

@@ -15,17 +15,21 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_real.checkpoint import saver
 from megatron_real.config import Config, check_world, too_few_sequences
 from megatron_real.config.sources import data_sources
+from megatron_real.conversion.convert import open_start
 from megatron_real.errors import ExpectedEnd, NothingToDo, Stopped, state_and_reason
-from megatron_real.evaluate import Evaluation, evaluate
-from megatron_real.exchange import Exchange
+from megatron_real.evaluation.figures import Evaluation, evaluate
 from megatron_real.labels import Labeller, build_labeller
+from megatron_real.parallel.exchange import Exchange
+from megatron_real.parallel.groups import join_world, set_up
+from megatron_real.parallel.ranks import Ranks
 from megatron_real.policy.determinism import allow_only_deterministic
-from megatron_real.policy.layout import join_world, set_up
 from megatron_real.policy.policy import Policy, PolicySettings
 from megatron_real.policy.reference import Reference
 from megatron_real.policy.snapshot import Snapshot
+from megatron_real.progress import RunProgress
 from megatron_real.prompts import PromptCursor
 from megatron_real.prompts.cursor import Digests
 from megatron_real.prompts.training import heldout_prompts, training_prompts
@@ -41,18 +45,14 @@ from megatron_real.rollout.source import (
     Source,
 )
 from megatron_real.rollout.sync import WeightSync
-from megatron_real.runs import checkpoint
+from megatron_real.runs.chunks import ChunkFiles, settings_of_rollouts
 from megatron_real.runs.claim import Claim, Earlier
 from megatron_real.runs.directory import RunDirectory
-from megatron_real.runs.lifeline import Lifeline
-from megatron_real.runs.progress import RunProgress
-from megatron_real.runs.ranks import Ranks
 from megatron_real.runs.reporter import Reporter
-from megatron_real.runs.sampling import ChunkFiles, settings_of_rollouts
 from megatron_real.runs.saved_steps import SavedSteps
-from megatron_real.runs.stop import StopRequest
+from megatron_real.supervision.lifeline import Lifeline
+from megatron_real.supervision.stop import StopRequest
 from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.conversion import open_start
 from megatron_real.weights.mapping import Weights
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class Job:
     """The verifiers of the rollouts; None in a replay, whose rollouts have their labels."""
     evaluation: HeldoutEvaluation | None
     """None without held-out problems, and in a replay, which has no engine."""
-    checkpoints: checkpoint.Checkpoints
+    checkpoints: saver.Checkpoints
     """Saves the run, and knows where it begins."""
     ranks: Ranks
     """All processes of the job."""
@@ -237,8 +237,8 @@ def _build(
 
     # The run directory: what an earlier life has left, and where this one begins.
     earlier = ranks.on_first(lambda: claim.take(logger.warning) if claim is not None else Earlier())
-    survey = checkpoint.survey(directory, ranks)
-    beginning = checkpoint.beginning_of(config, directory, earlier, survey, ranks)
+    survey = saver.survey(directory, ranks)
+    beginning = saver.beginning_of(config, directory, earlier, survey, ranks)
 
     # The policy.
     processes = f"{ranks.world} processes"
@@ -274,14 +274,14 @@ def _build(
 
     # Engine and verifiers, which a replay does without.
     drawing = None
-    stateful: dict[str, checkpoint.Stateful] = {}
+    stateful: dict[str, saver.Stateful] = {}
     if not config.rollout.replay:
         drawing = _drawing(config, architecture, exchange, ranks, say)
         reporter.progress.detail = _generating(reporter.progress, drawing.stage)
         reporter.engine_work = drawing.stage.take_work
         stateful = {"cursor": drawing.cursor, "lengths": drawing.stage.lengths}
 
-    checkpoints = checkpoint.Checkpoints(config, policy, reporter, stateful, ranks, stop)
+    checkpoints = saver.Checkpoints(config, policy, reporter, stateful, ranks, stop)
     checkpoints.load(beginning.newest)
 
     source: Source
@@ -406,7 +406,7 @@ def _source(
     config: Config,
     drawing: _Drawing,
     policy: Policy,
-    checkpoints: checkpoint.Checkpoints,
+    checkpoints: saver.Checkpoints,
     reporter: Reporter,
     ranks: Ranks,
 ) -> Fresh:

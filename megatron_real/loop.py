@@ -16,7 +16,7 @@ checkpoint      everything                a copy that a thread      the copy, no
                                           writes
 
 The first three are in rollout/source.py. A run may stop at the seams of its stages, and the same
-command goes on from there; see runs/checkpoint.py.
+command goes on from there; see checkpoint/saver.py.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from megatron_real.checkpoint.state import prepare
 from megatron_real.job import Job
 from megatron_real.policy.policy import Update
-from megatron_real.policy.state import prepare
 from megatron_real.policy.train_step import Batch
 from megatron_real.rollout.source import StepRollouts
 from megatron_real.runs.card import CARD, model_card, versions
-from megatron_real.runs.ruin import NonFinite
 from megatron_real.runs.saved import Position
 from megatron_real.runs.training import summary
+from megatron_real.supervision.ruin import NonFinite
 from megatron_real.weights.stream import write_hf
 
 

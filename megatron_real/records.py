@@ -253,7 +253,7 @@ class Completion:
 
 
 class Absent(Completion):
-    """A completion whose tokens and text are in the memory of another rank (exchange.py).
+    """A completion whose tokens and text are in the memory of another rank (parallel/exchange.py).
 
     Its lengths are known here. Reading its arrays or its text is a mistake in the program, and
     raises AttributeError.

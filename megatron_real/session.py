@@ -18,13 +18,13 @@ import warnings
 from contextlib import closing
 
 from megatron_real.config import Config, check_world
+from megatron_real.conversion.convert import check_model
 from megatron_real.errors import NothingToDo, Stopped
-from megatron_real.runs import stop as stopping
 from megatron_real.runs.quiet import quiet_libraries
 from megatron_real.runs.replay import check_replay
 from megatron_real.runs.run_records import RunRecords
-from megatron_real.runs.stop import StopRequest
-from megatron_real.weights.conversion import check_model
+from megatron_real.supervision import stop as stopping
+from megatron_real.supervision.stop import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def _leave() -> None:
     """
     import torch.distributed as dist
 
-    from megatron_real.policy.layout import leave_world
+    from megatron_real.parallel.groups import leave_world
     from megatron_real.rollout import close_engines
 
     if dist.is_initialized() and dist.get_world_size() == 1:

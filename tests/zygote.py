@@ -45,7 +45,7 @@ _VLLM = "vllm"
 """The kind of zygote that has imported vLLM too, which takes twice as long to start."""
 REAL_SERVERS = "MEGATRON_REAL_TESTS_REAL_SERVERS"
 """Environment variable of a forked process that is to start its vLLM servers as new processes."""
-_GUARD = "server_guard.py"
+_GUARD = "vllm_server/guard.py"
 
 
 @dataclass(frozen=True)
@@ -411,7 +411,7 @@ def _fork_the_ranks() -> None:
 
 def _import_vllm() -> None:
     """As megatron_real imports it for the engine in its processes."""
-    from megatron_real.rollout.vllm_engine import ENVIRONMENT
+    from megatron_real.rollout.engines.vllm import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -438,7 +438,7 @@ def _import_vllm() -> None:
 
 def _fork_the_servers() -> None:
     """Has runs start the guards of their vLLM servers by `_start_server`."""
-    from megatron_real.rollout import server
+    from megatron_real.rollout.vllm_server import server
 
     forking = {**vars(subprocess), "Popen": _start_server}
     server.subprocess = types.SimpleNamespace(**forking)  # type: ignore[attr-defined, assignment]

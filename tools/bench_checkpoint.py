@@ -34,6 +34,8 @@ from megatron.core import dist_checkpointing
 from rich.console import Console
 from rich.progress import track
 
+from megatron_real.checkpoint.state import sharded_state
+from megatron_real.checkpoint.writer import Staging, write, write_common
 from megatron_real.config import (
     BatchConfig,
     Config,
@@ -42,10 +44,8 @@ from megatron_real.config import (
     OptimizerConfig,
     RolloutConfig,
 )
+from megatron_real.parallel.ranks import Ranks
 from megatron_real.policy.policy import Policy
-from megatron_real.policy.state import sharded_state
-from megatron_real.runs.ranks import Ranks
-from megatron_real.runs.staging import Staging, write, write_common
 
 LAYERS = 12
 VOCABULARY = 32_000

@@ -6,7 +6,7 @@ side by side.
     before   every rank's rollouts are pickled and gathered by all ranks (all_gather_object); files
              are JSON lines
     after    facts are summed as a table, tokens go once to the ranks that train on them
-             (exchange.py); files are parquet
+             (parallel/exchange.py); files are parquet
 
 The first table is the real code on ranks of this machine, over gloo. The second is one process that
 plays one rank of a large run, of the recipe's worst step: it does all that this rank's CPU does,
@@ -41,9 +41,9 @@ import torch.distributed as dist
 from bench_machine import add_options, apply_options, show
 from numpy.typing import NDArray
 
-from megatron_real import exchange as exchange_module
 from megatron_real.batching import Layout, plan
-from megatron_real.exchange import Exchange
+from megatron_real.parallel import exchange as exchange_module
+from megatron_real.parallel.exchange import Exchange
 from megatron_real.records import Completion, Prompt, Rollout, Verdict
 from megatron_real.runs.columns import plain_rows, read_table, write_table
 

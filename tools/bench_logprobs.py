@@ -50,10 +50,10 @@ from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_real import cpu
 from megatron_real.config import ParallelConfig
+from megatron_real.parallel import cpu
+from megatron_real.parallel.groups import join_world, set_up
 from megatron_real.policy import logprobs
-from megatron_real.policy.layout import join_world, set_up
 from megatron_real.policy.logprobs import linear_logprobs, vocab_parallel_logprobs
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

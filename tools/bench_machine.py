@@ -119,7 +119,7 @@ def interleaved(
     for _ in range(1 + options.rounds):
         for name, prepare in paths.items():
             run = prepare()
-            torch.cuda.synchronize()  # nothing to wait for on a CPU (megatron_real.cpu)
+            torch.cuda.synchronize()  # nothing to wait for on a CPU (megatron_real.parallel.cpu)
             start = clock()
             run()
             torch.cuda.synchronize()

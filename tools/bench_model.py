@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_real.policy.layout import join_world
+from megatron_real.parallel.groups import join_world
 
 
 @contextlib.contextmanager

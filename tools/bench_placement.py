@@ -58,7 +58,7 @@ def wall_time(run: Callable[[], Any]) -> float:
     dist.barrier()
     start = time.perf_counter()
     run()
-    torch.cuda.synchronize()  # nothing to wait for on a CPU (megatron_real.cpu)
+    torch.cuda.synchronize()  # nothing to wait for on a CPU (megatron_real.parallel.cpu)
     dist.barrier()
     return time.perf_counter() - start
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from bench_model import shared_directory, write_model
 
 from megatron_real.config import Config
-from megatron_real.policy.layout import set_up
+from megatron_real.parallel.groups import set_up
 from megatron_real.policy.policy import Policy, PolicySettings
 from megatron_real.records import Completion, Label, Prompt, Rollout, Status, Verdict
 from megatron_real.weights.architecture import Architecture

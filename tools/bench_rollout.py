@@ -23,7 +23,7 @@ from bench_machine import add_options, apply_options, interleaved, show
 
 from megatron_real.config import Config
 from megatron_real.labels import Labeller
-from megatron_real.policy.layout import set_up
+from megatron_real.parallel.groups import set_up
 from megatron_real.records import Prompt, Sampling
 from megatron_real.rollout import RolloutStage, build_engine
 from megatron_real.rollout.sync import WeightSync

@@ -25,10 +25,11 @@ from bench_engine import configured
 from bench_machine import add_options, apply_options, interleaved, show
 
 from megatron_real.config import Config
-from megatron_real.policy.layout import set_up
+from megatron_real.parallel.groups import set_up
 from megatron_real.policy.policy import Policy, PolicySettings
 from megatron_real.records import Prompt
-from megatron_real.rollout import build_engine, vllm_engine
+from megatron_real.rollout import build_engine
+from megatron_real.rollout.engines import vllm as vllm_engine
 from megatron_real.rollout.sync import WeightSync
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.hf import HfWeights

@@ -306,7 +306,7 @@ VARIANTS: tuple[dict[str, str], ...] = (
 
 def replay(folder: Path) -> Iterator[Row]:
     """Loss and gradient norm of every minibatch, for each variant from the same weights."""
-    from megatron_real.policy.layout import join_world
+    from megatron_real.parallel.groups import join_world
     from megatron_real.runs.rollouts import read_rollouts, write_rollouts
 
     join_world(timeout_minutes=5.0)
@@ -328,7 +328,7 @@ def _passes(
     """(step, minibatch, loss, gradient norm) of every minibatch."""
     from megatron_real import config as configuration
     from megatron_real.objective import make_objective
-    from megatron_real.policy.layout import set_up
+    from megatron_real.parallel.groups import set_up
     from megatron_real.policy.policy import Policy, PolicySettings
     from megatron_real.weights.architecture import Architecture
     from megatron_real.weights.hf import HfWeights

@@ -105,7 +105,7 @@ def kernels(report: Report) -> None:
 
 
 def _head_inputs(tokens: int, hidden: int, vocab: int, dtype: torch.dtype) -> list[Tensor]:
-    from megatron_real import cpu
+    from megatron_real.parallel import cpu
     from megatron_real.policy.logprobs import NO_TARGET
 
     torch.manual_seed(0)
@@ -191,8 +191,8 @@ def step(report: Report, shape: str) -> None:
     from bench_policy import rollouts
 
     from megatron_real.config import BatchConfig, Config, DataConfig, ModelConfig, RolloutConfig
+    from megatron_real.parallel.groups import join_world, set_up
     from megatron_real.plan.memory import Shapes, stage_memory
-    from megatron_real.policy.layout import join_world, set_up
     from megatron_real.policy.policy import Policy, PolicySettings
     from megatron_real.runs.peak import peak_tflops
     from megatron_real.weights.architecture import Architecture
@@ -375,7 +375,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available() and not options.rehearse:
         sys.exit("there is no GPU here; --rehearse runs tiny sizes on the CPU")
-    from megatron_real import cpu
+    from megatron_real.parallel import cpu
 
     cpu.enable()
     STAGES[options.stage](Report(options.out, options.rehearse))

@@ -24,6 +24,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +109,14 @@ def split_pairs(draw: random.Random) -> tuple[list[Pair], list[Pair]]:
     return heldout, [pair for pair in pairs if frozenset(pair) not in seen]
 
 
-def new_tokenizer() -> PreTrainedTokenizerFast:
+def new_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
     """One token a digit; `\\boxed{` and the chat roles are tokens too.
 
     transformers 5 loads every qwen2 directory as byte-level BPE with Qwen2's own pre-tokenizer,
     whatever the saved tokenizer says. So this is a byte-level BPE without merges, and what is
     longer than a character is an added token: those are found before any pre-tokenizer runs.
     """
-    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(WORDS)}, []))
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
@@ -132,11 +133,11 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def new_model() -> Qwen2ForCausalLM:
+def new_model(words: Sequence[str] = WORDS) -> Qwen2ForCausalLM:
     """Two layers of width 128: 4 query heads, 2 key-value heads of size 32."""
     # A dict: transformers annotates other arguments in each version.
     settings: dict[str, Any] = dict(
-        vocab_size=len(WORDS),
+        vocab_size=len(words),
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,

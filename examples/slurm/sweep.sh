@@ -16,9 +16,20 @@ within=(--nodes=1 --ntasks=1)
 
 described=$(srun "${within[@]}" bash examples/slurm/node.sh compare "$SWEEP" \
     --describe "$SLURM_ARRAY_TASK_ID" "${words[@]}") || exit 2
-# CONFIG, RUN_DIR, MODEL, TRAIN, HELDOUT and OVERRIDES of this run; nothing of it is evaluated.
+# OUTCOME, CONFIG, RUN_DIR, MODEL, TRAIN, HELDOUT and OVERRIDES of this run; nothing of it is evaluated.
 while IFS='=' read -r name value; do
-    case $name in CONFIG | RUN_DIR | MODEL | TRAIN | HELDOUT | OVERRIDES) printf -v "$name" %s "$value" ;; esac
+    case $name in
+        OUTCOME | CONFIG | RUN_DIR | MODEL | TRAIN | HELDOUT | OVERRIDES) printf -v "$name" %s "$value" ;;
+    esac
 done <<< "$described"
+
+# The same sbatch goes on with a sweep: what has come to its end is left as it is, in a second.
+case $OUTCOME in
+    finished) echo "run $SLURM_ARRAY_TASK_ID has finished: $RUN_DIR" && exit 0 ;;
+    diverged | failed)
+        echo "run $SLURM_ARRAY_TASK_ID has $OUTCOME: $RUN_DIR; delete that directory for another try"
+        exit 1
+        ;;
+esac
 
 source examples/slurm/job.sh

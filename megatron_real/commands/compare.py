@@ -217,7 +217,7 @@ def _print_table(sweep: Sweep, results: Sequence[RunResult], file: TextIO | None
 def _description(sweep: Sweep, number: int) -> str:
     """Returns one run in the variables of the Slurm scripts.
 
-    OVERRIDES is read by examples/slurm/words.sh.
+    OUTCOME and OVERRIDES are read by examples/slurm/sweep.sh and words.sh.
 
     Raises:
         ValueError: the sweep has no run of that number.
@@ -229,6 +229,7 @@ def _description(sweep: Sweep, number: int) -> str:
         )
     run = sweep.runs[number]
     values = {
+        "OUTCOME": str(read_result(run).outcome),
         "CONFIG": str(run.base),
         "RUN_DIR": run.config.trainer.run_dir,
         "MODEL": run.config.model.path,

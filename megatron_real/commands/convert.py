@@ -5,7 +5,7 @@
     megatron-real convert verify A [B] [--logits]
     megatron-real convert inspect DIR
 
-Only the command line is here: arguments, progress, summary. The work is in megatron_real/weights/.
+Only the command line is here: arguments, progress, summary. The work is in the package conversion.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from megatron_real.weights.stored import stored_dtype
 from megatron_real.weights.transfer import Limits
 
 if TYPE_CHECKING:
+    from megatron_real.conversion.verify import Opened
     from megatron_real.policy.parity import LogitParity
-    from megatron_real.weights.verify import Opened
 
 SUMMARY = "convert, compare and describe weights: HF directories and Megatron checkpoints"
 EXAMPLES = """\
@@ -194,7 +194,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _to_megatron(options: argparse.Namespace) -> int:
-    from megatron_real.weights.conversion import LegacyLayout, hf_to_megatron
+    from megatron_real.conversion.convert import LegacyLayout, hf_to_megatron
 
     options.source = Path(weights_directory(str(options.source), "HF_DIR"))
     if options.format == "torch_dist" and (options.tp, options.pp) != (1, 1):
@@ -213,7 +213,7 @@ def _to_megatron(options: argparse.Namespace) -> int:
 
 
 def _to_hf(options: argparse.Namespace) -> int:
-    from megatron_real.weights.conversion import megatron_to_hf
+    from megatron_real.conversion.convert import megatron_to_hf
 
     options.source = checkpoint_of_run(options.source)
     hf_config = options.hf_config or hf_config_of(options.source)
@@ -293,7 +293,7 @@ def _convert(options: argparse.Namespace, conversion: Any, **keywords: Any) -> i
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from megatron_real.weights.verify import open_as_hf, verify
+    from megatron_real.conversion.verify import open_as_hf, verify
 
     a = open_as_hf(*_weights_named(options.a, options.hf_config))
     b = None
@@ -367,7 +367,7 @@ def _logits(a: Opened, b: Opened | None) -> LogitParity:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from megatron_real.weights.inspection import describe
+    from megatron_real.conversion.inspection import describe
 
     description = describe(*_weights_named(options.directory, options.hf_config))
     if options.json:

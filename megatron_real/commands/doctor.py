@@ -52,7 +52,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs `doctor`; returns the exit code, the same on every rank."""
-    from megatron_real.policy.layout import join_world, leave_world
+    from megatron_real.parallel.groups import join_world, leave_world
 
     speaks = is_first_rank()
     run_dir = options.run_dir

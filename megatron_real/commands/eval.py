@@ -1,4 +1,4 @@
-"""`megatron-real eval`: the arguments and exit codes of benchmark.py.
+"""`megatron-real eval`: the arguments and exit codes of evaluation/benchmark.py.
 
     megatron-real eval MODEL --bench NAME=FILE ... [--samples 16] [--out DIR] [key.sub=value ...]
 
@@ -16,9 +16,9 @@ from pathlib import Path
 from megatron_real import config as configuration
 from megatron_real.commands.subject import Subject
 from megatron_real.commands.terminal import input_checks, say
+from megatron_real.conversion.convert import check_model
 from megatron_real.errors import DONE, INTERRUPTED
 from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.conversion import check_model
 
 SUMMARY = "measure pass@1, pass@k and maj@k on benchmarks"
 EXAMPLES = """\
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         check_model(config.model.path, config.model.weights)
         files = _benchmarks(options.bench)
 
-    from megatron_real.benchmark import run_benchmarks
+    from megatron_real.evaluation.benchmark import run_benchmarks
 
     out = options.out or str(Path("runs/eval") / subject.name(config.model.path))
     try:

@@ -20,6 +20,7 @@ from megatron_real.commands.terminal import input_checks, table
 from megatron_real.compare.sweep import is_sweep, load_sweep
 from megatron_real.config import ParallelConfig
 from megatron_real.config.engines import ENGINES, candidates
+from megatron_real.conversion.convert import check_model
 from megatron_real.plan.devices import DEVICES, Device
 from megatron_real.plan.layouts import RESERVE_SHARE, Estimate, ranked, told_apart
 from megatron_real.plan.measured import Rates, measured, measured_device
@@ -27,7 +28,6 @@ from megatron_real.plan.memory import MODELLED
 from megatron_real.plan.speed import Cluster, Run
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.disk_needs import DiskNeeds, disk_needs
-from megatron_real.weights.conversion import check_model
 from megatron_real.weights.published import PUBLISHED, published_model
 
 SUMMARY = "estimate memory, time and cost of a run, and rank its layouts"

@@ -155,7 +155,7 @@ def _check_weights(export: Path) -> None:
     Raises:
         ValueError: one is missing, has another shape, or holds NaN.
     """
-    from megatron_real.weights.verify import open_as_hf, verify
+    from megatron_real.conversion.verify import open_as_hf, verify
 
     with progress_bar(f"checking {export}") as progress:
         report = verify(open_as_hf(export), None, progress=progress)

@@ -13,7 +13,7 @@ import os
 
 from megatron_real import config as configuration
 from megatron_real.commands.terminal import input_checks
-from megatron_real.weights.conversion import check_model
+from megatron_real.conversion.convert import check_model
 
 SUMMARY = "run a vLLM server for a run on other machines"
 EXAMPLES = """\
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         if importlib.util.find_spec("vllm") is None:
             raise ValueError("vLLM is not installed; install vllm")
 
-    from megatron_real.rollout.server import command, environment
+    from megatron_real.rollout.vllm_server.server import command, environment
 
     host = options.host or config.rollout.server_host
     words = command(config, host=host, port=options.port)

@@ -11,6 +11,7 @@ import os
 
 from megatron_real import config as configuration
 from megatron_real.commands.terminal import input_checks, is_first_rank, say
+from megatron_real.conversion.convert import check_model
 from megatron_real.disk import is_full_disk
 from megatron_real.errors import (
     DONE,
@@ -22,7 +23,6 @@ from megatron_real.errors import (
     Refused,
 )
 from megatron_real.runs.replay import check_replay
-from megatron_real.weights.conversion import check_model
 
 SUMMARY = "train a policy, or go on with a run that was stopped"
 EXAMPLES = """\
@@ -114,7 +114,7 @@ def _checked(options: argparse.Namespace) -> configuration.Config:
 
 def _train(config: configuration.Config) -> int:
     """Trains in this process; returns the exit code."""
-    from megatron_real.runs.stop import StopRequest
+    from megatron_real.supervision.stop import StopRequest
 
     # First of all: a signal may come while the rest is imported.
     stop = StopRequest(max_hours=config.trainer.max_hours)
@@ -124,8 +124,8 @@ def _train(config: configuration.Config) -> int:
 
     from megatron_real.job import build
     from megatron_real.loop import train
-    from megatron_real.policy.layout import leave_world
-    from megatron_real.runs.ranks import EveryRankError
+    from megatron_real.parallel.groups import leave_world
+    from megatron_real.parallel.ranks import EveryRankError
 
     try:
         job = build(config, stop)

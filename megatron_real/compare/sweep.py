@@ -26,11 +26,11 @@ from typing import Any
 from megatron_real import config as configuration
 from megatron_real.config import Config, to_plain
 from megatron_real.config.names import nearest
+from megatron_real.conversion.convert import check_model
 from megatron_real.runs.changes import changes
 from megatron_real.runs.claim import Earlier
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.replay import check_replay
-from megatron_real.weights.conversion import check_model
 
 _KEYS = ("base", "out", "seeds", "budget", "variants")
 
@@ -71,6 +71,7 @@ _WITHOUT_EFFECT = (
     "trainer.profile",
     "trainer.tensorboard",
     "trainer.timeout_minutes",
+    "trainer.trackio",
     "trainer.wandb",
 )
 """Settings that may differ between the sweep and a run that was made earlier.

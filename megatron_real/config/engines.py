@@ -5,7 +5,8 @@ module with two functions:
 
     missing(config) -> str          why it cannot serve this configuration on this machine; empty
                                     if it can
-    build(config, say) -> Engine    the engine (rollout/engine.py); collective over all ranks
+    build(config, say) -> Engine    the engine (rollout/engines/engine.py); collective over all
+                                    ranks
 
 Nothing else in the project compares an engine's name. docs/rollouts.md shows the table to users.
 """
@@ -45,7 +46,7 @@ AUTO = "auto"
 
 ENGINES: Mapping[str, EngineTraits] = {
     "vllm": EngineTraits(
-        module="megatron_real.rollout.vllm_engine",
+        module="megatron_real.rollout.engines.vllm",
         package="vllm",
         own_processes=False,
         may_lag=False,
@@ -55,7 +56,7 @@ ENGINES: Mapping[str, EngineTraits] = {
         automatic=True,
     ),
     "vllm-server": EngineTraits(
-        module="megatron_real.rollout.server_engine",
+        module="megatron_real.rollout.vllm_server.engine",
         package="vllm",
         own_processes=True,
         may_lag=True,
@@ -65,7 +66,7 @@ ENGINES: Mapping[str, EngineTraits] = {
         automatic=False,
     ),
     "transformers": EngineTraits(
-        module="megatron_real.rollout.transformers_engine",
+        module="megatron_real.rollout.engines.transformers",
         package="transformers",
         own_processes=False,
         may_lag=False,

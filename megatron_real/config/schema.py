@@ -350,6 +350,9 @@ class TrainerConfig:
     mlflow: bool = False
     """Log to MLflow (mlflow-skinny must be installed), at MLFLOW_TRACKING_URI, else in files below
     the run directory."""
+    trackio: bool = False
+    """Log to Trackio (must be installed, and needs transformers 5), where it keeps the runs of this
+    machine: TRACKIO_DIR."""
     export: bool = True
     """Write the trained weights as an HF directory at the end."""
     max_hours: Annotated[float, ZeroIsOff] = 0.0

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_real.cpu import device
 from megatron_real.doctor.finding import Finding
 from megatron_real.doctor.machine import existing_folder
+from megatron_real.parallel.cpu import device
 
 MAX_SKEW_SECONDS = 0.5
 """Clocks further apart order files and log lines of two nodes wrongly."""

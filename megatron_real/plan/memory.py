@@ -28,7 +28,7 @@ CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 """The log-prob head's chunk of logits in fp32: policy/logprobs.py."""
 
 BUCKET_BYTES = 256 << 20
-"""What goes to a server at a time, at least: rollout/link.py."""
+"""What goes to a server at a time, at least: rollout/vllm_server/link.py."""
 
 MODELLED = frozenset({"grad_reduce_in_fp32", "bias_activation_fusion", "apply_rope_fusion"})
 """Fields of `megatron.*` that the estimates follow."""

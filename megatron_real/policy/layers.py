@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_real.cpu import device
+from megatron_real.parallel.cpu import device
 
 
 class RMSNorm(nn.Module):

@@ -18,7 +18,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_real.cpu import device
+from megatron_real.parallel.cpu import device
 from megatron_real.policy.logprobs import NO_TARGET
 from megatron_real.records import Rollout
 

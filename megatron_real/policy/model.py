@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_real.config import ModelConfig, ParallelConfig
-from megatron_real.cpu import device
+from megatron_real.parallel.cpu import device
 from megatron_real.policy.layers import local_block_spec
 from megatron_real.policy.logprobs import linear_logprobs, vocab_parallel_logprobs
 from megatron_real.weights.architecture import Architecture

@@ -23,7 +23,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from megatron_real.cpu import device
+from megatron_real.parallel.cpu import device
 from megatron_real.pinned import host_copies
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

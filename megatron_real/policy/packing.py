@@ -10,7 +10,7 @@ from typing import Literal
 from megatron_real.batching import Layout, Minibatch, Plan, plan
 from megatron_real.config import BatchConfig, ParallelConfig
 from megatron_real.objective import Objective
-from megatron_real.policy.layout import Groups
+from megatron_real.parallel.groups import Groups
 from megatron_real.policy.microbatch import Alignment, micro_batch
 from megatron_real.policy.train_step import Batch
 from megatron_real.records import Rollout

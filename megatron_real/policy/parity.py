@@ -18,8 +18,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
 from megatron_real.config import ModelConfig, ParallelConfig
-from megatron_real.cpu import device
-from megatron_real.policy.layout import join_world, set_up
+from megatron_real.parallel.cpu import device
+from megatron_real.parallel.groups import join_world, set_up
 from megatron_real.policy.logprobs import NO_TARGET
 from megatron_real.policy.model import LogprobHead, build_model
 from megatron_real.weights import WeightsError

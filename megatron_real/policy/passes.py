@@ -25,7 +25,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
-from megatron_real.policy.layout import Groups
+from megatron_real.parallel.groups import Groups
 from megatron_real.policy.microbatch import MicroBatch
 
 

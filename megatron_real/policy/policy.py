@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from megatron_real.batching import Minibatch, Plan, minibatches
 from megatron_real.config import BatchConfig, Config, ModelConfig, ParallelConfig
 from megatron_real.config import OptimizerConfig as OptimizerSettings
-from megatron_real.cpu import device
-from megatron_real.exchange import Exchange
 from megatron_real.objective import Objective
 from megatron_real.objective.facts import RolloutTable
-from megatron_real.policy.layout import Groups
+from megatron_real.parallel.cpu import device
+from megatron_real.parallel.exchange import Exchange
+from megatron_real.parallel.groups import Groups
 from megatron_real.policy.model import build_model, uses_transformer_engine
 from megatron_real.policy.optimizer_state import Offload
 from megatron_real.policy.packing import Packer

@@ -44,7 +44,7 @@ from megatron_real.batching import Minibatch, Plan
 from megatron_real.objective import Objective, sequence_scores
 from megatron_real.objective.facts import Facts
 from megatron_real.objective.functions import kl_penalty
-from megatron_real.policy.layout import Groups
+from megatron_real.parallel.groups import Groups
 from megatron_real.policy.microbatch import MicroBatch, to_device
 from megatron_real.policy.passes import Outputs, Passes
 from megatron_real.records import POSITIVE

@@ -36,15 +36,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_real import config as configuration
 from megatron_real import pinned
 from megatron_real.batching import minibatches
+from megatron_real.checkpoint.state import sharded_state
 from megatron_real.config import Config
+from megatron_real.parallel import groups as layout
+from megatron_real.parallel.groups import Groups
 from megatron_real.plan.memory import Shapes, stage_memory
-from megatron_real.policy import layers, layout
-from megatron_real.policy.layout import Groups
+from megatron_real.policy import layers
 from megatron_real.policy.optimizer_state import begin
 from megatron_real.policy.packing import Packer
 from megatron_real.policy.policy import Policy, PolicySettings
 from megatron_real.policy.snapshot import Snapshot
-from megatron_real.policy.state import sharded_state
 from megatron_real.policy.train_step import Batch
 from megatron_real.records import Completion, Prompt, Rollout, Status, Verdict
 from megatron_real.rehearsal import device

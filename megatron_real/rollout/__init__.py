@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from megatron_real.config import Config, check_engine
 from megatron_real.config.engines import AUTO, ENGINES, candidates
-from megatron_real.rollout.engine import Engine
+from megatron_real.rollout.engines.engine import Engine
 from megatron_real.rollout.stage import RolloutStage
 
 __all__ = ["Engine", "RolloutStage", "build_engine", "close_engines", "takes_over"]

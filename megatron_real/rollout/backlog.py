@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
-from megatron_real.rollout.engine import QueueEngine
+from megatron_real.rollout.engines.engine import QueueEngine
 from megatron_real.rollout.watch import own_store
 
 _STORE_SECONDS = 300.0

@@ -39,7 +39,7 @@ from megatron_real.records import (
     Sampling,
 )
 from megatron_real.rollout.ahead import Ahead
-from megatron_real.rollout.engine import EngineFailed
+from megatron_real.rollout.engines.engine import EngineFailed
 from megatron_real.rollout.origin import (
     Origin,
     WeightsDigest,

@@ -5,7 +5,7 @@
     label      waits for the verdicts that are left, shares the facts of all rollouts, and draws
                again what an engine has lost
 
-The tokens stay on the rank that sampled them until others train on them (exchange.py).
+The tokens stay on the rank that sampled them until others train on them (parallel/exchange.py).
 
 Shares are equal by the expected length of their answers (spread.py). The samples of a prompt come
 from one engine or, where there are fewer prompts than engines, from several. The answers are the
@@ -28,11 +28,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from megatron_real.exchange import Exchange
 from megatron_real.labels import Labeller
+from megatron_real.parallel.exchange import Exchange
 from megatron_real.records import EXCLUDED, Completion, Prompt, Rollout, Sampling, Status, Verdict
 from megatron_real.rollout.backlog import Backlog
-from megatron_real.rollout.engine import Engine, EngineFailed, QueueEngine
+from megatron_real.rollout.engines.engine import Engine, EngineFailed, QueueEngine
 from megatron_real.rollout.spread import (
     ExpectedLengths,
     begun_and_waiting,

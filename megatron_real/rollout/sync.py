@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_real.collective import on_every_rank
 from megatron_real.config import SyncConfig
 from megatron_real.errors import ExpectedEnd, State
+from megatron_real.parallel.collective import on_every_rank
 from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Status, Verdict
 from megatron_real.rollout.checksum import checksum
-from megatron_real.rollout.engine import Engine, EngineFailed, Held, completed
+from megatron_real.rollout.engines.engine import Engine, EngineFailed, Held, completed
 from megatron_real.rollout.sampling import probe_sampling
 from megatron_real.rollout.watch import Watch
 from megatron_real.weights.mapping import HF_EMBEDDING, HF_OUTPUT

@@ -1,4 +1,4 @@
 """What a run leaves on disk and shows while it goes.
 
-Its directory, rollouts, metrics, checkpoints, progress, curves and profiles.
+Its directory and who owns it, rollouts, metrics, curves, and which checkpoints are whole.
 """

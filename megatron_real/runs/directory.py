@@ -28,7 +28,8 @@ class RunDirectory:
     logs/run.log                 what the terminal showed, with times
     servers/                     what vLLM servers said
     tensorboard/                 event files
-    wandb.json, mlflow.json      the run's id in Weights & Biases, and in MLflow
+    wandb.json, mlflow.json,     the run's id in Weights & Biases, in MLflow,
+    trackio.json                 and in Trackio
     profile/                     a trace per profiled step
     dumps/step-00012-update-1/   batch of a skipped update
     """

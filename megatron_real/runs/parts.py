@@ -24,7 +24,7 @@ from megatron_real.disk import fsync, whole_binary_file
 from megatron_real.records import Rollout
 
 if TYPE_CHECKING:
-    from megatron_real.exchange import Exchange
+    from megatron_real.parallel.exchange import Exchange
 
 UNFINISHED = ".new"
 """What follows the name of a file or directory that is being written."""
@@ -103,7 +103,7 @@ def write_parts(
     # Here, because they need torch.
     import torch.distributed as dist
 
-    from megatron_real.collective import on_every_rank
+    from megatron_real.parallel.collective import on_every_rank
 
     whole = exchange.to_nodes(rollouts)
 

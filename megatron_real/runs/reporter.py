@@ -18,26 +18,26 @@ from contextlib import AbstractContextManager
 import torch
 import torch.distributed as dist
 
-from megatron_real.collective import on_every_rank
 from megatron_real.config import Config, to_dict, to_plain
 from megatron_real.disk import write_whole
 from megatron_real.errors import State
-from megatron_real.evaluate import Evaluation
-from megatron_real.exchange import Exchange
+from megatron_real.evaluation.figures import Evaluation
+from megatron_real.parallel.collective import on_every_rank
+from megatron_real.parallel.exchange import Exchange
+from megatron_real.progress import RunProgress, profile_step
 from megatron_real.records import Rollout
 from megatron_real.runs.claim import Beginning, Earlier
 from megatron_real.runs.curves import plot_curves
 from megatron_real.runs.directory import RunDirectory
-from megatron_real.runs.memory import memory_of_process
 from megatron_real.runs.metrics import MetricsWriter, Training, step_metrics
 from megatron_real.runs.parts import Part, delete, name_parts, write_parts
 from megatron_real.runs.peak import peak_tflops
-from megatron_real.runs.progress import RunProgress, profile_step
 from megatron_real.runs.rollouts import write_rollouts
 from megatron_real.runs.rows import drop_cut_row
 from megatron_real.runs.status import life_of_this_process, write_status
 from megatron_real.runs.summary import duration, next_commands, summary_lines
 from megatron_real.runs.trackers import TRACKERS, check_installed
+from megatron_real.supervision.memory import memory_of_process
 
 __all__ = ["Reporter", "Training"]
 
@@ -196,7 +196,7 @@ class Reporter:
         """Drops what was written after the first `steps` steps: it will be made again.
 
         The chunks of the step after them are kept: each says what it was drawn under, and is used
-        only where that has not changed (runs/sampling.py).
+        only where that has not changed (runs/chunks.py).
         """
         for file in (self.directory.metrics, self.directory.evaluations):
             size = offsets.get(file.name, 0)

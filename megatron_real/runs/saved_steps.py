@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_real.exchange import Exchange
+from megatron_real.parallel.exchange import Exchange
+from megatron_real.parallel.ranks import Ranks
 from megatron_real.records import Rollout
 from megatron_real.runs.columns import Questions
 from megatron_real.runs.directory import RunDirectory
-from megatron_real.runs.ranks import Ranks
 from megatron_real.runs.rollouts import portions, read_prompts, read_rollouts
 
 

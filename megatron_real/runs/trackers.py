@@ -1,4 +1,4 @@
-"""Where a run's figures go beside its own files: TensorBoard, Weights & Biases and MLflow.
+"""Where a run's figures go beside its own files: TensorBoard, Weights & Biases, MLflow, Trackio.
 
 A tracker is a class of the form of `Tracker` and a row in `TRACKERS`; its setting is
 `trainer.NAME`. Each one gets the configuration, the path of the run directory, and the figures of
@@ -8,9 +8,11 @@ then on.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -209,9 +211,57 @@ _MLFLOW_BATCH = 100
 _MLFLOW_METRICS = 1_000
 """Figures of a batch (mlflow.utils.validation.MAX_METRICS_PER_BATCH)."""
 
+
+class TrackioTracker:
+    """One run of Trackio for all lives of a run: its name is in the run directory.
+
+    It is where Trackio keeps all runs of this machine (TRACKIO_DIR), so that `trackio show` has
+    them side by side; where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says so, it is there instead.
+    """
+
+    name: ClassVar[str] = "Trackio"
+    package: ClassVar[str] = "trackio"
+    installed_by: ClassVar[str] = "trackio"
+
+    def __init__(
+        self, directory: RunDirectory, config: Mapping[str, Any], first_step: int | None
+    ) -> None:
+        """Begins the run, or goes on with it.
+
+        Its project is TRACKIO_PROJECT, by default megatron_real.
+        """
+        import trackio
+
+        # Trackio resumes by name, and two run directories may have the same one.
+        name = f"{directory.path.resolve().name}-{_identity(directory, 'trackio')}"
+        # What it prints is for people; standard output may be read by a program.
+        with contextlib.redirect_stdout(sys.stderr):
+            self._run = trackio.init(
+                project=os.environ.get("TRACKIO_PROJECT") or "megatron_real",
+                name=name,
+                resume="allow",
+                config={**config, "run_directory": str(directory.path.resolve())},
+                embed=False,
+                auto_log_cpu=False,
+                auto_log_gpu=False,
+            )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Sends the figures."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Waits until everything is sent."""
+        import trackio
+
+        with contextlib.redirect_stdout(sys.stderr):
+            trackio.finish()  # the run's own finish() would be called again at the process's end
+
+
 TRACKERS: Mapping[str, type[Tracker]] = {
     "wandb": WandbTracker,
     "mlflow": MlflowTracker,
+    "trackio": TrackioTracker,
     "tensorboard": TensorBoardTracker,
 }
 """By the name of their setting in `trainer`."""

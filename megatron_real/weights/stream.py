@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_real.collective import on_every_rank
-from megatron_real.cpu import device
 from megatron_real.disk import fsync
+from megatron_real.parallel.collective import on_every_rank
+from megatron_real.parallel.cpu import device
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.hf import hf_files, hf_side_files

@@ -28,8 +28,8 @@ def trained_and_saved(
     Args:
         live: the negative control: the state itself takes the place of its copy.
     """
-    from megatron_real.policy.state import schedule_state, sharded_state
-    from megatron_real.runs import staging
+    from megatron_real.checkpoint import writer
+    from megatron_real.checkpoint.state import schedule_state, sharded_state
 
     policy = new_policy(config, config.model.path)
     rollouts = rollouts_of(samples)
@@ -37,8 +37,8 @@ def trained_and_saved(
         policy.update(batch)
     found = state_of(policy)
     if live:
-        staging.host_copies = lambda like: [tensor.detach() for tensor in like]  # type: ignore[assignment]
-    store = staging.Staging(policy.groups.dp_cp)
+        writer.host_copies = lambda like: [tensor.detach() for tensor in like]  # type: ignore[assignment]
+    store = writer.Staging(policy.groups.dp_cp)
     by_key, common = store.copy(sharded_state(policy))
     schedule = schedule_state(policy)
     for batch in policy.prepare(rollouts):
@@ -47,11 +47,11 @@ def trained_and_saved(
     if first:
         Path(folder).mkdir()
     dist.barrier()
-    staging.write(
+    writer.write(
         Path(folder), by_key, dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
     )
     if first:
-        staging.write_common(Path(folder), common)
+        writer.write_common(Path(folder), common)
     return {**found, "schedule": schedule, "later": state_of(policy)["weights"]}
 
 
@@ -59,8 +59,8 @@ def resumed(
     config: Config, samples: list[Sample], folder: str, schedule: dict[str, int]
 ) -> dict[str, Any]:
     """The state read back in this layout, and the weights three updates later."""
-    from megatron_real.policy.state import load_schedule_state, load_sharded_state
-    from megatron_real.weights.unpickling import check_metadata, weights_only
+    from megatron_real.checkpoint.state import load_schedule_state, load_sharded_state
+    from megatron_real.checkpoint.unpickling import check_metadata, weights_only
 
     policy = new_policy(config, config.model.path)
     check_metadata(Path(folder))
@@ -101,7 +101,7 @@ def state_of(policy: Any) -> dict[str, Any]:
     """The weights by their HF names, and this rank's pieces of the optimizer's
     state with their places.
     """
-    from megatron_real.policy.state import sharded_state
+    from megatron_real.checkpoint.state import sharded_state
 
     pieces = [
         (piece.key, piece.global_shape, piece.global_offset, piece.data.clone())
@@ -112,7 +112,7 @@ def state_of(policy: Any) -> dict[str, Any]:
 
 def stopped_within_a_step(config: Config, samples: list[Sample], done: int) -> dict[str, Any]:
     """The state of a step after `done` of its updates, and what the rest of them gave."""
-    from megatron_real.policy.state import unfinished
+    from megatron_real.checkpoint.state import unfinished
 
     policy = new_policy(config, config.model.path)
     batches = policy.prepare(rollouts_of(samples))
@@ -132,7 +132,7 @@ def taken_up(
     """The same rest, in this layout, from `begun`; the updates before it are made
     again to have the same weights.
     """
-    from megatron_real.policy.state import Unfinished, prepare
+    from megatron_real.checkpoint.state import Unfinished, prepare
 
     policy = new_policy(config, config.model.path)
     for batch in policy.prepare(rollouts_of(samples))[:done]:

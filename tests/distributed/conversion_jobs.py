@@ -16,7 +16,7 @@ from megatron_real.records import Completion, Prompt, Rollout, Verdict
 
 
 def _policy(config: Config) -> Any:
-    from megatron_real.policy.layout import set_up
+    from megatron_real.parallel.groups import set_up
     from megatron_real.policy.policy import Policy, PolicySettings
     from megatron_real.weights.architecture import Architecture
     from megatron_real.weights.hf import HfWeights
@@ -63,7 +63,7 @@ def logits_of_checkpoint(config: Config, checkpoint: str, tokens: list[int]) -> 
     """Logits [T, V] of tokens[:-1] (one rank of the last stage),
     after megatron-core and we loaded alike.
     """
-    from megatron_real.weights.conversion import open_megatron
+    from megatron_real.conversion.convert import open_megatron
     from megatron_real.weights.stream import global_parameters
 
     policy = _policy(config)

@@ -37,7 +37,7 @@ def completion_of(sample: Sample) -> Completion:
 
 
 def new_policy(config: Config, path: str, num_updates: int = 100) -> Any:
-    from megatron_real.policy.layout import set_up
+    from megatron_real.parallel.groups import set_up
     from megatron_real.policy.policy import Policy, PolicySettings
     from megatron_real.weights.architecture import Architecture
     from megatron_real.weights.hf import HfWeights

@@ -8,7 +8,7 @@ import warnings
 
 import torch
 
-from megatron_real import cpu
+from megatron_real.parallel import cpu
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
@@ -19,5 +19,5 @@ import transformers.models.llama.modeling_llama  # noqa: E402
 import transformers.models.qwen2.modeling_qwen2  # noqa: E402
 import transformers.models.qwen3.modeling_qwen3  # noqa: E402, F401
 
-import megatron_real.job  # noqa: E402
-import megatron_real.policy.state  # noqa: E402, F401
+import megatron_real.checkpoint.state  # noqa: E402
+import megatron_real.job  # noqa: E402, F401

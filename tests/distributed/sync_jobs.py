@@ -122,7 +122,7 @@ class Pair:
     def rollouts(self, asked: list[Prompt], *, seed: int = 5) -> list[Rollout]:
         """Two answers to each prompt, the same on every rank."""
         sampling = Sampling(2, TEMPERATURE, 16)
-        from megatron_real.rollout.engine import completed
+        from megatron_real.rollout.engines.engine import completed
 
         seeds = [seed + 10 * i for i in range(len(asked))]
         shared = [completed(self.engine, asked, sampling, seeds=seeds)]

@@ -20,7 +20,7 @@ from megatron_real.config import (
     ParallelConfig,
     RolloutConfig,
 )
-from megatron_real.weights.conversion import LegacyLayout, hf_to_megatron, megatron_to_hf
+from megatron_real.conversion.convert import LegacyLayout, hf_to_megatron, megatron_to_hf
 from megatron_real.weights.hf import HfWeights
 from tests.amount import core, cover, on_first_version
 from tests.distributed import conversion_jobs

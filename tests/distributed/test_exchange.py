@@ -17,9 +17,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_real.collective import RankFailed
 from megatron_real.config import Config
-from megatron_real.exchange import Exchange
+from megatron_real.parallel.collective import RankFailed
+from megatron_real.parallel.exchange import Exchange
+from megatron_real.parallel.ranks import EveryRankError, Ranks
 from megatron_real.records import (
     EXCLUDED,
     NEGATIVE,
@@ -34,7 +35,6 @@ from megatron_real.records import (
 from megatron_real.runs import columns
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.parts import Part, name_parts, part_files
-from megatron_real.runs.ranks import EveryRankError, Ranks
 from megatron_real.runs.rollouts import read_rollouts, read_rows, write_rollouts
 from megatron_real.runs.saved_steps import SavedSteps
 from tests.distributed import jobs, reference

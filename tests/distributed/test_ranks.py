@@ -23,7 +23,7 @@ CASES = {
 
 def attempts() -> dict[str, tuple[str, str, float]]:
     """By method: the error that this rank raises when one rank alone fails, and the seconds."""
-    from megatron_real.runs.ranks import Ranks
+    from megatron_real.parallel.ranks import Ranks
 
     ranks = Ranks.of_all(timedelta(seconds=240))
     found = {}
@@ -68,7 +68,7 @@ def test_one_ranks_error_is_every_ranks(
 
 def kept() -> bool:
     """Whether each rank has its own group back, which cannot be sent to another one."""
-    from megatron_real.runs.ranks import Ranks
+    from megatron_real.parallel.ranks import Ranks
 
     ranks = Ranks.of_all(timedelta(seconds=240))
     return ranks.together(lambda: ranks.group) is ranks.group
@@ -84,9 +84,10 @@ def surveyed(folder: str, fault: str) -> tuple[str, float]:
     """
     import os
 
-    from megatron_real.runs import checkpoint, saved
+    from megatron_real.checkpoint import saver
+    from megatron_real.parallel.ranks import Ranks
+    from megatron_real.runs import saved
     from megatron_real.runs.directory import RunDirectory
-    from megatron_real.runs.ranks import Ranks
 
     ranks = Ranks.of_all(timedelta(seconds=240))
     directory = RunDirectory(folder)
@@ -119,7 +120,7 @@ def surveyed(folder: str, fault: str) -> tuple[str, float]:
             os.scandir = lambda path=".": [e for e in scandir(path) if e.name != "step_4"]  # type: ignore[assignment]
     started = time.monotonic()
     try:
-        newest = checkpoint.survey(directory, ranks).newest
+        newest = saver.survey(directory, ranks).newest
         found = newest.path.name if newest else "none"
     except Exception as error:
         found = f"{type(error).__name__}: {error}"

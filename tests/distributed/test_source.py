@@ -21,16 +21,16 @@ from torch import Tensor
 from megatron_real.config import SyncConfig
 from megatron_real.labels import Labeller
 from megatron_real.objective import make_objective
+from megatron_real.parallel.ranks import EveryRankError, Ranks
 from megatron_real.prompts import PromptCursor
 from megatron_real.records import Completion, Prompt, Rollout, Sampling
-from megatron_real.rollout.engine import EngineFailed, Held
+from megatron_real.rollout.engines.engine import EngineFailed, Held
 from megatron_real.rollout.source import DrawOptions, Fresh, Generator, OneStepAhead, Replay
 from megatron_real.rollout.stage import RolloutStage
 from megatron_real.rollout.sync import WeightSync
+from megatron_real.runs.chunks import ChunkFiles
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.parts import part_files
-from megatron_real.runs.ranks import EveryRankError, Ranks
-from megatron_real.runs.sampling import ChunkFiles
 from tests.distributed.test_stage import PROMPTS, SAMPLING, Adder, everywhere, known
 from tests.distributed.world import World
 

@@ -19,7 +19,7 @@ from megatron_real.labels import Labeller, TooManyFailedChecks
 from megatron_real.objective import make_objective
 from megatron_real.prompts import PromptCursor
 from megatron_real.records import EXCLUDED, Completion, Prompt, Rollout, Sampling
-from megatron_real.rollout.engine import EngineFailed
+from megatron_real.rollout.engines.engine import EngineFailed
 from megatron_real.rollout.refill import refill
 from megatron_real.rollout.stage import RolloutStage
 from tests.distributed.world import World

@@ -134,7 +134,7 @@ def test_a_hanging_sync_says_where_each_rank_stands(tiny_model: ModelMaker, tmp_
     script = tmp_path / "hang.py"
     script.write_text(
         "from pathlib import Path\n"
-        "from megatron_real.policy.layout import join_world\n"
+        "from megatron_real.parallel.groups import join_world\n"
         "from tests.distributed import sync_jobs\n"
         "join_world(timeout_minutes=5)\n"
         f"config = sync_jobs.config_of(Path({str(path)!r}), tp=2)\n"

@@ -96,7 +96,7 @@ def _serve(
 ) -> None:
     import torch.distributed as dist
 
-    from megatron_real.policy.layout import leave_world
+    from megatron_real.parallel.groups import leave_world
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_real import cpu
+from megatron_real.parallel import cpu
 from megatron_real.rehearsal import transformer_engine
 from tests.emulated_te import kernels
 
@@ -96,7 +96,7 @@ def _on_cpu(function: Any) -> Any:
 
 def _build_modules_without_cuda(base: Any) -> None:
     """Its modules refuse to be built where torch.cuda.is_available() is false,
-    and megatron_real.cpu needs it false.
+    and megatron_real.parallel.cpu needs it false.
     """
     build = base.__init__
 

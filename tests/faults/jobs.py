@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_real.collective import RankFailed
-from megatron_real.runs.lifeline import Lifeline
-from megatron_real.runs.progress import StageTimer
-from megatron_real.runs.ranks import Ranks
+from megatron_real.parallel.collective import RankFailed
+from megatron_real.parallel.ranks import Ranks
+from megatron_real.progress import StageTimer
+from megatron_real.supervision.lifeline import Lifeline
 
 SILENT_SECONDS = 3.0
 HANG_SECONDS = 3.0

@@ -10,7 +10,7 @@ from pathlib import Path
 RANK = """
 import json, sys, time
 from pathlib import Path
-from megatron_real.runs.lifeline import Lifeline
+from megatron_real.supervision.lifeline import Lifeline
 rank, world, what, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 
 def share(shared):
@@ -58,7 +58,7 @@ def start(
     if case == "leave":
         script = RANK.replace(
             "rank, world",
-            "import megatron_real.runs.lifeline as l; l._LEAVE_SECONDS = 1.0\nrank, world",
+            "import megatron_real.supervision.lifeline as l; l._LEAVE_SECONDS = 1.0\nrank, world",
             1,
         )
     return subprocess.Popen(

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_real import cli
+from megatron_real.progress import RunProgress
 from megatron_real.runs import reporter
-from megatron_real.runs.progress import RunProgress
 
 WRITING = "checkpoint being written"
 """Not a stage of the loop: the thread that writes a checkpoint is at it."""

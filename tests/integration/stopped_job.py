@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_real import cli
+from megatron_real.progress import RunProgress
 from megatron_real.runs import reporter
-from megatron_real.runs.progress import RunProgress
 
 
 class Stopper(RunProgress):

@@ -165,7 +165,7 @@ def test_servers_end_with_the_run(found: Found) -> None:
 
 def test_servers_end_with_a_run_that_is_killed() -> None:
     """The guard alone: its input closes when the process that holds the other end is killed."""
-    guard = ROOT / "megatron_real/rollout/server_guard.py"
+    guard = ROOT / "megatron_real/rollout/vllm_server/guard.py"
     sleeper = (
         "import subprocess, time; subprocess.Popen(['sleep', '600']); print('up', flush=True); "
         "time.sleep(600)"

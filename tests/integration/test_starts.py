@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from megatron_real import cli
-from megatron_real.runs import checkpoint, saved
+from megatron_real.checkpoint import saver
+from megatron_real.runs import saved
 from tests.integration.conftest import CONFIG, ROOT, rows
 
 WORDS = (
@@ -312,14 +313,14 @@ def test_a_last_checkpoint_that_fails_is_no_success(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """C8: with on_failure=stop the run has failed; without, the end says what is missing."""
-    real = checkpoint.commit
+    real = saver.commit
 
     def commit(folder: Path, position: saved.Position, *words: Any) -> saved.Saved:
         if position.step == 3:
             raise full()
         return real(folder, position, *words)
 
-    monkeypatch.setattr(checkpoint, "commit", commit)
+    monkeypatch.setattr(saver, "commit", commit)
     assert runs.train("checkpoint.on_failure=stop") == 1
     assert "checkpoint step_3 could not be saved" in runs.said
     assert "the last good checkpoint is step_2" in runs.status["reason"]
@@ -366,7 +367,7 @@ def test_memory_that_is_nearly_used_up_saves_and_stops(
     """R18: the same command goes on, as after a time limit."""
     looks = iter([False, False, True])
     monkeypatch.setattr(
-        "megatron_real.runs.stop.MemoryGuard.nearly_full", lambda _: next(looks, False)
+        "megatron_real.supervision.stop.MemoryGuard.nearly_full", lambda _: next(looks, False)
     )
     assert runs.train() == 75
     assert "for the memory of this machine's job is nearly used up" in runs.said

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_real.policy.layout import join_world
+from megatron_real.parallel.groups import join_world
 from megatron_real.records import Sampling
 from tests.distributed import sync_jobs
 from tests.distributed.sync_jobs import Pair, prompts
@@ -48,7 +48,7 @@ def forgotten(pair: Pair) -> dict[str, float]:
     """What the largest difference is when the prefix cache is kept,
     or when the packed weights are.
     """
-    from megatron_real.rollout import vllm_engine
+    from megatron_real.rollout.engines import vllm as vllm_engine
 
     asked = prompts(2, tokens=200)
     found = {}
@@ -96,7 +96,7 @@ def spread(pair: Pair) -> dict[str, Any]:
     gives for all prompts.
     """
     from megatron_real.labels import Labeller
-    from megatron_real.rollout.engine import completed
+    from megatron_real.rollout.engines.engine import completed
     from megatron_real.rollout.spread import prompt_seed
     from megatron_real.rollout.stage import RolloutStage
 

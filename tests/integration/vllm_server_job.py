@@ -24,11 +24,11 @@ import torch.distributed as dist
 
 from megatron_real.config import Config, Given, TrainerConfig
 from megatron_real.labels import Labeller
-from megatron_real.policy.layout import join_world
+from megatron_real.parallel.groups import join_world
 from megatron_real.records import Sampling
-from megatron_real.rollout.engine import EngineFailed, completed
-from megatron_real.rollout.server import Server, wait_until_healthy
+from megatron_real.rollout.engines.engine import EngineFailed, completed
 from megatron_real.rollout.stage import RolloutStage
+from megatron_real.rollout.vllm_server.server import Server, wait_until_healthy
 from tests.distributed import sync_jobs
 from tests.distributed.sync_jobs import Pair, prompts
 from tests.integration.vllm_job import NAMES, parity

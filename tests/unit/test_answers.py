@@ -210,7 +210,7 @@ def test_marks_of_thinking_stay_in_the_text_where_the_tokenizer_calls_them_speci
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import PreTrainedTokenizerFast
 
-    from megatron_real.rollout.tokenizer import decoded
+    from megatron_real.rollout.engines.tokenizer import decoded
 
     words = ["<unk>", "<eos>", "<think>", "</think>", "six", "five"]
     model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))

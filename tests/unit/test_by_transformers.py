@@ -16,7 +16,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_real.config import ModelConfig
-from megatron_real.rollout.tokenizer import eos_ids, load_tokenizer
+from megatron_real.rollout.engines.tokenizer import eos_ids, load_tokenizer
 from megatron_real.weights import WeightsError
 from megatron_real.weights.by_transformers import load_model, new_model
 

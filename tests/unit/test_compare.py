@@ -267,7 +267,7 @@ def test_a_run_in_the_variables_of_the_slurm_scripts(
     assert cli.main(["compare", str(file), "--describe", "3", "data.suffix=a 'b' $c"]) == 0
     values = dict(line.split("=", 1) for line in capsys.readouterr().out.splitlines())
     assert values["RUN_DIR"] == str(base.parent / "out/grpo/seed-2")
-    assert values["TRAIN"] == "train.jsonl"
+    assert values["TRAIN"] == "train.jsonl" and values["OUTCOME"] == "unfinished"
     assert cli.main(["compare", str(file), "--describe", "6"]) == 2
     assert "--array=0-5" in capsys.readouterr().err
 

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_real.cli import main
+from megatron_real.conversion.convert import LegacyLayout, hf_to_megatron, megatron_to_hf
+from megatron_real.conversion.verify import open_as_hf, verify
 from megatron_real.weights import WeightsError
-from megatron_real.weights.conversion import LegacyLayout, hf_to_megatron, megatron_to_hf
 from megatron_real.weights.hf import HfWeights
 from megatron_real.weights.transfer import MANIFEST, Limits, check_manifest
-from megatron_real.weights.verify import open_as_hf, verify
 
 FORMATS = {
     "torch_dist": {},

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from megatron_real.conversion.convert import Converted, hf_to_megatron, megatron_to_hf
 from megatron_real.weights import WeightsError, transfer
-from megatron_real.weights.conversion import Converted, hf_to_megatron, megatron_to_hf
 from megatron_real.weights.transfer import MANIFEST, Limits, check_manifest
 
 SLOW = Limits(workers=2, max_memory=2**16)

@@ -19,20 +19,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_real.cli import main
-from megatron_real.weights import WeightsError, stream, transfer
-from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.conversion import (
+from megatron_real.conversion.convert import (
     LegacyLayout,
     check_model,
     hf_to_megatron,
     megatron_to_hf,
     open_megatron,
 )
+from megatron_real.conversion.inspection import describe
+from megatron_real.conversion.verify import open_as_hf, verify
+from megatron_real.weights import WeightsError, stream, transfer
+from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.hf import INDEX, SINGLE, HfWeights, has_weights, open_model, side_files
-from megatron_real.weights.inspection import describe
 from megatron_real.weights.stream import write_hf
 from megatron_real.weights.transfer import MANIFEST
-from megatron_real.weights.verify import open_as_hf, verify
 
 ModelMaker = Callable[..., Path]
 LAYERS = {"num_hidden_layers": 2}

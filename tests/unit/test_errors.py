@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from megatron_real import cli
-from megatron_real.benchmark import UntrustedFigures
+from megatron_real.checkpoint.saver import CheckpointFailed
 from megatron_real.commands import config as config_command
 from megatron_real.commands.terminal import input_checks
 from megatron_real.errors import (
@@ -20,11 +20,11 @@ from megatron_real.errors import (
     Stopped,
     state_and_reason,
 )
+from megatron_real.evaluation.benchmark import UntrustedFigures
 from megatron_real.labels import RewardNeedsThreshold, TooManyFailedChecks
-from megatron_real.rollout.engine import EngineFailed
+from megatron_real.rollout.engines.engine import EngineFailed
 from megatron_real.rollout.sync import SyncError
-from megatron_real.runs.checkpoint import CheckpointFailed
-from megatron_real.runs.ruin import NonFinite
+from megatron_real.supervision.ruin import NonFinite
 from megatron_real.weights import WeightsError
 
 ENDS: list[tuple[type[ExpectedEnd], type[Exception], int, str]] = [

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_real.commands.subject import results_name
-from megatron_real.evaluate import (
+from megatron_real.evaluation.directory import BENCH, Chunk, EvaluationDirectory, average
+from megatron_real.evaluation.figures import (
     Evaluation,
     Judged,
     majority,
@@ -24,7 +25,6 @@ from megatron_real.evaluate import (
 )
 from megatron_real.labels.equivalence import Given, answer_classes
 from megatron_real.records import Completion, Prompt, Rollout, Verdict
-from megatron_real.runs.evaluated import BENCH, Chunk, EvaluationDirectory, average
 
 
 def judge(

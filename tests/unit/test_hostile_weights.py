@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from megatron_real.checkpoint.unpickling import check_metadata, weights_only
+from megatron_real.conversion.convert import hf_to_megatron, megatron_to_hf
 from megatron_real.weights import WeightsError
 from megatron_real.weights.containers import load_pickle
-from megatron_real.weights.conversion import hf_to_megatron, megatron_to_hf
 from megatron_real.weights.hf import HfWeights
-from megatron_real.weights.unpickling import check_metadata, weights_only
 from tests.amount import examples
 
 SAFE = settings(

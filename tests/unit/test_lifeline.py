@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from megatron_real import challenge
-from megatron_real.runs.lifeline import Report, _Line, hanging
-from megatron_real.runs.places import Place, place_of
+from megatron_real.supervision.lifeline import Report, _Line, hanging
+from megatron_real.supervision.places import Place, place_of
 from tests.faults.lifeline import start, wait_until_ready
 
 HOST = socket.gethostname()
@@ -152,7 +152,7 @@ def test_what_follows_the_first_word_stays_to_be_read() -> None:
 
 ORPHAN = """
 import time
-from megatron_real.runs.stop import SIGTERM, StopRequest
+from megatron_real.supervision.stop import SIGTERM, StopRequest
 stop = StopRequest()
 print("ready", flush=True)
 while not stop._wish:

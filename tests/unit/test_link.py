@@ -11,8 +11,8 @@ import torch
 from torch._C._distributed_c10d import HashStore, TCPStore
 
 from megatron_real.challenge import NotProven
-from megatron_real.rollout import link
-from megatron_real.rollout.link import Link, buckets, listen, unpacked
+from megatron_real.rollout.vllm_server import link
+from megatron_real.rollout.vllm_server.link import Link, buckets, listen, unpacked
 
 CPU = torch.device("cpu")
 TENSORS = [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_real.runs.memory import MemoryGuard, Usage, cgroup_usage, memory_of_process
+from megatron_real.supervision.memory import MemoryGuard, Usage, cgroup_usage, memory_of_process
 
 GIB = 2**30
 

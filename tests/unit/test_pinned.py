@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_real.checkpoint import writer
 from megatron_real.pinned import host_copies
 from megatron_real.rollout import checksum
-from megatron_real.runs import staging
 
 PAGE = 4096
 TENSORS = [
@@ -85,7 +85,7 @@ def test_the_writing_thread_is_on_the_ranks_own_gpu(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         torch.cuda, "set_device", lambda device: device_of.update({current_thread().name: device})
     )
-    with staging.writing_thread() as pool:
+    with writer.writing_thread() as pool:
         name = pool.submit(lambda: current_thread().name).result()
     assert device_of == {name: torch.device("cuda", 3)}
 
@@ -101,9 +101,9 @@ def test_what_is_written_is_not_copied_by_way_of_a_gpu(
     def save(_state: Any, *, storage_writer: Any, **_: Any) -> None:
         ahead.append(storage_writer.per_thread_copy_ahead)
 
-    monkeypatch.setattr(staging, "save", save)
-    monkeypatch.setattr(staging, "mcore_to_pyt_state_dict", lambda state: state)
-    staging.write(tmp_path, {}, SimpleNamespace())  # type: ignore[arg-type]
+    monkeypatch.setattr(writer, "save", save)
+    monkeypatch.setattr(writer, "mcore_to_pyt_state_dict", lambda state: state)
+    writer.write(tmp_path, {}, SimpleNamespace())  # type: ignore[arg-type]
     assert ahead == [0]
 
 

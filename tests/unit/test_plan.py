@@ -504,7 +504,7 @@ def test_config_is_left_as_it_is(file: Path) -> None:
 def test_sizes_that_are_written_twice_are_equal() -> None:
     """A plan needs no torch."""
     from megatron_real.policy import logprobs
-    from megatron_real.rollout import link
+    from megatron_real.rollout.vllm_server import link
 
     assert CHUNK_BYTES == logprobs._CHUNK_BYTES and BUCKET_BYTES == link.BUCKET_BYTES
 

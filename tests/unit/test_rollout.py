@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from megatron_real.config import Config, ModelConfig, RolloutConfig
 from megatron_real.records import EXCLUDED, POSITIVE, Completion, Prompt, Rollout, Verdict
-from megatron_real.rollout import build_engine, vllm_engine
+from megatron_real.rollout import build_engine
+from megatron_real.rollout.engines import vllm as vllm_engine
 from megatron_real.rollout.spread import ExpectedLengths, prompt_seed, samples_together, spread
 from megatron_real.rollout.stage import without_mismatch
 

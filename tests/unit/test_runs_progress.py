@@ -8,8 +8,8 @@ import re
 import pytest
 from rich.console import Console
 
-from megatron_real.runs import progress as module
-from megatron_real.runs.progress import RunProgress, StageTimer, profile_step
+from megatron_real import progress as module
+from megatron_real.progress import RunProgress, StageTimer, profile_step
 
 METRICS = {
     "reward_mean": 0.5,

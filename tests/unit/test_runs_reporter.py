@@ -9,7 +9,7 @@ import math
 import pytest
 
 from megatron_real.config import BatchConfig, Config, Given, RolloutConfig, TrainerConfig, load
-from megatron_real.evaluate import Evaluation
+from megatron_real.evaluation.figures import Evaluation
 from megatron_real.records import NEGATIVE, POSITIVE, Completion, Prompt, Rollout, Verdict
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.reporter import Reporter, Training

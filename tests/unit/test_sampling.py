@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_real import config as configuration
-from megatron_real.runs.sampling import _WITHOUT_EFFECT_ON_ROLLOUTS, settings_of_rollouts
+from megatron_real.runs.chunks import _WITHOUT_EFFECT_ON_ROLLOUTS, settings_of_rollouts
 
 
 def settings(path: Path, *words: str) -> dict[str, object]:

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from megatron_real.config import Config, Given, RolloutConfig
-from megatron_real.rollout import server_main
-from megatron_real.rollout.engine import EngineFailed
-from megatron_real.rollout.server import command, environment
-from megatron_real.rollout.server_engine import VllmServerEngine
+from megatron_real.rollout.engines.engine import EngineFailed
+from megatron_real.rollout.vllm_server import main as server_main
+from megatron_real.rollout.vllm_server.engine import VllmServerEngine
+from megatron_real.rollout.vllm_server.server import command, environment
 
 CANARY = "canary-5678"
 
@@ -35,7 +35,7 @@ def config(*, secret: bool) -> Config:
 def test_a_secret_argument_is_in_the_servers_environment_alone() -> None:
     words = command(config(secret=True), host="127.0.0.1", port=1)
     assert CANARY not in " ".join(words) and "--enforce-eager" in words
-    assert words[:3] == [sys.executable, "-m", "megatron_real.rollout.server_main"]
+    assert words[:3] == [sys.executable, "-m", "megatron_real.rollout.vllm_server.main"]
     variables = environment(config(secret=True), "key", gpus=[])
     assert json.loads(variables[server_main.VARIABLE]) == [
         "--hf-overrides",

@@ -15,10 +15,15 @@ from typing import Any
 import pytest
 
 from megatron_real.config import Config, RolloutConfig
-from megatron_real.rollout.engine import EngineFailed
-from megatron_real.rollout.server import KeyRefused, Server, environment, wait_until_healthy
-from megatron_real.rollout.server_door import WORKER_CALLS, Door
-from megatron_real.rollout.server_proof import ANSWER, Claim, answer_proof
+from megatron_real.rollout.engines.engine import EngineFailed
+from megatron_real.rollout.vllm_server.door import WORKER_CALLS, Door
+from megatron_real.rollout.vllm_server.proof import ANSWER, Claim, answer_proof
+from megatron_real.rollout.vllm_server.server import (
+    KeyRefused,
+    Server,
+    environment,
+    wait_until_healthy,
+)
 
 KEY = "the-key-of-this-run"
 Answer = list[dict[str, Any]]
@@ -219,7 +224,7 @@ def test_every_route_of_vllm_is_closed_without_the_key(monkeypatch: pytest.Monke
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from megatron_real.rollout.server import command
+    from megatron_real.rollout.vllm_server.server import command
 
     words = command(Config(), host="127.0.0.1", port=1)[3:]
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
@@ -246,7 +251,7 @@ ASGI: dict[str, Any] = {
 
 @needs_vllm
 def test_the_list_is_of_methods_that_the_worker_has() -> None:
-    from megatron_real.rollout.server_worker import Worker
+    from megatron_real.rollout.vllm_server.worker import Worker
 
     own = {name for name in vars(Worker) if not name.startswith("_")} - {"load_model"}
     assert sorted(own) == list(WORKER_CALLS)

@@ -98,6 +98,37 @@ def test_mlflow_holds_one_run_of_both_lives(
     assert json.loads(file.read_text())["trainer"]["steps"] == 9
 
 
+def test_trackio_holds_one_run_of_both_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trackio", reason="Trackio is not installed: pip install trackio")
+    # Trackio reads its folder when it is imported, which may have been before this test.
+    import trackio.utils
+    from trackio.sqlite_storage import SQLiteStorage
+
+    for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(trackio.utils, "TRACKIO_DIR", tmp_path / "store")
+    monkeypatch.setattr(trackio.sqlite_storage, "TRACKIO_DIR", tmp_path / "store")
+    monkeypatch.setenv("TRACKIO_PROJECT", "sums")
+    directory = RunDirectory(tmp_path / "first")
+    directory.path.mkdir()
+    write_a_life(directory, "trackio", 1)
+    write_a_life(directory, "trackio", 2, steps=9)  # the second step is made again
+
+    identity = json.loads((directory.path / "trackio.json").read_text())["id"]
+    (run,) = trackio.Api().runs("sums")
+    assert run.name == f"first-{identity}"
+    configuration = SQLiteStorage.get_run_config("sums", run.name)
+    assert configuration["objective"]["tau"] == 0.5
+    assert configuration["run_directory"] == str(directory.path)
+    rows = SQLiteStorage.get_logs("sums", run.name)
+    losses = [(row["step"], row["objective/loss"]) for row in rows if "objective/loss" in row]
+    assert losses == [(1, 0.5), (2, 0.25), (2, 0.5), (3, 0.25)]
+    held = [(row["step"], row["heldout/pass_at_1"]) for row in rows if "heldout/pass_at_1" in row]
+    assert held == [(2, 0.75), (3, 0.75)]
+
+
 def test_wandb_offline_keeps_the_configuration_and_every_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,7 +240,10 @@ def test_a_tracker_that_fails_is_said_once_and_ends_nothing(
     assert len(directory.metrics.read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize(("setting", "package"), [("wandb", "wandb"), ("mlflow", "mlflow-skinny")])
+@pytest.mark.parametrize(
+    ("setting", "package"),
+    [("wandb", "wandb"), ("mlflow", "mlflow-skinny"), ("trackio", "trackio")],
+)
 def test_a_tracker_that_is_not_installed_is_one_clear_sentence(
     monkeypatch: pytest.MonkeyPatch, setting: str, package: str
 ) -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_real.benchmark import table
 from megatron_real.cli import build_parser, main
 from megatron_real.commands import COMMANDS, labels
 from megatron_real.commands.convert import amount
 from megatron_real.commands.doctor import _text
 from megatron_real.commands.terminal import hanging
 from megatron_real.doctor.finding import Finding
-from megatron_real.evaluate import Evaluation
+from megatron_real.evaluation.benchmark import table
+from megatron_real.evaluation.figures import Evaluation
 
 WIDTH = 80
 

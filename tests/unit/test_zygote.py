@@ -69,7 +69,7 @@ IS_FORK = "import os, sys; print('torch' in sys.modules, os.getpgid(0), os.getpp
 def test_a_server_is_a_fork_of_its_guard_and_ends_with_its_group(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(f"{IS_FORK}import time\ntime.sleep(600)\n")
-    guard = zygote.ROOT / "megatron_real/rollout/server_guard.py"
+    guard = zygote.ROOT / "megatron_real/rollout/vllm_server/guard.py"
     process: Any = zygote.Popen(
         [sys.executable, str(guard), sys.executable, str(program)],
         stdin=subprocess.PIPE,

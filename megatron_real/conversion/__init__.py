@@ -1,0 +1,1 @@
+"""HF directory <-> Megatron checkpoint by moving bytes; checks and descriptions of both."""

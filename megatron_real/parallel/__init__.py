@@ -1,0 +1,1 @@
+"""Ranks together: process groups, agreement on what failed, rollouts that travel, the device."""

@@ -1,0 +1,147 @@
+"""All ranks together: small values that go between them over a gloo group, and not over a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_real.parallel.collective import on_every_rank
+
+T = TypeVar("T")
+
+
+class EveryRankError(ValueError):
+    """The input is refused, and every rank knows it: the first one tells the user."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This rank among all."""
+
+    rank: int = 0
+    world: int = 1
+    group: dist.ProcessGroup | None = None
+    """None for a single process."""
+    per_node: int = 0
+    """Successive ranks that share a node; 0: all of them share one."""
+
+    @classmethod
+    def of_all(cls, timeout: timedelta) -> Ranks:
+        """Makes a new process group of all ranks. Collective.
+
+        Args:
+            timeout: a collective of this group that waits longer fails.
+        """
+        world = dist.get_world_size()
+        group = None
+        if world > 1:
+            group = dist.new_group(backend="gloo", timeout=timeout)
+        return cls(dist.get_rank(), world, group, _ranks_per_node(world, group))
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Waits until all ranks are here. Collective."""
+        if self.group is not None:
+            dist.barrier(self.group)
+
+    def gathered(self, value: T) -> list[T]:
+        """Returns [rank] every rank's value, on every rank. Collective."""
+        values: list[T] = [value] * self.world
+        if self.group is not None:
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def gathered_by_first(self, value: T) -> list[T]:
+        """Returns [rank] every rank's value on the first rank, [] on the others. Collective.
+
+        What one rank writes or shows goes there alone: `gathered` would send it to all, by the
+        square of the ranks.
+        """
+        if self.group is None:
+            return [value]
+
+        values: list[T] | None = None
+        if self.first:
+            values = [value] * self.world
+        dist.gather_object(value, values, dst=0, group=self.group)
+        return values or []
+
+    def largest(self, value: int) -> int:
+        """Returns the largest of all ranks' values, on every rank. Collective."""
+        maximum = torch.tensor([value])
+        if self.group is not None:
+            dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=self.group)
+        return int(maximum)
+
+    def shared(self, value: T) -> T:
+        """Returns the first rank's value, on every rank. Collective."""
+        values = [value]
+        if self.group is not None:
+            dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
+    def every(self, action: Callable[[], T]) -> list[T]:
+        """Returns [rank] what `action` returned on every rank, on every rank.
+
+        Collective, whatever happens in `action`.
+
+        Raises:
+            EveryRankError: some rank refuses its input by a ValueError; the sentence is the first
+                such rank's.
+            RankFailed: it failed otherwise on some rank.
+        """
+        return on_every_rank(action, group=self.group, raises=EveryRankError)
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Returns what `action` returned on this rank, once it has gone well on all.
+
+        Raises as `every`.
+
+        What it returns stays on this rank, so it may hold what cannot be sent to others, such as a
+        process group.
+        """
+        values: list[T] = []
+        self.every(lambda: values.append(action()))
+        return values[0]
+
+    def made_by_first(self, action: Callable[[], T]) -> T:
+        """Returns on every rank what `action` returned on the first one, which may be large.
+
+        Raises as `every`. It is sent once, by a broadcast; `on_first` sends each rank a copy from
+        every rank, padded to the largest.
+        """
+        made: list[T] = []
+        self.on_first(lambda: made.append(action()))
+        return self.shared(made[0] if made else None)  # type: ignore[return-value]
+
+    def on_first(self, action: Callable[[], T]) -> T:
+        """Returns on every rank what `action` returned on the first one, while the others waited.
+
+        Raises as `every`.
+        """
+        return self.every(lambda: action() if self.first else None)[0]  # type: ignore[return-value]
+
+
+def _ranks_per_node(world: int, group: dist.ProcessGroup | None) -> int:
+    """Returns torchrun's LOCAL_WORLD_SIZE, or `world` where it is missing or differs between nodes.
+
+    Collective.
+    """
+    own = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    extremes = torch.tensor([own, -own])
+    if group is not None:
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    largest, smallest = int(extremes[0]), -int(extremes[1])
+    if largest != smallest or world % largest:
+        return world
+    return largest

@@ -1,0 +1,1 @@
+"""The engines that generate in the processes of the trainer, and the protocol of every engine."""
