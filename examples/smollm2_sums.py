@@ -22,7 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-HELD_OUT, SHOWN = 400, 10
+HELD_OUT = 400
+SHOWN = 10
 TRUSTED = True  # labels.verifier: `lenient` reads text and runs none of it (docs/sandbox.md)
 
 Pair = tuple[int, int]
@@ -35,10 +36,11 @@ def lenient(text: str, answers: Sequence[str], _metadata: Mapping[str, Any]) -> 
 
 
 def _last_number(text: str) -> str | None:
-    numbers = re.findall(
-        r"[0-9]+(?:[.,][0-9]+)*", text
-    )  # 12.5 is one number, the full stop after 125 is none of it
-    return numbers[-1] if numbers else None
+    # 12.5 is one number; a full stop after 125 is no part of it.
+    numbers = re.findall(r"[0-9]+(?:[.,][0-9]+)*", text)
+    if not numbers:
+        return None
+    return str(numbers[-1])
 
 
 def main() -> None:
@@ -69,6 +71,7 @@ def write_problems(out: Path) -> None:
     random.Random(0).shuffle(pairs)
     heldout = list({frozenset(pair): pair for pair in pairs}.values())[:HELD_OUT]
     kept_apart = {frozenset(pair) for pair in heldout}
+
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "heldout.jsonl", heldout)
     _write(out / "train.jsonl", [pair for pair in pairs if frozenset(pair) not in kept_apart])
@@ -108,6 +111,7 @@ def side_by_side(before: Path, after: Path) -> str:
         lines.append(
             f"{verifier:18s}{_pass_at_1(before / verifier):24s}{_pass_at_1(after / verifier)}"
         )
+
     lines += ["", f"{'answers':18s}{'before':24s}after"]
     answers = zip(_first_answers(before / "strict"), _first_answers(after / "strict"), strict=True)
     for (sum_, first), (_, second) in answers:
@@ -116,17 +120,15 @@ def side_by_side(before: Path, after: Path) -> str:
 
 
 def _pass_at_1(evaluation: Path) -> str:
-    figures = json.loads((evaluation / "results.json").read_text(encoding="utf-8"))["benchmarks"][
-        "heldout"
-    ]
+    results = json.loads((evaluation / "results.json").read_text(encoding="utf-8"))
+    figures = results["benchmarks"]["heldout"]
     return f"{figures['pass_at_1']:.3f} +- {figures['standard_error']:.3f}"
 
 
 def _first_answers(evaluation: Path) -> list[tuple[str, str]]:
-    """(the right answer, what was said on one line) to each of the first problems."""
-    lines = (
-        (evaluation / "samples/heldout/chunk-0000.jsonl").read_text(encoding="utf-8").splitlines()
-    )
+    """Returns (right answer, the model's answer on one line) for each of the first problems."""
+    file = evaluation / "samples/heldout/chunk-0000.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if row["sample"] == 0][:SHOWN]
     return [(row["golds"][0], " ".join(row["completion"].split())) for row in rows]
 

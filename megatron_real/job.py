@@ -249,7 +249,6 @@ def _build(
     too_few = too_few_sequences(config, check_world(config, ranks.world))
     if too_few:
         say(f"WARNING: {too_few}")
-    updates_per_step = config.rollout.num_prompts // config.batch.minibatch_prompts
     policy = Policy(
         PolicySettings.of(config),
         architecture,
@@ -259,7 +258,7 @@ def _build(
             seed=config.trainer.seed,
             timeout_minutes=config.trainer.timeout_minutes,
         ),
-        num_updates=config.trainer.steps * updates_per_step,
+        num_updates=config.trainer.steps * config.updates_per_step,
         exchange=exchange,
     )
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from megatron_real.checkpoint.state import prepare
+from megatron_real.checkpoint.state import prepare_step
 from megatron_real.job import Job
 from megatron_real.policy.policy import Update
 from megatron_real.policy.train_step import Batch
@@ -78,7 +78,7 @@ def _updates(job: Job, taken: StepRollouts) -> tuple[list[Batch], list[Update]]:
     timed = job.reporter.progress.stage
     with timed("old_logprobs"), taken.generating_weights():
         begun = job.checkpoints.take_begun()
-        batches, updates = prepare(job.policy, taken.rollouts, begun, lagging=taken.lag > 0)
+        batches, updates = prepare_step(job.policy, taken.rollouts, begun, lagging=taken.lag > 0)
 
     while len(updates) < len(batches):
         with timed("update"):

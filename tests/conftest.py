@@ -64,7 +64,10 @@ which tests/run.sh has made beside them meanwhile.
 def _place_in_line(item: pytest.Item) -> tuple[int, int]:
     file = item.path
     directory = next((i for i, name in enumerate(DIRECTORIES) if name in file.parts), 0)
-    return directory, LONGEST.index(file.stem) if file.stem in LONGEST else len(LONGEST)
+    by_cost = len(LONGEST)
+    if file.stem in LONGEST:
+        by_cost = LONGEST.index(file.stem)
+    return directory, by_cost
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -96,7 +99,9 @@ def pytest_terminal_summary(
         words.append("--all")
     # tests/run.sh sets it for the second version of megatron-core, which has no vLLM.
     version = os.environ.get("MEGATRON_CORE")
-    prefix = f"MEGATRON_CORE={version} VLLM_CPU= " if version else ""
+    prefix = ""
+    if version:
+        prefix = f"MEGATRON_CORE={version} VLLM_CPU= "
     terminalreporter.section("to repeat what failed")
     terminalreporter.write_line(f"{prefix}bash tests/run.sh {shlex.join(words)}")
 
@@ -160,10 +165,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             torch.manual_seed(seed)
             config = getattr(transformers, f"{name}Config")(**shape)
             model = getattr(transformers, f"{name}ForCausalLM")(config).double()
-            for parameter in model.parameters():  # biases start at 0 and norms at 1: move them too
-                parameter.data += torch.randn_like(parameter) * (
-                    0.1 if parameter.dim() > 1 else 0.2
-                )
+            # Biases start at 0 and norms at 1: all of them move, vectors further than matrices.
+            for parameter in model.parameters():
+                scale = 0.1 if parameter.dim() > 1 else 0.2
+                parameter.data += torch.randn_like(parameter) * scale
             for parameter in model.parameters():
                 parameter.data += moved * torch.randn_like(parameter)
             path = tmp_path_factory.mktemp("model")

@@ -47,7 +47,9 @@ def name_of(node: str) -> str:
     An "@" within the brackets of a parameter is the test's own.
     """
     name, at, group = node.rpartition("@")
-    return name if at and "]" not in group else node
+    if at and "]" not in group:
+        return name
+    return node
 
 
 @dataclass

@@ -84,10 +84,10 @@ class Popen(subprocess.Popen[Any]):
         stdin = pipes[0]
         stdout = pipes[3]
         stderr = pipes[5]
+        # -1 stands for this process's own stream.
         streams = [
-            0 if stdin == -1 else stdin,
-            1 if stdout == -1 else stdout,
-            2 if stderr == -1 else stderr,
+            number if stream == -1 else stream
+            for number, stream in enumerate((stdin, stdout, stderr))
         ]
         request = Request(
             words=self._words,
@@ -170,7 +170,9 @@ def _forkable(args: Any, options: Mapping[str, Any]) -> list[str] | None:
     if words[:1] == ["-u"]:
         words = words[1:]
     is_script = bool(words) and words[0].endswith(".py")
-    return words if is_script or words[:1] == ["-m"] else None
+    if is_script or words[:1] == ["-m"]:
+        return words
+    return None
 
 
 def _ask(kind: str, request: Request, streams: Sequence[int]) -> tuple[int, socket.socket]:
@@ -275,8 +277,9 @@ _NewProcess = subprocess.Popen
 
 def _start_server(args: Sequence[Any], **options: Any) -> subprocess.Popen[Any]:
     """As subprocess.Popen for the guard of a vLLM server."""
-    start = subprocess.Popen if os.environ.get(REAL_SERVERS) else Popen
-    return start(args, **options)
+    if os.environ.get(REAL_SERVERS):
+        return subprocess.Popen(args, **options)
+    return Popen(args, **options)
 
 
 class Server:

@@ -109,7 +109,9 @@ def patient_plan(module: Any, count: int, dp: int, patience: float) -> tuple[flo
     ours, theirs = context.Pipe()
     process = context.Process(target=lambda: theirs.send(timed_plan(module, count, dp)[:2]))
     process.start()
-    answer: tuple[float, float] | None = ours.recv() if ours.poll(patience) else None
+    answer: tuple[float, float] | None = None
+    if ours.poll(patience):
+        answer = ours.recv()
     process.kill()
     process.join()
     return answer
@@ -117,7 +119,10 @@ def patient_plan(module: Any, count: int, dp: int, patience: float) -> tuple[flo
 
 def plans(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each size."""
-    before = planner_of(options.before) if options.before else None
+    before = None
+    if options.before:
+        before = planner_of(options.before)
+
     rows = []
     for count, dp in SIZES:
         rounds = [timed_plan(placement, count, dp) for _ in range(1 + options.rounds)]
@@ -125,8 +130,12 @@ def plans(options: argparse.Namespace) -> list[dict[str, Any]]:
         row = {"rollouts": count, "DP": dp, "placement": place, "seconds": seconds}
         if before is not None:
             earlier = patient_plan(before, count, dp, options.patience)
-            row["before, seconds"] = earlier[0] if earlier else f"over {options.patience:.0f}"
-            row["plan / before"] = estimate / earlier[1] if earlier else "-"
+            if earlier is None:
+                row |= {"before, seconds": f"over {options.patience:.0f}", "plan / before": "-"}
+            else:
+                earlier_seconds, earlier_estimate = earlier
+                row["before, seconds"] = earlier_seconds
+                row["plan / before"] = estimate / earlier_estimate
         rows.append(row)
     return rows
 

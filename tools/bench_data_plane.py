@@ -84,19 +84,16 @@ def made_rollouts(count: int, tokens: int, *, shared: bool) -> list[Rollout]:
         logprobs = -generator.exponential(0.3, tokens).astype(numpy.float32)
         return Completion(ids, logprobs, "a" * (4 * tokens), finished=True, weight_version=1)
 
-    one = completion()
+    if shared:
+        completions = [completion()] * count
+    else:
+        completions = [completion() for _ in range(count)]
     verdicts = [Verdict("ok", label, float(label)) for label in (0, 1)]  # type: ignore[arg-type]
     prompts = [
         Prompt(f"p/{i}", "", tuple(range(PROMPT_TOKENS)), ("1",)) for i in range(count // GROUP)
     ]
     return [
-        Rollout(
-            prompts[i // GROUP],
-            i // GROUP,
-            i % GROUP,
-            one if shared else completion(),
-            verdicts[i % 2],
-        )
+        Rollout(prompts[i // GROUP], i // GROUP, i % GROUP, completions[i], verdicts[i % 2])
         for i in range(count)
     ]
 
@@ -252,14 +249,19 @@ class Played(Counted):
 
     def _sum(self, tensor: torch.Tensor) -> None:
         self.num_bytes += 2 * tensor.nbytes
-        if self.is_sharing:
-            tensor += self._table if tensor.shape == self._table.shape else self._counts
+        if not self.is_sharing:
+            return
+        if tensor.shape == self._table.shape:
+            tensor += self._table
+        else:
+            tensor += self._counts
 
     def _all_to_all(
         self, outgoing: Sequence[Sequence[NDArray[Any]]], sizes: Sequence[int]
     ) -> NDArray[numpy.uint8]:
         parts = [exchange_module._bytes(a) for arrays in outgoing for a in arrays]
-        sent = numpy.concatenate(parts) if parts else numpy.zeros(0, dtype=numpy.uint8)
+        # The empty array is for a rank that sends nothing: numpy concatenates no empty list.
+        sent = numpy.concatenate([numpy.zeros(0, dtype=numpy.uint8), *parts])
         self.num_bytes += sent.nbytes + sum(sizes)
         return self.received[: sum(sizes)].copy()
 

@@ -31,8 +31,11 @@ def processor() -> str:
             name.strip(): value.strip()
             for name, _, value in (line.partition(":") for line in lines)
         }
-    amx = ", AMX bf16" if "amx_bf16" in facts.get("flags", "") else ""
-    return f"{facts.get('model name', 'unknown processor')}{amx}, {os.cpu_count()} cores"
+    # bf16 is several times slower on a CPU without AMX, so the name says which it is.
+    name = facts.get("model name", "unknown processor")
+    if "amx_bf16" in facts.get("flags", ""):
+        name += ", AMX bf16"
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def versions() -> dict[str, str]:
@@ -46,9 +49,11 @@ def versions() -> dict[str, str]:
 
 def describe() -> str:
     """Returns one line: processor or GPU, threads, versions."""
-    threads = "" if torch.cuda.is_available() else f", {torch.get_num_threads()} threads a process"
-    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return f"{processor()}{threads}, {packages}"
+    facts = [processor()]
+    if not torch.cuda.is_available():
+        facts.append(f"{torch.get_num_threads()} threads a process")
+    facts += [f"{name} {version}" for name, version in versions().items()]
+    return ", ".join(facts)
 
 
 def add_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
@@ -102,8 +107,10 @@ def _read_results(word: str) -> dict[str, Any]:
 
 def apply_options(options: argparse.Namespace) -> None:
     """Sets the threads. Processor time needs a single one: idle threads spin."""
-    if options.cpu_time or options.threads:
-        torch.set_num_threads(1 if options.cpu_time else options.threads)
+    if options.cpu_time:
+        torch.set_num_threads(1)
+    elif options.threads:
+        torch.set_num_threads(options.threads)
 
 
 def interleaved(
@@ -195,7 +202,9 @@ def compare(
         for column, value in row.items():
             old_value = old.get(column)
             if isinstance(value, float) and isinstance(old_value, int | float):
-                ratio = f"{value / old_value:.2f}" if old_value else "-"
+                ratio = "-"
+                if old_value:
+                    ratio = f"{value / old_value:.2f}"
                 cells[column] = f"{_cell(value)} / {_cell(float(old_value))} = {ratio}"
         compared.append(cells)
     return compared
@@ -203,8 +212,11 @@ def compare(
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table()
-    for i, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if i else "left")
+    # The first column names the row, the others are figures.
+    first, *others = rows[0]
+    table.add_column(first, justify="left")
+    for name in others:
+        table.add_column(name, justify="right")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     return table
@@ -213,4 +225,6 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def _cell(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+    if value < 100:
+        return f"{value:.3g}"
+    return f"{value:,.0f}"

@@ -187,15 +187,14 @@ def main() -> None:
         for _ in range(options.groups * NUM_MINIBATCHES)
     ]
     seconds = interleaved(paths(new_policy(config), rollouts(lengths, prompt_tokens=32)), options)
-    four = f"SFT x {NUM_MINIBATCHES}"
-    rows = [
-        {
-            "step": name,
-            "seconds": value,
-            "x SFT": value / seconds[four if name == four or name.startswith("rollout") else "SFT"],
-        }
-        for name, value in seconds.items()
-    ]
+    # A whole step of rollouts has several minibatches: it is compared with as many updates of SFT.
+    whole_step = f"SFT x {NUM_MINIBATCHES}"
+    rows = []
+    for name, value in seconds.items():
+        baseline = "SFT"
+        if name == whole_step or name.startswith("rollout"):
+            baseline = whole_step
+        rows.append({"step": name, "seconds": value, "x SFT": value / seconds[baseline]})
     tokens = sum(map(sum, lengths)) // NUM_MINIBATCHES
     if dist.get_rank() == 0:
         title = (

@@ -112,11 +112,15 @@ def main() -> int:
         made_by, *expected = [json.loads(line) for line in golden.read_text().splitlines()]
         if options.steps and name != "replay":
             expected = expected[: options.steps]
-        difference = compare(name, rows, expected, exact=made_by == machine())
-        exactness = "byte for byte" if made_by == machine() else f"loosely, made by {made_by}"
+
+        exact = made_by == machine()
+        difference = compare(name, rows, expected, exact=exact)
+        exactness = "byte for byte"
+        if not exact:
+            exactness = f"loosely, made by {made_by}"
         print(f"{name}: {difference or f'{len(rows)} rows agree ({exactness})'}")
         failures += bool(difference)
-    return 1 if failures else 0
+    return int(failures > 0)
 
 
 def machine() -> Row:
@@ -128,10 +132,12 @@ def machine() -> Row:
 
 def _cpu() -> str:
     """Vendor, family and model number of the processor."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    values = dict(
-        line.split("\t", 1) for line in text.split("\n\n")[0].splitlines() if "\t" in line
-    )
+    file = Path("/proc/cpuinfo")
+    if not file.is_file():
+        return "unknown"
+    # The first paragraph is of the first core.
+    first, *_ = file.read_text().split("\n\n")
+    values = dict(line.split("\t", 1) for line in first.splitlines() if "\t" in line)
     names = ("vendor_id", "cpu family", "model")
     return " ".join(values[n].split(": ")[-1].strip() for n in names if n in values) or "unknown"
 
@@ -147,19 +153,27 @@ def compare(name: str, rows: Sequence[Row], expected: Sequence[Row], *, exact: b
     """What differs first, or "" if the rows agree as far as the module's docstring asks."""
     if len(rows) != len(expected):
         return f"{len(rows)} rows instead of {len(expected)}"
-    strictly = len(rows) if exact or name == "replay" else 1
-    relative = 0.0 if exact else 1e-9 if name == "replay" else 1e-4
-    for row, wanted in list(zip(rows, expected, strict=True))[:strictly]:
+
+    # On another machine rounding differs. Fixed rollouts in float64 stay close; a run in fp32 draws
+    # other answers after its first step.
+    num_strict = len(rows)
+    relative = 0.0
+    if not exact:
+        relative = 1e-9
+        if name != "replay":
+            num_strict = 1
+            relative = 1e-4
+
+    for row, wanted in list(zip(rows, expected, strict=True))[:num_strict]:
         if row.keys() != wanted.keys():
             return f"columns {', '.join(row)} instead of {', '.join(wanted)}"
         for column, value in wanted.items():
-            same = (
-                row[column] == value
-                if relative == 0 or not isinstance(value, float)
-                else math.isclose(row[column], value, rel_tol=relative, abs_tol=relative * 1e-3)
-            )
+            same = row[column] == value
+            if relative > 0 and isinstance(value, float):
+                same = math.isclose(row[column], value, rel_tol=relative, abs_tol=relative * 1e-3)
             if not same:
                 return f"{column} is {row[column]!r} instead of {value!r} in {json.dumps(wanted)}"
+
     if not exact and name != "replay":
         reward, wanted_reward = (
             math.fsum(row["reward"] for row in curve[-10:]) / 10 for curve in (rows, expected)
@@ -283,8 +297,9 @@ def random_model(path: Path, dtype: str, **sizes: Any) -> None:
     draw = random.Random(1)
     for name, parameter in sorted(model.named_parameters()):
         values = [draw.randrange(-(2**18), 2**18) / 2**20 for _ in range(parameter.numel())]
-        centre = 1.0 if "norm" in name else 0.0
-        parameter.data = torch.tensor(values, dtype=parameter.dtype).view_as(parameter) + centre
+        parameter.data = torch.tensor(values, dtype=parameter.dtype).view_as(parameter)
+        if "norm" in name:
+            parameter.data += 1.0
     model.save_pretrained(path)
 
 
@@ -380,8 +395,10 @@ def fixed_rollouts(step: int) -> list[Any]:
         prompt_ids = tuple(draw.randrange(VOCABULARY) for _ in range(draw.randrange(1, 16)))
         prompt = Prompt(f"fixed/{group}", "", prompt_ids, ("",))
         for sample, label in enumerate(labels[(group + step) % GROUPS]):
-            empty = group == step % GROUPS and sample == 3
-            length = 0 if empty else draw.randrange(1, 24)
+            # One completion of each step is empty.
+            length = 0
+            if not (group == step % GROUPS and sample == 3):
+                length = draw.randrange(1, 24)
             ids = tuple(draw.randrange(VOCABULARY) for _ in range(length))
             completion = Completion(ids, (-3.0,) * length, "", finished=True)
             status = Status.OK if label == 1 else Status.WRONG

@@ -50,6 +50,10 @@ class Report:
 
         self.file = file
         self.rehearse = rehearse
+        self.rounds = 3
+        """How often a benchmark measures."""
+        if rehearse:
+            self.rounds = 1
         self.content: dict[str, Any] = {"machine": describe(), "rows": []}
 
     def row(self, **columns: Any) -> None:
@@ -78,13 +82,20 @@ def kernels(report: Report) -> None:
     from megatron_real.policy import logprobs
 
     shapes = [(512, 256, 5003, 1024), (64, 128, 16384, 8192)]
+    # A GPU rounds as torch's operators do, in another order.
+    share_of_torch = 1.5
+    if report.rehearse:
+        shapes = [(24, 16, 131, 23)]
+        # Triton's interpreter cuts off the bits of bf16 that a GPU rounds.
+        share_of_torch = 3.0
+
     cases = [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
-    for tokens, hidden, vocab, chunk in [(24, 16, 131, 23)] if report.rehearse else shapes:
+    for tokens, hidden, vocab, chunk in shapes:
         for dtype, fp32_logits in cases:
             inputs = _head_inputs(tokens, hidden, vocab, dtype)
             options: dict[str, Any] = {"chunk_size": chunk, "fp32_logits": fp32_logits}
-            used = logprobs.kernels_for(inputs[0], torch.float32 if fp32_logits else dtype)
-            if used is None:
+            logits_dtype = torch.float32 if fp32_logits else dtype
+            if logprobs.kernels_for(inputs[0], logits_dtype) is None:
                 raise AssertionError("there are no kernels: Triton does not import here")
 
             hidden_TH, weight_VH, target_T = inputs
@@ -95,9 +106,7 @@ def kernels(report: Report) -> None:
             for name, expected in exact.items():
                 error = float((by_kernels[name].double() - expected).norm() / expected.norm())
                 of_torch = float((by_torch[name].double() - expected).norm() / expected.norm())
-                # Triton's interpreter, which the rehearsal uses, cuts off the bits of bf16 that a
-                # GPU rounds.
-                bound = (3 if report.rehearse else 1.5) * of_torch + 1e-6
+                bound = share_of_torch * of_torch + 1e-6
                 report.row(
                     output=name, T=tokens, H=hidden, V=vocab, dtype=str(dtype),
                     fp32_logits=fp32_logits, error=error, error_of_torch=of_torch, bound=bound,
@@ -179,7 +188,7 @@ def head(report: Report) -> None:
         sizes = [(64, 64, 512)]
     for tokens, hidden, vocab in sizes:
         words = ["--tokens", tokens, "--hidden", hidden, "--vocab", vocab]
-        for table in _benchmark("logprobs", *words, "--rounds", 1 if report.rehearse else 3):
+        for table in _benchmark("logprobs", *words, "--rounds", report.rounds):
             for row in table["rows"]:
                 report.row(table=table["title"], **row)
 
@@ -199,8 +208,14 @@ def step(report: Report, shape: str) -> None:
     from megatron_real.weights.hf import HfWeights
 
     join_world(timeout_minutes=5)
-    tokens, length = (512, 64) if report.rehearse else (8192, 2048)
-    sizes = {**SHAPES["tiny" if report.rehearse else shape], "max_position_embeddings": 16384}
+    tokens = 8192
+    length = 2048
+    sizes = SHAPES[shape]
+    if report.rehearse:
+        tokens = 512
+        length = 64
+        sizes = SHAPES["tiny"]
+    sizes = {**sizes, "max_position_embeddings": 16384}
     config = Config(
         model=ModelConfig(dtype="bf16"),
         data=DataConfig(max_prompt_tokens=32),
@@ -209,7 +224,8 @@ def step(report: Report, shape: str) -> None:
     )
     on_gpu = torch.cuda.is_available()
     te = on_gpu and importlib.util.find_spec("transformer_engine") is not None
-    shapes = Shapes(2, "te" if te else "local", "cuda" if on_gpu else "cpu")
+    layer_kind: Literal["te", "local"] = "te" if te else "local"
+    shapes = Shapes(2, layer_kind, "cuda" if on_gpu else "cpu")
 
     def planned(num_layers: int) -> int:
         architecture = Architecture.from_config(
@@ -239,7 +255,8 @@ def step(report: Report, shape: str) -> None:
 
     made = rollouts([[length] * 4] * 2, prompt_tokens=32, vocab=sizes["vocab_size"])
     seconds = []
-    for _ in range(2 if report.rehearse else 4):
+    # The first update warms up.
+    for _ in range(1 + report.rounds):
         (batch,) = policy.prepare(made)
         torch.cuda.synchronize()
         began = time.perf_counter()
@@ -248,13 +265,18 @@ def step(report: Report, shape: str) -> None:
         seconds.append(time.perf_counter() - began)
     counts = [rollout.num_tokens for rollout in made]
     flops = sum(3 * n * architecture.flops_per_token(n / 2) for n in counts)
-    peak = peak_tflops(torch.cuda.get_device_name()) if on_gpu else None
     best = min(seconds[1:])
-    utilization = flops / best / 1e12 / peak if peak else None
-    measured = torch.cuda.max_memory_allocated() if on_gpu else 0
+    peak_memory = 0
+    peak = None
+    if on_gpu:
+        peak_memory = torch.cuda.max_memory_allocated()
+        peak = peak_tflops(torch.cuda.get_device_name())
+    utilization = None
+    if peak:
+        utilization = flops / best / 1e12 / peak
     report.row(
         shape=shape, layers=layers, tokens=sum(counts), seconds=best,
-        tflops=flops / best / 1e12, MFU=utilization or "unknown", peak_gib=measured / 2**30,
+        tflops=flops / best / 1e12, MFU=utilization or "unknown", peak_gib=peak_memory / 2**30,
         planned_gib=planned(layers) / 2**30, te_layers=te,
     )  # fmt: skip
     if utilization:
@@ -295,7 +317,9 @@ def training(report: Report) -> None:
 
 def save(report: Report) -> None:
     """tools/bench_checkpoint.py."""
-    words = ["--parameters", 20 if report.rehearse else 500, "--saves", 1 if report.rehearse else 2]
+    words = ["--parameters", 500, "--saves", 2]
+    if report.rehearse:
+        words = ["--parameters", 20, "--saves", 1]
     report.row(**json.loads(_python("tools/bench_checkpoint.py", *words)))
 
 
@@ -304,7 +328,7 @@ def sync(report: Report) -> None:
     if importlib.util.find_spec("vllm") is None:
         report.note(skipped="vLLM is not installed")
         return
-    for table in _benchmark("weight_sync", "--rounds", 1 if report.rehearse else 3):
+    for table in _benchmark("weight_sync", "--rounds", report.rounds):
         for row in table["rows"]:
             report.row(table=table["title"], **row)
 

@@ -182,9 +182,12 @@ def warm_up(
     started = time.monotonic()
     for step in range(1, steps + 1):
         batch = draw.choices(pairs, k=BATCH)
-        answers = [
-            sum_without_carry(p) if draw.random() < SLOPPY_SHARE else true_sum(p) for p in batch
-        ]
+        answers = []
+        for pair in batch:
+            if draw.random() < SLOPPY_SHARE:
+                answers.append(sum_without_carry(pair))
+            else:
+                answers.append(true_sum(pair))
         texts = [
             f"<|user|>{question(p)}<|assistant|>\\boxed{{{a}}}<|end|>"
             for p, a in zip(batch, answers, strict=True)
@@ -218,7 +221,7 @@ def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def greedy_accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> float:
+def greedy_accuracy(model: Any, tokenizer: Any, pairs: list[Pair]) -> float:
     """Returns the share of sums whose most likely answer is right."""
     prompts = tokenizer(
         [f"<|user|>{question(p)}<|assistant|>" for p in pairs], return_tensors="pt"

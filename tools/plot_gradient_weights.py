@@ -50,7 +50,9 @@ def real_magnitude(score_X: Tensor, label: int) -> Tensor:
     at score 0, make C.
     """
     num_others = C - 1
-    other_side = NEGATIVE if label == POSITIVE else POSITIVE
+    other_side = POSITIVE
+    if label == POSITIVE:
+        other_side = NEGATIVE
     score_XG = torch.zeros(len(score_X), 1 + num_others + 1, dtype=score_X.dtype)
     score_XG[:, 0] = score_X
     label_XG = torch.tensor([label] * (1 + num_others) + [other_side]).expand_as(score_XG)
@@ -63,7 +65,9 @@ def real_magnitude(score_X: Tensor, label: int) -> Tensor:
 
 def grpo_magnitude(log_ratio_X: Tensor, label: int) -> Tensor:
     """[X] |w| of a token at each log-ratio, for an advantage of +1 or -1."""
-    advantage = 1.0 if label == POSITIVE else -1.0
+    advantage = -1.0
+    if label == POSITIVE:
+        advantage = 1.0
     return grpo_weights(log_ratio_X, torch.full_like(log_ratio_X, advantage), epsilon=EPSILON).abs()
 
 

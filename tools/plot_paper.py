@@ -128,8 +128,8 @@ def curves(variant: Path, metric: str) -> NDArray[np.float64]:
     curves = []
     for run in sorted(variant.glob("seed-*")):
         rows, _ = read_rows(run / "metrics.jsonl")
-        values = [row.get(metric) for row in rows]
-        curves.append([np.nan if value is None else float(value) for value in values])
+        # float64 turns None into NaN.
+        curves.append(np.array([row.get(metric) for row in rows], dtype=np.float64))
     steps = max(map(len, curves), default=0)
     return np.array([curve for curve in curves if len(curve) == steps])
 

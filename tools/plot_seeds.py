@@ -45,7 +45,10 @@ def main() -> None:
                 [row[f"heldout/{k}"] for row in rows] for k in ("pass_at_1", "standard_error")
             )
             steps = [row["step"] for row in rows]
-            label = f"{kind}, {len(runs)} seeds" if i == 0 else None
+            # One entry in the legend for all seeds.
+            label = None
+            if i == 0:
+                label = f"{kind}, {len(runs)} seeds"
             axis.errorbar(
                 steps, accuracy, yerr=error, color=color, lw=1.5, marker="o", ms=3, label=label
             )

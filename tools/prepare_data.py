@@ -70,16 +70,19 @@ def _show(done: Prepared, out: Path, keep_leaks: bool) -> None:
         column.justify = "right"
     for name, counts in done.counts.items():
         reasons = [f"{count} {reason}" for reason, count in counts.dropped.most_common()]
-        reasons += [f"({counts.repeated} asked twice, kept)"] if counts.repeated else []
+        if counts.repeated:
+            reasons.append(f"({counts.repeated} asked twice, kept)")
         table.add_row(
             name, str(counts.published), str(counts.read), str(counts.kept), ", ".join(reasons)
         )
     console = Console(soft_wrap=not sys.stdout.isatty())
     console.print(table)
+
     same = sum(leak.share == 1 for leak in done.leaks)
+    fate = "kept" if keep_leaks else "dropped"
     print(
         f"{same} training questions are a benchmark's, {len(done.leaks) - same} are near one; "
-        f"{'kept' if keep_leaks else 'dropped'}, and listed in {out / 'leaks.jsonl'}"
+        f"{fate}, and listed in {out / 'leaks.jsonl'}"
     )
     if done.unchecked and any(
         source.split == "train" and source.name in done.counts for source in SOURCES

@@ -179,12 +179,15 @@ CLASSES_WITH_METHODS = ("RunRecords",)
 
 
 def _described(name: str, public: object) -> list[str]:
-    keyword = "class" if inspect.isclass(public) else "def"
-    signature = str(inspect.signature(public)) if callable(public) else ""
-    # Defaults of objects would show their address or their whole contents.
-    signature = re.sub(r"=<[^>]*>", "=...", signature).replace("'", "")
-    if inspect.isclass(public) and name not in CLASSES_WITH_METHODS:
-        signature = ""
+    keyword = "def"
+    signature = ""
+    if callable(public):
+        # Defaults of objects would show their address or their whole contents.
+        signature = re.sub(r"=<[^>]*>", "=...", str(inspect.signature(public))).replace("'", "")
+    if inspect.isclass(public):
+        keyword = "class"
+        if name not in CLASSES_WITH_METHODS:
+            signature = ""
     code = textwrap.fill(f"{keyword} {name}{signature}", 92, subsequent_indent="    ")
     return ["```python", code, "```\n", "```text", inspect.cleandoc(public.__doc__ or ""), "```"]
 

@@ -237,8 +237,9 @@ class _Packing:
         """
         dp = self.layout.dp
         units = self.sequences if placement == "split" else self.groups
-        # Under `dp` a unit may spread over one micro-batch index of all ranks.
-        budget = self.layout.max_tokens * dp if placement == "dp" else self.layout.max_tokens
+        budget = self.layout.max_tokens
+        if placement == "dp":
+            budget *= dp  # a unit may spread over one micro-batch index of all ranks
         if any(unit.size(padded=self.layout.padded) > budget for unit in units):
             return range(0)
 

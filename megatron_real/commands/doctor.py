@@ -14,6 +14,7 @@ import socket
 from pathlib import Path
 
 from megatron_real import config as configuration
+from megatron_real.commands.arguments import add_overrides
 from megatron_real.commands.terminal import hanging, input_checks, is_first_rank
 from megatron_real.doctor.finding import Finding
 from megatron_real.doctor.report import report
@@ -41,9 +42,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", nargs="?", help="YAML file of the run, whose disk space is counted then"
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file"
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--run-dir", metavar="DIR", help="where the run would write (default: CONFIG's, or here)"
     )

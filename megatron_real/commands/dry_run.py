@@ -27,7 +27,7 @@ def description(config: Config, num_ranks: int) -> str:
     dp = check_world(config, num_ranks)
     rollout = config.rollout
     parallel = config.parallel
-    updates = rollout.num_prompts // config.batch.minibatch_prompts
+    updates = config.updates_per_step
     files = [file for file in (config.data.train, config.data.heldout) if file]
     rows = {
         "run": _beginning(config),

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_real import config as configuration
+from megatron_real.commands.arguments import add_overrides
 from megatron_real.commands.subject import Subject
 from megatron_real.commands.terminal import input_checks, say
 from megatron_real.conversion.convert import check_model
@@ -47,9 +48,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="run directory or checkpoint of one, with the run's own settings; HF directory or "
         "cached hub id; YAML file",
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file"
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--bench",
         action="append",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_real import config as configuration
+from megatron_real.commands.arguments import add_gpu, add_overrides
 from megatron_real.commands.terminal import input_checks, table
 from megatron_real.compare.sweep import is_sweep, load_sweep
 from megatron_real.config import ParallelConfig
@@ -25,7 +26,7 @@ from megatron_real.plan.devices import DEVICES, Device
 from megatron_real.plan.layouts import RESERVE_SHARE, Estimate, ranked, told_apart
 from megatron_real.plan.measured import Rates, measured, measured_device
 from megatron_real.plan.memory import MODELLED
-from megatron_real.plan.speed import Cluster, Run
+from megatron_real.plan.speed import Cluster, PlannedRun
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.disk_needs import DiskNeeds, disk_needs
 from megatron_real.weights.published import PUBLISHED, published_model
@@ -64,9 +65,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="YAML file of a run or a sweep; of the model config.json is read, and headers of "
         "weights",
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file"
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--model", choices=PUBLISHED, metavar="NAME", help=f"one of {', '.join(PUBLISHED)}"
     )
@@ -86,13 +85,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="N[,N...]",
         help="GPUs that train; several are compared in one table; default: 8",
     )
-    parser.add_argument(
-        "--gpu",
-        choices=sorted(DEVICES),
-        default="h100-80g",
-        metavar="KIND",
-        help=f"kind of GPU: {', '.join(sorted(DEVICES))}; default: h100-80g",
-    )
+    add_gpu(parser)
     parser.add_argument("--top", type=int, default=5, metavar="N", help="layouts in the ranking")
     parser.add_argument(
         "--price", type=float, metavar="USD", help="of one GPU for one hour; default: a list price"
@@ -260,7 +253,7 @@ class _Source:
         cluster = Cluster(
             device, gpus, self.rates.train, self.rates.decode, self.rates.mean_response
         )
-        return Estimate(Run(architecture, config, cluster)), note
+        return Estimate(PlannedRun(architecture, config, cluster)), note
 
 
 def _wrapped(paragraph: str) -> str:
@@ -426,7 +419,7 @@ def _larger_cache(estimate: Estimate) -> str:
     )
 
 
-def _nearest(run: Run) -> str:
+def _nearest(run: PlannedRun) -> str:
     """Returns what would work where no layout fits: more of the same GPUs, or larger ones."""
     cluster = run.cluster
     options = []
@@ -482,7 +475,7 @@ def _json(estimate: Estimate, best: Iterable[Estimate]) -> dict[str, Any]:
     }
 
 
-def _disk_needs(run: Run) -> DiskNeeds:
+def _disk_needs(run: PlannedRun) -> DiskNeeds:
     return disk_needs(run.config, run.architecture, mean_response=run.cluster.mean_response)
 
 
@@ -504,19 +497,19 @@ def _layout(estimate: Estimate) -> dict[str, Any]:
     }
 
 
-def _step(run: Run) -> dict[str, float]:
+def _step(run: PlannedRun) -> dict[str, float]:
     """Returns the numbers of a step that follow from the configuration, for a reader to check."""
     return {
         "rollouts": run.rollouts,
-        "updates": run.updates,
-        "rollouts an update": run.rollouts // run.updates,
+        "updates": run.config.updates_per_step,
+        "rollouts an update": run.rollouts // run.config.updates_per_step,
         "tokens a rollout": run.mean_tokens,
         "micro-batches an update and rank": run.micro_batches,
         "padded vocabulary": run.architecture.padded_vocab(run.config.parallel.tp),
     }
 
 
-def _unmodelled(run: Run) -> list[str]:
+def _unmodelled(run: PlannedRun) -> list[str]:
     """Returns the settings of Megatron that the estimates know nothing of."""
     return sorted(f"megatron.{name}" for name in set(run.config.megatron) - MODELLED)
 
@@ -628,7 +621,7 @@ def _time(estimate: Estimate) -> str:
     return text
 
 
-def _disk(run: Run) -> str:
+def _disk(run: PlannedRun) -> str:
     """Returns the sentence about the run directory's size."""
     needs = _disk_needs(run)
     newest = run.config.rollout.keep_steps

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_real.commands.arguments import add_evaluations
 from megatron_real.commands.convert import amount, progress_bar
 from megatron_real.commands.terminal import input_checks, say, table
 from megatron_real.config.locate import is_run_directory
@@ -62,14 +63,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--public", action="store_true", help="make a new repository public; default: private"
     )
-    parser.add_argument(
-        "--eval",
-        action="append",
-        default=[],
-        dest="evaluations",
-        metavar="DIR",
-        help="results of `megatron-real eval`, for the card; may be given many times",
-    )
+    add_evaluations(parser, purpose=", for the card")
     parser.add_argument(
         "--message", default="Upload by megatron_real", metavar="TEXT", help="of the commit"
     )

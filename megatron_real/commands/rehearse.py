@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from megatron_real import config as configuration
+from megatron_real.commands.arguments import add_gpu, add_overrides
 from megatron_real.commands.terminal import input_checks, table
 from megatron_real.config import Config
 from megatron_real.plan.devices import DEVICES
@@ -41,17 +42,9 @@ _COLUMNS = 80
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("config", help="YAML file; of the model config.json is read, nothing else")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file"
-    )
+    add_overrides(parser)
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs that train")
-    parser.add_argument(
-        "--gpu",
-        choices=sorted(DEVICES),
-        default="h100-80g",
-        metavar="KIND",
-        help=f"kind of GPU: {', '.join(sorted(DEVICES))}; default: h100-80g",
-    )
+    add_gpu(parser)
     parser.add_argument(
         "--model",
         choices=PUBLISHED,

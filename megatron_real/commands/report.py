@@ -7,6 +7,7 @@ import importlib.util
 import time
 from pathlib import Path
 
+from megatron_real.commands.arguments import add_evaluations
 from megatron_real.commands.terminal import input_checks, say
 from megatron_real.disk import write_whole
 from megatron_real.report.page import report_page
@@ -30,14 +31,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="directory of a run")
     parser.add_argument("--out", default="report.html", metavar="FILE", help="default: report.html")
-    parser.add_argument(
-        "--eval",
-        action="append",
-        default=[],
-        dest="evaluations",
-        metavar="DIR",
-        help="results of `megatron-real eval`; may be given many times",
-    )
+    add_evaluations(parser)
     parser.add_argument(
         "--steps",
         nargs="+",

@@ -15,9 +15,8 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
-
-import yaml
 
 from megatron_real.commands.terminal import input_checks
 from megatron_real.records import Label, Status
@@ -112,7 +111,10 @@ def run(options: argparse.Namespace) -> int:
         if options.shade and options.step is None:
             raise ValueError("--shade colours what is to be read; give --step too")
         directory = RunDirectory(options.run_dir)
-        steps = _steps(directory, options.steps if options.step is None else [options.step])
+        asked_for = options.steps
+        if options.step is not None:
+            asked_for = [options.step]
+        steps = _steps(directory, asked_for)
         rows = _selected(
             (row for step in steps for row in read_rows(directory.saved_rollouts(step))), options
         )
@@ -140,7 +142,9 @@ def _selected(
 
         def last_without_figure(row: Mapping[str, Any]) -> float:
             value = key(row)
-            return -math.inf if value is None else value
+            if value is None:
+                return -math.inf
+            return value
 
         matching = iter(sorted(matching, key=last_without_figure, reverse=True))
     for number, row in enumerate(matching):
@@ -168,7 +172,10 @@ def _print_text(
     if not rows:
         write("no rollout of this step is as asked for\n")
         return
-    decode = _decoder(directory, options.shade, rows) if options.shade else None
+    decode = None
+    if options.shade:
+        decode = _decoder(directory, options.shade, rows)
+
     group = None
     for row in rows:
         if row["group"] != group:
@@ -208,16 +215,21 @@ def _headline(row: Mapping[str, Any]) -> str:
     figures = [
         f"{name} {_number(row[name])}" for name in ("reward", "score", "weight") if name in row
     ]
-    cut = "" if row["finished"] else ", cut at the limit"
-    reason = f"; {_shown(row['reason'])}" if row.get("reason") else ""
-    return (
+    headline = (
         f"sample {row['sample']}: {label}, {row['status']}; {', '.join(figures)}, "
-        f"{len(row['token_ids'])} tokens{cut}{reason}"
+        f"{len(row['token_ids'])} tokens"
     )
+    if not row["finished"]:
+        headline += ", cut at the limit"
+    if row.get("reason"):
+        headline += f"; {_shown(row['reason'])}"
+    return headline
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    if value is None:
+        return "-"
+    return f"{value:.4g}"
 
 
 def _decoder(
@@ -228,11 +240,9 @@ def _decoder(
             f"{directory.path} has no {shade} of single tokens in this step; a run keeps them with "
             "trainer.keep_token_weights=true"
         )
-    try:
-        config = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        config = {}
-    decode = token_decoder(config if isinstance(config, dict) else {})
+    decode = None
+    with suppress(ValueError):
+        decode = token_decoder(directory.read_config("its tokenizer is not known"))
     if decode is None:
         raise ValueError(
             f"--shade needs the tokenizer.json of the run's model, which {directory.config} does "
@@ -256,13 +266,18 @@ def _shaded(
         full = max(sizes, default=0.0)
     parts = []
     for text, value in zip(decode(row["token_ids"]), figures, strict=True):
-        strength = 0 if value is None or not full else round(min(1.0, abs(value) / full) * 5)
         shown = _shown(text)
+        # One of five shades, and none for what is next to nothing.
+        strength = 0
+        if value is not None and full:
+            strength = round(min(1.0, abs(value) / full) * 5)
         if strength:
             # The gradient of the loss lowers what it is positive of.
-            raised = value < 0 if shade == "weight" else shade == "ratio" and value > 0
-            background = (_UP if raised else _DOWN)[strength - 1]
-            shown = f"\x1b[97;48;5;{background}m{shown}\x1b[0m"
+            is_raised = value > 0 and shade == "ratio"
+            if shade == "weight":
+                is_raised = value < 0
+            shades = _UP if is_raised else _DOWN
+            shown = f"\x1b[97;48;5;{shades[strength - 1]}m{shown}\x1b[0m"
         parts.append(shown)
     return _indented("".join(parts))
 

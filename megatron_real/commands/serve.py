@@ -12,6 +12,7 @@ import importlib.util
 import os
 
 from megatron_real import config as configuration
+from megatron_real.commands.arguments import add_overrides
 from megatron_real.commands.terminal import input_checks
 from megatron_real.conversion.convert import check_model
 
@@ -25,9 +26,7 @@ example:
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("config", help="the run's YAML file")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file"
-    )
+    add_overrides(parser)
     parser.add_argument("--host", help="address to listen on; default: rollout.server_host")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
 

@@ -79,12 +79,10 @@ def checkpoint_of_run(path: Path) -> Path:
 
 def hf_config_of(checkpoint: Path) -> Path | None:
     """Returns the HF directory of a run's model, by one of its checkpoints; None without a run."""
-    import yaml
-
     owner = RunDirectory(checkpoint.parent.parent)
     if not is_run_directory(owner.path):
         return None
-    config = yaml.safe_load(owner.config.read_text(encoding="utf-8"))
+    config = owner.read_config("the run's model is not known; give --hf-config")
     return Path(config["model"]["path"])
 
 

@@ -10,6 +10,7 @@ import argparse
 import os
 
 from megatron_real import config as configuration
+from megatron_real.commands.arguments import add_overrides
 from megatron_real.commands.terminal import input_checks, is_first_rank, say
 from megatron_real.conversion.convert import check_model
 from megatron_real.disk import is_full_disk
@@ -44,9 +45,7 @@ refused; 75 stopped early with everything saved, start the same command again;
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("config", help="YAML file; see examples/configs/")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file"
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--nproc",
         type=int,

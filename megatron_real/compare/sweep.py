@@ -171,8 +171,9 @@ def load_sweep(
             _refuse_setting(f"variant {name} of {path}", word.partition("=")[0], _SHARED)
         try:
             of_variant = _runs_of(name, base, (*overrides, *words), out, seeds, budget)
-            for run in of_variant if to_run else ():
-                _check_run(run, num_ranks)
+            if to_run:
+                for run in of_variant:
+                    _check_run(run, num_ranks)
             runs += of_variant
         except ValueError as error:
             raise ValueError(f"variant {name}: {error}") from error
@@ -180,8 +181,9 @@ def load_sweep(
     runs.sort(key=lambda run: seeds.index(run.seed))  # stable: variants keep their order
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give another out in {path}")
-    for run in runs if to_run else ():
-        _check_earlier(run)
+    if to_run:
+        for run in runs:
+            _check_earlier(run)
     return Sweep(out, tuple(variants), seeds, budget, tuple(runs))
 
 
@@ -211,7 +213,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _text(path: Path, values: Mapping[str, Any], key: str) -> str:
     value = values.get(key)
     if not isinstance(value, str) or not value:
-        example = "base: my.yaml" if key == "base" else "out: runs/compare/first"
+        example = "out: runs/compare/first"
+        if key == "base":
+            example = "base: my.yaml"
         raise ValueError(f"{path}: {key} is {value!r}; give a path, for example {example}")
     return value
 

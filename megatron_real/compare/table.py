@@ -165,8 +165,12 @@ def runs_table(rows: Sequence[VariantRow]) -> list[list[str]]:
     table = [["variant", "finished", "diverged", "failed", "minutes", "tokens"]]
     for row in rows:
         counts = [row.counts[outcome] for outcome in (Outcome.DIVERGED, Outcome.FAILED)]
-        minutes = f"{row.seconds.value / 60:.1f}" if row.seconds.count else "-"
-        tokens = f"{row.tokens.value:,.0f}" if row.tokens.count else "-"
+        minutes = "-"
+        if row.seconds.count:
+            minutes = f"{row.seconds.value / 60:.1f}"
+        tokens = "-"
+        if row.tokens.count:
+            tokens = f"{row.tokens.value:,.0f}"
         finished = f"{row.counts[Outcome.FINISHED]} of {row.runs}"
         table.append([row.variant, finished, *map(str, counts), minutes, tokens])
     return table
@@ -194,4 +198,6 @@ def figure_table(figure: str, rows: Sequence[VariantRow]) -> list[list[str]]:
 
 
 def _number(value: float, sign: str = "") -> str:
-    return f"{value:{sign}.3f}" if math.isfinite(value) else "-"
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:{sign}.3f}"

@@ -404,6 +404,11 @@ class Config:
     """No setting, but where settings come from: the path of a value (`rollout.vllm.hf_token`) ->
     how it was given."""
 
+    @property
+    def updates_per_step(self) -> int:
+        """Updates of the weights in a step: one for each minibatch."""
+        return self.rollout.num_prompts // self.batch.minibatch_prompts
+
     def __post_init__(self) -> None:
         # Bounds first: the sentences about combinations presume values that are possible alone.
         check_bounds(self)

@@ -15,7 +15,7 @@ import io
 import json
 import pickle
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,16 +26,24 @@ from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.containers import (
     LARGEST_PICKLE,
-    Layout,
+    BlankArchive,
     PickledTensor,
     TorchFile,
-    layout,
+    blank_archive,
     load_pickle,
 )
-from megatron_real.weights.mapping import EMBEDDING, LOCAL_NAMES, OUTPUT, Entry, Weights, entries
+from megatron_real.weights.mapping import (
+    EMBEDDING,
+    LOCAL_NAMES,
+    OUTPUT,
+    Entry,
+    Rectangle,
+    Weights,
+    entries,
+)
 from megatron_real.weights.stored import (
     DTYPE_BYTES,
-    Chunk,
+    Extent,
     Piece,
     StoredTensor,
     torch_dtype,
@@ -137,14 +145,14 @@ class TorchDistWeights:
                 f"asks for {list(expected)}; they do not belong together"
             )
 
-        chunks = []
+        extents = []
         for chunk in self._chunks.get(key, []):
             first = chunk.offsets[0]
             if layer is None or first <= layer < first + chunk.sizes[0]:
-                chunks.append(self._chunk(key, dtype, chunk, layer))
+                extents.append(self._extent(key, dtype, chunk, layer))
         if layer is not None:
             shape = shape[1:]
-        tensor = StoredTensor(f"{key}[{entry.layer}]", dtype, shape, tuple(chunks))
+        tensor = StoredTensor(f"{key}[{entry.layer}]", dtype, shape, tuple(extents))
         tensor.check_tiling()
         return tensor
 
@@ -162,12 +170,10 @@ class TorchDistWeights:
             embedding.to_hf(stored_embedding, 0, stored_embedding.dtype),
         )
 
-    def megatron_piece(
-        self, entry: Entry, ranges: Sequence[tuple[int, int]], columns: tuple[int, int]
-    ) -> Piece:
-        """Returns the rectangle `ranges` x `columns` of a parameter, in the checkpoint's dtype."""
+    def megatron_piece(self, entry: Entry, rectangle: Rectangle) -> Piece:
+        """Returns a rectangle of a parameter, in the checkpoint's dtype."""
         tensor = self.tensor(entry)
-        return entry.from_megatron(tensor, tensor.dtype, ranges, columns)
+        return entry.from_megatron(tensor, tensor.dtype, rectangle)
 
     def _shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], str]:
         """Returns a tensor's global shape and its dtype, which must be one that weights have."""
@@ -182,7 +188,7 @@ class TorchDistWeights:
             )
         return shape, dtype
 
-    def _chunk(self, key: str, dtype: str, chunk: DistChunk, layer: int | None) -> Chunk:
+    def _extent(self, key: str, dtype: str, chunk: DistChunk, layer: int | None) -> Extent:
         """Returns a chunk, or its part that belongs to `layer`, as a rectangle of a matrix."""
         file = self.directory / chunk.file
         offsets = chunk.offsets
@@ -196,14 +202,14 @@ class TorchDistWeights:
                 f"{file}: the chunk of {key} at {offsets} has the shape {stored.shape}, not {sizes}"
             )
 
-        begin = stored.chunks[0].offset
+        begin = stored.extents[0].offset
         if layer is not None:
             begin += (layer - offsets[0]) * prod(sizes[1:]) * DTYPE_BYTES[dtype]
             offsets = offsets[1:]
             sizes = sizes[1:]
         if len(sizes) == 1:
-            return Chunk(file, begin, row=offsets[0], column=0, rows=sizes[0], columns=1)
-        return Chunk(file, begin, offsets[0], offsets[1], sizes[0], sizes[1])
+            return Extent(file, begin, row=offsets[0], column=0, rows=sizes[0], columns=1)
+        return Extent(file, begin, offsets[0], offsets[1], sizes[0], sizes[1])
 
 
 class DistChunk(NamedTuple):
@@ -354,12 +360,12 @@ def plan_torch_dist(
     for layers in entries_of_key.values():
         chunks = []
         for entry in layers:
-            for ranges, columns in _cuts(entry, tp_chunks):
-                piece = weights.megatron_piece(entry, ranges, columns)
-                chunks.append((entry, ranges[0][0], columns[0], piece))
-        tensor_dtype = dtype or widest([piece.dtype for _, _, _, piece in chunks])
-        for entry, row, column, piece in chunks:
-            writer.add(entry, len(layers), row, column, piece.cast(tensor_dtype))
+            for rectangle in _cuts(entry, tp_chunks):
+                piece = weights.megatron_piece(entry, rectangle)
+                chunks.append((entry, rectangle, piece))
+        tensor_dtype = dtype or widest([piece.dtype for _, _, piece in chunks])
+        for entry, rectangle, piece in chunks:
+            writer.add(entry, len(layers), rectangle, piece.cast(tensor_dtype))
 
     for i in range(architecture.num_layers):
         for module in EXTRA_STATE:
@@ -413,7 +419,7 @@ class _Writer:
         self.output = Output()
         self.prefix = prefix
         # Equal shapes have equal archives but for the data: most layers share theirs.
-        self._layouts: dict[tuple[str, tuple[int, ...]], Layout] = {}
+        self._blanks: dict[tuple[str, tuple[int, ...]], BlankArchive] = {}
         self._tensors: dict[str, _TensorRecord] = {}
         self._objects: list[str] = []
         self._ranges: list[_RangeRecord] = []
@@ -421,19 +427,21 @@ class _Writer:
         self._file_number = -1
         self._file_bytes = _FILE_BYTES
 
-    def add(self, entry: Entry, layers: int, row: int, column: int, piece: Piece) -> None:
+    def add(self, entry: Entry, layers: int, rectangle: Rectangle, piece: Piece) -> None:
         """Adds a chunk of a parameter.
 
         Args:
             entry: the parameter, of one layer.
             layers: how many layers the checkpoint's tensor has.
-            row, column: the chunk's first element in the layer's parameter.
+            rectangle: the chunk's place in the layer's parameter; its rows are consecutive.
             piece: the chunk.
         """
         import torch
 
         sizes = piece.shape
-        offsets = (row, column)[: len(piece.shape)]
+        first_row, _ = rectangle.rows[0]
+        first_column, _ = rectangle.columns
+        offsets = (first_row, first_column)[: len(piece.shape)]
         shape = entry.shape
         if entry.layer is not None:
             sizes = (1, *sizes)
@@ -441,9 +449,9 @@ class _Writer:
             shape = (layers, *shape)
 
         key = (piece.dtype, sizes)
-        if key not in self._layouts:
-            self._layouts[key] = layout(torch.empty(sizes, dtype=torch_dtype(piece.dtype)))
-        archive = self._layouts[key]
+        if key not in self._blanks:
+            self._blanks[key] = blank_archive(torch.empty(sizes, dtype=torch_dtype(piece.dtype)))
+        archive = self._blanks[key]
         file, begin = self._place(archive)
         (slot,) = archive.slots
         crc_offsets = tuple(begin + offset for offset in slot.crc_offsets)
@@ -461,7 +469,7 @@ class _Writer:
         stream = io.BytesIO()
         torch.save(value, stream)
         data = stream.getvalue()
-        file, begin = self._place(Layout(len(data), ((0, data),), ()))
+        file, begin = self._place(BlankArchive(len(data), ((0, data),), ()))
         self._objects.append(key)
         self._ranges.append(_RangeRecord(key, None, None, file, begin, len(data)))
 
@@ -476,7 +484,7 @@ class _Writer:
         self.output.add_file(self.prefix + CONFIG, json.dumps(_CONFIG).encode())
         self.output.add_file(self.prefix + METADATA, self._metadata())
 
-    def _place(self, archive: Layout) -> tuple[str, int]:
+    def _place(self, archive: BlankArchive) -> tuple[str, int]:
         """Returns the file and the first byte of an archive, after adding its literals there."""
         if self._file_bytes + archive.size > _FILE_BYTES:
             self._file_number += 1
@@ -521,26 +529,26 @@ class _Writer:
         return pickle.dumps(Metadata(state, planner_data={}, storage_data=storage))
 
 
-def _cuts(entry: Entry, parts: int) -> Iterator[tuple[list[tuple[int, int]], tuple[int, int]]]:
-    """Yields the chunks of a parameter as (row ranges, columns).
+def _cuts(entry: Entry, parts: int) -> Iterator[Rectangle]:
+    """Yields the chunks of a parameter.
 
     A vocabulary keeps its uneven rows in the last one.
     """
     rows = entry.shape[0]
     all_columns = (0, entry.columns)
-    if entry.kind == "replicated" or parts == 1:
-        yield [(0, rows)], all_columns
+    if entry.over is None or parts == 1:
+        yield Rectangle(((0, rows),), all_columns)
     elif entry.kind == "columns":
         width = entry.columns // parts
         for i in range(parts):
-            yield [(0, rows)], (i * width, (i + 1) * width)
+            yield Rectangle(((0, rows),), (i * width, (i + 1) * width))
     else:
         num_cuts = parts
         if entry.kind == "gate_up":
             num_cuts = 2 * parts
         height = -(-rows // num_cuts)
         for first in range(0, rows, height):
-            yield [(first, min(first + height, rows))], all_columns
+            yield Rectangle(((first, min(first + height, rows)),), all_columns)
 
 
 def _spellings(entry: Entry) -> Iterator[str]:

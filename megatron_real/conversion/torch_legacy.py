@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +21,19 @@ from megatron_real.conversion.arguments import megatron_args
 from megatron_real.conversion.torch_dist import EXTRA_STATE
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.containers import PickledTensor, TorchFile, layout, tensors_of
-from megatron_real.weights.mapping import EMBEDDING, OUTPUT, Entry, Weights, entries
+from megatron_real.weights.containers import PickledTensor, TorchFile, blank_archive, tensors_of
+from megatron_real.weights.mapping import (
+    EMBEDDING,
+    OUTPUT,
+    Coordinates,
+    Entry,
+    Rectangle,
+    Weights,
+    entries,
+)
 from megatron_real.weights.stored import (
     DTYPE_BYTES,
-    Chunk,
+    Extent,
     Piece,
     StoredTensor,
     torch_dtype,
@@ -200,19 +208,19 @@ class TorchLegacyWeights:
         parts = self._parameters
         if entry.kind == "replicated":
             parts = parts[:1]
-        chunks: list[Chunk] = []
+        extents: list[Extent] = []
         padded_rows = 0
         for rank, parameters in enumerate(parts):
             file, pickled = parameters[name]
             stored = file.stored(name, pickled)
             if entry.kind == "vocab":
                 padded_rows = max(entry.shape[0], stored.shape[0] * self.tp)
-            chunks += self._chunks(entry, stored, rank, padded_rows)
+            extents += self._extents(entry, stored, rank, padded_rows)
 
         shape = entry.shape
         if entry.kind == "vocab":
             shape = (padded_rows, *entry.shape[1:])
-        tensor = StoredTensor(name, stored.dtype, shape, tuple(chunks))
+        tensor = StoredTensor(name, stored.dtype, shape, tuple(extents))
         tensor.check_tiling()
         return tensor
 
@@ -245,34 +253,30 @@ class TorchLegacyWeights:
                 other = file.stored(f"{name} of {file.file.parent.name}", pickled)
                 yield other.name, whole(other), whole(first_file.stored(name, first_tensor))
 
-    def _chunks(
+    def _extents(
         self, entry: Entry, stored: StoredTensor, rank: int, padded_rows: int
-    ) -> Iterator[Chunk]:
+    ) -> Iterator[Extent]:
         """Yields a rank's parameter as rectangles of the whole one."""
-        (local,) = stored.chunks
-        ranges, (left, right) = entry.local_ranges(rank, self.tp, padded_rows=padded_rows)
-        width = right - left
-        expected: tuple[int, ...] = (sum(last - first for first, last in ranges),)
-        if len(entry.shape) > 1:
-            expected = (*expected, width)
-        if stored.shape != expected:
+        (local,) = stored.extents
+        rectangle = entry.shard(Coordinates(rank, self.tp), padded_rows=padded_rows)
+        if stored.shape != entry.shape_of(rectangle):
             raise WeightsError(
                 f"{local.file}: {stored.name} has the shape {list(stored.shape)}, which is not a "
                 f"{self.tp}th part of {list(entry.shape)}; the config.json is of another model"
             )
 
-        row_bytes = width * DTYPE_BYTES[stored.dtype]
+        row_bytes = rectangle.width * DTYPE_BYTES[stored.dtype]
+        first_column, _ = rectangle.columns
         offset = local.offset
-        for first, last in ranges:
-            yield Chunk(local.file, offset, first, left, last - first, width)
-            offset += (last - first) * row_bytes
+        for first, last in rectangle.rows:
+            rows = last - first
+            yield Extent(local.file, offset, first, first_column, rows, rectangle.width)
+            offset += rows * row_bytes
 
-    def megatron_piece(
-        self, entry: Entry, ranges: Sequence[tuple[int, int]], columns: tuple[int, int]
-    ) -> Piece:
-        """Returns the rectangle `ranges` x `columns` of a parameter, in the checkpoint's dtype."""
+    def megatron_piece(self, entry: Entry, rectangle: Rectangle) -> Piece:
+        """Returns a rectangle of a parameter, in the checkpoint's dtype."""
         tensor = self.tensor(entry)
-        return entry.from_megatron(tensor, tensor.dtype, ranges, columns)
+        return entry.from_megatron(tensor, tensor.dtype, rectangle)
 
 
 def plan_torch_legacy(
@@ -333,16 +337,17 @@ def plan_torch_legacy(
             for name, piece in pieces.items():
                 model[name] = torch.empty(piece.shape, dtype=torch_dtype(piece.dtype))
             model.update(dict.fromkeys(_extra_states(pieces, layers)))
-            plan = layout({"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model})
+            state = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
+            archive = blank_archive(state)
 
             directory = f"mp_rank_{rank:02d}"
             if pp > 1:
                 directory += f"_{stage:03d}"
             file = f"{prefix}{directory}/{FILE}"
-            output.sizes[file] = plan.size
-            for offset, data in plan.literals:
+            output.sizes[file] = archive.size
+            for offset, data in archive.literals:
                 output.literals.append((file, offset, data))
-            for slot, piece in zip(plan.slots, pieces.values(), strict=True):
+            for slot, piece in zip(archive.slots, pieces.values(), strict=True):
                 output.targets.append(Target(file, slot.offset, piece, slot.crc_offsets))
     return output
 
@@ -380,8 +385,8 @@ def _pieces(
         elif stage != pp - 1:
             continue
 
-        ranges, columns = entry.local_ranges(rank, tp, padded_rows=architecture.padded_vocab(tp))
-        piece = weights.megatron_piece(entry, ranges, columns)
+        rectangle = entry.shard(Coordinates(rank, tp), padded_rows=architecture.padded_vocab(tp))
+        piece = weights.megatron_piece(entry, rectangle)
         pieces[name] = piece.cast(dtype or piece.dtype)
     return pieces
 

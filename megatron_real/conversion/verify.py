@@ -34,7 +34,7 @@ _BLOCK_BYTES = 2**22
 
 
 @dataclass
-class Report:
+class VerifyReport:
     """What a check came to; `problems` is empty where all is well."""
 
     problems: list[str] = field(default_factory=list)
@@ -116,21 +116,21 @@ def open_as_hf(directory: Path, hf_config: Path | None = None) -> Opened:
             unmapped=megatron_weights.unmapped,
         )
 
-    # Several pieces are made of one tensor (q, k and v), so that its chunks come more than once.
-    # With the name, because one chunk under two names is two tensors of the same bytes.
-    chunks = set()
+    # Several pieces are made of one tensor (q, k and v), so that its extents come more than once.
+    # With the name, because one extent under two names is two tensors of the same bytes.
+    extents = set()
     for piece in opened.pieces.values():
-        for tensor in [run.tensor for run in piece.runs if run.tensor is not None]:
-            chunks |= {(chunk, tensor.dtype, tensor.name) for chunk in tensor.chunks}
+        for tensor in [span.tensor for span in piece.spans if span.tensor is not None]:
+            extents |= {(extent, tensor.dtype, tensor.name) for extent in tensor.extents}
     last_file = None
     last_end = 0
-    for chunk, dtype, _ in sorted(chunks, key=lambda item: (item[0].file, item[0].offset)):
-        if chunk.file == last_file and chunk.offset < last_end:
+    for extent, dtype, _ in sorted(extents, key=lambda item: (item[0].file, item[0].offset)):
+        if extent.file == last_file and extent.offset < last_end:
             raise WeightsError(
-                f"{chunk.file}: two tensors share the bytes from {chunk.offset} on; it is corrupt"
+                f"{extent.file}: two tensors share the bytes from {extent.offset} on; it is corrupt"
             )
-        last_file = chunk.file
-        last_end = chunk.offset + chunk.rows * chunk.columns * DTYPE_BYTES[dtype]
+        last_file = extent.file
+        last_end = extent.offset + extent.rows * extent.columns * DTYPE_BYTES[dtype]
     return opened
 
 
@@ -140,7 +140,7 @@ def verify(
     *,
     atol: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
-) -> Report:
+) -> VerifyReport:
     """Checks `a` by itself and, where given, against `b`.
 
     Args:
@@ -148,7 +148,7 @@ def verify(
         atol: largest absolute difference that is no problem; 0 asks for equal bits.
         progress: called with (bytes of a tensor that is done, bytes in all).
     """
-    report = Report()
+    report = VerifyReport()
     directories = [a]
     if b is not None:
         directories.append(b)
@@ -212,7 +212,7 @@ def _descriptions(a: Opened, b: Opened) -> list[str]:
 
 
 def _compare(
-    report: Report, name: str, a: Piece, b: Piece | None, files: OpenFiles, atol: float
+    report: VerifyReport, name: str, a: Piece, b: Piece | None, files: OpenFiles, atol: float
 ) -> None:
     """Adds one tensor to the report: `a` by itself, and against `b` where it is given."""
     import torch

@@ -139,8 +139,10 @@ def all_reduce(*, nodes: int, size: int | None = None) -> Finding:
     """
     num_ranks = dist.get_world_size()
     on_gpu = device().type == "cuda"
-    if size is None:
-        size = 512 << 20 if on_gpu else 32 << 20
+    default_size = 32 << 20
+    if on_gpu:
+        default_size = 512 << 20
+    size = size or default_size
 
     seconds: list[float] = []
     error = 0.0
@@ -170,12 +172,15 @@ def all_reduce(*, nodes: int, size: int | None = None) -> Finding:
         return Finding("ok", "all-reduce", "one rank: it works, and has nothing to send")
 
     speed = 2 * (num_ranks - 1) / num_ranks * size / quickest / 1e9
-    plural = "s" if nodes > 1 else ""
+    # Between nodes an all-reduce is slower than within one.
+    unit = "node"
+    if nodes > 1:
+        unit = "nodes"
     description = (
-        f"{num_ranks} ranks, {nodes} node{plural}: {size >> 20} MiB in {quickest * 1e3:.1f} ms, "
+        f"{num_ranks} ranks, {nodes} {unit}: {size >> 20} MiB in {quickest * 1e3:.1f} ms, "
         f"{speed:.2f} GB/s of bus bandwidth"
     )
-    if on_gpu and speed < SLOW_GB["nodes" if nodes > 1 else "node"]:
+    if on_gpu and speed < SLOW_GB[unit]:
         remedy = (
             "NCCL_DEBUG=INFO says which transport it took; see NCCL_IB_HCA and NCCL_SOCKET_IFNAME"
         )

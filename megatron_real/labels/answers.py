@@ -86,13 +86,16 @@ def final_answer(
 
     spoken = spoken[-_MAX_SCANNED_CHARS:]
     boxed = _boxed(spoken)
+    if boxed == "":
+        return None  # a box that cannot be read is no answer, and neither is the text around it
     if boxed is not None:
-        # A box that cannot be read is no answer, and neither is the text around it.
-        return Answer(boxed, True) if boxed else None
+        return Answer(boxed, True)
     if require_boxed:
         return None
     stated = _stated(spoken)
-    return Answer(stated, False) if stated else None
+    if not stated:
+        return None
+    return Answer(stated, False)
 
 
 def opened_thinking(prompt: str) -> str:
@@ -129,11 +132,15 @@ def _boxed(text: str) -> str | None:
     last = len(boxes) - 1
     while last >= 0 and not boxes[last].content:
         last -= 1
-    end = boxes[last].end if last >= 0 else 0
+    end = 0
+    if last >= 0:
+        end = boxes[last].end
     if unclosed is not None and unclosed > end:
         return ""  # a later box was begun and never closed: the one before it was given up
+    if last < 0 and boxes:
+        return ""
     if last < 0:
-        return "" if boxes else None
+        return None
 
     # The boxes before it that belong to the same statement.
     contents = [boxes[last].content]

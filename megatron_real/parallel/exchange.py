@@ -172,8 +172,8 @@ class Exchange:
         outgoing: list[list[NDArray[Any]]] = []
         for destination, positions in enumerate(wanted):
             parts = []
-            for position in positions if destination != self.rank else ():
-                if rollouts[position].holder == self.rank:
+            for position in positions:
+                if destination != self.rank and rollouts[position].holder == self.rank:
                     parts += _arrays(rollouts[position], reference_bytes, text=text)
             outgoing.append(parts)
 
@@ -219,8 +219,10 @@ class Exchange:
         Returns:
             The rollouts; on the first rank of a node, those wanted that its node holds are whole.
         """
+        if positions is None:
+            positions = range(len(rollouts))
         wanted: list[list[int]] = [[] for _ in range(self.world)]
-        for position in range(len(rollouts)) if positions is None else positions:
+        for position in positions:
             first_of_node = self._node_of(rollouts[position]) * self.ranks_per_node
             wanted[first_of_node].append(position)
         return self.bring(rollouts, wanted, text=True)
@@ -233,7 +235,9 @@ class Exchange:
         return [i for i, rollout in enumerate(rollouts) if self._node_of(rollout) == self.node]
 
     def _node_of(self, rollout: Rollout) -> int:
-        return 0 if rollout.holder is None else rollout.holder // self.ranks_per_node
+        if rollout.holder is None:
+            return 0
+        return rollout.holder // self.ranks_per_node
 
     def returned(
         self,
@@ -271,14 +275,16 @@ class Exchange:
         sizes = [sum(lengths[i] for i in incoming[source]) for source in range(self.world)]
         received = self._all_to_all(outgoing, sizes)
 
-        found = {}
+        received_by_position = {}
         first = 0
         for source in range(self.world):
             for position in incoming[source]:
                 end = first + lengths[position]
-                found[position] = numpy.frombuffer(received[first:end].tobytes(), dtype=own)
+                received_by_position[position] = numpy.frombuffer(
+                    received[first:end].tobytes(), dtype=own
+                )
                 first = end
-        return found
+        return received_by_position
 
     def of_ranks(self, value: int) -> list[int]:
         """Returns [ranks] a number of each rank, on every rank."""
@@ -320,7 +326,7 @@ class Exchange:
         """
         ends_R = numpy.cumsum(table_R["reason_bytes"], dtype=numpy.int64)
         starts_R = ends_R - table_R["reason_bytes"]
-        total = int(ends_R[-1]) if len(ends_R) else 0
+        total = int(table_R["reason_bytes"].sum())
         if total == 0:
             return [""] * len(table_R)
 
@@ -361,8 +367,10 @@ class Exchange:
         Returns:
             What has come, in order of ranks.
         """
+        # The empty array is for a rank that sends nothing: numpy concatenates no empty list.
+        nothing = numpy.zeros(0, dtype=numpy.uint8)
         parts = [_bytes(array) for arrays in outgoing for array in arrays]
-        sent = numpy.concatenate(parts) if parts else numpy.zeros(0, dtype=numpy.uint8)
+        sent = numpy.concatenate([nothing, *parts])
         if self.world == 1:
             return sent
         received = torch.empty(sum(sizes), dtype=torch.uint8)
@@ -443,9 +451,14 @@ def _whole(rollout: Rollout, data: NDArray[numpy.uint8], reference_bytes: int) -
         first = end
         return array
 
-    token_ids, logprobs, versions = next_array("<i4"), next_array("<f4"), next_array("<i4")
+    # In the order of `_arrays`.
+    token_ids = next_array("<i4")
+    logprobs = next_array("<f4")
+    versions = next_array("<i4")
     trained = next_array("?")
-    reference = next_array(f"<f{reference_bytes}") if reference_bytes else None
+    reference = None
+    if reference_bytes:
+        reference = next_array(f"<f{reference_bytes}")
     completion = Completion(
         token_ids,
         logprobs,

@@ -70,7 +70,7 @@ for that, after a run that went well.
 
 
 @dataclass(frozen=True)
-class Groups:
+class ProcessGroups:
     """This rank's place in the layout: megatron-core's collection, and its groups by name."""
 
     megatron: object
@@ -100,7 +100,9 @@ class Groups:
         return self.is_last_stage and self.tp.rank() == 0 and self.cp.rank() == 0
 
 
-def set_up(parallel: ParallelConfig, *, seed: int = 1234, timeout_minutes: float = 75.0) -> Groups:
+def set_up(
+    parallel: ParallelConfig, *, seed: int = 1234, timeout_minutes: float = 75.0
+) -> ProcessGroups:
     """Builds the process groups for a layout, and seeds megatron-core's RNG tracker.
 
     The groups of an earlier call are replaced.
@@ -127,7 +129,7 @@ def set_up(parallel: ParallelConfig, *, seed: int = 1234, timeout_minutes: float
         distributed_timeout_minutes=timeout_minutes,
     )
     model_parallel_cuda_manual_seed(seed)
-    return Groups(
+    return ProcessGroups(
         megatron=ProcessGroupCollection.use_mpu_process_groups(),
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),

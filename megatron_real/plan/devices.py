@@ -12,6 +12,8 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron_real.runs.peak import PEAK_TFLOPS
+
 
 @dataclass(frozen=True)
 class Device:
@@ -22,7 +24,7 @@ class Device:
     memory_gib: float
     """Memory that a process can allocate, as nvidia-smi shows it."""
     tflops: float
-    """Peak of dense bf16 matrix products: the data sheet (runs/peak.py)."""
+    """Peak of dense bf16 matrix products: the data sheet."""
     bandwidth_gb: float
     """GB/s of device memory: the data sheet."""
     link_gb: float
@@ -72,14 +74,14 @@ DEVICES: Mapping[str, Device] = {
     device.name: device
     for device in (
         # link: 208 GB/s measured, NVIDIA/nccl-tests issue 178; network 200 Gb/s a GPU.
-        Device("a100-40g", 39.5, 312, 1555, 208, 25, _FOUNDRY_A100, 1.3),
-        Device("a100-80g", 79.2, 312, 2039, 208, 25, _FOUNDRY_A100, 2.0),
+        Device("a100-40g", 39.5, PEAK_TFLOPS["A100"], 1555, 208, 25, _FOUNDRY_A100, 1.3),
+        Device("a100-80g", 79.2, PEAK_TFLOPS["A100"], 2039, 208, 25, _FOUNDRY_A100, 2.0),
         # link: 370 GB/s, NCCL's author in NVIDIA/nccl-tests issue 212; network 400 Gb/s a GPU.
-        Device("h100-80g", 79.6, 989, 3350, 370, 50, _FOUNDRY_H100, 3.0),
-        Device("h200-141g", 139.8, 989, 4800, 370, 50, _FOUNDRY_H100, 3.5),
+        Device("h100-80g", 79.6, PEAK_TFLOPS["H100"], 3350, 370, 50, _FOUNDRY_H100, 3.0),
+        Device("h200-141g", 139.8, PEAK_TFLOPS["H200"], 4800, 370, 50, _FOUNDRY_H100, 3.5),
         # No published bf16 figures for dense models of this size were found: H100's share of the
         # peak, twice its link.
-        Device("b200-180g", 178.3, 2250, 7700, 740, 50, _FOUNDRY_H100, 5.0),
+        Device("b200-180g", 178.3, PEAK_TFLOPS["B200"], 7700, 740, 50, _FOUNDRY_H100, 5.0),
     )
 }
 

@@ -13,7 +13,7 @@ from typing import Literal
 from megatron_real.config import Config, ParallelConfig
 from megatron_real.plan.devices import GPUS_PER_NODE
 from megatron_real.plan.memory import Shapes, StageMemory, engine_memory, stage_memory
-from megatron_real.plan.speed import Run, StepTime, step_time
+from megatron_real.plan.speed import PlannedRun, StepTime, step_time
 
 # Share of a device that no plan may use: CUDA context, NCCL's and cuBLAS' buffers, fragmentation of
 # the allocator.
@@ -30,7 +30,7 @@ _DISTINCT = 0.03  # relative difference of times that the ranking takes seriousl
 class Estimate:
     """What one run needs."""
 
-    run: Run
+    run: PlannedRun
     """Model, configuration and cluster."""
 
     @cached_property
@@ -96,7 +96,7 @@ class Estimate:
         return " ".join([*words, *(["sp"] if parallel.sp else []), f"dp={self.run.dp}"])
 
 
-def ranked(run: Run) -> list[Estimate]:
+def ranked(run: PlannedRun) -> list[Estimate]:
     """Returns all layouts that fit, the fastest first.
 
     Each has its fastest recomputation. There, times that differ by less than the estimates can tell
@@ -112,7 +112,7 @@ def ranked(run: Run) -> list[Estimate]:
     return _fitting(run, configured) or _fitting(run, set(_ENGINE_SIZES) - configured)
 
 
-def _fitting(run: Run, engine_sizes: Iterable[int]) -> list[Estimate]:
+def _fitting(run: PlannedRun, engine_sizes: Iterable[int]) -> list[Estimate]:
     """Returns the layouts that fit with engines of these numbers of GPUs, the fastest first."""
     best: dict[ParallelConfig, Estimate] = {}
     for config in _layouts(run, engine_sizes):
@@ -153,7 +153,7 @@ def _order(made: Estimate) -> tuple[int, int, int]:
     return round(math.log(made.seconds.total) / _DISTINCT), pieces, made.peak
 
 
-def _layouts(run: Run, engine_sizes: Iterable[int]) -> Iterator[Config]:
+def _layouts(run: PlannedRun, engine_sizes: Iterable[int]) -> Iterator[Config]:
     """Yields the configuration under every layout that divides model, batch and GPUs.
 
     Of the engines' sizes those are left out that cannot cut the model or, in the training
@@ -176,7 +176,7 @@ def _layouts(run: Run, engine_sizes: Iterable[int]) -> Iterator[Config]:
         yield dataclasses.replace(config, parallel=parallel, model=model, rollout=rollout)
 
 
-def _parallels(run: Run) -> Iterator[ParallelConfig]:
+def _parallels(run: PlannedRun) -> Iterator[ParallelConfig]:
     """Yields the layouts that divide model, batch and GPUs.
 
     Tensor and context parallelism stay within a node, the former with sequence parallelism.
@@ -188,7 +188,7 @@ def _parallels(run: Run) -> Iterator[ParallelConfig]:
         within = (
             tp * cp <= GPUS_PER_NODE
             and gpus % ranks == 0
-            and gpus // ranks <= run.rollouts // run.updates
+            and gpus // ranks <= run.rollouts // run.config.updates_per_step
         )
         divides = not (a.num_heads % tp or a.ffn_size % tp or a.num_layers % (pp * vpp))
         divides = divides and a.can_cut_kv_heads(tp)

@@ -15,20 +15,25 @@ the MLP, V rows of the vocabulary, D head size.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_real.buffers import LOGITS_CHUNK_BYTES, SYNC_BUCKET_BYTES
 from megatron_real.config import Config, ParallelConfig
 from megatron_real.config.engines import has_own_processes
 from megatron_real.numerics import DTYPE_BYTES
 from megatron_real.weights.architecture import Architecture
-
-CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
-"""The log-prob head's chunk of logits in fp32: policy/logprobs.py."""
-
-BUCKET_BYTES = 256 << 20
-"""What goes to a server at a time, at least: rollout/vllm_server/link.py."""
+from megatron_real.weights.mapping import (
+    EMBEDDING,
+    FINAL_NORM,
+    LAYERS,
+    OUTPUT,
+    Coordinates,
+    entries,
+)
 
 MODELLED = frozenset({"grad_reduce_in_fp32", "bias_activation_fusion", "apply_rope_fusion"})
 """Fields of `megatron.*` that the estimates follow."""
@@ -112,7 +117,9 @@ class StageMemory:
         kept = engine
         if self.engine and self.engine_sleeps:
             kept = ENGINE_ASLEEP
-        beside = self.old_logprobs.total if self.scores_beside_engine else 0
+        beside = 0
+        if self.scores_beside_engine:
+            beside = self.old_logprobs.total
         return {
             "sync": self.resident.total + self.engine.get("weights", 0) + self.sync,
             "rollout": self.resident.total + engine + beside,
@@ -165,38 +172,40 @@ def stage_memory(
 def stage_parameters(architecture: Architecture, parallel: ParallelConfig, stage: int) -> int:
     """Elements of one rank's parameters on a pipeline stage, as Megatron shards them.
 
-    Column- and row-parallel weights, the embedding and the head are cut over tensor-parallel ranks,
-    norms and biases of row-parallel layers are not. A tied head on another stage than the embedding
-    is a copy of it. With more ranks than KV heads the weights are still cut evenly: only the
-    computed keys and values are exchanged.
+    What is cut over which ranks is the weight mapping's to say. A tied head on another stage than
+    the embedding is a copy of it. With more ranks than KV heads the weights are still cut evenly:
+    only the computed keys and values are exchanged.
     """
-    a = architecture
-    tp = parallel.tp
-    hidden = a.hidden_size
+    elements = _elements(architecture, parallel.tp)
+    layer = sum(count for key, count in elements.items() if key.startswith(LAYERS))
+    total = architecture.num_layers // parallel.pp * layer
 
-    # Of a layer: what is cut over tensor-parallel ranks, and what every rank has whole.
-    qkv = a.head_dim * (a.num_heads + 2 * a.num_kv_heads)
-    cut = hidden * qkv + a.head_dim * a.num_heads * hidden + 3 * hidden * a.ffn_size
-    whole = 2 * hidden
-    if a.qkv_bias:
-        cut += qkv
-    if a.linear_bias:
-        cut += 2 * a.ffn_size
-        whole += 2 * hidden
-    if a.qk_norm:
-        whole += 2 * a.head_dim
-    total = a.num_layers // parallel.pp * (cut // tp + whole)
-
-    vocabulary = a.padded_vocab(tp) // tp * hidden
     first = stage == 0
     last = stage == parallel.pp - 1
     if first:
-        total += vocabulary
+        total += elements[EMBEDDING]
     if last:
-        total += hidden  # the final norm
-        if not (a.tied and first):
-            total += vocabulary
+        total += elements[FINAL_NORM]
+        if not architecture.tied:
+            total += elements[OUTPUT]
+        elif not first:
+            total += elements[EMBEDDING]
     return total
+
+
+@functools.cache
+def _elements(architecture: Architecture, tp: int) -> Mapping[str, int]:
+    """Returns key of a parameter -> its elements on one of `tp` ranks; for a layer's, of one layer.
+
+    All layers are alike, and a plan asks for many layouts.
+    """
+    one_layer = dataclasses.replace(architecture, num_layers=1)
+    padded_rows = architecture.padded_vocab(tp)
+    elements = {}
+    for entry in entries(one_layer):
+        part = entry.shard(Coordinates(tp_rank=0, tp=tp), padded_rows=padded_rows)
+        elements[entry.key] = part.height * part.width
+    return elements
 
 
 def _resident(config: Config, parameters: int, *, dp: int) -> Resident:
@@ -231,8 +240,12 @@ class _Layer:
         self.width = DTYPE_BYTES[config.model.dtype]
         self.te = shapes.layers == "te"
         self.tokens = -(-config.batch.max_tokens // parallel.cp)
-        self.residual = self.tokens * a.hidden_size // (parallel.tp if parallel.sp else 1)
-        self.gathered = self.tokens * a.hidden_size if parallel.sp else 0
+        # Sequence parallelism shards the tokens between layers, and gathers them within.
+        self.residual = self.tokens * a.hidden_size
+        self.gathered = 0
+        if parallel.sp:
+            self.gathered = self.residual
+            self.residual //= parallel.tp
         self.ffn = self.tokens * a.ffn_size // parallel.tp
         self.heads = a.num_heads // parallel.tp
         self.kv_heads = max(a.num_kv_heads // parallel.tp, 1)
@@ -275,7 +288,10 @@ class _Layer:
 
         Ours also keeps x in fp32 and x / rms(x).
         """
-        return self.residual * (2 * self.width if self.te else max(4, self.width) + 2 * self.width)
+        width = 2 * self.width
+        if not self.te:
+            width += max(4, self.width)
+        return self.residual * width
 
     @property
     def _attention(self) -> int:
@@ -361,8 +377,10 @@ def _update(architecture: Architecture, config: Config, stage: int, shapes: Shap
     first = stage == 0
     last = stage == parallel.pp - 1
     if parallel.pp > 1:
-        tensors = 1 if first or last else 2
-        saved += passes * layer.input * tensors
+        num_tensors = 2
+        if first or last:
+            num_tensors = 1
+        saved += passes * layer.input * num_tensors
 
     head = 0
     if last:
@@ -395,20 +413,30 @@ def _head(
     wide = max(4, width)  # sums are in fp32 or wider
     hidden = layer.tokens * architecture.hidden_size
     logits = layer.tokens * columns
-    chunk = min(logits * wide, CHUNK_BYTES[shapes.device])
-    working = chunk * (2 if shapes.device == "cpu" and width == 2 else 1)
+    chunk = min(logits * wide, LOGITS_CHUNK_BYTES[shapes.device])
+    working = chunk
+    if shapes.device == "cpu" and width == 2:
+        working *= 2
     if config.model.logprobs == "logits":
         # The rows with a target are copied out of a chunk, in the logits' own dtype.
         copied = chunk * width // wide
-        kept = logits * width * (2 if backward else 1)
+        kept = logits * width
+        if backward:
+            kept *= 2  # and their gradient
         return working + copied + kept + layer.gathered * width
     if shapes.device == "cuda" and width <= 4 and not config.objective.entropy_bonus:
         # Triton's kernels work in the logits' own buffer; fp32 logits leave their gradient to one
         # of bf16.
         narrow = chunk * width // wide
-        buffers = (chunk + (narrow if backward else 0)) if config.model.fp32_head else narrow
+        buffers = narrow
+        if config.model.fp32_head:
+            buffers = chunk
+            if backward:
+                buffers += narrow
     else:
-        buffers = working + (chunk // 2 if width == 2 else 0)
+        buffers = working
+        if width == 2:
+            buffers += chunk // 2
     if not backward:
         return buffers + layer.gathered * width + hidden * width
     # Rows with a target, the same scaled, the sum of their gradients, one chunk's share of it; the
@@ -436,5 +464,5 @@ def _sync(architecture: Architecture, config: Config) -> int:
     rows = max(architecture.vocab_size, 2 * architecture.ffn_size)
     largest = rows * architecture.hidden_size * DTYPE_BYTES[config.model.dtype]
     if has_own_processes(config.rollout.engine):
-        return 2 * largest + max(BUCKET_BYTES, largest)
+        return 2 * largest + max(SYNC_BUCKET_BYTES, largest)
     return 2 * largest

@@ -61,7 +61,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """A model and its configuration on a cluster, with the numbers of a step that follow."""
 
     architecture: Architecture
@@ -103,11 +103,6 @@ class Run:
         return self.config.rollout.num_prompts * self.config.rollout.group_size
 
     @property
-    def updates(self) -> int:
-        """Optimizer updates of a step."""
-        return self.config.rollout.num_prompts // self.config.batch.minibatch_prompts
-
-    @property
     def mean_prompt(self) -> float:
         """Tokens of an average prompt."""
         return self.config.data.max_prompt_tokens * MEAN_PROMPT_SHARE
@@ -128,7 +123,7 @@ class Run:
         """Micro-batches of an update on one data-parallel rank, perfectly packed at mean length."""
         parallel = self.config.parallel
         packed = max(int(self.config.batch.max_tokens / self.mean_tokens), 1)
-        needed = math.ceil(self.rollouts / self.updates / self.dp / packed)
+        needed = math.ceil(self.rollouts / self.config.updates_per_step / self.dp / packed)
 
         # The interleaved schedule takes whole multiples of pp.
         multiple = 1
@@ -166,7 +161,7 @@ class StepTime:
         return self.sync + self.rollout - self.ahead + training
 
 
-def step_time(run: Run) -> StepTime:
+def step_time(run: PlannedRun) -> StepTime:
     """Returns the seconds of one step, stage by stage."""
     config = run.config
     objective = config.objective
@@ -174,7 +169,7 @@ def step_time(run: Run) -> StepTime:
 
     # The first minibatch is trained on by the weights that generated it: its old log-probs are its
     # own.
-    off_policy = (run.updates - 1) / run.updates
+    off_policy = (run.config.updates_per_step - 1) / run.config.updates_per_step
     if config.rollout.max_lag:
         off_policy = 1.0
     old_logprobs = forward * off_policy
@@ -193,7 +188,7 @@ def step_time(run: Run) -> StepTime:
     passes = 3
     if config.model.recompute == "full":
         passes = 4
-    update = forward * (passes + scoring) + run.updates * _reduction(run)
+    update = forward * (passes + scoring) + run.config.updates_per_step * _reduction(run)
 
     if config.rollout.replay:
         return StepTime(0.0, 0.0, old_logprobs, update, reference)
@@ -204,7 +199,7 @@ def step_time(run: Run) -> StepTime:
     return StepTime(_sync(run), rollout, old_logprobs, update, reference, ahead)
 
 
-def _forward(run: Run) -> float:
+def _forward(run: PlannedRun) -> float:
     """Returns the seconds of one forward pass over the step's rollouts.
 
     Model-parallel traffic and the pipeline's bubble are included.
@@ -226,7 +221,7 @@ def _forward(run: Run) -> float:
     return (computing + moving) * (1 + bubble)
 
 
-def _traffic(run: Run) -> float:
+def _traffic(run: PlannedRun) -> float:
     """Returns the bytes that a rank sends for one token in a forward pass.
 
     They are tensor parallelism's two all-reduces of a layer (or gather and scatter, the same) and
@@ -239,7 +234,7 @@ def _traffic(run: Run) -> float:
     return a.num_layers / parallel.pp * (tensor + context) * DTYPE_BYTES[run.config.model.dtype]
 
 
-def _reduction(run: Run) -> float:
+def _reduction(run: PlannedRun) -> float:
     """Returns the seconds that data-parallel ranks exchange gradients and weights in an update.
 
     Gradients are reduce-scattered in fp32 or wider, weights are all-gathered in model.dtype.
@@ -251,7 +246,7 @@ def _reduction(run: Run) -> float:
     return run.cluster.seconds_to_move(moved, ranks=run.cluster.gpus)
 
 
-def _sync(run: Run) -> float:
+def _sync(run: PlannedRun) -> float:
     """Returns the seconds of a weight sync: gathering shards, sending to servers, writing."""
     gathered = run.weight_bytes * (1 - 1 / run.model_parallel)
     written = 2 * run.weight_bytes / (run.cluster.device.bandwidth_gb * 1e9)
@@ -262,7 +257,7 @@ def _sync(run: Run) -> float:
     return run.cluster.seconds_to_move(gathered, ranks=run.model_parallel) + sending + written
 
 
-def _rollout(run: Run) -> float:
+def _rollout(run: PlannedRun) -> float:
     """Returns the seconds that one engine generates in a step.
 
     Its sequences start together as far as KV cache and max_sequences hold them, and the others take
@@ -291,7 +286,7 @@ def _rollout(run: Run) -> float:
     return seconds
 
 
-def _decode_step(run: Run, sequences: float, context: float) -> float:
+def _decode_step(run: PlannedRun, sequences: float, context: float) -> float:
     """Returns the seconds of one token for each of `sequences` answers of `context` tokens.
 
     Weights and KV cache are read once. The step takes as long as the slower of reading and

@@ -32,17 +32,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_real.buffers import LOGITS_CHUNK_BYTES
 from megatron_real.policy.products import add_product, product_into
 
 NO_TARGET = -1
 """Target of a token whose log-prob is not wanted: its log-prob is 0, it gets no gradient and costs
 no work."""
-
-# Default size of a chunk in the accumulation dtype. On a CPU it stays in the cache, and below the
-# 32 MiB from which on glibc maps fresh pages for every allocation (their faults cost more than the
-# arithmetic). On a GPU it is what keeps the matrix products and launches at full speed: 8192 tokens
-# x 8192 vocabulary columns.
-_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 
 
 def vocab_parallel_logprobs(
@@ -696,7 +691,7 @@ def _chunk_size(other_size: int, like: Tensor) -> int:
 
     Each has `other_size` elements in the dtype and on the device of `like`.
     """
-    num_bytes = _CHUNK_BYTES["cuda" if like.device.type == "cuda" else "cpu"]
+    num_bytes = LOGITS_CHUNK_BYTES["cuda" if like.device.type == "cuda" else "cpu"]
     return max(1, num_bytes // (max(other_size, 1) * like.element_size()))
 
 

@@ -138,7 +138,9 @@ def micro_batch(
     own = _Columns.of_rank(sequences, alignment)
     kept_K = (own.target >= 0).nonzero().squeeze(1)
 
-    spans = [*lengths, fill] if fill else lengths
+    spans = lengths
+    if fill:
+        spans = [*lengths, fill]
     bounds = torch.tensor([0, *spans], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     packed_bounds = bounds if bounds_on_host else to_device(bounds)
 

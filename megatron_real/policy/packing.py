@@ -10,7 +10,7 @@ from typing import Literal
 from megatron_real.batching import Layout, Minibatch, Plan, plan
 from megatron_real.config import BatchConfig, ParallelConfig
 from megatron_real.objective import Objective
-from megatron_real.parallel.groups import Groups
+from megatron_real.parallel.groups import ProcessGroups
 from megatron_real.policy.microbatch import Alignment, micro_batch
 from megatron_real.policy.train_step import Batch
 from megatron_real.records import Rollout
@@ -29,7 +29,7 @@ class Packer:
     """Token budget, packed or padded, placement."""
     parallel: ParallelConfig
     """The layout."""
-    groups: Groups
+    groups: ProcessGroups
     """This rank's place in it."""
     bounds_on_host: bool = True
     """Whether the layers read the sequences' bounds on the host (MicroBatch.packed)."""

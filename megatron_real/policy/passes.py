@@ -25,7 +25,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
-from megatron_real.parallel.groups import Groups
+from megatron_real.parallel.groups import ProcessGroups
 from megatron_real.policy.microbatch import MicroBatch
 
 
@@ -55,7 +55,7 @@ class Passes:
         passes.forward_backward(micro_batches, lambda i, outputs: -outputs.logprob_T.sum())
     """
 
-    def __init__(self, chunks: Sequence[nn.Module], groups: Groups) -> None:
+    def __init__(self, chunks: Sequence[nn.Module], groups: ProcessGroups) -> None:
         """
         Args:
             chunks: this rank's model chunks, wrapped in Megatron's DDP where gradients are wanted.
@@ -148,7 +148,7 @@ class PlannedShapes(P2PCommunicator):
     schedule takes them.
     """
 
-    def __init__(self, groups: Groups, config: Any, num_tokens: Sequence[int]) -> None:
+    def __init__(self, groups: ProcessGroups, config: Any, num_tokens: Sequence[int]) -> None:
         """
         Args:
             groups: this rank's place in the layout.

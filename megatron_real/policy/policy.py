@@ -26,7 +26,7 @@ from megatron_real.objective import Objective
 from megatron_real.objective.facts import RolloutTable
 from megatron_real.parallel.cpu import device
 from megatron_real.parallel.exchange import Exchange
-from megatron_real.parallel.groups import Groups
+from megatron_real.parallel.groups import ProcessGroups
 from megatron_real.policy.model import build_model, uses_transformer_engine
 from megatron_real.policy.optimizer_state import Offload
 from megatron_real.policy.packing import Packer
@@ -118,7 +118,7 @@ class Policy:
         settings: PolicySettings,
         architecture: Architecture,
         weights: Weights,
-        groups: Groups,
+        groups: ProcessGroups,
         *,
         num_updates: int,
         exchange: Exchange | None = None,

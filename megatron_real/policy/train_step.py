@@ -44,7 +44,7 @@ from megatron_real.batching import Minibatch, Plan
 from megatron_real.objective import Objective, sequence_scores
 from megatron_real.objective.facts import Facts
 from megatron_real.objective.functions import kl_penalty
-from megatron_real.parallel.groups import Groups
+from megatron_real.parallel.groups import ProcessGroups
 from megatron_real.policy.microbatch import MicroBatch, to_device
 from megatron_real.policy.passes import Outputs, Passes
 from megatron_real.records import POSITIVE
@@ -236,7 +236,7 @@ class TrainStep:
     def __init__(
         self,
         passes: Passes,
-        groups: Groups,
+        groups: ProcessGroups,
         objective: Objective,
         *,
         mismatch_bound: float,
@@ -628,7 +628,7 @@ class TrainStep:
         return torch.cat([own_loss, kl[None], shares, sums.low_ratio.cpu(), score_R, weight_R])
 
 
-def gathered_tokens(groups: Groups, batch: Batch, values: Sequence[Tensor]) -> Tensor:
+def gathered_tokens(groups: ProcessGroups, batch: Batch, values: Sequence[Tensor]) -> Tensor:
     """Brings values of single tokens together on every rank. Collective.
 
     Args:
@@ -654,7 +654,7 @@ def gathered_tokens(groups: Groups, batch: Batch, values: Sequence[Tensor]) -> T
 
 
 def values_of_replica(
-    groups: Groups, batch: Batch, values: Sequence[Tensor]
+    groups: ProcessGroups, batch: Batch, values: Sequence[Tensor]
 ) -> dict[int, NDArray[Any]]:
     """Brings values of single tokens together within a data-parallel replica.
 
@@ -694,7 +694,7 @@ def values_of_replica(
     return by_position
 
 
-def _from_last_stage(groups: Groups, values: Tensor) -> Tensor:
+def _from_last_stage(groups: ProcessGroups, values: Tensor) -> Tensor:
     """Overwrites `values` on every pipeline stage with those of the last one."""
     if groups.pp.size() > 1:
         last = dist.get_global_rank(groups.pp, groups.pp.size() - 1)

@@ -21,7 +21,7 @@ from megatron_real.labels.normal_form import read
 from megatron_real.labels.pool import Check, VerifierPool
 from megatron_real.prompts.overlap import Index, identity
 from megatron_real.prompts.rows import raw_rows
-from megatron_real.prompts.sources import BY_NAME, SOURCES, Source, Unusable, prepared
+from megatron_real.prompts.sources import BY_NAME, SOURCES, PublishedDataset, Unusable, prepared
 
 _PATTERNS = ("*.parquet", "*.jsonl", "*.json")
 _ROWS_A_LINE = 250_000
@@ -169,7 +169,7 @@ def prepare(
 
 
 def _read(
-    source: Source, where: str, counts: Counts, say: Callable[[str], None]
+    source: PublishedDataset, where: str, counts: Counts, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Reads the usable rows of a source, and counts the others.
 
@@ -252,7 +252,7 @@ def _agree(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[bool]:
     return [(i, 0) not in wrong or (i, 1) not in wrong for i in range(len(pairs))]
 
 
-def _published_rows(source: Source, where: str) -> Iterator[Mapping[str, Any]]:
+def _published_rows(source: PublishedDataset, where: str) -> Iterator[Mapping[str, Any]]:
     """Streams the rows of a file, a folder or a hub dataset as they are published.
 
     Raises:
@@ -275,7 +275,7 @@ def _published_rows(source: Source, where: str) -> Iterator[Mapping[str, Any]]:
         yield from raw_rows(file)
 
 
-def _download(source: Source, hub: str) -> Path:
+def _download(source: PublishedDataset, hub: str) -> Path:
     """Returns the folder of a hub dataset in the hub's own cache, downloaded where it is not there.
 
     Raises:

@@ -1,6 +1,6 @@
 r"""The paper's training sets and benchmarks: where they are published, and how a row is read.
 
-One table, `SOURCES`. A published file comes in one of the table's layouts; each row becomes
+One table, `SOURCES`. A published file comes in one of the table's forms; each row becomes
 
     {"data_source": "aime24", "prompt": [{"role": "user", "content": "..."}], "ability": "math",
      "reward_model": {"style": "rule", "ground_truth": "204"},
@@ -23,7 +23,7 @@ from megatron_real.prompts.rows import is_unicode
 
 
 @dataclass(frozen=True)
-class Layout:
+class PublishedForm:
     """Columns of one published form of a dataset. A dot goes into a nested column."""
 
     question: str
@@ -38,7 +38,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Source:
+class PublishedDataset:
     """One dataset."""
 
     name: str
@@ -52,65 +52,65 @@ class Source:
     """Dataset on the Hugging Face hub that has them."""
     files: tuple[str, ...]
     """Its files, as patterns."""
-    layouts: tuple[Layout, ...]
+    forms: tuple[PublishedForm, ...]
     """Its published forms; a row is read by the first whose columns it has."""
     integer: bool = False
     """Every answer is a whole number: "033", 33.0 and "33^\\circ" all mean 33."""
 
 
-_DAPO_ORIGINAL = Layout("prompt", "reward_model.ground_truth")
-_PROBLEM = Layout("problem", "answer")
-_QUESTION = Layout("question", "answer")
-_SOLVED = Layout("problem", "solution", answer_is="boxed")
+_DAPO_ORIGINAL = PublishedForm("prompt", "reward_model.ground_truth")
+_PROBLEM = PublishedForm("problem", "answer")
+_QUESTION = PublishedForm("question", "answer")
+_SOLVED = PublishedForm("problem", "solution", answer_is="boxed")
 
-SOURCES: tuple[Source, ...] = (
-    Source(
+SOURCES: tuple[PublishedDataset, ...] = (
+    PublishedDataset(
         "deepscaler", "train", 40315, "agentica-org/DeepScaleR-Preview-Dataset", ("*.json",),
         (_PROBLEM, _DAPO_ORIGINAL),
     ),
     # The published parquet has each of 17,398 questions about a hundred times.
-    Source(
+    PublishedDataset(
         "dapo", "train", 17398, "BytedTsinghua-SIA/DAPO-Math-17k", ("data/*.parquet",),
         # The latter is that of open-r1/DAPO-Math-17k-Processed.
-        (_DAPO_ORIGINAL, Layout("prompt", "solution")),
+        (_DAPO_ORIGINAL, PublishedForm("prompt", "solution")),
     ),
-    Source(
+    PublishedDataset(
         "aime24", "test", 30, "HuggingFaceH4/aime_2024", ("data/*.parquet",),
         # The second is that of Maxwell-Jia/AIME_2024, the third that of math-ai/aime24.
-        (_PROBLEM, Layout("Problem", "Answer"), _SOLVED, _DAPO_ORIGINAL),
+        (_PROBLEM, PublishedForm("Problem", "Answer"), _SOLVED, _DAPO_ORIGINAL),
         integer=True,
     ),
-    Source(
+    PublishedDataset(
         "aime25", "test", 30, "opencompass/AIME2025", ("*.jsonl",),
         # MathArena, yentinglin/aime_2025 and math-ai/aime25 have the second.
         (_QUESTION, _PROBLEM, _SOLVED, _DAPO_ORIGINAL),
         integer=True,
     ),
-    Source(
+    PublishedDataset(
         "math500", "test", 500, "HuggingFaceH4/MATH-500", ("test.jsonl",),
         (_PROBLEM, _SOLVED, _DAPO_ORIGINAL),
     ),
     # The paper's 83 questions are those of 2022 and 2023; math-ai/amc23 has 40 of them.
-    Source(
+    PublishedDataset(
         "amc23", "test", 83, "AI-MO/aimo-validation-amc", ("data/*.parquet",),
         (_PROBLEM, _QUESTION, _DAPO_ORIGINAL),
     ),
-    Source(
+    PublishedDataset(
         "minerva", "test", 272, "math-ai/minervamath", ("*.jsonl", "**/*.parquet"),
         # The others are those of knoveleng/Minerva-Math and of Qwen2.5-Math's test.jsonl.
         (_QUESTION, _PROBLEM, _SOLVED, _DAPO_ORIGINAL),
     ),
     # 674 on the hub; the file of Qwen2.5-Math's evaluation, which the paper counts, has one more.
-    Source(
+    PublishedDataset(
         "olympiadbench", "test", 675, "Hothan/OlympiadBench",
         ("OlympiadBench/OE_TO_maths_en_COMP/*.parquet",),
         (
-            Layout("question", "final_answer", answer_is="parts", context="context"),
+            PublishedForm("question", "final_answer", answer_is="parts", context="context"),
             _QUESTION, _PROBLEM, _DAPO_ORIGINAL,
         ),
     ),
 )  # fmt: skip
-BY_NAME: Mapping[str, Source] = {source.name: source for source in SOURCES}
+BY_NAME: Mapping[str, PublishedDataset] = {source.name: source for source in SOURCES}
 
 # What publishers wrote around a question, as (before, after).
 _INSTRUCTIONS = (
@@ -133,7 +133,7 @@ class Unusable(ValueError):
     """
 
 
-def prepared(source: Source, raw: Mapping[str, Any], index: int) -> dict[str, Any]:
+def prepared(source: PublishedDataset, raw: Mapping[str, Any], index: int) -> dict[str, Any]:
     """Returns a published row in the one schema.
 
     Args:
@@ -144,17 +144,17 @@ def prepared(source: Source, raw: Mapping[str, Any], index: int) -> dict[str, An
     Raises:
         Unusable: with the reason for which the row is dropped.
     """
-    layouts = [form for form in source.layouts if _column(raw, form.question) is not None]
-    if not layouts:
+    forms = [form for form in source.forms if _column(raw, form.question) is not None]
+    if not forms:
         raise Unusable("no question")
-    layouts = [form for form in layouts if _column(raw, form.answer) is not None]
-    if not layouts:
+    forms = [form for form in forms if _column(raw, form.answer) is not None]
+    if not forms:
         raise Unusable("no answer")
     if raw.get("modality") == "Multimodal":
         raise Unusable("needs an image")
 
-    question = _question(raw, layouts[0])
-    golds = _golds(raw, layouts[0])
+    question = _question(raw, forms[0])
+    golds = _golds(raw, forms[0])
     if not question:
         raise Unusable("no question")
     if not is_unicode(question) or not all(map(is_unicode, golds)):
@@ -190,9 +190,9 @@ def _column(raw: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def _question(raw: Mapping[str, Any], layout: Layout) -> str:
+def _question(raw: Mapping[str, Any], form: PublishedForm) -> str:
     """Returns the bare question, with its context before it; "" where there is none."""
-    value = _column(raw, layout.question)
+    value = _column(raw, form.question)
     if isinstance(value, list) and value:
         value = value[-1].get("content")
     text = str(value or "").strip()
@@ -201,17 +201,17 @@ def _question(raw: Mapping[str, Any], layout: Layout) -> str:
             text = text[len(before) : len(text) - len(after)].strip()
 
     context = ""
-    if layout.context:
-        context = str(_column(raw, layout.context) or "").strip()
+    if form.context:
+        context = str(_column(raw, form.context) or "").strip()
     if not context or not text:
         return text
     return f"{context}\n\n{text}"
 
 
-def _golds(raw: Mapping[str, Any], layout: Layout) -> list[str]:
+def _golds(raw: Mapping[str, Any], form: PublishedForm) -> list[str]:
     """Returns the accepted answers, without the marks that only say that they are mathematics."""
-    value = _column(raw, layout.answer)
-    if layout.answer_is == "boxed":
+    value = _column(raw, form.answer)
+    if form.answer_is == "boxed":
         boxed = final_answer(str(value))
         value = boxed.text if boxed else None
 
@@ -224,7 +224,7 @@ def _golds(raw: Mapping[str, Any], layout: Layout) -> list[str]:
         text = _MARKUP.sub("", str(gold)).strip()
         if text:
             golds.append(text)
-    if layout.answer_is == "parts" and golds:
+    if form.answer_is == "parts" and golds:
         return [", ".join(golds)]
     return golds
 

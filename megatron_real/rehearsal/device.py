@@ -238,7 +238,7 @@ def install(gpu: str) -> None:
         "current_stream": lambda _device=None: stream,
         "default_stream": lambda _device=None: stream,
         "set_stream": lambda _stream: None,
-        "stream": lambda chosen: chosen if chosen is not None else stream,
+        "stream": lambda asked_for: asked_for if asked_for is not None else stream,
         "Stream": Stream,
         "Event": Event,
         "get_device_capability": lambda _device=None: (properties.major, properties.minor),

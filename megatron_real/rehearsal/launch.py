@@ -46,15 +46,17 @@ def _layers(request: Request) -> str:
         ValueError: it asks for `te`, and TransformerEngine's Python part is not here.
     """
     choice = configuration.load(request.config, request.overrides).model.layers
-    found = transformer_engine.root() is not None
-    if choice == "te" and not found:
+    has_te = transformer_engine.root() is not None
+    if choice == "te" and not has_te:
         raise ValueError(
             "model.layers=te is rehearsed with TransformerEngine's Python part, which is not here; "
             "run `bash tools/te_python.sh`, or name its folder in TE_PYTHON, or set "
             "model.layers=local"
         )
+    if choice == "auto" and has_te:
+        return "te"
     if choice == "auto":
-        return "te" if found else "local"
+        return "local"
     return choice
 
 

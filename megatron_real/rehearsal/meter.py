@@ -87,14 +87,16 @@ def call_site(depth: int = 1) -> str:
 
 def _short(file: str) -> str:
     """Returns a file's path from its package on."""
-    _, found, rest = file.rpartition("site-packages/")
-    if found:
+    _, installed, rest = file.rpartition("site-packages/")
+    if installed:
         return rest
-    _, found, rest = file.rpartition("/transformer_engine/")
-    if found:
+    _, te, rest = file.rpartition("/transformer_engine/")
+    if te:
         return f"transformer_engine/{rest}"
-    _, found, rest = file.rpartition("megatron_real/")
-    return f"megatron_real/{rest}" if found else file
+    _, package, rest = file.rpartition("megatron_real/")
+    if package:
+        return f"megatron_real/{rest}"
+    return file
 
 
 def _within_layer() -> bool:
@@ -222,7 +224,9 @@ class Meter(TorchDispatchMode):
         """Returns the constant that stands for an element whose value only a GPU would know."""
         if tensor.is_floating_point():
             return 0.5
-        return True if tensor.dtype == torch.bool else 1
+        if tensor.dtype == torch.bool:
+            return True
+        return 1
 
     def _equal(self, tensors: Sequence[Tensor]) -> bool:
         if any(tensor.device.type == "cuda" for tensor in tensors):

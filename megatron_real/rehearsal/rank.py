@@ -39,7 +39,7 @@ from megatron_real.batching import minibatches
 from megatron_real.checkpoint.state import sharded_state
 from megatron_real.config import Config
 from megatron_real.parallel import groups as layout
-from megatron_real.parallel.groups import Groups
+from megatron_real.parallel.groups import ProcessGroups
 from megatron_real.plan.memory import Shapes, stage_memory
 from megatron_real.policy import layers
 from megatron_real.policy.optimizer_state import begin
@@ -53,7 +53,7 @@ from megatron_real.rehearsal.meter import Meter
 from megatron_real.rehearsal.report import Phase, RankReport, Request
 from megatron_real.rehearsal.world import World
 from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.mapping import Entry
+from megatron_real.weights.mapping import Entry, Rectangle
 
 _HOLDERS = 12
 """How many of the lines that hold memory at its peak a phase names."""
@@ -150,7 +150,7 @@ class _Rehearsal:
         self._phase("optimizer", lambda: policy.apply_gradients(finite=True))
         self._others(policy, batch, groups)
 
-    def _build(self, architecture: Architecture, groups: Groups) -> Policy:
+    def _build(self, architecture: Architecture, groups: ProcessGroups) -> Policy:
         """Builds the policy with its optimizer's states, and reports their sizes."""
         settings = PolicySettings.of(self._config)
         policy = Policy(settings, architecture, _NamesAndShapes(), groups, num_updates=10)
@@ -172,7 +172,7 @@ class _Rehearsal:
         )
         return packer.pack(minibatch, off_policy=False)
 
-    def _others(self, policy: Policy, batch: Batch, groups: Groups) -> None:
+    def _others(self, policy: Policy, batch: Batch, groups: ProcessGroups) -> None:
         """Runs what only some configurations have, and what happens once in many steps."""
         rollout = self._config.rollout
         self._phase("token_stats", lambda: policy.token_stats([batch]))
@@ -220,7 +220,7 @@ class _Rehearsal:
             )
             self.set(phases=(*self.report.phases, phase))
 
-    def _place(self, groups: Groups, architecture: Architecture) -> None:
+    def _place(self, groups: ProcessGroups, architecture: Architecture) -> None:
         """Reports where in the layout the rank is, and what `plan` says of it."""
         config = self._config
         kind: Any = "te" if config.model.layers == "te" else "local"
@@ -330,11 +330,9 @@ class _NamesAndShapes:
 
     dtype = "bf16"
 
-    def megatron_piece(self, entry: Entry, ranges: Any, columns: tuple[int, int]) -> Any:
+    def megatron_piece(self, entry: Entry, rectangle: Rectangle) -> Any:
         """Returns the shape of the rectangle that a rank would read."""
-        rows = sum(stop - start for start, stop in ranges)
-        flat = len(entry.shapes[0]) == 1
-        return _Shape((rows,) if flat else (rows, columns[1] - columns[0]))
+        return _Shape(entry.shape_of(rectangle))
 
 
 def _replace_kernels() -> None:

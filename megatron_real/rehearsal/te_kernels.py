@@ -52,7 +52,9 @@ def rmsnorm_fwd(
     assert quantizer is None and x.dim() == 2 and x.shape[-1:] == weight.shape
     launched("te.rmsnorm_fwd")
     inverse_rms = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    return torch.empty_like(x) if out is None else out, None, inverse_rms
+    if out is None:
+        out = torch.empty_like(x)
+    return out, None, inverse_rms
 
 
 def rmsnorm_bwd(
@@ -82,14 +84,22 @@ def generic_gemm(
         )
     left = B.reshape(-1, B.shape[-1])
     right = A.reshape(-1, A.shape[-1])
-    rows, inner = left.shape[::-1] if transb else left.shape
-    inner_right, columns = right.shape[::-1] if transa else right.shape
+    left_shape = left.shape
+    if transb:
+        left_shape = left_shape[::-1]
+    right_shape = right.shape
+    if transa:
+        right_shape = right_shape[::-1]
+    rows, inner = left_shape
+    inner_right, columns = right_shape
     if inner != inner_right:
         raise RuntimeError(f"a product of {tuple(B.shape)} and {tuple(A.shape)}: sizes differ")
     launched("te.gemm", 2 * rows * inner * columns)
 
     if out is None:
-        shape = (rows, columns) if transb else (*B.shape[:-1], columns)
+        shape: tuple[int, ...] = (*B.shape[:-1], columns)
+        if transb:
+            shape = (rows, columns)
         dtype = _DTYPES.get(out_dtype, A.dtype)
         out = torch.empty(shape, dtype=dtype, device=A.device)
     bias_grad = None
@@ -155,8 +165,10 @@ def _pairs(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, mask_type: An
         one * other
         for one, other in zip(_lengths(queries), _lengths(keys), strict=True)
     )  # fmt: skip
-    causal = mask_type.name == "NVTE_PADDING_CAUSAL_MASK"
-    return q.shape[1] * q.shape[2] * pairs // (2 if causal else 1)
+    if mask_type.name == "NVTE_PADDING_CAUSAL_MASK":
+        # Half of the pairs: a query sees no later key.
+        return q.shape[1] * q.shape[2] * pairs // 2
+    return q.shape[1] * q.shape[2] * pairs
 
 
 def _lengths(bounds: Tensor) -> list[int]:

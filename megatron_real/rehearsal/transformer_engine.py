@@ -50,7 +50,9 @@ def root() -> Path | None:
     It is None where the Python part is not there.
     """
     folder = Path(os.environ.get("TE_PYTHON") or Path(__file__).parents[2] / ".te-python")
-    return folder if (folder / "transformer_engine" / "pytorch").is_dir() else None
+    if not (folder / "transformer_engine" / "pytorch").is_dir():
+        return None
+    return folder
 
 
 def import_over(extension: types.ModuleType) -> None:
@@ -89,8 +91,9 @@ def _answer_for_its_version(version: str) -> None:
     ask = metadata.version
 
     def answer(name: str) -> str:
-        ours = name.replace("-", "_").startswith("transformer_engine")
-        return version if ours else str(ask(name))
+        if name.replace("-", "_").startswith("transformer_engine"):
+            return version
+        return str(ask(name))
 
     metadata.version = answer
 

@@ -50,6 +50,13 @@ class _Work:
         return True
 
 
+def _work(is_asynchronous: bool) -> _Work | None:
+    """What a collective returns: torch gives a handle of asynchronous calls alone."""
+    if is_asynchronous:
+        return _Work()
+    return None
+
+
 class _Coalesced:
     """Stands for torch's manager of coalesced calls, which are counted one by one."""
 
@@ -160,7 +167,9 @@ class World:
             group = new_group(ranks, backend="fake")
             # A rank that is not in the group gets a number for it.
             if group is not None and not isinstance(group, int):
-                minutes = timeout.total_seconds() / 60 if timeout is not None else None
+                minutes = None
+                if timeout is not None:
+                    minutes = timeout.total_seconds() / 60
                 name = (group_desc or "unnamed").removesuffix("_GROUP").lower()
                 self._known[id(group)] = Group(name, backend or "nccl", group.size(), minutes)
                 self._kept.append(group)
@@ -171,7 +180,9 @@ class World:
     def _check(self, call: str, group: Any, *tensors: Tensor) -> Group:
         """Applies the rules to the tensors of one call, and counts the first one's bytes."""
         known = self._group(group)
-        device = "cuda" if known.backend == "nccl" else "cpu"
+        device = "cpu"
+        if known.backend == "nccl":
+            device = "cuda"
         for tensor in tensors:
             what = f"a {tensor.dtype} tensor {tuple(tensor.shape)} on {tensor.device}"
             if tensor.device.type != device:
@@ -195,7 +206,7 @@ class World:
         self, tensor: Tensor, op: Any = None, group: Any = None, async_op: bool = False
     ) -> Any:
         self._check("all_reduce", group, tensor)
-        return _Work() if async_op else None
+        return _work(async_op)
 
     def _broadcast(
         self,
@@ -208,7 +219,7 @@ class World:
         self._check("broadcast", group, tensor)
         if src is not None and group is not None and src not in dist.get_process_group_ranks(group):
             self._refuse("broadcast", f"global rank {src} is not in the group")
-        return _Work() if async_op else None
+        return _work(async_op)
 
     def _all_gather(
         self, tensor_list: list[Tensor], tensor: Tensor, group: Any = None, async_op: bool = False
@@ -216,7 +227,7 @@ class World:
         known = self._check("all_gather", group, tensor, *tensor_list)
         if len(tensor_list) != known.ranks:
             self._refuse("all_gather", f"{len(tensor_list)} outputs for {known.ranks} ranks")
-        return _Work() if async_op else None
+        return _work(async_op)
 
     def _all_gather_into_tensor(
         self,
@@ -227,7 +238,7 @@ class World:
     ) -> Any:
         known = self._check("all_gather_into_tensor", group, input_tensor, output_tensor)
         self._fits("all_gather_into_tensor", known, whole=output_tensor, part=input_tensor)
-        return _Work() if async_op else None
+        return _work(async_op)
 
     def _reduce_scatter_tensor(
         self,
@@ -239,7 +250,7 @@ class World:
     ) -> Any:
         known = self._check("reduce_scatter_tensor", group, input, output)
         self._fits("reduce_scatter_tensor", known, whole=input, part=output)
-        return _Work() if async_op else None
+        return _work(async_op)
 
     def _fits(self, call: str, known: Group, *, whole: Tensor, part: Tensor) -> None:
         """Refuses a call whose parts of all ranks do not make the whole."""

@@ -40,7 +40,9 @@ def _overview_row(run: Run) -> list[str]:
     for row in run.steps:
         seconds += [row[name] or 0.0 for name in row if name.startswith("seconds/")]
     asked = _setting(run.config, "trainer.steps")
-    done = run.steps[-1]["step"] if run.steps else 0
+    done = 0
+    if run.steps:
+        done = run.steps[-1]["step"]
     return [
         run.name,
         str(run.status.get("state", "")),
@@ -94,8 +96,9 @@ def rank_times(runs: Sequence[Run]) -> Table:
 def _rank_row(run: Run, stem: str) -> list[str]:
     means = [_number(_mean(run.steps, f"{stem}_{which}")) for which in ("min", "mean", "max")]
     slowest = Counter(row[f"{stem}_slowest"] for row in run.steps if f"{stem}_slowest" in row)
-    rank, times = slowest.most_common(1)[0] if slowest else (None, 0)
-    often = "-" if rank is None else f"rank {rank:.0f} ({times / len(run.steps):.0%} of the steps)"
+    often = "-"
+    for rank, times in slowest.most_common(1):
+        often = f"rank {rank:.0f} ({times / len(run.steps):.0%} of the steps)"
     return [run.name, stem.removeprefix("rank_seconds/"), *means, often]
 
 
@@ -166,9 +169,14 @@ def held_out(runs: Sequence[Run]) -> Table:
 
 
 def _accuracy(row: Mapping[str, Any]) -> str:
-    error = row.get("heldout/standard_error")
-    spread = "" if error is None else f" \N{PLUS-MINUS SIGN} {error:.4f}"
-    return f"{row['heldout/pass_at_1']:.4f}{spread} (step {row['step']})"
+    accuracy = _with_error(row["heldout/pass_at_1"], row.get("heldout/standard_error"))
+    return f"{accuracy} (step {row['step']})"
+
+
+def _with_error(accuracy: float, error: float | None) -> str:
+    if error is None:
+        return f"{accuracy:.4f}"
+    return f"{accuracy:.4f} \N{PLUS-MINUS SIGN} {error:.4f}"
 
 
 def benchmarks(directories: Sequence[str]) -> Table:
@@ -184,9 +192,8 @@ def benchmarks(directories: Sequence[str]) -> Table:
             results = json.loads(file.read_text(encoding="utf-8"))
             of_benchmarks = {**results["benchmarks"], "average": results["average"]}
             for name, row in of_benchmarks.items():
-                error = row.get("standard_error")
-                spread = "" if error is None else f" \N{PLUS-MINUS SIGN} {error:.4f}"
-                figures = [f"{row['pass_at_1']:.4f}{spread}", _number(row.get("majority"))]
+                accuracy = _with_error(row["pass_at_1"], row.get("standard_error"))
+                figures = [accuracy, _number(row.get("majority"))]
                 sizes = [str(row.get("problems", "")), str(row.get("samples", ""))]
                 rows.append([str(results["model"]), name, *figures, *sizes])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -55,19 +55,9 @@ def read_run(path: str) -> Run:
     Raises:
         ValueError: it is no run directory, or has no readable config.yaml.
     """
-    import yaml
-
     records = RunRecords(path)
     directory = records.directory
-    try:
-        config = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{directory.config} cannot be read ({' '.join(str(error).split())}); "
-            "give the directory of a run that has begun"
-        ) from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{directory.config} is no configuration; the file may be cut")
+    config = directory.read_config("give the directory of a run that has begun")
 
     lives: list[Mapping[str, Any]] = []
     for file in sorted(directory.lives.glob("life-*.json")):

@@ -15,8 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import yaml
-
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.rows import read_rows
 from megatron_real.runs.summary import mean_reward
@@ -76,7 +74,7 @@ def model_card(
     """
     from huggingface_hub import ModelCardData
 
-    config = _config(directory)
+    config = directory.read_config("a model card is made of it")
     source = Path(str(_setting(config, "model.path")))
     objective = str(_setting(config, "objective.name"))
     evaluations = [
@@ -146,7 +144,9 @@ def with_benchmarks(card: str, evaluations: Sequence[str | Path]) -> str:
         for name, row in _benchmarks(Path(directory)).items():
             results.append(_result(name, name, float(row["pass_at_1"])))
             error = row.get("standard_error")
-            spread = "" if error is None else f"{error:.4f}"
+            spread = ""
+            if error is not None:
+                spread = f"{error:.4f}"
             accuracy = f"{row['pass_at_1']:.4f}"
             rows.append([name, accuracy, spread, row["problems"], row["samples"]])
     parsed = ModelCard(card, ignore_metadata_errors=True)
@@ -155,19 +155,6 @@ def with_benchmarks(card: str, evaluations: Sequence[str | Path]) -> str:
     data.eval_results = [*(data.eval_results or []), *results]
     head = ["benchmark", "pass@1", "standard error", "problems", "samples each"]
     return f"{str(parsed).rstrip()}\n\n## Benchmarks\n\n{_table(head, rows)}\n"
-
-
-def _config(directory: RunDirectory) -> Mapping[str, Any]:
-    try:
-        config = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{directory.config} cannot be read ({' '.join(str(error).split())}); "
-            "a model card is made of it"
-        ) from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{directory.config} is no configuration; a model card is made of it")
-    return config
 
 
 def _inherited(source: Path) -> dict[str, Any]:
@@ -214,7 +201,9 @@ def _figures(
         )
     for row in [*evaluations[:1], *evaluations[1:][-1:]]:
         error = row.get("heldout/standard_error")
-        spread = "" if error is None else f" (standard error {error:.4f})"
+        spread = ""
+        if error is not None:
+            spread = f" (standard error {error:.4f})"
         lines.append(
             f"* Held-out pass@1 after {row['step']} steps: {row['heldout/pass_at_1']:.4f}{spread}, "
             f"{row.get('heldout/problems') or 0:.0f} problems, "
@@ -267,7 +256,9 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in _SETTINGS:
         section, _, setting = name.partition(".")
         values = config.get(section) or {}
-        names = list(values) if setting == "*" else [setting]
+        names = [setting]
+        if setting == "*":
+            names = list(values)
         for each in names:
             value = values.get(each)
             if isinstance(value, Mapping):
@@ -303,8 +294,9 @@ def _hub_id(path: Path) -> str:
 def _setting(config: Mapping[str, Any], name: str) -> Any:
     section, _, setting = name.partition(".")
     values = config.get(section)
-    value = values.get(setting) if isinstance(values, Mapping) else None
-    return "" if value is None else value
+    if not isinstance(values, Mapping) or values.get(setting) is None:
+        return ""
+    return values[setting]
 
 
 def _table(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:

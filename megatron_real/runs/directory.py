@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from megatron_real.runs.parts import UNFINISHED
 
@@ -50,6 +53,21 @@ class RunDirectory:
         self.heldout = self.path / "heldout"
         self.lives = self.path / "lives"
         self.owners = self.path / "owners"
+
+    def read_config(self, remedy: str) -> dict[str, Any]:
+        """Returns the configuration that config.yaml holds.
+
+        Raises:
+            ValueError: it is not there, cannot be read, or is no table; ends with `remedy`.
+        """
+        try:
+            config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self.config} cannot be read ({reason}); {remedy}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{self.config} is no configuration; {remedy}")
+        return config
 
     def foreign_files(self) -> list[str]:
         """Returns the names of a directory that no run has written to.

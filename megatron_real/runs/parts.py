@@ -128,13 +128,13 @@ def part_files(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    found = {file.name: _NAME.fullmatch(file.name) for file in path.iterdir()}
-    counts = {int(match[2]) for match in found.values() if match}
+    matches = {file.name: _NAME.fullmatch(file.name) for file in path.iterdir()}
+    counts = {int(match[2]) for match in matches.values() if match}
     if not counts:
         raise ValueError(f"{path} is a directory without a part of a step's rollouts")
     names = [Part(number, max(counts)).name for number in range(1, max(counts) + 1)]
     for name in names:
-        if name not in found:
+        if name not in matches:
             raise ValueError(f"{path / name} is missing; the other parts of it are there")
     return [path / name for name in names]
 

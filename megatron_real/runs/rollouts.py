@@ -252,9 +252,9 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{path} is not a whole file of rollouts ({said}); it may be cut"
+            f"{path} is not a whole file of rollouts ({reason}); it may be cut"
         ) from error
 
 

@@ -217,13 +217,25 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     Raises:
         WeightsError: there is none, it cannot be read, or it is not a table in JSON.
     """
-    file = Path(directory) / "config.json"
     try:
-        values = json.loads(file.read_bytes())
+        return read_table(Path(directory) / "config.json")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise WeightsError(
             f"there is no config.json in {str(directory)!r}; give a directory of HF weights"
         ) from error
+
+
+def read_table(file: Path) -> dict[str, Any]:
+    """Returns the table in a JSON file of a model's directory.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such file.
+        WeightsError: it cannot be read, or is not a table in JSON.
+    """
+    try:
+        values = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise
     except OSError as error:
         raise WeightsError(f"{file} cannot be read ({error.strerror})") from error
     # A nesting of thousands of brackets is what raises RecursionError.

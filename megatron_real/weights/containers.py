@@ -1,6 +1,7 @@
 """torch.save files without loading them.
 
-`TorchFile` says where each tensor's bytes lie; `layout` lays a file out before its bytes exist.
+`TorchFile` says where each tensor's bytes lie; `blank_archive` lays a file out
+before its bytes exist.
 
 A torch.save file is a zip archive of uncompressed records: `data.pkl`, a pickle of the object in
 which each storage is a reference, and `data/0`, `data/1`, ... with the bytes. Reading runs no code
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_real.weights import WeightsError
-from megatron_real.weights.stored import DTYPE_BYTES, TORCH_NAMES, Chunk, StoredTensor
+from megatron_real.weights.stored import DTYPE_BYTES, TORCH_NAMES, Extent, StoredTensor
 
 # The pickle of a checkpoint's structure; that of a 70B model in 8 parts is 20 MB.
 LARGEST_PICKLE = 2**28
@@ -211,8 +212,8 @@ class TorchFile:
         if rows:
             columns = numel // rows
         first_byte = self.offset + begin + tensor.start * size
-        chunk = Chunk(self.file, first_byte, row=0, column=0, rows=rows, columns=columns)
-        return StoredTensor(name, tensor.dtype, tensor.shape, (chunk,))
+        extent = Extent(self.file, first_byte, row=0, column=0, rows=rows, columns=columns)
+        return StoredTensor(name, tensor.dtype, tensor.shape, (extent,))
 
 
 def tensors_of(table: dict[Any, Any], file: Path) -> dict[str, PickledTensor]:
@@ -380,7 +381,7 @@ _RUNNING_BUILTINS = frozenset(
 
 
 @dataclass(frozen=True)
-class Slot:
+class StorageSlot:
     """Room for one storage in a laid-out file."""
 
     offset: int
@@ -392,18 +393,18 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BlankArchive:
     """A torch.save file whose tensors' bytes are still to be written."""
 
     size: int
     """Bytes of the whole file."""
     literals: tuple[tuple[int, bytes], ...]
     """(offset, bytes): all that is not tensor data."""
-    slots: tuple[Slot, ...]
+    slots: tuple[StorageSlot, ...]
     """Room for the storages, in the order of the pickle."""
 
 
-def layout(obj: Any) -> Layout:
+def blank_archive(obj: Any) -> BlankArchive:
     """Returns the file that torch.save(obj) writes, with room for the tensors' bytes.
 
     The tensors' memory is never touched, so `obj` may hold empty tensors of any size.
@@ -420,9 +421,9 @@ def layout(obj: Any) -> Layout:
         # After the data comes its descriptor, signature then CRC. The central directory repeats
         # the CRC.
         crc_offsets = (offset + num_bytes + 4, entry_of_data[offset] + 16)
-        slots.append(Slot(offset, num_bytes, crc_offsets))
+        slots.append(StorageSlot(offset, num_bytes, crc_offsets))
     literals = tuple((offset, bytes(data)) for offset, data in recorder.literals)
-    return Layout(recorder.position, literals, tuple(slots))
+    return BlankArchive(recorder.position, literals, tuple(slots))
 
 
 class _Recorder:

@@ -24,11 +24,11 @@ from typing import Any
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.containers import TorchFile, tensors_of
-from megatron_real.weights.mapping import HF_EMBEDDING, HF_OUTPUT, Entry, hf_shapes
+from megatron_real.weights.mapping import HF_EMBEDDING, HF_OUTPUT, Entry, Rectangle, hf_shapes
 from megatron_real.weights.stored import (
     DTYPE_BYTES,
     TORCH_NAMES,
-    Chunk,
+    Extent,
     OpenFiles,
     Piece,
     StoredTensor,
@@ -143,10 +143,8 @@ class HfWeights:
             )
         return self.tensors[name]
 
-    def megatron_piece(
-        self, entry: Entry, ranges: Sequence[tuple[int, int]], columns: tuple[int, int]
-    ) -> Piece:
-        """Returns the rectangle `ranges` x `columns` of a Megatron parameter.
+    def megatron_piece(self, entry: Entry, rectangle: Rectangle) -> Piece:
+        """Returns a rectangle of a Megatron parameter.
 
         Its dtype is the widest of the HF tensors that it is made of.
 
@@ -157,7 +155,7 @@ class HfWeights:
         for part, shape in zip(parts, entry.shapes, strict=True):
             check_stored(part, shape)
         dtype = widest([part.dtype for part in parts])
-        return entry.from_hf(parts, dtype, ranges, columns)
+        return entry.from_hf(parts, dtype, rectangle)
 
     def read(self, name: str) -> Any:
         """Returns the tensor `name` as a torch.Tensor, in the file's dtype, on the CPU."""
@@ -550,8 +548,8 @@ def _safetensors(file: Path) -> dict[str, StoredTensor]:
         if shape:
             rows = shape[0]
         offset = begin + entry["data_offsets"][0]
-        chunk = Chunk(file, offset, row=0, column=0, rows=rows, columns=prod(shape[1:]))
-        tensors[name] = StoredTensor(name, entry["dtype"], shape, (chunk,))
+        extent = Extent(file, offset, row=0, column=0, rows=rows, columns=prod(shape[1:]))
+        tensors[name] = StoredTensor(name, entry["dtype"], shape, (extent,))
     return tensors
 
 

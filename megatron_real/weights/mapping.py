@@ -1,7 +1,7 @@
 """The one mapping between HF and Megatron weights: names, shapes, and which row goes where.
 
 Conversion, loading, weight sync and export all walk `entries(architecture)`. An entry ties one
-Megatron parameter to the one to three HF tensors it is made of, always as whole rows (`runs`).
+Megatron parameter to the one to three HF tensors it is made of, always as whole rows (`spans`).
 
     linear_qkv      q_proj, k_proj, v_proj: per KV group its q rows, its k rows, its v rows.
                     Tensor parallelism splits it over rows.
@@ -21,20 +21,71 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from megatron_real.weights.architecture import Architecture
-from megatron_real.weights.stored import Piece, Run, StoredTensor, row_ranges
+from megatron_real.weights.stored import Piece, RowSpan, StoredTensor, cut_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Kind = Literal["qkv", "gate_up", "vocab", "columns", "replicated"]
-"""How HF tensors are joined to a Megatron parameter, and how tensor parallelism splits it."""
+"""How HF tensors are joined to a Megatron parameter, and where it is cut for its ranks."""
+
+Axis = Literal["tp"]
+"""An axis of the ranks' layout over which parameters are cut. Pipeline stages hold whole ones."""
 
 
 @dataclass(frozen=True)
-class Row:
+class Coordinates:
+    """Where a rank is on each axis."""
+
+    tp_rank: int
+    """Number among the tensor-parallel ranks."""
+    tp: int
+    """How many tensor-parallel ranks there are."""
+
+    def on(self, axis: Axis | None) -> tuple[int, int]:
+        """Returns the rank's number on an axis and the axis's size; (0, 1) for no axis."""
+        if axis is None:
+            return 0, 1
+        return self.tp_rank, self.tp
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """Some rows and columns of a Megatron parameter. A vector has one column."""
+
+    rows: tuple[tuple[int, int], ...]
+    """Ranges [first, last) of rows, one below the other."""
+    columns: tuple[int, int]
+    """Range [first, last) of columns."""
+
+    @property
+    def height(self) -> int:
+        """Number of rows."""
+        return sum(last - first for first, last in self.rows)
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        first, last = self.columns
+        return last - first
+
+
+class PartSpan(NamedTuple):
+    """Consecutive rows of an HF tensor within a Megatron parameter."""
+
+    part: int
+    """Number of the HF tensor among those that the parameter is made of."""
+    row: int
+    """First row there."""
+    rows: int
+    """How many."""
+
+
+@dataclass(frozen=True)
+class LayerRow:
     """A row of the table below: a Megatron parameter of a layer, and what it is made of."""
 
     name: str
@@ -48,13 +99,13 @@ class Row:
     """The trait of `Architecture` that it needs; "" for a parameter that every model has."""
 
 
-LAYER: tuple[Row, ...] = (
-    Row(
+LAYER: tuple[LayerRow, ...] = (
+    LayerRow(
         "self_attention.linear_qkv.layer_norm_weight",
         "replicated",
         {"input_layernorm.weight": ("hidden",)},
     ),
-    Row(
+    LayerRow(
         "self_attention.linear_qkv.weight",
         "qkv",
         {
@@ -63,7 +114,7 @@ LAYER: tuple[Row, ...] = (
             "self_attn.v_proj.weight": ("kv", "hidden"),
         },
     ),
-    Row(
+    LayerRow(
         "self_attention.linear_qkv.bias",
         "qkv",
         {
@@ -73,47 +124,47 @@ LAYER: tuple[Row, ...] = (
         },
         trait="qkv_bias",
     ),
-    Row(
+    LayerRow(
         "self_attention.q_layernorm.weight",
         "replicated",
         {"self_attn.q_norm.weight": ("head",)},
         trait="qk_norm",
     ),
-    Row(
+    LayerRow(
         "self_attention.k_layernorm.weight",
         "replicated",
         {"self_attn.k_norm.weight": ("head",)},
         trait="qk_norm",
     ),
-    Row(
+    LayerRow(
         "self_attention.linear_proj.weight",
         "columns",
         {"self_attn.o_proj.weight": ("hidden", "q")},
     ),
-    Row(
+    LayerRow(
         "self_attention.linear_proj.bias",
         "replicated",
         {"self_attn.o_proj.bias": ("hidden",)},
         trait="linear_bias",
     ),
-    Row(
+    LayerRow(
         "mlp.linear_fc1.layer_norm_weight",
         "replicated",
         {"post_attention_layernorm.weight": ("hidden",)},
     ),
-    Row(
+    LayerRow(
         "mlp.linear_fc1.weight",
         "gate_up",
         {"mlp.gate_proj.weight": ("ffn", "hidden"), "mlp.up_proj.weight": ("ffn", "hidden")},
     ),
-    Row(
+    LayerRow(
         "mlp.linear_fc1.bias",
         "gate_up",
         {"mlp.gate_proj.bias": ("ffn",), "mlp.up_proj.bias": ("ffn",)},
         trait="linear_bias",
     ),
-    Row("mlp.linear_fc2.weight", "columns", {"mlp.down_proj.weight": ("hidden", "ffn")}),
-    Row(
+    LayerRow("mlp.linear_fc2.weight", "columns", {"mlp.down_proj.weight": ("hidden", "ffn")}),
+    LayerRow(
         "mlp.linear_fc2.bias",
         "replicated",
         {"mlp.down_proj.bias": ("hidden",)},
@@ -129,6 +180,9 @@ LOCAL_NAMES = {
 }
 
 EMBEDDING = "embedding.word_embeddings.weight"
+LAYERS = "decoder.layers."
+"""How the key of every parameter of a layer begins."""
+FINAL_NORM = "decoder.final_layernorm.weight"
 OUTPUT = "output_layer.weight"
 HF_EMBEDDING = "model.embed_tokens.weight"
 HF_OUTPUT = "lm_head.weight"
@@ -146,7 +200,7 @@ class Entry:
     kind: Kind
     """How the parts are joined and sharded."""
     parts: tuple[str, ...]
-    """HF names, in the order of the runs' part numbers."""
+    """HF names, in the order of the spans' part numbers."""
     shapes: tuple[tuple[int, ...], ...]
     """Shapes of the parts."""
     groups: int
@@ -157,9 +211,9 @@ class Entry:
         """Names with the layer's number: that of TransformerEngine's layer spec, then the local."""
         if self.layer is None:
             return (self.key,)
-        name = self.key.removeprefix("decoder.layers.")
+        name = self.key.removeprefix(LAYERS)
         spellings = dict.fromkeys([name, LOCAL_NAMES.get(name, name)])
-        return tuple(f"decoder.layers.{self.layer}.{spelling}" for spelling in spellings)
+        return tuple(f"{LAYERS}{self.layer}.{spelling}" for spelling in spellings)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -174,94 +228,94 @@ class Entry:
         return self.shape[1]
 
     @property
-    def runs(self) -> list[tuple[int, int, int]]:
-        """(part, first row there, rows), in the order of the parameter's rows at TP 1."""
+    def over(self) -> Axis | None:
+        """The axis of ranks that the parameter is cut over; None where each rank has all of it."""
+        if self.kind == "replicated":
+            return None
+        return "tp"
+
+    @property
+    def spans(self) -> list[PartSpan]:
+        """What the parameter is made of, in the order of its rows when it is not cut."""
         if self.kind != "qkv":
-            return [(part, 0, shape[0]) for part, shape in enumerate(self.shapes)]
+            return [PartSpan(part, 0, shape[0]) for part, shape in enumerate(self.shapes)]
 
         # Interleaved by KV group, so that a tensor-parallel rank's whole groups are adjacent rows.
-        runs = []
+        spans = []
         for group in range(self.groups):
             for part, shape in enumerate(self.shapes):
                 rows = shape[0] // self.groups
-                runs.append((part, group * rows, rows))
-        return runs
+                spans.append(PartSpan(part, group * rows, rows))
+        return spans
 
-    def local_ranges(
-        self, tp_rank: int, tp: int, *, padded_rows: int
-    ) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-        """Returns what a tensor-parallel rank holds of the parameter.
+    def shard(self, coordinates: Coordinates, *, padded_rows: int) -> Rectangle:
+        """Returns what a rank holds of the parameter.
 
         Args:
-            tp_rank, tp: which rank, of how many.
+            coordinates: where the rank is.
             padded_rows: rows of the padded vocabulary; read for a vocabulary only.
 
         Returns:
-            The row ranges [first, last) at TP 1, in the rank's own order, and the column range.
+            Rows and columns of the parameter that is not cut, in the rank's own order.
         """
+        number, ranks = coordinates.on(self.over)
         rows = self.shape[0]
         columns = (0, self.columns)
-        if self.kind == "replicated":
-            return [(0, rows)], columns
         if self.kind == "columns":
-            width = self.columns // tp
-            return [(0, rows)], (tp_rank * width, (tp_rank + 1) * width)
+            width = self.columns // ranks
+            return Rectangle(((0, rows),), (number * width, (number + 1) * width))
         if self.kind == "gate_up":
             # A rank holds its part of the gate and its part of up, one below the other.
-            height = self.shapes[0][0]
-            part = height // tp
-            halves = (0, height)
-            return [(top + tp_rank * part, top + (tp_rank + 1) * part) for top in halves], columns
+            up = self.shapes[0][0]
+            part = up // ranks
+            first = number * part
+            last = first + part
+            return Rectangle(((first, last), (up + first, up + last)), columns)
         if self.kind == "vocab":
             rows = padded_rows
-        part = rows // tp
-        return [(tp_rank * part, (tp_rank + 1) * part)], columns
+        part = rows // ranks
+        return Rectangle(((number * part, (number + 1) * part),), columns)
 
     def from_hf(
         self,
         hf: Sequence[StoredTensor],
         dtype: str,
-        ranges: Sequence[tuple[int, int]],
-        columns: tuple[int, int],
+        rectangle: Rectangle,
     ) -> Piece:
-        """Returns the rectangle `ranges` x `columns` of the parameter, made of its HF tensors."""
-        runs = row_ranges([Run(hf[part], row, rows) for part, row, rows in self.runs], ranges)
-        return self._piece(runs, dtype, ranges, columns)
+        """Returns a rectangle of the parameter, made of its HF tensors."""
+        spans = [RowSpan(hf[part], row, rows) for part, row, rows in self.spans]
+        return self._piece(spans, dtype, rectangle)
 
-    def from_megatron(
-        self,
-        megatron: StoredTensor,
-        dtype: str,
-        ranges: Sequence[tuple[int, int]],
-        columns: tuple[int, int],
-    ) -> Piece:
-        """Returns the rectangle `ranges` x `columns` of the parameter, out of any checkpoint."""
-        runs = row_ranges([Run(megatron, 0, self.shape[0])], ranges)
-        return self._piece(runs, dtype, ranges, columns)
+    def from_megatron(self, megatron: StoredTensor, dtype: str, rectangle: Rectangle) -> Piece:
+        """Returns a rectangle of the parameter, out of any checkpoint."""
+        return self._piece([RowSpan(megatron, 0, self.shape[0])], dtype, rectangle)
 
-    def _piece(
-        self,
-        runs: tuple[Run, ...],
-        dtype: str,
-        ranges: Sequence[tuple[int, int]],
-        columns: tuple[int, int],
-    ) -> Piece:
-        height = sum(last - first for first, last in ranges)
-        width = columns[1] - columns[0]
-        shape: tuple[int, ...] = (height,)
-        if len(self.shape) > 1:
-            shape = (height, width)
-        return Piece(f"{self.key}[{self.layer}]", dtype, shape, runs, columns[0], width)
+    def _piece(self, spans: Sequence[RowSpan], dtype: str, rectangle: Rectangle) -> Piece:
+        """Returns a rectangle of the parameter, whose rows are those of `spans`."""
+        return Piece(
+            name=f"{self.key}[{self.layer}]",
+            dtype=dtype,
+            shape=self.shape_of(rectangle),
+            spans=cut_rows(spans, rectangle.rows),
+            first_column=rectangle.columns[0],
+            columns=rectangle.width,
+        )
+
+    def shape_of(self, rectangle: Rectangle) -> tuple[int, ...]:
+        """Returns the shape of a tensor that holds a rectangle of the parameter."""
+        if len(self.shape) == 1:
+            return (rectangle.height,)
+        return rectangle.height, rectangle.width
 
     def to_hf(self, megatron: StoredTensor, part: int, dtype: str) -> Piece:
         """Returns HF tensor `part`, made of the Megatron parameter in a checkpoint."""
-        runs = []
+        spans = []
         top = 0
-        for owner, _, rows in self.runs:
+        for owner, _, rows in self.spans:
             if owner == part:
-                runs.append(Run(megatron, top, rows))
+                spans.append(RowSpan(megatron, top, rows))
             top += rows
-        return Piece(self.parts[part], dtype, self.shapes[part], tuple(runs), 0, self.columns)
+        return Piece(self.parts[part], dtype, self.shapes[part], tuple(spans), columns=self.columns)
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """Returns the HF tensors, out of every tensor-parallel rank's live parameter.
@@ -284,7 +338,7 @@ class Entry:
         qkv = _joined(shards)
         rows_of_parts: list[list[Tensor]] = [[] for _ in self.parts]
         top = 0
-        for part, _, rows in self.runs:
+        for part, _, rows in self.spans:
             rows_of_parts[part].append(qkv[top : top + rows])
             top += rows
         return [_joined(rows) for rows in rows_of_parts]
@@ -306,10 +360,8 @@ class Weights(Protocol):
     def dtype(self) -> str:
         """Key of DTYPE_BYTES: the embedding's dtype, which stands for all matrices."""
 
-    def megatron_piece(
-        self, entry: Entry, ranges: Sequence[tuple[int, int]], columns: tuple[int, int]
-    ) -> Piece:
-        """Returns the rectangle of a Megatron parameter, in the files' own dtype."""
+    def megatron_piece(self, entry: Entry, rectangle: Rectangle) -> Piece:
+        """Returns a rectangle of a Megatron parameter, in the files' own dtype."""
 
 
 def entries(architecture: Architecture) -> Iterator[Entry]:
@@ -335,7 +387,7 @@ def entries(architecture: Architecture) -> Iterator[Entry]:
                 continue
             shapes = [tuple(sizes[name] for name in dims) for dims in row.parts.values()]
             yield Entry(
-                key=f"decoder.layers.{row.name}",
+                key=f"{LAYERS}{row.name}",
                 layer=layer,
                 kind=row.kind,
                 parts=tuple(f"model.layers.{layer}.{name}" for name in row.parts),
@@ -344,7 +396,7 @@ def entries(architecture: Architecture) -> Iterator[Entry]:
             )
 
     yield Entry(
-        key="decoder.final_layernorm.weight",
+        key=FINAL_NORM,
         layer=None,
         kind="replicated",
         parts=("model.norm.weight",),

@@ -5,7 +5,7 @@ the other, one below the other, perhaps cut to some columns. So nothing here kno
 torch for bytes that stay as they are, or holds more than a block.
 
     StoredTensor    a matrix in files: rectangles, each contiguous in its file
-    Piece           a tensor to make: runs of rows of stored tensors, cut to a range of columns
+    Piece           a tensor to make: spans of rows of stored tensors, cut to a range of columns
     Piece.blocks    the piece's bytes in order, at most `block_bytes` at a time, in its dtype
 
 A vector is a matrix of one column.
@@ -31,7 +31,7 @@ TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "f
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Extent:
     """A rectangle of a matrix, its rows one after another in a file."""
 
     file: Path
@@ -58,7 +58,7 @@ class StoredTensor:
     """Key of DTYPE_BYTES."""
     shape: tuple[int, ...]
     """[rows, columns], or [rows] for a vector."""
-    chunks: tuple[Chunk, ...]
+    extents: tuple[Extent, ...]
     """Rectangles that tile it exactly."""
 
     @property
@@ -67,20 +67,20 @@ class StoredTensor:
         return prod(self.shape[1:])
 
     def check_tiling(self) -> None:
-        """Raises WeightsError where the chunks overlap or leave something out."""
+        """Raises WeightsError where the extents overlap or leave something out."""
         rows = self.shape[0]
         columns = self.columns
         inside = all(
-            chunk.row >= 0
-            and chunk.column >= 0
-            and chunk.row + chunk.rows <= rows
-            and chunk.column + chunk.columns <= columns
-            for chunk in self.chunks
+            extent.row >= 0
+            and extent.column >= 0
+            and extent.row + extent.rows <= rows
+            and extent.column + extent.columns <= columns
+            for extent in self.extents
         )
 
         overlap = False
-        for i, a in enumerate(self.chunks):
-            for b in self.chunks[:i]:
+        for i, a in enumerate(self.extents):
+            for b in self.extents[:i]:
                 shares_rows = max(a.row, b.row) < min(a.row + a.rows, b.row + b.rows)
                 shares_columns = max(a.column, b.column) < min(
                     a.column + a.columns, b.column + b.columns
@@ -88,16 +88,16 @@ class StoredTensor:
                 overlap |= shares_rows and shares_columns
 
         # Rectangles inside that do not overlap leave nothing out where their areas add up.
-        area = sum(chunk.rows * chunk.columns for chunk in self.chunks)
+        area = sum(extent.rows * extent.columns for extent in self.extents)
         if not inside or overlap or area != rows * columns:
             raise WeightsError(
-                f"{self.name}: its {len(self.chunks)} shards do not tile its shape "
+                f"{self.name}: its {len(self.extents)} shards do not tile its shape "
                 f"{list(self.shape)}; the checkpoint is incomplete or corrupt"
             )
 
 
 @dataclass(frozen=True)
-class Run:
+class RowSpan:
     """Consecutive rows of a stored tensor, or of zeros."""
 
     tensor: StoredTensor | None
@@ -118,10 +118,10 @@ class Piece:
     """Key of DTYPE_BYTES; rows of other dtypes are cast."""
     shape: tuple[int, ...]
     """Its shape; the product is rows times columns."""
-    runs: tuple[Run, ...]
+    spans: tuple[RowSpan, ...]
     """Its rows, top to bottom."""
     first_column: int = 0
-    """First column taken of the runs' tensors."""
+    """First column taken of the spans' tensors."""
     columns: int = 1
     """How many columns are taken."""
 
@@ -138,31 +138,31 @@ class Piece:
         """Yields the bytes in order. A block is valid until the next one is asked for.
 
         Args:
-            files: the files that the runs' tensors lie in.
+            files: the files that the spans' tensors lie in.
             block_bytes: largest block before the cast, but at least one row.
 
         Raises:
             WeightsError: a file ends before its data, or a value does not fit the dtype.
         """
         buffer = bytearray(0)
-        for run in self.runs:
+        for span in self.spans:
             source_dtype = self.dtype
-            if run.tensor is not None:
-                source_dtype = run.tensor.dtype
+            if span.tensor is not None:
+                source_dtype = span.tensor.dtype
             row_bytes = self.columns * DTYPE_BYTES[source_dtype]
             step = max(1, block_bytes // max(row_bytes, 1))
 
-            end = run.row + run.rows
-            for row in range(run.row, end, step):
+            end = span.row + span.rows
+            for row in range(span.row, end, step):
                 rows = min(step, end - row)
                 if len(buffer) < rows * row_bytes:
                     buffer = bytearray(rows * row_bytes)
                 block = memoryview(buffer)[: rows * row_bytes]
 
-                if run.tensor is None:
+                if span.tensor is None:
                     block[:] = bytes(len(block))
                 else:
-                    _read(run.tensor, files, block, row, rows, self.first_column, self.columns)
+                    _read(span.tensor, files, block, row, rows, self.first_column, self.columns)
                 if source_dtype != self.dtype:
                     block = _cast(block, source_dtype, self.dtype, self.name)
                 yield block
@@ -225,8 +225,8 @@ class OpenFiles:
 
 def whole(tensor: StoredTensor, dtype: str | None = None) -> Piece:
     """Returns the tensor as a piece: as it is, or cast to `dtype`."""
-    run = Run(tensor, 0, tensor.shape[0])
-    return Piece(tensor.name, dtype or tensor.dtype, tensor.shape, (run,), columns=tensor.columns)
+    span = RowSpan(tensor, 0, tensor.shape[0])
+    return Piece(tensor.name, dtype or tensor.dtype, tensor.shape, (span,), columns=tensor.columns)
 
 
 def check_stored(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
@@ -277,38 +277,40 @@ def _read(
     """Fills `block` with rows [row, row + rows) and columns [column, column + columns)."""
     size = DTYPE_BYTES[tensor.dtype]
     row_bytes = columns * size
-    for chunk in tensor.chunks:
-        top = max(row, chunk.row)
-        bottom = min(row + rows, chunk.row + chunk.rows)
-        left = max(column, chunk.column)
-        right = min(column + columns, chunk.column + chunk.columns)
+    for extent in tensor.extents:
+        top = max(row, extent.row)
+        bottom = min(row + rows, extent.row + extent.rows)
+        left = max(column, extent.column)
+        right = min(column + columns, extent.column + extent.columns)
         if top >= bottom or left >= right:
             continue
 
-        chunk_row_bytes = chunk.columns * size
-        start = chunk.offset + (top - chunk.row) * chunk_row_bytes + (left - chunk.column) * size
+        extent_row_bytes = extent.columns * size
+        start = (
+            extent.offset + (top - extent.row) * extent_row_bytes + (left - extent.column) * size
+        )
         part = block[(top - row) * row_bytes : (bottom - row) * row_bytes]
         inset = (left - column) * size
-        whole_rows_of_chunk = right - left == chunk.columns
+        whole_rows_of_extent = right - left == extent.columns
 
-        if whole_rows_of_chunk and chunk.columns == columns:
-            files.read_into(chunk.file, start, part)
-        elif whole_rows_of_chunk:
+        if whole_rows_of_extent and extent.columns == columns:
+            files.read_into(extent.file, start, part)
+        elif whole_rows_of_extent:
             import numpy as np
 
-            # A chunk narrower than the block: one read of all of it, then its rows to their places.
-            narrow = bytearray((bottom - top) * chunk_row_bytes)
-            files.read_into(chunk.file, start, memoryview(narrow))
+            # Narrower than the block: one read of all of it, then its rows to their places.
+            narrow = bytearray((bottom - top) * extent_row_bytes)
+            files.read_into(extent.file, start, memoryview(narrow))
             target = np.frombuffer(part, np.uint8).reshape(bottom - top, row_bytes)
-            target[:, inset : inset + chunk_row_bytes] = np.frombuffer(narrow, np.uint8).reshape(
-                bottom - top, chunk_row_bytes
+            target[:, inset : inset + extent_row_bytes] = np.frombuffer(narrow, np.uint8).reshape(
+                bottom - top, extent_row_bytes
             )
         else:
             # A range of its columns: one read a row, so that nothing else is read.
             length = (right - left) * size
             for i in range(bottom - top):
                 at = i * row_bytes + inset
-                files.read_into(chunk.file, start + i * chunk_row_bytes, part[at : at + length])
+                files.read_into(extent.file, start + i * extent_row_bytes, part[at : at + length])
 
 
 def _cast(block: memoryview, source: str, target: str, name: str) -> memoryview:
@@ -343,21 +345,21 @@ def stored_dtype(name: str) -> str:
     return name.upper().replace("FP", "F")
 
 
-def row_ranges(runs: Sequence[Run], ranges: Sequence[tuple[int, int]]) -> tuple[Run, ...]:
-    """Returns the rows [first, last) of each range, out of the rows that `runs` make.
+def cut_rows(spans: Sequence[RowSpan], ranges: Sequence[tuple[int, int]]) -> tuple[RowSpan, ...]:
+    """Returns the rows [first, last) of each range, out of the rows that `spans` make.
 
-    What lies below the last run is zeros.
+    What lies below the last span is zeros.
     """
     taken = []
     for first, last in ranges:
         top = 0
-        for run in runs:
+        for span in spans:
             low = max(first, top)
-            high = min(last, top + run.rows)
+            high = min(last, top + span.rows)
             if low < high:
-                taken.append(Run(run.tensor, run.row + low - top, high - low))
-            top += run.rows
+                taken.append(RowSpan(span.tensor, span.row + low - top, high - low))
+            top += span.rows
 
         if last > max(first, top):
-            taken.append(Run(None, 0, last - max(first, top)))
+            taken.append(RowSpan(None, 0, last - max(first, top)))
     return tuple(taken)

@@ -21,7 +21,14 @@ from megatron_real.parallel.cpu import device
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.hf import hf_files, hf_side_files
-from megatron_real.weights.mapping import EMBEDDING, OUTPUT, Weights, entries, hf_shapes
+from megatron_real.weights.mapping import (
+    EMBEDDING,
+    OUTPUT,
+    Coordinates,
+    Weights,
+    entries,
+    hf_shapes,
+)
 from megatron_real.weights.stored import OpenFiles, stored_dtype, torch_dtype
 
 _BLOCK_BYTES = 2**24
@@ -111,10 +118,10 @@ def _read_weights(
             if not names:
                 continue
 
-            ranges, columns = entry.local_ranges(tp_rank, tp, padded_rows=padded_rows)
+            rectangle = entry.shard(Coordinates(tp_rank, tp), padded_rows=padded_rows)
             for name in names:
                 target = parameters[name].data
-                piece = weights.megatron_piece(entry, ranges, columns)
+                piece = weights.megatron_piece(entry, rectangle)
                 if tuple(target.shape) != piece.shape:
                     raise WeightsError(
                         f"{', '.join(entry.parts)} give {name} the shape {piece.shape}, but the "

@@ -29,6 +29,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_real.disk import fsync
 from megatron_real.weights import WeightsError
@@ -58,6 +59,21 @@ class Target:
     """Where the file wants the CRC-32 of the piece's bytes."""
 
 
+class _WrittenRange(NamedTuple):
+    """Consecutive bytes of a file, as the manifest has them."""
+
+    file: str
+    """Relative path."""
+    offset: int
+    """First byte."""
+    num_bytes: int
+    """How many."""
+    crc: int
+    """CRC-32 of them."""
+    name: str
+    """The tensor that they are; HEADER for what is none."""
+
+
 @dataclass
 class Output:
     """The files of a directory to write."""
@@ -84,8 +100,8 @@ class Output:
         # A set of tensors first: those of a checkpoint stand in many pieces.
         tensors = set()
         for target in self.targets:
-            tensors |= {run.tensor for run in target.piece.runs if run.tensor is not None}
-        return {chunk.file for tensor in tensors for chunk in tensor.chunks}
+            tensors |= {span.tensor for span in target.piece.spans if span.tensor is not None}
+        return {extent.file for tensor in tensors for extent in tensor.extents}
 
     def fingerprint(self) -> str:
         """Returns what tells whether a partial directory belongs to this very conversion.
@@ -103,8 +119,8 @@ class Output:
             piece = target.piece
             # Not the tensor's name: the file's bytes do not depend on it.
             rows = [
-                (run.tensor and (run.tensor.dtype, run.tensor.chunks), run.row, run.rows)
-                for run in piece.runs
+                (span.tensor and (span.tensor.dtype, span.tensor.extents), span.row, span.rows)
+                for span in piece.spans
             ]
             columns = (piece.first_column, piece.columns)
             digest.update(repr((target.file, target.offset, piece.dtype, rows, columns)).encode())
@@ -181,8 +197,8 @@ def _refuse_foreign(out: Path) -> None:
         return
 
     try:
-        ranges = json.loads((out / MANIFEST).read_bytes())["ranges"]
-        written = {str(path) for path, *_ in ranges} | {MANIFEST}
+        ranges = _read_manifest(out)
+        written = {record.file for record in ranges} | {MANIFEST}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(
             f"{out} has no readable {MANIFEST}, so that no conversion wrote it; {remedy}"
@@ -195,17 +211,16 @@ def _refuse_foreign(out: Path) -> None:
 
     # Small files may have been edited since. Weights may not: they would take long to read.
     with OpenFiles() as files:
-        for path, offset, num_bytes, crc, name in ranges:
-            if name != HEADER:
+        for record in ranges:
+            if record.name != HEADER:
                 continue
+            path = out / record.file
             try:
-                unchanged = _crc(files, out / path, offset, num_bytes) == crc
+                unchanged = _crc(files, path, record.offset, record.num_bytes) == record.crc
             except WeightsError:
                 unchanged = False
             if not unchanged:
-                raise WeightsError(
-                    f"{out / path} was changed since a conversion wrote it; {remedy}"
-                )
+                raise WeightsError(f"{path} was changed since a conversion wrote it; {remedy}")
 
 
 def write_directory(
@@ -287,29 +302,41 @@ def check_manifest(directory: Path, *, skip: Callable[[str], bool] | None = None
     Raises:
         WeightsError: there is no manifest.
     """
-    covered = []
     try:
-        manifest = json.loads((directory / MANIFEST).read_bytes())
-        for path, offset, num_bytes, crc, name in manifest["ranges"]:
-            covered.append((str(path), int(offset), int(num_bytes), crc, str(name)))
+        ranges = _read_manifest(directory)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{directory} has no readable {MANIFEST} ({error})") from error
 
     problems = []
     with OpenFiles() as files:
-        for path, offset, num_bytes, crc, name in covered:
-            if skip is not None and skip(path):
+        for record in ranges:
+            if skip is not None and skip(record.file):
                 continue
             try:
-                checksum = _crc(files, directory / path, offset, num_bytes)
+                path = directory / record.file
+                checksum = _crc(files, path, record.offset, record.num_bytes)
             except WeightsError as error:
                 problems.append(str(error))
                 continue
-            if checksum != crc:
+            if checksum != record.crc:
                 problems.append(
-                    f"{path}: {name} has checksum {checksum:08x} but was written with {crc:08x}"
+                    f"{record.file}: {record.name} has checksum {checksum:08x} but was written "
+                    f"with {record.crc:08x}"
                 )
     return problems
+
+
+def _read_manifest(directory: Path) -> list[_WrittenRange]:
+    """Returns what the manifest of a directory says of each range.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: there is none, or it cannot be read as one.
+    """
+    manifest = json.loads((directory / MANIFEST).read_bytes())
+    ranges = []
+    for file, offset, num_bytes, crc, name in manifest["ranges"]:
+        ranges.append(_WrittenRange(str(file), int(offset), int(num_bytes), crc, str(name)))
+    return ranges
 
 
 @contextmanager
@@ -483,12 +510,14 @@ def _finish(output: Output, partial: Path, checksums: dict[int, int]) -> None:
     """Writes the manifest, then brings everything to disk."""
     ranges = []
     for index, target in enumerate(output.targets):
-        num_bytes = target.piece.num_bytes
-        ranges.append((target.file, target.offset, num_bytes, checksums[index], target.piece.name))
+        piece = target.piece
+        ranges.append(
+            _WrittenRange(target.file, target.offset, piece.num_bytes, checksums[index], piece.name)
+        )
     with OpenFiles() as files:
         for path, offset, data in output.literals:
             crc = _crc(files, partial / path, offset, len(data))
-            ranges.append((path, offset, len(data), crc, HEADER))
+            ranges.append(_WrittenRange(path, offset, len(data), crc, HEADER))
     manifest = {"algorithm": "crc32", "ranges": sorted(ranges)}
     (partial / MANIFEST).write_text(json.dumps(manifest) + "\n")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from tests.distributed.reference import Sample
 def trained_and_saved(
     config: Config, samples: list[Sample], folder: str, live: bool = False
 ) -> dict[str, Any]:
-    """Three updates, a copy of the state, three more, and only then the write of the copy.
+    """Makes three updates, copies the state, makes three more, and only then writes the copy.
 
     Args:
         live: the negative control: the state itself takes the place of its copy.
@@ -35,30 +36,37 @@ def trained_and_saved(
     rollouts = rollouts_of(samples)
     for batch in policy.prepare(rollouts):
         policy.update(batch)
-    found = state_of(policy)
+    state = state_of(policy)
+
     if live:
-        writer.host_copies = lambda like: [tensor.detach() for tensor in like]  # type: ignore[assignment]
+        # Nobody takes the patch back: this process ends with the function.
+        mock.patch.object(
+            writer, "host_copies", lambda like: [tensor.detach() for tensor in like]
+        ).start()
     store = writer.Staging(policy.groups.dp_cp)
     by_key, common = store.copy(sharded_state(policy))
     schedule = schedule_state(policy)
+
     for batch in policy.prepare(rollouts):
         policy.update(batch)
+
     first = dist.get_rank() == 0
     if first:
         Path(folder).mkdir()
     dist.barrier()
-    writer.write(
-        Path(folder), by_key, dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
-    )
+    group = None
+    if dist.get_world_size() > 1:
+        group = dist.new_group(backend="gloo")
+    writer.write(Path(folder), by_key, group)
     if first:
         writer.write_common(Path(folder), common)
-    return {**found, "schedule": schedule, "later": state_of(policy)["weights"]}
+    return {**state, "schedule": schedule, "later": state_of(policy)["weights"]}
 
 
 def resumed(
     config: Config, samples: list[Sample], folder: str, schedule: dict[str, int]
 ) -> dict[str, Any]:
-    """The state read back in this layout, and the weights three updates later."""
+    """Returns the state as it is read back in this layout, and the weights three updates later."""
     from megatron_real.checkpoint.state import load_schedule_state, load_sharded_state
     from megatron_real.checkpoint.unpickling import check_metadata, weights_only
 
@@ -67,10 +75,11 @@ def resumed(
     with weights_only(Path(folder)), counted_reads() as numbers:
         load_sharded_state(policy, Path(folder))
     load_schedule_state(policy, schedule)
-    found = {**state_of(policy), "numbers read": sum(numbers)}
+    state = state_of(policy)
+
     for batch in policy.prepare(rollouts_of(samples)):
         policy.update(batch)
-    return {**found, "later": state_of(policy)["weights"]}
+    return {**state, "numbers read": sum(numbers), "later": state_of(policy)["weights"]}
 
 
 @contextmanager
@@ -92,14 +101,14 @@ def counted_reads() -> Iterator[list[int]]:
 
 
 def numbers_of(folder: str) -> int:
-    """How many numbers the tensors of a checkpoint have."""
-    saved = FileSystemReader(folder).read_metadata().state_dict_metadata.values()
-    return sum(prod(one.size) for one in saved if isinstance(one, TensorStorageMetadata))
+    """Returns how many numbers the tensors of a checkpoint have."""
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata.values()
+    return sum(prod(entry.size) for entry in entries if isinstance(entry, TensorStorageMetadata))
 
 
 def state_of(policy: Any) -> dict[str, Any]:
-    """The weights by their HF names, and this rank's pieces of the optimizer's
-    state with their places.
+    """Returns the weights by HF names, and this rank's pieces of the optimizer's state, each with
+    its key, the whole tensor's shape and the piece's offset in it.
     """
     from megatron_real.checkpoint.state import sharded_state
 
@@ -111,7 +120,7 @@ def state_of(policy: Any) -> dict[str, Any]:
 
 
 def stopped_within_a_step(config: Config, samples: list[Sample], done: int) -> dict[str, Any]:
-    """The state of a step after `done` of its updates, and what the rest of them gave."""
+    """Returns the state of a step after `done` of its updates, and the scores of the others."""
     from megatron_real.checkpoint.state import unfinished
 
     policy = new_policy(config, config.model.path)
@@ -129,15 +138,16 @@ def stopped_within_a_step(config: Config, samples: list[Sample], done: int) -> d
 def taken_up(
     config: Config, samples: list[Sample], begun: dict[str, Any], done: int
 ) -> dict[str, Any]:
-    """The same rest, in this layout, from `begun`; the updates before it are made
-    again to have the same weights.
+    """Makes the rest of the step in this layout, from the state `begun`.
+
+    The updates before it are made again, to have the same weights.
     """
-    from megatron_real.checkpoint.state import Unfinished, prepare
+    from megatron_real.checkpoint.state import Unfinished, prepare_step
 
     policy = new_policy(config, config.model.path)
     for batch in policy.prepare(rollouts_of(samples))[:done]:
         policy.update(batch)
-    batches, updates = prepare(policy, rollouts_of(samples), Unfinished.from_state_dict(begun))
+    batches, updates = prepare_step(policy, rollouts_of(samples), Unfinished.from_state_dict(begun))
     assert len(updates) == done
     rest = [policy.update(batch) for batch in batches[done:]]
     return {
@@ -147,15 +157,20 @@ def taken_up(
 
 
 def assembled(ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The whole tensors of the optimizer's state, from the pieces of all ranks;
+    """Returns the whole tensors of the optimizer's state, from the pieces of all ranks;
     NaN where nobody has an element.
     """
     whole: dict[str, torch.Tensor] = {}
     for rank in ranks:
         for key, shape, offset, data in rank["pieces"]:
             tensor = whole.setdefault(key, torch.full(shape, torch.nan))
-            place = tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))
+            place = slices(offset, data.shape)
             known = ~tensor[place].isnan()
             assert torch.equal(tensor[place][known], data[known]), f"two ranks disagree on {key}"
             tensor[place] = data
     return whole
+
+
+def slices(offset: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
+    """Returns the box of `size` elements that begins at `offset`, as an index of a tensor."""
+    return tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))

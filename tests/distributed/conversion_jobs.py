@@ -7,41 +7,33 @@ from __future__ import annotations
 import queue
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from megatron_real.config import Config, ModelConfig
-from megatron_real.records import Completion, Prompt, Rollout, Verdict
-
-
-def _policy(config: Config) -> Any:
-    from megatron_real.parallel.groups import set_up
-    from megatron_real.policy.policy import Policy, PolicySettings
-    from megatron_real.weights.architecture import Architecture
-    from megatron_real.weights.hf import HfWeights
-
-    path = config.model.path
-    return Policy(
-        PolicySettings.of(config),
-        Architecture.read(path),
-        HfWeights(path),
-        set_up(config.parallel),
-        num_updates=100,
-    )
+from megatron_real.records import Completion, Label, Prompt, Rollout, Status, Verdict
+from tests.distributed.jobs import new_policy
 
 
 def _sharded(policy: Any) -> dict[str, Any]:
-    """The model's sharded state dict as Megatron-LM makes it: `model`, or `model0`,
-    ... with virtual stages.
-    """
+    """Returns the model's sharded state dict as Megatron-LM makes it."""
+    names = _names_of_chunks(policy)
+    return {
+        name: chunk.sharded_state_dict() for name, chunk in zip(names, policy.chunks, strict=True)
+    }
+
+
+def _names_of_chunks(policy: Any) -> list[str]:
+    """Returns Megatron-LM's names of the chunks: `model`, or `model0`, ... with virtual stages."""
     if len(policy.chunks) == 1:
-        return {"model": policy.chunks[0].sharded_state_dict()}
-    return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
+        return ["model"]
+    return [f"model{i}" for i in range(len(policy.chunks))]
 
 
 def _load_by_megatron(policy: Any, checkpoint: str) -> None:
-    """dist_checkpointing, or Megatron-LM's way with the older format:
+    """Loads by dist_checkpointing, or by Megatron-LM's way with the older format:
     torch.load and a strict load_state_dict.
     """
     from megatron.core import dist_checkpointing
@@ -50,23 +42,23 @@ def _load_by_megatron(policy: Any, checkpoint: str) -> None:
         loaded = dist_checkpointing.load(_sharded(policy), checkpoint)
     else:
         groups = policy.groups
-        suffix = f"_{groups.pp.rank():03d}" if groups.pp.size() > 1 else ""
-        file = Path(checkpoint) / f"mp_rank_{groups.tp.rank():02d}{suffix}/model_optim_rng.pt"
-        loaded = torch.load(file, weights_only=False)
-    for i, chunk in enumerate(policy.chunks):
-        chunk.load_state_dict(
-            loaded["model" if len(policy.chunks) == 1 else f"model{i}"], strict=True
-        )
+        folder = f"mp_rank_{groups.tp.rank():02d}"
+        if groups.pp.size() > 1:
+            folder += f"_{groups.pp.rank():03d}"
+        loaded = torch.load(Path(checkpoint) / folder / "model_optim_rng.pt", weights_only=False)
+    for name, chunk in zip(_names_of_chunks(policy), policy.chunks, strict=True):
+        chunk.load_state_dict(loaded[name], strict=True)
 
 
 def logits_of_checkpoint(config: Config, checkpoint: str, tokens: list[int]) -> Any:
-    """Logits [T, V] of tokens[:-1] (one rank of the last stage),
-    after megatron-core and we loaded alike.
+    """Returns the logits [T, V] of tokens[:-1] on one rank, None on others.
+
+    First megatron-core's loader and ours must fill the parameters with the same values.
     """
     from megatron_real.conversion.convert import open_megatron
     from megatron_real.weights.stream import global_parameters
 
-    policy = _policy(config)
+    policy = new_policy(config, config.model.path)
     parameters = list(global_parameters(policy.chunks).items())
     _load_by_megatron(policy, checkpoint)
     by_megatron = {name: parameter.detach().clone() for name, parameter in parameters}
@@ -80,20 +72,24 @@ def logits_of_checkpoint(config: Config, checkpoint: str, tokens: list[int]) -> 
 
 
 def _logits(policy: Any, tokens: list[int]) -> Any:
-    """Through the pipeline schedule, as in training."""
+    """Computes the logits through the pipeline schedule, as in training."""
     from megatron_real.policy.parity import captured_logits
 
     completion = Completion(tuple(tokens[1:]), (0.0,) * (len(tokens) - 1), "", True)
     prompt = Prompt("0", "", tuple(tokens[:1]), ("",))
-    rollouts = [Rollout(prompt, 0, i, completion, Verdict("ok", i, float(i))) for i in range(2)]
+    # A group needs one rollout of each label.
+    rollouts = [
+        Rollout(prompt, 0, i, completion, Verdict(Status.OK, Label(i), float(i))) for i in range(2)
+    ]
     batch = policy.whole(rollouts)
     if not policy.groups.is_last_stage:
         policy.step.old_logprobs(batch)
         return None
-    with captured_logits(policy.chunks[-1].output_layer) as found:
+    with captured_logits(policy.chunks[-1].output_layer) as captured:
         policy.step.old_logprobs(batch)
-    logits = found[0][: len(tokens) - 1]
-    return logits.numpy() if policy.groups.tp.rank() == 0 else None
+    if policy.groups.tp.rank() != 0:
+        return None
+    return captured[0][: len(tokens) - 1].numpy()
 
 
 def save_by_megatron(config: Config, out: str, *, steps: int) -> dict[str, Any] | None:
@@ -107,7 +103,7 @@ def save_by_megatron(config: Config, out: str, *, steps: int) -> dict[str, Any] 
     # all else here. This process alone puts results in and takes them out.
     filesystem_async._results_queue = queue.Queue()
 
-    policy = _policy(config)
+    policy = new_policy(config, config.model.path)
     for step in range(steps):
         torch.manual_seed(step)  # the same on all ranks: replicas must not drift apart
         for chunk in policy.ddp:
@@ -116,6 +112,7 @@ def save_by_megatron(config: Config, out: str, *, steps: int) -> dict[str, Any] 
                 parameter.main_grad.copy_(torch.randn(parameter.shape) * 0.01)
         done, _, _ = policy.optimizer.step()
         assert done
+
     policy.gather_parameters()  # the next forward pass would, under overlap_param_gather
     state = _sharded(policy)
     state["optimizer"] = policy.optimizer.sharded_state_dict(
@@ -125,16 +122,17 @@ def save_by_megatron(config: Config, out: str, *, steps: int) -> dict[str, Any] 
         Path(out).mkdir(parents=True)
     dist.barrier()
     dist_checkpointing.save(state, out)
+
     gathered = {name: tensor.clone() for name, tensor in policy.stream()}
     return gathered if dist.get_rank() == 0 else None
 
 
 def load_by_megatron_lm(path: str, checkpoint: str, ckpt_format: str) -> dict[str, Any]:
-    """Megatron-LM's own load_checkpoint, as its pretrain scripts call it;
-    the HF tensors that the model then holds.
+    """Loads by Megatron-LM's own load_checkpoint, as its pretrain scripts call it,
+    and returns the HF tensors that the model then holds.
 
-    Of its arguments only those of the model's sizes are given, the rest comes by
-    --use-checkpoint-args.
+    Of its arguments only the sizes that it demands are given; the rest come from the checkpoint,
+    by --use-checkpoint-args.
     """
     import sys
     import typing
@@ -145,29 +143,27 @@ def load_by_megatron_lm(path: str, checkpoint: str, ckpt_format: str) -> dict[st
     from megatron.training.arguments import parse_args
 
     config = Config(model=ModelConfig(path=path, dtype="fp32", layers="local"))
-    policy = _policy(config)
+    policy = new_policy(config, config.model.path)
     sizes = policy.architecture
     given = {
         "--num-layers": sizes.num_layers,
         "--hidden-size": sizes.hidden_size,
         "--seq-length": 64,
-    }
-    given |= {
         "--num-attention-heads": sizes.num_heads,
         "--max-position-embeddings": sizes.max_positions,
+        "--micro-batch-size": 1,
+        "--load": checkpoint,
+        "--ckpt-format": ckpt_format,
     }
-    given |= {"--micro-batch-size": 1, "--load": checkpoint, "--ckpt-format": ckpt_format}
     flags = ["--finetune", "--no-load-optim", "--no-load-rng", "--use-checkpoint-args"]
-    before, sys.argv = (
-        sys.argv,
-        ["pretrain_gpt.py", *(str(word) for pair in given.items() for word in pair), *flags],
-    )
-    try:
+    words = [str(word) for option in given.items() for word in option]
+    with mock.patch.object(sys, "argv", ["pretrain_gpt.py", *words, *flags]):
         args = parse_args()
-    finally:
-        sys.argv = before
-    args.rank, args.world_size, args.padded_vocab_size = 0, 1, sizes.padded_vocab(1)
-    args.tensor_model_parallel_size = args.pipeline_model_parallel_size = 1
+    args.rank = 0
+    args.world_size = 1
+    args.padded_vocab_size = sizes.padded_vocab(1)
+    args.tensor_model_parallel_size = 1
+    args.pipeline_model_parallel_size = 1
     args.virtual_pipeline_model_parallel_size = None
     global_vars.set_args(args)
     try:

@@ -15,40 +15,48 @@ from megatron_real.doctor.finding import Finding
 
 
 def clocks(*, nodes: int, ahead: float) -> Finding:
-    """Ranks spread over so many nodes; the last node's clock is `ahead` seconds."""
-    rank, size = dist.get_rank(), dist.get_world_size()
+    """Compares clocks over `nodes` nodes; that of the last node is `ahead` seconds fast."""
+    rank = dist.get_rank()
+    size = dist.get_world_size()
     hosts = [f"n{r * nodes // size}" for r in range(size)]
-    true, off = time.time, ahead if hosts[rank] == f"n{nodes - 1}" else 0.0
-    with mock.patch.object(network.time, "time", lambda: true() + off):
+
+    on_last_node = hosts[rank] == f"n{nodes - 1}"
+    offset = ahead * on_last_node
+    true_time = time.time
+    with mock.patch.object(time, "time", lambda: true_time() + offset):
         return network.clocks(hosts)
 
 
 def shared_directory(*, directories: list[Path]) -> Finding:
-    """Each rank's view of the run directory."""
+    """Runs the check of the run directory, which each rank sees at its own path."""
     return network.shared_directory(directories[dist.get_rank()])
 
 
 def all_reduce(*, faulty_rank: int | None) -> Finding:
-    """A faulty rank adds 1 to one element of its sum."""
-    true = dist.all_reduce
+    """Runs the check of sums, in which a faulty rank adds 1 to one element."""
+    true_all_reduce = dist.all_reduce
 
     def wrong(tensor: Any, **options: Any) -> None:
-        true(tensor, **options)
+        true_all_reduce(tensor, **options)
+        # The check itself sums without options; what the ranks agree on afterwards stays right.
         if not options and dist.get_rank() == faulty_rank:
             tensor[-1] += 1
 
-    with mock.patch.object(network.dist, "all_reduce", wrong):
+    with mock.patch.object(dist, "all_reduce", wrong):
         return network.all_reduce(nodes=2, size=4 << 20)
 
 
 def reported(*, run_dir: Path) -> list[Finding]:
-    """The whole report of two nodes, whose disks are made to differ:
-    a throttled one gives both the same figure.
+    """Returns the whole report of two nodes, whose disks are made to differ.
+
+    Without that, a throttled disk could give both the same figure, and the test would not see
+    two findings.
     """
-    rank, true = dist.get_rank(), machine._written_and_read
+    rank = dist.get_rank()
+    true_figures = machine._written_and_read
 
     def measured(file: Path) -> tuple[float, float]:
-        write_mb, read_mb = true(file)
+        write_mb, read_mb = true_figures(file)
         return write_mb + 1e6 * (rank // 2), read_mb
 
     place = {

@@ -32,7 +32,7 @@ def rollouts_of(samples: list[Sample]) -> list[Rollout]:
 def completion_of(sample: Sample) -> Completion:
     """The engine's log-probs are 0, and NaN where no token is trained: nothing may read those."""
     trained = sample.trained or (True,) * len(sample.response)
-    logprobs = [0.0 if one else math.nan for one in trained]
+    logprobs = [0.0 if is_trained else math.nan for is_trained in trained]
     return Completion(sample.response, logprobs, "", True, trained)
 
 
@@ -57,27 +57,31 @@ def gradient(config: Config, old_path: str | None, samples: list[Sample]) -> dic
     """
     policy = new_policy(config, config.model.path)
     batch = prepared(policy, old_path, samples)
-    forwards = [0]
+    forwards = 0
+
+    def count(*_: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+
     for chunk in policy.chunks:
-        chunk.register_forward_pre_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
+        chunk.register_forward_pre_hook(count)
     result = policy.gradient(batch)
     return {
         "loss": result.loss,
         "gradients": gradients_of(policy),
-        "forwards": forwards[0] / len(policy.chunks) / len(batch.micro_batches),
+        "forwards": forwards / len(policy.chunks) / len(batch.micro_batches),
         "placement": batch.plan.placement,
     }
 
 
 def prepared(policy: Any, old_path: str | None, samples: list[Sample]) -> Any:
-    """The minibatch as one batch; with `old_path`, its old log-probs are those of
-    the weights there.
-    """
+    """Packs the minibatch as one batch; with `old_path` its old log-probs are of those weights."""
     from megatron_real.weights.hf import HfWeights
 
     settings = policy.settings
     (cut,) = minibatches(rollouts_of(samples), settings.objective, groups_per_minibatch=1000)
     batch = policy.packer.pack(cut, off_policy=old_path is not None)
+
     if old_path is not None:
         policy.load_parameters(HfWeights(old_path))
         policy.step.old_logprobs(batch)
@@ -86,7 +90,7 @@ def prepared(policy: Any, old_path: str | None, samples: list[Sample]) -> Any:
 
 
 def gradients_of(policy: Any) -> dict[str, Any] | None:
-    """The gradient buffers under HF names, on the first rank: the sync's mapping is linear,
+    """Returns the gradient buffers under HF names on the first rank: the sync's mapping is linear,
     so it fits gradients.
     """
     for chunk in policy.chunks:
@@ -97,7 +101,7 @@ def gradients_of(policy: Any) -> dict[str, Any] | None:
 
 
 def naive_gradient(config: Config, old_path: str, samples: list[Sample]) -> dict[str, Any]:
-    """Each micro-batch's loss over its own rollouts alone, averaged over micro-batches."""
+    """Averages, over micro-batches, each one's loss over its own rollouts alone."""
     from megatron_real.objective import real_loss, sequence_scores
 
     policy = new_policy(config, config.model.path)
@@ -106,7 +110,8 @@ def naive_gradient(config: Config, old_path: str, samples: list[Sample]) -> dict
     assert count > 1, "the control needs groups that are cut"
 
     def naive(index: int, outputs: Any) -> torch.Tensor:
-        micro, old_T = batch.micro_batches[index], batch.results[index].old_logprob_T
+        micro = batch.micro_batches[index]
+        old_T = batch.results[index].old_logprob_T
         used = slice(0, micro.num_used)
         score_R = sequence_scores(
             outputs.logprob_T[used],
@@ -124,71 +129,76 @@ def naive_gradient(config: Config, old_path: str, samples: list[Sample]) -> dict
 
 
 def averaged_gradient(config: Config, samples: list[Sample]) -> dict[str, Any]:
-    """The gradient with Megatron's data-parallel averaging left on."""
+    """Returns the gradient with Megatron's data-parallel averaging left on."""
     from megatron_real.policy import model
 
-    ours = model.transformer_config
+    summing = model.transformer_config
 
     def averaging(*args: Any, **kwargs: Any) -> Any:
-        made = ours(*args, **kwargs)
-        made.calculate_per_token_loss = False
-        return made
+        transformer_config = summing(*args, **kwargs)
+        transformer_config.calculate_per_token_loss = False
+        return transformer_config
 
     model.transformer_config = averaging
     try:
         policy = new_policy(config, config.model.path)
     finally:
-        model.transformer_config = ours
-    policy.chunks[0].config.calculate_per_token_loss = True  # the schedule sums; only DDP averages
+        model.transformer_config = summing
+
+    # Only DDP is to average: the schedule reads the flag again, and sums.
+    policy.chunks[0].config.calculate_per_token_loss = True
     policy.gradient(prepared(policy, None, samples))
     return {"gradients": gradients_of(policy)}
 
 
 def updates(config: Config, samples: list[Sample]) -> dict[str, Any]:
-    """Three updates on one step's rollouts: the first on-policy, the others with a scoring pass."""
+    """Makes three updates on one step's rollouts: the first on-policy, the others after scoring."""
     policy = new_policy(config, config.model.path)
     start = {name: tensor.clone() for name, tensor in policy.stream()}
-    done = [policy.update(batch) for batch in policy.prepare(rollouts_of(samples))]
-    assert len(done) == 3, "five groups, two a minibatch"
+    results = [policy.update(batch) for batch in policy.prepare(rollouts_of(samples))]
+    assert len(results) == 3, "five groups, two a minibatch"
     return {
-        "losses": [u.gradient.loss for u in done],
-        "grad_norms": [u.grad_norm for u in done],
+        "losses": [u.gradient.loss for u in results],
+        "grad_norms": [u.grad_norm for u in results],
         "start": start,
         "weights": {name: tensor.clone() for name, tensor in policy.stream()},
     }
 
 
 def poisoned_update(config: Config, samples: list[Sample]) -> dict[str, Any]:
-    """Two updates with a NaN among the old log-probs, then a sound one."""
+    """Makes two updates with a NaN among the old log-probs, then a sound one."""
     policy = new_policy(config, config.model.path)
     batches = policy.prepare(rollouts_of(samples))
-    poisoned, sound = batches[1], batches[2]
+    poisoned = batches[1]
+    sound = batches[2]
     for micro, results in zip(poisoned.micro_batches, poisoned.results, strict=True):
         results.old_logprob_T[micro.kept_K] = torch.nan
+
     start = {name: tensor.clone() for name, tensor in policy.stream()}
-    done = [policy.update(poisoned) for _ in range(2)]
+    updates = [policy.update(poisoned) for _ in range(2)]
     unchanged = all(torch.equal(tensor, start[name]) for name, tensor in policy.stream())
-    done.append(policy.update(sound))
+    updates.append(policy.update(sound))
     return {
-        "skipped": [u.skipped for u in done],
-        "in_a_row": [u.skipped_in_a_row for u in done],
+        "skipped": [u.skipped for u in updates],
+        "in_a_row": [u.skipped_in_a_row for u in updates],
         "unchanged": unchanged,
     }
 
 
 def logprobs(config: Config, samples: list[Sample]) -> torch.Tensor | None:
-    """Log-probs of all response tokens in sample order, on the ranks that have them."""
+    """Returns the log-probs of all response tokens in sample order, on the ranks that have them."""
     policy = new_policy(config, config.model.path)
     batch = policy.whole(rollouts_of(samples))
     policy.step.old_logprobs(batch)
     if not policy.groups.is_last_stage:
         return None
-    found: dict[int, torch.Tensor] = {}
+
+    by_position: dict[int, torch.Tensor] = {}
     for micro, results in zip(batch.micro_batches, batch.results, strict=True):
         for k, position in enumerate(micro.positions):
             own = slice(int(micro.cu_seqlens[k]), int(micro.cu_seqlens[k + 1]))
-            found[position] = results.old_logprob_T[own][micro.target_T[own] >= 0]
-    return torch.cat([found[i] for i in sorted(found)])
+            by_position[position] = results.old_logprob_T[own][micro.target_T[own] >= 0]
+    return torch.cat([by_position[i] for i in sorted(by_position)])
 
 
 def export(config: Config, out: str) -> None:

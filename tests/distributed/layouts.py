@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
+Dtype = Literal["fp64", "fp32", "bf16"]
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -56,17 +58,8 @@ class Layout:
     def __str__(self) -> str:
         names = [f"{k}{getattr(self, k)}" for k in ("tp", "pp", "vpp", "cp", "dp")]
         flags = [k for k in ("sp", "first") if getattr(self, k)]
-        return "-".join(
-            [
-                *names,
-                *flags,
-                self.placement,
-                self.packing,
-                str(self.max_tokens),
-                self.model,
-                self.logprobs,
-            ]
-        )
+        words = [self.placement, self.packing, str(self.max_tokens), self.model, self.logprobs]
+        return "-".join([*names, *flags, *words])
 
 
 LEVELS = {name: get_args(hint) for name, hint in get_type_hints(Layout).items()}
@@ -80,7 +73,10 @@ def random_layout(draw: random.Random) -> Layout:
 
 
 def possible_pairs() -> frozenset[tuple[Any, ...]]:
-    """Every pair of levels that some possible layout has (6,000 random ones see them all)."""
+    """Every pair of levels that some possible layout has.
+
+    6,000 random layouts have them all: more draws find no further pair.
+    """
     draw = random.Random(0)
     return frozenset().union(*(random_layout(draw).pairs for _ in range(6_000)))
 
@@ -89,11 +85,14 @@ def pairwise_cover() -> list[Layout]:
     """Greedy: of 300 random layouts always the one with the most new pairs,
     until none is missing.
     """
-    draw, missing, rows = random.Random(1), set(possible_pairs()), []
+    draw = random.Random(1)
+    missing = set(possible_pairs())
+    rows: list[Layout] = []
     while missing:
         best = max(
             (random_layout(draw) for _ in range(300)), key=lambda row: len(row.pairs & missing)
         )
+        # None of the 300 may have a new pair when few are left: then draw again.
         if best.pairs & missing:
             rows.append(best)
             missing -= best.pairs
@@ -105,9 +104,9 @@ def level_cover(rows: Sequence[Layout]) -> list[Layout]:
     far fewer than for the pairs.
     """
     missing = {(factor, level) for factor, levels in LEVELS.items() for level in levels}
-    chosen: list[Layout] = []
+    cover: list[Layout] = []
     while missing:
         best = max(rows, key=lambda row: len(row.levels & missing))
-        chosen.append(best)
+        cover.append(best)
         missing -= best.levels
-    return [row for row in rows if row in chosen]
+    return [row for row in rows if row in cover]

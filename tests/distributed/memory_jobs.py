@@ -20,7 +20,7 @@ from tests.distributed.reference import Sample
 
 
 def measured(config: Config, samples: list[Sample]) -> dict[str, int]:
-    """Of one rank: its parameters, the bytes that it holds between passes,
+    """Measures one rank: its parameters, the bytes that it holds between passes,
     and what each pass adds at its peak.
 
     A first update comes before: it makes the optimizer's states and megatron-core's communication
@@ -36,23 +36,26 @@ def measured(config: Config, samples: list[Sample]) -> dict[str, int]:
     batch = policy.packer.pack(cut, off_policy=False)
     policy.update(batch)
     held = living_bytes() - before
+
     buffers = [buffer for chunk in policy.ddp for buffer in chunk.buffers]
+    # The update comes before the old log-probs: without them it is forward and backward alone.
+    update = peak_bytes(lambda: policy.update(batch))
+    old_logprobs = peak_bytes(lambda: policy.step.old_logprobs(batch))
     return {
         "parameters": sum(p.numel() for chunk in policy.chunks for p in chunk.parameters()),
         "gradients": sum(b.grad_data.nbytes for b in buffers),
         "held": held,
-        "update": peak_bytes(
-            lambda: policy.update(batch)
-        ),  # no old log-probs yet: forward and backward alone
-        "old_logprobs": peak_bytes(lambda: policy.step.old_logprobs(batch)),
+        "update": update,
+        "old_logprobs": old_logprobs,
     }
 
 
 def living_bytes() -> int:
-    """Bytes of all tensors of this process."""
+    """Returns the bytes of all tensors of this process; a shared storage counts once."""
     gc.collect()
     tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
-    return sum({s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in tensors)}.values())
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
@@ -68,12 +71,13 @@ def _peak(run: Callable[[], Any]) -> int:
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
-    ours: dict[int, int] = {}  # what was there before is released in here, too
+
+    # Only what is allocated here counts: memory from before may be released here too.
+    ours: dict[int, int] = {}
     live = peak = 0
     for address, size in _allocations(recorded):
-        live -= ours.pop(
-            address, 0
-        )  # also where the release was missed: the address is given out again
+        # An address that is given out again was released, even where the profiler missed it.
+        live -= ours.pop(address, 0)
         if size > 0:
             ours[address] = size
             live += size
@@ -82,7 +86,7 @@ def _peak(run: Callable[[], Any]) -> int:
 
 
 def _allocations(recorded: Any) -> list[tuple[int, int]]:
-    """(address, bytes) in order of time; the bytes of a release are negative."""
+    """Returns (address, bytes) in order of time; the bytes of a release are negative."""
 
     def walk(events: Iterable[Any]) -> Iterator[Any]:
         for event in events:

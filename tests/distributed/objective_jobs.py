@@ -17,8 +17,9 @@ from tests.distributed.reference import Sample
 
 
 def objective_of(name: str, settings: Mapping[str, Any], kl: Mapping[str, Any] | None) -> Objective:
-    penalty = {"kl": KlConfig(**kl)} if kl else {}
-    return make_objective(name, **settings, **penalty)
+    if kl:
+        return make_objective(name, **settings, kl=KlConfig(**kl))
+    return make_objective(name, **settings)
 
 
 def gradients(
@@ -28,7 +29,9 @@ def gradients(
     samples: list[Sample],
     cases: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any] | None]],
 ) -> dict[str, dict[str, Any]]:
-    """Of each case: loss, gradient of every parameter under its HF name, and the clipped shares."""
+    """Returns for each case the loss, the gradient of every parameter under its HF name,
+    and the clipped shares.
+    """
     from megatron_real.policy.reference import Reference
     from megatron_real.policy.train_step import TrainStep
     from megatron_real.weights.hf import HfWeights
@@ -36,7 +39,8 @@ def gradients(
     policy = jobs.new_policy(config, config.model.path)
     rollouts = Reference(policy, HfWeights(reference_path)).annotated(jobs.rollouts_of(samples))
 
-    steps, batches = {}, {}
+    steps = {}
+    batches = {}
     for case, description in cases.items():
         objective = objective_of(*description)
         steps[case] = TrainStep(policy.passes, policy.groups, objective, mismatch_bound=0.1)
@@ -51,25 +55,27 @@ def gradients(
             step.old_logprobs(batches[case])
         policy.load_parameters(HfWeights(config.model.path))
 
-    found = {}
+    results = {}
     for case, step in steps.items():
         policy.zero_gradients()
         gradient = step.gradient(batches[case])
-        found[case] = {
+        results[case] = {
             "loss": gradient.loss,
             "gradients": gradients_of(policy),
             "clipped": (gradient.clipped_low_share, gradient.clipped_high_share),
             "low_ratio": gradient.low_ratio_tokens,
         }
-    return found
+    return results
 
 
 def gradients_of(policy: Any) -> dict[str, Any] | None:
-    """The gradient buffers under HF names, on the first rank; the parameters are as before."""
+    """Returns the gradient buffers under HF names, on the first rank; keeps the parameters."""
     parameters = [p for chunk in policy.chunks for p in chunk.parameters()]
     own = [p.data for p in parameters]
     for parameter in parameters:
         parameter.data = parameter.main_grad
+
+    # Every rank takes part in the stream; the first one alone keeps what comes.
     named = {name: tensor.double().clone().numpy() for name, tensor in policy.stream()}
     for parameter, data in zip(parameters, own, strict=True):
         parameter.data = data
@@ -85,11 +91,11 @@ def mismatches(config: Config, samples: list[Sample]) -> dict[str, list[float]]:
 
     policy = jobs.new_policy(config, config.model.path)
     rollouts = jobs.rollouts_of(samples)
-    found = {}
+    means = {}
     for name in OBJECTIVES:
         step = TrainStep(policy.passes, policy.groups, make_objective(name), mismatch_bound=0.1)
-        found[name] = step.mismatch(policy.whole(rollouts)).tolist()
-    return found
+        means[name] = step.mismatch(policy.whole(rollouts)).tolist()
+    return means
 
 
 def averaged_per_micro_batch(

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TAU, TEMPERATURE = 0.5, 0.6
+TAU = 0.5
+TEMPERATURE = 0.6
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,16 @@ def minibatch(seed: int, vocab: int) -> list[Sample]:
     for group, members in labels.items():
         prompt = tokens(length(2, 9))
         for i, label in enumerate(members):
-            response = tokens(1 if i == 1 else length(2, 15))
-            trained = _masked(len(response)) if seed % 2 == 0 else None
+            # The second response of each group has one token.
+            num_tokens = 1
+            if i != 1:
+                num_tokens = length(2, 15)
+            response = tokens(num_tokens)
+            trained = None
+            if seed % 2 == 0:
+                trained = _masked(num_tokens)
             samples.append(Sample(prompt, response, label, group, trained))
+
     order = torch.randperm(len(samples), generator=generator).tolist()
     return [samples[i] for i in order]
 
@@ -104,7 +112,9 @@ def logprobs(model: Any, sample: Sample) -> Tensor:
     ids = torch.tensor([sample.prompt + sample.response])
     logits = model(ids).logits[0, len(sample.prompt) - 1 : -1] / TEMPERATURE
     logprob = logits.log_softmax(-1).gather(1, torch.tensor(sample.response)[:, None])[:, 0]
-    return logprob if sample.trained is None else logprob[torch.tensor(sample.trained)]
+    if sample.trained is None:
+        return logprob
+    return logprob[torch.tensor(sample.trained)]
 
 
 def loss(scores: list[Tensor], samples: list[Sample]) -> Tensor:
@@ -115,6 +125,7 @@ def loss(scores: list[Tensor], samples: list[Sample]) -> Tensor:
     for i, sample in enumerate(samples):
         if sample.label != -1:
             groups[sample.group].append(i)
+
     zero = torch.zeros((), dtype=torch.float64)
     total = zero
     for members in groups.values():
@@ -124,6 +135,7 @@ def loss(scores: list[Tensor], samples: list[Sample]) -> Tensor:
             positive_sum = sum((torch.exp(-scores[i] / TAU) for i in positive), start=zero)
             negative_sum = sum((torch.exp(scores[j] / TAU) for j in negative), start=zero)
             total = total + torch.log(1 + positive_sum) + torch.log(1 + negative_sum)
+    # The groups of one class count in the denominator.
     return total / len(groups)
 
 
@@ -134,12 +146,13 @@ def gradient(
     rollouts drawn by those of `old_path` (None: by `path` itself).
     """
     model = load(path)
-    old = model if old_path is None else load(old_path)
+    old = load(old_path or path)
     scores = []
     for sample in samples:
         with torch.no_grad():
             old_logprob = logprobs(old, sample)
         scores.append((logprobs(model, sample) - old_logprob).mean())
+
     value = loss(scores, samples)
     value.backward()
     return float(value), {name: p.grad for name, p in model.named_parameters()}

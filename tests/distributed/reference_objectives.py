@@ -4,7 +4,7 @@ Each takes the sequences of a minibatch one by one and is differentiated directl
 through the whole model.
 
     s.logprob, s.old, s.reference    [n] log-probs of a sequence's response tokens
-    s.reward, s.label, s.group       what the verifier said of it
+    s.reward, s.label, s.group       its reward and label by the verifier, and its group
 """
 
 from __future__ import annotations
@@ -64,12 +64,15 @@ def negatives(group: Group) -> Group:
 
 
 def advantages(group: Group, *, scaled: bool = True) -> list[float]:
+    """Rewards less their mean; `scaled`: in units of their standard deviation (n - 1)."""
     rewards = [s.reward for s in group]
     mean = sum(rewards) / len(rewards)
     if max(rewards) == min(rewards):
         return [0.0] * len(rewards)
-    deviation = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1))
-    return [(r - mean) / (deviation if scaled else 1.0) for r in rewards]
+    scale = 1.0
+    if scaled:
+        scale = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1))
+    return [(r - mean) / scale for r in rewards]
 
 
 def ppo(ratio: Tensor, advantage: float, low: float, high: float) -> Tensor:
@@ -87,15 +90,15 @@ def real(sequences: list[Sequence], variant: str) -> Any:
     def loss(group: Group) -> Any:
         if not positives(group) or not negatives(group):
             return 0.0
-        right = sum(torch.exp(-s.score / TAU) for s in positives(group))
-        wrong = sum(torch.exp(s.score / TAU) for s in negatives(group))
+        right = torch.stack([torch.exp(-s.score / TAU) for s in positives(group)]).sum()
+        wrong = torch.stack([torch.exp(s.score / TAU) for s in negatives(group)]).sum()
         if variant == "anchored":
             return torch.log(1 + right) + torch.log(1 + wrong)
         if variant == "vanilla":
             return torch.log(1 + right * wrong)
-        return -sum(torch.log(torch.sigmoid(s.score / TAU)) for s in positives(group)) - sum(
-            torch.log(1 - torch.sigmoid(s.score / TAU)) for s in negatives(group)
-        )
+        of_positives = sum(torch.log(torch.sigmoid(s.score / TAU)) for s in positives(group))
+        of_negatives = sum(torch.log(1 - torch.sigmoid(s.score / TAU)) for s in negatives(group))
+        return -of_positives - of_negatives
 
     return mean_over_groups(loss, sequences)
 
@@ -154,7 +157,7 @@ def gspo(sequences: list[Sequence], low: float, high: float) -> Any:
 
 
 def cispo(sequences: list[Sequence], low: float, high: float) -> Any:
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64)
     for group in groups_of(sequences):
         for s, a in zip(group, advantages(group), strict=True):
             weight = torch.clamp(torch.exp(s.logprob - s.old), low, high).detach()
@@ -166,7 +169,9 @@ def sapo(sequences: list[Sequence]) -> Any:
     def loss(group: Group) -> Any:
         terms = []
         for s, a in zip(group, advantages(group), strict=True):
-            tau = 1.0 if a > 0 else 1.05
+            tau = 1.05
+            if a > 0:
+                tau = 1.0
             gate = torch.sigmoid(tau * (torch.exp(s.logprob - s.old) - 1)) * 4 / tau
             terms.append(-(gate * a).mean())
         return sum(terms) / len(group)
@@ -178,11 +183,11 @@ def disco(sequences: list[Sequence], tau: float, beta: float, delta: float) -> A
     def gap(group: Group) -> Any:
         if not positives(group) or not negatives(group):
             return 0.0
-        wrong = [torch.exp(s.logprob.mean() / tau) for s in negatives(group)]
-        right = sum(s.logprob.mean() for s in positives(group)) / len(positives(group))
-        return right - tau * torch.log(sum(wrong) / len(wrong))
+        wrong = torch.stack([torch.exp(s.logprob.mean() / tau) for s in negatives(group)])
+        right = torch.stack([s.logprob.mean() for s in positives(group)])
+        return right.mean() - tau * torch.log(wrong.mean())
 
-    divergence = sum((s.old - s.logprob).sum() for s in sequences) / sum(s.n for s in sequences)
+    divergence = torch.cat([s.old - s.logprob for s in sequences]).mean()
     penalty = beta / 2 * torch.clamp(divergence - delta, min=0) ** 2
     return penalty - mean_over_groups(gap, sequences)
 
@@ -211,7 +216,7 @@ def conspo(sequences: list[Sequence], margin: float) -> Any:
                 torch.exp((s.logprob.mean() - right.logprob.mean() + margin) / TAU)
                 for s in negatives(group)
             ]
-            terms.append(torch.log(1 + sum(wrong)))
+            terms.append(torch.log(1 + torch.stack(wrong).sum()))
         return sum(terms) / len(terms)
 
     return mean_over_groups(contrast, sequences)
@@ -221,7 +226,10 @@ def kl(sequences: list[Sequence], estimator: str, *, to_reference: bool, per_tok
     """Averaged over tokens, rollouts of a group and groups; or over all tokens."""
 
     def estimate(s: Sequence) -> Tensor:
-        d = s.logprob - (s.reference if to_reference else s.old)
+        other = s.old
+        if to_reference:
+            other = s.reference
+        d = s.logprob - other
         return {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[estimator]
 
     if per_token:

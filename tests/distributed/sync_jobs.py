@@ -26,7 +26,7 @@ from megatron_real.config import (
     RolloutConfig,
     SyncConfig,
 )
-from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Sampling, Verdict
+from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Sampling, Status, Verdict
 
 TEMPERATURE = 0.8
 VOCAB = 101
@@ -39,9 +39,14 @@ def config_of(
     sync: dict[str, Any] | None = None,
     rollout: dict[str, Any] | None = None,
     **parallel: Any,
-):
-    """fp32, with sharp bounds and a checksum at every sync."""
-    checks = {"checksum_every": 1, "probe_bound": 1e-4, "probe_tokens": 12, "timeout_seconds": 60.0}
+) -> Config:
+    """Returns an fp32 configuration with sharp bounds and a checksum at every sync."""
+    checks: dict[str, Any] = {
+        "checksum_every": 1,
+        "probe_bound": 1e-4,
+        "probe_tokens": 12,
+        "timeout_seconds": 60.0,
+    }
     return Config(
         model=ModelConfig(path=str(path), dtype="fp32"),
         data=DataConfig(max_prompt_tokens=208),
@@ -98,9 +103,7 @@ class Pair:
         self._moves = 0
 
     def move(self) -> None:
-        """Other weights, as an update would make them, only more so;
-        replicated parameters move alike.
-        """
+        """Adds noise to the weights, as an update would, only more; replicas move alike."""
         self._moves += 1
         draw = torch.Generator().manual_seed(self._moves)
         for chunk in self.policy.chunks:
@@ -110,31 +113,36 @@ class Pair:
         assert not tied_over_stages, "the last stage's copy of the embedding would not move alike"
 
     def synced(self, stream: Iterable[tuple[str, Tensor]] | None = None) -> str:
-        """Syncs and probes; what went wrong, or nothing."""
+        """Syncs and probes; returns the error's message, or an empty string."""
         from megatron_real.rollout.sync import SyncError
 
+        if stream is None:
+            stream = self.policy.stream()
         try:
-            self.sync.run(self.policy.stream() if stream is None else stream, self.policy.mismatch)
+            self.sync.run(stream, self.policy.mismatch)
         except SyncError as error:
             return str(error)
         return ""
 
     def rollouts(self, asked: list[Prompt], *, seed: int = 5) -> list[Rollout]:
-        """Two answers to each prompt, the same on every rank."""
-        sampling = Sampling(2, TEMPERATURE, 16)
+        """Returns two answers to each prompt, the same on every rank."""
         from megatron_real.rollout.engines.engine import completed
 
+        sampling = Sampling(2, TEMPERATURE, 16)
         seeds = [seed + 10 * i for i in range(len(asked))]
         shared = [completed(self.engine, asked, sampling, seeds=seeds)]
         dist.broadcast_object_list(shared, src=0)
-        return [
-            Rollout(asked[i], i, k, completion, Verdict("ok", POSITIVE, 1.0))
-            for i, row in enumerate(shared[0])
-            for k, completion in enumerate(row)
-        ]
+
+        rollouts = []
+        for i, completions in enumerate(shared[0]):
+            for k, completion in enumerate(completions):
+                assert completion is not None, "the engine has lost it"
+                verdict = Verdict(Status.OK, POSITIVE, 1.0)
+                rollouts.append(Rollout(asked[i], i, k, completion, verdict))
+        return rollouts
 
     def largest(self, rollouts: list[Rollout]) -> float:
-        """max |log-prob in trainer - in engine| over all tokens (nats)."""
+        """Returns max |log-prob in trainer - in engine| over all tokens, in nats."""
         batch = self.policy.whole(rollouts)
         self.policy.step.old_logprobs(batch)
         return float(self.policy.token_stats([batch]).means()["mismatch_max_abs"])
@@ -144,19 +152,27 @@ def without(stream: Stream, left_out: str) -> Stream:
     return ((name, tensor) for name, tensor in stream if name != left_out)
 
 
-def renamed(stream: Stream, name: str, other: str) -> Stream:
-    return ((other if found == name else found, tensor) for found, tensor in stream)
+def renamed(stream: Stream, target: str, new_name: str) -> Stream:
+    for name, tensor in stream:
+        if name == target:
+            yield new_name, tensor
+        else:
+            yield name, tensor
 
 
-def cut(stream: Stream, name: str) -> Stream:
-    return ((found, tensor[1:] if found == name else tensor) for found, tensor in stream)
+def cut(stream: Stream, target: str) -> Stream:
+    for name, tensor in stream:
+        if name == target:
+            yield name, tensor[1:]
+        else:
+            yield name, tensor
 
 
-def doubled(stream: Stream, name: str) -> Stream:
-    for found, tensor in stream:
-        yield found, tensor
-        if found == name:
-            yield found, tensor
+def doubled(stream: Stream, target: str) -> Stream:
+    for name, tensor in stream:
+        yield name, tensor
+        if name == target:
+            yield name, tensor
 
 
 def damaged_on_the_way(
@@ -166,17 +182,20 @@ def damaged_on_the_way(
     damaged after they were sent.
     """
     load = pair.engine.prepare_for_inference
-    here = rank is None or dist.get_rank() == rank
-    return lambda weights: load(damage(iter(weights)) if here else weights)
+    if rank is not None and dist.get_rank() != rank:
+        return load
+    return lambda weights: load(damage(iter(weights)))
 
 
-def one_element(name: str, value: float = 1e-3) -> Callable[[Stream], Stream]:
+def one_element(target: str, value: float = 1e-3) -> Callable[[Stream], Stream]:
+    """Adds `value` to the last element of the tensor `target`."""
+
     def damage(stream: Stream) -> Stream:
-        for found, tensor in stream:
-            if found == name:
+        for name, tensor in stream:
+            if name == target:
                 tensor = tensor.clone()
                 tensor.view(-1)[-1] += value
-            yield found, tensor
+            yield name, tensor
 
     return damage
 
@@ -184,16 +203,16 @@ def one_element(name: str, value: float = 1e-3) -> Callable[[Stream], Stream]:
 def mismatch(
     config: Config, answers: list[tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]]
 ) -> list[float]:
-    """The policy's mean |difference| to given log-probs."""
+    """Returns the policy's mean difference to given log-probs, in magnitude, for each rollout."""
     from tests.distributed.jobs import new_policy
 
     rollouts = [
         Rollout(
             Prompt(str(i), "", prompt, ("",)),
-            i,
-            0,
-            Completion(tokens, logprobs, "", True),
-            Verdict("ok", 1, 1.0),
+            group=i,
+            sample=0,
+            completion=Completion(tokens, logprobs, "", True),
+            verdict=Verdict(Status.OK, POSITIVE, 1.0),
         )
         for i, (prompt, tokens, logprobs) in enumerate(answers)
     ]
@@ -201,9 +220,12 @@ def mismatch(
 
 
 def damages(config: Config, name: str) -> dict[str, str]:
-    """What each damage to the tensor `name` is answered with; `good` before and after them all."""
+    """Returns the error of a sync for each damage to the tensor `name`.
+
+    `good` is a sync without damage before them all, `again` one after them all.
+    """
     pair = Pair(config)
-    found = {"good": pair.synced()}
+    errors = {"good": pair.synced()}
     load = pair.engine.prepare_for_inference
     last = dist.get_world_size() - 1
     for case, damage, rank in (
@@ -213,34 +235,38 @@ def damages(config: Config, name: str) -> dict[str, str]:
     ):
         pair.move()
         pair.engine.prepare_for_inference = damaged_on_the_way(pair, damage, rank=rank)
-        found[case] = pair.synced()
+        errors[case] = pair.synced()
         pair.engine.prepare_for_inference = load
+
     stream = pair.policy.stream
-    found["missing"] = pair.synced(without(stream(), name))
-    found["unknown"] = pair.synced(renamed(stream(), name, "model.other.weight"))
-    found["shape"] = pair.synced(cut(stream(), name))
-    found["twice"] = pair.synced(doubled(stream(), name))
+    errors["missing"] = pair.synced(without(stream(), name))
+    errors["unknown"] = pair.synced(renamed(stream(), name, "model.other.weight"))
+    errors["shape"] = pair.synced(cut(stream(), name))
+    errors["twice"] = pair.synced(doubled(stream(), name))
+
+    # Without checksums the probe alone can see a damage, and does.
     pair.sync.config = dataclasses.replace(pair.sync.config, checksum_every=0)
     pair.move()
     pair.engine.prepare_for_inference = damaged_on_the_way(
         pair, one_element("model.norm.weight", 1.0), rank=last
     )
-    found["probe"] = pair.synced()
+    errors["probe"] = pair.synced()
     pair.engine.prepare_for_inference = load
-    found["again"] = pair.synced()
-    return found
+
+    errors["again"] = pair.synced()
+    return errors
 
 
 def hang(config: Config, name: str) -> None:
-    """A sync in which the last rank stops before it takes part in the tensor after `name`."""
+    """Runs a sync in which the last rank stops before it takes part in the tensor after `name`."""
     pair = Pair(config)
     assert not pair.synced()
     pair.sync.config = dataclasses.replace(pair.sync.config, timeout_seconds=8.0)
 
     def stopping(stream: Stream) -> Stream:
-        for found, tensor in stream:
-            yield found, tensor
-            if found == name and dist.get_rank() == dist.get_world_size() - 1:
+        for sent_name, tensor in stream:
+            yield sent_name, tensor
+            if sent_name == name and dist.get_rank() == dist.get_world_size() - 1:
                 time.sleep(600)
 
     pair.sync.run(stopping(pair.policy.stream()))

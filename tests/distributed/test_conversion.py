@@ -24,6 +24,7 @@ from megatron_real.conversion.convert import LegacyLayout, hf_to_megatron, megat
 from megatron_real.weights.hf import HfWeights
 from tests.amount import core, cover, on_first_version
 from tests.distributed import conversion_jobs
+from tests.distributed.layouts import Dtype
 from tests.distributed.world import World
 
 LLAMA3 = {
@@ -57,7 +58,9 @@ LAYOUTS = [
     (2, 2, 2),
     (4, 2, 2),
 ]
-NUM_TOKENS, BOUND = 512, 2e-5
+NUM_TOKENS = 512
+BOUND = 2e-5
+"""Largest difference of two fp32 logits that rounding explains."""
 HAS_MEGATRON_LM = importlib.util.find_spec("megatron.training") is not None
 TOKENS = torch.randint(
     0, 101, (NUM_TOKENS + 1,), generator=torch.Generator().manual_seed(7)
@@ -70,9 +73,9 @@ def model_of(tiny_model: Callable[..., Path], name: str) -> Path:
     return tiny_model(family, dtype="float32", **{**shared, **sizes})
 
 
-def config_of(path: Path, *, tp: int, pp: int, vpp: int, dtype: str = "fp32") -> Config:
+def config_of(path: Path, *, tp: int, pp: int, vpp: int, dtype: Dtype = "fp32") -> Config:
     return Config(
-        model=ModelConfig(path=str(path), dtype=dtype, layers="local"),  # type: ignore[arg-type]
+        model=ModelConfig(path=str(path), dtype=dtype, layers="local"),
         data=DataConfig(max_prompt_tokens=64),
         rollout=RolloutConfig(
             num_prompts=1, group_size=2, max_response_tokens=NUM_TOKENS, temperature=1.0
@@ -106,10 +109,12 @@ def test_logits_of_a_converted_checkpoint(
     path = model_of(tiny_model, name)
     out = hf_to_megatron(path, tmp_path / "megatron", tp_chunks=2 if tp > 1 else 1).out
     config = config_of(path, tp=tp, pp=pp, vpp=vpp)
-    found = logits_of(world, config, out / "release")
+
+    logits = logits_of(world, config, out / "release")
+
     expected = transformers_logits(path)
-    assert (found - expected).abs().max() < BOUND
-    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+    assert (logits - expected).abs().max() < BOUND
+    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
 def logits_of(world: World, config: Config, checkpoint: Path) -> torch.Tensor:
@@ -132,13 +137,12 @@ def test_logits_tell_models_apart(
     """
     path = model_of(tiny_model, "llama3-rope")
     plain = model_of(tiny_model, "llama2")
-    assert all(
-        torch.equal(HfWeights(path).read(n), HfWeights(plain).read(n))
-        for n in HfWeights(path).names
-    )
+    weights = HfWeights(path)
+    assert all(torch.equal(weights.read(n), HfWeights(plain).read(n)) for n in weights.names)
+
     out = hf_to_megatron(path, tmp_path / "megatron").out
-    found = logits_of(world, config_of(path, tp=1, pp=1, vpp=1), out / "release")
-    assert (found - transformers_logits(plain)).abs().max() > 100 * BOUND
+    logits = logits_of(world, config_of(path, tp=1, pp=1, vpp=1), out / "release")
+    assert (logits - transformers_logits(plain)).abs().max() > 100 * BOUND
 
 
 @pytest.mark.parametrize(
@@ -157,10 +161,11 @@ def test_the_older_format_loads_strictly(
     out = hf_to_megatron(
         path, tmp_path / "megatron", layout=LegacyLayout(tp=tp, pp=pp, layers="local")
     ).out
-    found = logits_of(world, config_of(path, tp=tp, pp=pp, vpp=1), out / "release")
-    assert (found - transformers_logits(path)).abs().max() < BOUND
+    logits = logits_of(world, config_of(path, tp=tp, pp=pp, vpp=1), out / "release")
+    assert (logits - transformers_logits(path)).abs().max() < BOUND
 
 
+# (model, TP, PP, VPP, DP, dtype)
 TRAINED = [
     ("qwen2-tied", 2, 2, 1, 2, "bf16"),
     ("qwen2", 2, 2, 2, 1, "fp32"),
@@ -175,7 +180,7 @@ def test_trained_checkpoints_export(
     world: World,
     tiny_model: Callable[..., Path],
     tmp_path: Path,
-    trained: tuple[str, int, int, int, int, str],
+    trained: tuple[str, int, int, int, int, Dtype],
 ) -> None:
     """What megatron-core saves after optimizer steps, optimizer included,
     exports equal to the gathered parameters.
@@ -184,19 +189,18 @@ def test_trained_checkpoints_export(
     path = model_of(tiny_model, name)
     config = config_of(path, tp=tp, pp=pp, vpp=vpp, dtype=dtype)
     saved = tmp_path / "iter_0000003"
+
     gathered = world.run(
         conversion_jobs.save_by_megatron, tp * pp * dp, config=config, out=str(saved), steps=3
     )[0]
-    exported, before = (
-        HfWeights(megatron_to_hf(saved, tmp_path / "hf", hf_config=path).out),
-        HfWeights(path),
-    )
+    exported = HfWeights(megatron_to_hf(saved, tmp_path / "hf", hf_config=path).out)
+
+    before = HfWeights(path)
     assert exported.tensors.keys() == gathered.keys() == before.tensors.keys()
     for tensor_name, tensor in gathered.items():
         assert torch.equal(exported.read(tensor_name), tensor), tensor_name
-        assert not torch.equal(tensor.float(), before.read(tensor_name)), (
-            f"{tensor_name} was not trained"
-        )
+        is_trained = not torch.equal(tensor.float(), before.read(tensor_name))
+        assert is_trained, tensor_name
 
 
 @pytest.mark.skipif(
@@ -207,7 +211,7 @@ def test_trained_checkpoints_export(
     [("torch_dist", None), ("torch", LegacyLayout(layers="local"))],
     ids=["dist", "torch"],
 )
-def test_megatron_lm_loads_it(
+def test_megatron_lm_loads_a_converted_checkpoint(
     world: World,
     tiny_model: Callable[..., Path],
     tmp_path: Path,
@@ -224,6 +228,7 @@ def test_megatron_lm_loads_it(
         checkpoint=str(out),
         ckpt_format=ckpt_format,
     )
+
     weights = HfWeights(path)
     assert held.keys() == weights.tensors.keys()
     assert all(torch.equal(tensor, weights.read(name)) for name, tensor in held.items())

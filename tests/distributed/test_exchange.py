@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy
 import pyarrow.parquet
@@ -83,15 +84,20 @@ def travel() -> dict[str, Any]:
     """Rank 1 holds nothing, the others every second rollout; then tokens go to rank 1 alone,
     and to all.
     """
-    rank, world, whole = dist.get_rank(), dist.get_world_size(), made_rollouts()
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+    whole = made_rollouts()
     exchange = Exchange(rank, world)
     own = [r for i, r in enumerate(whole) if (0, 2)[i % 2] == rank]
+
+    # In the wrong order: sharing sorts them.
     shared = exchange.share(own[::-1], PROMPTS)
     facts = [known(r) for r in shared]
     to_one = exchange.bring(shared, [[], [0, 1, 5], []], text=True)
     without_text = exchange.bring(shared, [range(10)] * world)
     everywhere = exchange.bring(shared, [range(10)] * world, text=True)
     first = exchange.to_first(shared)
+
     with pytest.raises(AttributeError, match="token_ids of an absent completion"):
         next(r for r in shared if isinstance(r.completion, Absent)).completion.token_ids  # noqa: B018
     return {
@@ -105,7 +111,7 @@ def travel() -> dict[str, Any]:
 
 
 def known(rollout: Rollout) -> tuple[Any, ...]:
-    """What every rank knows of a rollout."""
+    """Returns what every rank knows of a rollout."""
     completion = rollout.completion
     lengths = (rollout.num_tokens, completion.num_tokens, completion.num_trained)
     place = (rollout.prompt, rollout.group, rollout.sample, rollout.holder)
@@ -119,24 +125,24 @@ def own_of(rollouts: list[Rollout]) -> list[int]:
 def test_tokens_go_where_they_are_wanted_and_facts_everywhere(world: World) -> None:
     whole = made_rollouts()
     holders = [(0, 2)[i % 2] for i in range(10)]
+    expected = [
+        dataclasses.replace(r, holder=holder) for r, holder in zip(whole, holders, strict=True)
+    ]
+
     ranks = world.run(travel, 3)
-    for rank, found in enumerate(ranks):
-        assert found["facts"] == [
-            known(dataclasses.replace(r, holder=holder))
-            for r, holder in zip(whole, holders, strict=True)
-        ], "bit for bit, and in order"
-        assert found["own"] == [i for i in range(10) if holders[i] == rank]
-        assert found["everywhere"] == [
-            dataclasses.replace(r, holder=holder) for r, holder in zip(whole, holders, strict=True)
-        ]
+
+    for rank, results in enumerate(ranks):
+        assert results["facts"] == [known(r) for r in expected], "bit for bit, and in order"
+        assert results["own"] == [i for i in range(10) if holders[i] == rank]
+        assert results["everywhere"] == expected
     assert ranks[1]["to one"] == [0, 1, 5] and ranks[0]["to one"] == ranks[0]["own"]
     assert ranks[0]["first"] == list(range(10)) and ranks[2]["first"] == ranks[2]["own"]
     assert ranks[1]["texts"] == [""] * 10, "what is not asked for stays where it is"
 
 
 def dealt_or_whole(config: Config, samples: list[Sample], reference_path: str) -> dict[str, bool]:
-    """Everything that a rank computes with, of rollouts that are everywhere and of those that one
-    rank holds each.
+    """Compares what a rank computes from rollouts that every rank has with what it computes when
+    each rollout is held by one rank; returns which of the comparisons hold.
     """
     from megatron_real.policy.reference import Reference
     from megatron_real.weights.hf import HfWeights
@@ -148,27 +154,26 @@ def dealt_or_whole(config: Config, samples: list[Sample], reference_path: str) -
     mismatch = policy.mismatch(whole)
     batches = policy.cut(annotated)
 
-    rank, size = dist.get_rank(), dist.get_world_size()
-    policy.exchange = Exchange(rank, size)
+    rank = dist.get_rank()
+    policy.exchange = Exchange(rank, dist.get_world_size())
     dealt = policy.exchange.keep_own(whole)
     held = reference.annotated(dealt)
     own = [r.holder == rank for r in held]
     brought = policy.cut(held)
     again = reference.annotated(held)
     return {
-        "held": own_of(held) == [i for i, mine in enumerate(own) if mine],
+        "held": own_of(held) == [i for i, is_own in enumerate(own) if is_own],
         "not everything": 0 < sum(own) < len(whole),
         "reference": all(
-            numpy.array_equal(a.reference_logprobs, b.reference_logprobs)
-            for a, b, mine in zip(held, annotated, own, strict=True)
-            if mine
+            same_reference(a, b)
+            for a, b, is_own in zip(held, annotated, own, strict=True)
+            if is_own
         ),
         "not again": all(
             a.reference_logprobs is b.reference_logprobs for a, b in zip(again, held, strict=True)
         ),
         "everywhere": all(
-            numpy.array_equal(a.reference_logprobs, b.reference_logprobs)
-            for a, b in zip(reference.annotated(whole), annotated, strict=True)
+            same_reference(a, b) for a, b in zip(reference.annotated(whole), annotated, strict=True)
         ),
         "mismatch": policy.mismatch(dealt) == mismatch,
         "micro-batches": all(
@@ -177,6 +182,12 @@ def dealt_or_whole(config: Config, samples: list[Sample], reference_path: str) -
             for one, other in zip(batch.micro_batches, other_batch.micro_batches, strict=True)
         ),
     }
+
+
+def same_reference(one: Rollout, other: Rollout) -> bool:
+    """Whether both have the same log-probs under the reference policy, bit for bit."""
+    assert one.reference_logprobs is not None and other.reference_logprobs is not None
+    return numpy.array_equal(one.reference_logprobs, other.reference_logprobs)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -193,25 +204,31 @@ def test_micro_batches_are_those_of_rollouts_that_every_rank_has(
     world: World, tiny_model: Callable[..., Path], layout: str
 ) -> None:
     size, options = LAYOUTS[layout]
-    config, samples = config_of(tiny_model("qwen2"), **options), reference.minibatch(1, vocab=101)
+    config = config_of(tiny_model("qwen2"), **options)
+    samples = reference.minibatch(1, vocab=101)
     path = str(tiny_model("qwen2", moved=0.05))
-    for found in world.run(
-        dealt_or_whole, size, config=config, samples=samples, reference_path=path
-    ):
-        assert all(found.values()), found
+
+    ranks = world.run(dealt_or_whole, size, config=config, samples=samples, reference_path=path)
+
+    for comparisons in ranks:
+        assert all(comparisons.values()), comparisons
 
 
 def written(folder: Path, ranks_per_node: int) -> list[Rollout]:
-    """The rollouts of a step and of a skipped update, as written by ranks that hold a part each."""
+    """Returns the rollouts of a step and a skipped update, as ranks with a part each write them."""
     from megatron_real.runs.reporter import Reporter
 
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
+    world = dist.get_world_size()
     exchange = Exchange(rank, world, ranks_per_node=ranks_per_node)
     ranks = Ranks(rank, world, dist.group.WORLD)
     rollouts = exchange.keep_own(ROLLOUTS)
-    options = {"gathered": ranks.gathered_by_first, "exchange": exchange}
     reporter = Reporter(
-        reporter_config(folder, tensorboard=False), rank=rank, world=world, **options
+        reporter_config(folder, tensorboard=False),
+        rank=rank,
+        world=world,
+        gathered=ranks.gathered_by_first,
+        exchange=exchange,
     )
     reporter.begin()
     with reporter.progress:
@@ -227,8 +244,9 @@ def written(folder: Path, ranks_per_node: int) -> list[Rollout]:
 def test_the_first_rank_of_a_node_writes_what_others_hold(
     world: World, tmp_path: Path, ranks_per_node: int
 ) -> None:
-    for found in world.run(written, 2, folder=tmp_path / "run", ranks_per_node=ranks_per_node):
-        assert found == ROLLOUTS + ROLLOUTS[2:]
+    for rollouts in world.run(written, 2, folder=tmp_path / "run", ranks_per_node=ranks_per_node):
+        assert rollouts == ROLLOUTS + ROLLOUTS[2:]
+
     file = RunDirectory(tmp_path / "run").rollouts(1)
     dump = RunDirectory(tmp_path / "run").dump(1, 2).rollouts(1)
     if ranks_per_node == 2:
@@ -302,10 +320,13 @@ def test_a_replay_reads_each_rollout_on_one_rank(
 
 
 def cannot_write(folder: Path) -> tuple[str, list[int], list[Path]]:
-    """What ranks say where a part cannot be written, and what counts as written."""
+    """Returns the error of every rank where one of them cannot write its part,
+    and the steps and chunks that count as written.
+    """
     from megatron_real.runs import reporter as module
 
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
+    world = dist.get_world_size()
     exchange = Exchange(rank, world, ranks_per_node=1)
     ranks = Ranks(rank, world, dist.group.WORLD)
     reporter = module.Reporter(
@@ -325,7 +346,8 @@ def cannot_write(folder: Path) -> tuple[str, list[int], list[Path]]:
         def full(*_: Any, **__: Any) -> None:
             raise OSError("no space left")
 
-        module.write_rollouts = full
+        mock.patch.object(module, "write_rollouts", full).start()
+
     with reporter.progress:
         reporter.trained(1, exchange.keep_own(ROLLOUTS), TRAINING)
         with pytest.raises(RankFailed) as failure:
@@ -335,6 +357,6 @@ def cannot_write(folder: Path) -> tuple[str, list[int], list[Path]]:
 
 
 def test_a_step_without_one_of_its_parts_is_not_written(world: World, tmp_path: Path) -> None:
-    for said, steps, chunks in world.run(cannot_write, 2, folder=tmp_path / "run"):
-        assert said == "rank 1: OSError: no space left"
+    for error, steps, chunks in world.run(cannot_write, 2, folder=tmp_path / "run"):
+        assert error == "rank 1: OSError: no space left"
         assert steps == [] and len(chunks) == 1

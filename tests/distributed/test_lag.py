@@ -1,4 +1,4 @@
-"""Rollouts that lag behind: pi_old is of the weights that generated them,
+"""Rollouts of earlier weights: pi_old is of the weights that generated them,
 and the first minibatch is scored too.
 """
 
@@ -23,7 +23,7 @@ ModelMaker = Callable[..., Path]
 
 
 def old_logprobs(batches: list[Any]) -> list[torch.Tensor]:
-    """On the ranks that have them."""
+    """Returns the old log-probs of the micro-batches, on the ranks that have them."""
     results = [results for batch in batches for results in batch.results]
     return [r.old_logprob_T for r in results if r.has("old_logprob_T")]
 
@@ -33,30 +33,29 @@ def all_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 
 def lagging(config: Config, samples: list[Sample]) -> dict[str, Any]:
-    """Two steps of updates; after each, the old log-probs under the weights before it."""
+    """Makes two steps of updates, and after each the old log-probs under the weights before it."""
     from megatron_real.policy.snapshot import Snapshot
 
-    policy, rollouts, found = (
-        jobs.new_policy(config, config.model.path),
-        jobs.rollouts_of(samples),
-        {},
-    )
+    policy = jobs.new_policy(config, config.model.path)
+    rollouts = jobs.rollouts_of(samples)
+    results: dict[str, Any] = {}
     snapshot = Snapshot(policy)
     for step in (1, 2):
         snapshot.take()
         before = old_logprobs(policy.prepare(rollouts, lagging=True))
         for batch in policy.prepare(rollouts):
             policy.update(batch)
+
         present = [tensor.clone() for _, tensor in policy.stream()]
         with snapshot.swapped_in():
             batches = policy.prepare(rollouts, lagging=True)
-        found[f"lagged {step}"] = all_equal(old_logprobs(batches), before)
-        found[f"restored {step}"] = all_equal([tensor for _, tensor in policy.stream()], present)
-        found[f"present {step}"] = all_equal(
-            old_logprobs(policy.prepare(rollouts, lagging=True)), before
-        )
-    found["scores"] = policy.gradient(batches[0]).score_R.abs().max().item()
-    return found
+        results[f"lagged {step}"] = all_equal(old_logprobs(batches), before)
+        results[f"restored {step}"] = all_equal([tensor for _, tensor in policy.stream()], present)
+
+        batches_of_present = policy.prepare(rollouts, lagging=True)
+        results[f"present {step}"] = all_equal(old_logprobs(batches_of_present), before)
+    results["scores"] = policy.gradient(batches[0]).score_R.abs().max().item()
+    return results
 
 
 @pytest.mark.parametrize("layout", ["plain", "pp2-vpp2", "cp2-dp2", "tp2-sp", "dp2-overlap"])
@@ -68,14 +67,17 @@ def test_old_log_probs_are_those_of_the_weights_that_generated(
     Control: under the present weights they differ.
     """
     size, options = LAYOUTS[layout]
-    config, samples = config_of(tiny_model("qwen2"), **options), reference.minibatch(1, vocab=101)
+    config = config_of(tiny_model("qwen2"), **options)
+    samples = reference.minibatch(1, vocab=101)
+
     ranks = world.run(lagging, size, config=config, samples=samples)
-    for found in ranks:
-        assert all(found[f"{what} {step}"] for what in ("lagged", "restored") for step in (1, 2))
-        assert found["scores"] > 1e-4, "the weights moved since"
-    assert not any(ranks[-1][f"present {step}"] for step in (1, 2)), (
-        "the last rank has log-probs in every layout"
-    )
+
+    for results in ranks:
+        assert all(results[f"{what} {step}"] for what in ("lagged", "restored") for step in (1, 2))
+        # Under the weights that generated, scores are rounding alone.
+        assert results["scores"] > 1e-4, "the weights moved since"
+    # The last rank has log-probs in every layout.
+    assert not any(ranks[-1][f"present {step}"] for step in (1, 2))
 
 
 def lagged_gradient(
@@ -111,7 +113,8 @@ def test_the_gradient_is_that_of_the_printed_equation(
     Control: the shortcut of the first minibatch, which takes them to be the same, is off by far.
     """
     path, old_path = model_paths(tiny_model, "qwen2")
-    samples, (size, options) = reference.minibatch(1, vocab=101), LAYOUTS[layout]
+    samples = reference.minibatch(1, vocab=101)
+    size, options = LAYOUTS[layout]
     config = config_of(path, **options)
     config = replace(
         config,
@@ -119,12 +122,14 @@ def test_the_gradient_is_that_of_the_printed_equation(
         batch=BatchConfig(max_tokens=96, minibatch_prompts=6),
     )
     loss, gradients = reference.gradient(path, old_path, samples)
+
     lagged, shortcut = (
         world.run(
             lagged_gradient, size, config=config, old_path=str(old_path), samples=samples, lag=lag
         )[0]
         for lag in (True, False)
     )
+
     assert lagged["loss"] == pytest.approx(loss, rel=1e-10)
     assert worst_error(lagged["gradients"], gradients)[0] <= TOLERANCE["fp64"]
     assert worst_error(shortcut["gradients"], gradients)[0] > 0.05

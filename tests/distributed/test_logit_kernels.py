@@ -37,12 +37,16 @@ block of a program does not hold.
 
 
 def inputs(case: str, dtype: torch.dtype, tp: int) -> dict[str, torch.Tensor]:
-    """The same on every rank.
+    """Returns inputs that are the same on every rank.
 
     Logits of a few nats, so that probabilities are neither all equal nor all 0 or 1.
     """
-    sizes, draw = SIZES[case], torch.Generator().manual_seed(1)
-    tokens, hidden, vocab = sizes["tokens"], sizes["hidden"], sizes["vocab"]
+    draw = torch.Generator().manual_seed(1)
+    sizes = SIZES[case]
+    tokens = sizes["tokens"]
+    hidden = sizes["hidden"]
+    vocab = sizes["vocab"]
+    # At least the vocabulary, as a multiple of the ranks.
     rows = max(sizes["per_rank"] * tp, vocab + -vocab % tp)
     target = torch.randint(0, vocab, (tokens,), generator=draw)
     target[1::4] = NO_TARGET
@@ -55,7 +59,9 @@ def inputs(case: str, dtype: torch.dtype, tp: int) -> dict[str, torch.Tensor]:
 
 
 def reference(case: str, dtype: torch.dtype, tp: int) -> dict[str, torch.Tensor]:
-    x, vocab = inputs(case, dtype, tp), SIZES[case]["vocab"]
+    """Log-probs and gradients by torch's operators, in float64."""
+    x = inputs(case, dtype, tp)
+    vocab = SIZES[case]["vocab"]
     hidden = x["hidden"].double().requires_grad_()
     weight = x["weight"].double().requires_grad_()
     logp = (hidden @ weight.t())[:, :vocab].div(TEMPERATURE).log_softmax(-1)
@@ -68,9 +74,10 @@ def reference(case: str, dtype: torch.dtype, tp: int) -> dict[str, torch.Tensor]
 def by_kernels_and_by_torch(
     case: str, dtype: torch.dtype, sp: bool, fp32_logits: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """One rank's outputs and gradients, these gathered whole."""
+    """Returns one rank's outputs, and its gradients gathered whole."""
     _import_triton_for_its_interpreter()
     kernels = _outputs(case, dtype, sp, fp32_logits)
+
     from megatron_real.policy import logit_kernels
 
     assert logit_kernels.INTERPRETED
@@ -89,9 +96,13 @@ def _import_triton_for_its_interpreter() -> None:
 
 
 def _outputs(case: str, dtype: torch.dtype, sp: bool, fp32_logits: bool) -> dict[str, torch.Tensor]:
-    tp, rank = dist.get_world_size(), dist.get_rank()
+    tp = dist.get_world_size()
+    rank = dist.get_rank()
     x = inputs(case, dtype, tp)
-    hidden = (x["hidden"].chunk(tp)[rank] if sp else x["hidden"]).clone().requires_grad_()
+    own_hidden = x["hidden"]
+    if sp:
+        own_hidden = own_hidden.chunk(tp)[rank]
+    hidden = own_hidden.clone().requires_grad_()
     weight = x["weight"].chunk(tp)[rank].clone().requires_grad_()
     logprob = linear_logprobs(
         hidden,
@@ -133,7 +144,10 @@ def test_kernels_equal_torch(
 ) -> None:
     expected = reference(case, dtype, tp)
     arguments: dict[str, Any] = {"case": case, "dtype": dtype, "sp": sp, "fp32_logits": fp32_logits}
-    for kernels, by_torch in world.run(by_kernels_and_by_torch, tp, **arguments):
+
+    ranks = world.run(by_kernels_and_by_torch, tp, **arguments)
+
+    for kernels, by_torch in ranks:
         for name, value in kernels.items():
             message = f"{name}: relative error"
             assert _relative(value, by_torch[name]) <= TOLERANCE[dtype], message

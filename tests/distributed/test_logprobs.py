@@ -16,20 +16,25 @@ from tests.distributed.world import World
 
 pytestmark = pytest.mark.one_version
 
-TOKENS, HIDDEN, VOCAB, PER_RANK, TEMPERATURE = 24, 16, 101, 48, 0.6
+TOKENS = 24
+HIDDEN = 16
+VOCAB = 101
+PER_RANK = 48
+"""Rows of the head on each rank, padding included."""
+TEMPERATURE = 0.6
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
 
 def inputs(dtype: torch.dtype, tp: int) -> dict[str, torch.Tensor]:
-    """The same on every rank.
+    """Returns inputs that are the same on every rank.
 
     At TP 4 the last rank's columns are all padding: 4 x 48 > 101 + 48.
     """
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, generator=draw, dtype=torch.float64)
-    weight = torch.randn(max(tp * PER_RANK, 128), HIDDEN, generator=draw, dtype=torch.float64)[
-        : max(tp * PER_RANK, 104)
-    ]
+    # The first rows are the same at every TP: at least 128 are drawn, of which TP 1 and 2 use 104.
+    weight = torch.randn(max(tp * PER_RANK, 128), HIDDEN, generator=draw, dtype=torch.float64)
+    weight = weight[: max(tp * PER_RANK, 104)]
     target = torch.randint(0, VOCAB, (TOKENS,), generator=draw)
     target[::5] = NO_TARGET
     upstream = torch.randn(TOKENS, generator=draw, dtype=torch.float64)
@@ -42,14 +47,17 @@ def inputs(dtype: torch.dtype, tp: int) -> dict[str, torch.Tensor]:
 
 
 def expected(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    hidden, weight = (x[k].double().requires_grad_() for k in ("hidden", "weight"))
+    """Log-probs, entropies and gradients by torch's operators, in float64."""
+    hidden = x["hidden"].double().requires_grad_()
+    weight = x["weight"].double().requires_grad_()
     logits = hidden @ weight.t()
     logits.retain_grad()
     logp = (logits[:, :VOCAB] / TEMPERATURE).log_softmax(-1)
-    chosen = x["target"] >= 0
-    logprob = logp.gather(1, x["target"].clamp(min=0)[:, None])[:, 0] * chosen
+    has_target = x["target"] >= 0
+    logprob = logp.gather(1, x["target"].clamp(min=0)[:, None])[:, 0] * has_target
     (logprob * x["upstream"]).sum().backward()
-    entropy = -(logp.exp() * logp).sum(1) * chosen
+    entropy = -(logp.exp() * logp).sum(1) * has_target
+    assert logits.grad is not None and hidden.grad is not None and weight.grad is not None
     return {
         "logprob": logprob.detach(), "entropy": entropy.detach(), "logits": logits.grad,
         "hidden": hidden.grad, "weight": weight.grad,
@@ -57,31 +65,40 @@ def expected(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def sharded(case: str, dtype: torch.dtype, chunk: int, sp: bool) -> dict[str, torch.Tensor]:
-    """One rank's call; gradients are returned whole."""
-    tp, rank, group = dist.get_world_size(), dist.get_rank(), dist.group.WORLD
+    """Returns one rank's outputs, and its gradients gathered whole."""
+    tp = dist.get_world_size()
+    rank = dist.get_rank()
     x = inputs(dtype, tp)
     columns = len(x["weight"]) // tp
     weight = x["weight"][rank * columns : (rank + 1) * columns].clone().requires_grad_()
     options: dict[str, Any] = {
-        "tp_group": group,
+        "tp_group": dist.group.WORLD,
         "temperature": TEMPERATURE,
         "vocab_size": VOCAB,
         "chunk_size": chunk,
     }
+
     if case == "linear":
-        hidden = (x["hidden"].chunk(tp)[rank] if sp else x["hidden"]).clone().requires_grad_()
+        own_hidden = x["hidden"]
+        if sp:
+            own_hidden = own_hidden.chunk(tp)[rank]
+        hidden = own_hidden.clone().requires_grad_()
         logprob = linear_logprobs(hidden, weight, x["target"], sequence_parallel=sp, **options)
+        assert isinstance(logprob, torch.Tensor)
         (logprob * x["upstream"]).sum().backward()
+        assert hidden.grad is not None and weight.grad is not None
         return {
             "logprob": logprob.detach(),
             "hidden": whole(hidden.grad) if sp else hidden.grad,
             "weight": whole(weight.grad),
         }
+
     logits = (x["hidden"] @ weight.t()).detach().requires_grad_()
     kept = logits.detach().clone()
     logprob, entropy = vocab_parallel_logprobs(logits, x["target"], return_entropy=True, **options)
     (logprob * x["upstream"]).sum().backward()
     assert torch.equal(logits.detach(), kept), "the logits were written to"
+    assert logits.grad is not None
     return {
         "logprob": logprob.detach(),
         "entropy": entropy.detach(),
@@ -102,28 +119,35 @@ def whole(shard: torch.Tensor) -> torch.Tensor:
 def test_equal_to_log_softmax(
     world: World, case: str, tp: int, chunk: int, dtype: torch.dtype
 ) -> None:
-    function, sp = case.removesuffix("-sp"), case.endswith("-sp")
-    reference = expected(inputs(dtype, tp))
-    for found in world.run(sharded, tp, case=function, dtype=dtype, chunk=chunk, sp=sp):
-        for name, value in found.items():
+    function = case.removesuffix("-sp")
+    sp = case.endswith("-sp")
+    x = inputs(dtype, tp)
+    reference = expected(x)
+
+    ranks = world.run(sharded, tp, case=function, dtype=dtype, chunk=chunk, sp=sp)
+
+    for results in ranks:
+        for name, value in results.items():
             error = (value.double() - reference[name]).norm() / reference[name].norm()
             assert error <= TOLERANCE[dtype], name
-        assert not found["logprob"][inputs(dtype, tp)["target"] == NO_TARGET].any()
+        assert not results["logprob"][x["target"] == NO_TARGET].any()
 
 
 def without_targets(sp: bool) -> tuple[float, ...]:
-    """A micro-batch of padding alone, or a context-parallel shard that is all prompt."""
+    """Scores a micro-batch of padding alone, as a context-parallel shard that is all prompt."""
     tp = dist.get_world_size()
-    hidden = torch.randn(8 // (tp if sp else 1), HIDDEN, requires_grad=True)
+    num_tokens = 8
+    hidden = torch.randn(num_tokens // tp if sp else num_tokens, HIDDEN, requires_grad=True)
     weight = torch.randn(VOCAB // tp, HIDDEN, requires_grad=True)
-    target = torch.full((8,), NO_TARGET)
+    target = torch.full((num_tokens,), NO_TARGET)
     logprob = linear_logprobs(
         hidden, weight, target, tp_group=dist.group.WORLD, sequence_parallel=sp
     )
-    logits = (weight @ weight.t())[:8].detach().requires_grad_()
+    logits = (weight @ weight.t())[:num_tokens].detach().requires_grad_()
     from_logits = vocab_parallel_logprobs(logits, target, tp_group=dist.group.WORLD)
-    assert isinstance(from_logits, torch.Tensor)
+    assert isinstance(logprob, torch.Tensor) and isinstance(from_logits, torch.Tensor)
     (logprob + from_logits).sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
     results = (logprob + from_logits, hidden.grad, weight.grad)
     return tuple(float(x.abs().sum()) for x in results)
 
@@ -133,8 +157,11 @@ def test_no_target_at_all_gives_zeros(world: World, sp: bool) -> None:
     assert world.run(without_targets, 2, sp=sp) == [(0.0, 0.0, 0.0)] * 2
 
 
-def plain_all_reduce_gradient(_: None = None) -> float:
-    """A linear log-prob whose gradient is not reduced over TP: what a forward test cannot see."""
+def error_of_unreduced_gradient() -> float:
+    """Returns the relative error of a hidden gradient that is not reduced over TP.
+
+    The forward pass is right, so that a test of values alone would not see it.
+    """
     x = inputs(torch.float64, dist.get_world_size())
     columns = len(x["weight"]) // dist.get_world_size()
     weight = x["weight"][dist.get_rank() * columns :][:columns]
@@ -149,11 +176,12 @@ def plain_all_reduce_gradient(_: None = None) -> float:
     assert isinstance(logprob, torch.Tensor)
     (logprob * x["upstream"]).sum().backward()
     reference = expected(x)["hidden"]
+    assert hidden.grad is not None
     return float((hidden.grad - reference).norm() / reference.norm())
 
 
 def test_control_unreduced_hidden_gradient_is_seen(world: World) -> None:
-    assert min(world.run(plain_all_reduce_gradient, 2)) > 0.1
+    assert min(world.run(error_of_unreduced_gradient, 2)) > 0.1
 
 
 @pytest.mark.parametrize(
@@ -189,7 +217,7 @@ def test_refuses(change: dict[str, Any], message: str) -> None:
     ],
 )
 def test_refuses_hidden_states(change: dict[str, torch.Tensor], message: str) -> None:
-    arguments = {
+    arguments: dict[str, Any] = {
         "hidden_TH": torch.zeros(2, 4),
         "weight_VH": torch.zeros(8, 4),
         "target_T": torch.tensor([1, 2]),

@@ -22,7 +22,7 @@ from megatron_real.objective.registry import OBJECTIVES
 from tests.amount import on_first_version
 from tests.distributed import objective_jobs, reference
 from tests.distributed import reference_objectives as formulas
-from tests.distributed.layouts import LEVELS, Layout, level_cover, pairwise_cover
+from tests.distributed.layouts import LEVELS, Dtype, Layout, level_cover, pairwise_cover
 from tests.distributed.test_invariance import PLAIN, TOLERANCE, config_of, model_paths, worst_error
 from tests.distributed.world import World
 
@@ -45,7 +45,8 @@ def reference_path(tiny_model: ModelMaker, model: str, layers: int) -> Path:
     """The weights that the KL is measured against: neither the policy's nor those
     that drew the rollouts.
     """
-    family, tied = model.split("-")[0], model.endswith("tied")
+    family = model.split("-")[0]
+    tied = model.endswith("tied")
     return tiny_model(family, moved=-0.02, tie_word_embeddings=tied, num_hidden_layers=layers)
 
 
@@ -75,8 +76,11 @@ def expected(tiny_model: ModelMaker) -> Expected:
     ) -> tuple[Any, list[formulas.Sequence]]:
         path, old_path = model_paths(tiny_model, model, layers)
         policy = reference.load(path)
-        old = policy if first else reference.load(old_path)
+        old = policy
+        if not first:
+            old = reference.load(old_path)
         frozen = reference.load(reference_path(tiny_model, model, layers))
+
         sequences = []
         for sample in reference.minibatch(order, vocab=101):
             if sample.label == -1:
@@ -115,13 +119,14 @@ def described(cases: list[str]) -> dict[str, tuple[str, Any, Any]]:
 
 
 def run(
-    world: World, tiny_model: ModelMaker, layout: Layout, dtype: str, cases: list[str]
+    world: World, tiny_model: ModelMaker, layout: Layout, dtype: Dtype, cases: list[str]
 ) -> dict[str, Any]:
     layers = layers_of(layout)
     path, old_path = model_paths(tiny_model, layout.model, layers)
     config = config_of(layout, path, dtype)
     # A model that computes entropies serves every case; those without a bonus ignore them.
     config = replace(config, objective=make_objective("real", entropy_bonus=0.1))
+
     results = world.run(
         objective_jobs.gradients,
         layout.size,
@@ -131,6 +136,7 @@ def run(
         samples=reference.minibatch(layout.order, vocab=101),
         cases=described(cases),
     )
+
     for case in cases:
         assert len({r[case]["loss"] for r in results}) == 1, f"every rank knows the loss of {case}"
     return dict(results[0])
@@ -171,17 +177,18 @@ def check(
     tiny_model: ModelMaker,
     expected: Expected,
     layout: Layout,
-    dtype: str,
+    dtype: Dtype,
     cases: list[str],
 ) -> None:
-    found = run(world, tiny_model, layout, dtype, cases)
+    results = run(world, tiny_model, layout, dtype, cases)
+
     for case in cases:
         loss, gradients = expected(layout, case)
-        error, name = worst_error(found[case]["gradients"], gradients)
+        error, name = worst_error(results[case]["gradients"], gradients)
         assert error <= TOLERANCE[dtype], f"{case}: gradient of {name}"
-        assert found[case]["loss"] == pytest.approx(
-            loss, rel=TOLERANCE[dtype], abs=TOLERANCE[dtype]
-        ), case
+        # Absolutely too: the loss of an objective whose advantages cancel is near 0.
+        close = pytest.approx(loss, rel=TOLERANCE[dtype], abs=TOLERANCE[dtype])
+        assert results[case]["loss"] == close, case
 
 
 def test_every_objective_has_a_case() -> None:
@@ -212,38 +219,40 @@ def test_float32(world: World, tiny_model: ModelMaker, expected: Expected, numbe
 @pytest.mark.parametrize("dtype", ["fp64", "fp32"])
 @pytest.mark.parametrize("layout", ROWS, ids=str)
 def test_every_case_on_every_row(
-    world: World, tiny_model: ModelMaker, expected: Expected, layout: Layout, dtype: str
+    world: World, tiny_model: ModelMaker, expected: Expected, layout: Layout, dtype: Dtype
 ) -> None:
     check(world, tiny_model, expected, layout, dtype, list(formulas.CASES))
 
 
-def test_clips_bite_on_both_sides(world: World, tiny_model: ModelMaker) -> None:
-    """Otherwise the rows above would prove little: ratios must leave the trust
-    regions above and below 1.
+def test_ratios_are_clipped_on_both_sides(world: World, tiny_model: ModelMaker) -> None:
+    """Ratios leave the trust regions above and below 1: without that, the rows above would test
+    no clip.
     """
     layout = replace(PLAIN, dp=2, cp=2)
-    found = run(world, tiny_model, layout, "fp64", ["grpo", "dapo", "gspo", "real", "sapo"])
+
+    results = run(world, tiny_model, layout, "fp64", ["grpo", "dapo", "gspo", "real", "sapo"])
     for case in ("grpo", "dapo", "gspo"):
-        assert min(found[case]["clipped"]) > 0.005, case
+        assert min(results[case]["clipped"]) > 0.005, case
     for case in ("real", "sapo"):
-        assert found[case]["clipped"] == (0.0, 0.0), case
+        assert results[case]["clipped"] == (0.0, 0.0), case
 
     counts = low_ratio_tokens(tiny_model, layout)
     assert 0 < counts[1] < counts[0] < counts[2], "some tokens, of right and of wrong answers"
-    assert {found[case]["low_ratio"] for case in found} == {counts}
+    assert {results[case]["low_ratio"] for case in results} == {counts}
 
 
 def low_ratio_tokens(tiny_model: ModelMaker, layout: Layout) -> tuple[int, int, int]:
-    """Tokens whose ratio is below 0.8, those of right answers among them, and all,
-    in groups of both labels.
+    """Counts tokens whose ratio is below 0.8, those of right answers among them, and all tokens,
+    in groups that have both labels.
     """
     path, old_path = model_paths(tiny_model, layout.model, layers_of(layout))
-    policy, old = reference.load(path), reference.load(old_path)
+    policy = reference.load(path)
+    old = reference.load(old_path)
     samples = reference.minibatch(layout.order, vocab=101)
-    labels = {
-        group: {s.label for s in samples if s.group == group}
-        for group in {s.group for s in samples}
-    }
+    labels: dict[int, set[int]] = {}
+    for sample in samples:
+        labels.setdefault(sample.group, set()).add(sample.label)
+
     low = positive = every = 0
     for sample in samples:
         if sample.label == -1 or not {0, 1} <= labels[sample.group]:
@@ -263,10 +272,12 @@ def test_the_mismatch_does_not_depend_on_the_objective(
     path, _ = model_paths(tiny_model, PLAIN.model, layers_of(PLAIN))
     samples = reference.minibatch(1, vocab=101)
     config = config_of(replace(PLAIN, dp=2), path, "fp64")
-    found = world.run(objective_jobs.mismatches, 2, config=config, samples=samples)[0]
-    assert all(mean > 0 for mean in found["real"])
+
+    means = world.run(objective_jobs.mismatches, 2, config=config, samples=samples)[0]
+
+    assert all(mean > 0 for mean in means["real"])
     for name in OBJECTIVES:
-        assert found[name] == found["real"], name
+        assert means[name] == means["real"], name
 
 
 def test_control_a_mean_per_micro_batch_is_caught(
@@ -276,6 +287,7 @@ def test_control_a_mean_per_micro_batch_is_caught(
     the gradient is off by more than 2 %.
     """
     path, old_path = model_paths(tiny_model, PLAIN.model, layers_of(PLAIN))
+
     (gradients,) = world.run(
         objective_jobs.averaged_per_micro_batch,
         1,
@@ -283,5 +295,6 @@ def test_control_a_mean_per_micro_batch_is_caught(
         old_path=str(old_path),
         samples=reference.minibatch(PLAIN.order, vocab=101),
     )
-    _, right = expected(PLAIN, "dapo")
-    assert worst_error(gradients, right)[0] > 0.02
+
+    _, true_gradients = expected(PLAIN, "dapo")
+    assert worst_error(gradients, true_gradients)[0] > 0.02

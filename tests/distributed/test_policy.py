@@ -44,7 +44,9 @@ def config_of(
     )
 
 
-LAYOUTS = {
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+# name -> (ranks, options of `config_of`)
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "plain": (1, {}),
     "tp2-sp": (2, {"tp": 2, "sp": True}),
     "tp4-over-kv-heads": (4, {"tp": 4}),
@@ -52,15 +54,10 @@ LAYOUTS = {
     "pp2-vpp2": (2, {"pp": 2, "vpp": 2}),
     "cp2-dp2": (4, {"cp": 2}),
     "dp2-not-distributed": (2, {"distributed": False}),
-    "dp2-overlap": (2, {"megatron": {"overlap_grad_reduce": True, "overlap_param_gather": True}}),
-    "tp2-sp-dp2-overlap": (
-        4, {"tp": 2, "sp": True,
-            "megatron": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
-    ),
-    "tp4-dp2-overlap": (
-        8, {"tp": 4, "megatron": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
-    ),
-}  # fmt: skip
+    "dp2-overlap": (2, {"megatron": OVERLAP}),
+    "tp2-sp-dp2-overlap": (4, {"tp": 2, "sp": True, "megatron": OVERLAP}),
+    "tp4-dp2-overlap": (8, {"tp": 4, "megatron": OVERLAP}),
+}
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +88,9 @@ def test_three_updates_agree(
     which Adam amplifies where a gradient is nearly 0. Stale weights under overlap_param_gather
     would differ by the whole movement.
     """
-    plain, other = updated("plain", tied), updated(layout, tied)
+    plain = updated("plain", tied)
+    other = updated(layout, tied)
+
     assert other["losses"] == pytest.approx(plain["losses"], rel=1e-4)
     assert other["grad_norms"] == pytest.approx(plain["grad_norms"], rel=1e-4)
     for name, tensor in plain["weights"].items():
@@ -100,68 +99,68 @@ def test_three_updates_agree(
         assert difference <= 0.01 * moved, name
 
 
-def updates_with_told_shapes(config: Config, samples: list[reference.Sample]) -> dict[str, Any]:
-    """`jobs.updates`, in which stages tell each other every shape,
-    as megatron-core's own communicator lets them.
+def updates_with_sent_shapes(config: Config, samples: list[reference.Sample]) -> dict[str, Any]:
+    """`jobs.updates` in which stages send each other every shape,
+    as by megatron-core's own communicator.
     """
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
     from megatron_real.policy.passes import PlannedShapes
 
     planned = PlannedShapes._communicate_shapes
-    told = []
+    sent = []
 
-    def tell(self: PlannedShapes, *args: Any, **kwargs: Any) -> Any:
+    def send(self: PlannedShapes, *args: Any, **kwargs: Any) -> Any:
         shapes = P2PCommunicator._communicate_shapes(self, *args, **kwargs)
         assert shapes == planned(self, *args, **kwargs)
-        told.append(shapes)
+        sent.append(shapes)
         return shapes
 
-    PlannedShapes._communicate_shapes = tell  # type: ignore[method-assign]
-    return {**jobs.updates(config, samples), "told": len(told)}
+    PlannedShapes._communicate_shapes = send  # type: ignore[method-assign]
+    return {**jobs.updates(config, samples), "shapes sent": len(sent)}
 
 
 @pytest.mark.parametrize("layout", ["pp2-vpp2", pytest.param("pp2-dp2", marks=pytest.mark.grid)])
-def test_planned_shapes_are_those_that_stages_would_tell(
+def test_planned_shapes_are_those_that_stages_would_send(
     world: World, tiny_model: ModelMaker, layout: str
 ) -> None:
     size, options = LAYOUTS[layout]
     config = config_of(tiny_model("qwen2"), **options)
     samples = reference.minibatch(1, vocab=101)
-    told = world.run(updates_with_told_shapes, size, config=config, samples=samples)[0]
+
+    sent = world.run(updates_with_sent_shapes, size, config=config, samples=samples)[0]
     planned = world.run(jobs.updates, size, config=config, samples=samples)[0]
-    assert told.pop("told") > 0
-    assert told["losses"] == planned["losses"]
-    assert told["grad_norms"] == planned["grad_norms"]
+
+    assert sent["shapes sent"] > 0
+    assert sent["losses"] == planned["losses"]
+    assert sent["grad_norms"] == planned["grad_norms"]
     for name, tensor in planned["weights"].items():
-        assert torch.equal(told["weights"][name], tensor), name
+        assert torch.equal(sent["weights"][name], tensor), name
 
 
 def test_a_batch_that_is_not_finite_is_skipped(world: World, tiny_model: ModelMaker) -> None:
     config = config_of(tiny_model("qwen2"))
-    (found,) = world.run(
-        jobs.poisoned_update, 1, config=config, samples=reference.minibatch(1, vocab=101)
-    )
-    assert found == {"skipped": [True, True, False], "in_a_row": [1, 2, 0], "unchanged": True}
+    samples = reference.minibatch(1, vocab=101)
+
+    (outcome,) = world.run(jobs.poisoned_update, 1, config=config, samples=samples)
+
+    assert outcome == {"skipped": [True, True, False], "in_a_row": [1, 2, 0], "unchanged": True}
 
 
 def offloaded(config: Config, samples: list[reference.Sample]) -> dict[str, Any]:
     """Updates with a generation's place between them: memory is lent, the policy scores,
     memory comes back.
     """
-    policy, rollouts = jobs.new_policy(config, config.model.path), jobs.rollouts_of(samples)
+    policy = jobs.new_policy(config, config.model.path)
+    rollouts = jobs.rollouts_of(samples)
+    buffers = [buffer for chunk in policy.ddp for buffer in chunk.buffers]
+
     held = []
     for _ in range(2):
         for batch in policy.prepare(rollouts):
             policy.update(batch)
         policy.make_room()
-        held.append(
-            sum(
-                buffer.grad_data.untyped_storage().size()
-                for chunk in policy.ddp
-                for buffer in chunk.buffers
-            )
-        )
+        held.append(sum(buffer.grad_data.untyped_storage().size() for buffer in buffers))
         policy.mismatch(rollouts)
         policy.take_room_back()
     return {"weights": dict(policy.stream()), "held": held}
@@ -172,10 +171,9 @@ def test_lent_memory_changes_nothing(world: World, tiny_model: ModelMaker, layou
     """To the bit; and the gradient buffers are really gone in between."""
     size, options = LAYOUTS[layout]
     config = config_of(tiny_model("qwen2"), **options)
-    config, samples = (
-        replace(config, model=replace(config.model, dtype="bf16")),
-        reference.minibatch(1, vocab=101),
-    )
+    config = replace(config, model=replace(config.model, dtype="bf16"))
+    samples = reference.minibatch(1, vocab=101)
+
     kept, lent = (
         world.run(
             offloaded,
@@ -185,6 +183,7 @@ def test_lent_memory_changes_nothing(world: World, tiny_model: ModelMaker, layou
         )[0]
         for lend in (False, True)
     )
+
     assert min(kept["held"]) > 0 and lent["held"] == [0, 0]
     assert all(
         torch.equal(tensor, lent["weights"][name]) for name, tensor in kept["weights"].items()
@@ -193,7 +192,7 @@ def test_lent_memory_changes_nothing(world: World, tiny_model: ModelMaker, layou
 
 # The six R1-Distills scaled down: heads, KV heads and their ratio, head size and biases kept in
 # kind.
-R1_DISTILL = {
+R1_DISTILL: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen-1.5b": (
         "qwen2",
         {"num_attention_heads": 12, "num_key_value_heads": 2, "hidden_size": 48},
@@ -230,27 +229,30 @@ def test_logprobs_equal_transformers(
     world: World, tiny_model: ModelMaker, shape: str, layout: Any
 ) -> None:
     family, sizes = R1_DISTILL[shape]
-    rope = {"rope_parameters": LLAMA3_ROPE} if family == "llama" else {}
+    if family == "llama":
+        sizes = {**sizes, "rope_parameters": LLAMA3_ROPE}
     path = tiny_model(
-        family, dtype="float32", num_hidden_layers=2, max_position_embeddings=1024, **sizes, **rope
+        family, dtype="float32", num_hidden_layers=2, max_position_embeddings=1024, **sizes
     )
     samples = [
         reference.Sample(tuple(range(5)), tuple((7 * i) % 101 for i in range(n)), 1, 0)
         for n in (300, 9)
     ]
-    model = reference.load(path, torch.float32)
-    with torch.no_grad():
-        expected = torch.cat([reference.logprobs(model, s) for s in samples])
     size, parallel = layout
     config = replace(
         config_of(path, **parallel),
         batch=BatchConfig(max_tokens=512, minibatch_prompts=2),
         model=ModelConfig(str(path), "fp32"),
     )
-    found = next(
-        r for r in world.run(jobs.logprobs, size, config=config, samples=samples) if r is not None
-    )
-    assert (found - expected).abs().max() <= 2e-4
+
+    ranks = world.run(jobs.logprobs, size, config=config, samples=samples)
+
+    logprobs = next(rank for rank in ranks if rank is not None)
+    model = reference.load(path, torch.float32)
+    with torch.no_grad():
+        expected = torch.cat([reference.logprobs(model, s) for s in samples])
+    # Both are fp32, and sum in another order.
+    assert (logprobs - expected).abs().max() <= 2e-4
 
 
 @pytest.mark.parametrize(
@@ -265,7 +267,9 @@ def test_export_gives_back_the_file(
     )
     size, parallel = layout
     config = replace(config_of(path, **parallel), model=ModelConfig(str(path), "bf16"))
+
     world.run(jobs.export, size, config=config, out=str(tmp_path / "out"))
+
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (path / file).read_bytes(), file
 
@@ -278,28 +282,23 @@ def test_the_own_loop_example_learns() -> None:
     from tests import zygote
 
     root = Path(__file__).parents[2]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "examples/own_megatron_loop.py",
-    ]
-    out = zygote.run(
-        command, cwd=root, capture_output=True, text=True, timeout=200, check=True
-    ).stdout
-    losses = [float(x) for x in re.findall(r"loss (\S+)", out)]
+    example = "examples/own_megatron_loop.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", example]
+
+    process = zygote.run(command, cwd=root, capture_output=True, text=True, timeout=200, check=True)
+
+    losses = [float(x) for x in re.findall(r"loss (\S+)", process.stdout)]
     assert len(losses) == 20 and losses[-1] < 0.1 * losses[0]
-    source = (root / "examples/own_megatron_loop.py").read_text().splitlines()
-    assert len(source) < 80
+    assert len((root / example).read_text().splitlines()) < 80, "it is to be read at a glance"
 
 
 class Watched:
     """Weights that count what is read of them; with a `fault`, no piece of them can be read."""
 
     def __init__(self, weights: Any, fault: str = "") -> None:
-        self.weights, self.fault, self.pieces = weights, fault, 0
+        self.weights = weights
+        self.fault = fault
+        self.pieces = 0
 
     def megatron_piece(self, *args: Any) -> Any:
         self.pieces += 1
@@ -309,8 +308,8 @@ class Watched:
 
 
 def loaded_by_replicas(config: Config, other: str) -> tuple[int, dict[str, float], str]:
-    """Pieces that this rank read, sums of its parameters afterwards,
-    and what it says of files that are cut.
+    """Returns how many pieces this rank read, the sums of its parameters afterwards,
+    and its error where the files are cut.
     """
     from megatron_real.weights.hf import HfWeights
     from megatron_real.weights.stream import global_parameters
@@ -330,10 +329,12 @@ def test_one_replica_reads_the_weights_for_all(world: World, tiny_model: ModelMa
     """Two replicas of two tensor-parallel parts: ranks 0 and 1 read their parts,
     2 and 3 get them from there.
     """
-    path, other = tiny_model(), tiny_model(seed=1)
-    config = config_of(path, tp=2)
-    answers = world.run(loaded_by_replicas, 4, config=config, other=str(other))
-    pieces, sums, sentences = zip(*answers, strict=True)
+    config = config_of(tiny_model(), tp=2)
+    other = tiny_model(seed=1)
+
+    ranks = world.run(loaded_by_replicas, 4, config=config, other=str(other))
+
+    pieces, sums, errors = zip(*ranks, strict=True)
     assert pieces[0] == pieces[1] > 0 and pieces[2:] == (0, 0)
     assert sums[0] == sums[2] and sums[1] == sums[3] and sums[0] != sums[1]
-    assert sentences == ("a file is cut",) * 4
+    assert errors == ("a file is cut",) * 4

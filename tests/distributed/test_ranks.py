@@ -1,4 +1,4 @@
-"""What fails on one rank is heard by all of them, at once, however it fails."""
+"""An error on one rank is raised on all of them at once, whichever method runs into it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.distributed.world import World
 
 pytestmark = pytest.mark.one_version
 
+# method -> (error on one rank, class of the error on every rank, a part of its message)
 CASES = {
     "every": (OSError(5, "Input/output error"), "RankFailed", "rank 1: OSError: [Errno 5]"),
     "together": (ValueError("the file is empty"), "EveryRankError", "the file is empty"),
@@ -22,13 +23,18 @@ CASES = {
 
 
 def attempts() -> dict[str, tuple[str, str, float]]:
-    """By method: the error that this rank raises when one rank alone fails, and the seconds."""
+    """Returns for each method the error that this rank raises when one rank alone fails,
+    as its class and message, and the seconds that it took.
+    """
     from megatron_real.parallel.ranks import Ranks
 
     ranks = Ranks.of_all(timedelta(seconds=240))
-    found = {}
+    errors = {}
     for method, (error, _, _) in CASES.items():
-        culprit = 0 if method == "on_first" else 1
+        # `on_first` calls the function on the first rank alone.
+        culprit = 1
+        if method == "on_first":
+            culprit = 0
 
         def fail(error: Exception = error, culprit: int = culprit) -> None:
             if ranks.rank == culprit:
@@ -40,14 +46,14 @@ def attempts() -> dict[str, tuple[str, str, float]]:
             run(fail)
         except Exception as raised:
             seconds = time.monotonic() - started
-            found[method] = (type(raised).__name__, str(raised), seconds)
+            errors[method] = (type(raised).__name__, str(raised), seconds)
         # The next collective is the same on every rank: nobody is still in the last one.
         assert ranks.gathered(method) == [method] * ranks.world
+
     assert ranks.every(lambda: ranks.rank) == [0, 1, 2]
-    everybody = [0, 1, 2] if ranks.first else []
-    assert ranks.gathered_by_first(ranks.rank) == everybody
+    assert ranks.gathered_by_first(ranks.rank) == [0, 1, 2] * ranks.first
     assert ranks.on_first(lambda: f"rank {ranks.rank}") == "rank 0"
-    return found
+    return errors
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +62,18 @@ def answers(world: World) -> list[dict[str, tuple[str, str, float]]]:
 
 
 @pytest.mark.parametrize("method", CASES)
-def test_one_ranks_error_is_every_ranks(
+def test_one_ranks_error_is_raised_on_every_rank(
     answers: list[dict[str, tuple[str, str, float]]], method: str
 ) -> None:
-    _, kind, sentence = CASES[method]
+    _, expected_class, sentence = CASES[method]
     for answer in answers:
-        name, text, seconds = answer[method]
-        assert name == kind and sentence in text
+        error_class, message, seconds = answer[method]
+        assert error_class == expected_class and sentence in message
         assert seconds < 120, "half the group's timeout: nobody waited for it"
 
 
 def kept() -> bool:
-    """Whether each rank has its own group back, which cannot be sent to another one."""
+    """Whether this rank gets its own process group back, which cannot be sent to another one."""
     from megatron_real.parallel.ranks import Ranks
 
     ranks = Ranks.of_all(timedelta(seconds=240))
@@ -79,8 +85,8 @@ def test_what_ranks_make_together_stays_on_each(world: World) -> None:
 
 
 def surveyed(folder: str, fault: str) -> tuple[str, float]:
-    """The checkpoint that a survey finds, or why it finds none, and the seconds,
-    under a fault on the last rank.
+    """Returns the name of the checkpoint that a survey finds under a fault on the last rank,
+    or the error that it raises; and the seconds that it took.
     """
     import os
 
@@ -105,26 +111,31 @@ def surveyed(folder: str, fault: str) -> tuple[str, float]:
             saved.commit(directory.checkpoints, position, digests, {})
 
     ranks.on_first(write)
+
     if ranks.rank == ranks.world - 1:
-        listdir, scandir, read = os.listdir, os.scandir, saved.checksum
+        listdir = os.listdir
+        scandir = os.scandir
+        checksum = saved.checksum
 
-        def failing(file: Path) -> str:
-            if fault == "fails once":
-                saved.checksum = read
-                raise OSError(5, "Input/output error")
-            return read(file)
+        def failing_once(file: Path) -> str:
+            saved.checksum = checksum
+            raise OSError(5, "Input/output error")
 
-        saved.checksum = failing
+        if fault == "fails once":
+            saved.checksum = failing_once
         if fault == "listing":
             os.listdir = lambda path=".": [n for n in listdir(path) if n != "step_4"]  # type: ignore[assignment]
             os.scandir = lambda path=".": [e for e in scandir(path) if e.name != "step_4"]  # type: ignore[assignment]
+
     started = time.monotonic()
     try:
         newest = saver.survey(directory, ranks).newest
-        found = newest.path.name if newest else "none"
+        outcome = "none"
+        if newest is not None:
+            outcome = newest.path.name
     except Exception as error:
-        found = f"{type(error).__name__}: {error}"
-    return found, time.monotonic() - started
+        outcome = f"{type(error).__name__}: {error}"
+    return outcome, time.monotonic() - started
 
 
 @pytest.mark.parametrize(
@@ -138,7 +149,7 @@ def test_ranks_agree_on_a_checkpoint_whatever_one_of_them_sees(
     world: World, tmp_path: Path, fault: str, expected: str
 ) -> None:
     answers = world.run(surveyed, 2, folder=str(tmp_path / "run"), fault=fault)
-    assert len({found for found, _ in answers}) == 1
-    for found, seconds in answers:
-        assert found.startswith(expected), found
+    assert len({outcome for outcome, _ in answers}) == 1
+    for outcome, seconds in answers:
+        assert outcome.startswith(expected), outcome
         assert seconds < 120, "half the group's timeout: nobody waited for it"

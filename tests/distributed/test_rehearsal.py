@@ -31,13 +31,20 @@ pytestmark = [
     pytest.mark.xdist_group("rehearsal"),  # the layouts are rehearsed by one worker, once
 ]
 
-HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, VOCABULARY = 128, 256, 4, 4, 2, 512
+HIDDEN = 128
+FFN = 256
+LAYERS = 4
+HEADS = 4
+KV_HEADS = 2
+VOCABULARY = 512
 TINY = {
     "architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": LAYERS, "hidden_size": HIDDEN,
     "intermediate_size": FFN, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
     "vocab_size": VOCABULARY, "max_position_embeddings": 1024, "tie_word_embeddings": False,
 }  # fmt: skip
-PROMPT, RESPONSE, TOKENS = 32, 96, 256
+PROMPT = 32
+RESPONSE = 96
+TOKENS = 256
 WORDS = (
     "model.layers=local",
     f"data.max_prompt_tokens={PROMPT}",
@@ -86,11 +93,11 @@ LAYOUTS: dict[str, tuple[int, int, str]] = {
 
 # Each layout takes 2 s: these see every kind of schedule, collective and phase once, and the closed
 # forms use them.
-DEFAULT = (
+DEFAULT = [
     "dp", "tp", "interleaved-last", "all", "logits", "full", "split", "offload", "lag", "mismatch",
-)  # fmt: skip
+]  # fmt: skip
 if not on_first_version():
-    DEFAULT = ("dp", "tp", "all", "full", "mismatch")
+    DEFAULT = ["dp", "tp", "all", "full", "mismatch"]
 TE = pytest.mark.skipif(
     transformer_engine.root() is None,
     reason="TransformerEngine's Python is missing: docs/testing.md",
@@ -99,8 +106,12 @@ TE = pytest.mark.skipif(
 
 def row(name: str) -> Any:
     """A test's parameter: layouts that are not of the default run in the grid alone."""
-    marks = [] if name in DEFAULT else [pytest.mark.grid]
-    return pytest.param(name, marks=[*marks, TE] if name.startswith("te") else marks)
+    marks = []
+    if name not in DEFAULT:
+        marks.append(pytest.mark.grid)
+    if name.startswith("te"):
+        marks.append(TE)
+    return pytest.param(name, marks=marks)
 
 
 ROWS = [row(name) for name in LAYOUTS]
@@ -139,6 +150,7 @@ def reports(request: pytest.FixtureRequest, config_file: Path) -> Mapping[str, R
 def test_every_layout_runs(reports: Mapping[str, RankReport], name: str) -> None:
     report = reports[name]
     assert not report.fault
+
     names = [phase.name for phase in report.phases]
     assert names[:5] == ["build", "pack", "old_logprobs", "gradient", "optimizer"]
 
@@ -191,16 +203,18 @@ def test_bytes_are_those_of_the_closed_form(reports: Mapping[str, RankReport]) -
     data_parallel = reports["dp"]
     reduced = [c for c in data_parallel.phase("gradient").collectives if "reduce_scatter" in c.call]
     assert sum(c.num_bytes for c in reduced) == 4 * data_parallel.parameters
-    # overlap_param_gather: by the first forward pass after an update.
-    forward = data_parallel.phase("old_logprobs").collectives
-    gathered = [c for c in forward if "all_gather" in c.call]
+
+    # Under overlap_param_gather the first forward pass after an update gathers the parameters.
+    collectives = data_parallel.phase("old_logprobs").collectives
+    gathered = [c for c in collectives if "all_gather" in c.call]
     assert sum(c.num_bytes for c in gathered) == 2 * data_parallel.parameters // 4
 
     tensor_parallel = reports["tp"]
     forward = [
-        c for c in tensor_parallel.phase("old_logprobs").collectives
+        c
+        for c in tensor_parallel.phase("old_logprobs").collectives
         if c.call == "all_reduce" and c.dtype == "bfloat16"
-    ]  # fmt: skip
+    ]
     # The embedding's output, and two of each layer.
     calls = tensor_parallel.micro_batches * (1 + 2 * LAYERS)
     assert sum(c.calls for c in forward) == calls
@@ -217,8 +231,8 @@ def gathered_over_data(report: RankReport, phase: str) -> int:
 
 
 def test_parameters_are_gathered_once_after_an_update(reports: Mapping[str, RankReport]) -> None:
-    """By whatever comes first: a checkpoint, or a pass;
-    the stream after it finds them as they are.
+    """What comes first after an update gathers them, a checkpoint or a pass;
+    what comes later, such as the stream, does not again.
     """
     report = reports["dp"]
     assert gathered_over_data(report, "sharded state") == 2 * report.parameters // 4
@@ -230,7 +244,7 @@ def test_parameters_are_gathered_once_after_an_update(reports: Mapping[str, Rank
 
 
 @pytest.mark.grid
-def test_its_peak_is_that_of_torch_on_a_cpu(
+def test_the_peak_of_memory_is_that_of_torch_on_a_cpu(
     world: World, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The same update of the same model, with fake CUDA tensors and with torch's own allocator."""
@@ -324,8 +338,8 @@ def test_planted_faults_are_caught(findings: Mapping[str, str], fault: str) -> N
 
 @pytest.mark.one_version
 def test_the_optimizer_leaves_through_one_pinned_buffer(reports: Mapping[str, RankReport]) -> None:
-    """One wait for the copies and one of megatron-core's each way;
-    of the host's memory no more than is copied.
+    """Each way has one wait for the copies and one of megatron-core's, and the pinned buffer is no
+    larger than what is copied.
     """
     report = reports["offload"]
     leave = report.phase("make_room")

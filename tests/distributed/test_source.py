@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -23,7 +23,7 @@ from megatron_real.labels import Labeller
 from megatron_real.objective import make_objective
 from megatron_real.parallel.ranks import EveryRankError, Ranks
 from megatron_real.prompts import PromptCursor
-from megatron_real.records import Completion, Prompt, Rollout, Sampling
+from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Sampling, Status, Verdict
 from megatron_real.rollout.engines.engine import EngineFailed, Held
 from megatron_real.rollout.source import DrawOptions, Fresh, Generator, OneStepAhead, Replay
 from megatron_real.rollout.stage import RolloutStage
@@ -56,13 +56,10 @@ class Counting(Adder):
     def __init__(self) -> None:
         self.asked = 0
 
-    def held(self) -> dict[str, Any]:
+    def held(self) -> Mapping[str, Held]:
         return {"weight": Held((4,), {})}
 
-    def revive(self) -> bool:
-        return False
-
-    def prepare_for_inference(self, weights: Any) -> None:
+    def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         assert len(list(weights)) == 1
 
     def generate(
@@ -73,7 +70,7 @@ class Counting(Adder):
 
 
 class Weights:
-    """A policy of one tensor, and a copy of it: also what the source asks to be swapped in."""
+    """A policy of one tensor (`TrainedPolicy`) and an earlier copy of it (`EarlierWeights`)."""
 
     def __init__(self, value: float = 0.0) -> None:
         self.present = torch.full((4,), value)
@@ -83,8 +80,8 @@ class Weights:
         yield "weight", self.present
 
     def mismatch(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """Below any bound under the weights that generated, which are 0 in these tests,
-        and beyond it otherwise.
+        """Below any bound under the weights that generated, which are 0 in these tests;
+        beyond it under others.
         """
         return [float(self.present.abs().max())] * len(rollouts)
 
@@ -118,13 +115,16 @@ class Job:
     ) -> None:
         os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node)
         ranks = Ranks.of_all(timedelta(minutes=1))
-        self.said: list[str] = []
-        self.engine, self.weights = Counting(), Weights(weights)
+        self.messages: list[str] = []
+        self.engine = Counting()
+        self.weights = Weights(weights)
         stage = RolloutStage(self.engine, labeller, rank=ranks.rank, world=ranks.world)
         unchecked = SyncConfig(checksum_every=0, probe_every=0)
         sync = WeightSync(self.engine, unchecked, tied=False, probe=prompts[0], temperature=1.0)
         generator = Generator(self.weights, stage, sync, timed=lambda _: nullcontext())
-        chunks = ChunkFiles(RunDirectory(folder), ranks, self.said.append, begun_step=begun_step)
+        chunks = ChunkFiles(
+            RunDirectory(folder), ranks, self.messages.append, begun_step=begun_step
+        )
         self.cursor = PromptCursor(prompts, seed=1)
         drawing: tuple[Any, ...] = (generator, self.cursor, options, chunks)
         self.source = Fresh(*drawing, seam=lambda: None)
@@ -134,11 +134,11 @@ class Job:
             )
 
     def first_step(self) -> list[Any]:
-        """What the first step's rollouts are."""
+        """The facts of the first step's rollouts."""
         return self.known(self.source.take(1).rollouts)
 
     def known(self, rollouts: list[Rollout]) -> list[Any]:
-        """What rollouts are, the same on every rank."""
+        """The facts of rollouts, the same on every rank."""
         return known(self.everywhere(rollouts))
 
     def everywhere(self, rollouts: list[Rollout]) -> list[Rollout]:
@@ -147,12 +147,14 @@ class Job:
 
 
 def new_labeller() -> Labeller:
-    """One for all lives of a test: its processes take longer to start than all they do here."""
+    """A labeller for all lives of a test: starting its processes takes longer than their work."""
     return Labeller("exact", workers=1, timeout_seconds=10, memory_mib=512)
 
 
 def changed(prompt: Prompt, **values: Any) -> Prompt:
-    return dataclasses.replace(prompt, **values) if prompt.uid in ("p/3", "p/7") else prompt
+    if prompt.uid not in ("p/3", "p/7"):
+        return prompt
+    return dataclasses.replace(prompt, **values)
 
 
 OTHER_ANSWERS = [changed(p, answers=("1000",)) for p in PROMPTS]
@@ -161,27 +163,29 @@ COOLER = dataclasses.replace(OPTIONS, settings={"rollout.temperature": 0.3})
 
 
 def lives(folder: Path, ranks_per_node: int) -> dict[str, Any]:
-    """The same step by several lives of a run, each after the first with the
-    chunks of the one before on disk.
+    """Takes the same step in several lives of a run, of which each finds the chunks of the one
+    before on disk; returns what each has asked its engine.
     """
     life = partial(Job, folder, new_labeller(), ranks_per_node=ranks_per_node)
     first = life()
     drawn = first.first_step()
-    found: dict[str, Any] = {"asked at first": first.engine.asked}
+    results: dict[str, Any] = {"asked at first": first.engine.asked}
 
     again = life()
-    found["the same"] = again.first_step() == drawn and again.engine.asked == 0
+    results["the same"] = again.first_step() == drawn and again.engine.asked == 0
     moved = life(ranks_per_node=3 - ranks_per_node)
-    found["on other nodes"] = moved.first_step() == drawn and moved.engine.asked == 0
-    for name, options in (
-        ("settings", {"options": COOLER}),
-        ("weights", {"weights": 1.0}),
-        ("answers", {"prompts": OTHER_ANSWERS}),
-        ("questions", {"prompts": OTHER_QUESTIONS}),
-    ):
-        job = life(**options)  # type: ignore[arg-type]
+    results["on other nodes"] = moved.first_step() == drawn and moved.engine.asked == 0
+
+    changes: dict[str, dict[str, Any]] = {
+        "settings": {"options": COOLER},
+        "weights": {"weights": 1.0},
+        "answers": {"prompts": OTHER_ANSWERS},
+        "questions": {"prompts": OTHER_QUESTIONS},
+    }
+    for name, change in changes.items():
+        job = life(**change)
         job.first_step()
-        found[name] = (job.engine.asked > 0, job.said[:1])
+        results[name] = (job.engine.asked > 0, job.messages[:1])
         life().first_step()  # the chunks are those of the first life again
 
     dist.barrier()
@@ -190,36 +194,44 @@ def lives(folder: Path, ranks_per_node: int) -> dict[str, Any]:
         cut.write_bytes(cut.read_bytes()[:-7])
     dist.barrier()
     job = life()
-    found["a cut chunk"] = (job.first_step() == drawn, job.engine.asked, job.said)
-    return found
+    results["a cut chunk"] = (job.first_step() == drawn, job.engine.asked, job.messages)
+    return results
 
 
 @pytest.mark.parametrize("ranks_per_node", [2, 1])
-def test_a_kept_chunk_is_used_only_where_it_would_be_drawn_so_again(
+def test_a_kept_chunk_is_used_only_where_it_would_be_drawn_alike(
     world: World, tmp_path: Path, ranks_per_node: int
 ) -> None:
-    """Other settings, weights, answers or prompts: drawn again, with a word on what has changed;
-    the same on both.
+    """Other settings, weights, answers or prompts: the chunk is drawn again on both ranks,
+    with a message of what has changed.
     """
     ranks = world.run(lives, 2, folder=tmp_path, ranks_per_node=ranks_per_node)
-    assert sum(rank["asked at first"] for rank in ranks) >= 6
+
+    asked_at_first = sum(rank["asked at first"] for rank in ranks)
+    assert asked_at_first >= 6
     assert all(rank["the same"] and rank["on other nodes"] for rank in ranks)
-    words = {
+
+    sentences = {
         "settings": "rollout.temperature was 1.0 and is 0.3",
         "weights": "the policy's weights have changed",
         "answers": "gold answers have changed",
         "questions": "the prompts have changed",
     }
-    same, _, said = ranks[0]["a cut chunk"]
-    asked_again = sum(rank["a cut chunk"][1] for rank in ranks)
-    assert same and 0 < asked_again < sum(rank["asked at first"] for rank in ranks)
-    damaged = "part-00002-of-00002" if ranks_per_node == 1 else "chunk-00001-0-00000"
-    named = f"{damaged}.parquet is not a whole file of rollouts"
-    assert [s for s in said if named in s and "drawn again" in s]
-    for name, sentence in words.items():
-        asked, said = ranks[0][name]
-        assert asked and said[0].startswith("step 1: ") and said[0].endswith(sentence), said
+    for name, sentence in sentences.items():
+        asked, messages = ranks[0][name]
+        (message,) = messages
+        assert asked and message.startswith("step 1: ") and message.endswith(sentence), message
         assert ranks[1][name] == (True, []), "the first rank speaks"
+
+    same, _, messages = ranks[0]["a cut chunk"]
+    asked_again = sum(rank["a cut chunk"][1] for rank in ranks)
+    assert same and 0 < asked_again < asked_at_first
+    # On one node a chunk is one file; on two, each node writes a part, and the last one was cut.
+    damaged = "chunk-00001-0-00000"
+    if ranks_per_node == 1:
+        damaged = "part-00002-of-00002"
+    reason = f"{damaged}.parquet is not a whole file of rollouts"
+    assert [message for message in messages if reason in message and "drawn again" in message]
 
 
 def partly_trained(folder: Path, ranks_per_node: int) -> tuple[bool, int, str]:
@@ -228,8 +240,10 @@ def partly_trained(folder: Path, ranks_per_node: int) -> tuple[bool, int, str]:
     """
     life = partial(Job, folder, new_labeller(), ranks_per_node=ranks_per_node)
     drawn = life().first_step()
+
     moved = life(options=COOLER, weights=1.0, begun_step=1)
     same = moved.first_step() == drawn
+
     with pytest.raises(EveryRankError) as refusal:
         life(prompts=OTHER_QUESTIONS, begun_step=1).first_step()
     return same, moved.engine.asked, str(refusal.value)
@@ -250,49 +264,59 @@ def versions(rollout: Rollout) -> list[int]:
 
 
 def ahead_of_time(folder: Path, bound: float | None) -> dict[str, Any]:
-    """Three steps one step ahead, the weights moving between them;
-    and an evaluation's loan of the engine.
+    """Takes three steps one step ahead, between which the weights move and an evaluation borrows
+    the engine.
     """
     options = dataclasses.replace(OPTIONS, chunk_prompts=0, refill_rounds=0, exclude_mismatch=bound)
     labeller = new_labeller()
     lagging = Job(folder / "lagging", labeller, options, ahead=True)
     fresh = Job(folder / "fresh", labeller, dataclasses.replace(options, exclude_mismatch=None))
-    found: dict[str, Any] = {"lags": [], "weights": [], "same": [], "statuses": set()}
-    found["versions"] = []
+    results: dict[str, Any] = {
+        "lags": [],
+        "weights": [],
+        "versions": [],
+        "same": [],
+        "statuses": set(),
+    }
     for step in (1, 2, 3):
         taken = lagging.source.take(step)
         rollouts = lagging.everywhere(taken.rollouts)
         with taken.generating_weights():
-            found["weights"].append(float(lagging.weights.present[0]))
+            results["weights"].append(float(lagging.weights.present[0]))
         assert float(lagging.weights.present[0]) == step - 1, "the present ones are back"
-        found["lags"].append(taken.lag)
-        found["versions"].append({v for r in rollouts for v in versions(r)})
-        found["same"].append(known(rollouts) == fresh.known(fresh.source.take(step).rollouts))
-        found["statuses"] |= {r.verdict.status for r in taken.rollouts if step < 3}
+        results["lags"].append(taken.lag)
+        results["versions"].append({v for r in rollouts for v in versions(r)})
+        results["same"].append(known(rollouts) == fresh.known(fresh.source.take(step).rollouts))
+        results["statuses"] |= {r.verdict.status for r in taken.rollouts if step < 3}
+
         lagging.weights.present = lagging.weights.present + 1  # the step's updates
         with lagging.source.awake():
             pass
-    return found
+    return results
 
 
 def test_one_step_ahead_hands_over_the_weights_that_generated(world: World, tmp_path: Path) -> None:
     """The draws are those of `Fresh`, seed for seed; the mismatch is that of the generating
     weights, 0 up to step 2.
     """
-    for found in world.run(ahead_of_time, 2, folder=tmp_path, bound=0.5):
-        assert found["lags"] == [0.0, 1.0, 1.0]
-        assert found["versions"] == [{1}, {1}, {2}], "the step that began with those weights"
-        assert found["weights"] == [0.0, 0.0, 1.0]
-        assert found["same"] == [True, True, False], "in the third, all are beyond the bound"
-        assert "mismatch" not in found["statuses"]
+    for results in world.run(ahead_of_time, 2, folder=tmp_path, bound=0.5):
+        assert results["lags"] == [0.0, 1.0, 1.0]
+        assert results["versions"] == [{1}, {1}, {2}], "the step that began with those weights"
+        assert results["weights"] == [0.0, 0.0, 1.0]
+        assert results["same"] == [True, True, False], "in the third, all are beyond the bound"
+        assert "mismatch" not in results["statuses"]
 
 
 def test_a_replay_reads_steps_in_order_of_group_and_sample() -> None:
+    completion = Completion((1,), (0.0,), "", True)
+    verdict = Verdict(Status.OK, POSITIVE, 1.0)
     rollouts = [
-        Rollout(PROMPTS[0], group, sample, Completion((1,), (0.0,), "", True), None)  # type: ignore[arg-type]
+        Rollout(PROMPTS[0], group, sample, completion, verdict)
         for group, sample in ((1, 0), (0, 1), (0, 0))
     ]
+
     taken = Replay({7: rollouts}.__getitem__).take(7)
+
     assert [(r.group, r.sample) for r in taken.rollouts] == [(0, 0), (0, 1), (1, 0)]
     assert taken.lag == 0.0
 
@@ -304,31 +328,33 @@ class Mortal(Counting):
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive, self.syncs = True, 0
+        self.alive = True
+        self.syncs = 0
 
     def revive(self) -> bool:
-        ended, self.alive = not self.alive, True
-        return ended
+        had_ended = not self.alive
+        self.alive = True
+        return had_ended
 
-    def prepare_for_inference(self, weights: Any) -> None:
+    def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         super().prepare_for_inference(weights)
         self.syncs += 1
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
-        for count, found in enumerate(super().generate(prompts, sampling, seeds=seeds)):
+        for count, completion in enumerate(super().generate(prompts, sampling, seeds=seeds)):
             if count == 2 and self.syncs == 1:
                 self.alive = False
                 raise EngineFailed("its server is gone")
-            yield found
+            yield completion
 
 
 def synced_within_the_step() -> tuple[int, int]:
-    """Syncs of a draw whose server ends in the middle of it,
-    and completions that are lost for good.
+    """Returns the number of syncs in a draw whose server ends in the middle of it,
+    and of completions that are lost for good.
     """
-    engine, policy = Mortal(), Weights()
+    engine = Mortal()
     labeller = Labeller(
         "exact", workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=1.0
     )
@@ -340,7 +366,7 @@ def synced_within_the_step() -> tuple[int, int]:
         probe=PROMPTS[0],
         temperature=1.0,
     )
-    generator = Generator(policy, stage, sync, timed=lambda name: nullcontext())
+    generator = Generator(Weights(), stage, sync, timed=lambda name: nullcontext())
     try:
         with generator.awake():
             rollouts = generator.sample(PROMPTS[:2], SAMPLING, seed=3)

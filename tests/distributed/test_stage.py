@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_real.labels import Labeller, TooManyFailedChecks
 from megatron_real.objective import make_objective
 from megatron_real.prompts import PromptCursor
 from megatron_real.records import EXCLUDED, Completion, Prompt, Rollout, Sampling
-from megatron_real.rollout.engines.engine import EngineFailed
+from megatron_real.rollout.engines.engine import Engine, EngineFailed, Held
 from megatron_real.rollout.refill import refill
 from megatron_real.rollout.stage import RolloutStage
 from tests.distributed.world import World
@@ -31,22 +33,23 @@ PROMPTS = [Prompt(f"p/{i}", f"{i}+1=", (i,), (str(i + 1),)) for i in range(24)]
 
 
 class Adder:
-    """Knows each answer, and gives one that is off by one, by chance of its seed,
-    in a third of its samples.
-    """
+    """An engine that knows each answer; a third of its samples, by the seed, are off by one."""
 
-    name, tokenizer, tp, process = "adder", None, 1, "rank"
+    name = "adder"
+    tokenizer = None
+    tp = 1
+    process = "rank"
 
-    def held(self) -> dict[str, Any]:
+    def held(self) -> Mapping[str, Held]:
         return {}
 
-    def checksums(self, dtypes: Any) -> dict[str, Any]:
+    def checksums(self, dtypes: Mapping[str, torch.dtype]) -> Mapping[str, Mapping[int, int]]:
         return {}
 
     def revive(self) -> bool:
         return False
 
-    def prepare_for_inference(self, weights: Any) -> None: ...
+    def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
 
     def finish_inference(self) -> None: ...
 
@@ -60,8 +63,9 @@ class Adder:
             [self.answer(prompt, draw) for _ in range(sampling.num_samples)] for prompt in prompts
         ]
         for k in range(sampling.num_samples):
-            for i, row in enumerate(answers):
-                if (completion := row[k]) is not None:
+            for i, completions in enumerate(answers):
+                completion = completions[k]
+                if completion is not None:
                     yield i, k, completion
 
     def answer(self, prompt: Prompt, draw: random.Random) -> Completion | None:
@@ -72,8 +76,8 @@ class Adder:
 
 
 class Watched(Adder):
-    """Hands out a completion when the verifier of its rank has begun with all before:
-    `seen` has a file for each.
+    """Yields a completion once the verifier of its rank has begun with all that were before it:
+    it leaves a file in `seen` for each.
     """
 
     def __init__(self, seen: Path) -> None:
@@ -83,10 +87,10 @@ class Watched(Adder):
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
-        for count, found in enumerate(super().generate(prompts, sampling, seeds=seeds)):
+        for count, completion in enumerate(super().generate(prompts, sampling, seeds=seeds)):
             while len(list(self.seen.iterdir())) < count:
                 time.sleep(0.005)
-            yield found
+            yield completion
 
 
 VERIFIER = """
@@ -105,21 +109,23 @@ class Dying(Adder):
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
-        for count, found in enumerate(super().generate(prompts, sampling, seeds=seeds)):
+        for count, completion in enumerate(super().generate(prompts, sampling, seeds=seeds)):
             if dist.get_rank() == dist.get_world_size() - 1 and count == 5:
                 raise EngineFailed("its server is gone")
-            yield found
+            yield completion
 
 
 class Leaky(Adder):
     """Loses every completion of the prompts 3 and 4."""
 
     def answer(self, prompt: Prompt, draw: random.Random) -> Completion | None:
-        return None if prompt.uid in ("p/3", "p/4") else super().answer(prompt, draw)
+        if prompt.uid in ("p/3", "p/4"):
+            return None
+        return super().answer(prompt, draw)
 
 
 def stage_of(
-    engine: Callable[[], Adder],
+    engine: Callable[[], Engine],
     retries: int,
     max_failed_share: float = 1.0,
     verifier: str = "exact",
@@ -127,17 +133,18 @@ def stage_of(
     labeller = Labeller(
         verifier, workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=max_failed_share
     )
-    rank, world = dist.get_rank(), dist.get_world_size()
-    return RolloutStage(engine(), labeller, rank=rank, world=world, retries=retries)
+    return RolloutStage(
+        engine(), labeller, rank=dist.get_rank(), world=dist.get_world_size(), retries=retries
+    )
 
 
 def one_step(
-    engine: Callable[[], Adder], retries: int = 1, prompts: int = 6, **options: Any
+    engine: Callable[[], Engine], retries: int = 1, num_prompts: int = 6, **options: Any
 ) -> list[Rollout]:
     stage = stage_of(engine, retries, **options)
+    prompts = PROMPTS[:num_prompts]
     try:
-        chosen = PROMPTS[:prompts]
-        rollouts = stage.label(chosen, stage.generate(chosen, SAMPLING, seed=3))
+        rollouts = stage.label(prompts, stage.generate(prompts, SAMPLING, seed=3))
         if stage.engine.tp == 1:
             check_work(stage, rollouts)
         return everywhere(stage, rollouts)
@@ -148,6 +155,7 @@ def one_step(
 def check_work(stage: RolloutStage, rollouts: list[Rollout]) -> None:
     """The stage counts the tokens of what its engine has drawn, draws of lost completions too."""
     work = stage.take_work()
+
     own = [r.completion.num_tokens for r in rollouts if r.holder == stage.rank]
     assert work["tokens"] == sum(own) and work["seconds"] > 0
     assert stage.take_work() == {"seconds": 0.0, "tokens": 0, "taken_over": 0}
@@ -160,7 +168,7 @@ def everywhere(stage: RolloutStage, rollouts: list[Rollout]) -> list[Rollout]:
 
 
 def known(rollouts: list[Rollout]) -> list[Any]:
-    """All of the rollouts but the clock's and the weight version."""
+    """Returns all facts of the rollouts but those of the clock and the weight version."""
     return [
         (r.prompt.uid, r.group, r.sample, drawn(r), r.verdict.status, r.label, r.refills)
         for r in rollouts
@@ -175,9 +183,8 @@ def drawn(rollout: Rollout) -> tuple[Any, ...]:
 
 def alike(ranks: list[list[Rollout]]) -> list[Rollout]:
     """The rollouts, which all ranks must know alike, complete and in order."""
-    assert all(rank == ranks[0] for rank in ranks), (
-        "seconds and all: each verdict is made once and gathered"
-    )
+    # Equal to the verdicts' seconds: each verdict is made once and gathered.
+    assert all(rank == ranks[0] for rank in ranks)
     assert [(r.group, r.sample) for r in ranks[0]] == [(i, k) for i in range(6) for k in range(4)]
     return ranks[0]
 
@@ -188,16 +195,16 @@ def test_completions_are_verified_while_others_are_generated(world: World, tmp_p
     """
     file = tmp_path / "own.py"
     file.write_text(VERIFIER.replace("FOLDER", str(tmp_path)))
-    streamed = alike(
-        world.run(one_step, 2, engine=partial(Watched, tmp_path), verifier=f"{file}:judge")
-    )
+    engine = partial(Watched, tmp_path)
+
+    streamed = alike(world.run(one_step, 2, engine=engine, verifier=f"{file}:judge"))
     at_once = alike(world.run(one_step, 2, engine=Adder))
+
     assert known(streamed) == known(at_once), "the order of arrival changes nothing"
     assert sum(r.verdict.early for r in streamed) >= 2 * 10
     for r in streamed:
-        assert (r.verdict.status == "ok") == (
-            r.completion.text == f"\\boxed{{{r.prompt.answers[0]}}}"
-        )
+        is_right = r.completion.text == f"\\boxed{{{r.prompt.answers[0]}}}"
+        assert (r.verdict.status == "ok") == is_right
     assert {r.verdict.status for r in streamed} == {"ok", "wrong"}
 
 
@@ -209,14 +216,15 @@ def test_the_same_seed_gives_the_same_rollouts(world: World) -> None:
 
 def test_what_a_dying_engine_lost_is_drawn_by_another(world: World) -> None:
     rollouts = alike(world.run(one_step, 2, engine=Dying))
+
     assert {r.verdict.status for r in rollouts} == {"ok", "wrong"}
+    # The first token of a completion is the rank that drew it; odd groups are rank 1's.
     drawn_by = [r.completion.token_ids[0] for r in rollouts]
     assert drawn_by.count(1) == 5 and all(
         drawn_by[r.group * 4 + r.sample] == 0 for r in rollouts if r.group % 2 == 0
     )
-    assert len({r.completion.token_ids.tobytes() for r in rollouts}) == len(rollouts), (
-        "drawn anew, not copied"
-    )
+    draws = {r.completion.token_ids.tobytes() for r in rollouts}
+    assert len(draws) == len(rollouts), "drawn anew, not copied"
 
 
 def test_what_is_lost_every_time_is_excluded_and_counted(world: World) -> None:
@@ -224,11 +232,9 @@ def test_what_is_lost_every_time_is_excluded_and_counted(world: World) -> None:
     lost = [r for r in rollouts if r.verdict.status == "lost"]
     assert {r.prompt.uid for r in lost} == {"p/3", "p/4"} and len(lost) == 8
     for r in lost:
-        assert (r.label, len(r.completion.token_ids), r.verdict.reason) == (
-            EXCLUDED,
-            0,
-            "the engine did not return it",
-        )
+        facts = (r.label, len(r.completion.token_ids), r.verdict.reason)
+        assert facts == (EXCLUDED, 0, "the engine did not return it")
+
     without_retry = alike(world.run(one_step, 2, engine=Dying, retries=0))
     lost = [r for r in without_retry if r.verdict.status == "lost"]
     assert len(lost) == 12 - 5 and {r.verdict.reason for r in lost} == {"its server is gone"}
@@ -250,7 +256,7 @@ def test_every_rank_stops_for_the_same_reason(world: World) -> None:
 
 
 def more_ranks_than_prompts() -> int:
-    return len(one_step(Adder, prompts=1))
+    return len(one_step(Adder, num_prompts=1))
 
 
 def test_a_rank_may_have_nothing_to_do(world: World) -> None:
@@ -261,7 +267,8 @@ def refilled(rounds: int) -> tuple[list[Any], dict[str, Any]]:
     """Two steps of 6 prompts with dynamic sampling, as the loop does it;
     and where the order of prompts stands.
     """
-    stage, cursor = stage_of(Adder, retries=1), PromptCursor(PROMPTS, seed=1)
+    stage = stage_of(Adder, retries=1)
+    cursor = PromptCursor(PROMPTS, seed=1)
     steps: list[Any] = []
     for step in range(2):
 
@@ -280,14 +287,15 @@ def refilled(rounds: int) -> tuple[list[Any], dict[str, Any]]:
 def test_dynamic_sampling_on_two_ranks(world: World) -> None:
     (off, after_off), *others = world.run(refilled, 2, rounds=0)
     assert others == [(off, after_off)]
+
     (on, after_on), *others = world.run(refilled, 2, rounds=4)
     assert others == [(on, after_on)], "ranks agree on the rollouts and on the order of prompts"
     assert world.run(refilled, 2, rounds=4)[0] == (on, after_on), "the same seed, the same draws"
+
     assert one_class(off[0]) and not one_class(on[0])
+    # The groups of two classes stay as they were drawn.
     kept = [r for r in on[0] if not r[6]]
-    assert kept == [r for r in off[0] if r[1] not in one_class(off[0])], (
-        "groups of two classes stay as they were drawn"
-    )
+    assert kept == [r for r in off[0] if r[1] not in one_class(off[0])]
     assert after_on["position"] > after_off["position"]
     assert len({r[3] for r in on[0] + on[1]}) == 48, "each draw has a seed of its own"
 
@@ -300,6 +308,8 @@ class BySeed(Adder):
     """Each answer follows from its own seed alone, as an engine with a seed for
     each request gives it.
     """
+
+    count = 0
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
@@ -314,11 +324,9 @@ class BySeed(Adder):
         token = seed % 2**31
         return Completion((token,), (0.0,), f"\\boxed{{{token}}}", True)
 
-    count = 0
-
 
 def spread_groups() -> tuple[list[Any], int]:
-    """The answers to two prompts, and how many this rank's engine gave."""
+    """Returns the answers to two prompts, and how many of them this rank's engine gave."""
     engine = BySeed()
     stage = stage_of(lambda: engine, retries=1)
     prompts = PROMPTS[:2]
@@ -463,8 +471,9 @@ def test_what_no_engine_has_begun_is_lost_on_every_rank(world: World) -> None:
 
 
 class Mortal(Adder):
-    """Its process on the last rank ends after five completions;
-    until it is brought back it gives none.
+    """Its process on the last rank ends after five completions.
+
+    It yields none until it is brought back.
     """
 
     alive = True
@@ -472,22 +481,24 @@ class Mortal(Adder):
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
-        for count, found in enumerate(super().generate(prompts, sampling, seeds=seeds)):
+        for count, completion in enumerate(super().generate(prompts, sampling, seeds=seeds)):
             if dist.get_rank() == dist.get_world_size() - 1 and count == 5:
                 self.alive = False
             if not self.alive:
                 raise EngineFailed("its server is gone")
-            yield found
+            yield completion
 
 
 def brought_back(bring_back: bool) -> tuple[int, int]:
-    """Completions that are lost for good where one engine alone answers,
-    and how often it was to be brought back.
+    """Returns how many completions are lost for good where one engine alone answers,
+    and how often the stage tried to bring it back.
     """
-    engine, calls = Mortal(), []
+    engine = Mortal()
+    retries = 0
 
     def before_retry() -> None:
-        calls.append(True)
+        nonlocal retries
+        retries += 1
         engine.alive = engine.alive or bring_back
 
     stage = stage_of(lambda: engine, retries=1)
@@ -495,7 +506,7 @@ def brought_back(bring_back: bool) -> tuple[int, int]:
     try:
         sampled = stage.generate(prompts, SAMPLING, seed=3)
         rollouts = stage.label(prompts, sampled, before_retry)
-        return sum(r.verdict.status == "lost" for r in rollouts), len(calls)
+        return sum(r.verdict.status == "lost" for r in rollouts), retries
     finally:
         stage.labeller.close()
 

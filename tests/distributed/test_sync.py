@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,9 +27,12 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_checksum_sees_every_bit_and_every_place(dtype: torch.dtype) -> None:
     tensor = torch.randn(37, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
-    swapped, negated = tensor.clone(), tensor.clone()
-    swapped[0, 0], swapped[36, 4] = tensor[36, 4], tensor[0, 0]
+    swapped = tensor.clone()
+    swapped[0, 0] = tensor[36, 4]
+    swapped[36, 4] = tensor[0, 0]
+    negated = tensor.clone()
     negated[7, 3] = -negated[7, 3]
+
     sums = [checksum(x) for x in (tensor, swapped, negated, tensor[1:], torch.zeros_like(tensor))]
     assert len(set(sums)) == len(sums)
     assert checksum(tensor.clone()) == checksum(tensor.t().contiguous().t()) == sums[0]
@@ -36,13 +40,16 @@ def test_a_checksum_sees_every_bit_and_every_place(dtype: torch.dtype) -> None:
 
 def test_every_single_bit_changes_the_checksum() -> None:
     tensor = torch.linspace(-1, 1, 64)
-    found = {checksum(tensor)}
+    checksums = {checksum(tensor)}
     for place in range(64):
         for bit in range(32):
+            mask = 1 << bit
+            if bit == 31:
+                mask = -mask  # the sign bit: 2**31 itself is no int32
             flipped = tensor.clone()
-            flipped.view(torch.int32)[place] ^= 1 << bit if bit < 31 else -(1 << 31)
-            found.add(checksum(flipped))
-    assert len(found) == 1 + 64 * 32
+            flipped.view(torch.int32)[place] ^= mask
+            checksums.add(checksum(flipped))
+    assert len(checksums) == 1 + 64 * 32
 
 
 @pytest.mark.parametrize("num_elements", [16, 1 << 17], ids=["a rest", "whole blocks"])
@@ -63,7 +70,8 @@ def test_a_long_tensor_is_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     assert checksum(tensor[1:]) == checksum(tensor[1:].clone())
 
 
-LAYOUTS = {
+# name -> (ranks, parallel sizes, whether the model has a tied head)
+LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
     "dp2": (2, {}, False),
     "dp2-tied": (2, {}, True),
     "tp2": (2, {"tp": 2, "sp": True}, False),
@@ -78,25 +86,28 @@ def test_damage_is_named(world: World, tiny_model: ModelMaker, layout: str) -> N
     size, parallel, tied = LAYOUTS[layout]
     path = sync_jobs.complete(tiny_model("qwen2", dtype="float32", tie_word_embeddings=tied))
     name = "lm_head.weight" if layout == "dp2" else NAME
-    for found in world.run(
+
+    ranks = world.run(
         sync_jobs.damages, size, config=sync_jobs.config_of(path, **parallel), name=name
-    ):
-        assert found["good"] == found["again"] == ""
-        assert f"{name} on ranks 0, 1" in found["element"]
-        assert f"{name} on rank 1" in found["element-on-one-rank"]
-        assert f"{name} on rank 1" in found["dropped"]
-        assert f"the engine got nothing for {name}" in found["missing"]
-        assert "the engine has no tensor model.other.weight" in found["unknown"]
-        assert f"{name} has the shape (" in found["shape"]
-        assert f"{name} came twice" in found["twice"]
-        assert "the engine of rank 1 does not compute with the trainer's weights" in found["probe"]
+    )
+
+    for errors in ranks:
+        assert errors["good"] == errors["again"] == ""
+        assert f"{name} on ranks 0, 1" in errors["element"]
+        assert f"{name} on rank 1" in errors["element-on-one-rank"]
+        assert f"{name} on rank 1" in errors["dropped"]
+        assert f"the engine got nothing for {name}" in errors["missing"]
+        assert "the engine has no tensor model.other.weight" in errors["unknown"]
+        assert f"{name} has the shape (" in errors["shape"]
+        assert f"{name} came twice" in errors["twice"]
+        assert "the engine of rank 1 does not compute with the trainer's weights" in errors["probe"]
 
 
 @pytest.mark.parametrize(
     "parallel", [{}, {"tp": 2, "pp": 2}, {"cp": 2}, {"pp": 2, "vpp": 2}], ids=str
 )
 def test_the_mismatch_of_each_rollout(
-    world: World, tiny_model: ModelMaker, parallel: dict[str, int]
+    world: World, tiny_model: ModelMaker, parallel: dict[str, Any]
 ) -> None:
     """Against transformers in fp32: the given log-probs are its own,
     moved by a known amount for each rollout.
@@ -106,30 +117,35 @@ def test_the_mismatch_of_each_rollout(
     path = tiny_model("qwen2", dtype="float32")
     model = AutoModelForCausalLM.from_pretrained(path)
     draw = torch.Generator().manual_seed(3)
-    answers, moved = [], []
-    for i, length in enumerate((3, 1, 7, 5, 2)):
-        ids = torch.randint(2, 101, (4 + i + length,), generator=draw)
+    answers = []
+    expected = []
+    for i, response_length in enumerate((3, 1, 7, 5, 2)):
+        prompt_length = 4 + i
+        ids = torch.randint(2, 101, (prompt_length + response_length,), generator=draw)
         with torch.inference_mode():
             logprobs_LV = (model(ids[None]).logits[0] / sync_jobs.TEMPERATURE).log_softmax(-1)
-        sampled = logprobs_LV[3 + i : -1].gather(1, ids[4 + i :, None]).squeeze(1)
-        offsets = 0.1 * torch.randn(length, generator=draw)
-        answers.append(
-            (
-                tuple(ids[: 4 + i].tolist()),
-                tuple(ids[4 + i :].tolist()),
-                tuple((sampled + offsets).tolist()),
-            )
-        )
-        moved.append(float(offsets.abs().mean()))
+        response = ids[prompt_length:]
+        # The logits at a token predict the next one.
+        sampled = logprobs_LV[prompt_length - 1 : -1].gather(1, response[:, None]).squeeze(1)
+        offsets = 0.1 * torch.randn(response_length, generator=draw)
+        logprobs = sampled + offsets
+        prompt = ids[:prompt_length]
+        answers.append(tuple(tuple(x.tolist()) for x in (prompt, response, logprobs)))
+        expected.append(float(offsets.abs().mean()))
+
     size = 4 if parallel else 2
-    for found in world.run(
+    ranks = world.run(
         sync_jobs.mismatch, size, config=sync_jobs.config_of(path, **parallel), answers=answers
-    ):
-        assert found == pytest.approx(moved, abs=1e-5)
+    )
+
+    for means in ranks:
+        assert means == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.one_version
-def test_a_hanging_sync_says_where_each_rank_stands(tiny_model: ModelMaker, tmp_path: Path) -> None:
+def test_a_hanging_sync_reports_where_each_rank_waits(
+    tiny_model: ModelMaker, tmp_path: Path
+) -> None:
     path = sync_jobs.complete(tiny_model("qwen2", dtype="float32"))
     script = tmp_path / "hang.py"
     script.write_text(
@@ -140,24 +156,18 @@ def test_a_hanging_sync_says_where_each_rank_stands(tiny_model: ModelMaker, tmp_
         f"config = sync_jobs.config_of(Path({str(path)!r}), tp=2)\n"
         f"sync_jobs.hang(config, {NAME!r})\n"
     )
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        str(script),
-    ]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
+    command += ["--nproc-per-node", "2", str(script)]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    done = zygote.run(
+
+    process = zygote.run(
         command, capture_output=True, text=True, timeout=300, env=environment, check=False
     )
-    assert done.returncode != 0
-    assert "weight sync 2 did not finish in 8 s (rollout.sync.timeout_seconds)" in done.stderr
+
+    stderr = process.stderr
+    assert process.returncode != 0
+    assert "weight sync 2 did not finish in 8 s (rollout.sync.timeout_seconds)" in stderr
     # The norm has no shards, so rank 0 goes past it; the next tensor's all-gather needs rank 1.
-    assert "rank 0 waits for model.layers.4.self_attn.q_proj.weight" in done.stderr, done.stderr[
-        -3000:
-    ]
-    assert "rank 1 waits for model.layers.4.input_layernorm.weight" in done.stderr
+    waits = "rank 0 waits for model.layers.4.self_attn.q_proj.weight"
+    assert waits in stderr, stderr[-3000:]
+    assert "rank 1 waits for model.layers.4.input_layernorm.weight" in stderr

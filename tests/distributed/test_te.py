@@ -17,8 +17,9 @@ import torch
 
 from megatron_real.config import Config
 from tests.distributed import checkpoint_jobs, jobs, reference
-from tests.distributed.layouts import Layout
+from tests.distributed.layouts import Dtype, Layout
 from tests.distributed.test_invariance import TOLERANCE, config_of, model_paths, worst_error
+from tests.distributed.test_policy import LAYOUTS
 from tests.distributed.test_policy import config_of as policy_config
 from tests.emulated_te.install import available
 from tests.emulated_te.world import TeWorld
@@ -37,7 +38,7 @@ PLAIN = Layout(
     tp=1, sp=False, pp=1, vpp=1, cp=1, dp=1, max_tokens=256, packing="packed", order=1,
     placement="auto", model="qwen2", logprobs="linear", recompute="none", first=False,
 )  # fmt: skip
-ROWS = {
+ROWS: dict[str, tuple[Layout, Dtype]] = {
     "plain": (PLAIN, "fp32"),
     "bf16": (PLAIN, "bf16"),
     "tp2-sp-padded": (replace(PLAIN, tp=2, sp=True, packing="padded", model="llama"), "bf16"),
@@ -61,8 +62,8 @@ def te_world() -> Iterator[TeWorld]:
 
 
 def calls_and_gradient(**arguments: Any) -> tuple[dict[str, int], dict[str, Any]]:
-    """The job of the invariance matrix, and which of TransformerEngine's kernels
-    it called how often.
+    """Runs the job of the invariance matrix; returns the number of calls of each of
+    TransformerEngine's kernels, and the job's result.
     """
     import transformer_engine_torch
 
@@ -81,15 +82,18 @@ def test_the_gradient_is_that_of_the_equation(
     layout, dtype = ROWS[name]
     path, old_path = model_paths(tiny_model, layout.model)
     samples = reference.minibatch(layout.order, vocab=101)
-    loss, expected = reference.gradient(path, None if layout.first else old_path, samples)
+    # The first minibatch of a step is drawn by the policy's own weights.
+    drawn_by = None if layout.first else old_path
+    loss, expected = reference.gradient(path, drawn_by, samples)
 
     results = te_world.run(
         calls_and_gradient,
         layout.size,
         config=with_te(config_of(layout, path, dtype)),
-        old_path=None if layout.first else str(old_path),
+        old_path=drawn_by and str(drawn_by),
         samples=samples,
     )
+
     calls, result = results[0]
     error, parameter = worst_error(result["gradients"], expected)
     assert error <= TOLERANCE[dtype], f"gradient of {parameter}"
@@ -101,7 +105,7 @@ def test_the_gradient_is_that_of_the_equation(
 
 
 def updates_and_optimizer(**arguments: Any) -> dict[str, Any]:
-    """Three updates, and whose Adam did them."""
+    """Makes three updates, and counts the calls of TransformerEngine's Adam."""
     import transformer_engine_torch
 
     transformer_engine_torch.calls.clear()
@@ -113,8 +117,10 @@ def test_three_updates_are_those_of_local_layers(
     te_world: TeWorld, world: Any, tiny_model: ModelMaker
 ) -> None:
     config = policy_config(tiny_model("qwen2"))
+
     te = te_world.run(updates_and_optimizer, 2, config=with_te(config), samples=SAMPLES)[0]
     local = world.run(jobs.updates, 2, config=config, samples=SAMPLES)[0]
+
     assert te["adam_calls"] >= 3, "FusedAdam did not run"
     assert te["losses"] == pytest.approx(local["losses"], rel=1e-4)
     assert te["grad_norms"] == pytest.approx(local["grad_norms"], rel=1e-4)
@@ -130,23 +136,24 @@ def test_saved_and_resumed_in_another_layout(
     """The state comes back bit for bit; three more updates in the layout that
     saved go on bit for bit too.
     """
-    path, folder = tiny_model("qwen2"), str(tmp_path / "saved")
-    options: dict[str, Any] = {"tp2-sp": {"tp": 2, "sp": True}, "pp2-dp2": {"pp": 2}}[layout]
+    path = tiny_model("qwen2")
+    folder = str(tmp_path / "saved")
+    num_ranks, options = LAYOUTS[layout]
     config = with_te(policy_config(path, **options))
-    saved = te_world.run(
-        checkpoint_jobs.trained_and_saved, 4 if layout == "pp2-dp2" else 2,
-        config=config, samples=SAMPLES, folder=folder,
-    )  # fmt: skip
-    schedule = saved[0]["schedule"]
 
+    saved = te_world.run(
+        checkpoint_jobs.trained_and_saved, num_ranks, config=config, samples=SAMPLES, folder=folder
+    )
+    schedule = saved[0]["schedule"]
     same = te_world.run(
-        checkpoint_jobs.resumed, len(saved),
+        checkpoint_jobs.resumed, num_ranks,
         config=config, samples=SAMPLES, folder=folder, schedule=schedule,
     )  # fmt: skip
     other = te_world.run(
         checkpoint_jobs.resumed, 1,
         config=with_te(policy_config(path)), samples=SAMPLES, folder=folder, schedule=schedule,
     )  # fmt: skip
+
     for name, tensor in saved[0]["weights"].items():
         assert torch.equal(tensor, same[0]["weights"][name]), name
         assert torch.equal(tensor, other[0]["weights"][name]), name
@@ -160,16 +167,22 @@ def test_a_checkpoint_of_other_layers_is_resumed(
     """Local layers have no `_extra_state`, TransformerEngine's have one each:
     neither is in the way of the other.
     """
-    folder, local = str(tmp_path / "saved"), policy_config(tiny_model("qwen2"))
-    te = with_te(local)
-    first, second = (local, te) if to_te else (te, local)
-    first_world, second_world = (world, te_world) if to_te else (te_world, world)
-    saved = first_world.run(
-        checkpoint_jobs.trained_and_saved, 1, config=first, samples=SAMPLES, folder=folder
+    folder = str(tmp_path / "saved")
+    local_config = policy_config(tiny_model("qwen2"))
+    before = (world, local_config)
+    after = (te_world, with_te(local_config))
+    if not to_te:
+        before, after = after, before
+
+    world_before, config = before
+    saved = world_before.run(
+        checkpoint_jobs.trained_and_saved, 1, config=config, samples=SAMPLES, folder=folder
     )
-    read = second_world.run(
+    world_after, config = after
+    read = world_after.run(
         checkpoint_jobs.resumed, 1,
-        config=second, samples=SAMPLES, folder=folder, schedule=saved[0]["schedule"],
+        config=config, samples=SAMPLES, folder=folder, schedule=saved[0]["schedule"],
     )  # fmt: skip
+
     for name, tensor in saved[0]["weights"].items():
         assert torch.equal(tensor, read[0]["weights"][name]), name

@@ -26,19 +26,21 @@ A layout of twenty cases needs ten on an idle machine, and a busy one has needed
 
 
 class World:
-    """`run(function, size, **arguments)` calls function(**arguments) on `size`
-    ranks and returns their results.
-    """
+    """Runs a test's function on any number of ranks, each a fresh process."""
 
     def __init__(self, preload: str = "tests.distributed.preload") -> None:
         self._context = mp.get_context("forkserver")
         self._context.set_forkserver_preload([preload])
 
     def run(self, function: Callable[..., Any], size: int, **arguments: Any) -> list[Any]:
-        """Raises AssertionError with the ranks' tracebacks, TimeoutError where a
-        rank does not answer.
+        """Calls function(**arguments) on `size` ranks and returns their results in rank order.
+
+        Raises:
+            AssertionError: a rank raised; the message has the tracebacks.
+            TimeoutError: a rank did not answer within SECONDS.
         """
-        port, ranks = free_port(), {}
+        port = free_port()
+        ranks: dict[Connection, int] = {}
         processes = []
         for rank in range(size):
             ours, theirs = self._context.Pipe()
@@ -50,6 +52,7 @@ class World:
             theirs.close()
             ranks[ours] = rank
             processes.append(process)
+
         try:
             answers = _answers(ranks)
         finally:
@@ -57,6 +60,8 @@ class World:
             for process in processes:
                 process.join(timeout=max(0.0, deadline - time.monotonic()))
                 process.kill()
+
+        # A failure is reported before a rank that gave no answer: it is most often the cause.
         failures = [f"rank {rank}:\n{value}" for rank, (ok, value) in answers.items() if not ok]
         if failures:
             raise AssertionError("\n".join(failures))
@@ -69,11 +74,13 @@ class World:
 
 
 def _answers(ranks: dict[Connection, int]) -> dict[int, tuple[bool, Any]]:
-    """By rank: whether it went well, and the result or the traceback;
-    those that are there after the first failure.
+    """Returns for each rank whether its call succeeded, and the result or the traceback.
+
+    Reading stops after the first failure, so later ranks may be missing.
     """
     answers: dict[int, tuple[bool, Any]] = {}
-    deadline, waiting = time.monotonic() + SECONDS, dict(ranks)
+    waiting = dict(ranks)
+    deadline = time.monotonic() + SECONDS
     while waiting and time.monotonic() < deadline and all(ok for ok, _ in answers.values()):
         for pipe in wait(list(waiting), timeout=1):
             assert isinstance(pipe, Connection)

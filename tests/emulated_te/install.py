@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import types
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -81,12 +82,14 @@ class _Stream:
 
 
 def _on_cpu(function: Any) -> Any:
-    def is_cuda(word: Any) -> bool:
-        return isinstance(word, str | torch.device) and str(word).startswith("cuda")
+    """The function, with `cpu` in the place of each argument that names a CUDA device."""
+
+    def is_cuda(arg: Any) -> bool:
+        return isinstance(arg, str | torch.device) and str(arg).startswith("cuda")
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        args = tuple("cpu" if is_cuda(word) else word for word in args)
+        args = tuple("cpu" if is_cuda(arg) else arg for arg in args)
         if is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
         return function(*args, **kwargs)
@@ -102,12 +105,7 @@ def _build_modules_without_cuda(base: Any) -> None:
 
     @functools.wraps(build)
     def built(self: Any, *args: Any, **kwargs: Any) -> None:
-        asked: Any = torch.cuda
-        answer = asked.is_available
-        asked.is_available = lambda: True
-        try:
+        with mock.patch.object(torch.cuda, "is_available", lambda: True):
             build(self, *args, **kwargs)
-        finally:
-            asked.is_available = answer
 
     base.__init__ = built

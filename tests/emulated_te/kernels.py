@@ -42,7 +42,9 @@ def rmsnorm_fwd(
     inverse_rms = torch.rsqrt(wide.square().mean(-1) + eps)
     normalised = wide * inverse_rms[:, None] * (weight.float() + float(zero_centered_gamma))
     result = normalised.to(x.dtype)
-    return (result if out is None else out.copy_(result)), None, inverse_rms
+    if out is not None:
+        result = out.copy_(result)
+    return result, None, inverse_rms
 
 
 def rmsnorm_bwd(
@@ -96,7 +98,9 @@ def generic_gemm(
     assert A.dtype == B.dtype, f"operands of {A.dtype} and {B.dtype}"
     left = B.reshape(-1, B.shape[-1])
     right = A.reshape(-1, A.shape[-1])
-    product = (left.t() if transb else left) @ (right.t() if transa else right)
+    if transa:
+        right = right.t()
+    product = left.t() @ right if transb else left @ right
     if out_dtype in _TORCH_DTYPES:
         product = product.to(_TORCH_DTYPES[out_dtype])
 
@@ -110,7 +114,10 @@ def generic_gemm(
         product = product.view(*B.shape[:-1], product.shape[-1])
     if out is not None:
         product = product.view(out.shape)
-        product = out.add_(product) if accumulate else out.copy_(product)
+        if accumulate:
+            product = out.add_(product)
+        else:
+            product = out.copy_(product)
     return product, bias_grad, None, extra_output
 
 
@@ -147,8 +154,7 @@ def _is_causal(mask_type: Any) -> bool:
 
 
 def _pairs_of_sequences(cu_q: Tensor, cu_kv: Tensor) -> list[tuple[slice, slice]]:
-    queries, keys = sequences_of(cu_q), sequences_of(cu_kv)
-    return list(zip(queries, keys, strict=True))
+    return list(zip(sequences_of(cu_q), sequences_of(cu_kv), strict=True))
 
 
 def fused_attn_fwd(
@@ -189,10 +195,12 @@ def fused_attn_bwd(
     The output and the log-sum-exp may be over more keys than this call's: each key's share is
     exact then too.
     """
-    heads, groups = k.shape[1], q.shape[1] // k.shape[1]
+    heads = k.shape[1]
+    groups = q.shape[1] // heads
     grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     for own, other in _pairs_of_sequences(cu_seqlens_q, cu_seqlens_kv):
-        query, gradient = q[own].float(), d_o[own].float()
+        query = q[own].float()
+        gradient = d_o[own].float()
         key, value = (x[other].float().repeat_interleave(groups, 1) for x in (k, v))
         p_HLS, _lse = _probabilities(query, key, scale, auxiliary[0][own], _is_causal(mask_type))
         along_HL1 = (gradient * o[own].float()).sum(-1).t().unsqueeze(-1)
@@ -271,9 +279,15 @@ def thd_grad_correction(
     for rows, action in zip(_halves(cu_seqlens), actions, strict=True):
         if action == "zero":
             grad[rows] = 0
-        elif action != "none":
-            step = step_grad[rows] if whole else step_grad
-            grad[rows] = grad[rows] + step if action == "add" else step
+            continue
+        if action == "none":
+            continue
+        step = step_grad
+        if whole:
+            step = step_grad[rows]
+        if action == "add":
+            step = grad[rows] + step
+        grad[rows] = step
 
 
 def _rotated(
@@ -343,7 +357,10 @@ def multi_tensor_l2norm(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns [1] the norm of all tensors together, and on demand that of each."""
     norms = torch.stack([torch.linalg.vector_norm(t.float()) for t in lists[0]])
-    return norms.norm().reshape(1), norms if per_tensor else None
+    norm = norms.norm().reshape(1)
+    if per_tensor:
+        return norm, norms
+    return norm, None
 
 
 def multi_tensor_scale(
@@ -361,8 +378,11 @@ def multi_tensor_adam(
     """One step of Adam on lists of gradients, parameters and two moments;
     `mode` 1 decays as AdamW does.
     """
-    correction1 = 1 - beta1**step if bias_correction else 1.0
-    correction2 = 1 - beta2**step if bias_correction else 1.0
+    correction1 = 1.0
+    correction2 = 1.0
+    if bias_correction:
+        correction1 = 1 - beta1**step
+        correction2 = 1 - beta2**step
     for gradient, parameter, moment, square in zip(*lists, strict=True):
         assert gradient.dtype == parameter.dtype == moment.dtype == square.dtype == torch.float32
         if mode == 0:

@@ -10,8 +10,10 @@ SOURCE = Path(__file__).with_name("disk.c")
 
 
 def missing() -> str:
-    """Why there is none, "" where there is."""
-    return "" if shutil.which("gcc") else "gcc is not installed, which compiles tests/faults/disk.c"
+    """Returns why such a file system cannot be made here, or an empty string where it can."""
+    if shutil.which("gcc"):
+        return ""
+    return "gcc is not installed, which compiles tests/faults/disk.c"
 
 
 class Disk:
@@ -30,6 +32,7 @@ class Disk:
 
     def rules(self, *lines: str) -> None:
         """Replaces all rules, for processes that run already too."""
+        # Renamed into its place: a process never reads half of the rules.
         new = self._rules.with_suffix(".new")
         new.write_text("".join(f"{line}\n" for line in lines))
         new.replace(self._rules)

@@ -1,8 +1,9 @@
-"""What ranks run in the fault-injection tests: `python -m tests.faults.jobs CASE
-RANK WORLD PORT FOLDER`.
+"""What ranks run in the fault-injection tests.
 
-Each is real lifelines, ranks, watches and gloo collectives, without a model: the places where a
-fault comes are those of a training run, and an end comes in seconds.
+    python -m tests.faults.jobs CASE RANK WORLD PORT FOLDER
+
+Each case has real lifelines, ranks, watches and gloo collectives, but no model: faults come in the
+places where a training run has them, and the run ends within seconds.
 """
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ class Run:
         )
 
     def reached(self, point: str) -> None:
-        """Says that this rank has come to a point, and does there what the test has asked for."""
+        """Records that this rank has come to a point, and does the fault that is planned there."""
         (self.folder / f"{point}-{self.ranks.rank}").touch()
-        plan = os.environ.get("FAULT", "").split(":")
-        if plan[:2] != [point, str(self.ranks.rank)]:
+        planned_point, _, rest = os.environ.get("FAULT", "").partition(":")
+        planned_rank, _, kind = rest.partition(":")
+        if (planned_point, planned_rank) != (point, str(self.ranks.rank)):
             return
-        kind = plan[2]
+
         if kind == "sleep":
             time.sleep(600)
         if kind == "freeze":
@@ -119,7 +121,10 @@ def store(folder: Path) -> None:
     from megatron_real.rollout.watch import Watch
 
     run = Run(folder)
-    seconds = 2.0 if run.ranks.rank == 0 else 60.0
+    # The first rank's watch ends the run; the other's must not come before it.
+    seconds = 60.0
+    if run.ranks.rank == 0:
+        seconds = 2.0
     with Watch(1, seconds) as watch:
         watch.at = "a key that nobody sets"
         _get_default_store().get("never")
@@ -127,13 +132,13 @@ def store(folder: Path) -> None:
 
 def main() -> None:
     case, rank, world, port, folder = sys.argv[1:]
-    os.environ.update(
-        RANK=rank, WORLD_SIZE=world, MASTER_ADDR=os.environ.get("MASTER_ADDR", "127.0.0.1")
-    )
-    os.environ["MASTER_PORT"] = port
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.update(RANK=rank, WORLD_SIZE=world, MASTER_PORT=port)
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     job: Any = {"steps": steps, "thread": thread, "store": store}[case]
+
     job(Path(folder))
+
     print("finished", flush=True)
     dist.barrier()
     dist.destroy_process_group()

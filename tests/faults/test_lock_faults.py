@@ -46,6 +46,7 @@ def holder(
     lease: float = 600.0,
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.Popen[str]:
+    """Starts a process that takes the lock or is refused, by a wrapping command."""
     process = subprocess.Popen(
         [*wrapper, sys.executable, "-c", HOLDER, str(folder), str(lease)],
         stdout=subprocess.PIPE,
@@ -59,6 +60,7 @@ def holder(
 
 
 def holds(process: subprocess.Popen[str]) -> bool:
+    """Waits until the process has the lock or has ended; returns whether it has the lock."""
     assert process.stdout is not None
     return process.stdout.readline() == "held\n"
 
@@ -73,12 +75,13 @@ from pathlib import Path
 from megatron_real.runs.lock import RunLock
 trials, number, root = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 dead = json.loads(Path(sys.argv[4]).read_text())
-found = []
+num_holders = []
 for trial in range(trials):
     folder = root / str(trial) / "owners"
     folder.mkdir(parents=True)
     (folder / "1").write_text(json.dumps(dead))
-    holders, start = [], threading.Barrier(number)
+    holders = []
+    start = threading.Barrier(number)
     def want():
         lock = RunLock(folder, lease=600.0, beat=0.05)
         start.wait()
@@ -90,9 +93,9 @@ for trial in range(trials):
     threads = [threading.Thread(target=want) for _ in range(number)]
     for thread in threads: thread.start()
     for thread in threads: thread.join()
-    found.append(len(holders))
+    num_holders.append(len(holders))
     for lock in holders: lock.release()
-print(json.dumps(found))
+print(json.dumps(num_holders))
 """
 
 
@@ -100,8 +103,9 @@ print(json.dumps(found))
 def test_of_many_newcomers_one_gets_a_dead_owners_lock(
     tmp_path: Path, faulty: Disk, started: ExitStack, trials: int
 ) -> None:
-    """With pauses between operations on names, two newcomers got a lock that was
-    taken away by renaming it.
+    """All operations on names are slowed down.
+
+    A lock that a newcomer takes away by renaming it can be got by two of them then.
     """
     dead = holder(started, tmp_path / "owners")
     assert holds(dead)
@@ -109,15 +113,17 @@ def test_of_many_newcomers_one_gets_a_dead_owners_lock(
     dead.wait()
     faulty.rules(*SLOW)
     words = [str(trials), "6", str(tmp_path), str(last(tmp_path / "owners"))]
-    done = subprocess.run(
+
+    process = subprocess.run(
         [sys.executable, "-c", CONTENDERS, *words],
         env={**os.environ, **faulty.environment},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [1] * trials
+
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout) == [1] * trials
 
 
 def test_of_many_processes_one_gets_it(tmp_path: Path, faulty: Disk, started: ExitStack) -> None:
@@ -126,31 +132,35 @@ def test_of_many_processes_one_gets_it(tmp_path: Path, faulty: Disk, started: Ex
     first.kill()
     first.wait()
     faulty.rules(*SLOW)
+
     contenders = [
         holder(started, tmp_path / "owners", environment=faulty.environment) for _ in range(4)
     ]
     with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(holds, contenders))
-    assert sum(answers) == 1
-    winner = contenders[answers.index(True)]
+        holding = list(pool.map(holds, contenders))
+
+    assert sum(holding) == 1
+    winner = contenders[holding.index(True)]
     assert json.loads(last(tmp_path / "owners").read_text())["pid"] == winner.pid
 
 
 def test_a_full_disk_does_not_end_an_owners_life(
     tmp_path: Path, faulty: Disk, started: ExitStack
 ) -> None:
-    """Neither ENOSPC while it writes nor a time in which nothing works: the thread goes on,
-    and says so.
+    """The owner outlives ENOSPC while it writes, and a time in which nothing works; its thread
+    goes on, and writes that it does.
     """
     owner = holder(started, tmp_path / "owners", environment=faulty.environment)
     assert holds(owner)
     assert owner.stderr is not None
+
     faulty.rules("write owners fail 28", "touch owners fail 5", "open owners fail 5")
-    assert (
-        "the run's lock cannot be touched ([Errno 5] Input/output error" in owner.stderr.readline()
-    )
+    warning = owner.stderr.readline()
+    assert "the run's lock cannot be touched ([Errno 5] Input/output error" in warning
+
     faulty.rules()
     assert "is touched again" in owner.stderr.readline()
+
     with pytest.raises(ValueError, match=rf"is in use by process {owner.pid} on"):
         RunLock(tmp_path / "owners", lease=600.0, beat=0.1).take()
     assert owner.poll() is None
@@ -165,10 +175,12 @@ def test_a_listing_that_lacks_the_newest_names_gives_nobody_a_lock(
         lock.release()
     owner = holder(started, tmp_path / "owners")
     assert holds(owner) and last(tmp_path / "owners").name == "4"
+
     faulty.rules(*[f"list owners/{number} hide 0" for number in (2, 3, 4)])
     second = holder(started, tmp_path / "owners", environment=faulty.environment)
-    _, said = second.communicate(timeout=240)
-    assert f"is in use by process {owner.pid} on" in said and second.returncode == 1
+    _, stderr = second.communicate(timeout=240)
+
+    assert f"is in use by process {owner.pid} on" in stderr and second.returncode == 1
 
 
 def test_an_owner_that_slept_through_its_lease_ends(
@@ -176,9 +188,11 @@ def test_an_owner_that_slept_through_its_lease_ends(
 ) -> None:
     owner = holder(started, tmp_path / "owners", lease=600.0)
     assert holds(owner)
+
     owner.send_signal(signal.SIGSTOP)
     second = holder(started, tmp_path / "owners", lease=1.0)
-    assert holds(second), "the lease is the newcomer's"
+    assert holds(second), "the lease that counts is the newcomer's"
+
     owner.send_signal(signal.SIGCONT)
     assert owner.stderr is not None
     assert f"now belongs to process {second.pid}" in owner.stderr.read()
@@ -186,11 +200,11 @@ def test_an_owner_that_slept_through_its_lease_ends(
 
 
 def no_namespaces() -> str:
-    """Why this machine makes no PID namespace, "" where it does."""
+    """Returns why this machine makes no PID namespace, or an empty string where it does."""
     if shutil.which("unshare") is None:
         return "unshare is not installed"
-    made = subprocess.run(["unshare", "-p", "-f", "--mount-proc", "true"], capture_output=True)
-    return made.stderr.decode().strip()
+    process = subprocess.run(["unshare", "-p", "-f", "--mount-proc", "true"], capture_output=True)
+    return process.stderr.decode().strip()
 
 
 @pytest.mark.skipif(bool(no_namespaces()), reason=no_namespaces())
@@ -199,12 +213,16 @@ def test_two_containers_of_one_machine_do_not_take_each_other_for_dead(
     tmp_path: Path, started: ExitStack, proc: bool
 ) -> None:
     """They share host name and boot, and neither is in the other's process table."""
-    mounted = ["--mount-proc"] if proc else []
-    contained = ["unshare", "-p", "-f", "--kill-child", *mounted]
+    contained = ["unshare", "-p", "-f", "--kill-child"]
+    if proc:
+        contained.append("--mount-proc")
     owner = holder(started, tmp_path / "owners", *contained)
     assert holds(owner)
+
     second = holder(started, tmp_path / "owners", *contained)
-    _, said = second.communicate(timeout=240)
-    assert "is in use by process" in said, "a sign of life is waited for"
+    _, stderr = second.communicate(timeout=240)
+
+    assert "is in use by process" in stderr, "a sign of life is waited for"
+    # Three beats: an owner that lost its lock would have ended.
     time.sleep(0.3)
-    assert owner.poll() is None, "the owner has never heard of it"
+    assert owner.poll() is None

@@ -1,5 +1,6 @@
-"""A cable that is cut between two network namespaces, as between two machines:
-no process hears of it.
+"""A cable that is cut between two network namespaces, as between two machines.
+
+No process gets an error or a closed connection from it.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ import pytest
 from tests.faults.lifeline import start, wait_until_ready
 
 HOST = socket.gethostname()
-FIRST, SECOND = "10.213.0.1", "10.213.0.2"
+FIRST = "10.213.0.1"
+SECOND = "10.213.0.2"
 
 
 def missing() -> str:
-    """Why this machine makes no network namespaces, "" where it does."""
+    """Returns why this machine makes no network namespaces, or an empty string where it does."""
     for tool in ("unshare", "nsenter", "ip"):
         if shutil.which(tool) is None:
             return f"{tool} is not installed"
-    made = subprocess.run(["unshare", "-n", "ip", "link", "show", "lo"], capture_output=True)
-    return made.stderr.decode().strip()
+    process = subprocess.run(["unshare", "-n", "ip", "link", "show", "lo"], capture_output=True)
+    return process.stderr.decode().strip()
 
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
@@ -39,7 +41,7 @@ class Machines:
     pids: tuple[int, int]
 
     def inside(self, machine: int) -> list[str]:
-        """What runs a command on that machine."""
+        """The words before a command that run it on that machine."""
         return ["nsenter", "-t", str(self.pids[machine]), "-n"]
 
     def run(self, machine: int, *words: str) -> None:
@@ -61,22 +63,25 @@ def machines() -> Iterator[Machines]:
             stack.callback(keeper.kill)
             assert keeper.stdout is not None and keeper.stdout.readline() == b"made\n"
             keepers.append(keeper.pid)
+
         one, other = map(str, keepers)
         link = ["ip", "link", "add", "cable0", "netns", one, "type", "veth"]
-        made = subprocess.run(
-            [*link, "peer", "name", "cable1", "netns", other], capture_output=True, text=True
-        )
-        if made.returncode:
-            pytest.skip(f"this machine makes no pair of network devices: {made.stderr.strip()}")
-        found = Machines((keepers[0], keepers[1]))
+        link += ["peer", "name", "cable1", "netns", other]
+        process = subprocess.run(link, capture_output=True, text=True)
+        if process.returncode:
+            reason = process.stderr.strip()
+            pytest.skip(f"this machine makes no pair of network devices: {reason}")
+
+        pair = Machines((keepers[0], keepers[1]))
         for machine, address in enumerate((FIRST, SECOND)):
-            found.run(machine, "ip", "addr", "add", f"{address}/24", "dev", f"cable{machine}")
-            found.run(machine, "ip", "link", "set", f"cable{machine}", "up")
-        yield found
+            pair.run(machine, "ip", "addr", "add", f"{address}/24", "dev", f"cable{machine}")
+            pair.run(machine, "ip", "link", "set", f"cable{machine}", "up")
+        yield pair
 
 
 def test_both_sides_of_a_cut_cable_end(machines: Machines, tmp_path: Path) -> None:
-    """No packet says that anything has ended; only the other side's silence does, on each side."""
+    """Each side has only the other's silence to know by: no packet tells it of an end."""
+    # Rank 0 is on the first machine, ranks 1 and 2 on the second.
     ranks = [
         start(rank, "silence", tmp_path, *machines.inside(min(rank, 1)), host=FIRST)
         for rank in range(3)
@@ -84,12 +89,13 @@ def test_both_sides_of_a_cut_cable_end(machines: Machines, tmp_path: Path) -> No
     try:
         wait_until_ready(ranks)
         machines.cut()
-        said = [process.communicate(timeout=120)[1] for process in ranks]
+        errors = [process.communicate(timeout=120)[1] for process in ranks]
     finally:
         for process in ranks:
             process.kill()
             process.communicate()
-    assert f" on {HOST} has given no sign of life for" in said[0]
-    for words in said[1:]:
-        assert f"rank 0 on {HOST} has given no sign of life for" in words
+
+    assert f" on {HOST} has given no sign of life for" in errors[0]
+    for error in errors[1:]:
+        assert f"rank 0 on {HOST} has given no sign of life for" in error
     assert [process.returncode for process in ranks] == [1] * 3

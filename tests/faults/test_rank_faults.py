@@ -1,8 +1,8 @@
-"""A table of fault x place x expected end: a rank that sleeps, freezes,
-dies or errs at a named point of a run.
+"""A table of faults: a rank that sleeps, freezes, dies or errs at a named point of a run, and how
+every rank must end.
 
 A fault is POINT:RANK:KIND, and happens in tests/faults/jobs.py. Every rank must end by itself, with
-the right words.
+a message that names the cause.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Row:
     FROZEN for one that never wakes up.
     """
     code: int = 1
-    """Of the ranks that end."""
+    """The exit code of the ranks that end by themselves."""
 
 
 NAMED = f"on {HOST}"
@@ -101,7 +101,7 @@ def ends(row: Row) -> list[End]:
     """Runs two ranks under a fault."""
     port = str(free_port())
     with tempfile.TemporaryDirectory() as folder:
-        started = [
+        processes = [
             zygote.Popen(
                 [sys.executable, "-m", "tests.faults.jobs", row.case, str(rank), "2", port, folder],
                 stdout=subprocess.PIPE,
@@ -111,20 +111,22 @@ def ends(row: Row) -> list[End]:
             )
             for rank in range(2)
         ]
-        found = []
-        for process, word in zip(started, row.words, strict=True):
-            if word == FROZEN:
-                found.append(End(None, ""))
+
+        ends_of_ranks = []
+        for process, words in zip(processes, row.words, strict=True):
+            if words == FROZEN:
+                ends_of_ranks.append(End(None, ""))
                 continue
             try:
                 text, _ = process.communicate(timeout=SECONDS)
-                found.append(End(process.returncode, text))
+                ends_of_ranks.append(End(process.returncode, text))
             except subprocess.TimeoutExpired:
-                found.append(End(None, ""))
-        for process in started:
+                ends_of_ranks.append(End(None, ""))
+
+        for process in processes:
             process.send_signal(signal.SIGKILL)
             process.communicate()
-    return found
+    return ends_of_ranks
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +137,7 @@ def outcomes() -> dict[str, Future[list[End]]]:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_every_rank_ends_with_the_right_words(
+def test_every_rank_ends_with_a_message_that_names_the_cause(
     outcomes: dict[str, Future[list[End]]], name: str
 ) -> None:
     row = TABLE[name]
@@ -143,5 +145,6 @@ def test_every_rank_ends_with_the_right_words(
         if words == FROZEN:
             continue
         assert words in end.text, end.text
+        # The killed rank itself has no words, and the exit code of its signal.
         if "kill" not in row.fault or words:
             assert end.code == row.code, end.text

@@ -43,7 +43,9 @@ def _awaited(base: Path, seconds: float = 1800.0) -> Path:
     ends = time.monotonic() + seconds
     while not base.is_dir():
         log = base.with_suffix(".log")
-        printed = log.read_text() if log.exists() else ""
+        printed = ""
+        if log.exists():
+            printed = log.read_text()
         assert "Traceback" not in printed and time.monotonic() < ends, f"no base model:\n{printed}"
         time.sleep(0.5)
     return base
@@ -55,20 +57,25 @@ def python(*words: object) -> str:
     done = zygote.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     assert "Traceback" not in done.stderr, done.stderr[-5000:]
-    return done.stdout
+    return str(done.stdout)
+
+
+def launcher(processes: int) -> list[str]:
+    """The words that start a module in several processes; none for one process."""
+    if processes == 1:
+        return []
+    return ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
 
 
 def command(base: Path, run_dir: Path, *words: str, processes: int = 2) -> list[str]:
-    launcher = (
-        ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    )
+    """The command line that trains the base model; later words replace earlier ones."""
     paths = [
         f"model.path={base}",
         f"data.train={base}/train.jsonl",
         f"data.heldout={base}/heldout.jsonl",
     ]
     return [
-        sys.executable, *launcher, "-m", "megatron_real", "train", str(CONFIG),
+        sys.executable, *launcher(processes), "-m", "megatron_real", "train", str(CONFIG),
         f"trainer.run_dir={run_dir}", "trainer.tensorboard=false", *paths, *words,
     ]  # fmt: skip
 
@@ -81,6 +88,7 @@ def train(
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of rollouts, or the lines of a JSONL file."""
     if path.suffix == ".parquet":
         return list(read_rows(path))
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

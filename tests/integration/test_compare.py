@@ -64,8 +64,9 @@ def finish(sweep: Path, code: int = 0) -> dict[str, Any]:
 
 
 def kill_at(sweep: Path, run: str, row: int, *, whole: bool) -> None:
-    """Starts a sweep and kills it when a run has written a row; `whole`:
-    the run that is at work too.
+    """Starts a sweep and kills it when a run has written its `row`-th row.
+
+    With `whole` the run that is at work is killed too.
     """
     process = subprocess.Popen(
         command(sweep),
@@ -96,6 +97,7 @@ def test_a_killed_sweep_ends_with_the_same_table(base: Path, tmp_path: Path) -> 
     assert [row["counts"]["finished"] for row in expected["variants"]] == [2, 2]
     assert expected["variants"][1]["differences"]["accuracy"]["count"] == 2
 
+    # First with the run that is at work, then the sweep alone, then both again in the last run.
     killed = write_sweep(base, tmp_path / "killed")
     kill_at(killed, "real/seed-1", 2, whole=True)
     kill_at(killed, "grpo/seed-1", 1, whole=False)
@@ -107,7 +109,9 @@ def test_a_killed_sweep_ends_with_the_same_table(base: Path, tmp_path: Path) -> 
 def test_a_variant_that_diverges_is_shown_as_such(base: Path, tmp_path: Path) -> None:
     wild = {"optimizer": {"lr": 1e30, "clip_grad": 0.0}, "trainer": {"max_skipped_updates": 1}}
     sweep = write_sweep(base, tmp_path / "wild", seeds=[1], variants={"real": {}, "wild": wild})
+
     table = finish(sweep, code=1)
+
     real, diverged = table["variants"]
     assert real["counts"]["finished"] == 1 and diverged["counts"]["diverged"] == 1
     assert diverged["means"]["accuracy"]["value"] is None

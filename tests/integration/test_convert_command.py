@@ -26,17 +26,21 @@ def test_smollm2(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct: the identical file comes back, and in fp32 the
     logits are transformers'.
     """
-    base, there, back = tmp_path / "base", tmp_path / "megatron", tmp_path / "hf"
+    base = tmp_path / "base"
+    megatron = tmp_path / "megatron"
+    hf = tmp_path / "hf"
     python("tools/make_smollm2.py", "--out", base)
-    python("tools/convert_hf_to_megatron.py", base, there, "--tp-chunks", "3")
-    python("tools/convert_megatron_to_hf.py", there, back)
-    assert filecmp.cmp(base / "model.safetensors", back / "model.safetensors", shallow=False)
-    found = json.loads(
-        python("-m", "megatron_real", "convert", "verify", there, base, "--logits", "--json")
+
+    python("tools/convert_hf_to_megatron.py", base, megatron, "--tp-chunks", "3")
+    python("tools/convert_megatron_to_hf.py", megatron, hf)
+    assert filecmp.cmp(base / "model.safetensors", hf / "model.safetensors", shallow=False)
+
+    report = json.loads(
+        python("-m", "megatron_real", "convert", "verify", megatron, base, "--logits", "--json")
     )
-    assert found["identical"] == found["tensors"] == 272
-    assert found["logits"]["tokens"] == found["logits"]["equal_argmax"] == 512
-    assert found["logits"]["max_abs_difference"] <= 2e-5
+    assert report["identical"] == report["tensors"] == 272
+    assert report["logits"]["tokens"] == report["logits"]["equal_argmax"] == 512
+    assert report["logits"]["max_abs_difference"] <= 2e-5
 
 
 @pytest.mark.parametrize("differs", ["weights", "config"])
@@ -53,6 +57,7 @@ def test_logits_of_another_model_are_told_apart(
         config["rope_parameters"]["rope_theta"] = 500.0
         (b / "config.json").write_text(json.dumps(config))
     words = ["-m", "megatron_real", "convert", "verify", "--logits", "--atol", "1"]
+
     done = zygote.run(
         [sys.executable, *words, str(a), str(b)],
         cwd=ROOT,
@@ -60,12 +65,15 @@ def test_logits_of_another_model_are_told_apart(
         text=True,
         timeout=400,
     )
+
     assert done.returncode == 1
     assert "the logits differ: this is not the same model" in done.stderr
     assert ("rope_theta is 10000.0" in done.stderr) == (differs == "config")
 
 
-def test_no_torch_for_bytes(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_commands_that_only_move_bytes_import_no_torch(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     """Export, inspection and refusals start without torch; nothing of a conversion imports
     transformers or megatron.
     """

@@ -24,12 +24,16 @@ def run(out: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], Any]:
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )
     results = out / "gpu-day.json"
-    return done, json.loads(results.read_text()) if results.exists() else None
+    if not results.exists():
+        return done, None
+    return done, json.loads(results.read_text())
 
 
 def test_rehearsal_runs_the_kernels_and_the_step(tmp_path: Path) -> None:
     words = ("--rehearse", "--only", "kernels", "step-1.5b", "--minutes", "10")
+
     done, results = run(tmp_path, *words)
+
     assert done.returncode == 0, done.stdout + json.dumps(results, indent=1)
     assert results["rehearsed_on_a_cpu"]
     assert len(results["stages"]["kernels"]["rows"]) == 9, "three outputs of three kinds of logits"
@@ -39,14 +43,14 @@ def test_rehearsal_runs_the_kernels_and_the_step(tmp_path: Path) -> None:
     assert "no figure here says anything" in text and "| shape | layers |" in text
 
 
-def test_what_the_time_does_not_hold_is_left_out_and_said(tmp_path: Path) -> None:
+def test_a_stage_that_does_not_fit_the_time_is_left_out(tmp_path: Path) -> None:
     done, results = run(tmp_path, "--rehearse", "--only", "save", "--minutes", "0.001")
     assert done.returncode == 0, done.stderr
     assert results["stages"]["save"]["status"] == "left out"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_refuses_and_says_how_to_rehearse(tmp_path: Path) -> None:
+def test_without_a_gpu_it_refuses_and_names_the_rehearsal(tmp_path: Path) -> None:
     done, results = run(tmp_path, "--only", "save")
     assert done.returncode == 1
     assert "--rehearse runs tiny sizes on the CPU" in results["stages"]["save"]["reason"]

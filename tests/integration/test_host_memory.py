@@ -11,7 +11,10 @@ from tests.integration.conftest import rows, train
 
 pytest.importorskip("vllm")
 
-WARM, WINDOW, STEPS = 100, 50, 300
+WARM = 100
+"""Steps until caches and allocators have what they need."""
+WINDOW = 50
+STEPS = 300
 MAY_GROW_MIB = 8.0
 """Over the last 200 steps. What leaked one rollout's tokens, 64 KiB a step, would pass it."""
 

@@ -1,6 +1,4 @@
-"""Rollouts on disk that were drawn under other settings or for other answers are
-never trained on without a word.
-"""
+"""Rollouts on disk that were drawn under other settings or for other answers are not trained on."""
 
 from __future__ import annotations
 
@@ -18,13 +16,13 @@ WORDS = (
 
 
 def test_rollouts_of_other_settings_and_answers_are_drawn_again(base: Path, tmp_path: Path) -> None:
-    """Stopped after one of the first step's two chunks; then a refused attempt,
-    an edit of the data, another one.
+    """The run is stopped after one of the first step's two chunks; then comes an attempt that is
+    refused, an edit of the data, and another attempt.
 
-    The refused attempt is what once hid the change: the run's configuration was that of the last
-    attempt.
+    The refused attempt once hid the change: the run's configuration was that of the last attempt.
     """
-    run_dir, data = tmp_path / "run", tmp_path / "train.jsonl"
+    run_dir = tmp_path / "run"
+    data = tmp_path / "train.jsonl"
     data.write_bytes((base / "train.jsonl").read_bytes())
     words = [*WORDS, f"data.train={data}"]
     run = command(base, run_dir, *words, processes=1)
@@ -53,7 +51,6 @@ def test_rollouts_of_other_settings_and_answers_are_drawn_again(base: Path, tmp_
     saved = rows(run_dir / "rollouts/step-00001.parquet")
     assert len(saved) == 128 and {tuple(row["answers"]) for row in saved} == {("0",)}
     assert {row["label"] for row in saved} == {0}, "no label is of the old answers"
+    # The engine's log-probs are of the temperature that is trained at.
     (row,) = rows(run_dir / "metrics.jsonl")
-    assert row["mismatch_max_abs"] < 1e-4, (
-        "the engine's log-probs are of the temperature trained at"
-    )
+    assert row["mismatch_max_abs"] < 1e-4

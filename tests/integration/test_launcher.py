@@ -41,10 +41,13 @@ def command(base: Path, run_dir: Path, *words: str) -> list[str]:
 
 
 def start(words: list[str], **environment: str) -> subprocess.Popen[str]:
-    """Starts a command line; in new processes, which read PYTHONPATH,
-    where something is set for them.
+    """Starts a command line.
+
+    With an environment of their own the processes are new ones, not forks: they read PYTHONPATH.
     """
-    new_process: Any = subprocess.Popen if environment else zygote.Popen
+    new_process: Any = zygote.Popen
+    if environment:
+        new_process = subprocess.Popen
     process: subprocess.Popen[str] = new_process(
         words,
         cwd=ROOT,
@@ -84,8 +87,10 @@ def test_ctrl_c_ends_in_two_lines(untrained: Path, tmp_path: Path) -> None:
     deadline = time.monotonic() + 600
     while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.5)
+
     job.send_signal(signal.SIGINT)
     _, errors = job.communicate(timeout=600)
+
     assert job.returncode == 130, errors
     assert "Traceback" not in errors, errors
     lines = errors.splitlines()

@@ -31,10 +31,12 @@ def test_a_reference_is_the_same_after_a_resume_and_a_replay_needs_none_of_it(
     from them, and a replay by another objective trains.
     """
     words = (*SMALL, *WITH_REFERENCE)
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    whole = tmp_path / "whole"
+    resumed = tmp_path / "resumed"
     for run_dir, steps in ((whole, 2), (resumed, 1), (resumed, 2)):
         done = train(base, run_dir, *words, f"trainer.steps={steps}")
         assert done.returncode == 0, done.stderr
+
     metrics = rows(whole / "metrics.jsonl")
     assert all(row["kl"] > 0 for row in metrics), "the policy has left the reference"
     assert all(row["seconds/reference"] > 0 for row in metrics)
@@ -43,13 +45,14 @@ def test_a_reference_is_the_same_after_a_resume_and_a_replay_needs_none_of_it(
     (resumed / "evaluations.jsonl").write_bytes((whole / "evaluations.jsonl").read_bytes())
     assert_same_run(resumed, whole)
 
-    again, other, real = (tmp_path / name for name in ("again", "other", "real"))
     replay = f"rollout.replay={whole}"
+    again = tmp_path / "again"
     done = train(base, again, *words, "trainer.steps=2", replay)
     assert done.returncode == 0, done.stderr
     replayed = rows(again / "metrics.jsonl")
     assert [r["loss"] for r in replayed] == [r["loss"] for r in metrics]
 
+    other = tmp_path / "other"
     done = train(base, other, *SMALL, "objective.name=sapo", "trainer.steps=2", replay, KEPT)
     assert done.returncode == 0, done.stderr
     sapo = rows(other / "metrics.jsonl")
@@ -58,6 +61,7 @@ def test_a_reference_is_the_same_after_a_resume_and_a_replay_needs_none_of_it(
     assert [r["loss"] for r in sapo] != [r["loss"] for r in metrics]
     assert_tokens_add_up(other)
 
+    real = tmp_path / "real"
     done = train(base, real, *SMALL, "trainer.steps=1", replay, KEPT, "trainer.export=false")
     assert done.returncode == 0, done.stderr
     assert_tokens_add_up(real)
@@ -76,7 +80,7 @@ def assert_tokens_add_up(run_dir: Path) -> None:
         assert len(row["token_weights"]) == len(row["log_ratios"]) == length
         assert sum(row["token_weights"]) == pytest.approx(row["weight"], rel=1e-4)
         assert sum(row["log_ratios"]) / length == pytest.approx(row["score"], abs=1e-5)
+
+    # The weights have moved between the first update and later ones.
     later = [row for row in trained if row["minibatch"] > 1]
-    assert any(abs(ratio) > 1e-6 for row in later for ratio in row["log_ratios"]), (
-        "the weights have moved between the first update and later ones"
-    )
+    assert any(abs(ratio) > 1e-6 for row in later for ratio in row["log_ratios"])

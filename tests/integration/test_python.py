@@ -27,7 +27,7 @@ import psutil
 import megatron_real
 
 
-heard = signal.getsignal(signal.SIGINT)
+sigint_handler = signal.getsignal(signal.SIGINT)
 losses = {}
 for run_of_engine in sys.argv[2].split(","):
     name, engine = run_of_engine.split("=")
@@ -37,7 +37,7 @@ for run_of_engine in sys.argv[2].split(","):
     assert run.steps() == [1, 2]
     losses.setdefault(engine, []).append([row["loss"] for row in run.metrics()])
     assert len(run.rollout_rows(2)) == len(run.rollouts(2)) == 64
-    assert signal.getsignal(signal.SIGINT) is heard, "the run has kept Ctrl-C for itself"
+    assert signal.getsignal(signal.SIGINT) is sigint_handler, "the run has kept Ctrl-C for itself"
     assert not psutil.Process().children(), "the run has left its verifiers or its servers"
 
     gc.collect()

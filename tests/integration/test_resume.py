@@ -44,28 +44,36 @@ def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
 
 
 def start(base: Path, run_dir: Path, *words: str, processes: int) -> subprocess.Popen[str]:
-    run = command(base, run_dir, *WORDS, *words, processes=processes)
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return zygote.Popen(run, cwd=ROOT, text=True, start_new_session=True, **streams)  # type: ignore[call-overload]
+    """Starts a run in a session of its own, so that `kill` reaches all its processes."""
+    return zygote.Popen(
+        command(base, run_dir, *WORDS, *words, processes=processes),
+        cwd=ROOT,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def wait_for_row(process: subprocess.Popen[str], run_dir: Path, number: int) -> None:
     """Until the run has written its `number`-th row of metrics, or has ended."""
-    ends, metrics = time.monotonic() + DEADLINE, run_dir / "metrics.jsonl"
-    while process.poll() is None and (
-        not metrics.exists() or metrics.read_bytes().count(b"\n") < number
-    ):
+    metrics = run_dir / "metrics.jsonl"
+    ends = time.monotonic() + DEADLINE
+    while process.poll() is None:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= number:
+            return
         assert time.monotonic() < ends, f"no row {number} of metrics in {DEADLINE} s"
         time.sleep(0.01)
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """The whole job at once: nobody writes a last word."""
+    """Kills the whole job at once, so that no process of it can write anything more."""
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=DEADLINE)
 
 
 def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns the metrics that do not depend on the machine's speed."""
     timed = (
         "seconds",
         "memory",
@@ -77,21 +85,23 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if not any(word in name for word in timed)}
 
 
-def assert_same_run(found: Path, expected: Path) -> None:
-    """Metrics, evaluations, rollouts and exported weights are equal, bit for bit."""
+def assert_same_run(run_dir: Path, expected: Path) -> None:
+    """Asserts that metrics, evaluations, rollouts and exported weights are equal, bit for bit."""
     for name in ("metrics.jsonl", "evaluations.jsonl"):
-        pairs = zip(rows(found / name), rows(expected / name), strict=True)
-        for mine, theirs in pairs:
-            assert without_times(mine) == without_times(theirs), name
+        pairs = zip(rows(run_dir / name), rows(expected / name), strict=True)
+        for row, expected_row in pairs:
+            assert without_times(row) == without_times(expected_row), name
+
     files = sorted(p.name for p in (expected / "rollouts").iterdir())
-    assert files == sorted(p.name for p in (found / "rollouts").iterdir())
+    assert files == sorted(p.name for p in (run_dir / "rollouts").iterdir())
     whole = [f"step-{row['step']:05d}.parquet" for row in rows(expected / "metrics.jsonl")]
     assert files == whole, "whole steps, and no chunk of one"
     for file in files:
-        mine = list(read_rows(found / "rollouts" / file))
-        assert mine == list(read_rows(expected / "rollouts" / file)), file
+        rollouts = list(read_rows(run_dir / "rollouts" / file))
+        assert rollouts == list(read_rows(expected / "rollouts" / file)), file
+
     weights = load_file(expected / "hf/model.safetensors")
-    for name, tensor in load_file(found / "hf/model.safetensors").items():
+    for name, tensor in load_file(run_dir / "hf/model.safetensors").items():
         assert torch.equal(tensor, weights[name]), name
 
 
@@ -100,15 +110,19 @@ def test_killed_at_any_moment_the_run_is_the_same(
     base: Path, undisturbed: dict[int, Path], tmp_path: Path, processes: int
 ) -> None:
     """SIGKILL at seeded moments, the first before the first checkpoint."""
-    draw, run_dir = random.Random(processes), tmp_path / "run"
+    draw = random.Random(processes)
+    run_dir = tmp_path / "run"
     for row in (1, 5, 8, 11):
         process = start(base, run_dir, processes=processes)
         try:
             wait_for_row(process, run_dir, row)
+            # Into whatever stage of the next step it is by then.
             time.sleep(draw.uniform(0.0, 0.6))
         finally:
             kill(process)
+
     done = train(base, run_dir, *WORDS, processes=processes)
+
     assert done.returncode == 0, done.stderr
     assert "resuming after step" in done.stdout
     assert_same_run(run_dir, undisturbed[processes])
@@ -131,25 +145,22 @@ def test_a_signal_saves_at_the_next_seam_and_exits_with_75(
     words = command(base, run_dir, *WORDS, processes=1)
     words = words[words.index("train") :]
     for name, stage, number, position in STOPS:
-        run = [
-            sys.executable,
-            "-m",
-            "tests.integration.stopped_job",
-            name,
-            stage,
-            str(number),
-            *words,
-        ]
+        stop = ["tests.integration.stopped_job", name, stage, str(number)]
+        run = [sys.executable, "-m", *stop, *words]
         done = zygote.run(run, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
+
         assert done.returncode == 75, done.stderr
         assert f"for the signal {name}" in done.stderr and "Traceback" not in done.stderr
         assert json.loads((run_dir / "status.json").read_text())["state"] == "stopped"
         *_, last = sorted((run_dir / "owners").iterdir(), key=lambda file: int(file.name))
         assert json.loads(last.read_text())["ended"], "the directory is given back"
         assert (run_dir / "checkpoints/latest").read_text().strip() == position
+        # One chunk is drawn when a label stage ends; both are kept while a step is trained on.
         chunks = len(list((run_dir / "rollouts").glob("chunk-*")))
         assert chunks == {"label": 1, "update": 2 * ("update" in position)}.get(stage, 0)
+
     done = train(base, run_dir, *WORDS, processes=1)
+
     assert done.returncode == 0, done.stderr
     assert_same_run(run_dir, undisturbed[1])
     assert json.loads((run_dir / "status.json").read_text())["state"] == "finished"
@@ -159,31 +170,37 @@ def test_a_killed_rank_ends_the_job_in_seconds_and_it_resumes(
     base: Path, undisturbed: dict[int, Path], tmp_path: Path
 ) -> None:
     """Ranks without a launcher that would end them: only the lifeline does."""
-    run_dir, port = tmp_path / "run", free_port()
-    ranks = []
+    run_dir = tmp_path / "run"
+    port = free_port()
+    processes = []
     for rank in range(2):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         run = command(base, run_dir, *WORDS, processes=1)
         streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        ranks.append(zygote.Popen(run, cwd=ROOT, text=True, env=environment, **streams))
+        processes.append(zygote.Popen(run, cwd=ROOT, text=True, env=environment, **streams))
+    first, second = processes
+
     try:
-        wait_for_row(ranks[0], run_dir, 4)
-        ranks[1].kill()
-        killed = time.monotonic()
-        output, _ = ranks[0].communicate(timeout=DEADLINE)
-        assert time.monotonic() - killed < 60
+        wait_for_row(first, run_dir, 4)
+        second.kill()
+        killed_at = time.monotonic()
+        output, _ = first.communicate(timeout=DEADLINE)
+        # Without the lifeline it would wait for the timeout of a collective, many minutes.
+        assert time.monotonic() - killed_at < 60
     finally:
-        for rank in ranks:
-            rank.kill()
-    assert ranks[0].returncode == 1
+        first.kill()
+        second.kill()
+
+    assert first.returncode == 1
     assert "rank 1 on" in output and "ended without a word" in output
+
     done = train(base, run_dir, *WORDS)
     assert done.returncode == 0, done.stderr
     assert_same_run(run_dir, undisturbed[2])
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_used(
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
     base: Path, undisturbed: dict[int, Path], tmp_path: Path
 ) -> None:
     run_dir = copied(undisturbed[1], tmp_path)
@@ -196,22 +213,24 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(
     assert_same_run(run_dir, undisturbed[1])
 
 
-def test_what_changed_is_said_and_what_may_not_is_refused(
+def test_changed_settings_are_reported_and_forbidden_ones_are_refused(
     base: Path, undisturbed: dict[int, Path], tmp_path: Path
 ) -> None:
     run_dir = copied(undisturbed[1], tmp_path)
     done = train(base, run_dir, *WORDS, "trainer.seed=2", processes=1)
     assert done.returncode == 2
     assert "trainer.seed was 1 and is now 2" in done.stderr and "Traceback" not in done.stderr
+
     before = rows(run_dir / "metrics.jsonl")
     done = train(base, run_dir, *WORDS, "trainer.steps=13", "optimizer.lr=1e-5")
     assert done.returncode == 0, done.stderr
-    assert (
-        "trainer.steps: 12 -> 13" in done.stdout and "optimizer.lr: 5e-05 -> 1e-05" in done.stdout
-    )
+    assert "trainer.steps: 12 -> 13" in done.stdout
+    assert "optimizer.lr: 5e-05 -> 1e-05" in done.stdout
     assert "layout" in done.stdout and "training agrees to rounding" in done.stdout
-    found = rows(run_dir / "metrics.jsonl")
-    assert found[:12] == before and [row["step"] for row in found] == list(range(1, 14))
+
+    metrics = rows(run_dir / "metrics.jsonl")
+    assert metrics[:12] == before
+    assert [row["step"] for row in metrics] == list(range(1, 14))
 
 
 def test_two_runs_do_not_share_a_directory(base: Path, tmp_path: Path) -> None:
@@ -221,10 +240,8 @@ def test_two_runs_do_not_share_a_directory(base: Path, tmp_path: Path) -> None:
         wait_for_row(process, run_dir, 1)
         done = train(base, run_dir, *WORDS, processes=1)
         assert done.returncode == 2
-        assert (
-            f"{run_dir} is in use by process {process.pid}" in done.stderr
-            and "Traceback" not in done.stderr
-        )
+        assert f"{run_dir} is in use by process {process.pid}" in done.stderr
+        assert "Traceback" not in done.stderr
         assert process.poll() is None
     finally:
         kill(process)
@@ -246,10 +263,8 @@ def test_a_full_disk_costs_a_warning_or_the_run(base: Path, tmp_path: Path) -> N
         run = [sys.executable, "-m", "tests.integration.limited_job", *run[run.index("train") :]]
         done = zygote.run(run, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
         assert done.returncode == code, done.stderr
-        assert (
-            "WARNING: checkpoint step_3 could not be saved" in done.stdout
-            and "File too large" in done.stdout
-        )
+        assert "WARNING: checkpoint step_3 could not be saved" in done.stdout
+        assert "File too large" in done.stdout
         assert "Traceback" not in done.stderr
         assert not list((run_dir / "checkpoints").glob("step_*"))
         assert ("start the same command again" in done.stderr) == (choice == "stop")

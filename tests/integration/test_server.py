@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import pytest
 
 from tests import zygote
 from tests.distributed import sync_jobs
-from tests.integration.test_train import ROOT, heldout, rows, train
+from tests.integration.conftest import ROOT, launcher, rows, train
+from tests.integration.test_train import heldout
 from tests.integration.test_vllm import _missing
 from tests.integration.vllm_job import NAMES
 
@@ -26,20 +28,30 @@ pytestmark = [
     pytest.mark.xdist_group("vllm"),
 ]
 
+# (TP of a server, servers)
 CASES = [
     pytest.param((1, 2), id="a server for each rank"),
     pytest.param((2, 1), id="tp2", marks=pytest.mark.grid),
 ]
-Found = tuple[tuple[int, int], list[dict[str, Any]], str]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What tests/integration/vllm_server_job.py measured in one case."""
+
+    tp: int
+    num_servers: int
+    ranks: list[dict[str, Any]]
 
 
 @pytest.fixture(scope="session", params=CASES)
-def found(
+def results(
     request: pytest.FixtureRequest,
     tiny_model: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Found:
-    """The answers of both ranks and the servers' logs."""
+) -> Results:
+    """The results of both ranks."""
+    tp, num_servers = request.param
     sizes = {
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -47,100 +59,89 @@ def found(
         "max_position_embeddings": 512,
     }
     path = sync_jobs.complete(tiny_model("qwen2", dtype="float32", **sizes))
-    out = tmp_path_factory.mktemp("server") / "found.json"
-    launcher = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-    ]
-    words = [str(path), *map(str, request.param), str(out)]
-    command = [*launcher, "-m", "tests.integration.vllm_server_job", *words]
+    out = tmp_path_factory.mktemp("server") / "results.json"
+    command = [sys.executable, "-W", "ignore", *launcher(2)]
+    command += ["-m", "tests.integration.vllm_server_job"]
+    command += [str(path), str(tp), str(num_servers), str(out)]
     done = zygote.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
-    logs = "".join(log.read_text() for log in out.parent.glob("servers/*.log"))
-    return (
-        request.param,
-        [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(2)],
-        done.stdout + logs,
-    )
+    ranks = [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(2)]
+    return Results(tp, num_servers, ranks)
 
 
-def test_log_probs_agree_after_every_sync(found: Found) -> None:
-    for answer in found[1]:
-        assert answer["first"] == "" and answer["parity"]["problems"] == [""] * 4
-        assert max(answer["parity"]["synced"]) <= 1e-4
-        assert min(answer["parity"]["stale"]) > 0.05, (
-            "the weights moved, and without a sync it shows"
-        )
+def test_log_probs_agree_after_every_sync(results: Results) -> None:
+    for rank in results.ranks:
+        parity = rank["parity"]
+        assert rank["first"] == "" and parity["errors"] == [""] * 4
+        assert max(parity["synced"]) <= 1e-4
+        assert min(parity["stale"]) > 0.05, "the weights moved, and without a sync it shows"
 
 
-def test_damage_is_named(found: Found) -> None:
-    (tp, _), answers, _ = found
-    for answer in answers:
-        damages, name = answer["damages"], NAMES["rows"]
+def test_damage_is_named(results: Results) -> None:
+    name = NAMES["rows"]
+    # With tensor parallelism the last element is in the last worker's part alone.
+    on_workers = "on worker 1"
+    if results.tp == 1:
+        on_workers = "on workers 0, 1"
+
+    for rank in results.ranks:
+        damages = rank["damages"]
         assert damages["good"] == ""
-        # With tensor parallelism the last element is in the last worker's part alone.
-        assert f"{name} on worker{'s 0, 1' if tp == 1 else ' 1'}" in damages["element"]
+        assert f"{name} {on_workers}" in damages["element"]
         assert f"{name} on workers 0, 1" in damages["dropped"]
         assert f"the engine got nothing for {name}" in damages["missing"]
-        if tp == 1:
-            assert (
-                f"1 tensors in the engine are not what the trainer sent: {name} on worker 1"
-                in damages["last"]
-            )
+        if results.tp == 1:
+            sentence = "1 tensors in the engine are not what the trainer sent"
+            assert f"{sentence}: {name} on worker 1" in damages["last"]
 
 
-def two_servers(found: Found) -> list[dict[str, Any]]:
-    if found[0] != (1, 2):
+def two_servers(results: Results) -> list[dict[str, Any]]:
+    """The ranks' results, for what only the case of two servers measures."""
+    if results.num_servers != 2:
         pytest.skip("once is enough")
-    return found[1]
+    return results.ranks
 
 
-def test_nothing_answers_without_the_key(found: Found) -> None:
-    for answer in two_servers(found):
-        assert len(answer["key"]) == 10 and set(answer["key"].values()) == {401}
-        assert (
-            answer["leaks"] == [] and "does not take the key in VLLM_API_KEY" in answer["refused"]
-        )
+def test_nothing_answers_without_the_key(results: Results) -> None:
+    for rank in two_servers(results):
+        assert len(rank["key"]) == 10 and set(rank["key"].values()) == {401}
+        assert rank["leaks"] == []
+        assert "does not take the key in VLLM_API_KEY" in rank["refused"]
 
 
-def test_nothing_is_answered_without_weights(found: Found) -> None:
-    """A server begins with random ones; so does one that somebody has started again."""
-    for answer in found[1]:
-        assert "503: no trainer has sent it weights" in answer["early"]
+def test_nothing_is_answered_without_weights(results: Results) -> None:
+    """A server begins with random weights; so does one that has been started again."""
+    for rank in results.ranks:
+        assert "503: no trainer has sent it weights" in rank["early"]
 
 
-def test_a_servers_failure_is_every_ranks(found: Found) -> None:
-    """Else the other ranks would wait for the one that has left."""
-    assert [answer["one_fails"] for answer in two_servers(found)] == ["it fell over"] * 2
+def test_a_servers_failure_is_raised_on_every_rank(results: Results) -> None:
+    """Otherwise the other ranks would wait for the one that has left."""
+    assert [rank["one_fails"] for rank in two_servers(results)] == ["it fell over"] * 2
 
 
-def test_a_request_has_its_time(found: Found) -> None:
-    for answer in two_servers(found):
-        assert "no answer in 0.001 s" in answer["patience"]
+def test_a_request_has_its_time(results: Results) -> None:
+    for rank in two_servers(results):
+        assert "no answer in 0.001 s" in rank["patience"]
 
 
-def test_what_waits_for_a_slow_server_is_answered_by_the_other(found: Found) -> None:
+def test_what_waits_for_a_slow_server_is_answered_by_the_other(results: Results) -> None:
     """Each server decodes 4 of its 18 answers at a time, so it begins with 2 prompts of 3."""
-    quick, slow = (answer["slowed"] for answer in two_servers(found))
-    for answer in (quick, slow):
-        assert answer["held False"] == 18 and answer["taken over False"] == 0
-        assert answer["same tokens"] and answer["largest"] <= 1e-5
+    quick, slow = (rank["slowed"] for rank in two_servers(results))
+    for server in (quick, slow):
+        assert server["held False"] == 18 and server["taken over False"] == 0
+        assert server["same tokens"] and server["largest"] <= 1e-5
     assert (quick["held True"], slow["held True"]) == (36 - 6, 6)
     assert (quick["taken over True"], slow["taken over True"]) == (18 - 6, 0)
 
 
-def test_a_killed_server_is_survived(found: Found) -> None:
-    alive, killed = (answer["killed"] for answer in two_servers(found))
+def test_a_killed_server_is_survived(results: Results) -> None:
+    alive, killed = (rank["killed"] for rank in two_servers(results))
     assert not alive["lost"] and len(killed["lost"]) >= 6 and "failed" in killed["lost"][0]
-    for answer in (alive, killed):
-        assert answer["rollouts"] == 12 * 3 and "lost" not in answer["statuses"]
-        assert answer["largest"] <= 1e-4, "those drawn again are the same policy's"
-        assert answer["again"] == "" and answer["afterwards"] <= 1e-4
+    for outcome in (alive, killed):
+        assert outcome["rollouts"] == 12 * 3 and "lost" not in outcome["statuses"]
+        assert outcome["largest"] <= 1e-4, "those drawn again are the same policy's"
+        assert outcome["again"] == "" and outcome["afterwards"] <= 1e-4
     assert alive["pids"][0] == alive["pids"][1] and killed["pids"][0] != killed["pids"][1]
 
 
@@ -157,9 +158,9 @@ def ends(group: int) -> bool:
     return False
 
 
-def test_servers_end_with_the_run(found: Found) -> None:
-    for answer in two_servers(found):
-        for pid in answer["killed"]["pids"]:
+def test_servers_end_with_the_run(results: Results) -> None:
+    for rank in two_servers(results):
+        for pid in rank["killed"]["pids"]:
             assert ends(pid)
 
 
@@ -180,8 +181,9 @@ def test_servers_end_with_a_run_that_is_killed() -> None:
     )
     with zygote.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
-        said = {run.stdout.readline() for _ in range(2)} - {"up\n"}
-        group = int(said.pop())
+        # The two lines come in any order.
+        lines = {run.stdout.readline() for _ in range(2)} - {"up\n"}
+        group = int(lines.pop())
         os.killpg(group, 0)
         run.kill()
     assert ends(group)
@@ -206,7 +208,9 @@ def test_held_out_accuracy_rises(base: Path, tmp_path: Path) -> None:
         assert row["mismatch_max_abs"] < 1e-4 and row["mismatch_share"] == 0
 
 
-def test_a_server_that_does_not_start_is_one_sentence(base: Path, tmp_path: Path) -> None:
+def test_a_server_that_does_not_start_is_reported_in_one_sentence(
+    base: Path, tmp_path: Path
+) -> None:
     done = train(
         base,
         tmp_path / "run",
@@ -220,9 +224,10 @@ def test_a_server_that_does_not_start_is_one_sentence(base: Path, tmp_path: Path
 
 
 def test_rollouts_of_the_next_step_are_generated_ahead(base: Path, tmp_path: Path) -> None:
-    """pi_old is that of the weights that generated: else it would differ from the engine's
-    log-probs by far more. The run stops after two steps and goes on; its third step has nothing
-    ahead.
+    """pi_old is of the weights that generated: it would differ from the engine's log-probs by far
+    more otherwise.
+
+    The run stops after two steps and goes on; its third step has nothing ahead.
     """
     words = ["rollout.max_lag=1", "optimizer.lr=1e-3", "checkpoint.every=2", "evaluation.every=1"]
     for steps in (2, 4):
@@ -231,7 +236,8 @@ def test_rollouts_of_the_next_step_are_generated_ahead(base: Path, tmp_path: Pat
         )
         assert done.returncode == 0, done.stderr
     assert "this life's first ones are of the present weights" in done.stdout
-    found = rows(tmp_path / "run/metrics.jsonl")
-    assert [row["lag"] for row in found] == [0, 1, 0, 1]
-    for row in found:
+
+    metrics = rows(tmp_path / "run/metrics.jsonl")
+    assert [row["lag"] for row in metrics] == [0, 1, 0, 1]
+    for row in metrics:
         assert row["mismatch_max_abs"] < 1e-4

@@ -19,9 +19,13 @@ from megatron_real import cli
 from tests.integration.conftest import ROOT, command, rows, train
 
 
-def pairs(path: Path) -> list[tuple[int, ...]]:
+def pairs(path: Path) -> list[tuple[int, int]]:
     """The operands of each problem."""
-    return [tuple(map(int, row["prompt"][0]["content"][:-1].split("+"))) for row in rows(path)]
+    operands = []
+    for row in rows(path):
+        first, second = row["prompt"][0]["content"].removesuffix("=").split("+")
+        operands.append((int(first), int(second)))
+    return operands
 
 
 @pytest.fixture(scope="session")
@@ -38,9 +42,8 @@ def heldout(run_dir: Path) -> list[float]:
 
 
 def test_held_out_pairs_are_seen_by_nothing_else(base: Path) -> None:
-    train_pairs, heldout_pairs = (
-        {frozenset(p) for p in pairs(base / f"{name}.jsonl")} for name in ("train", "heldout")
-    )
+    train_pairs = {frozenset(pair) for pair in pairs(base / "train.jsonl")}
+    heldout_pairs = {frozenset(pair) for pair in pairs(base / "heldout.jsonl")}
     assert len(rows(base / "heldout.jsonl")) == 400
     assert not train_pairs & heldout_pairs
 
@@ -53,7 +56,9 @@ def test_the_tokenizer_reads_back_as_it_was_made(base: Path) -> None:
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "58+67="}], tokenize=False, add_generation_prompt=True
     )
+    assert isinstance(text, str)
     ids = tokenizer(text + "\\boxed{125}<|end|>", add_special_tokens=False)["input_ids"]
+    # <|user|>, 58+67=, <|assistant|>, the opening of the box, 125, its end, <|end|>
     assert len(ids) == 1 + 6 + 1 + 1 + 3 + 1 + 1
     assert tokenizer.decode(ids) == text + "\\boxed{125}<|end|>"
 
@@ -79,14 +84,10 @@ def test_metrics_are_whole(learned: Path) -> None:
     for row in metrics:
         assert 0 < row["max_abs_weight_tau"] <= 1
         assert row["mismatch_max_abs"] < 1e-4, "trainer and engine have the same fp32 weights"
-        assert {
-            "loss",
-            "entropy",
-            "grad_norm",
-            "lr",
-            "seconds/rollout",
-            "tokens_per_second_per_rank",
-        } <= row.keys()
+        names = {"loss", "entropy", "grad_norm", "lr"}
+        names |= {"seconds/rollout", "tokens_per_second_per_rank"}
+        assert names <= row.keys()
+
     trace = json.loads((learned / "profile/step-00002.json").read_text())
     assert {"rollout", "label", "update"} <= {event.get("name") for event in trace["traceEvents"]}
 
@@ -134,14 +135,12 @@ def test_dynamic_sampling_replaces_groups_of_one_class(base: Path, tmp_path: Pat
     for without, refilled in zip(off, on, strict=True):
         assert without["refilled_share"] == 0 and without["one_class_share"] > 0.1
         # What is still of one class after three rounds is about the fourth power of its share.
-        assert (
-            refilled["refilled_share"] > 0.1
-            and refilled["one_class_share"] < 0.5 * without["one_class_share"]
-        )
+        assert refilled["refilled_share"] > 0.1
+        assert refilled["one_class_share"] < 0.5 * without["one_class_share"]
         assert refilled["checked_early_share"] > 0
-    assert [row["loss"] for row in on] == [row["loss"] for row in again], (
-        "the same seed, the same run"
-    )
+
+    # The same seed, the same run.
+    assert [row["loss"] for row in on] == [row["loss"] for row in again]
     kept = rows(tmp_path / "on/rollouts/step-00001.parquet")
     assert len(kept) == 64 * 8 and max(row["refills"] for row in kept) <= 3
 
@@ -159,9 +158,8 @@ def test_a_verifier_that_fails_too_often_stops_every_process(base: Path, tmp_pat
         "most often: KeyError"
     )
     assert re.search(reason, done.stderr)
-    assert "TooManyFailedChecks" not in done.stderr, (
-        "a sentence of ours; torchrun adds a traceback of its own"
-    )
+    # One sentence, without the error's class: the only traceback is torchrun's own.
+    assert "TooManyFailedChecks" not in done.stderr
 
 
 LAYOUTS = {
@@ -185,12 +183,15 @@ def test_replay_on_another_layout_gives_the_same_losses(
     ]
     done = train(base, tmp_path / "run", *replay, *words, processes=processes)
     assert done.returncode == 0, done.stderr
-    found, expected = rows(tmp_path / "run/metrics.jsonl"), rows(learned / "metrics.jsonl")
-    for row, original in zip(found, expected, strict=False):
+
+    # The original run has more steps.
+    replayed = rows(tmp_path / "run/metrics.jsonl")
+    original = rows(learned / "metrics.jsonl")[: len(replayed)]
+    for row, original_row in zip(replayed, original, strict=True):
         for name in ("loss", "grad_norm", "score_positive_mean", "entropy"):
-            assert row[name] == pytest.approx(original[name], rel=2e-3, abs=1e-5), (
-                f"{name} of step {row['step']}"
-            )
+            # Another layout sums in another order, and Adam amplifies the difference.
+            close = pytest.approx(original_row[name], rel=2e-3, abs=1e-5)
+            assert row[name] == close, f"{name} of step {row['step']}"
 
 
 def test_updates_that_are_not_finite_stop_the_run(
@@ -224,8 +225,14 @@ def test_ctrl_c_ends_cleanly(base: Path, tmp_path: Path) -> None:
     run = command(base, run_dir, "trainer.steps=1000", processes=1)
     # A shell that runs the tests in the background has its children ignore SIGINT.
     heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
-    process = subprocess.Popen(run, cwd=ROOT, text=True, preexec_fn=heeding, **streams)
+    process = subprocess.Popen(
+        run,
+        cwd=ROOT,
+        text=True,
+        preexec_fn=heeding,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
     try:
         deadline = time.monotonic() + 400
         while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < deadline:
@@ -234,22 +241,22 @@ def test_ctrl_c_ends_cleanly(base: Path, tmp_path: Path) -> None:
         _, errors = process.communicate(timeout=240)
     finally:
         process.kill()
+
     assert process.returncode == 130
-    assert (
-        f"interrupted; metrics and rollouts so far are in {run_dir}" in errors
-        and "Traceback" not in errors
-    )
+    assert f"interrupted; metrics and rollouts so far are in {run_dir}" in errors
+    assert "Traceback" not in errors
     steps = len(rows(run_dir / "metrics.jsonl"))
     assert len(list((run_dir / "rollouts").glob("step-*.parquet"))) >= steps >= 1
 
 
-def test_a_truncated_weights_file_is_one_sentence(base: Path, tmp_path: Path) -> None:
+def test_a_truncated_weights_file_is_refused_in_one_sentence(base: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in base.iterdir():
-        (broken / file.name).write_bytes(
-            file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None]
-        )
+        (broken / file.name).write_bytes(file.read_bytes())
+    with (broken / "model.safetensors").open("r+b") as weights:
+        weights.truncate(1000)
+
     done = train(broken, tmp_path / "run", processes=1)
     assert done.returncode == 2
     assert "truncated or corrupt" in done.stderr and "Traceback" not in done.stderr

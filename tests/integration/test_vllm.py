@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from tests import zygote
 from tests.distributed import sync_jobs
-from tests.integration.conftest import ROOT, rows, train
+from tests.integration.conftest import ROOT, launcher, rows, train
 from tests.integration.test_train import heldout
 from tests.integration.vllm_job import NAMES
 
@@ -43,13 +44,21 @@ CASES = [
 """The two by default have both sizes, both kinds of head, and both architectures."""
 
 
+@dataclass(frozen=True)
+class Results:
+    """What tests/integration/vllm_job.py measured in one case."""
+
+    tp: int
+    ranks: list[dict[str, Any]]
+
+
 @pytest.fixture(scope="session", params=CASES)
-def found(
+def results(
     request: pytest.FixtureRequest,
     tiny_model: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[int, bool, list[dict[str, Any]]]:
-    """The answers of both ranks. vLLM's CPU kernels want heads of 32 and more."""
+) -> Results:
+    """The results of both ranks. vLLM's CPU kernels want heads of 32 and more."""
     tp, tied = request.param
     sizes = {
         "hidden_size": 128,
@@ -57,81 +66,80 @@ def found(
         "num_hidden_layers": 2,
         "max_position_embeddings": 512,
     }
-    family = "llama" if (tp, tied) == (1, True) else "qwen2"
+    family = "qwen2"
+    if (tp, tied) == (1, True):
+        family = "llama"
     path = sync_jobs.complete(
         tiny_model(family, dtype="float32", tie_word_embeddings=tied, **sizes)
     )
-    out = tmp_path_factory.mktemp("vllm") / "found.json"
-    launcher = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-    ]
-    command = [*launcher, "-m", "tests.integration.vllm_job", str(path), str(tp), str(out)]
+    out = tmp_path_factory.mktemp("vllm") / "results.json"
+    command = [sys.executable, "-W", "ignore", *launcher(2)]
+    command += ["-m", "tests.integration.vllm_job", str(path), str(tp), str(out)]
     done = zygote.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
-    return tp, tied, [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(2)]
+    ranks = [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(2)]
+    return Results(tp, ranks)
 
 
-Found = tuple[int, bool, list[dict[str, Any]]]
+def test_log_probs_agree_after_every_sync(results: Results) -> None:
+    for rank in results.ranks:
+        parity = rank["parity"]
+        assert rank["first"] == "" and parity["errors"] == [""] * 4
+        assert max(parity["synced"]) <= 1e-4
+        assert min(parity["stale"]) > 0.05, "the weights moved, and without a sync it shows"
 
 
-def test_log_probs_agree_after_every_sync(found: Found) -> None:
-    for answer in found[2]:
-        assert answer["first"] == "" and answer["parity"]["problems"] == [""] * 4
-        assert max(answer["parity"]["synced"]) <= 1e-4
-        assert min(answer["parity"]["stale"]) > 0.05, (
-            "the weights moved, and without a sync it shows"
-        )
+def test_a_sync_that_keeps_old_caches_or_packed_weights_is_seen(results: Results) -> None:
+    for rank in results.ranks:
+        assert rank["forgotten"]["none"] <= 1e-4
+        assert rank["forgotten"]["prefix-cache"] > 0.05
+        assert rank["forgotten"]["packed"] > 0.05
 
 
-def test_what_must_not_be_forgotten(found: Found) -> None:
-    for answer in found[2]:
-        assert answer["forgotten"]["none"] <= 1e-4
-        assert answer["forgotten"]["prefix-cache"] > 0.05
-        assert answer["forgotten"]["packed"] > 0.05
+def test_damage_is_named(results: Results) -> None:
+    # With tensor parallelism the last element is in the last rank's part alone.
+    on_ranks = "on rank 1"
+    if results.tp == 1:
+        on_ranks = "on ranks 0, 1"
 
-
-def test_damage_is_named(found: Found) -> None:
-    tp, _, answers = found
-    for answer in answers:
-        damages = answer["damages"]
+    for rank in results.ranks:
+        damages = rank["damages"]
         assert damages.pop("good") == ""
         for where, name in NAMES.items():
-            if f"model.layers.0.{name.split('.', 3)[3]}" not in answer["held"]:
+            if f"model.layers.0.{name.split('.', 3)[3]}" not in rank["held"]:
                 continue  # llama has no biases
-            element, shard = damages[f"{where}-element"], damages[f"{where}-shard"]
-            # With tensor parallelism the last element is in the last rank's part; replicated KV
-            # heads are in both.
-            assert f"{name} on rank{'s 0, 1' if tp == 1 else ' 1'}" in element, (where, element)
-            assert f"{name} on rank 1" in shard
+            element = damages[f"{where}-element"]
+            assert f"{name} {on_ranks}" in element, (where, element)
+            assert f"{name} on rank 1" in damages[f"{where}-shard"]
             assert f"{name} on ranks 0, 1" in damages[f"{where}-dropped"]
             assert f"the engine got nothing for {name}" in damages[f"{where}-missing"]
 
 
-def test_a_tied_head_is_held_and_sent(found: Found) -> None:
-    assert all("lm_head.weight" in answer["held"] for answer in found[2])
+def test_a_tied_head_is_held_and_sent(results: Results) -> None:
+    assert all("lm_head.weight" in rank["held"] for rank in results.ranks)
 
 
-def test_answers_do_not_depend_on_the_engine_that_gives_them(found: Found) -> None:
+def test_answers_do_not_depend_on_the_engine_that_gives_them(results: Results) -> None:
     """Two engines have different prompts, one engine's two ranks verify different
     answers to the same prompts.
     """
-    tp, _, answers = found
-    spreads = [answer["spread"] for answer in answers]
-    assert all(s["equal"] and s["different_samples"] for s in spreads)
-    assert spreads[0]["answers"] == spreads[1]["answers"] and len(spreads[0]["answers"]) == 7 * 3
-    places = [{tuple(place) for place in s["places"]} for s in spreads]
-    assert (
-        places[0] | places[1] == {(i, k) for i in range(7) for k in range(3)}
-        and not places[0] & places[1]
-    )
-    asked = [{i for i, _ in found} for found in places]
-    assert asked[0] == asked[1] == set(range(7)) if tp == 2 else not asked[0] & asked[1]
+    first, second = (rank["spread"] for rank in results.ranks)
+    assert first["equal"] and first["different_samples"]
+    assert second["equal"] and second["different_samples"]
+    assert first["answers"] == second["answers"] and len(first["answers"]) == 7 * 3
+
+    # A place is (prompt, sample); each is drawn or verified by one rank.
+    first_places = {tuple(place) for place in first["places"]}
+    second_places = {tuple(place) for place in second["places"]}
+    assert first_places | second_places == {(i, k) for i in range(7) for k in range(3)}
+    assert not first_places & second_places
+
+    first_prompts = {i for i, _ in first_places}
+    second_prompts = {i for i, _ in second_places}
+    if results.tp == 2:
+        assert first_prompts == second_prompts == set(range(7))
+    else:
+        assert not first_prompts & second_prompts
 
 
 def run(base: Path, run_dir: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -153,9 +161,8 @@ def test_held_out_accuracy_rises(base: Path, tmp_path: Path) -> None:
     first, *_, last = heldout(tmp_path / "run")
     assert first < 0.5 and last > first + 0.2
     for row in rows(tmp_path / "run/metrics.jsonl"):
-        assert (
-            row["mismatch_max_abs"] < 1e-4 and row["mismatch_share"] == row["excluded_share"] == 0
-        )
+        assert row["mismatch_max_abs"] < 1e-4
+        assert row["mismatch_share"] == row["excluded_share"] == 0
 
 
 def test_rollouts_beyond_the_mismatch_bound_are_excluded(base: Path, tmp_path: Path) -> None:
@@ -170,7 +177,7 @@ def test_rollouts_beyond_the_mismatch_bound_are_excluded(base: Path, tmp_path: P
     assert row["status/mismatch"] == row["excluded_share"] * 512 > 0.9 * 512
 
 
-def test_auto_takes_vllm_and_says_so(base: Path, tmp_path: Path) -> None:
+def test_auto_selects_vllm_and_reports_it(base: Path, tmp_path: Path) -> None:
     """Also beside another job of the node, or after one that was killed:
     its memory has another name.
     """
@@ -185,7 +192,7 @@ def test_auto_takes_vllm_and_says_so(base: Path, tmp_path: Path) -> None:
     assert "rollouts by vllm (rollout.engine=auto: vllm is installed)" in done.stdout
 
 
-def test_an_unknown_argument_of_vllm_is_one_sentence(base: Path, tmp_path: Path) -> None:
+def test_an_unknown_argument_of_vllm_is_refused_in_one_sentence(base: Path, tmp_path: Path) -> None:
     words = ["rollout.engine=vllm", "rollout.vllm.enforce_eagre=true"]
     done = train(base, tmp_path / "run", *words, processes=1)
     assert done.returncode == 2

@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
@@ -26,53 +27,55 @@ NAMES = {
 
 
 def parity(pair: Pair) -> dict[str, Any]:
-    """After each of three syncs, with the weights moved in between:
-    the largest difference to the engine's log-probs.
+    """Returns the largest difference to the engine's log-probs after each of three syncs.
 
-    Controls: how far the answers of the sync before are off under the new weights, before and after
-    the engine has them. Prompts are longer than a block of the prefix cache.
+    The weights move between the syncs. `stale` is the control: the difference after a move without
+    a sync. Some prompts are longer than a block of the prefix cache.
     """
-    found: dict[str, Any] = {"synced": [], "stale": [], "problems": []}
+    synced = []
+    stale = []
+    errors = []
     asked = [*prompts(2), *prompts(2, tokens=200)]
     for _ in range(3):
         pair.move()
-        found["problems"].append(pair.synced())
-        found["synced"].append(pair.largest(pair.rollouts(asked)))
+        errors.append(pair.synced())
+        synced.append(pair.largest(pair.rollouts(asked)))
         pair.move()
-        found["stale"].append(pair.largest(pair.rollouts(asked)))
-    found["problems"].append(pair.synced())
-    return found
+        stale.append(pair.largest(pair.rollouts(asked)))
+    errors.append(pair.synced())
+    return {"synced": synced, "stale": stale, "errors": errors}
 
 
 def forgotten(pair: Pair) -> dict[str, float]:
-    """What the largest difference is when the prefix cache is kept,
-    or when the packed weights are.
+    """The largest difference where a sync forgets to drop the prefix cache, or to pack the weights
+    again; `none` is after a sync that forgets nothing.
     """
     from megatron_real.rollout.engines import vllm as vllm_engine
 
     asked = prompts(2, tokens=200)
-    found = {}
+    differences = {}
+
     pair.rollouts(asked)
     pair.move()
-    reset, pair.engine.llm.reset_prefix_cache = pair.engine.llm.reset_prefix_cache, lambda: True
-    pair.sync.run(pair.policy.stream())
-    found["prefix-cache"] = pair.largest(pair.rollouts(asked))
-    pair.engine.llm.reset_prefix_cache = reset
+    with mock.patch.object(pair.engine.llm, "reset_prefix_cache", lambda: True):
+        pair.sync.run(pair.policy.stream())
+        differences["prefix-cache"] = pair.largest(pair.rollouts(asked))
+
     pair.move()
-    pack, vllm_engine.pack = vllm_engine.pack, lambda _: None
+    with mock.patch.object(vllm_engine, "pack", lambda _: None):
+        pair.sync.run(pair.policy.stream())
+        differences["packed"] = pair.largest(pair.rollouts(asked))
+
     pair.sync.run(pair.policy.stream())
-    found["packed"] = pair.largest(pair.rollouts(asked))
-    vllm_engine.pack = pack
-    pair.sync.run(pair.policy.stream())
-    found["none"] = pair.largest(pair.rollouts(asked))
-    return found
+    differences["none"] = pair.largest(pair.rollouts(asked))
+    return differences
 
 
 def damages(pair: Pair) -> dict[str, str]:
-    """One element, one rank's part, or a whole tensor lost between the trainer
-    and the engine's memory.
+    """The error of a sync where one element, one rank's part, or a whole tensor is damaged or lost
+    between the trainer and the engine's memory.
     """
-    found = {}
+    errors = {}
     load = pair.engine.prepare_for_inference
     for where, name in NAMES.items():
         for case, damage, rank in (
@@ -84,23 +87,24 @@ def damages(pair: Pair) -> dict[str, str]:
             pair.engine.prepare_for_inference = sync_jobs.damaged_on_the_way(
                 pair, damage, rank=rank
             )
-            found[f"{where}-{case}"] = pair.synced()
+            errors[f"{where}-{case}"] = pair.synced()
             pair.engine.prepare_for_inference = load
-        found[f"{where}-missing"] = pair.synced(sync_jobs.without(pair.policy.stream(), name))
-    found["good"] = pair.synced()
-    return found
+        errors[f"{where}-missing"] = pair.synced(sync_jobs.without(pair.policy.stream(), name))
+    errors["good"] = pair.synced()
+    return errors
 
 
 def spread(pair: Pair) -> dict[str, Any]:
-    """Whether the answers of all engines of a stage are those that one engine
-    gives for all prompts.
+    """Compares the answers of all engines of a stage with those that one engine gives to all
+    prompts.
     """
     from megatron_real.labels import Labeller
     from megatron_real.rollout.engines.engine import completed
     from megatron_real.rollout.spread import prompt_seed
     from megatron_real.rollout.stage import RolloutStage
 
-    asked, sampling = prompts(7), Sampling(3, sync_jobs.TEMPERATURE, 16, top_p=0.95)
+    asked = prompts(7)
+    sampling = Sampling(3, sync_jobs.TEMPERATURE, 16, top_p=0.95)
     with Labeller("exact", workers=1, timeout_seconds=10, memory_mib=512) as labeller:
         stage = RolloutStage(
             pair.engine, labeller, rank=dist.get_rank(), world=dist.get_world_size()
@@ -109,23 +113,31 @@ def spread(pair: Pair) -> dict[str, Any]:
         rollouts = stage.label(asked, share)
         everything = range(len(rollouts))
         rollouts = stage.exchange.bring(rollouts, [everything] * stage.world, text=True)
+
     seeds = [prompt_seed(3, 0, (i, 0), prompt) for i, prompt in enumerate(asked)]
     alone = completed(pair.engine, asked, sampling, seeds=seeds)
+    different = []
+    for completions in alone:
+        texts = {c.token_ids.tobytes() for c in completions if c is not None}
+        different.append(len(texts) > 1)
     return {
         "places": [drawn.place for drawn in share.drawn],
         "equal": all(r.completion == alone[r.group][r.sample] for r in rollouts),
-        "different_samples": all(len({c.token_ids.tobytes() for c in row}) > 1 for row in alone),
+        "different_samples": all(different),
         "answers": [r.completion.token_ids.tolist() for r in rollouts],
     }
 
 
 def main() -> None:
-    path, tp, out = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    path = Path(sys.argv[1])
+    tp = int(sys.argv[2])
+    out = Path(sys.argv[3])
     join_world(timeout_minutes=20)
     pair = Pair(sync_jobs.config_of(path, rollout={"engine": "vllm", "tp": tp}))
-    found: dict[str, Any] = {"first": pair.synced(), "held": sorted(pair.engine.held())}
-    found |= {job.__name__: job(pair) for job in (spread, parity, forgotten, damages)}
-    out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))
+
+    results: dict[str, Any] = {"first": pair.synced(), "held": sorted(pair.engine.held())}
+    results |= {job.__name__: job(pair) for job in (spread, parity, forgotten, damages)}
+    out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(results))
     dist.barrier()
 
 

@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy
 import torch.distributed as dist
 
-from megatron_real.config import Config, Given, TrainerConfig
+from megatron_real.config import Given, TrainerConfig
 from megatron_real.labels import Labeller
 from megatron_real.parallel.groups import join_world
 from megatron_real.records import Sampling
@@ -39,8 +40,12 @@ SAMPLING = Sampling(3, sync_jobs.TEMPERATURE, 16)
 
 
 def damages(pair: Pair) -> dict[str, str]:
-    """One element lost on all ranks' way, on the last rank's alone, or a whole tensor lost."""
-    found, load, name = {}, pair.engine.prepare_for_inference, NAMES["rows"]
+    """The error of a sync where one element is damaged on all ranks' way or on the last rank's
+    alone, or where a whole tensor is lost.
+    """
+    errors = {}
+    name = NAMES["rows"]
+    load = pair.engine.prepare_for_inference
     last = dist.get_world_size() - 1
     for case, damage, rank in (
         ("element", sync_jobs.one_element(name), None),
@@ -49,27 +54,31 @@ def damages(pair: Pair) -> dict[str, str]:
     ):
         pair.move()
         pair.engine.prepare_for_inference = sync_jobs.damaged_on_the_way(pair, damage, rank=rank)
-        found[case] = pair.synced()
+        errors[case] = pair.synced()
         pair.engine.prepare_for_inference = load
-    found["missing"] = pair.synced(sync_jobs.without(pair.policy.stream(), name))
-    found["good"] = pair.synced()
-    return found
+    errors["missing"] = pair.synced(sync_jobs.without(pair.policy.stream(), name))
+    errors["good"] = pair.synced()
+    return errors
 
 
 def key(pair: Pair) -> dict[str, int]:
-    """What each path answers to someone without the key, and with another."""
-    found = {}
+    """Returns each path's HTTP status for a request without a key, and for one with another key."""
+    statuses = {}
+    host, port = pair.engine.server.address
     for path in ("/health", "/v1/completions", "/collective_rpc", "/reset_prefix_cache", "/pause"):
+        method = "POST"
+        if path == "/health":
+            method = "GET"
         for case, headers in (("none", {}), ("other", {"Authorization": "Bearer other"})):
-            connection = http.client.HTTPConnection(*pair.engine.server.address, timeout=120)
-            connection.request("GET" if path == "/health" else "POST", path, "{}", headers)
-            found[f"{path} {case}"] = connection.getresponse().status
+            connection = http.client.HTTPConnection(host, port, timeout=120)
+            connection.request(method, path, "{}", headers)
+            statuses[f"{path} {case}"] = connection.getresponse().status
             connection.close()
-    return found
+    return statuses
 
 
 def early(pair: Pair) -> str:
-    """What a server answers with that has no weights yet."""
+    """Returns the error of a request to a server that has no weights yet."""
     try:
         completed(pair.engine, prompts(1), SAMPLING, seeds=[1])
     except EngineFailed as error:
@@ -78,7 +87,7 @@ def early(pair: Pair) -> str:
 
 
 def refused(pair: Pair) -> str:
-    """What someone is told who has another key, without a long wait."""
+    """Returns the error of waiting with another key, which comes without a long wait."""
     try:
         wait_until_healthy(Server(pair.engine.server.url, "other"), 60.0, lambda _: None)
     except EngineFailed as error:
@@ -94,46 +103,46 @@ def leaks(pair: Pair) -> list[str]:
         *Path(pair.engine._config.trainer.run_dir).rglob("*.*"),
         *Path("/proc").glob("[0-9]*/cmdline"),
     ]
-    found = []
+    leaking = []
     for file in files:
         with contextlib.suppress(OSError):  # a process has ended meanwhile
-            content = file.read_bytes() if file.is_file() else b""
+            if not file.is_file():
+                continue
+            content = file.read_bytes()
             if pair.engine._key.encode() in content or SECRET.encode() in content:
-                found.append(str(file))
-    return found
+                leaking.append(str(file))
+    return leaking
 
 
 def one_fails(pair: Pair) -> str:
-    """What every rank is told when the last rank's server does not answer for its checksums."""
-    server, call = pair.engine.server, pair.engine.server.call
+    """Returns the error where the last rank's server does not answer for its checksums."""
+    server = pair.engine.server
+    call = server.call
 
     def failing(method: str, *args: Any, **kwargs: Any) -> list[Any]:
         if method == "checksums" and dist.get_rank() == dist.get_world_size() - 1:
             raise EngineFailed("it fell over")
         return call(method, *args, **kwargs)
 
-    server.call = failing
-    try:
-        return pair.synced()
-    except EngineFailed as error:
-        return str(error)
-    finally:
-        server.call = call
+    with mock.patch.object(server, "call", failing):
+        try:
+            return pair.synced()
+        except EngineFailed as error:
+            return str(error)
 
 
 def patience(pair: Pair) -> str:
-    """What a request is answered with whose time is over: long answers,
-    and a hundredth of what they take.
+    """The error of a request whose time is over: long answers, and a hundredth of the time that
+    they take.
     """
-    engine, config = pair.engine, pair.engine._config
-    rollout = dataclasses.replace(config.rollout, request_timeout_seconds=1e-3)
-    engine._config = dataclasses.replace(config, rollout=rollout)
-    try:
-        completed(engine, prompts(4), Sampling(3, sync_jobs.TEMPERATURE, 200), seeds=range(4))
-    except EngineFailed as error:
-        return str(error)
-    finally:
-        engine._config = config
+    engine = pair.engine
+    rollout = dataclasses.replace(engine._config.rollout, request_timeout_seconds=1e-3)
+    impatient = dataclasses.replace(engine._config, rollout=rollout)
+    with mock.patch.object(engine, "_config", impatient):
+        try:
+            completed(engine, prompts(4), Sampling(3, sync_jobs.TEMPERATURE, 200), seeds=range(4))
+        except EngineFailed as error:
+            return str(error)
     return ""
 
 
@@ -145,7 +154,7 @@ def slowed(pair: Pair) -> dict[str, Any]:
     asked = prompts(12)
     others_ended = Path(engine._config.trainer.run_dir) / "others_ended"
     slow = dist.get_rank() == dist.get_world_size() - 1
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     answers = []
     with Labeller("exact", workers=1, timeout_seconds=10, memory_mib=512) as labeller:
         for take_over in (False, True):
@@ -163,12 +172,12 @@ def slowed(pair: Pair) -> dict[str, Any]:
             if take_over and not slow:
                 others_ended.touch()
             rollouts = stage.label(asked, share)
-            found[f"held {take_over}"] = sum(r.holder == stage.rank for r in rollouts)
-            found[f"taken over {take_over}"] = stage.take_work()["taken_over"]
+            results[f"held {take_over}"] = sum(r.holder == stage.rank for r in rollouts)
+            results[f"taken over {take_over}"] = stage.take_work()["taken_over"]
             everything = [range(len(rollouts))] * stage.world
             answers.append(stage.exchange.bring(rollouts, everything, text=True))
     pairs = list(zip(*answers, strict=True))
-    return found | {
+    return results | {
         "same tokens": all(
             numpy.array_equal(a.completion.token_ids, b.completion.token_ids) for a, b in pairs
         ),
@@ -186,19 +195,21 @@ def once_there(file: Path, complete: Callable[..., Any], *args: Any) -> Any:
 
 
 def killed(pair: Pair) -> dict[str, Any]:
-    """A server that is killed while it answers, in the last rank's hands: its answers,
-    and the next sync.
+    """The last rank's server is killed while it answers; returns what becomes of its answers,
+    and the next sync's error.
     """
-    engine, generate = pair.engine, pair.engine.generate
-    pid = engine.started.pid if engine.started else 0
+    engine = pair.engine
+    generate = engine.generate
+    pid = pid_of_server(pair)
 
     def dying(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        for number, found in enumerate(generate(*args, **kwargs)):
+        for number, completion in enumerate(generate(*args, **kwargs)):
             if number == 0 and dist.get_rank() == dist.get_world_size() - 1:
                 os.killpg(pid, signal.SIGKILL)
-            yield found
+            yield completion
 
-    asked, engine.generate = prompts(12), dying
+    asked = prompts(12)
+    engine.generate = dying
     with Labeller(
         "exact", workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=1.0
     ) as labeller:
@@ -207,32 +218,39 @@ def killed(pair: Pair) -> dict[str, Any]:
         engine.generate = generate
         rollouts = stage.label(asked, share)
         rollouts = stage.exchange.bring(rollouts, [range(len(rollouts))] * stage.world, text=True)
-    found = {
-        "lost": [
-            d.verdict.result().reason for d in share.drawn if d.verdict.result().status == "lost"
-        ],
+
+    verdicts = [drawn.verdict.result() for drawn in share.drawn]
+    results = {
+        "lost": [verdict.reason for verdict in verdicts if verdict.status == "lost"],
         "statuses": sorted({r.verdict.status for r in rollouts}),
         "rollouts": len(rollouts),
         "largest": pair.largest([r for r in rollouts if r.completion.num_trained]),
     }
     pair.move()
-    return found | {
+    return results | {
         "again": pair.synced(),
         "afterwards": pair.largest(pair.rollouts(prompts(2))),
-        "pids": [pid, engine.started.pid if engine.started else 0],
+        "pids": [pid, pid_of_server(pair)],
     }
 
 
+def pid_of_server(pair: Pair) -> int:
+    """Returns the process of this rank's server; 0 where another rank has started it."""
+    started = pair.engine.started
+    if started is None:
+        return 0
+    return int(started.pid)
+
+
 def main() -> None:
-    path, tp, servers, out = (
-        Path(sys.argv[1]),
-        int(sys.argv[2]),
-        int(sys.argv[3]),
-        Path(sys.argv[4]),
-    )
+    path = Path(sys.argv[1])
+    tp = int(sys.argv[2])
+    num_servers = int(sys.argv[3])
+    out = Path(sys.argv[4])
     join_world(timeout_minutes=20)
-    chosen = {"engine": "vllm-server", "tp": tp, "num_servers": servers, "max_sequences": 4}
-    config: Config = sync_jobs.config_of(path, rollout=chosen, sync={"timeout_seconds": 200.0})
+
+    rollout = {"engine": "vllm-server", "tp": tp, "num_servers": num_servers, "max_sequences": 4}
+    config = sync_jobs.config_of(path, rollout=rollout, sync={"timeout_seconds": 200.0})
     config = dataclasses.replace(
         config,
         trainer=TrainerConfig(run_dir=str(out.parent)),
@@ -242,18 +260,18 @@ def main() -> None:
     if dist.get_rank() == 0:  # its server is a new process, whose command line `leaks` can look at
         os.environ[REAL_SERVERS] = "1"
     pair = Pair(config)
-    found: dict[str, Any] = {
+
+    # Before the first sync the servers have no weights.
+    results: dict[str, Any] = {
         "early": early(pair),
         "first": pair.synced(),
         "held": sorted(pair.engine.held()),
     }
-    jobs = (
-        (key, refused, leaks, parity, damages, one_fails, patience, slowed, killed)
-        if servers > 1
-        else (parity, damages)
-    )
-    found |= {job.__name__: job(pair) for job in jobs}
-    out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))
+    jobs: tuple[Callable[[Pair], Any], ...] = (parity, damages)
+    if num_servers > 1:
+        jobs = (key, refused, leaks, parity, damages, one_fails, patience, slowed, killed)
+    results |= {job.__name__: job(pair) for job in jobs}
+    out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(results))
     dist.barrier()
 
 

@@ -21,7 +21,7 @@ SEVEN_B: Any = SimpleNamespace(num_parameters=7_600_000_000)
 
 
 def recipe(**rollout: Any) -> Config:
-    """As examples/configs/real_7b.yaml has it."""
+    """Returns the settings of examples/configs/real_7b.yaml."""
     return Config(
         trainer=TrainerConfig(run_dir="run", steps=1000),
         data=DataConfig(train="train.jsonl", heldout="heldout.jsonl"),
@@ -30,9 +30,9 @@ def recipe(**rollout: Any) -> Config:
     )
 
 
-def test_the_recipe_of_7b() -> None:
-    """14 bytes a parameter. Kept: 100, 200, ... 1000, 990, the best one;
-    and one that is being written.
+def test_the_needs_of_the_7b_recipe_equal_those_computed_by_hand() -> None:
+    """A parameter takes 14 bytes. Kept are steps 100, 200, ... 1000, 990 and the best one, beside
+    the one that is being written.
     """
     needs = disk_needs(recipe(), SEVEN_B)
     assert needs.checkpoint == 106_400_000_000
@@ -42,7 +42,7 @@ def test_the_recipe_of_7b() -> None:
     assert needs.total == 13 * needs.checkpoint + needs.rollouts + needs.export
 
 
-def test_a_retention_of_rollouts_counts() -> None:
+def test_the_retention_of_rollouts_reduces_the_needs() -> None:
     needs = disk_needs(recipe(keep_steps=20), SEVEN_B, mean_response=1000)
     assert needs.rollouts == 20 * 128 * 8 * 1000 * 8
     needs = disk_needs(recipe(keep_steps=20, keep_every=50), SEVEN_B, mean_response=1000)
@@ -63,7 +63,9 @@ def test_a_retention_of_rollouts_counts() -> None:
     ],
     ids=["none", "all", "newest", "every one and the last"],
 )
-def test_retention(checkpoint: dict[str, Any], kept: int) -> None:
-    """Saved at 300, 600, 900 and 1000, for example."""
+def test_the_number_of_checkpoints_kept_follows_the_retention(
+    checkpoint: dict[str, Any], kept: int
+) -> None:
+    """With every=300, checkpoints are saved at steps 300, 600, 900 and 1000."""
     config = dataclasses.replace(recipe(), checkpoint=CheckpointConfig(**checkpoint))
     assert disk_needs(config, SEVEN_B).num_checkpoints == kept + 1

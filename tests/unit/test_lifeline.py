@@ -1,4 +1,4 @@
-"""One rank's end, seen by the others: real processes, no collectives."""
+"""The end of one rank as the others see it, with real processes and without collectives."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[subpr
 
 
 def ends(processes: list[subprocess.Popen[str]], within: float) -> list[str]:
-    """What each wrote to its end."""
+    """Returns what each rank wrote when it ended."""
     started = time.monotonic()
     return [
         p.communicate(timeout=max(within - (time.monotonic() - started), 0.1))[1] for p in processes
@@ -49,22 +49,22 @@ def test_a_killed_rank_takes_the_others_down(
 ) -> None:
     ranks[victim].send_signal(signal.SIGKILL)
     others = [p for i, p in enumerate(ranks) if i != victim]
-    for said in ends(others, within=120.0):
-        assert f"rank {victim} on {HOST} ended without a word" in said
+    for message in ends(others, within=120.0):
+        assert f"rank {victim} on {HOST} ended without a word" in message
     assert [p.returncode for p in others] == [1, 1]
 
 
 @pytest.mark.parametrize("ranks", ["raise"], indirect=True)
 def test_an_error_is_named_as_the_first_cause(ranks: list[subprocess.Popen[str]]) -> None:
-    for said in ends([ranks[0], ranks[2]], within=120.0):
-        assert "rank 1 on" in said and "ended first: ValueError: no good" in said
+    for message in ends([ranks[0], ranks[2]], within=120.0):
+        assert "rank 1 on" in message and "ended first: ValueError: no good" in message
 
 
 @pytest.mark.parametrize("ranks", ["hang"], indirect=True)
 def test_a_rank_that_hangs_is_named(ranks: list[subprocess.Popen[str]]) -> None:
-    for said in ends(ranks, within=120.0):
-        assert f"rank 1 on {HOST} hangs: it has been in stage rollout for" in said
-        assert "it is at <string>:" in said
+    for message in ends(ranks, within=120.0):
+        assert f"rank 1 on {HOST} hangs: it has been in stage rollout for" in message
+        assert "it is at <string>:" in message
 
 
 @pytest.mark.parametrize("ranks", ["silence"], indirect=True)
@@ -72,22 +72,22 @@ def test_a_rank_that_hangs_is_named(ranks: list[subprocess.Popen[str]]) -> None:
 def test_a_rank_without_a_sign_of_life_is_named(
     ranks: list[subprocess.Popen[str]], victim: int
 ) -> None:
-    """A stopped process keeps its socket open, as a machine that vanished does.
+    """A suspended process keeps its socket open, like a machine that vanished.
 
-    Every rank sees that the first one did.
+    Every rank learns what the first one saw.
     """
     ranks[victim].send_signal(signal.SIGSTOP)
     others = [p for i, p in enumerate(ranks) if i != victim]
-    for said in ends(others, within=120.0):
-        assert f"rank {victim} on {HOST} has given no sign of life for" in said
+    for message in ends(others, within=120.0):
+        assert f"rank {victim} on {HOST} has given no sign of life for" in message
     ranks[victim].send_signal(signal.SIGCONT)
-    (said,) = ends([ranks[victim]], within=120.0)
-    assert f"rank {victim} on {HOST} has given no sign of life" in said, "it hears why"
+    (message,) = ends([ranks[victim]], within=120.0)
+    assert f"rank {victim} on {HOST} has given no sign of life" in message, "it hears why"
 
 
 @pytest.mark.parametrize("ranks", ["silence"], indirect=True)
 def test_a_job_that_was_suspended_goes_on(ranks: list[subprocess.Popen[str]]) -> None:
-    """Slurm suspends all processes of a job: nobody spoke, and nobody listened."""
+    """Slurm suspends all processes of a job, so nobody spoke and nobody listened."""
     for process in ranks:
         process.send_signal(signal.SIGSTOP)
     time.sleep(6.0)
@@ -98,7 +98,7 @@ def test_a_job_that_was_suspended_goes_on(ranks: list[subprocess.Popen[str]]) ->
 
 
 @pytest.mark.parametrize("ranks", ["good"], indirect=True)
-def test_a_good_end_takes_nobody_down(ranks: list[subprocess.Popen[str]]) -> None:
+def test_a_rank_that_ends_well_ends_no_other(ranks: list[subprocess.Popen[str]]) -> None:
     assert ends(ranks, within=120.0) == ["", "", ""]
     assert [p.returncode for p in ranks] == [0, 0, 0]
 
@@ -107,14 +107,16 @@ def test_a_good_end_takes_nobody_down(ranks: list[subprocess.Popen[str]]) -> Non
 def test_an_error_that_not_every_rank_has_ends_the_others_later(
     ranks: list[subprocess.Popen[str]],
 ) -> None:
-    """They would wait for that rank in a collective."""
-    for said in ends([ranks[0], ranks[2]], within=120.0):
-        assert f"rank 1 on {HOST} ended first: the engine is lost" in said
+    """Otherwise they would wait for that rank in a collective."""
+    for message in ends([ranks[0], ranks[2]], within=120.0):
+        assert f"rank 1 on {HOST} ended first: the engine is lost" in message
     assert ranks[1].wait(5) == 3
 
 
-def test_strays_cost_nothing(tmp_path: Path) -> None:
-    """A scanner, ends that close or stay silent, and a forged rank: all before the ranks come."""
+def test_foreign_connections_do_not_disturb_the_ranks(tmp_path: Path) -> None:
+    """A scanner, connections that close or stay silent, and a forged rank all come before the ranks
+    do.
+    """
     first = start(0, "good", tmp_path)
     while not (tmp_path / "address").exists():
         time.sleep(0.01)
@@ -124,6 +126,7 @@ def test_strays_cost_nothing(tmp_path: Path) -> None:
     strays[1].close()
     strays[2].sendall(b"\0")
     strays[3].sendall(bytes(64) + b'{"rank": 1, "host": "evil"}\n')
+
     # Who knows the secret, and forges a rank that is none: not taken in either.
     known = challenge.connect((host, port), secret, purpose="lifeline")
     known.sendall(b'{"rank": 7, "host": "evil"}\n')
@@ -141,7 +144,7 @@ def test_strays_cost_nothing(tmp_path: Path) -> None:
 
 
 def test_what_follows_the_first_word_stays_to_be_read() -> None:
-    """A rank may join and say that it ends before the first rank has read a word of it."""
+    """A rank may join and announce its end before the first rank has read a word of it."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(b'{"rank": 1}\n{"leaving": "the engine is lost"}\n')
@@ -162,7 +165,9 @@ print("asked by SIGTERM" if stop._wish == SIGTERM else "asked otherwise", flush=
 
 
 def test_a_rank_whose_launcher_was_killed_is_asked_to_stop() -> None:
-    """torchrun starts ranks in sessions of their own, which no signal to its group reaches."""
+    """torchrun starts ranks in sessions of their own, which no signal to its process
+    group reaches.
+    """
     launch = (
         "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]], "
         "start_new_session=True); time.sleep(600)"
@@ -174,12 +179,14 @@ def test_a_rank_whose_launcher_was_killed_is_asked_to_stop() -> None:
         env={**os.environ, "TORCHELASTIC_RUN_ID": "none"},
     )
     assert launcher.stdout is not None and launcher.stdout.readline() == "ready\n"
+
     launcher.kill()
     output, _ = launcher.communicate(timeout=120.0)
     assert output == "asked by SIGTERM\n"
 
 
-WORKS, WAITS = Place("worker.py:7 in work"), Place("c10d.py:9 in all_reduce", waits=True)
+WORKS = Place("worker.py:7 in work")
+WAITS = Place("c10d.py:9 in all_reduce", waits=True)
 HANGS = {
     "nobody yet": (
         [Report("rank 0", 5, "update", 59.0, WAITS), Report("rank 1", 5, "update", 59.0, WORKS)],
@@ -219,10 +226,10 @@ HANGS = {
 
 
 @pytest.mark.parametrize("case", HANGS)
-def test_who_hangs(case: str) -> None:
+def test_the_rank_that_keeps_the_others_waiting_is_named(case: str) -> None:
     reports, sentence = HANGS[case]
-    found = hanging(reports, 60.0)
-    assert sentence in found and bool(sentence) == bool(found)
+    message = hanging(reports, 60.0)
+    assert sentence in message and bool(sentence) == bool(message)
 
 
 def test_a_place_is_a_line_of_code() -> None:
@@ -242,5 +249,6 @@ def test_a_place_is_a_line_of_code() -> None:
     finally:
         event.set()
         thread.join()
+
     assert place.where.startswith("threading.py:")
     assert place_of(0) == Place()

@@ -1,6 +1,4 @@
-"""The pages that are made of the code are those of the code,
-and the table of metrics has every metric.
-"""
+"""Generated pages are up to date with the code, and the table of metrics has every metric."""
 
 from __future__ import annotations
 

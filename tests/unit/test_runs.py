@@ -1,4 +1,4 @@
-"""Rollouts on disk and the metrics of a step, with golden values worked out by hand."""
+"""Rollouts on disk and the metrics of a step, against values worked out by hand."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def test_rollout_metrics() -> None:
         "response_tokens_max": 8.0, "status/ok": 3.0, "status/overlong": 1.0, "status/timeout": 1.0,
         "status/wrong": 1.0, "status/crashed": 0.0,
     }  # fmt: skip
-    found = rollout_metrics(STEP)
-    assert {name: found[name] for name in expected} == expected
+    metrics = rollout_metrics(STEP)
+    assert {name: metrics[name] for name in expected} == expected
 
 
 def test_score_metrics_leave_out_what_had_no_weight() -> None:
-    found = score_metrics(STEP, [9, 9, 0.5, -0.25, 9, 9], [0, 0, -1, 1, 0, 0])
-    assert (found["score_positive_mean"], found["score_negative_p95"]) == (0.5, -0.25)
+    metrics = score_metrics(STEP, [9, 9, 0.5, -0.25, 9, 9], [0, 0, -1, 1, 0, 0])
+    assert (metrics["score_positive_mean"], metrics["score_negative_p95"]) == (0.5, -0.25)
     assert math.isnan(score_metrics(STEP, [0.0] * 6, [0.0] * 6)["score_positive_mean"])
 
 
@@ -83,9 +83,11 @@ def test_metrics_rows_and_curves(tmp_path: Path) -> None:
     for step in (1, 2):
         writer.write(step, {"reward_mean": 0.5, "loss": math.nan, "grad_norm": 1.0})
     writer.close()
+
     assert [json.loads(line) for line in run.metrics.read_text().splitlines()][1] == {
         "step": 2, "reward_mean": 0.5, "loss": None, "grad_norm": 1.0,
     }  # fmt: skip
     assert list(run.tensorboard.iterdir())
+
     plot_curves(run.metrics, run.evaluations, run.curves)
     assert run.curves.read_bytes().startswith(b"\x89PNG")

@@ -1,5 +1,5 @@
-"""The command line of a vLLM server: what is secret is not in it,
-and reaches the server all the same.
+"""The command line of a vLLM server holds no secret, and the server gets the secret all
+the same.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def test_without_a_secret_the_command_line_is_whole() -> None:
     assert server_main.VARIABLE not in environment(config(secret=False), "key", gpus=[])
 
 
-def test_the_server_gets_the_words_of_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_gets_the_arguments_of_command_line_and_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "seen.json"
     (tmp_path / "some_server.py").write_text(
         "import json, os, pathlib, sys\n"
@@ -62,15 +64,17 @@ def test_the_server_gets_the_words_of_both(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv(server_main.VARIABLE, json.dumps(["--hf-token", CANARY]))
     server_main.main()
     name, words, variables = json.loads(out.read_text())
+
     assert (name, words) == ("__main__", ["--port", "1", "--hf-token", CANARY])
     assert server_main.VARIABLE not in variables
 
 
-def test_a_server_that_dies_in_a_broadcast_takes_nobody_along() -> None:
-    """The link is aborted as soon as the call fails, so that NCCL's watchdog finds nothing to end
-    the process for.
+def test_a_server_that_dies_in_a_broadcast_does_not_end_the_sender() -> None:
+    """The link is aborted as soon as the call fails, so NCCL's watchdog finds nothing to end the
+    process for.
     """
-    waits, events = Event(), list[str]()
+    waits = Event()
+    events: list[str] = []
 
     class BrokenLink:
         def send(self, _flat: torch.Tensor) -> None:
@@ -91,6 +95,7 @@ def test_a_server_that_dies_in_a_broadcast_takes_nobody_along() -> None:
     engine._link = link = BrokenLink()  # type: ignore[assignment]
     engine._linked = lambda _seconds: link  # type: ignore[assignment, method-assign, return-value]
     engine.server = SimpleNamespace(call=dies)  # type: ignore[assignment]
+
     with pytest.raises(EngineFailed, match="is gone"):
         engine._send(iter([("w", torch.zeros(4))]))
     assert events == ["send", "abort"]

@@ -1,6 +1,4 @@
-"""What a command prints on a terminal of 80 columns fits it,
-and no table has two columns of one name.
-"""
+"""Output of commands fits a terminal of 80 columns, and no table has two columns of one name."""
 
 from __future__ import annotations
 

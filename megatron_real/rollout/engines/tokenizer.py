@@ -6,7 +6,6 @@ They are the same for every engine.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Container, Sequence
 from importlib.metadata import version
@@ -19,7 +18,7 @@ from megatron_real.config import ModelConfig
 from megatron_real.labels.answers import THINKING_MARKS
 from megatron_real.records import Completion
 from megatron_real.weights import WeightsError
-from megatron_real.weights.architecture import read_config
+from megatron_real.weights.architecture import read_config, read_table
 from megatron_real.weights.by_transformers import load_tokenizer as by_transformers
 
 logger = logging.getLogger(__name__)
@@ -114,18 +113,10 @@ def _generation_config(directory: Path) -> dict[str, Any]:
     Raises:
         WeightsError: the file cannot be read, or is no JSON object.
     """
-    file = directory / "generation_config.json"
     try:
-        values = json.loads(file.read_bytes())
+        return read_table(directory / "generation_config.json")
     except FileNotFoundError:
         return read_config(directory)
-    except OSError as error:
-        raise WeightsError(f"{file} cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{file} is not JSON ({error}); download it again") from error
-    if not isinstance(values, dict):
-        raise WeightsError(f"{file} holds no table of values; download it again")
-    return values
 
 
 def completion_of(

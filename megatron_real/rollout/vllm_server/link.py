@@ -32,14 +32,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_real.buffers import SYNC_BUCKET_BYTES
 from megatron_real.challenge import NotProven, proof
 from megatron_real.rollout.vllm_server.meeting import Guest, Host
 
-BUCKET_BYTES = 256 << 20
-"""Bytes that a bucket holds at most, unless a single tensor is larger.
-
-Beside its model each side has one bucket, and the sender also the tensor that comes next.
-"""
 _POLL_SECONDS = 0.0005
 """Time between two looks at a broadcast, which takes some 10 ms."""
 _ALIGNMENT = 16
@@ -47,7 +43,7 @@ _ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
-class Slot:
+class BucketSlot:
     """One tensor's place in a bucket, as it is announced."""
 
     name: str
@@ -64,33 +60,33 @@ class Slot:
 class Bucket:
     """Tensors laid end to end."""
 
-    slots: Sequence[Slot]
+    slots: Sequence[BucketSlot]
     """The tensors' places, in order."""
     flat: Tensor
     """[bytes] uint8, on the tensors' device."""
 
 
 def buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
-    """Cuts a stream of HF tensors into buckets of at most BUCKET_BYTES, or of one larger tensor.
+    """Cuts a stream of HF tensors into buckets of SYNC_BUCKET_BYTES, or of one larger tensor.
 
     All buckets lie in the same memory: a bucket is valid until the next one is asked for.
     """
     memory = torch.empty(0, dtype=torch.uint8)
-    slots: list[Slot] = []
+    slots: list[BucketSlot] = []
     end = 0
     for name, tensor in weights:
         num_bytes = tensor.numel() * tensor.element_size()
         aligned = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-        if slots and end + aligned > BUCKET_BYTES:
+        if slots and end + aligned > SYNC_BUCKET_BYTES:
             yield Bucket(slots, memory[:end])
             slots = []
             end = 0
         if end + aligned > len(memory):
-            size = max(aligned, BUCKET_BYTES)
+            size = max(aligned, SYNC_BUCKET_BYTES)
             memory = torch.empty(size, dtype=torch.uint8, device=tensor.device)
 
         dtype = str(tensor.dtype).removeprefix("torch.")
-        slot = Slot(name, dtype, tuple(tensor.shape), end)
+        slot = BucketSlot(name, dtype, tuple(tensor.shape), end)
         _view(memory, slot).copy_(tensor)
         slots.append(slot)
         end += aligned
@@ -98,12 +94,12 @@ def buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
         yield Bucket(slots, memory[:end])
 
 
-def unpacked(flat: Tensor, slots: Sequence[Slot]) -> Iterator[tuple[str, Tensor]]:
+def unpacked(flat: Tensor, slots: Sequence[BucketSlot]) -> Iterator[tuple[str, Tensor]]:
     """Returns the (name, tensor) pairs of a bucket that has arrived; they are views of it."""
     return ((slot.name, _view(flat, slot)) for slot in slots)
 
 
-def _view(flat: Tensor, slot: Slot) -> Tensor:
+def _view(flat: Tensor, slot: BucketSlot) -> Tensor:
     """Returns a slot of a bucket as a tensor that shares the bucket's memory."""
     dtype = getattr(torch, slot.dtype)
     num_bytes = torch.Size(slot.shape).numel() * dtype.itemsize

@@ -88,7 +88,9 @@ class Server:
 
     def call(self, method: str, argument: Any = None, *, timeout: float) -> list[Any]:
         """Calls a method of our worker and returns each worker's result; raises as `post`."""
-        arguments = [] if argument is None else [json.dumps(argument)]
+        arguments = []
+        if argument is not None:
+            arguments.append(json.dumps(argument))
         body = {"method": method, "args": arguments}
         return list(self.post("/collective_rpc", body, timeout=timeout)["results"])
 

@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 from megatron_real.rollout.checksum import checksum
 from megatron_real.rollout.engines.vllm import pack, plain_weights
 from megatron_real.rollout.engines.vllm_weights import parts_of
-from megatron_real.rollout.vllm_server.link import Link, Slot, link_secret, unpacked
+from megatron_real.rollout.vllm_server.link import BucketSlot, Link, link_secret, unpacked
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as VllmWorker
@@ -81,12 +81,12 @@ class Worker(VllmWorker):
         """Waits for one bucket and loads its tensors into the model.
 
         Args:
-            text: an object with `num_bytes` and `slots`, a list of the fields of each `Slot`.
+            text: an object with `num_bytes` and `slots`, a list of the fields of each `BucketSlot`.
         """
         contents = json.loads(text)
         assert self._link is not None, "the trainer lets a worker join before it sends"
         slots = [
-            Slot(name, dtype, tuple(shape), start)
+            BucketSlot(name, dtype, tuple(shape), start)
             for name, dtype, shape, start in contents["slots"]
         ]
         flat = self._link.receive(contents["num_bytes"])

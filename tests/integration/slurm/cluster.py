@@ -62,14 +62,12 @@ PartitionName=night Nodes=n[1-2] PriorityTier=10 MaxTime=INFINITE
 
 
 def missing() -> str:
-    """Why there can be no cluster on this machine; "" if there can."""
+    """Returns why there can be no cluster on this machine, or an empty string where there can."""
     absent = [name for name in _NEEDED if shutil.which(name, path=_PATH) is None]
-    return (
-        f"no {', '.join(absent)} here: apt-get install slurm-wlm munge (tests/run.sh does it as "
-        "root)"
-        if absent
-        else ""
-    )
+    if not absent:
+        return ""
+    remedy = "apt-get install slurm-wlm munge (tests/run.sh does it as root)"
+    return f"no {', '.join(absent)} here: {remedy}"
 
 
 class Cluster:
@@ -143,9 +141,10 @@ class Cluster:
             process.wait()
 
     def wait_for(self, happened: Callable[[], T], what: str, *, seconds: float = 60) -> T:
-        """What `happened` returns, as soon as it is true."""
-        if found := with_deadline(happened, seconds):
-            return found
+        """Returns what `happened` returns, as soon as that is true."""
+        result = with_deadline(happened, seconds)
+        if result:
+            return result
         raise AssertionError(f"no {what} within {seconds:g} s\n{self.story()}")
 
     def story(self) -> str:
@@ -154,7 +153,9 @@ class Cluster:
             file.read_text(errors="replace").splitlines()[-8:]
             for file in sorted(self.folder.glob("slurm*.log"))
         ]
-        queue = self.run("squeue", check=False) if (self.folder / "slurm.conf").exists() else ""
+        queue = ""
+        if (self.folder / "slurm.conf").exists():
+            queue = self.run("squeue", check=False)
         return "\n".join([queue, *(line for lines in logs for line in lines)])
 
     def _configure(self) -> None:
@@ -193,11 +194,9 @@ class Cluster:
             )
 
     def _jobs(self) -> list[str]:
-        return (
-            self.run("squeue", "-h", "-o", "%i", check=False).split()
-            if "slurmctld" in self._processes
-            else []
-        )
+        if "slurmctld" not in self._processes:
+            return []
+        return self.run("squeue", "-h", "-o", "%i", check=False).split()
 
 
 _ROOT = Path(__file__).parents[3]
@@ -205,8 +204,12 @@ _MUNGE_FILES = ("key-file", "socket", "pid-file", "log-file", "seed-file")
 
 
 def with_deadline(happened: Callable[[], T], seconds: float) -> T | None:
-    """Asks until the answer is true, at most so long."""
+    """Calls `happened` until it returns something true, and returns that; None after `seconds`."""
     ends = time.monotonic() + seconds
-    while not (found := happened()) and time.monotonic() < ends:
+    while True:
+        result = happened()
+        if result:
+            return result
+        if time.monotonic() >= ends:
+            return None
         time.sleep(0.1)
-    return found or None

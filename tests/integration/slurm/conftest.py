@@ -27,7 +27,8 @@ OVERRIDES = (
 )  # fmt: skip
 # Bounds for a machine that is far busier than two lanes make it; a job that has ended ends the
 # wait.
-START_SECONDS, RUN_SECONDS = 600.0, 900.0
+START_SECONDS = 600.0
+RUN_SECONDS = 900.0
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
 
@@ -52,7 +53,8 @@ class Run:
 
     def __init__(self, cluster: Cluster, base: Path, directory: Path, *words: str) -> None:
         """`words`: more settings of the configuration."""
-        self.cluster, self.directory = cluster, directory
+        self.cluster = cluster
+        self.directory = directory
         self.log = directory.with_name(f"{directory.name}-job.log")
         self._jobs: list[str] = []
         self._settings = {
@@ -93,8 +95,8 @@ class Run:
         try:
             self.cluster.wait_for(lambda: happened() or self._over(), what, seconds=seconds)
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.everything_said()}") from None
-        assert happened(), f"the job ended: no {what}\n{self.everything_said()}"
+            raise AssertionError(f"{error}\n{self.all_logs()}") from None
+        assert happened(), f"the job ended: no {what}\n{self.all_logs()}"
 
     def wait_for_end(self, job: str, state: str = "COMPLETED") -> None:
         """Until Slurm has no more to do for the job."""
@@ -103,7 +105,7 @@ class Run:
             f"end of {job}",
             seconds=RUN_SECONDS,
         )
-        assert self.cluster.fields(job)["JobState"] == state, self.everything_said()
+        assert self.cluster.fields(job)["JobState"] == state, self.all_logs()
 
     def wait_for_restart(self, job: str, number: int, *, seconds: float = START_SECONDS) -> None:
         """Until Slurm has started the job again so often, or is about to."""
@@ -120,14 +122,16 @@ class Run:
         return all(self.cluster.fields(job)["JobState"] in ENDS for job in self._jobs)
 
     def restarts(self, job: str) -> int:
-        """How often Slurm has started the job again."""
+        """Returns how often Slurm has started the job again."""
         return int(self.cluster.fields(job)["Restarts"])
 
-    def said(self) -> str:
-        """The jobs' log."""
-        return self.log.read_text() if self.log.exists() else ""
+    def output(self) -> str:
+        """Returns the jobs' log."""
+        if not self.log.exists():
+            return ""
+        return self.log.read_text()
 
-    def everything_said(self) -> str:
+    def all_logs(self) -> str:
         """The jobs' log and the ends of the logs that torchrun and the ranks wrote,
         for a failure.
         """
@@ -136,38 +140,42 @@ class Run:
             for file in sorted((self.directory / "logs").rglob("*.log"))
             if file.stat().st_size
         ]
-        return "\n".join([self.said(), *logs])
+        return "\n".join([self.output(), *logs])
 
     def status(self) -> str:
-        """What status.json says."""
+        """Returns the content of status.json."""
         file = self.directory / "status.json"
-        return file.read_text() if file.exists() else ""
+        if not file.exists():
+            return ""
+        return file.read_text()
 
     def ranks(self) -> dict[int, int]:
         """The pid of each rank that trains; verifiers and so on have its environment too."""
-        found, ranks = self._processes("RANK"), {}
-        for pid, values in found.items():
-            with contextlib.suppress(OSError):
+        ranks = {}
+        for pid, values in self._processes("RANK").items():
+            with contextlib.suppress(OSError):  # it may have ended
                 if b"\0train\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     ranks[int(values["RANK"])] = pid
         return ranks
 
     def kill(self, *, script: bool) -> None:
-        """SIGKILL to all ranks and launchers, and to the job's script too."""
-        for pid in self._processes("SLURM_JOB_ID" if script else "SLURM_STEP_ID"):
+        """Sends SIGKILL to all ranks and launchers, with `script` to the job's script too."""
+        # The script itself is in the job, but in none of its steps.
+        variable = "SLURM_JOB_ID" if script else "SLURM_STEP_ID"
+        for pid in self._processes(variable):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def _processes(self, variable: str) -> dict[int, dict[str, str]]:
         """{pid: environment} of the processes that work in this directory and have a variable."""
-        found = {}
+        environments = {}
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it may have ended
                 words = (process / "environ").read_text(errors="replace").split("\0")
                 values = dict(word.split("=", 1) for word in words if "=" in word)
                 if values.get("RUN_DIR") == str(self.directory) and variable in values:
-                    found[int(process.name)] = values
-        return found
+                    environments[int(process.name)] = values
+        return environments
 
 
 @pytest.fixture

@@ -20,12 +20,10 @@ def test_a_run_that_is_asked_to_stop_saves_and_is_requeued(run: Run, undisturbed
     run.cluster.run("scancel", "--signal=USR1", job)
     run.wait_for_end(job)
     assert run.restarts(job) == 1
-    said = run.said()
-    assert (
-        "the run has stopped early, everything is saved; requeueing" in said
-        and "resuming after step" in said
-    )
-    assert said.count("converting ") == 1 and "Traceback" not in said
+    output = run.output()
+    assert "the run has stopped early, everything is saved; requeueing" in output
+    assert "resuming after step" in output
+    assert output.count("converting ") == 1 and "Traceback" not in output
     assert_same_run(run.directory, undisturbed)
     assert (run.directory / "curves.png").stat().st_size > 10_000
     logs = {
@@ -36,18 +34,16 @@ def test_a_run_that_is_asked_to_stop_saves_and_is_requeued(run: Run, undisturbed
 
 
 def test_two_jobs_on_one_run_directory(cluster: Cluster, base: Path, tmp_path: Path) -> None:
-    """The second one ends and says why; cancelled, the first one saves and is not requeued."""
+    """The second one ends with the reason; cancelled, the first one saves and is not requeued."""
     run = Run(cluster, base, tmp_path / "run", "trainer.steps=1000")
     first = run.submit("--nodes=1", "--nodelist=n1")
     run.wait_for_row(1)
     second = run.submit("--nodes=1", "--nodelist=n2")
     run.wait_for_end(second, "FAILED")
-    assert (
-        f"{run.directory} is in use by process" in run.said()
-        and f"(Slurm job {first})" in run.said()
-    )
+    assert f"{run.directory} is in use by process" in run.output()
+    assert f"(Slurm job {first})" in run.output()
     assert run.cluster.fields(first)["JobState"] == "RUNNING" and '"running"' in run.status()
     run.cluster.run("scancel", first)
     run.wait_for_end(first, "CANCELLED")
     assert '"stopped"' in run.status() and run.restarts(first) == 0
-    assert "Slurm ends this job" in run.said()
+    assert "Slurm ends this job" in run.output()

@@ -23,7 +23,7 @@ def test_requeued_by_hand(run: Run, undisturbed: Path) -> None:
     run.wait_for_row(5)
     run.cluster.run("scontrol", "requeue", job)
     run.wait_for_end(job)
-    assert run.restarts(job) == 1 and "resuming after step" in run.said()
+    assert run.restarts(job) == 1 and "resuming after step" in run.output()
     assert_same_run(run.directory, undisturbed)
 
 
@@ -34,8 +34,8 @@ def test_the_warning_before_the_time_limit(run: Run, undisturbed: Path) -> None:
     run.cluster.run("scancel", "--batch", "--signal=USR1", job)
     run.wait_for_end(job)
     assert run.restarts(job) == 1
-    assert "Slurm asks for the end: the ranks save and stop" in run.said()
-    assert "the run has stopped early, everything is saved; requeueing" in run.said()
+    assert "Slurm asks for the end: the ranks save and stop" in run.output()
+    assert "the run has stopped early, everything is saved; requeueing" in run.output()
     assert_same_run(run.directory, undisturbed)
 
 
@@ -51,7 +51,7 @@ def test_preempted_by_a_higher_partition(run: Run, undisturbed: Path) -> None:
     run.wait_for_end(night.strip())
     run.wait_for_end(job)
     assert run.restarts(job) == 1
-    assert "the run has stopped early, everything is saved" in run.said()
+    assert "the run has stopped early, everything is saved" in run.output()
     assert_same_run(run.directory, undisturbed)
 
 
@@ -64,8 +64,8 @@ def test_a_killed_rank(run: Run, undisturbed: Path, rank: int) -> None:
     run.cluster.wait_for(lambda: not run.ranks(), "end of the other rank", seconds=60)
     run.wait_for_end(job)
     assert run.restarts(job) == 1
-    assert f"rank {rank}" in run.said() and "ended without a word" in run.said()
-    assert "a fault ended the run; requeueing" in run.said()
+    assert f"rank {rank}" in run.output() and "ended without a word" in run.output()
+    assert "a fault ended the run; requeueing" in run.output()
     assert_same_run(run.directory, undisturbed)
 
 
@@ -76,10 +76,8 @@ def test_a_rank_that_gives_no_sign_of_life(run: Run, undisturbed: Path) -> None:
     os.kill(run.ranks()[1], signal.SIGSTOP)
     run.wait_for_restart(job, 1, seconds=300)
     run.wait_for_end(job)
-    assert (
-        "has given no sign of life for" in run.said()
-        and "a fault ended the run; requeueing" in run.said()
-    )
+    assert "has given no sign of life for" in run.output()
+    assert "a fault ended the run; requeueing" in run.output()
     assert_same_run(run.directory, undisturbed)
 
 
@@ -89,7 +87,7 @@ def test_all_ranks_and_launchers_killed(run: Run, undisturbed: Path) -> None:
     run.wait_for_row(5)
     run.kill(script=False)
     run.wait_for_end(job)
-    assert run.restarts(job) == 1 and "a fault ended the run; requeueing" in run.said()
+    assert run.restarts(job) == 1 and "a fault ended the run; requeueing" in run.output()
     assert_same_run(run.directory, undisturbed)
 
 
@@ -102,9 +100,8 @@ def test_the_next_job_of_a_chain_takes_over_from_a_killed_one(run: Run, undistur
     assert run.cluster.fields(second)["JobState"] == "PENDING"
     run.kill(script=True)
     run.wait_for_end(second)
-    assert (
-        run.cluster.fields(first)["JobState"] != "COMPLETED" and "resuming after step" in run.said()
-    )
+    assert run.cluster.fields(first)["JobState"] != "COMPLETED"
+    assert "resuming after step" in run.output()
     assert_same_run(run.directory, undisturbed)
 
 
@@ -118,7 +115,7 @@ def test_three_faults_without_progress_end_the_chain(
         run.wait_for_life(f"{job}.{life}")
         os.kill(run.ranks()[1], signal.SIGKILL)
     run.wait_for_end(job, "FAILED")
-    assert "3 last faults came without a new checkpoint" in run.said()
+    assert "3 last faults came without a new checkpoint" in run.output()
 
 
 def test_slurmd_killed_while_a_checkpoint_is_written(
@@ -144,7 +141,7 @@ def test_slurmd_killed_while_a_checkpoint_is_written(
         cluster.start_node("n2")
         cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
     run.wait_for_end(job)
-    assert "resuming after step" in run.said()
+    assert "resuming after step" in run.output()
     assert_same_run(run.directory, whole.directory)
 
 
@@ -158,6 +155,6 @@ def test_a_port_that_is_taken_is_a_fault_that_passes(run: Run, undisturbed: Path
         run.cluster.run("scontrol", "release", job)
         run.wait_for_restart(job, 1)
     run.wait_for_end(job)
-    assert "address already in use" in run.said()
-    assert "a fault ended the run; requeueing" in run.said()
+    assert "address already in use" in run.output()
+    assert "a fault ended the run; requeueing" in run.output()
     assert_same_run(run.directory, undisturbed)
