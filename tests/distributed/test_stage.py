@@ -356,7 +356,7 @@ class Queue(BySeed):
     at_once = 4
 
     def __init__(self, folder: Path, *, tp: int = 1, fails: bool = False) -> None:
-        self.tp = tp  # type: ignore[misc]
+        self.tp = tp
         self.fails = fails
         self.index = dist.get_rank() // tp
         self.slow = self.index == dist.get_world_size() // tp - 1
