@@ -103,7 +103,7 @@ def write_parts(
     # Here, because they need torch.
     import torch.distributed as dist
 
-    from megatron_real.parallel.collective import on_every_rank
+    from megatron_real.parallel.collective import all_well
 
     whole = exchange.to_nodes(rollouts)
 
@@ -115,7 +115,7 @@ def write_parts(
     if exchange.num_nodes == 1:
         write_own()
         return
-    on_every_rank(write_own, group=exchange.group or dist.group.WORLD)
+    all_well(write_own, group=exchange.group or dist.group.WORLD)
     if exchange.rank == 0:
         name_parts(path, of=exchange.num_nodes)
 

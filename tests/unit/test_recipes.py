@@ -185,10 +185,10 @@ def test_the_layout_fits_the_number_of_gpus(model: str, gpus: int, tmp_path: Pat
     "script", ["real_1.5b.sh", "real_7b.sh", "slurm/job.sh", "slurm/node.sh", "slurm/words.sh"]
 )
 def test_every_script_parses(script: str) -> None:
-    done = subprocess.run(
+    completed = subprocess.run(
         ["bash", "-n", ROOT / "examples" / script], capture_output=True, text=True
     )
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert completed.returncode == 0 and not completed.stderr, completed.stderr
 
 
 def test_the_two_scripts_differ_only_in_the_model() -> None:
@@ -216,10 +216,10 @@ OVERRIDES = {
 @pytest.mark.parametrize("text", OVERRIDES)
 def test_overrides_of_a_job_are_words_that_no_shell_reads(text: str, tmp_path: Path) -> None:
     script = f'source {ROOT}/examples/slurm/words.sh; words "$1" && printf "%s\\0" "${{words[@]}}"'
-    done = subprocess.run(
+    completed = subprocess.run(
         ["bash", "-uc", script, "job", text], cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.stdout.split("\0")[:-1] == (OVERRIDES[text] or [""]), done.stderr
+    assert completed.stdout.split("\0")[:-1] == (OVERRIDES[text] or [""]), completed.stderr
     assert not list(tmp_path.iterdir())
 
 
