@@ -169,7 +169,7 @@ def build(config: Config, stop: StopRequest) -> Job:
     lifeline = Lifeline(
         ranks.rank,
         ranks.world,
-        share=ranks.shared,
+        gathered=ranks.gathered,
         hang_seconds=config.trainer.hang_minutes * 60,
     )
     claim = None
@@ -369,7 +369,7 @@ def _drawing(
     engine = build_engine(config, say=say)
 
     # Tokenising takes longer than sending the result, and reads the files once for all.
-    data = ranks.made_by_first(lambda: _Data.read(config, engine.tokenizer))
+    data = ranks.on_first(lambda: _Data.read(config, engine.tokenizer))
     sources = data_sources(config.data).values()
     verifiers = [source.verifier for source in sources if source.verifier]
     labeller = build_labeller(config.labels, others=verifiers)

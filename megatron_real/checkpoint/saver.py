@@ -482,12 +482,13 @@ class Checkpoints:
     ) -> None:
         """Copies everything, and has it written while the run goes on."""
         # One save at a time: its copies are in the staging buffers until it is over.
-        self._report(wait=True)
+        with self.reporter.progress.stage("checkpoint"):
+            self._report(wait=True)
         with self.reporter.progress.stage("write"):
             self.reporter.settle()
-        self.check_sound(position)
 
         with self.reporter.progress.stage("checkpoint"):
+            self.check_sound(position)
             by_key, common = self._staging.copy(sharded_state(self.policy))
             values = {
                 "config": json.dumps(to_plain(self.config)),
@@ -500,7 +501,8 @@ class Checkpoints:
         self._began = time.monotonic()
         self._writing = self._thread.submit(self._write, position, by_key, common, values, accuracy)
         if not self._settings.asynchronous:
-            self._report(wait=True)
+            with self.reporter.progress.stage("checkpoint"):
+                self._report(wait=True)
 
     def _write(
         self,
@@ -523,8 +525,10 @@ class Checkpoints:
             ranks.on_first(lambda: self._write_small(partial, common, values))
 
             digests: dict[str, tuple[int, str]] = {}
-            for own in ranks.every(lambda: _digests(partial, ranks.rank)):
-                digests |= own
+            own_digests = ranks.together(lambda: _digests(partial, ranks.rank))
+            # The first rank alone writes them down.
+            for of_rank in ranks.gathered_by_first(own_digests):
+                digests |= of_rank
             header = {
                 "position": str(position),
                 "accuracy": accuracy,

@@ -167,7 +167,7 @@ class ChunkFiles:
             if self._ranks.first:
                 write()
             return
-        self._ranks.every(lambda: write() if exchange.first_of_node else None)
+        self._ranks.together(lambda: write() if exchange.first_of_node else None)
         if self._ranks.first:
             name_parts(file, of=exchange.num_nodes)
 

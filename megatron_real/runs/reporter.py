@@ -22,7 +22,7 @@ from megatron_real.config import Config, to_dict, to_plain
 from megatron_real.disk import write_whole
 from megatron_real.errors import State
 from megatron_real.evaluation.figures import Evaluation
-from megatron_real.parallel.collective import on_every_rank
+from megatron_real.parallel.collective import all_well
 from megatron_real.parallel.exchange import Exchange
 from megatron_real.progress import RunProgress, profile_step
 from megatron_real.records import Rollout
@@ -293,7 +293,7 @@ class Reporter:
         # The parts are a step's rollouts once every node has written its own.
         step = self._written_step
         self._written_step = 0
-        on_every_rank(
+        all_well(
             lambda: writing.result() if writing is not None else None,
             group=self._exchange.group or dist.group.WORLD,
         )

@@ -38,10 +38,12 @@ def doctor(run_dir: Path, *, processes: int = 1) -> tuple[int, dict[str, dict[st
         "--run-dir",
         str(run_dir),
     ]
-    done = zygote.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.stdout.startswith("["), done.stderr
+    completed = zygote.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert completed.stdout.startswith("["), completed.stderr
 
-    return done.returncode, {finding["name"]: finding for finding in json.loads(done.stdout)}
+    return completed.returncode, {
+        finding["name"]: finding for finding in json.loads(completed.stdout)
+    }
 
 
 def installed(folder: Path, name: str, version: str) -> None:

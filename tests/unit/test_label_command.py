@@ -1,4 +1,4 @@
-"""`megatron-real labels`: what it prints, and how it ends."""
+"""`megatron-real labels`: its output and its exit codes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def write(path: Path, rows: list[Any]) -> str:
 
 
 def test_check_counts_by_kind(tmp_path: Path, capsys: Any) -> None:
-    """A false positive (of exact, which ends 1) and a false negative beside three
-    rows that are as expected.
+    """Beside three rows that are as expected there are a false positive of `exact`, which makes it
+    exit with 1, and a false negative.
     """
     agreeing = write(tmp_path / "a.jsonl", ROWS)
     assert main(["labels", "check", agreeing, "--json", "--workers", "1"]) == 0
@@ -48,8 +48,8 @@ def test_check_counts_by_kind(tmp_path: Path, capsys: Any) -> None:
 
 def test_check_shows_a_table(tmp_path: Path, capsys: Any) -> None:
     assert main(["labels", "check", write(tmp_path / "a.jsonl", ROWS), "--verifier", "exact"]) == 0
-    shown = capsys.readouterr().out
-    assert "false positives" in shown and "accuracy 1.0000" in shown
+    output = capsys.readouterr().out
+    assert "false positives" in output and "accuracy 1.0000" in output
 
 
 def test_golds_that_nobody_can_match_are_named(tmp_path: Path, capsys: Any) -> None:

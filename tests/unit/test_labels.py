@@ -1,4 +1,4 @@
-"""Labels under honest and hostile completions: each with its exact status."""
+"""Labels of honest and of hostile completions, each with its exact status."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def pool() -> Iterator[VerifierPool]:
 
 @pytest.fixture
 def fresh_pool() -> Iterator[VerifierPool]:
-    """Its two processes run and have checked nothing yet."""
+    """Makes a pool whose two processes run and have checked nothing yet."""
     with VerifierPool(
         "math_verify", workers=2, timeout_seconds=TIMEOUT, memory_mib=1024
     ) as verifiers:
@@ -151,7 +151,9 @@ GOLDS = {
 
 
 def test_gold_is_text_a_number_or_a_list_of_them(pool: VerifierPool, tmp_path: Path) -> None:
-    """As the columns of the datasets have it: read by the prompts, judged by the verifier."""
+    """Golds as the columns of datasets hold them are read by the prompts and judged by the
+    verifier.
+    """
     file = tmp_path / "rows.jsonl"
     file.write_text(
         "\n".join(json.dumps({"problem": "?", "answer": gold}) for gold in GOLDS.values())
@@ -203,8 +205,9 @@ def test_the_exact_verifier_compares_letter_by_letter() -> None:
 
 
 def hostile_batch() -> tuple[list[tuple[Prompt, Completion]], list[int | None]]:
-    """64 prompts x 8 rollouts, 8 % of them hostile (a fifth of these would take for ever),
-    and the honest labels.
+    """Returns 64 prompts x 8 rollouts with the honest labels.
+
+    8 % of the rollouts are hostile, and a fifth of these would take for ever.
     """
     draw = random.Random(5)
     slow = [text for text, status in HOSTILE.items() if status == "timeout"]
@@ -224,9 +227,9 @@ def hostile_batch() -> tuple[list[tuple[Prompt, Completion]], list[int | None]]:
 
 
 def processor_seconds_lost(reasons: Iterable[str]) -> float:
-    """The processor time that was granted to the checks which used it up.
+    """Returns the processor time that was granted to the checks which used it up.
 
-    On a busy machine the wall clock ends some of them before; those say nothing about the grant.
+    On a busy machine the wall clock ends some of them earlier; those say nothing about the grant.
     """
     matches = [re.match(r"no answer within (\S+) s of processor time", r) for r in reasons]
     return sum(float(match[1]) for match in matches if match)
@@ -245,8 +248,8 @@ def test_each_timeout_among_the_last_checks_cuts_the_next_ones_processor_time() 
 
 
 def test_a_batch_with_hostile_answers_ends_in_time_and_every_honest_one_is_right() -> None:
-    """Two workers lose less than three times one check's wall clock each,
-    for the eight checks that would never end.
+    """Eight checks would never end. For them two workers lose less than three times the time limit
+    of one check each.
     """
     items, expected = hostile_batch()
     memory = 1024
@@ -275,7 +278,7 @@ def test_a_batch_with_hostile_answers_ends_in_time_and_every_honest_one_is_right
 
 
 def test_a_policy_that_writes_nothing_but_factorials_cannot_freeze_a_step() -> None:
-    """They would take 8 x 4 s on one worker, were each given its whole time."""
+    """If each check were given its whole time, they would take 8 x 4 s on one worker."""
     checks = [Check(SLOW, ["5"]), Check(box("5"), ["5"])] * 8
     with VerifierPool("math_verify", workers=1, timeout_seconds=4, memory_mib=1024) as pool:
         outcomes = pool.run(checks)
@@ -297,8 +300,8 @@ def test_a_worker_that_died_while_idle_costs_nothing(fresh_pool: VerifierPool) -
 
 
 def test_signals_to_the_whole_tree_leave_the_verifiers_alive(fresh_pool: VerifierPool) -> None:
-    """Slurm's scancel and a terminal's Ctrl-C reach every process of a job;
-    the run needs its verdicts to its seam.
+    """Slurm's scancel and a terminal's Ctrl-C reach every process of a job, and the run needs
+    verdicts until it can stop.
     """
     started = [worker._process for worker in fresh_pool._workers]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -312,7 +315,7 @@ def test_signals_to_the_whole_tree_leave_the_verifiers_alive(fresh_pool: Verifie
 
 
 def test_the_clock_also_runs_while_a_worker_does_not_read(fresh_pool: VerifierPool) -> None:
-    """More text than a pipe holds, for a process that is stopped."""
+    """The text is longer than a pipe holds, and the worker is suspended."""
     for worker in fresh_pool._workers:
         worker_process(worker).suspend()
     started = time.monotonic()
@@ -322,15 +325,16 @@ def test_the_clock_also_runs_while_a_worker_does_not_read(fresh_pool: VerifierPo
 
 
 def worker_process(worker: _Worker) -> psutil.Process:
-    """The process that checks: the last below the supervisor, which is what the pool starts."""
+    """Returns the process that checks: the last one below the supervisor, which the pool starts."""
     assert worker._process is not None
     return psutil.Process(worker._process.pid).children(recursive=True)[-1]
 
 
 @pytest.fixture
 def own(tmp_path: Path) -> Callable[[str], str]:
-    """The name of a trusted verifier with this body; tests/unit/test_sandbox.py
-    has those that are not trusted.
+    """Writes a trusted verifier with this body and returns its name.
+
+    Verifiers that are not trusted are tested in tests/unit/test_sandbox.py.
     """
 
     def make(body: str) -> str:
@@ -408,8 +412,8 @@ def test_a_worker_whose_memory_grows_is_replaced_before_it_meets_its_limit(
 
 
 def test_workers_check_at_the_same_time(own: Callable[[str], str], tmp_path: Path) -> None:
-    """Each check waits until as many are in progress as there are workers;
-    see also tools/bench_labels.py.
+    """Each check waits until as many are in progress as there are workers; tools/bench_labels.py
+    measures the gain.
     """
     arrived = f"{str(tmp_path)!r} + '/arrived'"
     body = (
@@ -498,7 +502,7 @@ CONFIGURED: list[tuple[dict[str, Any], Sequence[int]]] = [
 def test_statuses_become_labels_by_the_configuration(
     own: Callable[[str], str], options: dict[str, Any], labels: list[int]
 ) -> None:
-    """By a verifier of one's own that calls ours, and crashes where the text says so."""
+    """A verifier of one's own calls `math_verify`, and crashes where the text says so."""
     body = (
         "from megatron_real.labels.verifiers import load; text == 'crash' and os.abort(); "
         "status = load('math_verify')(text, answers, metadata)[0]; return status == 'ok'"
@@ -562,8 +566,8 @@ PIECES = [
 @settings(max_examples=300, deadline=None)
 @example("\\boxed{\\begin{pmatrix}1", ["\\end{pmatrix}"])
 def test_fuzzed_answers_end_in_a_status(pool: VerifierPool, text: str, gold: list[str]) -> None:
-    """A timeout is a status (2!!!!!! takes for ever), an exception that got out
-    of the parsing is not.
+    """A timeout is a status (2!!!!!! takes for ever); an exception that leaves the
+    parser is not.
     """
     for answer in (text, box(text.replace("\\boxed{", ""))):
         (outcome,) = pool.run([Check(answer, ["5", "".join(gold)])])

@@ -1,4 +1,6 @@
-"""Buckets of tensors, and the group that carries them, between two threads that know no world."""
+"""Buckets of tensors, and the process group that carries them, between two threads without a
+default process group.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,7 @@ def test_two_workers_get_what_the_sender_sends() -> None:
 
 
 def joins(address: tuple[str, int], secret: str) -> str:
-    """What happens to a worker that joins with a secret."""
+    """Returns what happens to a worker that joins with a secret."""
     try:
         Link.join(address, secret, rank=1, size=2, device=CPU, seconds=30)
     except (OSError, RuntimeError) as error:
@@ -77,8 +79,8 @@ def joins(address: tuple[str, int], secret: str) -> str:
 
 
 def test_nobody_takes_a_workers_place() -> None:
-    """Strangers come before the worker: one that speaks the store's protocol, a scanner,
-    one that stays silent.
+    """Strangers come before the worker: one that speaks the store's protocol, a scanner, and one
+    that stays silent.
     """
     listener = listen("127.0.0.1")
     address: tuple[str, int] = listener.getsockname()
@@ -104,8 +106,8 @@ def test_nobody_takes_a_workers_place() -> None:
 
 @pytest.mark.parametrize("impostor", ["worker", "sender"])
 def test_a_stranger_in_the_process_group_gets_no_weights(impostor: str) -> None:
-    """The group's own connections ask for no secret: whoever was quicker there still has to prove
-    that it knows it.
+    """The process group's own connections ask for no secret, so whoever was quicker there still has
+    to prove that it knows it.
     """
     store = HashStore()
     known = {"worker": ("secret", "guessed"), "sender": ("guessed", "secret")}[impostor]
@@ -128,7 +130,7 @@ def test_a_stranger_in_the_process_group_gets_no_weights(impostor: str) -> None:
 
 
 def test_a_sender_whose_worker_never_comes_can_be_aborted() -> None:
-    """Its broadcast ends with an error at once, not after the group's time."""
+    """Its broadcast ends with an error at once, instead of after the process group's timeout."""
     listener = listen("127.0.0.1")
     address = listener.getsockname()
     flat = torch.zeros(64 << 20, dtype=torch.uint8)  # more than the connection's buffers hold

@@ -1,7 +1,7 @@
-"""The log-prob head's kernels, compiled for GPUs that are not here.
+"""The kernels of the log-prob head, compiled for GPUs that this machine does not have.
 
-pytest -s --all shows the table of docs/benchmarks.md:
-registers, bytes of spills and shared memory of each kernel.
+pytest -s --all prints the table of docs/benchmarks.md: registers, bytes of spills and shared memory
+of each kernel.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def compiled(kernel: str, dtype: str, architecture: int) -> Any:
 
 
 def resources(binary: bytes, tmp_path: Path) -> dict[str, int]:
-    """Returns what the assembler allots a thread (REG registers, LOCAL and STACK bytes) and a
-    program (SHARED bytes).
+    """Returns what the assembler allots: registers of a thread (REG), its bytes of LOCAL and STACK
+    memory, and a program's SHARED bytes.
     """
     file = tmp_path / "kernel.cubin"
     file.write_bytes(binary)

@@ -1,5 +1,5 @@
-"""The HF <-> Megatron mapping: rows in their places,
-shards that join to what they were cut from.
+"""The HF <-> Megatron mapping: rows are in their places, and shards join to what they were cut
+from.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_real.weights.stored import OpenFiles, torch_dtype
 def shard(
     entry: Entry, weights: HfWeights, architecture: Architecture, rank: int, tp: int
 ) -> Tensor:
-    """What tensor-parallel rank `rank` of `tp` loads."""
+    """Returns what tensor-parallel rank `rank` of `tp` loads."""
     coordinates = Coordinates(rank, tp)
     rectangle = entry.shard(coordinates, padded_rows=architecture.padded_vocab(tp))
     piece = weights.megatron_piece(entry, rectangle)
@@ -66,7 +66,7 @@ def test_every_tensor_is_mapped_once_and_back(
 
 
 def test_qkv_rows_are_grouped_by_kv_head() -> None:
-    """2 KV heads, 4 query heads of size 1: per group two q rows, then k, then v."""
+    """With 2 KV heads and 4 query heads of size 1, each group holds two q rows, then k, then v."""
     numbers = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -86,8 +86,8 @@ def test_qkv_rows_are_grouped_by_kv_head() -> None:
 
 
 def test_a_rank_reads_only_its_own_slices(tiny_model: Callable[..., Path]) -> None:
-    """The bytes that two ranks read add up to the file's data, norms read twice;
-    padding is not read at all.
+    """The bytes that two ranks read add up to the file's data, with norms read twice and padding
+    not at all.
     """
     weights = HfWeights(tiny_model("qwen2"))
     architecture = Architecture.read(weights.directory)

@@ -1,4 +1,4 @@
-"""What is read of /proc and of cgroups, from directories that look like theirs."""
+"""What is read from /proc and from cgroups, in directories of the same form."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_what_is_only_cached_is_not_used(tmp_path: Path) -> None:
 
 
 def test_the_cgroup_nearest_to_its_limit_counts(tmp_path: Path) -> None:
-    """A step without a limit in a job with one, on a machine with a wider one."""
+    """A step without a limit runs in a job with one, on a machine with a wider one."""
     group(tmp_path / "job/step", used=4 * GIB, cached=0, limit="max")
     group(tmp_path / "job", used=6 * GIB, cached=0, limit=str(8 * GIB))
     group(tmp_path, used=10 * GIB, cached=0, limit=str(40 * GIB))
@@ -59,7 +59,7 @@ def test_without_a_cgroup_limit_no_usage_is_known(tmp_path: Path, line: str) -> 
 
 
 def test_memory_is_nearly_full_only_if_it_grew(tmp_path: Path) -> None:
-    """A job that is nearly full from its beginning is not helped by another start."""
+    """A restart does not help a job whose memory is nearly full from its beginning."""
     guard = MemoryGuard(tmp_path, own(tmp_path, "0::/"))
     for used, expected in ((9.6, False), (9.7, False), (9.81, True)):
         group(tmp_path, used=int(used * GIB), cached=0, limit=str(10 * GIB))

@@ -1,5 +1,5 @@
-"""Several training sets: their shares, verifiers and settings,
-and prompts filtered by how often they were solved.
+"""Several training sets with their shares, verifiers and settings, and prompts filtered by how
+often they were solved.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_real.records import Completion, Prompt
 
 
 class Tokenizer:
-    """One token a letter, no chat template."""
+    """Makes one token of each letter, and has no chat template."""
 
     chat_template = None
 
@@ -33,9 +33,10 @@ def prompts(name: str, count: int) -> list[Prompt]:
 
 
 def test_each_set_has_its_share_and_no_prompt_is_left_out() -> None:
-    """8 and 3 prompts at 2 : 1.
+    """8 and 3 prompts are mixed at 2 : 1.
 
-    The first is there once, so the epoch has 12: 4 of the second, one of its 3 twice.
+    The first set is there once, so the epoch has 12 prompts: 4 of the second set, one of its 3
+    twice.
     """
     sets = {"a": prompts("x", 8), "b": prompts("x", 3)}
     epoch = mixed(sets, {"a": 2.0, "b": 1.0}, seed=1)

@@ -1,5 +1,5 @@
-"""The REAL objective against numbers worked out by hand, the equations as printed,
-autograd and finite differences.
+"""The REAL objective against numbers worked out by hand, the printed equations, autograd and finite
+differences.
 
 Legend: R rollouts, G groups. Everything is float64 unless the test is about precision.
 """
@@ -42,9 +42,9 @@ def printed_loss(
     one_class_groups: OneClassGroups = "skip",
     num_groups: int | None = None,
 ) -> float:
-    """Eq. 8, 2 and 11 letter by letter, in Python floats, one group at a time.
+    """Returns Eq. 8, 2 or 11 exactly as printed, in Python floats, one group at a time.
 
-    Shares no code with the library.
+    It shares no code with the library.
     """
     total = 0.0
     counted = 0
@@ -69,7 +69,7 @@ def printed_loss(
 def batch(
     *groups: tuple[list[float], list[int]], ids: list[int] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(score_R, label_R, group_R) of groups given as (scores, labels)."""
+    """Returns (score_R, label_R, group_R) of groups that are given as (scores, labels)."""
     ids = ids or list(range(len(groups)))
     score = [s for scores, _ in groups for s in scores]
     label = [y for _, labels in groups for y in labels]
@@ -93,7 +93,7 @@ NUM_LABELLED_GROUPS = 5
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
-    """Any label pattern, the members of a group anywhere in the batch."""
+    """Draws any label pattern, with the members of a group anywhere in the batch."""
     rows = draw(
         st.lists(
             st.tuples(st.floats(-3, 3), st.sampled_from([1, 0, -1]), st.integers(-2, 3)),
@@ -304,8 +304,8 @@ def test_the_bound_of_the_weights_is_reached_by_a_hopeless_mistake() -> None:
 
 
 def test_splitting_a_group_changes_its_gradient() -> None:
-    """Negative control: the loss couples a group, so averaging it piecewise is
-    another gradient altogether.
+    """Negative control: the loss couples the rollouts of a group, so averaging it over parts gives
+    another gradient.
     """
     score, label, group = batch(
         ([0.3, -0.2, 0.1, 0.7, -0.4, 0.2, -0.1, 0.0], [1, 0, 1, 0, 1, 1, 0, 0])
@@ -319,8 +319,8 @@ def test_splitting_a_group_changes_its_gradient() -> None:
 
 
 def test_the_surrogate_has_the_gradient_of_the_loss() -> None:
-    """Backward of sum_k w_k * s_k, piece by piece and out of order,
-    is that of the loss in the parameters.
+    """The backward pass of sum_k w_k * s_k, in parts and out of order, gives the loss's gradient of
+    the parameters.
     """
     _, label, group = MIXED
     features = torch.randn(
@@ -391,7 +391,7 @@ def test_excluded_values_contribute_exactly_nothing(
 
 
 def test_a_nan_of_a_labelled_rollout_is_not_hidden() -> None:
-    """Negative control: a broken model must show, in its own group only."""
+    """Negative control: a broken model must show, and only in its own group."""
     score, label, group = batch(([NAN, 0.1], [1, 0]), ([0.2, 0.1], [1, 0]))
     assert real_loss(score, label, group).isnan()
     weight = real_weights(score, label, group)
@@ -508,7 +508,7 @@ def test_labels_and_groups_may_have_any_number_type() -> None:
 def test_loss_and_weights_are_finite_and_bounded_at_extreme_scores(
     variant: Variant, one_class_groups: OneClassGroups, ratio: float
 ) -> None:
-    """Every label pattern of four rollouts at +-ratio * tau, in float32."""
+    """Tries every label pattern of four rollouts at +-ratio * tau, in float32."""
     patterns = torch.cartesian_prod(*[torch.tensor([1, 0, -1])] * 4).repeat(3, 1)
     signs = torch.tensor([[1, -1, 1, -1], [1, 1, 1, 1], [-1, -1, -1, -1]]).repeat_interleave(81, 0)
     score = (signs * ratio * TAU).float().flatten().requires_grad_()

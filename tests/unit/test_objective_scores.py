@@ -1,4 +1,4 @@
-"""Sequence scores, padded and packed, whole and sharded."""
+"""Sequence scores of padded and of packed tokens, whole and sharded."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def test_a_nan_of_a_response_token_is_not_hidden() -> None:
 
 
 def test_shards_of_the_tokens_add_up() -> None:
-    """Context parallelism: each rank holds some tokens of each sequence and
-    divides by the global count.
+    """In context parallelism each rank holds some tokens of each sequence and divides by the global
+    count.
     """
     logprob, old = torch.randn(
         2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0)

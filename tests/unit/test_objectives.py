@@ -1,5 +1,5 @@
-"""The objectives by hand, against autograd and finite differences,
-and with everything excluded that can be.
+"""The objectives against values by hand, autograd and finite differences, with everything excluded
+that can be.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ def test_disco_equals_its_value_by_hand() -> None:
 
 
 def test_disco_punishes_divergence() -> None:
-    """All log-probs 0.1 lower: KL 0.1, and the penalty 10 / 2 * (0.1 - 0.02)^2 is added."""
+    """With all log-probs 0.1 lower the KL is 0.1, and the penalty 10 / 2 * (0.1 -
+    0.02)^2 is added.
+    """
     objective = make_objective("disco", tau=2.0, beta=10.0, delta=0.02)
     lower_T = LOGPROB_T - 0.1
     loss = objective_loss(objective, lower_T, OLD_T, ROLLOUT_T, LABEL_R, GROUP_R)
@@ -153,7 +155,7 @@ def test_conspo_equals_its_value_by_hand() -> None:
 
 
 def test_the_real_objective_equals_real_loss() -> None:
-    """2 right + 3 wrong at score 0: log 3 + log 4 = 2.48490665 (Eq. 8)."""
+    """2 right and 3 wrong at score 0 give log 3 + log 4 = 2.48490665 (Eq. 8)."""
     old_T = torch.full((5,), -2.0, dtype=torch.float64)
     loss = objective_loss(
         make_objective("real"),
@@ -168,15 +170,15 @@ def test_the_real_objective_equals_real_loss() -> None:
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_estimates_equal_their_values_by_hand(estimator: Any) -> None:
-    """pi 0.5 nats above the other: k1 = 0.5, k2 = 0.125, k3 = e^-0.5 - 1 + 0.5."""
+    """With pi 0.5 nats above the other: k1 = 0.5, k2 = 0.125, k3 = e^-0.5 - 1 + 0.5."""
     expected = {"k1": 0.5, "k2": 0.125, "k3": math.exp(-0.5) - 0.5}[estimator]
     value = kl_estimate(torch.tensor([-1.0]), torch.tensor([-1.5]), estimator)
     assert value.tolist() == pytest.approx([expected], rel=1e-6)
 
 
 def minibatch(seed: int, *, spread: float = 0.5) -> dict[str, Any]:
-    """Five groups: mixed ones, one of one class, one wholly excluded,
-    one with excluded rollouts of NaN.
+    """Makes five groups: mixed ones, one of one class, one wholly excluded, and one with excluded
+    rollouts of NaN.
     """
     labels = [1, 0, 0, 1, 1, 1, -1, -1, 0, 1, -1, 0, 1, 0]
     groups = [3, 3, 3, 3, 8, 8, 5, 5, 2, 2, 2, 2, 9, 9]
@@ -207,8 +209,8 @@ PENALTIES = {
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("name", [n for n in ALL if n != "cispo"])
 def test_token_weights_equal_finite_differences_of_the_loss(name: str, penalty: str) -> None:
-    """Central differences of the loss in every token; CISPO's weights are
-    constants and have no such test.
+    """Takes central differences of the loss in every token; CISPO's weights are constants and have
+    no such test.
     """
     objective = make_objective(name, kl=PENALTIES[penalty])
     case = minibatch(seed=1)
@@ -227,9 +229,7 @@ def test_token_weights_equal_finite_differences_of_the_loss(name: str, penalty: 
 
 @pytest.mark.parametrize("name", [n for n in ALL if make_objective(n).has_scores])
 def test_closed_form_weights_equal_autograd(name: str) -> None:
-    """What the trainer takes from `score_weights` and what autograd finds
-    through the whole loss.
-    """
+    """Compares what the trainer takes from `score_weights` with autograd through the whole loss."""
     objective = make_objective(name)
     case = minibatch(seed=2)
     label_R = case["label_R"]
@@ -251,7 +251,7 @@ def test_closed_form_weights_equal_autograd(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_excluded_rollouts_change_no_weight(name: str) -> None:
-    """NaN and inf in excluded rollouts, and their rewards, change no weight, and get weight 0."""
+    """NaN and inf in excluded rollouts and in their rewards change no weight, and get weight 0."""
     objective = make_objective(name, kl=PENALTIES["reference"])
     case = minibatch(seed=3)
     clean_T = token_weights(objective, **case)
@@ -270,7 +270,7 @@ def test_excluded_rollouts_change_no_weight(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_order_does_not_matter(name: str) -> None:
-    """Tokens and rollouts in any order have the same weights."""
+    """Tokens and rollouts have the same weights in any order."""
     objective = make_objective(name)
     case = minibatch(seed=4)
     weight_T = token_weights(objective, **case)
@@ -293,8 +293,8 @@ def test_order_does_not_matter(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in ALL if make_objective(n).reach == "token"])
 def test_an_objective_of_reach_token_needs_no_other_token(name: str) -> None:
-    """Reach `token`: the weights of a part of a sequence, computed from that part alone,
-    are those of the whole.
+    """With reach `token`, the weights of a part of a sequence, computed from that part alone, equal
+    those of the whole.
 
     The facts (lengths, advantages, denominators) are the minibatch's; only log-probs are missing.
     """
@@ -321,7 +321,8 @@ def test_an_objective_of_reach_token_needs_no_other_token(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in ALL if n != "disco"])
 def test_equal_rewards_teach_nothing(name: str) -> None:
-    """All right or all wrong: weight 0, never NaN; objectives in advantages count the group.
+    """With all right or all wrong the weight is 0 and never NaN; objectives with advantages count
+    the group.
 
     DisCO's penalty on the divergence is on every labelled rollout, whatever its group.
     """
@@ -367,8 +368,8 @@ def test_a_penalty_trains_groups_that_the_objective_skips() -> None:
 
 
 def test_vanilla_keeps_no_group_of_one_class() -> None:
-    """Its loss couples the sides, so `keep` gives such a group no gradient:
-    nothing of it is packed.
+    """Its loss couples the two sides, so `keep` gives such a group no gradient, and none of it is
+    packed.
     """
     table = RolloutTable(
         torch.tensor([1, 1, 1, 0]),
@@ -381,7 +382,9 @@ def test_vanilla_keeps_no_group_of_one_class() -> None:
 
 
 def test_real_valued_rewards_are_used_where_the_objective_takes_rewards() -> None:
-    """Rewards 0.9, 0.5, 0.1: mean 0.5, deviation 0.4, advantages 1, 0, -1, whatever the labels."""
+    """Rewards 0.9, 0.5 and 0.1 have mean 0.5 and deviation 0.4: advantages 1, 0 and -1, whatever
+    the labels.
+    """
     table = RolloutTable(
         torch.tensor([1, 1, 0]),
         GROUP_R,

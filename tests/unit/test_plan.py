@@ -1,5 +1,6 @@
-"""What `megatron-real plan` counts, against figures derived by hand;
-its memory is measured in tests/distributed.
+"""The figures of `megatron-real plan` against values derived by hand.
+
+Its memory is measured in tests/distributed.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ def plan(file: Path, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[i
 
 
 def gpu_day(share: float = 0.5, *, rehearsed: bool = False, machine: str = "NVIDIA H100") -> str:
-    """JSON as tools/gpu_day.py writes it: two stages with a utilization, one that was left out."""
+    """Returns JSON as tools/gpu_day.py writes it: two stages with a utilization, and one that was
+    left out.
+    """
     stages = {
         "head": {"status": "left out", "reason": "3 s were left"},
         "step-1.5b": {
@@ -180,16 +183,16 @@ def test_a_tied_head_on_another_stage_is_a_copy() -> None:
 def test_micro_batches_in_flight_are_those_of_1f1b(
     pp: int, vpp: int, micro_batches: int, expected: list[int]
 ) -> None:
-    """1F1B warms up with as many forwards as stages follow; interleaved,
-    with two for each and (vpp - 1) x pp.
+    """1F1B warms up with as many forward passes as stages follow; interleaved, with two for each
+    and (vpp - 1) x pp more.
     """
     parallel = ParallelConfig(pp=pp, vpp=vpp)
     assert [in_flight(parallel, stage, micro_batches) for stage in range(pp)] == expected
 
 
 def test_resident_bytes_equal_those_computed_by_hand(file: Path) -> None:
-    """bf16: 2 bytes of weight, 4 of gradient, 12 of master weight and moments over the 8
-    data-parallel ranks.
+    """In bf16 a parameter takes 2 bytes of weight and 4 of gradient; 12 of master weight and
+    moments are shared by the 8 data-parallel ranks.
     """
     run = planned(file, "parallel.tp=4", "parallel.sp=true")
     (stage,) = stage_memory(run.architecture, run.config, dp=run.dp, shapes=Shapes(micro_batches=1))
@@ -207,7 +210,7 @@ def test_resident_bytes_equal_those_computed_by_hand(file: Path) -> None:
 
 
 def test_kv_bytes_of_a_token_equal_those_computed_by_hand(file: Path) -> None:
-    """Key and value of 28 layers x 4 heads x 128 x 2 bytes; no rank holds less than one head."""
+    """Key and value of 28 layers x 4 heads x 128 x 2 bytes; a rank holds at least one head."""
     run = planned(file)
     assert kv_bytes_per_token(run.architecture, run.config) == 57_344
     assert (
@@ -255,8 +258,8 @@ def test_the_counts_of_the_recipes_step_equal_those_computed_by_hand(file: Path)
 def test_passes_are_those_of_the_objective(
     file: Path, words: tuple[str, ...], passes: tuple[float, float, float]
 ) -> None:
-    """In forward passes over the step: old log-probs of 3 of 4 minibatches, the reference,
-    and the updates with a scoring pass where scores are coupled beyond a training pass.
+    """Counts forward passes of a step: old log-probs of 3 of 4 minibatches, the reference, and the
+    updates, with a scoring pass where scores are coupled beyond a training pass.
     """
     run = planned(file, *words, gpus=1, train_utilization=0.4)
     forward = 1024 * 4352 * run.architecture.flops_per_token(2176) / (989e12 * 0.4)
@@ -268,8 +271,8 @@ def test_passes_are_those_of_the_objective(
 
 
 def test_the_time_of_an_update_on_one_gpu_is_work_over_speed(file: Path) -> None:
-    """No traffic on one GPU: an update is 3 forward passes at the given share of 989 TFLOP/s,
-    4 when recomputed; the old log-probs are those of 3 of 4 minibatches.
+    """One GPU has no traffic: an update is 3 forward passes at the given share of 989 TFLOP/s, or 4
+    when recomputed; the old log-probs are those of 3 of 4 minibatches.
     """
     run = planned(file, gpus=1, train_utilization=0.4)
     forward = 1024 * 4352 * run.architecture.flops_per_token(2176) / (989e12 * 0.4)
@@ -291,8 +294,8 @@ def test_the_pipeline_bubble_is_counted(file: Path) -> None:
 
 
 def test_the_time_of_decoding_is_that_of_reading_weights_and_cache(file: Path) -> None:
-    """One sequence an engine: each of the 8192 steps reads the weights and, on average,
-    half of the longest context.
+    """With one sequence an engine, each of the 8192 steps reads the weights and, on average, half
+    of the longest context.
     """
     words = ("rollout.num_prompts=8", "rollout.group_size=4", "batch.minibatch_prompts=8")
     run = planned(file, *words, decode_utilization=0.5, mean_response=8192)
@@ -306,8 +309,8 @@ SERVERS = ["rollout.engine=vllm-server", "rollout.num_servers=4", "rollout.tp=2"
 def test_servers_decode_on_gpus_of_their_own(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """4 servers of 2 GPUs decode as 8 GPUs that train would with rollout.tp=2;
-    the policy has its own to itself.
+    """4 servers of 2 GPUs decode as fast as 8 training GPUs with rollout.tp=2, and the policy keeps
+    its GPUs to itself.
     """
     inside, apart = (
         Estimate(planned(file, "parallel.tp=4", *words, gpus=8))
@@ -346,7 +349,7 @@ def test_servers_decode_on_gpus_of_their_own(
 
 
 def test_rollouts_ahead_are_hidden_behind_training(file: Path) -> None:
-    """Of two stages that run beside each other the shorter one costs nothing."""
+    """Of two stages that run beside each other, the shorter one costs nothing."""
     for gpus, servers, hidden in ((64, 1, "training"), (1, 64, "rollout")):
         words = ["rollout.engine=vllm-server", f"rollout.num_servers={servers}"]
         now, ahead = (
@@ -395,7 +398,7 @@ def test_ranked_layouts_pass_the_checks_of_a_run(file: Path, gpus: int) -> None:
 def test_the_shipped_recipes_fit_in_80_gb(
     file: Path, size: str, gpus: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Their model directories stand in: R1-Distill-Qwen's config.json of the size."""
+    """A directory with R1-Distill-Qwen's config.json of that size stands in for the model."""
     small = {
         "hidden_size": 1536,
         "intermediate_size": 8960,
@@ -495,10 +498,10 @@ def test_a_plan_imports_no_torch_and_shows_every_part(file: Path) -> None:
         "model.recompute=full",
         *RECIPE,
     ]
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=240
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
 
     for part in (
         "weights",
@@ -508,11 +511,11 @@ def test_a_plan_imports_no_torch_and_shows_every_part(file: Path) -> None:
         "GPU-hours",
         "tp=2 pp=2 dp=4",
     ):
-        assert part in done.stdout
+        assert part in completed.stdout
 
 
 def test_ranking_leaves_the_configuration_as_it_is(file: Path) -> None:
-    """Ranking tries other layouts on copies."""
+    """It tries other layouts on copies."""
     run = planned(file)
     before = config.to_dict(run.config)
     ranked(run)
@@ -524,11 +527,11 @@ def test_a_bare_name_is_planned_under_the_fastest_layout(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # there is no file
     assert cli.main(["plan", "--model", "r1-distill-qwen-7b"]) == 0
-    shown = capsys.readouterr().out
-    assert "r1-distill-qwen-7b, 7.62B parameters, on 8 x h100-80g: " in shown
-    assert max(map(len, shown.splitlines())) <= 80
+    output = capsys.readouterr().out
+    assert "r1-distill-qwen-7b, 7.62B parameters, on 8 x h100-80g: " in output
+    assert max(map(len, output.splitlines())) <= 80
     assert cli.main(["plan", "r1-distill-qwen-7b"]) == 0
-    assert capsys.readouterr().out == shown
+    assert capsys.readouterr().out == output
     assert cli.main(["plan"]) == 2
     assert "nothing says what is planned" in capsys.readouterr().err
 
@@ -548,23 +551,23 @@ def test_several_numbers_of_gpus_are_one_table(capsys: pytest.CaptureFixture[str
 def test_a_model_too_large_for_an_engine_of_one_gpu_gets_a_larger_engine(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """131 GiB of weights are more than the GPU has: rollout.tp=1 must not hide
-    that 70B trains with engines of 8.
+    """131 GiB of weights exceed the GPU: rollout.tp=1 must not hide that 70B trains with engines of
+    8 GPUs.
     """
     assert cli.main(["plan", "r1-distill-llama-70b", "--gpus", "8,32"]) == 0
-    shown = capsys.readouterr().out
-    assert "8: none fits" in shown
+    output = capsys.readouterr().out
+    assert "8: none fits" in output
     taken = "No layout fits with engines of rollout.tp=1; taken are rollout.tp=8 on 32 GPUs."
-    assert taken in " ".join(shown.split())
-    assert max(map(len, shown.splitlines())) <= 80
+    assert taken in " ".join(output.split())
+    assert max(map(len, output.splitlines())) <= 80
 
     assert cli.main(["plan", "r1-distill-llama-70b", "--gpus", "8"]) == 1
     assert re.search(r"nearest that works: .*, rollout.tp=8\)", capsys.readouterr().out)
 
 
 def test_the_engine_of_a_model_that_fits_is_as_configured(file: Path) -> None:
-    """Larger engines are only the last resort: 7B fits on one GPU,
-    and on two where that is asked.
+    """Larger engines are only the last resort: 7B fits on one GPU, and on two where two are asked
+    for.
     """
     assert {made.run.config.rollout.tp for made in ranked(planned(file))} == {1}
     wider = ranked(planned(file, "rollout.tp=2"))
@@ -574,12 +577,12 @@ def test_the_engine_of_a_model_that_fits_is_as_configured(file: Path) -> None:
 def test_memory_that_the_kv_cache_leaves_free_is_reported(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A larger cache that the sentence names fits, and its step takes the seconds
-    that were promised.
+    """The larger cache that the sentence names fits, and its step takes the seconds that were
+    promised.
     """
     assert cli.main(["plan", str(file), "parallel.tp=4", "rollout.kv_cache_mib=4096"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    promise = re.search(r"with (rollout.kv_cache_mib=\d+) a step takes ([\d.]+) s", shown)
+    output = " ".join(capsys.readouterr().out.split())
+    promise = re.search(r"with (rollout.kv_cache_mib=\d+) a step takes ([\d.]+) s", output)
     assert promise is not None
     words = ["parallel.tp=4", promise[1]]
     assert cli.main(["plan", str(file), *words, "--json"]) == 0
@@ -594,9 +597,9 @@ def test_too_few_gpus_are_answered_with_the_nearest_number_that_works(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert cli.main(["plan", "r1-distill-qwen-7b", "--gpus", "2"]) == 1
-    shown = capsys.readouterr().out
-    assert "The nearest that works: 4 x h100-80g" in shown
-    assert "2 x h200-141g" in shown
+    output = capsys.readouterr().out
+    assert "The nearest that works: 4 x h100-80g" in output
+    assert "2 x h200-141g" in output
 
 
 def test_a_file_s_layout_that_does_not_divide_the_gpus_is_replaced(
@@ -636,15 +639,15 @@ def test_a_stage_that_is_hidden_adds_no_time(
 ) -> None:
     ahead = ["rollout.engine=vllm-server", "rollout.max_lag=1", "parallel.tp=4", "--gpus", "8"]
     cli.main(["plan", str(file), *RECIPE, *ahead])
-    shown = capsys.readouterr().out
-    assert " s of the rollout are hidden behind training" in shown
-    assert "-" not in [cell[:1] for line in shown.splitlines() for cell in line.split()[1:2]]
+    output = capsys.readouterr().out
+    assert " s of the rollout are hidden behind training" in output
+    assert "-" not in [cell[:1] for line in output.splitlines() for cell in line.split()[1:2]]
 
 
 def test_a_sweep_costs_what_its_runs_cost(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two seeds of a cheap variant and of one with a reference policy."""
+    """There are two seeds of a cheap variant, and two of one with a reference policy."""
     kl = "kl: {to: reference, estimator: k3, coefficient: 0.001}"
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text(

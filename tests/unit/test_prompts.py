@@ -14,7 +14,7 @@ from megatron_real.records import Prompt
 
 
 class LetterTokenizer:
-    """One token a letter; renders like a chat template when it has one."""
+    """Makes one token of each letter, and renders like a chat template when it has one."""
 
     def __init__(self, chat_template: str | None = None) -> None:
         self.chat_template = chat_template
@@ -170,8 +170,8 @@ def test_a_resumed_cursor_says_what_is_different_about_the_prompts() -> None:
 
 
 def dataset(folder: Path, *names: str) -> Path:
-    """Parquet or arrow files by name below a folder,
-    each of one row that is called like its file.
+    """Writes parquet or arrow files by name below a folder, each with one row that is named like
+    its file.
     """
     import pyarrow
     import pyarrow.parquet
@@ -224,7 +224,9 @@ def test_caches_of_map_are_no_rows(tmp_path: Path) -> None:
 
 
 def test_golds_that_are_no_text_or_number_are_no_answers(tmp_path: Path) -> None:
-    """NaN of a parquet column, bytes and objects; the rows are skipped and counted."""
+    """A NaN of a parquet column, bytes and objects are no golds; their rows are skipped and
+    counted.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -252,8 +254,8 @@ def test_lines_that_are_no_object_are_named(tmp_path: Path, line: str) -> None:
 
 
 def test_odd_columns_are_read_or_counted(tmp_path: Path, caplog: Any) -> None:
-    """extra_info and reward_model as JSON text, a blank line, half a surrogate pair, an image,
-    a message that is none.
+    """Tries extra_info and reward_model as JSON text, a blank line, half a surrogate pair, an
+    image, and a message that is none.
     """
     rows = [
         {"problem": "?", "reward_model": '{"ground_truth": "7"}', "extra_info": '{"level": 2}'},
@@ -285,7 +287,7 @@ def test_times_of_extra_info_are_text(tmp_path: Path) -> None:
 
 
 class Template:
-    """A tokenizer with a chat template of jinja's, as transformers renders it."""
+    """A tokenizer with one of jinja's chat templates, which transformers renders."""
 
     chat_template = "there is one"
 
@@ -307,7 +309,7 @@ class Template:
 
 
 def test_the_date_of_a_template_does_not_move(tmp_path: Path) -> None:
-    """By transformers itself, whose templates know strftime_now as today's."""
+    """transformers itself renders; its templates know strftime_now, which gives today's date."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast

@@ -1,5 +1,5 @@
-"""The model card of an export, and its way to the hub: what a dry run lists, what is refused,
-what really goes.
+"""The model card of an export and its upload to the hub: what a dry run lists, what is refused, and
+what is sent.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SNAPSHOT = "/home/somebody/.cache/huggingface/hub/models--Qwen--Qwen2.5-1.5B/sna
 
 @pytest.fixture
 def run(tmp_path: Path, tiny_model: Callable[..., Path]) -> RunDirectory:
-    """A run that has ended, of a base model in the hub's cache and a file of a private folder."""
+    """Makes a finished run of a base model in the hub's cache and a file of a private folder."""
     run = RunDirectory(tmp_path / "sums-1")
     run.path.mkdir()
     config = {
@@ -62,7 +62,7 @@ def run(tmp_path: Path, tiny_model: Callable[..., Path]) -> RunDirectory:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """The --out of an evaluation."""
+    """Writes what an evaluation leaves in --out."""
     row = {"pass_at_1": 0.125, "standard_error": 0.03, "problems": 30, "samples": 4}
     out = tmp_path / "aime"
     out.mkdir()
@@ -160,7 +160,7 @@ def spoil(run: RunDirectory) -> None:
 
 
 def link_out(run: RunDirectory) -> None:
-    """Makes a file of the export a link to one elsewhere."""
+    """Replaces a file of the export by a link to a file elsewhere."""
     (run.path.parent / "passwords.txt").write_text("secret")
     (run.weights / "vocab.txt").symlink_to(run.path.parent / "passwords.txt")
 
@@ -198,7 +198,7 @@ def test_an_incomplete_export_is_refused_in_one_sentence(
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The calls of the hub that an upload makes, and what they were.
+    """Answers the calls that an upload makes to the hub, and records them.
 
     The client is huggingface_hub itself.
     """
@@ -208,7 +208,7 @@ class Hub(BaseHTTPRequestHandler):
     refuses = False
 
     def log_message(self, *words: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
     def _answer(self, value: Any, status: int = 200) -> None:
         data = json.dumps(value).encode()
@@ -218,7 +218,7 @@ class Hub(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self) -> None:
-        """Who the token is of, and the files of the repository."""
+        """Answers who the token belongs to, and serves the files of the repository."""
         self.calls.append(("GET", self.path, b""))
         if "whoami" in self.path:
             self._answer({"type": "user", "name": "me", "auth": {}})
@@ -229,7 +229,7 @@ class Hub(BaseHTTPRequestHandler):
             self._answer({"id": "me/sums", "sha": "0" * 40, "siblings": siblings})
 
     def do_POST(self) -> None:
-        """A new repository, how each file is to be sent, and the commit."""
+        """Answers the creation of a repository, how each file is to be sent, and the commit."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.calls.append(("POST", self.path, body))
         if self.path.endswith("/repos/create"):
@@ -248,7 +248,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
-    """A server of its own for each test, which the client takes for the hub."""
+    """Starts a server for each test, which the client takes for the hub."""
 
     class Own(Hub):
         calls: ClassVar[list[tuple[str, str, bytes]]] = []

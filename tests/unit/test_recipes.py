@@ -1,5 +1,5 @@
-"""The paper's recipe for its two models: the configurations load, fit the models,
-and run on 8 to 64 GPUs.
+"""The paper's recipe for its two models: the configurations load, fit the models, and run on 8 to
+64 GPUs.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def test_shipped_configurations_can_be_planned(
 
 
 def test_every_run_of_the_paper_is_there(tmp_path: Path) -> None:
-    """Tables 1 and 2: six rows at two sizes; Table 4: temperatures, anchor and KL."""
+    """Tables 1 and 2 have six rows at two sizes; Table 4 has temperatures, the anchor and KL."""
     rows = {"real", "bce", "vanilla", "grpo", "dapo", "gspo"}
     tables = {f"{row}_{size}" for row in rows for size in SHAPES}
     temperatures = {f"tau_{tau}" for tau in ("0.1", "0.25", "0.75", "1.0")}
@@ -79,7 +79,7 @@ def test_every_run_of_the_paper_is_there(tmp_path: Path) -> None:
 
 
 def differing(left: Any, right: Any, prefix: str = "") -> set[str]:
-    """Names of the settings that differ."""
+    """Returns the names of the settings that differ."""
     names = set()
     for name in {*left, *right}:
         if isinstance(left.get(name), dict) and isinstance(right.get(name), dict):
@@ -185,10 +185,10 @@ def test_the_layout_fits_the_number_of_gpus(model: str, gpus: int, tmp_path: Pat
     "script", ["real_1.5b.sh", "real_7b.sh", "slurm/job.sh", "slurm/node.sh", "slurm/words.sh"]
 )
 def test_every_script_parses(script: str) -> None:
-    done = subprocess.run(
+    completed = subprocess.run(
         ["bash", "-n", ROOT / "examples" / script], capture_output=True, text=True
     )
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert completed.returncode == 0 and not completed.stderr, completed.stderr
 
 
 def test_the_two_scripts_differ_only_in_the_model() -> None:
@@ -216,10 +216,10 @@ OVERRIDES = {
 @pytest.mark.parametrize("text", OVERRIDES)
 def test_overrides_of_a_job_are_words_that_no_shell_reads(text: str, tmp_path: Path) -> None:
     script = f'source {ROOT}/examples/slurm/words.sh; words "$1" && printf "%s\\0" "${{words[@]}}"'
-    done = subprocess.run(
+    completed = subprocess.run(
         ["bash", "-uc", script, "job", text], cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.stdout.split("\0")[:-1] == (OVERRIDES[text] or [""]), done.stderr
+    assert completed.stdout.split("\0")[:-1] == (OVERRIDES[text] or [""]), completed.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -229,8 +229,8 @@ def test_an_open_quote_in_overrides_is_refused() -> None:
 
 
 def test_no_value_of_a_users_block_is_read_by_a_shell() -> None:
-    """eval and sh -c would read it as a command; without quotes it would be split,
-    and its patterns matched.
+    """eval and sh -c would read it as a command; without quotes it would be split, and its patterns
+    expanded.
     """
     for script in ("job.sh", "node.sh", "words.sh"):
         text = (ROOT / "examples/slurm" / script).read_text()

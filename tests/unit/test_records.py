@@ -1,6 +1,7 @@
 """Records hold immutable arrays, compare by value, and know their segments.
 
-Statuses and labels are enums inside, and the same text and numbers as ever on disk and in tensors.
+Statuses and labels are enums in Python; on disk and in tensors they are the same text and numbers
+as before.
 """
 
 from __future__ import annotations

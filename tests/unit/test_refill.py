@@ -1,4 +1,4 @@
-"""Dynamic sampling: which groups are drawn again, and what stands in their place."""
+"""Dynamic sampling: which groups are drawn again, and which prompts take their place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LABELS = {
 
 
 class Source:
-    """Draws prompts by a real cursor and labels their rollouts by LABELS."""
+    """Draws prompts with a real cursor and labels their rollouts by LABELS."""
 
     def __init__(self, *names: str) -> None:
         prompts = [Prompt(name, "", (1,), ("",)) for name in names]
@@ -43,7 +43,9 @@ class Source:
 
 
 def groups(rollouts: list[Rollout]) -> list[tuple[int, str, int]]:
-    """(group, prompt, refills) of each group, every one of them whole and in order."""
+    """Returns (group, prompt, refills) of each group, and asserts that all are whole
+    and in order.
+    """
     assert [(r.group, r.sample) for r in rollouts] == [
         (i, k) for i in range(len(rollouts) // 3) for k in range(3)
     ]

@@ -1,4 +1,4 @@
-"""Whether saved rollouts can be trained on again is known before anything starts."""
+"""Whether saved rollouts can be trained on again is checked before anything starts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROLLOUTS = [
 
 @pytest.fixture
 def saved(tmp_path: Path) -> RunDirectory:
-    """Two steps of four prompts, two updates each, sampled at 0.7."""
+    """Writes two steps of four prompts, two updates each, sampled at 0.7."""
     run = RunDirectory(tmp_path / "run")
     for step in (1, 2):
         numbers = [1, 1, 1, 1, 2, 2, 2, 2]
@@ -90,7 +90,7 @@ def test_a_cut_file_is_named(saved: RunDirectory) -> None:
 
 
 def test_a_kept_batch_of_a_skipped_update_can_be_replayed(tmp_path: Path) -> None:
-    """It has neither a configuration nor updates."""
+    """Its directory has neither a configuration nor updates."""
     dump = RunDirectory(tmp_path / "dump")
     write_rollouts(dump.rollouts(1), ROLLOUTS, step=12)
     assert check_replay(config_of(dump, steps=1, temperature=0.2)) == []

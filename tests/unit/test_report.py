@@ -1,5 +1,5 @@
-"""The report: columns of its curves, variants, tables, what rollouts it carries,
-and hostile texts in a browser.
+"""The report: its curves, variants and tables, the rollouts it carries, and hostile texts in a
+browser.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def make_run(
 
 
 def make_tokenizer(path: Path) -> Path:
-    """Writes the tokenizer of a model whose token 8 is a five and whose token 2
-    would like to be a script.
+    """Writes the tokenizer of a model whose token 8 is a five, and whose token 2 is the text of a
+    script.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -286,7 +286,7 @@ def test_invisible_characters_are_shown_and_long_texts_are_cut_in_the_middle() -
 
 
 def page_of(tmp_path: Path, **options: Any) -> Path:
-    """Runs the command on a run; returns the page."""
+    """Runs the command on a run and returns the page."""
     pytest.importorskip("bokeh")
     out = tmp_path / "report.html"
     assert cli.main(["report", make_run(tmp_path / "run", **options), "--out", str(out)]) == 0
@@ -379,7 +379,7 @@ def test_in_a_browser_tokens_are_shaded_by_what_they_got(tmp_path: Path) -> None
 
 
 def colours(words: list[str]) -> list[tuple[tuple[int, ...], float]]:
-    """The parts of rgba(...), opacity to what a browser keeps of it."""
+    """Returns the parts of rgba(...), with the opacity as precisely as a browser keeps it."""
     numbers = [[float(number) for number in re.findall(r"[\d.]+", word)] for word in words]
     return [((int(r), int(g), int(b)), round(opacity, 2)) for r, g, b, opacity in numbers]
 
@@ -405,7 +405,7 @@ SHADING = """
 def test_watching_writes_the_page_again_until_the_run_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run is a thread that finishes a step, and then itself, while the command sleeps."""
+    """The run finishes a step whenever the command sleeps, and then ends."""
     pytest.importorskip("bokeh")
     run = RunDirectory(make_run(tmp_path / "run", state="running"))
     rows = run.metrics.read_text().splitlines(keepends=True)
@@ -501,10 +501,10 @@ def in_browser(page: Path, clicks: str) -> dict[str, Any]:
 
     words = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     words += ["--virtual-time-budget=10000", f"--user-data-dir={page.parent / 'profile'}"]
-    done = subprocess.run(
+    completed = subprocess.run(
         [CHROMIUM, *words, probe.as_uri()], capture_output=True, text=True, timeout=120, check=True
     )
-    seen = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert seen is not None, done.stderr[-2000:]
+    seen = re.search(r'<pre id="seen">(.*?)</pre>', completed.stdout, re.DOTALL)
+    assert seen is not None, completed.stderr[-2000:]
 
     return dict(json.loads(html.unescape(seen[1])))

@@ -1,4 +1,6 @@
-"""Prompts over engines, their seeds, and rollouts that are excluded for their mismatch."""
+"""How prompts are spread over engines, their seeds, and rollouts that are excluded for their
+mismatch.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +69,8 @@ def test_prompts_are_spread_over_engines_by_their_cost(
 def test_spread_takes_each_prompt_once_and_bounds_the_longest_share(
     costs: list[float], engines: int
 ) -> None:
-    """Graham's bound for any order: the engine that ends last began its last
-    prompt when all others were busy.
+    """Graham's bound for any order: the engine that ends last began its last prompt when all others
+    were busy.
     """
     shares = spread(costs, engines)
     assert sorted(i for share in shares for i in share) == list(range(len(costs)))
@@ -118,7 +120,7 @@ def test_rollouts_beyond_the_bound_are_excluded_and_counted() -> None:
 
 
 def test_a_lost_completion_does_not_change_the_expected_length() -> None:
-    """It had perhaps the longest answer of all, and has no token."""
+    """It may have had the longest answer of all, and holds no token."""
     lost = dataclasses.replace(rollout("a", 0), verdict=Verdict(Status.LOST, EXCLUDED, None))
     lengths = ExpectedLengths()
     lengths.learn([rollout("a", 100), lost, dataclasses.replace(lost, prompt=prompt("b"))])

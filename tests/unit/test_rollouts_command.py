@@ -19,10 +19,11 @@ from megatron_real.runs.rollouts import write_rollouts
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
-    """Steps 1 to 3 of one rollout each."""
+    """Saves steps 1 to 3 with one rollout each."""
     run = RunDirectory(tmp_path / "run")
     completion = Completion((7, 8), (-0.5, float("nan")), "half \ud83d pair \x1b[2J", True)
-    rollout = Rollout(Prompt("a/0", "2+3=", (1,), ("5",)), 0, 0, completion, Verdict("ok", 1, 1.0))  # type: ignore[arg-type]
+    prompt = Prompt("a/0", "2+3=", (1,), ("5",))
+    rollout = Rollout(prompt, 0, 0, completion, Verdict(Status.OK, Label.POSITIVE, 1.0))
     for step in (1, 2, 3):
         write_rollouts(run.rollouts(step), [rollout], step=step, scores=[float("nan")])
     return run
@@ -75,7 +76,7 @@ def test_a_directory_without_rollouts_is_refused(
 
 @pytest.fixture
 def groups(tmp_path: Path) -> RunDirectory:
-    """A step of two groups of a right and a wrong answer, with figures of their tokens,
+    """Saves a step of two groups, each of a right and a wrong answer, with figures of their tokens
     and a tokenizer.
     """
     run = RunDirectory(tmp_path / "groups")

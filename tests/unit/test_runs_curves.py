@@ -1,4 +1,4 @@
-"""The picture of a run: what is drawn in it, and what a short or broken run does."""
+"""The picture of a run: what is drawn in it, and what a short or broken run gives."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def metrics_row(step: int, **changes: float | None) -> dict[str, Any]:
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Figures as they are saved."""
+    """Collects figures as they are saved."""
     saved: list[Figure] = []
     savefig = Figure.savefig
 

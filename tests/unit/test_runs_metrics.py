@@ -1,4 +1,6 @@
-"""The metrics of a step against values worked out by hand, and the files they end in."""
+"""The metrics of a step against values worked out by hand, and the files in which they
+are written.
+"""
 
 from __future__ import annotations
 

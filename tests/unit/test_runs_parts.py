@@ -1,4 +1,4 @@
-"""A step's rollouts in parts, as several nodes write them: one reader, and all parts or none."""
+"""A step's rollouts in parts, as several nodes write them: one reader reads all parts or none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.test_runs_rollouts import ROLLOUTS
 
 
 def write_parts(path: Path) -> None:
-    """Two parts, the first of which has the rollouts at both ends."""
+    """Writes two parts, of which the first has the rollouts at both ends."""
     write_rollouts(
         path, ROLLOUTS[::2], step=7, scores=[0.1, 0.3], minibatches=[1, 2], part=Part(1, 2)
     )
@@ -60,7 +60,7 @@ def test_a_part_that_is_damaged_or_missing_names_itself(tmp_path: Path) -> None:
 
 
 def test_parts_and_whole_files_replace_each_other(tmp_path: Path) -> None:
-    """A run may go on with other nodes than it began with."""
+    """A run may be resumed on another number of nodes."""
     path = tmp_path / "step-00007.parquet"
     write_rollouts(path, ROLLOUTS[:1], step=7)
     write_rollouts(path, ROLLOUTS, step=7, part=Part(4, 4))  # whose life has ended before the rest

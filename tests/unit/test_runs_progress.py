@@ -1,4 +1,6 @@
-"""What a run shows on a terminal and in a plain log, stage times, and profiler traces."""
+"""What a run shows on a terminal and in a plain log, the times of its stages, and
+profiler traces.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ METRICS = {
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that the test moves."""
+    """Replaces the clock by one that the test moves."""
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now

@@ -1,4 +1,4 @@
-"""One run's files as the loop makes them."""
+"""The files of one run, written by the same calls as the training loop makes."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def config_of(path: Path, **trainer: Any) -> Config:
 
 
 def begun(config: Config, **options: Any) -> Reporter:
-    """A reporter whose run directory is its own."""
+    """Returns a reporter that owns its run directory."""
     reporter = Reporter(config, **options)
     reporter.begin()
     return reporter
@@ -111,7 +111,7 @@ def one_step(reporter: Reporter) -> None:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A whole run's directory and what it said."""
+    """Returns a finished run's directory and its output."""
     path = tmp_path_factory.mktemp("runs") / "run"
     with contextlib.redirect_stdout(io.StringIO()) as out:
         one_step(begun(config_of(path, profile=(1,)), rank=0, world=2))
@@ -225,7 +225,7 @@ def test_an_evaluation_is_written_with_every_figure(tmp_path: Path) -> None:
 def test_a_step_s_rollouts_take_the_place_of_its_chunks_when_they_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What fails in the writing thread is raised where a checkpoint would count the step."""
+    """An error of the writing thread is raised where a checkpoint would count the step."""
     path = tmp_path / "run"
     directory = RunDirectory(path)
     reporter = begun(config_of(path), rank=0, world=1)

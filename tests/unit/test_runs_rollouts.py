@@ -71,7 +71,7 @@ def write_lines(
     header: Sequence[dict[str, Any]] = (),
     change: Callable[[bytes], bytes] | None = None,
 ) -> None:
-    """Writes a file as version 0.1 did, the second rollout changed."""
+    """Writes a file as version 0.1 did; `change` is applied to the second rollout."""
     write_rollouts(path.with_suffix(".parquet"), rollouts, step=3)
     lines = [json.dumps(row).encode() for row in rows(path.with_suffix(".parquet"))]
     path.with_suffix(".parquet").unlink()
@@ -244,7 +244,7 @@ def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
 
 
 def test_any_changed_byte_of_the_tokens_is_found(tmp_path: Path) -> None:
-    """Compression alone would let most of them pass."""
+    """Compression alone would let most changes pass."""
     path = tmp_path / "a.parquet"
     tokens = numpy.random.default_rng(0).integers(0, 1 << 30, 4096)
     completion = Completion(tokens, [-0.5] * 4096, "", True)
@@ -257,7 +257,7 @@ def test_any_changed_byte_of_the_tokens_is_found(tmp_path: Path) -> None:
 
 
 def test_a_token_takes_less_than_8_bytes(tmp_path: Path) -> None:
-    """Random ids of a large vocabulary and random log-probs are the worst that a model can say."""
+    """Random ids of a large vocabulary and random log-probs compress worst."""
     generator = numpy.random.default_rng(0)
     rollouts = [
         dataclasses.replace(

@@ -1,4 +1,4 @@
-"""A run's summary, from its files."""
+"""A run's summary is made from its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which settings the rollouts on disk are judged by."""
+"""The settings that rollouts on disk must share with the run that reads them."""
 
 from __future__ import annotations
 

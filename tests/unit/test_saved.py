@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which is the newest whole one, and which are kept. No torch needed."""
+"""Checkpoints on disk: which is the newest whole one, and which are kept. No test needs torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from megatron_real.runs.saved import Position, Saved, UnreadableCheckpoint
 
 
 def make(folder: Path, step: int, update: int = 0, accuracy: float | None = None) -> Saved:
-    """A checkpoint of two files, written the way a run does."""
+    """Writes a checkpoint of two files, as a run does."""
     position = Position(step, update)
     partial = saved.temporary(folder, position)
     partial.mkdir(parents=True)
@@ -74,8 +75,8 @@ def test_damage_is_named_and_set_aside(
 
 @pytest.mark.parametrize("name", ["a.distcp", "manifest.json"])
 def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path: Path, name: str) -> None:
-    """A link that leads to itself errs for every user, root too: ELOOP,
-    as EACCES or EIO would be.
+    """A link to itself is an error (ELOOP) for every user, also for root, as EACCES or EIO would
+    be.
     """
     one = make(tmp_path, 10)
     content = (one.path / name).read_bytes()
@@ -169,20 +170,21 @@ def test_the_same_position_again_replaces_it(tmp_path: Path) -> None:
         ({"keep": 2, "keep_every": 0, "keep_best": False}, ["step_50", "step_40_update_1"]),
         ({"keep": 1, "keep_every": 20, "keep_best": False}, ["step_50", "step_40", "step_20"]),
         ({"keep": 1, "keep_every": 0, "keep_best": True}, ["step_50", "step_30"]),
-        ({"keep": 9, "keep_every": 0, "keep_best": False},
-         ["step_50", "step_40_update_1", "step_40", "step_30",
-                                                            "step_20", "step_10"]),
+        (
+            {"keep": 9, "keep_every": 0, "keep_best": False},
+            ["step_50", "step_40_update_1", "step_40", "step_30", "step_20", "step_10"],
+        ),
     ],
     ids=["newest", "every 20th", "best", "all"],
-)  # fmt: skip
+)
 def test_the_retention_keeps_the_newest_the_regular_and_the_best(
-    tmp_path: Path, options: dict[str, int], kept: list[str]
+    tmp_path: Path, options: dict[str, Any], kept: list[str]
 ) -> None:
-    """Accuracy 0.8 twice: of equals the newest counts as the best."""
+    """Accuracy 0.8 occurs twice: of equal ones the newest counts as the best."""
     for step, accuracy in ((10, 0.8), (20, None), (30, 0.8), (40, 0.1), (50, None)):
         make(tmp_path, step, accuracy=accuracy)
     make(tmp_path, 40, update=1)
-    gone, failures = saved.retire(tmp_path, **options)  # type: ignore[arg-type]
+    gone, failures = saved.retire(tmp_path, **options)
     assert positions(tmp_path) == kept
     assert len(gone) == 6 - len(kept) and not failures
     assert not saved.left_behind(tmp_path)

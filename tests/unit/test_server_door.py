@@ -1,5 +1,5 @@
-"""Who may ask a vLLM server what: the door alone, both sides' proofs over a real socket,
-and vLLM's own table of routes.
+"""Which requests a vLLM server answers: the door by itself, the proofs of both sides over a real
+socket, and vLLM's own table of routes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def door(monkeypatch: pytest.MonkeyPatch) -> Door:
 def ask(
     door: Any, path: str, *, header: str = "", body: bytes = b"", verb: str = "POST", **scope: Any
 ) -> Answer:
-    """What a request is answered with."""
+    """Returns the answer to a request."""
     sent: Answer = []
 
     async def receive() -> Any:
@@ -79,7 +79,7 @@ def test_a_signed_request_is_answered_with_a_signature(door: Door) -> None:
 
 
 def test_a_signature_does_not_cover_an_added_query(door: Door) -> None:
-    """Whoever sits in between could add one: /reset_prefix_cache takes settings by it."""
+    """Whoever sits in between could add one: /reset_prefix_cache takes settings from its query."""
     header = claim("/reset_prefix_cache", b"")
     path = "/reset_prefix_cache"
     assert status(ask(door, path, header=header, query_string=b"reset_external=true")) == 401
@@ -111,8 +111,8 @@ def test_a_request_without_the_key_is_refused(door: Door, case: str) -> None:
 
 
 def test_a_request_that_changes_something_is_accepted_once(door: Door) -> None:
-    """Who overhears a request cannot send it again; a completion may be asked for twice,
-    and changes nothing.
+    """Whoever overhears a request cannot send it again; a completion may be requested twice,
+    because it changes nothing.
     """
     again = claim("/reset_prefix_cache", b"")
     assert [status(ask(door, "/reset_prefix_cache", header=again)) for _ in range(2)] == [200, 401]
@@ -136,7 +136,7 @@ CALLS = {
 
 @pytest.mark.parametrize("case", CALLS)
 def test_only_listed_methods_of_the_worker_can_be_called(door: Door, case: str) -> None:
-    """With the key too."""
+    """The list holds for a request with the key too."""
     call, expected = CALLS[case]
     answer = ask(door, "/collective_rpc", header=f"Bearer {KEY}", body=json.dumps(call).encode())
     assert status(answer) == expected
@@ -168,7 +168,7 @@ class Impostor(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def impostor() -> Iterator[str]:
-    """The address of one that listens at the port that a server was to have."""
+    """Returns the address of an impostor that listens on the port of a server."""
     Impostor.heard = []
     server = HTTPServer(("127.0.0.1", 0), Impostor)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -217,8 +217,8 @@ needs_vllm = pytest.mark.skipif(
 @needs_vllm
 @pytest.mark.filterwarnings("ignore")
 def test_every_route_of_vllm_is_closed_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table is vLLM's own, of the server that a run starts:
-    routes that a later version adds are in it.
+    """The table is vLLM's own, of the server that a run starts, so it contains routes that a later
+    version adds.
     """
     for name, value in environment(Config(), KEY, gpus=[]).items():
         monkeypatch.setenv(name, value)

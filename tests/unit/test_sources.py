@@ -1,6 +1,7 @@
-"""Published files of every known form -> one schema; duplicates, near duplicates, leaks.
+"""Published files of every known form become one schema; duplicates, near duplicates and leaks are
+counted.
 
-The problems are our own.
+The problems are written for these tests.
 """
 
 from __future__ import annotations
@@ -181,8 +182,8 @@ def test_a_difference_in_content_makes_two_questions_different(one: str, other: 
 
 
 def test_the_overlap_of_near_questions_equals_that_computed_by_hand() -> None:
-    """Ten letters have 8 trigrams; changing the last letter leaves 7 of 8,
-    changing the fifth leaves 5 of 8.
+    """Ten letters have 8 trigrams: changing the last letter leaves 7 of 8, and changing the fifth
+    leaves 5 of 8.
     """
     index = Index({"b/0": "a b c d e f g h i j"}, size=3, share=5 / 8)
     shares = {
@@ -343,7 +344,7 @@ def test_without_a_network_the_error_names_the_remedy(
 def test_a_benchmark_is_read_from_the_cache_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """huggingface_hub's own cache, filled by hand: two files of one dataset,
+    """huggingface_hub's own cache is filled by hand with two files of one dataset, and one of
     another that is not asked for.
     """
     snapshot = tmp_path / "hub/datasets--opencompass--AIME2025/snapshots/1234"

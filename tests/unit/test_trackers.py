@@ -1,5 +1,5 @@
-"""Trackers, each really run without a network: what they hold afterwards, over two lives,
-and that none ends a run.
+"""Each tracker runs for real without a network: what it holds after two lives of a run, and that
+none ends a run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONFIG = {"objective": {"name": "real", "tau": 0.5}, "trainer": {"steps": 3}}
 
 
 def write_a_life(directory: RunDirectory, tracker: str, first_step: int, steps: int = 3) -> None:
-    """Two steps and an evaluation, as a run writes them."""
+    """Writes two steps and an evaluation, as a run does."""
     warnings: list[str] = []
     writer = MetricsWriter(
         directory,
@@ -183,7 +183,7 @@ def read_wandb(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def wandb_records(file: Path) -> Iterator[Any]:
-    """The messages of a run's file, in the order in which they were written."""
+    """Yields the messages of a run's file in the order in which they were written."""
     from wandb.proto import wandb_internal_pb2
 
     # Generated code, which makes its classes when it is imported.
@@ -195,11 +195,11 @@ def wandb_records(file: Path) -> Iterator[Any]:
 
 
 def records_of(log: bytes) -> Iterator[bytes]:
-    """The records of a log in LevelDB's format, as W&B writes it: 7 bytes that name it,
+    """Yields the records of a log in LevelDB's format, as W&B writes it: 7 bytes of identification,
     then blocks of 32 KiB.
 
-    A record's parts each have a header of 7 bytes: a checksum, the length, and 1 whole, 2 first, 3
-    middle or 4 last.
+    Each part of a record has a header of 7 bytes: a checksum, the length, and 1 for whole, 2 for
+    first, 3 for middle or 4 for last.
     """
     assert log[:4] == b":W&B"
 

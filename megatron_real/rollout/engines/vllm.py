@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_real.config import Config
-from megatron_real.parallel.collective import on_every_rank
+from megatron_real.parallel.collective import shared
 from megatron_real.parallel.cpu import device
 from megatron_real.records import Completion, Prompt, Sampling
 from megatron_real.rollout.engines.engine import Held, Part, checksums_on, held_on
@@ -327,7 +327,7 @@ def own_shared_memory(tp: int) -> Iterator[None]:
 
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
-    job = on_every_rank(lambda: uuid.uuid4().hex[:12], group=dist.group.WORLD)[0]
+    job = shared(uuid.uuid4().hex[:12], group=dist.group.WORLD)
     vllms_name_of = _CPUSHMDistributed.make_group_name
     names: list[str] = []
 

@@ -27,13 +27,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_real.challenge import own_address
 from megatron_real.config import Config
-from megatron_real.parallel.collective import on_every_rank
+from megatron_real.parallel.collective import (
+    all_well,
+    gathered,
+    gathered_if_any,
+    on_every_rank,
+    shared,
+)
 from megatron_real.parallel.cpu import device
 from megatron_real.records import Completion, Prompt, Sampling
 from megatron_real.rollout.engines.engine import EngineFailed, Held
 from megatron_real.rollout.engines.tokenizer import completion_of, eos_ids, load_tokenizer
-from megatron_real.rollout.vllm_server.link import Link, buckets, link_secret, listen, own_address
+from megatron_real.rollout.vllm_server.link import Link, buckets, link_secret, listen
 from megatron_real.rollout.vllm_server.server import Server, ServerProcess, wait_until_healthy
 
 _CALL_SECONDS = 60.0
@@ -95,7 +102,7 @@ class VllmServerEngine:
                 "rollout.servers want a key, but VLLM_API_KEY is not set; set it as the servers "
                 "have it"
             )
-        self._key = _everyone(key)[0]
+        self._key = shared(key, group=dist.group.WORLD)
         self._link: Link | None = None
         self._link_name = ""
 
@@ -123,7 +130,7 @@ class VllmServerEngine:
                 return []
             return self.server.call("checksums", dtype_names, timeout=seconds)
 
-        workers = _all_or_none(sums_of_workers)[dist.get_rank()]
+        workers = _all_or_none(sums_of_workers)
         checksums: dict[str, dict[int, int]] = {}
         for name in dtypes:
             checksums[name] = {self._numbered(i): sums[name] for i, sums in enumerate(workers)}
@@ -150,14 +157,14 @@ class VllmServerEngine:
                 return self.server.url
             return ""
 
-        url_of_rank = _all_or_none(url_if_ended)
-        ended = [url for url in url_of_rank if url]
+        own_url = _all_or_none(url_if_ended)
+        ended = [url for url in gathered_if_any(own_url, group=dist.group.WORLD) if url]
         if not ended:
             return False
 
         remedy = "waiting for it" if self._config.rollout.servers else "it is started again"
         self._say(f"{', '.join(ended)} no longer serves; {remedy}")
-        if url_of_rank[dist.get_rank()] and self.started is not None:
+        if own_url and self.started is not None:
             self.started.stop()
             self.started.start()
         self._connect()
@@ -282,7 +289,8 @@ class VllmServerEngine:
             EngineFailed: on every rank alike.
         """
         rollout = self._config.rollout
-        urls = rollout.servers or _everyone(self.started.server.url if self.started else "")
+        own_url = self.started.server.url if self.started is not None else ""
+        urls = rollout.servers or gathered(own_url, group=dist.group.WORLD)
         self.server = Server(urls[self.number], self._key)
 
         def described() -> list[Any]:
@@ -297,7 +305,10 @@ class VllmServerEngine:
             return workers
 
         # The rank of a server's number is its owner, which alone has asked the server.
-        workers = _all_or_none(described)[self.number]
+        of_rank = on_every_rank(
+            described, group=dist.group.WORLD, expected=EngineFailed, raises=EngineFailed
+        )
+        workers = of_rank[self.number]
         self._held = self._held_by([worker["held"] for worker in workers])
 
     def _check(self, description: Mapping[str, Any]) -> None:
@@ -415,17 +426,10 @@ class VllmServerEngine:
             ) from error
 
 
-def _everyone(value: Any) -> list[Any]:
-    """Returns every rank's value, in order of the ranks. Collective over all ranks."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _all_or_none(action: Callable[[], _Result]) -> list[_Result]:
-    """Returns what `action` returns on every rank. Collective over all ranks.
+def _all_or_none(action: Callable[[], _Result]) -> _Result:
+    """Returns what `action` returns on this rank. Collective over all ranks.
 
     Raises:
         EngineFailed: `action` raised it on some rank; on every rank alike.
     """
-    return on_every_rank(action, group=dist.group.WORLD, expected=EngineFailed, raises=EngineFailed)
+    return all_well(action, group=dist.group.WORLD, expected=EngineFailed, raises=EngineFailed)
