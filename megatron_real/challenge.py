@@ -63,6 +63,16 @@ def connect(
     return connection
 
 
+def own_address(host: str, port: int) -> str:
+    """Returns the address under which the other side sees this machine.
+
+    It is the address of the network interface that leads there.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # a datagram socket sends nothing for it
+        return str(probe.getsockname()[0])
+
+
 class Door:
     """Lets in, of all who connect to a listener, those who know the secret.
 

@@ -59,7 +59,7 @@ from megatron_real.runs.reporter import Reporter
 from megatron_real.runs.saved import (
     Position,
     Saved,
-    Unreadable,
+    UnreadableCheckpoint,
     checksum,
     clean,
     commit,
@@ -171,13 +171,15 @@ def read_state(checkpoint: Saved) -> dict[str, Any]:
     """Reads all of a checkpoint that is not sharded.
 
     Raises:
-        Unreadable: this process cannot read it now.
+        UnreadableCheckpoint: this process cannot read it now.
     """
     file = checkpoint.path / _STATE
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise Unreadable(f"{file} cannot be read ({error}); nothing was changed") from error
+        raise UnreadableCheckpoint(
+            f"{file} cannot be read ({error}); nothing was changed"
+        ) from error
     return state
 
 
@@ -480,12 +482,13 @@ class Checkpoints:
     ) -> None:
         """Copies everything, and has it written while the run goes on."""
         # One save at a time: its copies are in the staging buffers until it is over.
-        self._report(wait=True)
+        with self.reporter.progress.stage("checkpoint"):
+            self._report(wait=True)
         with self.reporter.progress.stage("write"):
             self.reporter.settle()
-        self.check_sound(position)
 
         with self.reporter.progress.stage("checkpoint"):
+            self.check_sound(position)
             by_key, common = self._staging.copy(sharded_state(self.policy))
             values = {
                 "config": json.dumps(to_plain(self.config)),
@@ -498,7 +501,8 @@ class Checkpoints:
         self._began = time.monotonic()
         self._writing = self._thread.submit(self._write, position, by_key, common, values, accuracy)
         if not self._settings.asynchronous:
-            self._report(wait=True)
+            with self.reporter.progress.stage("checkpoint"):
+                self._report(wait=True)
 
     def _write(
         self,
@@ -521,8 +525,10 @@ class Checkpoints:
             ranks.on_first(lambda: self._write_small(partial, common, values))
 
             digests: dict[str, tuple[int, str]] = {}
-            for own in ranks.every(lambda: _digests(partial, ranks.rank)):
-                digests |= own
+            own_digests = ranks.together(lambda: _digests(partial, ranks.rank))
+            # The first rank alone writes them down.
+            for of_rank in ranks.gathered_by_first(own_digests):
+                digests |= of_rank
             header = {
                 "position": str(position),
                 "accuracy": accuracy,

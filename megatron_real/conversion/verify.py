@@ -34,7 +34,7 @@ _BLOCK_BYTES = 2**22
 
 
 @dataclass
-class Report:
+class VerifyReport:
     """What a check came to; `problems` is empty where all is well."""
 
     problems: list[str] = field(default_factory=list)
@@ -140,7 +140,7 @@ def verify(
     *,
     atol: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
-) -> Report:
+) -> VerifyReport:
     """Checks `a` by itself and, where given, against `b`.
 
     Args:
@@ -148,7 +148,7 @@ def verify(
         atol: largest absolute difference that is no problem; 0 asks for equal bits.
         progress: called with (bytes of a tensor that is done, bytes in all).
     """
-    report = Report()
+    report = VerifyReport()
     directories = [a]
     if b is not None:
         directories.append(b)
@@ -212,7 +212,7 @@ def _descriptions(a: Opened, b: Opened) -> list[str]:
 
 
 def _compare(
-    report: Report, name: str, a: Piece, b: Piece | None, files: OpenFiles, atol: float
+    report: VerifyReport, name: str, a: Piece, b: Piece | None, files: OpenFiles, atol: float
 ) -> None:
     """Adds one tensor to the report: `a` by itself, and against `b` where it is given."""
     import torch

@@ -20,10 +20,10 @@ FREE_BYTES = 50 << 30
 """A 7B model's checkpoint is 107 GB; less than this holds not even one of 3B."""
 OPEN_FILES = 1024
 """Descriptors of a process that do not depend on the number of ranks: libraries, weights, the
-engine, verifiers."""
+engine, verifiers, and the 17 sockets of the lifeline."""
 OPEN_FILES_PER_RANK = 6
-"""gloo connects every pair of ranks of a group, in each of its groups: about 330 sockets in a
-process of 64 ranks."""
+"""Sockets of a process for each rank: one in each gloo group. Two groups of all ranks are ours, one
+is vLLM's, and three of megatron-core are of data-parallel ranks, which are all of them at most."""
 
 
 def existing_folder(run_dir: Path) -> Path:

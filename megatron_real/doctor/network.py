@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_real.doctor.finding import Finding
 from megatron_real.doctor.machine import existing_folder
+from megatron_real.parallel.collective import gathered_if_any, shared
 from megatron_real.parallel.cpu import device
 
 MAX_SKEW_SECONDS = 0.5
@@ -47,10 +48,8 @@ def clocks(hosts: Sequence[str]) -> Finding:
     gloo = dist.new_group(backend="gloo")
     skews = {hosts[rank]: _skew(rank, gloo) for rank in first_ranks[1:]}
     # Rank 0 alone has measured: the others take its figures.
-    of_rank_0 = [skews]
-    dist.broadcast_object_list(of_rank_0, src=0, group=gloo)
+    skews = shared(skews, group=gloo)
     dist.destroy_process_group(gloo)
-    skews = of_rank_0[0]
 
     if not skews:
         return Finding("ok", "clock skew", "one node")
@@ -98,9 +97,8 @@ def shared_directory(run_dir: Path) -> Finding:
 
     A run directory on a node's own disk tears a run apart.
     """
-    name = [f".doctor-{uuid.uuid4().hex}"]
-    dist.broadcast_object_list(name, src=0)
-    file = existing_folder(run_dir) / name[0]
+    name = shared(f".doctor-{uuid.uuid4().hex}", group=dist.group.WORLD)
+    file = existing_folder(run_dir) / name
     if dist.get_rank() == 0:
         # Where it cannot be written no rank sees it, and the others must not wait for this one.
         with contextlib.suppress(OSError):
@@ -113,13 +111,12 @@ def shared_directory(run_dir: Path) -> Finding:
         time.sleep(0.2)
         sees_file = file.exists()
 
-    by_rank: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(by_rank, sees_file)
+    blind_by_rank = gathered_if_any(not sees_file, group=dist.group.WORLD)
     if sees_file and dist.get_rank() == 0:
         file.unlink()
-    if all(by_rank):
+    if not blind_by_rank:
         return Finding("ok", "shared directory", f"every rank sees {run_dir}")
-    blind = [rank for rank, sees in enumerate(by_rank) if not sees]
+    blind = [rank for rank, is_blind in enumerate(blind_by_rank) if is_blind]
     return Finding(
         "fail",
         "shared directory",

@@ -25,6 +25,7 @@ def report(run_dir: Path, needs: DiskNeeds | None = None) -> list[Finding]:
     from megatron_real.doctor.machine import machine
     from megatron_real.doctor.network import network
     from megatron_real.doctor.software import software
+    from megatron_real.parallel.collective import gathered
 
     host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     # One rank of each node looks at it: two that measure one disk halve its speed.
@@ -32,7 +33,6 @@ def report(run_dir: Path, needs: DiskNeeds | None = None) -> list[Finding]:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         own_findings = [*software(), *machine(run_dir, needs), containment()]
 
-    by_rank: list[tuple[str, list[Finding]]] = [("", [])] * dist.get_world_size()
-    dist.all_gather_object(by_rank, (host, own_findings))
+    by_rank = gathered((host, own_findings), group=dist.group.WORLD)
     by_node = {node: findings for node, findings in by_rank if findings}
     return [*merged(by_node), *network(run_dir, [node for node, _ in by_rank])]

@@ -43,13 +43,14 @@ from megatron_real.evaluation.figures import Evaluation, summarise
 from megatron_real.labels import Labeller, build_labeller
 from megatron_real.labels.answers import final_answer, opened_thinking
 from megatron_real.labels.equivalence import Given, answer_classes
+from megatron_real.parallel.collective import shared
 from megatron_real.parallel.exchange import Exchange
 from megatron_real.parallel.groups import join_world, leave_world
 from megatron_real.parallel.ranks import Ranks
 from megatron_real.progress import Heartbeat
 from megatron_real.prompts import load_prompts
 from megatron_real.records import POSITIVE, Completion, Prompt, Rollout
-from megatron_real.rollout import RolloutStage, build_engine
+from megatron_real.rollout import RolloutStage, build_engine, takes_over
 from megatron_real.rollout.engines.engine import Engine, EngineFailed
 from megatron_real.rollout.sampling import evaluation_sampling
 from megatron_real.rollout.sync import WeightSync
@@ -113,9 +114,8 @@ def run_benchmarks(
     if rank == 0:
         directory.claim(settings)
     # What is left, as the first rank sees it: file systems of other nodes lag behind.
-    there = [[directory.has(chunk) for chunk in chunks]]
-    dist.broadcast_object_list(there, src=0)
-    missing = [chunk for chunk, done in zip(chunks, there[0], strict=True) if not done]
+    there = shared([directory.has(chunk) for chunk in chunks], group=dist.group.WORLD)
+    missing = [chunk for chunk, done in zip(chunks, there, strict=True) if not done]
     if missing:
         _answer(config, engine, directory, chunks, missing)
     leave_world()
@@ -281,6 +281,7 @@ def _answer(
             world=ranks.world,
             retries=config.rollout.retries,
             exchange=Exchange(rank, ranks.world, ranks.group),
+            take_over=takes_over(config, engine),
         )
         with (
             _progress(console, num_problems) as advance,

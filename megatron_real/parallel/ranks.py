@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_real.parallel.collective import on_every_rank
+from megatron_real.parallel import collective
 
 T = TypeVar("T")
 
@@ -56,25 +56,15 @@ class Ranks:
 
     def gathered(self, value: T) -> list[T]:
         """Returns [rank] every rank's value, on every rank. Collective."""
-        values: list[T] = [value] * self.world
-        if self.group is not None:
-            dist.all_gather_object(values, value, group=self.group)
-        return values
+        return collective.gathered(value, group=self.group)
+
+    def gathered_if_any(self, value: T) -> list[T]:
+        """Returns `gathered` where some rank's value counts as true, else []. Collective."""
+        return collective.gathered_if_any(value, group=self.group)
 
     def gathered_by_first(self, value: T) -> list[T]:
-        """Returns [rank] every rank's value on the first rank, [] on the others. Collective.
-
-        What one rank writes or shows goes there alone: `gathered` would send it to all, by the
-        square of the ranks.
-        """
-        if self.group is None:
-            return [value]
-
-        values: list[T] | None = None
-        if self.first:
-            values = [value] * self.world
-        dist.gather_object(value, values, dst=0, group=self.group)
-        return values or []
+        """Returns [rank] every rank's value on the first rank, [] on the others. Collective."""
+        return collective.gathered_by_first(value, group=self.group)
 
     def largest(self, value: int) -> int:
         """Returns the largest of all ranks' values, on every rank. Collective."""
@@ -85,10 +75,7 @@ class Ranks:
 
     def shared(self, value: T) -> T:
         """Returns the first rank's value, on every rank. Collective."""
-        values = [value]
-        if self.group is not None:
-            dist.broadcast_object_list(values, src=0, group=self.group)
-        return values[0]
+        return collective.shared(value, group=self.group)
 
     def every(self, action: Callable[[], T]) -> list[T]:
         """Returns [rank] what `action` returned on every rank, on every rank.
@@ -100,36 +87,22 @@ class Ranks:
                 such rank's.
             RankFailed: it failed otherwise on some rank.
         """
-        return on_every_rank(action, group=self.group, raises=EveryRankError)
+        return collective.on_every_rank(action, group=self.group, raises=EveryRankError)
 
     def together(self, action: Callable[[], T]) -> T:
         """Returns what `action` returned on this rank, once it has gone well on all.
 
-        Raises as `every`.
-
-        What it returns stays on this rank, so it may hold what cannot be sent to others, such as a
-        process group.
+        Raises as `every`. What it returns stays on this rank, so it may hold what cannot be sent to
+        others.
         """
-        values: list[T] = []
-        self.every(lambda: values.append(action()))
-        return values[0]
-
-    def made_by_first(self, action: Callable[[], T]) -> T:
-        """Returns on every rank what `action` returned on the first one, which may be large.
-
-        Raises as `every`. It is sent once, by a broadcast; `on_first` sends each rank a copy from
-        every rank, padded to the largest.
-        """
-        made: list[T] = []
-        self.on_first(lambda: made.append(action()))
-        return self.shared(made[0] if made else None)  # type: ignore[return-value]
+        return collective.all_well(action, group=self.group, raises=EveryRankError)
 
     def on_first(self, action: Callable[[], T]) -> T:
-        """Returns on every rank what `action` returned on the first one, while the others waited.
+        """Returns on every rank what `action` returned on the first one, which may be large.
 
-        Raises as `every`.
+        The others wait meanwhile. Raises as `every`.
         """
-        return self.every(lambda: action() if self.first else None)[0]  # type: ignore[return-value]
+        return collective.on_first(action, group=self.group, raises=EveryRankError)
 
 
 def _ranks_per_node(world: int, group: dist.ProcessGroup | None) -> int:

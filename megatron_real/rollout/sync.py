@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from megatron_real.config import SyncConfig
 from megatron_real.errors import ExpectedEnd, State
-from megatron_real.parallel.collective import on_every_rank
+from megatron_real.parallel.collective import gathered_if_any, on_every_rank
 from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Status, Verdict
 from megatron_real.rollout.checksum import checksum
 from megatron_real.rollout.engines.engine import Engine, EngineFailed, Held, completed
@@ -243,8 +242,7 @@ class WeightSync:
                 (name, process) for process, sent in parts.items() if held[name][process] != sent
             ]
 
-        wrong_of_rank: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(wrong_of_rank, wrong)
+        wrong_of_rank = gathered_if_any(wrong, group=dist.group.WORLD)
         every_wrong = [pair for pairs in wrong_of_rank for pair in pairs]
         if not every_wrong:
             return

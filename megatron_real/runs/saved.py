@@ -33,7 +33,7 @@ _STALE_SECONDS = 60.0
 attributes so long."""
 
 
-class Unreadable(ValueError):
+class UnreadableCheckpoint(ValueError):
     """A checkpoint is there and cannot be read now. It may be whole, so nothing is touched."""
 
 
@@ -66,7 +66,7 @@ class Saved:
         """Returns what was written when it was complete; {} where there is none or it is cut.
 
         Raises:
-            Unreadable: it is there and cannot be read.
+            UnreadableCheckpoint: it is there and cannot be read.
         """
         try:
             manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
@@ -82,7 +82,7 @@ class Saved:
         """Returns what is wrong with the names and sizes of its files, "" if nothing.
 
         Raises:
-            Unreadable: a file is there and its size cannot be read.
+            UnreadableCheckpoint: a file is there and its size cannot be read.
         """
         files = self.manifest().get("files", {})
         if not files:
@@ -106,7 +106,7 @@ class Saved:
             part, parts: every `parts`-th file is read, so that ranks can share the work.
 
         Raises:
-            Unreadable: a file cannot be read, or this machine does not see it.
+            UnreadableCheckpoint: a file cannot be read, or this machine does not see it.
         """
         for name in sorted(files)[part::parts]:
             file = self.path / name
@@ -128,8 +128,8 @@ class Saved:
         return self.incomplete() or self.corrupt(self.manifest()["files"])
 
 
-def _unreadable(file: Path, error: OSError) -> Unreadable:
-    return Unreadable(
+def _unreadable(file: Path, error: OSError) -> UnreadableCheckpoint:
+    return UnreadableCheckpoint(
         f"{file} cannot be read ({error.strerror or error}); nothing was changed: see to it that "
         "this process may read it, then start the same command again"
     )
@@ -152,7 +152,7 @@ def saved(folder: Path) -> list[Saved]:
     """Returns the checkpoints of a folder, the newest first, whole or not.
 
     Raises:
-        Unreadable: the folder is there and cannot be listed.
+        UnreadableCheckpoint: the folder is there and cannot be listed.
     """
     checkpoints = []
     try:

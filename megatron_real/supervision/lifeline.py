@@ -1,12 +1,21 @@
 """One rank's end is every rank's end, in seconds and with its cause.
 
-Without this, the other ranks would wait in a collective for 30 minutes. Every rank keeps a socket
-to the first rank open. A process that dies, however it dies, closes it: the first rank then tells
-all others who was first, and all of them write that sentence and end. Over the same socket both
-sides give a sign of life every few seconds, and each judges the other's silence: a machine that
-vanished, a cut cable or a frozen process is seen from both of its ends. Ranks also say which stage
-they are in, since when and at which line, so that a rank that hangs (its process alive, its stage
-never over) is found and named.
+Without this, the other ranks would wait in a collective for 30 minutes. Every rank keeps a few
+sockets open, which make a tree of all ranks:
+
+                                rank 0
+                  /        /               \            8 more nodes at most,
+            rank 1 .. rank 7             rank 8          and 8 ranks of its own node
+                                        /      \
+                             rank 9 .. rank 15  ...
+
+A process that dies, however it dies, closes its sockets: each of its neighbours then says who was
+first to theirs, which say it to theirs, and all write that sentence and end. A tree without one
+rank falls apart, and each of its parts has a neighbour of that rank in it. Over the same sockets
+both sides give a sign of life every few seconds, and each judges the other's silence: a machine
+that vanished, a cut cable or a frozen process is seen from every part. Ranks also say which stage
+they are in, since when and at which line, each with what it has heard from below (hanging.py), so
+that a rank that hangs (its process alive, its stage never over) is found and named by the first.
 
 Ranks prove to each other that they know a secret, which the first rank makes and shares
 (challenge.py): whoever else connects costs nothing and learns nothing.
@@ -18,6 +27,7 @@ serves under any launcher, needs no package, and sees a death at once. So it is 
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import json
 import os
@@ -26,16 +36,21 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_real import challenge
-from megatron_real.supervision.places import Place, place_of
+from megatron_real.supervision.hanging import Report, Standing, hanging, merged
+from megatron_real.supervision.places import place_of
 
 EXIT_CODE = 1
 """Exit code of a rank that another one's end took down."""
+FAN_OUT = 8
+"""Ranks of its own machine, and first ranks of other machines, that hang on one rank at most."""
+MOST_SOCKETS = 1 + 2 * FAN_OUT
+"""Connections of one rank at most, whatever the number of ranks."""
 _JOIN_SECONDS = 120.0
 """Within this time all ranks have joined: they come from a collective, so they come together."""
 _LEAVE_SECONDS = 30.0
@@ -43,8 +58,6 @@ _LEAVE_SECONDS = 30.0
 it too."""
 _LAST_WORD_SECONDS = 5.0
 """How long the last word of a rank that ends waits for a full socket, at most."""
-_MOST_NAMED = 8
-"""Ranks that one sentence names."""
 _PURPOSE = "lifeline"
 _OTHERS_FIRST_SECONDS = 1.0
 """How long a rank that fails waits for the word that another one has ended. That one's sockets
@@ -57,76 +70,33 @@ Stage = Callable[[], tuple[int, str, float]]
 """(stages begun, name of the present one or "", seconds in it)."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """Where a rank is, by its own report."""
+def tree(hosts: Sequence[str]) -> list[int]:
+    """Returns [ranks] the rank on which each one hangs, -1 for the first rank.
 
-    rank: str
-    """The rank and its machine: "rank 3 on n1"."""
-    begun: int = 0
-    """Stages begun."""
-    stage: str = ""
-    """The present one; "" between two stages."""
-    seconds: float = 0.0
-    """Time in that stage."""
-    place: Place = field(default_factory=Place)
-    """Where its main thread stands."""
-
-    @property
-    def order(self) -> tuple[int, bool]:
-        """How far it has come: after a stage is further than in it."""
-        return self.begun, not self.stage
-
-
-def hanging(reports: Sequence[Report], limit: float) -> str:
-    """Returns the sentence that names the rank which keeps the others waiting.
+    The ranks of a machine hang on its first one, and the first ranks of the machines on each other:
+    so a connection between machines is one between first ranks. A rank has `MOST_SOCKETS`
+    connections at most, and is log(W) / log(`FAN_OUT`) + 2 of them away from the first, at most.
 
     Args:
-        reports: of all ranks that run. They are of one kind, each rank's own from its last sign of
-            life: a fresh one of the judge's beside older ones of the others would always make the
-            judge look slowest.
-        limit: seconds in one stage.
-
-    Returns:
-        "" while nobody has waited for `limit` seconds.
+        hosts: [ranks] the machine of each.
     """
-    waiting = [report for report in reports if report.stage and report.seconds > limit]
-    if not waiting:
-        return ""
-    longest = max(report.seconds for report in waiting)
+    ranks_of: dict[str, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        ranks_of.setdefault(host, []).append(rank)
 
-    furthest_behind = min(report.order for report in reports)
-    behind = [report for report in reports if report.order == furthest_behind]
-    if any(report.stage and report.seconds <= limit for report in behind):
-        # They have come late, and have their own time.
-        return ""
-
-    # Who waits in a collective waits for somebody else, as long as there is somebody else.
-    culprits = [report for report in behind if not report.place.waits] or behind
-    if len(culprits) == 1:
-        (culprit,) = culprits
-        where = f"after its stage {culprit.begun}"
-        if culprit.stage:
-            where = f"in stage {culprit.stage}"
-        return (
-            f"{culprit.rank} hangs: it has been {where} for {longest:.0f} s, "
-            f"the others wait for it; it is at {culprit.place}"
-        )
-
-    named = [f"{report.rank} at {report.place}" for report in culprits[:_MOST_NAMED]]
-    if len(culprits) > _MOST_NAMED:
-        named.append(f"and {len(culprits) - _MOST_NAMED} more")
-    return (
-        f"the run hangs: for {longest:.0f} s nobody has come out of stage {waiting[0].stage}, and "
-        f"who keeps the others waiting cannot be told: {'; '.join(named)}"
-    )
+    above = [-1] * len(hosts)
+    firsts = [ranks[0] for ranks in ranks_of.values()]
+    for together in (firsts, *ranks_of.values()):
+        for i, rank in enumerate(together[1:]):
+            above[rank] = together[i // FAN_OUT]
+    return above
 
 
 class Lifeline:
     """This rank's end of the connections; see the module. A run of one process has none.
 
     Example:
-        lifeline = Lifeline(rank, world, share=broadcast, stage=progress.at, hang_seconds=1800)
+        lifeline = Lifeline(rank, world, gathered=gather, stage=progress.at, hang_seconds=1800)
         ...
         lifeline.say_end("ValueError: ...")  # or lifeline.close() at a good end
     """
@@ -136,7 +106,7 @@ class Lifeline:
         rank: int,
         world: int,
         *,
-        share: Callable[[Any], Any],
+        gathered: Callable[[Any], list[Any]],
         stage: Stage = lambda: (0, "", 0.0),
         beat_seconds: float = 5.0,
         silent_seconds: float = 120.0,
@@ -147,8 +117,8 @@ class Lifeline:
         Args:
             rank: this rank's number.
             world: ranks of the run.
-            share: collective; gives what the first rank passes in, its address and the secret, to
-                every rank.
+            gathered: collective; gives every rank [ranks] what each of them passes in: its machine,
+                its address, and the secret of the first. It is called twice.
             stage: where this rank is; may be replaced later.
             beat_seconds: between two signs of life.
             silent_seconds: a rank without one for so long is lost. Generous: a call may keep Python
@@ -172,20 +142,25 @@ class Lifeline:
         self._report = Report(self._name)
         self._main = threading.get_ident()
         self._closed = threading.Event()
-        self._peers: dict[socket.socket, _Peer] = {}
+        self._above: _Peer | None = None
+        self._below: list[_Peer] = []
         if world == 1:
             return
 
-        if rank == 0:
-            self._peers = self._accept(share)
-        else:
-            # The other ranks know the first one only.
-            host, port, secret, name = share(None)
-            connection = challenge.connect((host, port), secret, purpose=_PURPOSE, seconds=60.0)
-            line = _Line(connection)
-            line.send({"rank": rank, "host": socket.gethostname()}, seconds=_LAST_WORD_SECONDS)
-            self._peers = {connection: _Peer(line, Report(name))}
+        self._join(gathered)
         threading.Thread(target=self._guarded, name="lifeline", daemon=True).start()
+
+    @property
+    def num_sockets(self) -> int:
+        """The connections of this rank."""
+        return len(self._peers)
+
+    @property
+    def _peers(self) -> list[_Peer]:
+        """The ranks to which this one is connected."""
+        if self._above is None:
+            return self._below
+        return [self._above, *self._below]
 
     def say_end(self, cause: str) -> None:
         """Tells the others that this rank fails, and why, so that they end. Returns on this rank.
@@ -200,17 +175,25 @@ class Lifeline:
     def close(self, cause: str = "") -> None:
         """Tells the others that this rank ends, which takes nobody down.
 
+        Without a cause it waits until the ranks below have ended too, 30 s at most: their way to
+        the others leads over this one.
+
         Args:
             cause: "" for a good end; else a cause that every rank should have: one that does not
                 end by it within 30 s is ended with it.
         """
+        ends = time.monotonic() + _LEAVE_SECONDS
+        while not cause and time.monotonic() < ends and not self._closed.is_set():
+            if all(peer.left is not None for peer in self._below):
+                break
+            time.sleep(0.01)
         self._last_word({"leaving": cause})
 
     def _last_word(self, word: dict[str, Any]) -> None:
         if self.world == 1 or self._closed.is_set():
             return
         self._closed.set()
-        for peer in list(self._peers.values()):
+        for peer in self._peers:
             peer.line.send(word, seconds=_LAST_WORD_SECONDS)
         self._part()
 
@@ -221,7 +204,7 @@ class Lifeline:
         machine the reset may overtake the last word: the others would hear of an end without a
         cause.
         """
-        waiting = [peer.line for peer in self._peers.values()]
+        waiting = [peer.line for peer in self._peers]
         for line in waiting:
             line.say_no_more()
         ends = time.monotonic() + _PARTING_SECONDS
@@ -229,26 +212,39 @@ class Lifeline:
             waiting = [line for line in waiting if line.is_open_after_drain()]
             time.sleep(0.01)
 
-    def _accept(self, share: Callable[[Any], Any]) -> dict[socket.socket, _Peer]:
-        """Lets the others in, on the first rank."""
-        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        listener = _listener(host, self.world)
-        secret = challenge.new_secret()
+    def _join(self, gathered: Callable[[Any], list[Any]]) -> None:
+        """Connects this rank with the one above it and those below it. Collective."""
+        secret = challenge.new_secret() if self.rank == 0 else ""
+        hosts, secrets = zip(*gathered((socket.gethostname(), secret)), strict=True)
+        secret = secrets[0]
+        above = tree(hosts)
+        names = [f"rank {rank} on {host}" for rank, host in enumerate(hosts)]
+        missing = {rank for rank in range(self.world) if above[rank] == self.rank}
 
-        peers: dict[int, _Peer] = {}
-        ends = time.monotonic() + _JOIN_SECONDS
-        with challenge.Door(listener, secret, purpose=_PURPOSE) as door:
-            share((host, listener.getsockname()[1], secret, self._name))
-            while len(peers) < self.world - 1:
-                line = _Line(door.next(ends - time.monotonic()))
-                hello = line.first_word(challenge.HANDSHAKE_SECONDS)
-                rank = hello.get("rank")
-                if not isinstance(rank, int) or not 0 < rank < self.world or rank in peers:
-                    # It knows the secret, but is no rank that is missing.
-                    line.close()
-                    continue
-                peers[rank] = _Peer(line, Report(f"rank {rank} on {hello.get('host', '?')}"))
-        return {peer.line.socket: peer for peer in peers.values()}
+        address: tuple[str, int] | None = None
+        problem = ""
+        door: challenge.Door | None = None
+        if missing:
+            try:
+                listener, host = _listener(self.rank, backlog=len(missing))
+                address = (host, listener.getsockname()[1])
+                door = challenge.Door(listener, secret, purpose=_PURPOSE)
+            except OSError as error:
+                # Every rank is told: the others would wait for this one.
+                problem = f"{self._name} cannot listen for the ranks below it: {error}"
+        addresses, problems = zip(*gathered((address, problem)), strict=True)
+        if any(problems):
+            raise OSError(next(problem for problem in problems if problem))
+
+        with door or nullcontext():
+            if above[self.rank] >= 0:
+                address = addresses[above[self.rank]]
+                connection = challenge.connect(address, secret, purpose=_PURPOSE, seconds=60.0)
+                line = _Line(connection)
+                line.send({"rank": self.rank}, seconds=_LAST_WORD_SECONDS)
+                self._above = _Peer(line, names[above[self.rank]])
+            if door is not None:
+                self._below = [_Peer(line, names[rank]) for rank, line in _let_in(door, missing)]
 
     def _guarded(self) -> None:
         """Runs the thread. Should it fail, the run must not go on unwatched."""
@@ -262,89 +258,98 @@ class Lifeline:
     def _watch(self) -> None:
         """Hears the others, judges those it does not hear, and gives signs of life."""
         clock = _Clock(most=max(self._silent / 4, 1.0))
-        for peer in self._peers.values():
+        for peer in self._peers:
             peer.heard = clock.now()
         next_beat = 0.0
         with selectors.DefaultSelector() as ready:
-            for connection in self._peers:
-                ready.register(connection, selectors.EVENT_READ)
+            for peer in self._peers:
+                ready.register(peer.line.socket, selectors.EVENT_READ, peer)
 
             while not self._closed.is_set():
                 events = ready.select(min(self._beat, 1.0))
                 now = clock.now()
                 for key, _ in events:
-                    peer = self._peers[key.fileobj]  # type: ignore[index]
-                    peer.heard = now
-                    if not self._hear(peer):
+                    key.data.heard = now
+                    if not self._hear(key.data):
                         ready.unregister(key.fileobj)
 
                 if now >= next_beat:
                     next_beat = now + self._beat
-                    begun, stage, seconds = self.stage()
-                    place = place_of(self._main)
-                    self._report = Report(self._name, begun, stage, seconds, place)
-                    for peer in self._peers.values():
-                        peer.line.send({"at": (begun, stage, seconds, place.where, place.waits)})
+                    self._give_sign_of_life()
                 self._judge(now)
+
+    def _give_sign_of_life(self) -> None:
+        """Tells the ranks beside where this one is, and the one above where those below are."""
+        begun, stage, seconds = self.stage()
+        place = place_of(self._main)
+        self._report = Report(self._name, begun, stage, seconds, place)
+        for peer in self._below:
+            peer.line.send({"stage": stage})
+        if self._above is not None:
+            standing = dataclasses.asdict(self._standing())
+            self._above.line.send({"stage": stage, "standing": standing})
+
+    def _standing(self) -> Standing:
+        """Returns where this rank and those below it are that have not left."""
+        below = [peer.standing for peer in self._below if peer.left is None]
+        known = [standing for standing in below if standing is not None]
+        return merged([Standing.of(self._report), *known])
 
     def _hear(self, peer: _Peer) -> bool:
         """Takes in the words of another rank; returns False when no more will come."""
         words = peer.line.words()
         for word in words or ():
             if "end" in word:
-                self._end_all(f"{peer.report.rank} ended first: {word['end']}")
+                self._end_all(f"{peer.name} ended first: {word['end']}", heard_from=peer)
             elif "first" in word:
-                # The first rank has judged, and tells everybody itself.
-                self._end(word["first"])
+                # Another one has judged; it goes on to the rest of the tree.
+                self._end_all(word["first"], heard_from=peer)
             elif "leaving" in word:
                 peer.left = time.monotonic()
                 peer.cause = word["leaving"]
-            elif "at" in word:
-                begun, stage, seconds, where, waits = word["at"]
-                peer.report = Report(peer.report.rank, begun, stage, seconds, Place(where, waits))
+            elif "stage" in word:
+                peer.stage = word["stage"]
+                if "standing" in word:
+                    peer.standing = Standing(**word["standing"])
 
         if words is None and peer.left is None:
-            stage = f" in stage {peer.report.stage}" if peer.report.stage else ""
-            self._end_all(
-                f"{peer.report.rank} ended without a word (killed, or out of memory?){stage}"
-            )
+            stage = f" in stage {peer.stage}" if peer.stage else ""
+            self._end_all(f"{peer.name} ended without a word (killed, or out of memory?){stage}")
         return words is not None
 
     def _judge(self, now: float) -> None:
         """Ends every rank where another one is silent, hangs, or has left this one behind."""
-        for peer in self._peers.values():
+        for peer in self._peers:
             silent = now - peer.heard
             if peer.left is None and silent > self._silent:
-                self._end_all(f"{peer.report.rank} has given no sign of life for {silent:.0f} s")
+                self._end_all(f"{peer.name} has given no sign of life for {silent:.0f} s")
             late = peer.left is not None and time.monotonic() - peer.left > _LEAVE_SECONDS
             if late and peer.cause:
-                self._end_all(f"{peer.report.rank} ended first: {peer.cause}")
+                self._end_all(f"{peer.name} ended first: {peer.cause}")
 
-        # The first rank alone has the reports of all.
-        if self.rank == 0:
-            reports = [peer.report for peer in self._peers.values() if peer.left is None]
-            if sentence := hanging([self._report, *reports], self._hang):
-                self._end_all(sentence)
+        # All others are below the first rank.
+        if self.rank == 0 and (sentence := hanging(self._standing(), self._hang)):
+            self._end_all(sentence)
 
-    def _end_all(self, sentence: str) -> None:
-        """Ends every rank: the first one tells all others, another one tells the first."""
-        if self._closed.is_set():
-            return
-
-        word = {"first": sentence} if self.rank == 0 else {"end": sentence}
-        # All sockets together take no longer than one, however many of them are full.
-        for peer in list(self._peers.values()):
-            peer.line.send(word, seconds=_LAST_WORD_SECONDS / max(len(self._peers), 1))
-        self._end(sentence, part=True)
-
-    def _end(self, sentence: str, *, part: bool = False) -> None:
-        """Ends this process at once: its main thread may be in a collective that never returns.
+    def _end_all(self, sentence: str, *, heard_from: _Peer | None = None) -> None:
+        """Ends this rank, and tells those beside it, which tell those beside them.
 
         Args:
             sentence: why.
-            part: the others have just been sent it, and must have read it before the connections
-                go.
+            heard_from: the rank that has said so, which needs not be told.
         """
+        if self._closed.is_set():
+            return
+
+        # All sockets together take no longer than one, however many of them are full.
+        for peer in self._peers:
+            if peer is not heard_from:
+                seconds = _LAST_WORD_SECONDS / len(self._peers)
+                peer.line.send({"first": sentence}, seconds=seconds)
+        self._end(sentence)
+
+    def _end(self, sentence: str) -> None:
+        """Ends this process at once: its main thread may be in a collective that never returns."""
         if self._closed.is_set():
             return
 
@@ -353,8 +358,8 @@ class Lifeline:
         # In a thread: a file system that hangs must not keep this process alive.
         word = threading.Thread(target=self.before_end, args=(sentence,), daemon=True)
         word.start()
-        if part:
-            self._part()
+        # The others must have read the sentence before the connections go.
+        self._part()
         word.join(_LAST_WORD_SECONDS)
         os._exit(EXIT_CODE)
 
@@ -477,11 +482,15 @@ class _Line:
 
 @dataclass
 class _Peer:
-    """What this rank knows of another one."""
+    """What this rank knows of one to which it is connected."""
 
     line: _Line
-    report: Report
-    """Its last report."""
+    name: str
+    """The rank and its machine: "rank 3 on n1"."""
+    stage: str = ""
+    """Its stage by its last sign of life; "" between two stages."""
+    standing: Standing | None = None
+    """Of a rank below: where it and those below it are, by its last sign of life."""
     heard: float = 0.0
     """When it gave its last sign of life, on this process's `_Clock`."""
     left: float | None = None
@@ -490,13 +499,37 @@ class _Peer:
     """Why it ends; "" for a good end."""
 
 
-def _listener(host: str, world: int) -> socket.socket:
-    """Listens on the address that the others are given if it is one of this machine, else on all.
+def _let_in(door: challenge.Door, missing: set[int]) -> Iterator[tuple[int, _Line]]:
+    """Yields each missing rank with its connection, as they come.
 
-    A name is no such address: on many machines the own name means 127.0.1.1 to themselves, and to
-    them alone.
+    Raises:
+        TimeoutError: one of them has not come.
     """
+    ends = time.monotonic() + _JOIN_SECONDS
+    left = set(missing)
+    while left:
+        line = _Line(door.next(ends - time.monotonic()))
+        rank = line.first_word(challenge.HANDSHAKE_SECONDS).get("rank")
+        if rank not in left:
+            # It knows the secret, but is no rank that is missing.
+            line.close()
+            continue
+        left.discard(rank)
+        yield rank, line
+
+
+def _listener(rank: int, *, backlog: int) -> tuple[socket.socket, str]:
+    """Returns a listener for the ranks below, and the host under which they reach it.
+
+    The first rank is reached under MASTER_ADDR, another one under the address of the interface that
+    leads there. It listens on that address alone if it is one of this machine, else on all. A name
+    is no such address: on many machines the own name means 127.0.1.1 to themselves, and to them
+    alone.
+    """
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    if rank > 0:
+        host = challenge.own_address(host, 1)
     with suppress(ValueError, OSError):
         ipaddress.IPv4Address(host)
-        return socket.create_server((host, 0), backlog=max(world, 128))
-    return socket.create_server(("", 0), backlog=max(world, 128))
+        return socket.create_server((host, 0), backlog=max(backlog, 128)), host
+    return socket.create_server(("", 0), backlog=max(backlog, 128)), host

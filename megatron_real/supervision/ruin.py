@@ -45,7 +45,7 @@ def ruin(policy: Policy, ranks: Ranks) -> str:
         if not sound:
             own = f"{name} on rank {ranks.rank}"
             break
-    for weight in ranks.gathered(own):
+    for weight in ranks.gathered_if_any(own):
         if weight:
             return f"the weight {weight}"
 

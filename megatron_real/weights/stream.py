@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_real.disk import fsync
-from megatron_real.parallel.collective import on_every_rank
+from megatron_real.parallel.collective import all_well, gathered
 from megatron_real.parallel.cpu import device
 from megatron_real.weights import WeightsError
 from megatron_real.weights.architecture import Architecture
@@ -93,7 +93,7 @@ def load_weights(
 
     # Every rank raises for a file that one cannot read. The others would wait in the first
     # broadcast.
-    on_every_rank(read, group=replicas, expected=WeightsError, raises=WeightsError)
+    all_well(read, group=replicas, expected=WeightsError, raises=WeightsError)
     source = dist.get_global_rank(replicas, 0)
     for parameter in parameters.values():
         dist.broadcast(parameter.data, src=source, group=replicas)
@@ -275,13 +275,9 @@ def _owners(
     A parameter that several stages hold is the first one's.
     """
     local = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
-    stages: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [
-        {} for _ in range(dist.get_world_size(pp_group))
-    ]
-    dist.all_gather_object(stages, local, group=pp_group)
 
     owners: dict[str, tuple[int, torch.Size, torch.dtype]] = {}
-    for stage, named in enumerate(stages):
+    for stage, named in enumerate(gathered(local, group=pp_group)):
         for name, (shape, dtype) in named.items():
             owners.setdefault(name, (stage, torch.Size(shape), dtype))
     return owners

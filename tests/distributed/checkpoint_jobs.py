@@ -24,7 +24,7 @@ from tests.distributed.reference import Sample
 def trained_and_saved(
     config: Config, samples: list[Sample], folder: str, live: bool = False
 ) -> dict[str, Any]:
-    """Three updates, a copy of the state, three more, and only then the write of the copy.
+    """Makes three updates, copies the state, makes three more, and only then writes the copy.
 
     Args:
         live: the negative control: the state itself takes the place of its copy.
@@ -66,7 +66,7 @@ def trained_and_saved(
 def resumed(
     config: Config, samples: list[Sample], folder: str, schedule: dict[str, int]
 ) -> dict[str, Any]:
-    """The state read back in this layout, and the weights three updates later."""
+    """Returns the state as it is read back in this layout, and the weights three updates later."""
     from megatron_real.checkpoint.state import load_schedule_state, load_sharded_state
     from megatron_real.checkpoint.unpickling import check_metadata, weights_only
 
@@ -101,13 +101,13 @@ def counted_reads() -> Iterator[list[int]]:
 
 
 def numbers_of(folder: str) -> int:
-    """How many numbers the tensors of a checkpoint have."""
+    """Returns how many numbers the tensors of a checkpoint have."""
     entries = FileSystemReader(folder).read_metadata().state_dict_metadata.values()
     return sum(prod(entry.size) for entry in entries if isinstance(entry, TensorStorageMetadata))
 
 
 def state_of(policy: Any) -> dict[str, Any]:
-    """The weights by their HF names, and this rank's pieces of the optimizer's state, each with
+    """Returns the weights by HF names, and this rank's pieces of the optimizer's state, each with
     its key, the whole tensor's shape and the piece's offset in it.
     """
     from megatron_real.checkpoint.state import sharded_state
@@ -120,7 +120,7 @@ def state_of(policy: Any) -> dict[str, Any]:
 
 
 def stopped_within_a_step(config: Config, samples: list[Sample], done: int) -> dict[str, Any]:
-    """The state of a step after `done` of its updates, and what the rest of them gave."""
+    """Returns the state of a step after `done` of its updates, and the scores of the others."""
     from megatron_real.checkpoint.state import unfinished
 
     policy = new_policy(config, config.model.path)
@@ -138,7 +138,7 @@ def stopped_within_a_step(config: Config, samples: list[Sample], done: int) -> d
 def taken_up(
     config: Config, samples: list[Sample], begun: dict[str, Any], done: int
 ) -> dict[str, Any]:
-    """The rest of the step, in this layout, from the state `begun`.
+    """Makes the rest of the step in this layout, from the state `begun`.
 
     The updates before it are made again, to have the same weights.
     """
@@ -157,7 +157,7 @@ def taken_up(
 
 
 def assembled(ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The whole tensors of the optimizer's state, from the pieces of all ranks;
+    """Returns the whole tensors of the optimizer's state, from the pieces of all ranks;
     NaN where nobody has an element.
     """
     whole: dict[str, torch.Tensor] = {}
@@ -172,5 +172,5 @@ def assembled(ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def slices(offset: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
-    """The box of `size` elements that begins at `offset`, as an index of a tensor."""
+    """Returns the box of `size` elements that begins at `offset`, as an index of a tensor."""
     return tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))

@@ -18,7 +18,7 @@ from tests.distributed.jobs import new_policy
 
 
 def _sharded(policy: Any) -> dict[str, Any]:
-    """The model's sharded state dict as Megatron-LM makes it."""
+    """Returns the model's sharded state dict as Megatron-LM makes it."""
     names = _names_of_chunks(policy)
     return {
         name: chunk.sharded_state_dict() for name, chunk in zip(names, policy.chunks, strict=True)
@@ -26,7 +26,7 @@ def _sharded(policy: Any) -> dict[str, Any]:
 
 
 def _names_of_chunks(policy: Any) -> list[str]:
-    """Megatron-LM's names of the model's parts: `model`, or `model0`, ... with virtual stages."""
+    """Returns Megatron-LM's names of the chunks: `model`, or `model0`, ... with virtual stages."""
     if len(policy.chunks) == 1:
         return ["model"]
     return [f"model{i}" for i in range(len(policy.chunks))]
@@ -51,8 +51,9 @@ def _load_by_megatron(policy: Any, checkpoint: str) -> None:
 
 
 def logits_of_checkpoint(config: Config, checkpoint: str, tokens: list[int]) -> Any:
-    """Logits [T, V] of tokens[:-1], on one rank of the last stage, after megatron-core's loader
-    and ours have filled the same parameters with the same values.
+    """Returns the logits [T, V] of tokens[:-1] on one rank, None on others.
+
+    First megatron-core's loader and ours must fill the parameters with the same values.
     """
     from megatron_real.conversion.convert import open_megatron
     from megatron_real.weights.stream import global_parameters
@@ -71,7 +72,7 @@ def logits_of_checkpoint(config: Config, checkpoint: str, tokens: list[int]) -> 
 
 
 def _logits(policy: Any, tokens: list[int]) -> Any:
-    """Through the pipeline schedule, as in training."""
+    """Computes the logits through the pipeline schedule, as in training."""
     from megatron_real.policy.parity import captured_logits
 
     completion = Completion(tuple(tokens[1:]), (0.0,) * (len(tokens) - 1), "", True)

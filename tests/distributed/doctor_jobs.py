@@ -28,12 +28,12 @@ def clocks(*, nodes: int, ahead: float) -> Finding:
 
 
 def shared_directory(*, directories: list[Path]) -> Finding:
-    """Each rank's view of the run directory."""
+    """Runs the check of the run directory, which each rank sees at its own path."""
     return network.shared_directory(directories[dist.get_rank()])
 
 
 def all_reduce(*, faulty_rank: int | None) -> Finding:
-    """A faulty rank adds 1 to one element of its sum."""
+    """Runs the check of sums, in which a faulty rank adds 1 to one element."""
     true_all_reduce = dist.all_reduce
 
     def wrong(tensor: Any, **options: Any) -> None:
@@ -47,7 +47,7 @@ def all_reduce(*, faulty_rank: int | None) -> Finding:
 
 
 def reported(*, run_dir: Path) -> list[Finding]:
-    """The whole report of two nodes, whose disks are made to differ.
+    """Returns the whole report of two nodes, whose disks are made to differ.
 
     Without that, a throttled disk could give both the same figure, and the test would not see
     two findings.

@@ -75,7 +75,7 @@ def gradient(config: Config, old_path: str | None, samples: list[Sample]) -> dic
 
 
 def prepared(policy: Any, old_path: str | None, samples: list[Sample]) -> Any:
-    """The minibatch as one batch; with `old_path`, its old log-probs are of the weights there."""
+    """Packs the minibatch as one batch; with `old_path` its old log-probs are of those weights."""
     from megatron_real.weights.hf import HfWeights
 
     settings = policy.settings
@@ -90,7 +90,7 @@ def prepared(policy: Any, old_path: str | None, samples: list[Sample]) -> Any:
 
 
 def gradients_of(policy: Any) -> dict[str, Any] | None:
-    """The gradient buffers under HF names, on the first rank: the sync's mapping is linear,
+    """Returns the gradient buffers under HF names on the first rank: the sync's mapping is linear,
     so it fits gradients.
     """
     for chunk in policy.chunks:
@@ -101,7 +101,7 @@ def gradients_of(policy: Any) -> dict[str, Any] | None:
 
 
 def naive_gradient(config: Config, old_path: str, samples: list[Sample]) -> dict[str, Any]:
-    """Each micro-batch's loss over its own rollouts alone, averaged over micro-batches."""
+    """Averages, over micro-batches, each one's loss over its own rollouts alone."""
     from megatron_real.objective import real_loss, sequence_scores
 
     policy = new_policy(config, config.model.path)
@@ -129,7 +129,7 @@ def naive_gradient(config: Config, old_path: str, samples: list[Sample]) -> dict
 
 
 def averaged_gradient(config: Config, samples: list[Sample]) -> dict[str, Any]:
-    """The gradient with Megatron's data-parallel averaging left on."""
+    """Returns the gradient with Megatron's data-parallel averaging left on."""
     from megatron_real.policy import model
 
     summing = model.transformer_config
@@ -152,7 +152,7 @@ def averaged_gradient(config: Config, samples: list[Sample]) -> dict[str, Any]:
 
 
 def updates(config: Config, samples: list[Sample]) -> dict[str, Any]:
-    """Three updates on one step's rollouts: the first on-policy, the others with a scoring pass."""
+    """Makes three updates on one step's rollouts: the first on-policy, the others after scoring."""
     policy = new_policy(config, config.model.path)
     start = {name: tensor.clone() for name, tensor in policy.stream()}
     results = [policy.update(batch) for batch in policy.prepare(rollouts_of(samples))]
@@ -166,7 +166,7 @@ def updates(config: Config, samples: list[Sample]) -> dict[str, Any]:
 
 
 def poisoned_update(config: Config, samples: list[Sample]) -> dict[str, Any]:
-    """Two updates with a NaN among the old log-probs, then a sound one."""
+    """Makes two updates with a NaN among the old log-probs, then a sound one."""
     policy = new_policy(config, config.model.path)
     batches = policy.prepare(rollouts_of(samples))
     poisoned = batches[1]
@@ -186,7 +186,7 @@ def poisoned_update(config: Config, samples: list[Sample]) -> dict[str, Any]:
 
 
 def logprobs(config: Config, samples: list[Sample]) -> torch.Tensor | None:
-    """Log-probs of all response tokens in sample order, on the ranks that have them."""
+    """Returns the log-probs of all response tokens in sample order, on the ranks that have them."""
     policy = new_policy(config, config.model.path)
     batch = policy.whole(rollouts_of(samples))
     policy.step.old_logprobs(batch)

@@ -51,7 +51,7 @@ def measured(config: Config, samples: list[Sample]) -> dict[str, int]:
 
 
 def living_bytes() -> int:
-    """Bytes of all tensors of this process; tensors that share a storage count once."""
+    """Returns the bytes of all tensors of this process; a shared storage counts once."""
     gc.collect()
     tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
     storages = [tensor.untyped_storage() for tensor in tensors]
@@ -86,7 +86,7 @@ def _peak(run: Callable[[], Any]) -> int:
 
 
 def _allocations(recorded: Any) -> list[tuple[int, int]]:
-    """(address, bytes) in order of time; the bytes of a release are negative."""
+    """Returns (address, bytes) in order of time; the bytes of a release are negative."""
 
     def walk(events: Iterable[Any]) -> Iterator[Any]:
         for event in events:

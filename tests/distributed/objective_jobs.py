@@ -69,7 +69,7 @@ def gradients(
 
 
 def gradients_of(policy: Any) -> dict[str, Any] | None:
-    """The gradient buffers under HF names, on the first rank; the parameters are kept."""
+    """Returns the gradient buffers under HF names, on the first rank; keeps the parameters."""
     parameters = [p for chunk in policy.chunks for p in chunk.parameters()]
     own = [p.data for p in parameters]
     for parameter in parameters:

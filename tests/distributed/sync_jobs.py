@@ -40,7 +40,7 @@ def config_of(
     rollout: dict[str, Any] | None = None,
     **parallel: Any,
 ) -> Config:
-    """fp32, with sharp bounds and a checksum at every sync."""
+    """Returns an fp32 configuration with sharp bounds and a checksum at every sync."""
     checks: dict[str, Any] = {
         "checksum_every": 1,
         "probe_bound": 1e-4,
@@ -125,7 +125,7 @@ class Pair:
         return ""
 
     def rollouts(self, asked: list[Prompt], *, seed: int = 5) -> list[Rollout]:
-        """Two answers to each prompt, the same on every rank."""
+        """Returns two answers to each prompt, the same on every rank."""
         from megatron_real.rollout.engines.engine import completed
 
         sampling = Sampling(2, TEMPERATURE, 16)
@@ -142,7 +142,7 @@ class Pair:
         return rollouts
 
     def largest(self, rollouts: list[Rollout]) -> float:
-        """max |log-prob in trainer - in engine| over all tokens (nats)."""
+        """Returns max |log-prob in trainer - in engine| over all tokens, in nats."""
         batch = self.policy.whole(rollouts)
         self.policy.step.old_logprobs(batch)
         return float(self.policy.token_stats([batch]).means()["mismatch_max_abs"])
@@ -203,7 +203,7 @@ def one_element(target: str, value: float = 1e-3) -> Callable[[Stream], Stream]:
 def mismatch(
     config: Config, answers: list[tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]]
 ) -> list[float]:
-    """The policy's mean |difference| to given log-probs."""
+    """Returns the policy's mean difference to given log-probs, in magnitude, for each rollout."""
     from tests.distributed.jobs import new_policy
 
     rollouts = [
@@ -258,7 +258,7 @@ def damages(config: Config, name: str) -> dict[str, str]:
 
 
 def hang(config: Config, name: str) -> None:
-    """A sync in which the last rank stops before it takes part in the tensor after `name`."""
+    """Runs a sync in which the last rank stops before it takes part in the tensor after `name`."""
     pair = Pair(config)
     assert not pair.synced()
     pair.sync.config = dataclasses.replace(pair.sync.config, timeout_seconds=8.0)

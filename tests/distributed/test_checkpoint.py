@@ -68,6 +68,7 @@ def test_another_layout_reads_the_same_state(
         assert torch.equal(saved_tensor[common], read_tensor[common]), key
         assert not saved_tensor.isnan().any(), f"nobody saved a part of {key}"
 
+    # Three more updates: layouts differ by rounding, a lost optimizer state by the whole movement.
     for name, tensor in saved[0]["later"].items():
         moved = (tensor - saved[0]["weights"][name]).norm()
         assert (tensor - read[0]["later"][name]).norm() <= 0.01 * moved, f"{name} goes on otherwise"

@@ -203,6 +203,8 @@ def test_control_batched_p2p_breaks_the_interleaved_schedule(
     """
     layout = replace(PLAIN, pp=2, vpp=2, first=True, placement="dp", max_tokens=256)
     path, _ = model_paths(tiny_model, layout.model)
+    # Rollouts of one length: the default p2p needs micro-batches of one shape
+    # (variable_seq_lengths is off with it).
     samples = [reference.Sample((5, 6, 7), (i, 9, i + 2, 4), i % 2, i // 4) for i in range(16)]
     loss, gradients = reference.gradient(path, None, samples)
     config = replace(

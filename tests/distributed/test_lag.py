@@ -24,7 +24,7 @@ ModelMaker = Callable[..., Path]
 
 
 def old_logprobs(batches: list[Any]) -> list[torch.Tensor]:
-    """The old log-probs of the micro-batches, on the ranks that have them."""
+    """Returns the old log-probs of the micro-batches, on the ranks that have them."""
     results = [results for batch in batches for results in batch.results]
     return [r.old_logprob_T for r in results if r.has("old_logprob_T")]
 
@@ -34,7 +34,7 @@ def all_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 
 def lagging(config: Config, samples: list[Sample]) -> dict[str, Any]:
-    """Two steps of updates; after each, the old log-probs under the weights before it."""
+    """Makes two steps of updates, and after each the old log-probs under the weights before it."""
     from megatron_real.policy.snapshot import Snapshot
 
     policy = jobs.new_policy(config, config.model.path)
@@ -77,6 +77,7 @@ def test_old_log_probs_are_those_of_the_weights_that_generated(
 
     for results in ranks:
         assert all(results[f"{what} {step}"] for what in ("lagged", "restored") for step in (1, 2))
+        # Under the weights that generated, scores are rounding alone.
         assert results["scores"] > 1e-4, "the weights moved since"
     # The last rank has log-probs in every layout.
     assert not any(ranks[-1][f"present {step}"] for step in (1, 2))

@@ -37,7 +37,7 @@ block of a program does not hold.
 
 
 def inputs(case: str, dtype: torch.dtype, tp: int) -> dict[str, torch.Tensor]:
-    """The same on every rank.
+    """Returns inputs that are the same on every rank.
 
     Logits of a few nats, so that probabilities are neither all equal nor all 0 or 1.
     """
@@ -74,7 +74,7 @@ def reference(case: str, dtype: torch.dtype, tp: int) -> dict[str, torch.Tensor]
 def by_kernels_and_by_torch(
     case: str, dtype: torch.dtype, sp: bool, fp32_logits: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """One rank's outputs and gradients, these gathered whole."""
+    """Returns one rank's outputs, and its gradients gathered whole."""
     _import_triton_for_its_interpreter()
     kernels = _outputs(case, dtype, sp, fp32_logits)
 

@@ -26,15 +26,15 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
 
 def inputs(dtype: torch.dtype, tp: int) -> dict[str, torch.Tensor]:
-    """The same on every rank.
+    """Returns inputs that are the same on every rank.
 
     At TP 4 the last rank's columns are all padding: 4 x 48 > 101 + 48.
     """
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, generator=draw, dtype=torch.float64)
-    weight = torch.randn(max(tp * PER_RANK, 128), HIDDEN, generator=draw, dtype=torch.float64)[
-        : max(tp * PER_RANK, 104)
-    ]
+    # The first rows are the same at every TP: at least 128 are drawn, of which TP 1 and 2 use 104.
+    weight = torch.randn(max(tp * PER_RANK, 128), HIDDEN, generator=draw, dtype=torch.float64)
+    weight = weight[: max(tp * PER_RANK, 104)]
     target = torch.randint(0, VOCAB, (TOKENS,), generator=draw)
     target[::5] = NO_TARGET
     upstream = torch.randn(TOKENS, generator=draw, dtype=torch.float64)
@@ -65,7 +65,7 @@ def expected(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def sharded(case: str, dtype: torch.dtype, chunk: int, sp: bool) -> dict[str, torch.Tensor]:
-    """One rank's call; gradients are returned whole."""
+    """Returns one rank's outputs, and its gradients gathered whole."""
     tp = dist.get_world_size()
     rank = dist.get_rank()
     x = inputs(dtype, tp)
@@ -134,7 +134,7 @@ def test_equal_to_log_softmax(
 
 
 def without_targets(sp: bool) -> tuple[float, ...]:
-    """A micro-batch of padding alone, or a context-parallel shard that is all prompt."""
+    """Scores a micro-batch of padding alone, as a context-parallel shard that is all prompt."""
     tp = dist.get_world_size()
     num_tokens = 8
     hidden = torch.randn(num_tokens // tp if sp else num_tokens, HIDDEN, requires_grad=True)
@@ -158,7 +158,7 @@ def test_no_target_at_all_gives_zeros(world: World, sp: bool) -> None:
 
 
 def error_of_unreduced_gradient() -> float:
-    """Relative error of a hidden gradient that is not reduced over TP.
+    """Returns the relative error of a hidden gradient that is not reduced over TP.
 
     The forward pass is right, so that a test of values alone would not see it.
     """

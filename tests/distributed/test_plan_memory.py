@@ -95,7 +95,7 @@ def config_of(
     max_tokens: int = SEQUENCES,
     **parallel: Any,
 ) -> Config:
-    """A configuration of SEQUENCES sequences, `max_tokens` of them in a micro-batch."""
+    """Returns a configuration of SEQUENCES sequences, `max_tokens` of them in a micro-batch."""
     return Config(
         model=ModelConfig(path=str(path), dtype=dtype, logprobs=logprobs, recompute=recompute),
         data=DataConfig(max_prompt_tokens=8),
@@ -136,6 +136,7 @@ def test_foretold_memory_is_what_is_allocated(
 ) -> None:
     config, measured = measure(world, tiny_model, layout)
 
+    # Parameters are counted; activations are an estimate, with the wider bound.
     for stage, rank in zip(foretold(config, LAYOUTS[layout][0]), measured, strict=True):
         name = f"stage {stage.stage}"
         resident = stage.resident

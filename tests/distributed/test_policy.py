@@ -252,6 +252,7 @@ def test_logprobs_equal_transformers(
     model = reference.load(path, torch.float32)
     with torch.no_grad():
         expected = torch.cat([reference.logprobs(model, s) for s in samples])
+    # Both are fp32, and sum in another order.
     assert (logprobs - expected).abs().max() <= 2e-4
 
 

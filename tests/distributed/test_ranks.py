@@ -72,16 +72,84 @@ def test_one_ranks_error_is_raised_on_every_rank(
         assert seconds < 120, "half the group's timeout: nobody waited for it"
 
 
-def kept() -> bool:
-    """Whether this rank gets its own process group back, which cannot be sent to another one."""
+def exchanged() -> dict[str, Any]:
+    """What ranks tell each other, what each of them got, and how often objects were gathered."""
+    import torch.distributed as dist
+
     from megatron_real.parallel.ranks import Ranks
 
     ranks = Ranks.of_all(timedelta(seconds=240))
-    return ranks.together(lambda: ranks.group) is ranks.group
+    gatherings = []
+    gather = dist.all_gather_object
+
+    def counted(*words: Any, **options: Any) -> None:
+        gatherings.append(1)
+        gather(*words, **options)
+
+    dist.all_gather_object = counted
+    found: dict[str, Any] = {
+        "large": ranks.on_first(lambda: b"x" * (1 << 20) if ranks.first else b"another's"),
+        "kept": ranks.together(lambda: ranks.group) is ranks.group,
+        "no complaint": ranks.gathered_if_any(""),
+    }
+    found["gatherings when all goes well"] = len(gatherings)
+    found["one complaint"] = ranks.gathered_if_any("rank 1 is full" if ranks.rank == 1 else "")
+
+    def fail() -> None:
+        if ranks.rank == 0:
+            raise ValueError("the others have failed")
+        if ranks.rank == 2:
+            raise OSError("the disk is lost")
+
+    for case, action in {
+        "an unexpected error first": fail,
+        "a value that cannot be pickled": lambda: ranks.group if ranks.rank == 1 else None,
+        "the first one's cannot be pickled": lambda: ranks.group,
+    }.items():
+        call = ranks.on_first if case.startswith("the first") else ranks.every
+        try:
+            call(action)
+        except Exception as error:
+            found[case] = f"{type(error).__name__}: {error}"
+    return found
 
 
-def test_what_ranks_make_together_stays_on_each(world: World) -> None:
-    assert world.run(kept, 2) == [True, True]
+def test_what_ranks_tell_each_other(world: World) -> None:
+    for found in world.run(exchanged, 3):
+        assert found["large"] == b"x" * (1 << 20)
+        assert found["kept"], "a group cannot be sent, and is not"
+        assert found["no complaint"] == []
+        assert found["gatherings when all goes well"] == 0
+        assert found["one complaint"] == ["", "rank 1 is full", ""]
+        assert found["an unexpected error first"] == "RankFailed: rank 2: OSError: the disk is lost"
+        assert found["a value that cannot be pickled"].startswith("RankFailed: rank 1: TypeError:")
+        assert found["the first one's cannot be pickled"].startswith("RankFailed: rank 0: TypeErr")
+
+
+def threads_of_runs() -> list[int]:
+    """Threads of this process in each of four runs that follow each other in it."""
+    import os
+
+    import torch.distributed as dist
+
+    from megatron_real.parallel.groups import join_world, leave_world
+
+    leave_world()
+    del os.environ["MASTER_PORT"]  # a process of its own: nobody else to meet
+    found = []
+    for _ in range(4):
+        join_world(5.0)
+        groups = [dist.new_group(backend="gloo") for _ in range(2)]
+        found.append(len(list(Path("/proc/self/task").iterdir())))
+        del groups
+        leave_world()
+    return found
+
+
+def test_groups_of_earlier_runs_in_a_process_are_let_go(world: World) -> None:
+    """Each of them has threads, which poll."""
+    (found,) = world.run(threads_of_runs, 1)
+    assert len(set(found[1:])) == 1, found
 
 
 def surveyed(folder: str, fault: str) -> tuple[str, float]:

@@ -62,8 +62,8 @@ def te_world() -> Iterator[TeWorld]:
 
 
 def calls_and_gradient(**arguments: Any) -> tuple[dict[str, int], dict[str, Any]]:
-    """The job of the invariance matrix, with the number of calls of each of TransformerEngine's
-    kernels.
+    """Runs the job of the invariance matrix; returns the number of calls of each of
+    TransformerEngine's kernels, and the job's result.
     """
     import transformer_engine_torch
 
@@ -105,7 +105,7 @@ def test_the_gradient_is_that_of_the_equation(
 
 
 def updates_and_optimizer(**arguments: Any) -> dict[str, Any]:
-    """Three updates, and whose Adam did them."""
+    """Makes three updates, and counts the calls of TransformerEngine's Adam."""
     import transformer_engine_torch
 
     transformer_engine_torch.calls.clear()

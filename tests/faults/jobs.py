@@ -39,7 +39,7 @@ class Run:
         self.lifeline = Lifeline(
             self.ranks.rank,
             self.ranks.world,
-            share=self.ranks.shared,
+            gathered=self.ranks.gathered,
             stage=self.timer.at,
             beat_seconds=0.3,
             silent_seconds=SILENT_SECONDS,

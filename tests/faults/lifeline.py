@@ -1,4 +1,7 @@
-"""Ranks that have a lifeline and nothing else: no collectives, no torch."""
+"""Ranks that have a lifeline and nothing else: no collectives, no torch.
+
+They are connected in a chain, so that the one in the middle is the others' only way to each other.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,21 @@ from pathlib import Path
 RANK = """
 import json, sys, time
 from pathlib import Path
-from megatron_real.supervision.lifeline import Lifeline
-rank, world, what, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+from megatron_real.supervision import lifeline
+lifeline.FAN_OUT = 1
+rank, world, what, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+rounds = 0
 
-def share(shared):
-    if shared is not None:
-        address.with_suffix(".new").write_text(json.dumps(shared))
-        address.with_suffix(".new").rename(address)
-    while not address.exists():
+def gathered(value):
+    global rounds
+    rounds += 1
+    own = folder / f"{rounds}-{rank}"
+    own.with_suffix(".new").write_text(json.dumps(value))
+    own.with_suffix(".new").rename(own)
+    files = [folder / f"{rounds}-{other}" for other in range(world)]
+    while not all(file.exists() for file in files):
         time.sleep(0.01)
-    return json.loads(address.read_text())
+    return [json.loads(file.read_text()) for file in files]
 
 began = time.monotonic()
 def stage():
@@ -31,7 +39,7 @@ limits = {
     "hang_seconds": 1.0 if what == "hang" else 600.0,
     "silent_seconds": 4.0 if what == "silence" else 600.0,
 }
-line = Lifeline(rank, world, share=share, stage=stage, beat_seconds=0.1, **limits)
+line = lifeline.Lifeline(rank, world, gathered=gathered, stage=stage, beat_seconds=0.1, **limits)
 print("ready", flush=True)
 if what == "raise" and rank == 1:
     time.sleep(0.5)
@@ -49,20 +57,16 @@ time.sleep(600)
 
 
 def start(
-    rank: int, case: str, folder: Path, *wrapper: str, host: str = "127.0.0.1"
+    rank: int, case: str, folder: Path, *wrapper: str, host: str = "127.0.0.1", world: int = 3
 ) -> subprocess.Popen[str]:
-    """One of three ranks that do what the case says, started by a wrapping command;
+    """One of the ranks that do what the case says, started by a wrapping command;
     `host` is the first rank's.
     """
     script = RANK
     if case == "leave":
-        script = RANK.replace(
-            "rank, world",
-            "import megatron_real.supervision.lifeline as l; l._LEAVE_SECONDS = 1.0\nrank, world",
-            1,
-        )
+        script = RANK.replace("rank, world", "lifeline._LEAVE_SECONDS = 1.0\nrank, world", 1)
     return subprocess.Popen(
-        [*wrapper, sys.executable, "-c", script, str(rank), "3", case, str(folder / "address")],
+        [*wrapper, sys.executable, "-c", script, str(rank), str(world), case, str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -76,6 +76,8 @@ def machines() -> Iterator[Machines]:
         for machine, address in enumerate((FIRST, SECOND)):
             pair.run(machine, "ip", "addr", "add", f"{address}/24", "dev", f"cable{machine}")
             pair.run(machine, "ip", "link", "set", f"cable{machine}", "up")
+            # What ranks of one machine say to each other goes over its loopback device.
+            pair.run(machine, "ip", "link", "set", "lo", "up")
         yield pair
 
 

@@ -97,6 +97,7 @@ def test_a_killed_sweep_ends_with_the_same_table(base: Path, tmp_path: Path) -> 
     assert [row["counts"]["finished"] for row in expected["variants"]] == [2, 2]
     assert expected["variants"][1]["differences"]["accuracy"]["count"] == 2
 
+    # First with the run that is at work, then the sweep alone, then both again in the last run.
     killed = write_sweep(base, tmp_path / "killed")
     kill_at(killed, "real/seed-1", 2, whole=True)
     kill_at(killed, "grpo/seed-1", 1, whole=False)

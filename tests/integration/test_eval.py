@@ -216,6 +216,7 @@ def test_two_processes(base: Path, benches: dict[str, Path], tmp_path: Path) -> 
     assert one == same
     assert [row["completion"] for row in one] != [row["completion"] for row in other]
 
+    # Two seeds differ by chance: less than four standard errors of the difference.
     figures = [json.loads((out / "results.json").read_text())["average"] for out in outs]
     error = (figures[0]["standard_error"] ** 2 + figures[2]["standard_error"] ** 2) ** 0.5
     assert abs(figures[0]["pass_at_1"] - figures[2]["pass_at_1"]) < 4 * error

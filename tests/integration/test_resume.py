@@ -74,7 +74,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    """The metrics that do not depend on the machine's speed."""
+    """Returns the metrics that do not depend on the machine's speed."""
     timed = (
         "seconds",
         "memory",
@@ -87,7 +87,7 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_same_run(run_dir: Path, expected: Path) -> None:
-    """Metrics, evaluations, rollouts and exported weights are equal, bit for bit."""
+    """Asserts that metrics, evaluations, rollouts and exported weights are equal, bit for bit."""
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         pairs = zip(rows(run_dir / name), rows(expected / name), strict=True)
         for row, expected_row in pairs:
@@ -117,6 +117,7 @@ def test_killed_at_any_moment_the_run_is_the_same(
         process = start(base, run_dir, processes=processes)
         try:
             wait_for_row(process, run_dir, row)
+            # Into whatever stage of the next step it is by then.
             time.sleep(draw.uniform(0.0, 0.6))
         finally:
             kill(process)
@@ -186,6 +187,7 @@ def test_a_killed_rank_ends_the_job_in_seconds_and_it_resumes(
         second.kill()
         killed_at = time.monotonic()
         output, _ = first.communicate(timeout=DEADLINE)
+        # Without the lifeline it would wait for the timeout of a collective, many minutes.
         assert time.monotonic() - killed_at < 60
     finally:
         first.kill()

@@ -125,6 +125,16 @@ def test_a_request_has_its_time(results: Results) -> None:
         assert "no answer in 0.001 s" in rank["patience"]
 
 
+def test_what_waits_for_a_slow_server_is_answered_by_the_other(results: Results) -> None:
+    """Each server decodes 4 of its 18 answers at a time, so it begins with 2 prompts of 3."""
+    quick, slow = (rank["slowed"] for rank in two_servers(results))
+    for server in (quick, slow):
+        assert server["held False"] == 18 and server["taken over False"] == 0
+        assert server["same tokens"] and server["largest"] <= 1e-5
+    assert (quick["held True"], slow["held True"]) == (36 - 6, 6)
+    assert (quick["taken over True"], slow["taken over True"]) == (18 - 6, 0)
+
+
 def test_a_killed_server_is_survived(results: Results) -> None:
     alive, killed = (rank["killed"] for rank in two_servers(results))
     assert not alive["lost"] and len(killed["lost"]) >= 6 and "failed" in killed["lost"][0]

@@ -58,6 +58,7 @@ def test_the_tokenizer_reads_back_as_it_was_made(base: Path) -> None:
     )
     assert isinstance(text, str)
     ids = tokenizer(text + "\\boxed{125}<|end|>", add_special_tokens=False)["input_ids"]
+    # <|user|>, 58+67=, <|assistant|>, the opening of the box, 125, its end, <|end|>
     assert len(ids) == 1 + 6 + 1 + 1 + 3 + 1 + 1
     assert tokenizer.decode(ids) == text + "\\boxed{125}<|end|>"
 
@@ -191,6 +192,7 @@ def test_replay_on_another_layout_gives_the_same_losses(
     original = rows(learned / "metrics.jsonl")[: len(replayed)]
     for row, original_row in zip(replayed, original, strict=True):
         for name in ("loss", "grad_norm", "score_positive_mean", "entropy"):
+            # Another layout sums in another order, and Adam amplifies the difference.
             close = pytest.approx(original_row[name], rel=2e-3, abs=1e-5)
             assert row[name] == close, f"{name} of step {row['step']}"
 

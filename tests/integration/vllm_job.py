@@ -27,11 +27,10 @@ NAMES = {
 
 
 def parity(pair: Pair) -> dict[str, Any]:
-    """The largest difference to the engine's log-probs after each of three syncs, between which
-    the weights move.
+    """Returns the largest difference to the engine's log-probs after each of three syncs.
 
-    `stale` is the control: the difference after a move without a sync. Some prompts are longer
-    than a block of the prefix cache.
+    The weights move between the syncs. `stale` is the control: the difference after a move without
+    a sync. Some prompts are longer than a block of the prefix cache.
     """
     synced = []
     stale = []

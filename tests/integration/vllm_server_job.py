@@ -13,17 +13,22 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy
 import torch.distributed as dist
 
 from megatron_real.config import Given, TrainerConfig
+from megatron_real.labels import Labeller
 from megatron_real.parallel.groups import join_world
 from megatron_real.records import Sampling
 from megatron_real.rollout.engines.engine import EngineFailed, completed
+from megatron_real.rollout.stage import RolloutStage
 from megatron_real.rollout.vllm_server.server import Server, wait_until_healthy
 from tests.distributed import sync_jobs
 from tests.distributed.sync_jobs import Pair, prompts
@@ -57,7 +62,7 @@ def damages(pair: Pair) -> dict[str, str]:
 
 
 def key(pair: Pair) -> dict[str, int]:
-    """The HTTP status of each path for a request without a key, and for one with another key."""
+    """Returns each path's HTTP status for a request without a key, and for one with another key."""
     statuses = {}
     host, port = pair.engine.server.address
     for path in ("/health", "/v1/completions", "/collective_rpc", "/reset_prefix_cache", "/pause"):
@@ -73,7 +78,7 @@ def key(pair: Pair) -> dict[str, int]:
 
 
 def early(pair: Pair) -> str:
-    """The error of a request to a server that has no weights yet."""
+    """Returns the error of a request to a server that has no weights yet."""
     try:
         completed(pair.engine, prompts(1), SAMPLING, seeds=[1])
     except EngineFailed as error:
@@ -82,7 +87,7 @@ def early(pair: Pair) -> str:
 
 
 def refused(pair: Pair) -> str:
-    """The error of waiting for a server with another key, which comes without a long wait."""
+    """Returns the error of waiting with another key, which comes without a long wait."""
     try:
         wait_until_healthy(Server(pair.engine.server.url, "other"), 60.0, lambda _: None)
     except EngineFailed as error:
@@ -110,7 +115,7 @@ def leaks(pair: Pair) -> list[str]:
 
 
 def one_fails(pair: Pair) -> str:
-    """Every rank's error where the last rank's server does not answer for its checksums."""
+    """Returns the error where the last rank's server does not answer for its checksums."""
     server = pair.engine.server
     call = server.call
 
@@ -141,13 +146,58 @@ def patience(pair: Pair) -> str:
     return ""
 
 
+def slowed(pair: Pair) -> dict[str, Any]:
+    """The last rank's server gives no answer before the other has given all of its own; and the
+    same draw where each server keeps to its share.
+    """
+    engine, complete = pair.engine, pair.engine._complete
+    asked = prompts(12)
+    others_ended = Path(engine._config.trainer.run_dir) / "others_ended"
+    slow = dist.get_rank() == dist.get_world_size() - 1
+    results: dict[str, Any] = {}
+    answers = []
+    with Labeller("exact", workers=1, timeout_seconds=10, memory_mib=512) as labeller:
+        for take_over in (False, True):
+            stage = RolloutStage(
+                engine,
+                labeller,
+                rank=dist.get_rank(),
+                world=dist.get_world_size(),
+                take_over=take_over,
+            )
+            if take_over and slow:
+                engine._complete = partial(once_there, others_ended, complete)
+            share = stage.generate(asked, SAMPLING, seed=3)
+            engine._complete = complete
+            if take_over and not slow:
+                others_ended.touch()
+            rollouts = stage.label(asked, share)
+            results[f"held {take_over}"] = sum(r.holder == stage.rank for r in rollouts)
+            results[f"taken over {take_over}"] = stage.take_work()["taken_over"]
+            everything = [range(len(rollouts))] * stage.world
+            answers.append(stage.exchange.bring(rollouts, everything, text=True))
+    pairs = list(zip(*answers, strict=True))
+    return results | {
+        "same tokens": all(
+            numpy.array_equal(a.completion.token_ids, b.completion.token_ids) for a, b in pairs
+        ),
+        "largest": max(
+            float(abs(a.completion.logprobs - b.completion.logprobs).max()) for a, b in pairs
+        ),
+    }
+
+
+def once_there(file: Path, complete: Callable[..., Any], *args: Any) -> Any:
+    """What `complete` returns, called once the file is there."""
+    while not file.exists():
+        time.sleep(0.01)
+    return complete(*args)
+
+
 def killed(pair: Pair) -> dict[str, Any]:
     """The last rank's server is killed while it answers; returns what becomes of its answers,
     and the next sync's error.
     """
-    from megatron_real.labels import Labeller
-    from megatron_real.rollout.stage import RolloutStage
-
     engine = pair.engine
     generate = engine.generate
     pid = pid_of_server(pair)
@@ -185,7 +235,7 @@ def killed(pair: Pair) -> dict[str, Any]:
 
 
 def pid_of_server(pair: Pair) -> int:
-    """The process of this rank's server; 0 where another rank has started it."""
+    """Returns the process of this rank's server; 0 where another rank has started it."""
     started = pair.engine.started
     if started is None:
         return 0
@@ -219,7 +269,7 @@ def main() -> None:
     }
     jobs: tuple[Callable[[Pair], Any], ...] = (parity, damages)
     if num_servers > 1:
-        jobs = (key, refused, leaks, parity, damages, one_fails, patience, killed)
+        jobs = (key, refused, leaks, parity, damages, one_fails, patience, slowed, killed)
     results |= {job.__name__: job(pair) for job in jobs}
     out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(results))
     dist.barrier()

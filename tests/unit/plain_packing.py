@@ -1,7 +1,7 @@
-"""The packing of batching/placement.py in its plainest form:
-every full bin is looked at again for every unit.
+"""The packing of batching/placement.py in its plainest form: every full bin is looked at again for
+every unit.
 
-Takes time by the product of units and bins, and tries every count of micro-batches.
+Its time grows with units times bins, and it tries every count of micro-batches.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from megatron_real.batching import Layout
 def plain_micro_batches(
     lengths: Sequence[int], groups: Sequence[int], layout: Layout, placement: str
 ) -> tuple[tuple[tuple[int, ...], ...], ...] | None:
-    """Returns [DP rank][micro-batch] -> positions where a sequence costs its length;
-    None where a group does not fit.
+    """Returns [DP rank][micro-batch] -> positions, where a sequence costs its length.
+
+    Returns None where a group does not fit.
     """
     members: dict[int, list[int]] = {}
     for position, group in enumerate(groups):

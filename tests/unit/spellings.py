@@ -1,5 +1,5 @@
-r"""Pairs of answers that mean the same, and that do not: each gold in twenty
-spellings of either sort.
+"""Pairs of answers that mean the same, and pairs that do not: each gold in twenty spellings of
+either sort.
 
 The golds are those of tests/samples and one or more of every kind that docs/labels.md lists. A
 completion is a whole text, so that boxes and thinking vary too.
@@ -280,8 +280,8 @@ WRAPPED = (
 
 
 def pairs() -> list[Pair]:
-    """Every gold in `NUM_SPELLINGS` completions that agree and as many that do not."""
-    found = []
+    """Returns every gold in `NUM_SPELLINGS` completions that agree and in as many that do not."""
+    all_pairs = []
     for kind, entries in TABLE.items():
         for gold, spelled, others in entries:
             # Seven other spellings, and the gold's own text in thirteen of the wrappings.
@@ -289,18 +289,21 @@ def pairs() -> list[Pair]:
             texts += [
                 wrapped.replace("X", gold) for wrapped in WRAPPED[: NUM_SPELLINGS - len(texts)]
             ]
-            found += [Pair(kind, text, gold, True) for text in texts]
-            found += [Pair(kind, f"so \\boxed{{{text}}}", gold, False) for text in others]
+            all_pairs += [Pair(kind, text, gold, True) for text in texts]
+            all_pairs += [Pair(kind, f"so \\boxed{{{text}}}", gold, False) for text in others]
     for gold in sorted(set(sample_numbers())):
-        found += _number_pairs(gold)
-    return found
+        all_pairs += _number_pairs(gold)
+    return all_pairs
 
 
 def sample_numbers() -> Iterator[str]:
-    """The golds of tests/samples that are plain numbers; the others are in the table."""
+    """Returns the golds of tests/samples that are plain numbers; the others are in the table."""
     for file in sorted(SAMPLES.glob("*.json*")):
         text = file.read_text(encoding="utf-8")
-        rows = json.loads(text) if text.startswith("[") else map(json.loads, text.splitlines())
+        if text.startswith("["):
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.splitlines()]
         for row in rows:
             gold = (
                 row.get("answer")

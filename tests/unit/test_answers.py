@@ -1,5 +1,5 @@
-"""Answers read and compared: our table of 99, generated spellings,
-and where in a text an answer is looked for.
+"""How answers are read and compared: a table of 99, generated spellings, and where in a text the
+answer is looked for.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_real.labels import Labeller
-from megatron_real.labels.answers import final_answer, opened_thinking
+from megatron_real.labels.answers import Answer, final_answer, opened_thinking
 from megatron_real.labels.comparison import same
 from megatron_real.labels.equivalence import Given, answer_classes
 from megatron_real.labels.normal_form import read
@@ -26,21 +26,22 @@ MAX_FALSE_NEGATIVE_SHARE = 0.01
 
 
 def test_every_answer_of_the_table_is_judged_as_it_should_be() -> None:
-    """Each was judged otherwise once.
+    """Every row was once judged wrongly.
 
     A row whose expectation was open carries the reason of the decision.
     """
     verify = load("math_verify")
     rows = [json.loads(line) for line in TABLE.read_text(encoding="utf-8").splitlines()]
-    found = {row["id"]: verify(row["completion"], row["gold"], {})[0] for row in rows}
+    statuses = {row["id"]: verify(row["completion"], row["gold"], {})[0] for row in rows}
     assert len(rows) == 99
-    assert found == {row["id"]: row["expected"] for row in rows}
+    assert statuses == {row["id"]: row["expected"] for row in rows}
 
 
 def judged(every: list[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """The false positives and the false negatives among pairs."""
+    """Returns the pairs that are falsely accepted and those that are falsely rejected."""
     verify = load("math_verify")
-    positives, negatives = [], []
+    positives = []
+    negatives = []
     for pair in every:
         is_right = verify(pair.completion, [pair.gold], {})[0] == "ok"
         if is_right and not pair.agrees:
@@ -55,14 +56,14 @@ def test_each_gold_has_twenty_spellings_of_either_sort() -> None:
     assert set(counts.values()) == {NUM_SPELLINGS}
 
 
-def test_generated_pairs_drawn_at_random() -> None:
+def test_generated_pairs_drawn_at_random_are_judged_as_they_should_be() -> None:
     positives, negatives = judged(random.Random(0).sample(pairs(), NUM_DRAWN))
     assert not positives
     assert len(negatives) <= MAX_FALSE_NEGATIVE_SHARE * NUM_DRAWN
 
 
 @pytest.mark.grid
-def test_generated_pairs_all() -> None:
+def test_every_generated_pair_is_judged_as_it_should_be() -> None:
     every = pairs()
     positives, negatives = judged(every)
     assert not positives
@@ -92,10 +93,14 @@ BOXES = {
 }
 
 
+def text_of(answer: Answer | None) -> str | None:
+    return None if answer is None else answer.text
+
+
 @pytest.mark.parametrize("text", BOXES, ids=lambda text: text[:40])
-def test_boxes(text: str) -> None:
-    found = final_answer(text)
-    assert (found.text if found else None) == BOXES[text]
+def test_the_last_balanced_box_is_the_answer(text: str) -> None:
+    answer = final_answer(text)
+    assert text_of(answer) == BOXES[text]
 
 
 ENDS = {
@@ -111,8 +116,8 @@ ENDS = {
 
 @pytest.mark.parametrize("text", ENDS, ids=lambda text: text[:40])
 def test_without_a_box_the_end_is_read(text: str) -> None:
-    found = final_answer(text, require_boxed=False)
-    assert (found.text if found else None) == ENDS[text]
+    answer = final_answer(text, require_boxed=False)
+    assert text_of(answer) == ENDS[text]
 
 
 THINKING = {
@@ -128,8 +133,8 @@ THINKING = {
 
 @pytest.mark.parametrize("text", THINKING)
 def test_thinking_is_no_answer(text: str) -> None:
-    found = final_answer(text)
-    assert (found.text if found else None) == THINKING[text]
+    answer = final_answer(text)
+    assert text_of(answer) == THINKING[text]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +195,7 @@ DECIDED = [
 
 
 @pytest.mark.parametrize(("gold", "answer", "agrees"), DECIDED, ids=str)
-def test_decided_pairs(gold: str, answer: str, agrees: bool) -> None:
+def test_decided_pairs_are_compared_as_decided(gold: str, answer: str, agrees: bool) -> None:
     assert same(read(gold), read(answer)) == agrees
 
 
@@ -200,11 +205,11 @@ def test_decided_pairs(gold: str, answer: str, agrees: bool) -> None:
      "=", "_", "\\sqrt[", "or "],
     ids=str,
 )  # fmt: skip
-def test_reading_survives_what_is_repeated_without_end(piece: str) -> None:
+def test_reading_an_endless_repetition_returns(piece: str) -> None:
     assert read(piece * (1000 // len(piece))) is not None
 
 
-def test_marks_of_thinking_stay_in_the_text_where_the_tokenizer_calls_them_special() -> None:
+def test_thinking_marks_that_are_special_tokens_stay_in_the_decoded_text() -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -220,21 +225,21 @@ def test_marks_of_thinking_stay_in_the_text_where_the_tokenizer_calls_them_speci
         eos_token="<eos>",
         additional_special_tokens=["<think>", "</think>"],
     )
+
     assert tokenizer.decode([2, 4, 3, 5, 1], skip_special_tokens=True) == "six five"
     assert decoded([2, 4, 3, 5, 1], tokenizer) == "<think>six</think>five"
 
 
-def test_a_box_in_a_thinking_that_the_template_opened_is_no_answer() -> None:
+def test_a_box_in_thinking_that_the_template_opened_is_no_answer() -> None:
     prompt = Prompt("p", "<|assistant|><think>\n", (1,), ("5",))
     texts = ["\\boxed{5}", "\\boxed{6}</think>\\boxed{5}"]
-    options = {"workers": 1, "timeout_seconds": 60, "memory_mib": 1024}
-    with Labeller("math_verify", **options) as label:
+    with Labeller("math_verify", workers=1, timeout_seconds=60, memory_mib=1024) as label:
         verdicts = label([(prompt, Completion((7,), (0.0,), text, True)) for text in texts])
     assert [verdict.status for verdict in verdicts] == ["unparsable", "ok"]
 
 
 def test_wrong_answers_vote_together_without_a_box_and_without_algebra() -> None:
-    """Three texts say 6 and two say 5, and 5 is right: the majority is wrong."""
+    """Three texts say 6 and two say 5, which is right, so the majority is wrong."""
     texts = ["so it is 6", "6", "I think it is 6.0", "it is 5", "5"]
     given = [Given(text, text.endswith("5"), comparable=False) for text in texts]
     classes = answer_classes(given, lambda one, other: False)

@@ -24,16 +24,23 @@ LLAMA3 = {
 }
 
 
-def test_r1_distill_qwen_1_5b() -> None:
-    found = Architecture.from_config(QWEN_1_5B)
-    assert (found.head_dim, found.qkv_bias, found.tied, found.rope_factor) == (
+def test_the_config_of_r1_distill_qwen_1_5b_is_read_as_published() -> None:
+    architecture = Architecture.from_config(QWEN_1_5B)
+    assert (
+        architecture.head_dim,
+        architecture.qkv_bias,
+        architecture.tied,
+        architecture.rope_factor,
+    ) == (
         128,
         True,
         False,
         None,
     )
-    assert found.num_parameters == 1_777_088_000  # the published checkpoint's tensors added up
-    assert [found.padded_vocab(tp) for tp in (1, 2, 4)] == [151936, 152064, 152064]
+    assert (
+        architecture.num_parameters == 1_777_088_000
+    )  # the published checkpoint's tensors added up
+    assert [architecture.padded_vocab(tp) for tp in (1, 2, 4)] == [151936, 152064, 152064]
 
 
 def test_a_kv_cache_counts_the_heads_as_they_are() -> None:
@@ -58,9 +65,15 @@ def test_a_kv_cache_counts_the_heads_as_they_are() -> None:
     ],
     ids=["transformers4", "transformers5"],
 )
-def test_llama3_rope_in_both_spellings(rope: dict[str, Any]) -> None:
-    found = Architecture.from_config({**QWEN_1_5B, "architectures": ["LlamaForCausalLM"], **rope})
-    assert (found.rope_theta, found.rope_factor, found.qkv_bias) == (5e5, 8.0, False)
+def test_llama3_rope_settings_are_read_in_both_spellings(rope: dict[str, Any]) -> None:
+    architecture = Architecture.from_config(
+        {**QWEN_1_5B, "architectures": ["LlamaForCausalLM"], **rope}
+    )
+    assert (architecture.rope_theta, architecture.rope_factor, architecture.qkv_bias) == (
+        5e5,
+        8.0,
+        False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +117,9 @@ def test_llama3_rope_in_both_spellings(rope: dict[str, Any]) -> None:
     ],
     ids=str,
 )
-def test_refuses(change: dict[str, Any], message: str) -> None:
+def test_a_config_that_is_not_supported_is_refused_by_name(
+    change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         Architecture.from_config({**QWEN_1_5B, **change})
 
@@ -127,7 +142,7 @@ def test_refuses(change: dict[str, Any], message: str) -> None:
     ids=str,
 )
 def test_settings_that_change_nothing_are_accepted(change: dict[str, Any]) -> None:
-    """transformers computes the same model with and without them."""
+    """transformers computes the same model with these settings and without them."""
     plain = Architecture.from_config(QWEN_1_5B)
     assert Architecture.from_config({**QWEN_1_5B, **change}) == plain
 
@@ -143,9 +158,11 @@ def test_a_config_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(WeightsError, match=message):
             Architecture.read(tmp_path)
+
     (tmp_path / "config.json").unlink()
     with pytest.raises(WeightsError, match=r"there is no config.json"):
         Architecture.read(tmp_path)
+
     (tmp_path / "config.json").mkdir()
     with pytest.raises(WeightsError, match=r"config.json cannot be read \(Is a directory\)"):
         Architecture.read(tmp_path)

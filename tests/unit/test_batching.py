@@ -1,7 +1,8 @@
-"""Minibatches keep the denominators, plans keep every promise of their placement."""
+"""Minibatches keep their denominators, and plans keep every promise of their placement."""
 
 from __future__ import annotations
 
+from typing import Literal
 from unittest import mock
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from megatron_real.batching import Layout, minibatches, plan
 from megatron_real.batching.placement import _Bin, _Packing
 from megatron_real.objective import make_objective, real_weights
-from megatron_real.records import Completion, Prompt, Rollout, Verdict
+from megatron_real.objective.real import OneClassGroups
+from megatron_real.records import Completion, Label, Prompt, Rollout, Status, Verdict
 from tests.unit.plain_packing import plain_micro_batches
 
 
@@ -23,7 +25,7 @@ def rollout(group: int, label: int, tokens: int = 3) -> Rollout:
         group,
         0,
         Completion((5,) * tokens, (0.0,) * tokens, "", True),
-        Verdict("ok", label, 1.0),
+        Verdict(Status.OK, Label(label), 1.0),
     )
 
 
@@ -44,9 +46,11 @@ def test_denominator_counts_groups_with_a_labelled_rollout() -> None:
     one_class=st.sampled_from(["skip", "keep"]),
 )
 @settings(deadline=None)
-def test_kept_are_those_with_a_weight(labels: list[list[int]], one_class: str) -> None:
-    """Batching drops rollouts before there are scores; the objective must agree
-    on which have no weight.
+def test_minibatches_keep_exactly_the_rollouts_with_a_weight(
+    labels: list[list[int]], one_class: OneClassGroups
+) -> None:
+    """Batching drops rollouts before there are scores, so it must agree with the objective on which
+    rollouts have no weight.
     """
     rollouts = [rollout(g, y) for g, ys in enumerate(labels) for y in ys]
     objective = make_objective("real", one_class_groups=one_class)
@@ -56,7 +60,7 @@ def test_kept_are_those_with_a_weight(labels: list[list[int]], one_class: str) -
     )
     weight_R = real_weights(
         torch.zeros(len(rollouts)), label_R, group_R, one_class_groups=one_class
-    )  # type: ignore[arg-type]
+    )
     assert weight_R.nonzero().flatten().tolist() == list(only.kept)
 
 
@@ -72,6 +76,9 @@ def test_minibatches_hold_whole_groups_in_order() -> None:
     assert [[r.group for r in m.rollouts] for m in cut] == [[7, 7, 3, 3], [5, 5]]
 
 
+Placement = Literal["auto", "intact", "dp", "split"]
+
+
 @given(
     sizes=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=6), min_size=0, max_size=12),
     dp=st.integers(1, 4),
@@ -82,24 +89,27 @@ def test_minibatches_hold_whole_groups_in_order() -> None:
 )
 @settings(max_examples=300, deadline=None)
 def test_plans_keep_their_promises(
-    sizes: list[list[int]], dp: int, budget: int, padded: bool, multiple: int, placement: str
+    sizes: list[list[int]], dp: int, budget: int, padded: bool, multiple: int, placement: Placement
 ) -> None:
     lengths = [n for group in sizes for n in group]
     groups = [g for g, group in enumerate(sizes) for _ in group]
     layout = Layout(dp=dp, max_tokens=budget, padded=padded, count_multiple=multiple)
     try:
-        made = plan(lengths, groups, layout=layout, placement=placement, needs_scores=True)  # type: ignore[arg-type]
+        made = plan(lengths, groups, layout=layout, placement=placement, needs_scores=True)
     except ValueError:
         assert placement in ("intact", "dp")  # only these can be impossible
         return
     ranks = made.micro_batches
+
     assert sorted(i for rank in ranks for micro in rank for i in micro) == list(range(len(lengths)))
     assert len(ranks) == dp and len({len(rank) for rank in ranks}) == 1
     assert len(ranks[0]) > 0 and len(ranks[0]) % multiple == 0
+
     for rank in ranks:
         for micro in filter(None, rank):
             tokens = [lengths[i] for i in micro]
             assert (max(tokens) * len(tokens) if padded else sum(tokens)) <= budget
+
     for g in set(groups):
         where = {
             (r, m)
@@ -138,16 +148,16 @@ def test_a_sequence_beyond_the_budget_is_refused() -> None:
     placement=st.sampled_from(["intact", "dp", "split"]),
 )
 @settings(max_examples=150, deadline=None)
-def test_plans_are_those_of_the_plain_packing(
-    sizes: list[list[int]], dp: int, budget: int, padded: bool, multiple: int, placement: str
+def test_fast_planning_makes_the_plans_of_the_plain_packing(
+    sizes: list[list[int]], dp: int, budget: int, padded: bool, multiple: int, placement: Placement
 ) -> None:
-    """What makes planning fast, bounds of counts and full bins that wait, changes no plan."""
+    """Bounds of counts and full bins that are set aside make planning fast, and change no plan."""
     lengths = [n for group in sizes for n in group]
     groups = [g for g, group in enumerate(sizes) for _ in group]
     layout = Layout(dp=dp, max_tokens=budget, padded=padded, count_multiple=multiple)
     expected = plain_micro_batches(lengths, groups, layout, placement)
     try:
-        made = plan(lengths, groups, layout=layout, placement=placement, needs_scores=True)  # type: ignore[arg-type]
+        made = plan(lengths, groups, layout=layout, placement=placement, needs_scores=True)
     except ValueError:
         assert expected is None
     else:
@@ -155,8 +165,8 @@ def test_plans_are_those_of_the_plain_packing(
 
 
 def test_planning_does_not_grow_with_ranks_times_sequences() -> None:
-    """Comparisons of bins, counted: the number for 8 times the ranks and
-    sequences is about 8 times as large.
+    """Counts comparisons of bins: for 8 times the ranks and 8 times the sequences there are about 8
+    times as many, not 64.
     """
 
     def comparisons(dp: int) -> int:
@@ -178,7 +188,9 @@ def test_planning_does_not_grow_with_ranks_times_sequences() -> None:
 
 
 def test_a_group_above_the_budget_ends_the_attempt() -> None:
-    """8 x 8,192 tokens never fit into one micro-batch: `intact` asks no count of micro-batches."""
+    """8 x 8,192 tokens never fit into one micro-batch, so `intact` tries no count of
+    micro-batches.
+    """
     packing = _Packing([8192] * 64, [i // 8 for i in range(64)], Layout(4, 10240), float)
     assert len(packing._counts("intact")) == 0
     assert list(packing._counts("split")) == [16]

@@ -1,4 +1,4 @@
-"""Results of benchmarks: kept in files, read again, compared row by row."""
+"""Results of benchmarks are kept in files, read again, and compared row by row."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ def options(*words: str) -> argparse.Namespace:
 
 
 def test_results_are_kept_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows with the same name keep their order; a row that was not measured before is left out."""
+    """Rows with the same name keep their order, and a row that was not measured before
+    is left out.
+    """
     file = tmp_path / "results.json"
     asked = options("--json", str(file))
     earlier = [dict(row, seconds=row["seconds"] / 2) for row in NOW[:2]]
     bench_machine.show("a plan", earlier, asked)
     bench_machine.show("another", [{"name": "x", "seconds": 1.0}], asked)
     kept = json.loads(file.read_text())
+
     assert [table["title"] for table in kept["tables"]] == ["a plan", "another"]
     assert kept["tables"][0]["rows"] == earlier
     assert {"machine", "threads", "versions", "command", "date"} <= kept.keys()
@@ -46,11 +49,12 @@ def test_results_are_kept_and_compared(tmp_path: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     bench_machine.show("a plan", NOW, options("--against", str(file)))
     assert "another processor" not in capsys.readouterr().out
+
     file.write_text(json.dumps(kept | {"machine": "an abacus"}))
     bench_machine.show("a plan", NOW, options("--against", str(file)))
-    shown = capsys.readouterr().out
-    assert "5 / 2.5 = 2.00" in shown
-    assert "another processor, an abacus" in shown
+    output = capsys.readouterr().out
+    assert "5 / 2.5 = 2.00" in output
+    assert "another processor, an abacus" in output
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ from tests.integration.conftest import ROOT
 
 
 @pytest.mark.grid
-def test_ten_thousand_steps_of_64_ranks_keep_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted once every prompt has been seen, whose expected length is kept:
-    after 4,000 / 32 steps.
+def test_memory_does_not_grow_over_ten_thousand_steps_of_64_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory is measured after 4,000 / 32 steps, when the expected length of every
+    prompt is known.
     """
     monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
     run = importlib.import_module("bench_bookkeeping").Bookkeeping(ranks=64, prompts=4_000)
@@ -30,5 +32,6 @@ def test_ten_thousand_steps_of_64_ranks_keep_no_memory(monkeypatch: pytest.Monke
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
+
     # 64 bytes a step would already be 640 kB.
     assert after - before < 200_000

@@ -23,7 +23,7 @@ def address(door: Door) -> tuple[str, int]:
     return str(host), int(port)
 
 
-def test_both_ends_know_it() -> None:
+def test_two_ends_with_the_same_secret_accept_each_other() -> None:
     secret = new_secret()
     with Door(listener(), secret, purpose="test") as door:
         ours = connect(address(door), secret, purpose="test")
@@ -44,7 +44,7 @@ def test_another_secret_or_purpose_is_refused(secret: str, purpose: str) -> None
 
 
 def impostor(answer: Callable[[socket.socket], None]) -> tuple[str, int]:
-    """Listens on a port in place of ours, and answers once."""
+    """Listens on a port in place of the real listener, and answers one connection."""
     server = listener()
 
     def serve() -> None:
@@ -58,10 +58,10 @@ def impostor(answer: Callable[[socket.socket], None]) -> tuple[str, int]:
 
 
 def reflect(connection: socket.socket) -> None:
-    """Sends back what it gets, in the hope that a proof is good for both directions."""
+    """Sends back what it receives, in the hope that a proof is valid in both directions."""
     connection.sendall(bytes(32))
-    said = connection.recv(64, socket.MSG_WAITALL)
-    connection.sendall(said[32:])
+    received = connection.recv(64, socket.MSG_WAITALL)
+    connection.sendall(received[32:])
 
 
 IMPOSTORS: dict[str, Callable[[socket.socket], None]] = {
@@ -73,7 +73,7 @@ IMPOSTORS: dict[str, Callable[[socket.socket], None]] = {
 
 
 @pytest.mark.parametrize("kind", IMPOSTORS)
-def test_whoever_listens_has_to_prove_it_too(kind: str) -> None:
+def test_the_listener_has_to_prove_the_secret_too(kind: str) -> None:
     heard: list[bytes] = []
 
     def answer(connection: socket.socket) -> None:
@@ -84,11 +84,11 @@ def test_whoever_listens_has_to_prove_it_too(kind: str) -> None:
 
     with pytest.raises((NotProven, ConnectionError)):
         connect(impostor(answer), "right", purpose="test", seconds=0.5)
-    assert all(b"right" not in said for said in heard)
+    assert all(b"right" not in message for message in heard)
 
 
-def test_an_old_proof_is_worth_nothing() -> None:
-    """What was once said is said again, to a listener with another number."""
+def test_a_recorded_proof_is_not_accepted_again() -> None:
+    """A recorded message is sent again, to a listener with another random number."""
     recorded: list[bytes] = []
 
     def record(connection: socket.socket) -> None:
@@ -97,6 +97,7 @@ def test_an_old_proof_is_worth_nothing() -> None:
 
     with pytest.raises((NotProven, ConnectionError)):
         connect(impostor(record), "right", purpose="test", seconds=1)
+
     with Door(listener(), "right", purpose="test") as door:
         with socket.create_connection(address(door)) as replay:
             replay.sendall(recorded[0])
@@ -107,7 +108,7 @@ def test_an_old_proof_is_worth_nothing() -> None:
             door.next(0.1)
 
 
-def test_silent_strays_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_connections_do_not_block_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(challenge, "HANDSHAKE_SECONDS", 1.0)
     with Door(listener(), "right", purpose="test") as door:
         strays = [socket.create_connection(address(door)) for _ in range(300)]

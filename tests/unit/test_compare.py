@@ -1,5 +1,5 @@
-"""Sweeps: refused in one sentence before anything starts, read from run directories,
-and compared seed by seed.
+"""Sweeps are refused in one sentence before anything starts, read from run directories, and
+compared seed by seed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from megatron_real import cli
 from megatron_real.compare.results import Outcome, RunResult, read_result
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 # ---- statistics
 
 
-def test_mean_and_standard_error_by_hand() -> None:
+def test_mean_and_standard_error_equal_those_computed_by_hand() -> None:
     # Deviations -2, 0, 2: s^2 = 8 / 2 = 4, and 2 / sqrt(3).
     mean = mean_over_seeds([1.0, 3.0, 5.0])
     assert mean.value == 3.0 and mean.count == 3
@@ -42,7 +42,7 @@ def test_mean_and_standard_error_by_hand() -> None:
 
 
 @pytest.mark.parametrize("values", [[], [0.5, math.nan]], ids=["nothing", "a NaN"])
-def test_what_is_not_known_is_not_averaged_away(values: list[float]) -> None:
+def test_an_unknown_figure_makes_the_mean_unknown(values: list[float]) -> None:
     assert math.isnan(mean_over_seeds(values).value)
 
 
@@ -51,7 +51,7 @@ def test_one_seed_has_no_spread() -> None:
     assert mean.value == 0.5 and math.isnan(mean.standard_error)
 
 
-def test_the_interval_of_two_differences_by_hand() -> None:
+def test_the_interval_of_two_differences_equals_that_computed_by_hand() -> None:
     # Differences 0.1 and 0.3. Their four resamples have the means 0.1, 0.2, 0.2, 0.3, so that 25 %
     # lie at either end: the 95 % interval is [0.1, 0.3]. Standard error: |0.3 - 0.1| / 2.
     difference = paired_difference({1: 0.5, 2: 0.4}, {1: 0.6, 2: 0.7})
@@ -61,7 +61,7 @@ def test_the_interval_of_two_differences_by_hand() -> None:
 
 
 def per_problem(*rows: list[float]) -> dict[int, dict[str, float]]:
-    """{seed: {problem: figure}} of a row for each seed."""
+    """Returns {seed: {problem: figure}} of a row for each seed."""
     return {
         seed: {f"heldout/{i}": value for i, value in enumerate(row)}
         for seed, row in enumerate(rows)
@@ -81,11 +81,13 @@ ZERO_OF = per_problem([0.0, 0.0], [0.0, 0.0])
         pytest.param(per_problem([0.0, 0.0], [1.0, 1.0]), id="seeds differ, problems agree"),
     ],
 )
-def test_the_interval_over_seeds_and_problems_by_hand(table: dict[int, dict[str, float]]) -> None:
+def test_the_interval_over_seeds_and_problems_equals_that_computed_by_hand(
+    table: dict[int, dict[str, float]],
+) -> None:
     means = {seed: sum(row.values()) / 2 for seed, row in table.items()}
-    found = paired_difference(ZERO, means, first_problems=ZERO_OF, other_problems=table)
-    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.0, 1.0))
-    assert found.resampled == "seeds and problems"
+    difference = paired_difference(ZERO, means, first_problems=ZERO_OF, other_problems=table)
+    assert (difference.value, difference.low, difference.high) == pytest.approx((0.5, 0.0, 1.0))
+    assert difference.resampled == "seeds and problems"
 
 
 def test_without_the_problems_the_interval_is_over_seeds() -> None:
@@ -93,13 +95,13 @@ def test_without_the_problems_the_interval_is_over_seeds() -> None:
     others = per_problem([0.0, 1.0], [0.0, 1.0])
     others[1]["heldout/9"] = others[1].pop("heldout/1")  # another set of problems
     for problems in ({}, others):
-        found = paired_difference(ZERO, means, first_problems=ZERO_OF, other_problems=problems)
-        assert (found.low, found.high, found.resampled) == (0.5, 0.5, "seeds")
+        difference = paired_difference(ZERO, means, first_problems=ZERO_OF, other_problems=problems)
+        assert (difference.low, difference.high, difference.resampled) == (0.5, 0.5, "seeds")
 
 
 def test_the_interval_is_as_wide_as_both_spreads() -> None:
-    """The variance of a mean over both is about that over seeds plus that over
-    problems (Owen 2007, Section 3).
+    """The variance of a mean over both seeds and problems is about the variance over seeds plus
+    that over problems (Owen 2007, Section 3).
     """
     rng = np.random.default_rng(3)
     table_SN = rng.normal(0.1, 0.1, (8, 1)) + rng.normal(0.0, 0.5, (1, 60))
@@ -107,16 +109,16 @@ def test_the_interval_is_as_wide_as_both_spreads() -> None:
     zeros = per_problem(*np.zeros_like(table_SN).tolist())
     means = dict(enumerate(table_SN.mean(1).tolist()))
     zero = dict.fromkeys(means, 0.0)
-    found = paired_difference(zero, means, first_problems=zeros, other_problems=rows)
+    difference = paired_difference(zero, means, first_problems=zeros, other_problems=rows)
     error = math.sqrt(table_SN.mean(1).var(ddof=1) / 8 + table_SN.mean(0).var(ddof=1) / 60)
-    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert difference.high - difference.low == pytest.approx(2 * 1.96 * error, rel=0.1)
     over_seeds = paired_difference(zero, means)
-    assert over_seeds.high - over_seeds.low < 0.8 * (found.high - found.low)
+    assert over_seeds.high - over_seeds.low < 0.8 * (difference.high - difference.low)
 
 
 def test_seeds_are_paired() -> None:
-    """Seeds differ by 0.4, variants by 0.1 on each: paired the interval is that of 0.1,
-    crossed it covers 0.
+    """Seeds differ by 0.4 and variants by 0.1 on each seed: a paired interval is that of 0.1, a
+    crossed one would cover 0.
     """
     first = {1: 0.1, 2: 0.5, 3: 0.9}
     paired = paired_difference(first, {1: 0.2, 2: 0.6, 3: 1.0})
@@ -137,7 +139,7 @@ def test_a_seed_that_only_one_variant_has_is_left_out_of_the_difference() -> Non
 
 @pytest.fixture
 def base(tmp_path: Path, tiny_model: Callable[..., Path]) -> Path:
-    """A base configuration of 10 steps of 4 x 8 rollouts."""
+    """Writes a base configuration of 10 steps of 4 x 8 rollouts."""
     model = tmp_path / "model"
     model.symlink_to(tiny_model(num_hidden_layers=2, max_position_embeddings=16384))
     values = {
@@ -163,7 +165,7 @@ def write_sweep(base: Path, /, **changes: Any) -> Path:
     return path
 
 
-def test_runs_of_a_sweep(base: Path) -> None:
+def test_a_sweep_has_a_run_for_each_variant_and_seed(base: Path) -> None:
     sweep = load_sweep(write_sweep(base))
     assert sweep.variants == ("real", "grpo") and sweep.budget == 320
     names = [run.name for run in sweep.runs]
@@ -180,7 +182,7 @@ def test_variants_use_the_same_number_of_rollouts(base: Path) -> None:
     assert [run.config.trainer.steps for run in sweep.runs[:2]] == [20, 10]
 
 
-def test_permuted_labels_are_a_control(base: Path) -> None:
+def test_permuted_labels_are_accepted_as_a_control(base: Path) -> None:
     variants = {"real": {}, "control": {"labels": {"permute": True}}}
     sweep = load_sweep(write_sweep(base, variants=variants))
     assert [run.config.labels.permute for run in sweep.runs[:2]] == [False, True]
@@ -212,16 +214,16 @@ def test_permuted_labels_are_a_control(base: Path) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_a_wrong_sweep_is_refused(
+def test_an_invalid_sweep_is_refused(
     base: Path, changes: dict[str, Any], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["compare", str(write_sweep(base, **changes))]) == 2
-    shown = capsys.readouterr().err
-    assert sentence in shown and shown.count("\n") == 1
+    output = capsys.readouterr().err
+    assert sentence in output and output.count("\n") == 1
     assert not (base.parent / "out").exists(), "something was written"
 
 
-def test_the_command_line_is_for_all_variants(
+def test_settings_on_the_command_line_apply_to_all_variants(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = load_sweep(write_sweep(base), ["optimizer.lr=3e-5"])
@@ -230,7 +232,7 @@ def test_the_command_line_is_for_all_variants(
     assert "set it in the variants" in capsys.readouterr().err
 
 
-def test_runs_of_other_settings_are_not_mixed_in(base: Path) -> None:
+def test_runs_of_other_settings_are_refused(base: Path) -> None:
     run = load_sweep(write_sweep(base)).runs[0]
     keep(run, accuracy=0.5)
     load_sweep(
@@ -240,11 +242,12 @@ def test_runs_of_other_settings_are_not_mixed_in(base: Path) -> None:
         load_sweep(write_sweep(base), ["optimizer.lr=3e-5"])
 
 
-def test_a_run_of_an_earlier_version_lacks_settings(base: Path) -> None:
-    """It did what is now their default, and nothing else."""
+def test_a_run_of_an_earlier_version_may_lack_new_settings(base: Path) -> None:
+    """It ran with what is now the default of these settings, and with no other value."""
     run = load_sweep(write_sweep(base)).runs[0]
     keep(run, accuracy=0.5)
     values = OmegaConf.load(run.directory.config)
+    assert isinstance(values, DictConfig)
     del values["rollout"]["max_lag"], values["objective"]["tau"]
     OmegaConf.save(values, run.directory.config)
     load_sweep(write_sweep(base))
@@ -253,14 +256,14 @@ def test_a_run_of_an_earlier_version_lacks_settings(base: Path) -> None:
 
 
 def test_shipped_sweeps_name_settings_that_exist(base: Path) -> None:
-    """Their runs are loaded with the model of this test in the place of theirs."""
+    """The runs are loaded with this test's model instead of theirs."""
     words = [f"model.path={base.parent / 'model'}"]
     for file in (ROOT / "examples/configs/compare").glob("*.yaml"):
         sweep = load_sweep(file, words, num_ranks=None)
         assert len(sweep.runs) == len(sweep.variants) * len(sweep.seeds)
 
 
-def test_a_run_in_the_variables_of_the_slurm_scripts(
+def test_a_run_is_described_by_the_variables_of_the_slurm_scripts(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_sweep(base)
@@ -290,7 +293,7 @@ esac
 
 
 def test_a_job_of_the_array_trains_its_run(base: Path, tmp_path: Path) -> None:
-    """examples/compare.sh as it is, on commands that stand for Slurm's."""
+    """Runs examples/compare.sh as it is; small commands take the place of Slurm's."""
     for name, text in (("srun", _SRUN), ("scontrol", _SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -309,7 +312,7 @@ def test_a_job_of_the_array_trains_its_run(base: Path, tmp_path: Path) -> None:
         "VENV": sys.prefix,
         "OVERRIDES": """optimizer.lr=3e-5 "data.suffix=it's $HOME;" """,
     }
-    done = subprocess.run(
+    completed = subprocess.run(
         ["bash", "examples/compare.sh"],
         cwd=ROOT,
         env=os.environ | variables,
@@ -317,10 +320,12 @@ def test_a_job_of_the_array_trains_its_run(base: Path, tmp_path: Path) -> None:
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+
     words = (tmp_path / "shown").read_text().splitlines()
     assert words[2:4] == ["train", str(base)]
     assert "model.weights=" in words, "no Megatron checkpoint was asked for"
+
     described = load_sweep(tmp_path / "sweep.yaml").runs[3]
     expected = ["optimizer.lr=3e-5", "data.suffix=it's $HOME;", *described.words]
     assert words[-len(expected) :] == expected
@@ -338,7 +343,10 @@ def keep(
     reason: str = "",
     diverged: bool = False,
 ) -> None:
-    """Writes what a run leaves in its directory; `correct`: of two samples of each problem."""
+    """Writes the files that a finished run leaves in its directory.
+
+    `correct` counts the right ones of two samples of each problem.
+    """
     directory = run.directory
     directory.path.mkdir(parents=True)
     OmegaConf.save(OmegaConf.create(to_plain(run.config)), directory.config)
@@ -359,7 +367,7 @@ def results_of(sweep: Sweep) -> list[RunResult]:
     return [read_result(run) for run in sweep.runs]
 
 
-def test_figures_of_a_run(base: Path) -> None:
+def test_the_figures_of_a_run_are_read_from_its_directory(base: Path) -> None:
     run = load_sweep(write_sweep(base)).runs[0]
     assert read_result(run).outcome == Outcome.UNFINISHED
     keep(run, accuracy=0.75)
@@ -369,7 +377,7 @@ def test_figures_of_a_run(base: Path) -> None:
     assert result.seconds == 36.0 and result.tokens == 10 * 5 * 32
 
 
-def test_the_problems_of_a_run(base: Path) -> None:
+def test_the_problems_of_a_run_are_read_from_its_last_evaluation(base: Path) -> None:
     first, grpo, *_ = load_sweep(write_sweep(base)).runs
     keep(first, accuracy=0.75, correct={"heldout/0": 2, "heldout/1": 1})
     assert read_result(first).accuracy_of == {"heldout/0": 1.0, "heldout/1": 0.5}
@@ -383,11 +391,18 @@ def test_the_problems_of_a_run(base: Path) -> None:
 def test_the_table_resamples_problems_where_runs_have_them(base: Path) -> None:
     sweep = load_sweep(write_sweep(base, seeds=[1, 2]))
     for run in sweep.runs:
-        right = {"heldout/0": 0, "heldout/1": 2 if run.variant == "grpo" else 0}
-        keep(run, accuracy=sum(right.values()) / 4, correct=right)
+        correct = {"heldout/0": 0, "heldout/1": 0}
+        if run.variant == "grpo":
+            correct["heldout/1"] = 2
+        keep(run, accuracy=sum(correct.values()) / 4, correct=correct)
     _, grpo = variant_rows(sweep, results_of(sweep))
-    found = grpo.differences["accuracy"]
-    assert (found.low, found.high, found.resampled) == (0.0, 1.0, "seeds and problems")
+    difference = grpo.differences["accuracy"]
+
+    assert (difference.low, difference.high, difference.resampled) == (
+        0.0,
+        1.0,
+        "seeds and problems",
+    )
     assert grpo.differences["reward"].resampled == "seeds"
 
 
@@ -405,15 +420,14 @@ def test_a_refused_start_leaves_a_run_as_it_was(base: Path) -> None:
 def test_a_diverged_run_is_counted_and_not_averaged(base: Path) -> None:
     sweep = load_sweep(write_sweep(base))
     for run in sweep.runs:
-        accuracy = 0.5 + 0.1 * run.seed + (0.1 if run.variant == "grpo" else 0.0)
-        wild = run.name == "grpo, seed 2"
-        keep(
-            run,
-            accuracy=None if wild else accuracy,
-            state="failed" if wild else "finished",
-            reason="3 updates in a row" if wild else "",
-            diverged=wild,
-        )
+        accuracy = 0.5 + 0.1 * run.seed
+        if run.variant == "grpo":
+            accuracy += 0.1
+        if run.name == "grpo, seed 2":
+            keep(run, accuracy=None, state="failed", reason="3 updates in a row", diverged=True)
+        else:
+            keep(run, accuracy=accuracy)
+
     real, grpo = variant_rows(sweep, results_of(sweep))
     assert grpo.counts[Outcome.DIVERGED] == 1 and grpo.counts[Outcome.FINISHED] == 2
     assert grpo.means["accuracy"].value == pytest.approx(0.8)  # seeds 1 and 3: 0.7 and 0.9
@@ -421,25 +435,30 @@ def test_a_diverged_run_is_counted_and_not_averaged(base: Path) -> None:
     assert grpo.differences["accuracy"].value == pytest.approx(0.1)
     assert real.means["accuracy"].value == pytest.approx(0.7) and not real.differences
     assert runs_table([real, grpo])[2] == ["grpo", "2 of 3", "1", "0", "0.6", "1,600"]
-    shown = figure_table("accuracy", [real, grpo])[2]
-    assert shown == ["grpo", "0.800", "0.100", "+0.100", "+0.100 to +0.100", "2"]
+
+    figures = figure_table("accuracy", [real, grpo])[2]
+    assert figures == ["grpo", "0.800", "0.100", "+0.100", "+0.100 to +0.100", "2"]
 
     write_table(sweep, results_of(sweep))
     kept = json.loads((sweep.out / "table.json").read_text())
     assert kept == as_json(sweep, results_of(sweep))
+
     lost = next(run for run in kept["runs"] if run["outcome"] == "diverged")
     assert (lost["variant"], lost["seed"], lost["accuracy"]) == ("grpo", 2, None)
+
     rows = list(csv.DictReader((sweep.out / "table.csv").open()))
     assert [row["counts.diverged"] for row in rows] == ["0", "1"]
     assert float(rows[1]["differences.accuracy.value"]) == pytest.approx(0.1)
 
 
-def test_the_table_of_what_is_there(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_shows_the_runs_that_are_there(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = write_sweep(base)
     keep(load_sweep(file).runs[0], accuracy=0.5)
     assert cli.main(["compare", str(file), "--table", "--json"]) == 1
-    shown = json.loads(capsys.readouterr().out)
-    assert [row["counts"]["finished"] for row in shown["variants"]] == [1, 0]
+    output = json.loads(capsys.readouterr().out)
+    assert [row["counts"]["finished"] for row in output["variants"]] == [1, 0]
 
 
 # ---- starting runs
@@ -484,8 +503,8 @@ end("finished", 0)
 
 @pytest.fixture
 def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
-    """Puts a stub in the place of the interpreter that starts runs; {"VARIANT SEED":
-    what goes wrong}.
+    """Replaces the interpreter that starts runs by a stub, which fails as {"VARIANT SEED": what
+    goes wrong} says.
     """
 
     python = sys.executable
@@ -500,7 +519,7 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[s
 
 
 def starts(sweep: Sweep) -> dict[str, int]:
-    """How often each run was started."""
+    """Returns how often each run was started."""
     counts = {}
     for run in sweep.runs:
         file = run.directory.path / "logs/starts"
@@ -509,7 +528,7 @@ def starts(sweep: Sweep) -> dict[str, int]:
 
 
 def row_of(variant: str, shown: str) -> str:
-    """How often a variant finished, diverged and failed, as the printed table has it."""
+    """Returns how often a variant finished, diverged and failed, as the printed table has it."""
     words = next(line.split() for line in shown.splitlines() if line.startswith(f"{variant} "))
     return " ".join(words[1:6])
 
@@ -527,13 +546,17 @@ def test_a_run_that_fails_does_not_end_the_sweep(
     file = write_sweep(base)
     planned({"grpo 1": "diverge", "real 2": "crash once"})
     assert cli.main(["compare", str(file)]) == 1
-    shown = capsys.readouterr()
+
+    output = capsys.readouterr()
     assert set(starts(load_sweep(file)).values()) == {1}
-    assert "grpo, seed 1: diverged after 0 steps: as planned" in shown.out
-    assert "real, seed 2: failed after 0 steps: it ended with exit code 1; out of luck" in shown.out
-    assert row_of("real", shown.out) == "2 of 3 0 1"
+    assert "grpo, seed 1: diverged after 0 steps: as planned" in output.out
+    assert (
+        "real, seed 2: failed after 0 steps: it ended with exit code 1; out of luck" in output.out
+    )
+    assert row_of("real", output.out) == "2 of 3 0 1"
 
     assert cli.main(["compare", str(file)]) == 1, "one has diverged for good"
+
     again = starts(load_sweep(file))
     assert again.pop("real, seed 2") == 2 and set(again.values()) == {1}
     assert row_of("real", capsys.readouterr().out) == "3 of 3 0 0"
@@ -547,6 +570,7 @@ def test_a_sweep_that_was_stopped_ends_with_the_same_table(
     undisturbed = write_sweep(base)
     planned({})
     assert cli.main(["compare", str(undisturbed)]) == 0
+
     capsys.readouterr()
     expected = shown_table(undisturbed, capsys)
 
@@ -557,6 +581,7 @@ def test_a_sweep_that_was_stopped_ends_with_the_same_table(
     assert cli.main(["compare", str(stopped)]) == 75
     assert cli.main(["compare", str(stopped)]) == 0
     assert list(starts(load_sweep(stopped)).values()) == [1, 2, 1, 1, 2, 1]
+
     capsys.readouterr()
     assert shown_table(stopped, capsys) == expected
     assert expected["variants"][1]["differences"]["accuracy"]["value"] == pytest.approx(0.1)

@@ -1,5 +1,5 @@
-"""The configuration: shipped files load, wrong ones are refused in one sentence
-with the value and the remedy.
+"""Shipped configurations load, and wrong ones are refused in one sentence with the value and the
+remedy.
 """
 
 from __future__ import annotations
@@ -171,7 +171,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("words", "message"), REFUSED.items(), ids=REFUSED)
-def test_refuses(file: Path, words: str, message: str) -> None:
+def test_an_invalid_setting_is_refused_in_one_sentence(
+    file: Path, words: str, message: str
+) -> None:
     with pytest.raises(ValueError) as refused:
         config.load(file, words.split())
     assert message in str(refused.value)
@@ -190,8 +192,10 @@ def test_the_layout_must_divide_the_world() -> None:
         config.check_world(Config(rollout=config.RolloutConfig(tp=4)), 6)
 
 
-def test_fewer_rollouts_than_data_parallel_ranks_are_said() -> None:
-    """32 groups of 8 in an update: 256 ranks have one each, of 512 at least 256 have none."""
+def test_fewer_rollouts_than_data_parallel_ranks_are_warned_of() -> None:
+    """An update has 32 groups of 8: 256 ranks get one rollout each; of 512 ranks at least 256 get
+    none.
+    """
     layout = Config(
         rollout=config.RolloutConfig(num_prompts=128, group_size=8),
         batch=config.BatchConfig(minibatch_prompts=32),
@@ -203,8 +207,10 @@ def test_fewer_rollouts_than_data_parallel_ranks_are_said() -> None:
 
 
 def test_the_smallest_kv_cache_holds_one_sequence(file: Path) -> None:
-    """R1-Distill 1.5B in bf16: 2 x 28 layers x 2 KV heads x 128 x 2 bytes = 28,672 a token; 9216
-    tokens are 72 blocks of 128, and one more: 73 x 128 x 28,672 bytes = 255.5 MiB; half of it on
+    """R1-Distill 1.5B in bf16 needs 2 x 28 layers x 2 KV heads x 128 x 2 bytes = 28,672 bytes a
+    token.
+
+    9216 tokens are 72 blocks of 128, plus one: 73 x 128 x 28,672 bytes = 255.5 MiB, half of it on
     each of two ranks.
     """
     for tp, enough in ((1, 256), (2, 128)):
@@ -215,8 +221,10 @@ def test_the_smallest_kv_cache_holds_one_sequence(file: Path) -> None:
 
 
 def test_a_qwen3_without_head_dim_needs_its_whole_kv_cache(file: Path, model: Path) -> None:
-    """The sizes of Qwen3-0.6B: 2 x 28 layers x 8 KV heads x 128 x 2 bytes = 114,688 a token,
-    73 blocks of 128 as above: 1022 MiB. By hidden_size / num_attention_heads = 64 it would be half.
+    """The sizes of Qwen3-0.6B: 2 x 28 layers x 8 KV heads x 128 x 2 bytes = 114,688 bytes a token.
+
+    73 blocks of 128, as above, are 1022 MiB. With hidden_size / num_attention_heads = 64 it would
+    be half.
     """
     values = json.loads((model / "config.json").read_text()) | {
         "architectures": ["Qwen3ForCausalLM"],
@@ -262,6 +270,7 @@ def test_other_settings_on_the_command_line_are_typed_by_their_field(file: Path)
         "trainer.steps=${rollout.num_prompts}",
     ]
     loaded = config.load(file, words)
+
     assert (loaded.optimizer.lr, loaded.trainer.profile, loaded.trainer.steps) == (1e-6, (1, 2), 64)
     assert loaded.rollout.servers == ("http://a:1",)
     assert (loaded.rollout.exclude_mismatch, loaded.rollout.sync.probe_every) == (None, 3)
@@ -280,11 +289,13 @@ def test_what_comes_from_the_environment_is_written_as_it_was_given(
     loaded = config.load(
         file, ["trainer.run_dir=runs/${oc.env:SECRET}", "optimizer.lr=${oc.env:RATE}"]
     )
+
     assert loaded.rollout.vllm["hf_token"] == "canary-1234"
     assert loaded.rollout.vllm["tags"][1] == "canary-1234"
     assert loaded.trainer.run_dir == "runs/canary-1234"
     assert loaded.data.suffix == "again canary-1234"
     assert loaded.optimizer.lr == 1e-5
+
     written = config.to_dict(loaded)
     assert "canary" not in json.dumps(written) + json.dumps(config.to_plain(loaded))
     assert written["optimizer"]["lr"] == "${oc.env:RATE}"
@@ -322,15 +333,18 @@ def test_a_file_says_only_what_differs_from_its_base(file: Path, tmp_path: Path)
     most = tmp_path / "most.yaml"
     most.write_text("base: more/more.yaml\nrollout:\n  group_size: 6\nlabels:\n")
     loaded = config.load(most, ["labels.workers=3"])
+
     assert (loaded.rollout.num_prompts, loaded.rollout.group_size) == (64, 6)
     assert (loaded.labels.excluded, loaded.labels.workers) == (("crashed",), 3)
 
     file.write_text("base: most.yaml\n")
     with pytest.raises(ValueError, match=r"most.yaml -> more.yaml -> run.yaml -> most.yaml"):
         config.load(most)
+
     most.write_text("base: nowhere.yaml\n")
     with pytest.raises(ValueError, match=r"base is 'nowhere.yaml', but there is no file"):
         config.load(most)
+
     (tmp_path / "other.yaml").write_text("")
     with pytest.raises(ValueError, match="unknown key base"):
         config.load(tmp_path / "other.yaml", ["base=most.yaml"])
@@ -345,6 +359,7 @@ def test_another_objective_begins_with_its_own_settings(file: Path, tmp_path: Pa
 
     dapo = make_objective("dapo", clip_high=0.3)
     assert config.load(file, ["objective.clip_high=0.3", "objective.name=dapo"]).objective == dapo
+
     (tmp_path / "dapo.yaml").write_text("base: run.yaml\nobjective:\n  name: dapo\n")
     assert config.load(tmp_path / "dapo.yaml", ["objective.clip_high=0.3"]).objective == dapo
 
@@ -401,10 +416,10 @@ def test_the_command_line_refuses_before_it_imports_torch(file: Path) -> None:
         "assert not {'torch', 'transformers', 'megatron.core'} & sys.modules.keys(); sys.exit(code)"
     )
     command = [sys.executable, "-c", code, "train", str(file), "parallel.tp=8"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
-    assert done.returncode == 2
-    assert done.stderr.startswith("megatron-real: parallel.tp = 8 does not divide")
-    assert done.stderr.count("\n") == 1
+    completed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert completed.returncode == 2
+    assert completed.stderr.startswith("megatron-real: parallel.tp = 8 does not divide")
+    assert completed.stderr.count("\n") == 1
 
 
 def test_the_table_of_engines_in_the_docs_is_that_of_the_code() -> None:
@@ -415,6 +430,7 @@ def test_the_table_of_engines_in_the_docs_is_that_of_the_code() -> None:
     engines = ENGINES.values()
     text = (ROOT / "docs/rollouts.md").read_text()
     assert f"| | {' | '.join(f'`{name}`' for name in ENGINES)} |" in text
+
     for start, values in (
         ("needs the package", [engine.package for engine in engines]),
         ("processes (and GPUs) of its own", [engine.own_processes for engine in engines]),
@@ -476,7 +492,9 @@ class Outer:
     ],
     ids=str,
 )
-def test_bounds_stand_on_the_field(settings: dict[str, Any], sentence: str) -> None:
+def test_a_value_beyond_the_bound_of_its_field_is_refused(
+    settings: dict[str, Any], sentence: str
+) -> None:
     bounds.check_bounds(Outer(share=0.5, clip=1.0))
     with pytest.raises(ValueError) as refused:
         bounds.check_bounds(Outer(**settings), "outer.")
@@ -484,7 +502,7 @@ def test_bounds_stand_on_the_field(settings: dict[str, Any], sentence: str) -> N
 
 
 def test_every_number_has_a_bound() -> None:
-    """Of a threshold any number makes sense; the default of a number is within its bound."""
+    """A threshold may be any number. The default of every number is within its bound."""
     unbounded = []
     sections = {section.name: getattr(Config(), section.name) for section in fields(Config)}
     sections["rollout.sync"] = Config().rollout.sync
@@ -498,5 +516,7 @@ def test_every_number_has_a_bound() -> None:
             plain = bounds.plain_hint(hint)
             if plain in (int, float, int | None, float | None):
                 is_bounded = hasattr(hint, "__metadata__")
-                unbounded += [] if is_bounded else [f"{section}.{name}"]
+                if not is_bounded:
+                    unbounded.append(f"{section}.{name}")
+
     assert unbounded == ["labels.threshold"]

@@ -1,5 +1,5 @@
-"""Which verifiers run what a completion says, what becomes of those that do,
-and what a worker leaves behind.
+"""Which verifiers run text of a completion as code, how those are contained, and what a worker
+leaves behind.
 """
 
 from __future__ import annotations
@@ -113,18 +113,19 @@ PIECES = [
 
 
 def audited(verifier: str, checks: list[tuple[str, list[str], dict[str, Any]]]) -> list[Any]:
-    """[number of checks, events with code of the text], seen in a process of its own:
-    a hook cannot be taken off.
+    """Returns [number of checks, events that ran text as code], recorded by an audit hook.
+
+    It takes a process of its own, because a hook cannot be removed.
     """
     script = AUDITED.format(verifier=verifier, tests=str(Path(__file__).parent))
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", script],
         input=json.dumps(checks),
         capture_output=True,
         text=True,
         check=True,
     )
-    answer: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    answer: list[Any] = json.loads(completed.stdout.splitlines()[-1])
     return answer
 
 
@@ -139,27 +140,31 @@ def fuzzed(count: int) -> list[str]:
 @pytest.mark.parametrize("verifier", ["math_verify", "exact"])
 def test_mathematics_is_never_run_as_code(verifier: str, count: int) -> None:
     texts = [*EVIL, *fuzzed(count)]
-    checks = [(box(text), ["5", "evil + 1"], {}) for text in texts]
-    assert audited(verifier, checks) == [len(texts), []]
+    golds = ["5", "evil + 1"]
+    assert audited(verifier, [(box(text), golds, {}) for text in texts]) == [len(texts), []]
 
 
 @pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.grid)])
-def test_scorers_that_evaluated_answers_no_longer_do(few: bool) -> None:
-    """Every task of reasoning_gym on evil answers: none compiles or runs any of it."""
+def test_no_scorer_of_reasoning_gym_evaluates_an_answer(few: bool) -> None:
+    """Checks every task of reasoning_gym on evil answers: none compiles or runs any
+    part of them.
+    """
     from reasoning_gym.factory import DATASETS
 
     entries = {task: _entry(task) for task in sorted(DATASETS) if task != "composite"}
-    checks = [
-        (box(text), [entry["answer"] or ""], entry["metadata"] | {"source_dataset": task})
-        for task, entry in entries.items()
-        for text in (EVIL[:1] if few and task in gym.READERS else EVIL)
-    ]
+    checks: list[tuple[str, list[str], dict[str, Any]]] = []
+    for task, entry in entries.items():
+        # The scorers of READERS only compare, so one evil answer each will do by default.
+        texts = EVIL[:1] if few and task in gym.READERS else EVIL
+        golds = [entry["answer"] or ""]
+        metadata = entry["metadata"] | {"source_dataset": task}
+        checks += [(box(text), golds, metadata) for text in texts]
     assert audited("reasoning_gym", checks) == [len(checks), []]
 
 
 def _entry(task: str) -> dict[str, Any]:
-    """A small row of the task: what its scorer reads, without the cost of making
-    a problem for most of them.
+    """Returns a small row of a task: what its scorer reads, without the cost of generating a
+    problem for most tasks.
     """
     import reasoning_gym
 
@@ -173,7 +178,7 @@ def _entry(task: str) -> dict[str, Any]:
     }
 
 
-def test_every_task_is_classed() -> None:
+def test_every_task_of_reasoning_gym_is_classed() -> None:
     from reasoning_gym.factory import DATASETS
 
     classes = [gym.READERS, gym.LISTS, gym.NUMBERS, gym.EXPRESSIONS, {"composite"}]
@@ -211,17 +216,17 @@ ARITHMETIC = {
 }
 
 
-def test_arithmetic() -> None:
-    found = {
+def test_arithmetic_is_distinguished_from_code() -> None:
+    outcome_of = {
         text: (gym.is_arithmetic(text, names=False), gym.is_arithmetic(text, names=True))
         for text in ARITHMETIC
     }
-    assert found == ARITHMETIC
+    assert outcome_of == ARITHMETIC
 
 
 # What the library's own scorers pay in full whatever the question is, beside right answers:
 # (answer, gold, extra_info).
-PAID_ALWAYS = [
+PAID_ALWAYS: list[tuple[str, str, dict[str, Any]]] = [
     ("nan", "3.0 - 2.0i", {"source_dataset": "complex_arithmetic", "result": [3.0, -2.0]}),
     ("nan+nanj", "3.0 - 2.0i", {"source_dataset": "complex_arithmetic", "result": [3.0, -2.0]}),
     ("0", "0.171875", {"source_dataset": "coin_flip"}),
@@ -232,7 +237,7 @@ PAID_ALWAYS = [
     ("2.5*4*2.4", "5*5 - 1**4", {"source_dataset": "puzzle24", "numbers": [5, 5, 1, 4]}),
     ("6**2 - 4", "6*4 + 2", {"source_dataset": "countdown", "numbers": [6, 4, 2], "target": 32}),
 ]
-RIGHT = [
+RIGHT: list[tuple[str, str, dict[str, Any]]] = [
     ("3 - 2i", "3.0 - 2.0i", {"source_dataset": "complex_arithmetic", "result": [3.0, -2.0]}),
     ("11/64", "0.171875", {"source_dataset": "coin_flip"}),
     ("true", "True", {"source_dataset": "game_of_life_halting"}),
@@ -241,7 +246,7 @@ RIGHT = [
 ]  # fmt: skip
 
 
-def test_no_answer_is_paid_whatever_the_question_is() -> None:
+def test_no_answer_is_right_for_every_question() -> None:
     from reasoning_gym import get_score_answer_fn
 
     def of_the_library(answer: str, gold: str, extra: dict[str, Any]) -> float:
@@ -263,9 +268,10 @@ FAILED_ON = [
 
 
 def test_an_answer_cannot_choose_to_fail_its_check() -> None:
-    """A failed check is no negative, and many of them end the run.
+    """A failed check excludes the rollout instead of making it a negative, and many of them end the
+    run.
 
-    What a row fails on is still raised.
+    An error in the row itself is still raised.
     """
     from reasoning_gym import get_score_answer_fn
 
@@ -273,8 +279,10 @@ def test_an_answer_cannot_choose_to_fail_its_check() -> None:
         with pytest.raises((ValueError, KeyError, OverflowError)):
             get_score_answer_fn(task)(answer, {"answer": gold, "metadata": {}})
         assert gym.score(answer, gold, {"source_dataset": task}) == 0.0
+
     with pytest.raises(ValueError, match="invalid literal"):
         gym.score("3", "no gold", {"source_dataset": "prime_factorization"})
+
     # A sum that diverges, and an integral that stays one: sympy raises on the value of either.
     verify = verifiers.load("math_verify")
     for answer in ("\\sum_{n=0}^{\\infty} 1", "\\int0\\overline{3}"):
@@ -304,15 +312,16 @@ before = score("7 7"); score(sys.argv[1]); print(before, score("7 7"))
 def test_an_answer_that_reasoning_gym_would_run_does_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shell command, a key from the environment, a replaced scorer:
-    all three work on the library by itself.
+    """A shell command, a key from the environment, and a replaced scorer: all three succeed on the
+    library by itself.
     """
     monkeypatch.setenv("CANARY_API_KEY", "secret")
     bare = ATTACK.format(file=tmp_path / "bare")
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", REPRODUCED, bare], capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == ["0.0", "1.0"], "the scorer is replaced"
+
+    assert completed.stdout.split() == ["0.0", "1.0"], "the scorer is replaced"
     assert (tmp_path / "bare").exists(), "the shell command ran"
     assert (tmp_path / "bare.keys").read_text() == "secret"
 
@@ -333,6 +342,7 @@ def test_an_answer_that_reasoning_gym_would_run_does_nothing(
     ]  # fmt: skip
     with VerifierPool("reasoning_gym", **(OPTIONS | {"memory_mib": 4096})) as pool:
         outcomes = pool.run([*checks, *games])
+
     assert [o.reward for o in outcomes] == [
         0.0, 0.0, 0.0, 1.0, 0.1, 1.0, 0.01, 0.01, 1.0, None, None,
     ]  # fmt: skip
@@ -343,11 +353,11 @@ def test_an_answer_that_reasoning_gym_would_run_does_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "bare.keys"]
 
 
-def test_another_version_of_reasoning_gym_needs_walls(
+def test_another_version_of_reasoning_gym_is_checked_in_a_child_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody has read its scorers, so each check is in a child of a worker that
-    has read no request.
+    """Its scorers were not reviewed, so each check is in a child of a worker that has read no
+    request.
     """
     metadata = tmp_path / "reasoning_gym-9.9.dist-info" / "METADATA"
     metadata.parent.mkdir()
@@ -367,7 +377,7 @@ def test_another_version_of_reasoning_gym_needs_walls(
 
 @pytest.fixture
 def own(tmp_path: Path) -> Callable[..., str]:
-    """The name of a verifier with this body, in a folder with other files."""
+    """Writes a verifier with this body to a folder with other files, and returns its name."""
 
     def make(body: str, head: str = "", name: str = "judges") -> str:
         file = tmp_path / f"{name}.py"
@@ -432,16 +442,18 @@ def test_a_verifier_that_evaluates_is_contained(
     with VerifierPool(name, **OPTIONS) as pool:
         outcomes = pool.run([Check(text, ["a"]) for text in EVALUATED])
         rung = pool.rung
-    found = {text: (o.status, o.reason) for text, o in zip(EVALUATED, outcomes, strict=True)}
+    outcome_of = {text: (o.status, o.reason) for text, o in zip(EVALUATED, outcomes, strict=True)}
     expected = dict(EVALUATED)
     if rung is Rung.LANDLOCK:
         expected["open('/etc/passwd')"] = (
             "crashed",
             "PermissionError: [Errno 13] Permission denied: '/etc/passwd'",
         )
-    found = {
-        text: (status, reason.partition(" while ")[0]) for text, (status, reason) in found.items()
+    outcome_of = {
+        text: (status, reason.partition(" while ")[0])
+        for text, (status, reason) in outcome_of.items()
     }
+
     # Which descriptors are open differs, and who is first to end the child: what counts is that no
     # verdict gets out.
     for text in (
@@ -449,8 +461,9 @@ def test_a_verifier_that_evaluates_is_contained(
         "os.closerange(0, 64) or True",
         list(EVALUATED)[5],
     ):
-        assert found.pop(text)[0] == expected.pop(text)[0]
-    assert found == expected
+        assert outcome_of.pop(text)[0] == expected.pop(text)[0]
+
+    assert outcome_of == expected
 
 
 def test_an_own_verifier_is_a_module_with_its_folder_on_the_path(
@@ -469,6 +482,7 @@ def test_an_own_verifier_is_a_module_with_its_folder_on_the_path(
     )
     with VerifierPool(own(body, head), **OPTIONS) as pool:
         outcomes = pool.run([Check("a", []), Check("b", [])])
+
     assert [(o.status, o.reason) for o in outcomes] == [("ok", ""), ("wrong", "")]
 
 
@@ -478,20 +492,23 @@ def test_a_file_named_as_another_module_is_refused(own: Callable[..., str]) -> N
 
 
 @pytest.mark.parametrize("trusted", [True, False], ids=["trusted", "contained"])
-def test_what_a_verifier_started_ends_with_it(
+def test_processes_that_a_verifier_started_end_with_it(
     own: Callable[..., str], tmp_path: Path, trusted: bool
 ) -> None:
-    """A grandchild in a session of its own, which no signal to a process group reaches."""
+    """The verifier starts a grandchild in a session of its own, which no signal to a process group
+    reaches.
+    """
     marker = f"grandchild-{uuid.uuid4().hex}"
     start = f"subprocess.Popen(['sh', '-c', 'sleep 600; echo {marker}'], start_new_session=True)"
-    # As a trusted verifier at each check; one that is contained could only have done so while it
-    # was loaded.
-    head = "TRUSTED = True\nimport subprocess" if trusted else f"import subprocess\n{start}"
-    body = (
-        f"{start}; time.sleep(text == 'slow' and 600 or 0); return True"
-        if trusted
-        else "return True"
-    )
+    if trusted:
+        head = "TRUSTED = True\nimport subprocess"
+        body = f"{start}; time.sleep(text == 'slow' and 600 or 0); return True"
+        expected = ["ok", "timeout", "ok"]
+    else:
+        # A contained verifier can start a process only while it is loaded.
+        head = f"import subprocess\n{start}"
+        body = "return True"
+        expected = ["ok"] * 3
 
     def alive() -> list[int]:
         return [
@@ -502,12 +519,13 @@ def test_what_a_verifier_started_ends_with_it(
 
     with VerifierPool(own(body, head), **(OPTIONS | {"timeout_seconds": 8})) as pool:
         statuses = [o.status for o in pool.run([Check("", []), Check("slow", []), Check("", [])])]
-        assert statuses == (["ok", "timeout", "ok"] if trusted else ["ok"] * 3)
+        assert statuses == expected
         # The shell's child has the shell's command line until it has become sleep.
         deadline = time.monotonic() + 60
         while len(alive()) > 1 and time.monotonic() < deadline:
             time.sleep(0.1)
         assert len(alive()) == 1, "those of the killed one are gone"
+
     assert alive() == []
 
 
@@ -515,9 +533,9 @@ def test_what_a_verifier_started_ends_with_it(
 def test_a_verifier_in_the_home_directory_is_refused(
     own: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would show its folder to completions, and keys lie there.
+    """Its folder would be visible to completions, and the home directory holds keys.
 
-    Containers say by HOME where that is.
+    In containers, HOME gives the home directory.
     """
     name = own("return True")
     for home in (tmp_path, tmp_path / "user"):
@@ -532,8 +550,8 @@ def test_a_verifier_in_the_home_directory_is_refused(
 def test_the_path_of_libraries_shows_no_private_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not the working directory, the home directory or what has them in it,
-    nor anything relative.
+    """It leaves out the working directory, the home directory, whatever contains one of them, and
+    relative paths.
     """
     home = Path(pwd.getpwuid(os.getuid()).pw_dir)
     canaries = [tmp_path / "canary", home / f"canary-{uuid.uuid4().hex}"]
@@ -558,12 +576,13 @@ def test_the_path_of_libraries_shows_no_private_folder(
                 assert pool.run([check])[0].reason == "1 of 1 tests passed: ok"
     finally:
         canaries[1].unlink()
+
     assert not Path("/proc.").exists(), "what is relative would be mounted beside the new root"
 
 
 @needs_walls
 def test_a_worker_whose_launcher_was_killed_gives_no_verdict() -> None:
-    """A right program would be wrong, and all later ones too."""
+    """Otherwise a right program would be judged wrong, and all later ones too."""
     test = {"tests": [{"stdin": "", "stdout": "5"}]}
     right = Check("```python\nprint(5)\n```", [], test)
     with VerifierPool("code", **OPTIONS) as pool:
@@ -587,7 +606,7 @@ def test_a_verifier_larger_than_its_memory_is_refused_with_the_remedy(
         VerifierPool(name, **(OPTIONS | {"memory_mib": 512}))
 
 
-def test_a_worker_that_is_replaced_after_every_check_is_said_once(
+def test_a_worker_that_is_replaced_after_every_check_is_warned_of_once(
     own: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
     name = own("kept.append(bytearray(400 << 20)); return True", "TRUSTED = True\nkept = []")
@@ -596,12 +615,14 @@ def test_a_worker_that_is_replaced_after_every_check_is_said_once(
         VerifierPool(name, **(OPTIONS | {"memory_mib": 600})) as pool,
     ):
         assert [o.status for o in pool.run([Check("", [])] * 3)] == ["ok"] * 3
-    said = [
+
+    warnings = [
         record.getMessage()
         for record in caplog.records
         if "replaced after one check" in record.getMessage()
     ]
-    assert len(said) == 1 and said[0].endswith("labels.memory_mib = 600; raise it")
+
+    assert len(warnings) == 1 and warnings[0].endswith("labels.memory_mib = 600; raise it")
 
 
 JUNK = [
@@ -613,8 +634,8 @@ JUNK = [
 ]
 
 
-def test_a_junk_reply_costs_its_check_only(own: Callable[..., str]) -> None:
-    """From a trusted verifier, which alone has the worker's descriptors."""
+def test_a_junk_reply_fails_only_its_own_check(own: Callable[..., str]) -> None:
+    """The reply comes from a trusted verifier, which alone has the worker's descriptors."""
     write = (
         "[os.write(n, text.encode() + b'\\n') for n in map(int, os.listdir('/proc/self/fd')) "
         "if n > 2 and os.path.realpath(f'/proc/self/fd/{n}').split('/')[-1].startswith('pipe')]"
@@ -642,17 +663,18 @@ def test_a_closed_pool_leaves_no_descriptor() -> None:
     for _ in range(3):
         run()
     gc.collect()
+
     assert descriptors() <= before
 
 
 # --- the ladder -----------------------------------------------------------------------------------
 
 
-def test_what_the_lowest_rung_refuses(
+def test_the_lowest_rung_refuses_code_and_warns_of_own_verifiers(
     own: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Code is refused, tasks that evaluate by name, `require` altogether; mathematics goes on;
-    own verifiers are warned of.
+    """Code, tasks that evaluate answers and `require` are refused; mathematics goes on; a verifier
+    of one's own is warned of.
     """
     lowest = OPTIONS | {"highest": Rung.LIMITS}
     with pytest.raises(ValueError, match="programs run in a sandbox only"):
@@ -670,6 +692,7 @@ def test_what_the_lowest_rung_refuses(
         )
         spiral = Check(box("1 2"), ["1 2"], {"source_dataset": "spiral_matrix"})
         refused, read = pool.run([countdown, spiral])
+
     assert refused.status == "crashed" and refused.reason.startswith(
         "the scorer of countdown evaluates answers"
     )
@@ -689,7 +712,7 @@ def test_the_doctor_says_which_rung_this_node_stands_on(monkeypatch: pytest.Monk
     assert "install libseccomp2" in lowest.remedy
 
 
-def test_off_still_gives_each_check_a_clean_child(own: Callable[..., str]) -> None:
+def test_containment_off_still_gives_each_check_a_clean_child(own: Callable[..., str]) -> None:
     name = own("kept.append(1); return float(len(kept))", "kept = []")
     with VerifierPool(name, sandbox="off", **OPTIONS) as pool:
         assert [o.reward for o in pool.run([Check("", [])] * 3)] == [1.0] * 3
@@ -716,12 +739,13 @@ SOLUTIONS = {
 
 @needs_walls
 @pytest.mark.parametrize("shape", SOLUTIONS)
-def test_rows_of_the_known_shapes(shape: str) -> None:
-    """Through the prompts' reader and the labeller: the right program is positive,
-    one that passes a part is not.
+def test_rows_of_every_known_shape_are_judged(shape: str) -> None:
+    """Rows go through the prompts' reader and the labeller: the right program is positive, one that
+    passes a part of the tests is not.
     """
     rows = read_rows(SAMPLES / f"{shape}.jsonl")
     assert len(rows) == len(SOLUTIONS[shape])
+
     right = [f"<think>```python\nwrong\n```</think>```python\n{s}\n```" for s in SOLUTIONS[shape]]
     texts = [*right, *["```python\ndef f(): pass\n```"] * len(rows)]
     items = [
@@ -733,6 +757,7 @@ def test_rows_of_the_known_shapes(shape: str) -> None:
     ]
     with Labeller("code", **OPTIONS) as label:
         verdicts = label(items)
+
     assert [v.reason.partition(":")[0] for v in verdicts[: len(rows)]] == [
         f"{n} of {n} tests passed" for n in (len(row_tests(row.metadata)) for row in rows)
     ]
@@ -740,9 +765,9 @@ def test_rows_of_the_known_shapes(shape: str) -> None:
 
 
 @needs_walls
-def test_a_program_does_not_bring_what_judges_it() -> None:
-    """HumanEval's find_zero is judged by poly, which stands in its prompt:
-    a program's own poly may be 0 everywhere.
+def test_a_program_cannot_replace_the_helpers_of_its_tests() -> None:
+    """HumanEval's find_zero is judged by poly, which its prompt defines: a program's own poly could
+    be 0 everywhere.
     """
     test = "def check(candidate):\n    assert abs(poly([1, 2], candidate([1, 2]))) < 1e-4\n"
     poly = "def poly(xs, x):\n    return sum(c * x**i for i, c in enumerate(xs))"
@@ -757,7 +782,7 @@ def test_a_program_does_not_bring_what_judges_it() -> None:
 
 
 @needs_walls
-def test_names_that_a_test_binds_are_not_the_programs() -> None:
+def test_names_that_a_test_binds_are_not_taken_from_the_program() -> None:
     test = (
         "def check(candidate):\n    try:\n        candidate(-1)\n    except ValueError as error:\n"
         "        assert 'negative' in str(error)\n    match candidate(4):\n        case [*roots]:\n"
@@ -770,11 +795,12 @@ def test_names_that_a_test_binds_are_not_the_programs() -> None:
     row = {"test": test, "entry_point": "roots_of"}
     with VerifierPool("code", **OPTIONS) as pool:
         (outcome,) = pool.run([Check(f"```python\n{program}\n```", [], row)])
+
     assert outcome.reason == "1 of 1 tests passed: ok"
 
 
 @needs_walls
-def test_a_threshold_asks_for_a_share_of_the_tests() -> None:
+def test_a_threshold_is_a_share_of_the_tests() -> None:
     tests = {"tests": [{"assert": f"f({n}) == {n}"} for n in range(4)]}
     text = "```python\ndef f(n): return min(n, 2)\n```"
     item = (Prompt("p", "", (1,), (), metadata=tests), Completion((1,), (0.0,), text, True))
@@ -802,7 +828,7 @@ PROGRAMS = {
 }
 
 
-def test_where_the_program_is() -> None:
+def test_the_program_is_read_from_the_last_code_block() -> None:
     assert {text: program_of(text) for text in PROGRAMS} == PROGRAMS
     assert program_of("```python\na\n```", require_think=True) is None
 

@@ -1,5 +1,5 @@
-"""The Dockerfile, as far as a machine without docker can tell: a real linter,
-and its pins resolved on the index.
+"""The Dockerfile, as far as it can be tested without docker: a real linter, and its pins resolved
+on the index.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_linter_finds_nothing() -> None:
-    done = run("hadolint", "Dockerfile")
-    assert (done.returncode, done.stdout) == (0, "")
+    completed = run("hadolint", "Dockerfile")
+    assert (completed.returncode, completed.stdout) == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -40,12 +40,12 @@ def test_the_linter_finds_nothing() -> None:
 )
 def test_the_linter_finds_what_is_wrong(change: tuple[str, str], rule: str, tmp_path: Path) -> None:
     (tmp_path / "Dockerfile").write_text((ROOT / "Dockerfile").read_text().replace(*change))
-    done = run("hadolint", str(tmp_path / "Dockerfile"))
-    assert done.returncode == 1 and rule in done.stdout
+    completed = run("hadolint", str(tmp_path / "Dockerfile"))
+    assert completed.returncode == 1 and rule in completed.stdout
 
 
 def test_the_image_holds_what_it_copies_and_nothing_of_the_user() -> None:
-    """Every COPY is let in by .dockerignore, which begins by shutting out everything."""
+    """.dockerignore begins by excluding everything, and lets in what COPY takes."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     assert lines[1] == "*"
     recipe = (ROOT / "Dockerfile").read_text().splitlines()
@@ -58,7 +58,7 @@ def test_the_image_holds_what_it_copies_and_nothing_of_the_user() -> None:
 
 
 def test_no_secret_and_no_root_is_in_its_layers() -> None:
-    """What an ARG or ENV is given can be read out of every layer below it."""
+    """The value of an ARG or ENV can be read from every later layer."""
     lines = (ROOT / "Dockerfile").read_text().splitlines()
     users = [line.split()[1] for line in lines if line.startswith("USER ")]
     assert users[-1].isdecimal() and int(users[-1]) > 0
@@ -69,23 +69,23 @@ def test_no_secret_and_no_root_is_in_its_layers() -> None:
 
 
 def test_the_pins_exist_and_fit_together() -> None:
-    done = run(sys.executable, "tools/check_container.py")
-    assert done.returncode == 0, done.stderr
-    held = done.stdout.splitlines()
+    completed = run(sys.executable, "tools/check_container.py")
+    assert completed.returncode == 0, completed.stderr
+    held = completed.stdout.splitlines()
     assert "megatron-core==0.19.2" in held and "math-verify==0.9.0" in held
     assert [line for line in held if line.startswith("torch==")] == ["torch==2.15.0a0+875d815502"]
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--pin", "VLLM=99.0.0"], "No matching distribution found for vllm==99.0.0"),
         (["--pin", "MEGATRON_CORE=0.99.0"], "megatron-core==0.99.0"),
         (["--keep-torch-pins"], "torch==2.13.0"),
     ],
 )
-def test_pins_that_do_not_fit_are_told(words: list[str], said: str) -> None:
-    done = run(sys.executable, "tools/check_container.py", *words)
-    assert done.returncode == 1
-    assert said in " ".join(done.stderr.split())
+def test_pins_that_do_not_fit_are_named(words: list[str], message: str) -> None:
+    completed = run(sys.executable, "tools/check_container.py", *words)
+    assert completed.returncode == 1
+    assert message in " ".join(completed.stderr.split())

@@ -1,5 +1,5 @@
-"""kill -9 in the middle of a conversion: nothing, or a partial directory that the
-next run completes.
+"""A conversion that is killed leaves nothing, or a partial directory that the next run
+completes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def to_hf(source: Path, out: Path) -> Converted:
 
 
 def changes(convert: Callable[[Path, Path], Converted], source: Path, out: Path) -> int:
-    """How often the conversion changes the disk: bytes written, brought to disk, or renamed."""
+    """Returns how often the conversion changes the disk: by a write, a sync or a rename."""
     with pytest.MonkeyPatch.context() as patch:
         count = _count_changes(patch, last=-1)
         convert(source, out)
@@ -55,8 +55,8 @@ def changes(convert: Callable[[Path, Path], Converted], source: Path, out: Path)
 def kill(
     convert: Callable[[Path, Path], Converted], source: Path, out: Path, *, after: int
 ) -> None:
-    """Runs the conversion in a process of its own, which kills itself after so
-    many changes of the disk.
+    """Runs the conversion in a process of its own, which kills itself after `after` changes of the
+    disk.
     """
     child = os.fork()
     if not child:
@@ -85,14 +85,16 @@ def _count_changes(patch: pytest.MonkeyPatch, *, last: int) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("convert", [to_megatron, to_hf])
-def test_kills_at_random_moments(
+def test_a_conversion_that_is_killed_at_any_moment_can_be_completed(
     convert: Callable[[Path, Path], Converted], source: Path, tmp_path: Path
 ) -> None:
     given = hf_to_megatron(source, tmp_path / "given").out if convert is to_hf else source
-    out, kept = tmp_path / "out", set()
+    out = tmp_path / "out"
+    kept = set()
     total = changes(convert, given, out)
     expected = json.loads((out / MANIFEST).read_text())
     draw = random.Random(17)
+
     for after in (0, *(draw.randrange(total) for _ in range(MOMENTS)), total - 1):
         shutil.rmtree(out)
         kill(convert, given, out, after=after)
@@ -101,14 +103,15 @@ def test_kills_at_random_moments(
         assert check_manifest(out) == []
         assert json.loads((out / MANIFEST).read_text()) == expected
         assert {p.name for p in tmp_path.iterdir()} <= {"given", "out", ".out.journal"}
+
     assert len(kept) > MOMENTS // 2, "the work that was done before the kill must be kept"
 
 
 def test_a_resumed_run_copies_only_what_is_missing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The third part of the tensors fails; the second run writes exactly the
-    bytes that the first one did not.
+    """Writing the third part of the tensors fails; the second run writes exactly the bytes that the
+    first one did not.
     """
     written = [0]
     write = transfer._write
@@ -123,6 +126,7 @@ def test_a_resumed_run_copies_only_what_is_missing(
     with pytest.raises(WeightsError, match="Input/output error"):
         to_megatron(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
     written[0] = -(10**12)
     second = to_megatron(source, tmp_path / "out")
     crcs = 8 * second.tensors
@@ -131,21 +135,23 @@ def test_a_resumed_run_copies_only_what_is_missing(
     assert check_manifest(tmp_path / "out") == []
 
 
-def test_a_spoilt_partial_is_made_again(
+def test_tensors_that_fail_their_checksum_are_written_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A journal that promises what the disk lost, as after a power cut: the checksum finds it."""
+    """The journal promises data that the disk lost, as after a power cut; the checksum finds it."""
     monkeypatch.setattr(transfer, "_finish", _full_disk)
     with pytest.raises(
         WeightsError, match="is full; free some space and run the same command again"
     ):
         to_megatron(source, tmp_path / "out")
+
     monkeypatch.undo()
     (file,) = (tmp_path / ".out.partial/release").glob("*.distcp")
     data = bytearray(file.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 10_000] = bytes(10_000)
     file.write_bytes(data)
     again = to_megatron(source, tmp_path / "out")
+
     assert 0 < again.num_bytes - again.resumed_bytes < again.num_bytes // 2
     assert check_manifest(again.out) == []
 
@@ -153,8 +159,8 @@ def test_a_spoilt_partial_is_made_again(
 def test_a_line_of_the_journal_that_was_cut_short_spoils_no_other(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk was full in the middle of a line; the next run appends behind it,
-    and the one after reads both.
+    """The disk was full in the middle of a line: the next run appends after it, and the run after
+    that reads both.
     """
     monkeypatch.setattr(transfer, "_finish", _full_disk)
     for cut_short in (True, False):
@@ -173,7 +179,7 @@ def _full_disk(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_another_source_starts_anew(
+def test_a_partial_of_another_source_is_not_resumed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfer, "_finish", _full_disk)
@@ -185,17 +191,17 @@ def test_another_source_starts_anew(
     assert to_megatron(copy, tmp_path / "out").resumed_bytes == 0
 
 
-def test_too_small_a_disk_is_found_before(
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(WeightsError, match=r"bytes are needed in .*, which has [\d,]+ too few"):
         to_megatron(source, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_conversions_to_one_place(source: Path, tmp_path: Path) -> None:
+def test_two_conversions_to_one_place_are_refused(source: Path, tmp_path: Path) -> None:
     with (
         transfer._journal(tmp_path / "out"),
         pytest.raises(WeightsError, match="another process is writing"),

@@ -1,4 +1,6 @@
-"""What a conversion must not lose, must not believe and must not delete; in one sentence each."""
+"""What a conversion must not lose, must not believe and must not delete; each is refused in one
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ LAYERS = {"num_hidden_layers": 2}
 
 @pytest.fixture
 def source(tiny_model: ModelMaker, tmp_path: Path) -> Path:
-    """A model of two layers that the test may change."""
+    """Makes a model of two layers that the test may change."""
     return Path(
         shutil.copytree(tiny_model("qwen2", dtype="bfloat16", **LAYERS), tmp_path / "model")
     )
@@ -48,20 +50,20 @@ def source(tiny_model: ModelMaker, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tied(tiny_model: ModelMaker, tmp_path: Path) -> Path:
-    """The same, with the embedding as output layer."""
+    """Makes the same model with its embedding as output layer."""
     path = tiny_model("qwen2", dtype="bfloat16", tie_word_embeddings=True, **LAYERS)
     return Path(shutil.copytree(path, tmp_path / "tied"))
 
 
 def with_config(directory: Path, **values: Any) -> Path:
-    """The same directory, its config.json changed."""
+    """Changes config.json of a directory, which it returns."""
     file = directory / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
     return directory
 
 
 def with_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    """The same directory, its single file of weights changed."""
+    """Changes the single file of weights of a directory, which it returns."""
     tensors = load_file(directory / SINGLE)
     change(tensors)
     save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
@@ -83,42 +85,46 @@ def changed_state(checkpoint: Path, change: Callable[[dict[str, Any]], None]) ->
 def test_an_output_layer_of_its_own_is_not_dropped(
     source: Path, tied: Path, tmp_path: Path, layout: LegacyLayout | None
 ) -> None:
-    """A checkpoint with an output layer under a tied config: exported without it, half is lost."""
-    there = hf_to_megatron(source, tmp_path / "megatron", layout=layout).out
+    """The checkpoint has an output layer of its own under a tied config: an export without it would
+    lose it.
+    """
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron", layout=layout).out
     with pytest.raises(WeightsError, match=r"output_layer.weight differs from model.embed_tokens"):
-        megatron_to_hf(there, tmp_path / "hf", hf_config=tied)
+        megatron_to_hf(checkpoint, tmp_path / "hf", hf_config=tied)
     with pytest.raises(WeightsError, match=r"output_layer.weight differs"):
-        check_model(tied, there)
+        check_model(tied, checkpoint)
     assert not (tmp_path / "hf").exists()
 
     def equal(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
     copied = hf_to_megatron(with_tensors(source, equal), tmp_path / "copied", layout=layout).out
-    back = megatron_to_hf(copied, tmp_path / "hf", hf_config=tied).out
-    assert "lm_head.weight" not in HfWeights(back).tensors
+    exported = megatron_to_hf(copied, tmp_path / "hf", hf_config=tied).out
+    assert "lm_head.weight" not in HfWeights(exported).tensors
 
 
 def test_norms_of_all_tensor_parallel_ranks_are_compared(source: Path, tmp_path: Path) -> None:
-    there = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout(tp=2)).out
-    file = there / "release/mp_rank_01/model_optim_rng.pt"
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout(tp=2)).out
+    file = checkpoint / "release/mp_rank_01/model_optim_rng.pt"
     state = torch.load(file, weights_only=False)
     state["model"]["decoder.final_layernorm.weight"] += 1
     torch.save(state, file)
     with pytest.raises(WeightsError, match=r"final_layernorm.weight of mp_rank_01 differs"):
-        megatron_to_hf(there, tmp_path / "hf")
+        megatron_to_hf(checkpoint, tmp_path / "hf")
 
 
 def test_a_parameter_under_two_names_is_refused(source: Path, tmp_path: Path) -> None:
-    there = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout()).out
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout()).out
     name = "decoder.layers.0.input_layernorm.weight"
-    changed_state(there, lambda state: state["model"].update({name: torch.ones(32)}))
+    changed_state(checkpoint, lambda state: state["model"].update({name: torch.ones(32)}))
     with pytest.raises(WeightsError, match="has one parameter twice"):
-        megatron_to_hf(there, tmp_path / "hf")
+        megatron_to_hf(checkpoint, tmp_path / "hf")
 
 
 def test_rotary_buffers_are_compared_with_the_base(tiny_model: ModelMaker, tmp_path: Path) -> None:
-    """inv_freq of old Llama files is 10000^(-2i/8) for a head of 8; it is left out where it is."""
+    """inv_freq of old Llama files is 10000^(-2i/8) for a head of size 8; one with these values is
+    left out.
+    """
     path = tiny_model("llama", dtype="bfloat16", **LAYERS)
     source = Path(shutil.copytree(path, tmp_path / "llama"))
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -141,8 +147,9 @@ def test_llama3_frequencies_are_those_of_transformers() -> None:
     config = LlamaConfig(head_dim=64, rope_parameters=rope)
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
     values = config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
-    found = torch.tensor(Architecture.from_config(values).rope_frequencies)
-    assert torch.allclose(found, expected, rtol=1e-6)
+    frequencies = torch.tensor(Architecture.from_config(values).rope_frequencies)
+
+    assert torch.allclose(frequencies, expected, rtol=1e-6)
 
 
 # What convert refuses, every command refuses, in the same words.
@@ -178,6 +185,7 @@ def test_every_entry_point_refuses_in_the_same_words(
         ["eval", str(config), "--bench", f"b={bench}", "--max-tokens", "64"],
         ["plan", str(config), "--gpus", "1", "--gpu", "h100-80g"],
     ]
+
     sentences = []
     for words in commands:
         assert main(words) == 2, words
@@ -198,10 +206,10 @@ def test_a_plan_needs_no_weights(source: Path) -> None:
 
 
 def cut(source: Path, *, index: bool) -> Path:
-    """Two shards instead of the single file."""
+    """Cuts the single file of a model into two shards."""
     tensors = load_file(source / SINGLE)
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, part in enumerate((names[::2], names[1::2]), 1):
         file = f"model-{i:05d}-of-00002.safetensors"
         save_file({n: tensors[n] for n in part}, source / file, metadata={"format": "pt"})
@@ -217,9 +225,9 @@ def test_shards_without_an_index_come_back_with_one(source: Path, tmp_path: Path
     before = load_file(source / SINGLE)
     cut(source, index=False)
     (source / SINGLE).unlink()
-    there = hf_to_megatron(source, tmp_path / "megatron").out
-    back = megatron_to_hf(there, tmp_path / "hf").out
-    model = AutoModelForCausalLM.from_pretrained(back, dtype="auto").state_dict()
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
+    exported = megatron_to_hf(checkpoint, tmp_path / "hf").out
+    model = AutoModelForCausalLM.from_pretrained(exported, dtype="auto").state_dict()
     assert all(torch.equal(model[name], tensor) for name, tensor in before.items())
 
 
@@ -227,9 +235,9 @@ def test_a_single_file_of_another_name_comes_back_under_the_usual_one(
     source: Path, tmp_path: Path
 ) -> None:
     (source / SINGLE).rename(source / "weights.safetensors")
-    there = hf_to_megatron(source, tmp_path / "megatron").out
-    back = megatron_to_hf(there, tmp_path / "hf").out
-    assert (back / SINGLE).read_bytes() == (source / "weights.safetensors").read_bytes()
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
+    exported = megatron_to_hf(checkpoint, tmp_path / "hf").out
+    assert (exported / SINGLE).read_bytes() == (source / "weights.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -261,8 +269,10 @@ def test_an_index_of_the_single_file_is_no_second_set(source: Path) -> None:
     open_model(source)
 
 
-def test_a_tied_file_that_kept_only_the_output_layer(tied: Path, tmp_path: Path) -> None:
-    """transformers ties the embedding to it; so do we."""
+def test_a_tied_file_that_kept_only_the_output_layer_is_converted(
+    tied: Path, tmp_path: Path
+) -> None:
+    """transformers ties the embedding to it, and so does the conversion."""
     from transformers import AutoModelForCausalLM
 
     before = load_file(tied / SINGLE)["model.embed_tokens.weight"]
@@ -273,9 +283,10 @@ def test_a_tied_file_that_kept_only_the_output_layer(tied: Path, tmp_path: Path)
     with_tensors(tied, keep_output)
     theirs = AutoModelForCausalLM.from_pretrained(tied, dtype="auto").state_dict()
     assert torch.equal(theirs["model.embed_tokens.weight"], before)
-    there = hf_to_megatron(tied, tmp_path / "megatron").out
-    back = HfWeights(megatron_to_hf(there, tmp_path / "hf").out)
-    assert torch.equal(back.read("model.embed_tokens.weight"), before)
+
+    checkpoint = hf_to_megatron(tied, tmp_path / "megatron").out
+    exported = HfWeights(megatron_to_hf(checkpoint, tmp_path / "hf").out)
+    assert torch.equal(exported.read("model.embed_tokens.weight"), before)
 
 
 # Side files.
@@ -294,36 +305,42 @@ def test_side_files_templates_and_code_come_along(source: Path, tmp_path: Path) 
         (source / name).write_text(text)
     (source / "tf_model.h5.index.json").write_text("{}")
     without_code = {file.name for file in side_files(source)}
+
     assert "helper.py" not in without_code, "Python files without an auto_map are not the model's"
+
     with_config(source, auto_map={"AutoModelForCausalLM": "modeling_own.Model"})
-    there = hf_to_megatron(source, tmp_path / "megatron").out
-    back = megatron_to_hf(there, tmp_path / "hf").out
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
+    back = megatron_to_hf(checkpoint, tmp_path / "hf").out
     weights = {name: tensor for name, tensor in load_file(source / SINGLE).items()}
     write_hf(tmp_path / "trained", weights.items(), source=source, dtype="bf16")
+
     for exported in (back, tmp_path / "trained"):
         assert {name: (exported / name).read_text() for name in files} == files
         assert not (exported / "tf_model.h5.index.json").exists()
 
 
 def test_links_out_of_the_model_are_not_followed(source: Path, tmp_path: Path) -> None:
-    """A file of this machine must not be published with the weights."""
+    """A private file of this machine must not be published with the weights."""
     secret = tmp_path / "secret"
     secret.write_text("HF_TOKEN=hf_secret")
     weights = load_file(source / SINGLE)
-    there = hf_to_megatron(source, tmp_path / "megatron").out
-    for directory in (source, there / "hf"):
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
+
+    for directory in (source, checkpoint / "hf"):
         link = directory / "NOTICE.txt"
         link.symlink_to(secret)
         with pytest.raises(WeightsError, match=r"NOTICE.txt is a link to .*secret, outside"):
             side_files(directory)
+
     with pytest.raises(WeightsError, match="outside the model's directory"):
         hf_to_megatron(source, tmp_path / "out")
     with pytest.raises(WeightsError, match="outside the model's directory"):
-        megatron_to_hf(there, tmp_path / "out")
+        megatron_to_hf(checkpoint, tmp_path / "out")
     with pytest.raises(WeightsError, match="outside the model's directory"):
         write_hf(tmp_path / "out", weights.items(), source=source, dtype="bf16")
     assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".*out*"))
-    for link in (source / "NOTICE.txt", there / "hf/NOTICE.txt"):
+
+    for link in (source / "NOTICE.txt", checkpoint / "hf/NOTICE.txt"):
         link.unlink()
         link.symlink_to("config.json")
         side_files(link.parent)  # within the model it is a file of the model
@@ -337,9 +354,11 @@ def test_a_hub_snapshot_is_links_to_its_own_blobs(source: Path, tmp_path: Path) 
     for number, file in enumerate(sorted(source.iterdir())):
         shutil.copy(file, repository / "blobs" / str(number))
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
-    there = hf_to_megatron(snapshot, tmp_path / "megatron").out
-    back = megatron_to_hf(there, tmp_path / "hf").out
-    assert (back / SINGLE).read_bytes() == (source / SINGLE).read_bytes()
+    checkpoint = hf_to_megatron(snapshot, tmp_path / "megatron").out
+    exported = megatron_to_hf(checkpoint, tmp_path / "hf").out
+
+    assert (exported / SINGLE).read_bytes() == (source / SINGLE).read_bytes()
+
     (snapshot / "NOTICE.txt").symlink_to("../../../secret")
     with pytest.raises(WeightsError, match="leads nowhere"):
         open_model(snapshot)
@@ -362,15 +381,15 @@ def test_a_hub_snapshot_is_links_to_its_own_blobs(source: Path, tmp_path: Path) 
 def test_overwrite_deletes_only_what_a_conversion_wrote(
     source: Path, tmp_path: Path, make: Callable[[Path], Any], message: str | None
 ) -> None:
-    there = hf_to_megatron(source, tmp_path / "megatron").out
-    out = megatron_to_hf(there, tmp_path / "hf").out
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
+    out = megatron_to_hf(checkpoint, tmp_path / "hf").out
     make(out)
     before = sorted(out.rglob("*"))
     if message is None:
-        megatron_to_hf(there, out, overwrite=True)
+        megatron_to_hf(checkpoint, out, overwrite=True)
         return
     with pytest.raises(WeightsError, match=message):
-        megatron_to_hf(there, out, overwrite=True)
+        megatron_to_hf(checkpoint, out, overwrite=True)
     assert sorted(out.rglob("*")) == before
 
 
@@ -388,9 +407,9 @@ def test_out_and_source_may_not_touch(source: Path, tmp_path: Path, where: str) 
     assert (source / SINGLE).exists() and not (source / "out").exists()
 
 
-def test_out_around_the_files_that_the_source_links_to(source: Path, tmp_path: Path) -> None:
-    there = hf_to_megatron(source, tmp_path / "megatron").out
-    out = megatron_to_hf(there, tmp_path / "hf").out
+def test_out_may_not_hold_the_files_that_the_source_links_to(source: Path, tmp_path: Path) -> None:
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
+    out = megatron_to_hf(checkpoint, tmp_path / "hf").out
     (source / SINGLE).unlink()
     (source / SINGLE).symlink_to(out / SINGLE)
     with pytest.raises(WeightsError, match="are one within the other"):
@@ -402,7 +421,9 @@ def test_out_around_the_files_that_the_source_links_to(source: Path, tmp_path: P
 def test_out_that_cannot_be_replaced_is_refused_early(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
-    file, link, dangling = tmp_path / "file", tmp_path / "link", tmp_path / "dangling"
+    file = tmp_path / "file"
+    link = tmp_path / "link"
+    dangling = tmp_path / "dangling"
     file.write_text("mine")
     (tmp_path / "directory").mkdir()
     link.symlink_to("directory")
@@ -411,6 +432,7 @@ def test_out_that_cannot_be_replaced_is_refused_early(
     mounted.mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == mounted)
     before = sorted(tmp_path.rglob("*"))
+
     for out, message in (
         (file, "is a file"),
         (link, "is a link to directory"),
@@ -419,6 +441,7 @@ def test_out_that_cannot_be_replaced_is_refused_early(
     ):
         with pytest.raises(WeightsError, match=message):
             hf_to_megatron(source, out, overwrite=overwrite)
+
     with pytest.raises(WeightsError, match=r"Not a directory|File exists"):
         hf_to_megatron(source, file / "out", overwrite=overwrite)
     assert sorted(tmp_path.rglob("*")) == before
@@ -439,8 +462,10 @@ def test_out_that_appears_meanwhile_is_left_alone(
     monkeypatch.setattr(transfer, "_finish", appears)
     with pytest.raises(WeightsError, match="is left alone; the finished weights are in"):
         hf_to_megatron(source, out, overwrite=overwrite)
+
     monkeypatch.undo()
     assert (out / "mine.txt").read_text() == "mine"
+
     shutil.rmtree(out)
     again = hf_to_megatron(source, out)
     assert again.resumed_bytes == again.num_bytes
@@ -461,7 +486,8 @@ def test_a_partial_that_no_journal_knows_is_left_alone(source: Path, tmp_path: P
 def test_an_old_export_is_there_until_the_new_one_has_its_name(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target, synced = tmp_path / "weights", []
+    target = tmp_path / "weights"
+    synced = []
     weights = load_file(source / SINGLE)
     write_hf(target, weights.items(), source=source, dtype="bf16")
     monkeypatch.setattr(stream, "fsync", lambda path: synced.append(path.name))
@@ -494,7 +520,7 @@ def test_an_export_with_files_of_others_is_set_aside(source: Path, tmp_path: Pat
 
 
 def test_a_checkpoints_own_arguments_are_compared(source: Path, tmp_path: Path) -> None:
-    there = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout()).out
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout()).out
     for name, value in (
         ("rotary_base", 1_000_000),
         ("norm_epsilon", 1e-5),
@@ -503,7 +529,7 @@ def test_a_checkpoints_own_arguments_are_compared(source: Path, tmp_path: Path) 
         ("use_rope_scaling", True),
         ("window_size", 128),
     ):
-        changed = Path(shutil.copytree(there, tmp_path / name))
+        changed = Path(shutil.copytree(checkpoint, tmp_path / name))
 
         def change(state: dict[str, Any], name: str = name, value: Any = value) -> None:
             setattr(state["args"], name, value)
@@ -520,17 +546,17 @@ def test_the_arguments_of_torch_dist_are_compared(
     source: Path, tmp_path: Path, stored: str
 ) -> None:
     """megatron-core 0.16 has them in common.pt, 0.19 in the shards; the converter writes both."""
-    there = hf_to_megatron(source, tmp_path / "megatron").out
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
     if stored == "shards":
-        (there / "release/common.pt").unlink()
+        (checkpoint / "release/common.pt").unlink()
     with_config(source, rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
     with pytest.raises(WeightsError, match="rotary_base 10000 instead of 500000"):
-        megatron_to_hf(there, tmp_path / "hf", hf_config=source)
+        megatron_to_hf(checkpoint, tmp_path / "hf", hf_config=source)
 
 
 def test_arguments_of_unknown_classes_are_inert(source: Path, tmp_path: Path) -> None:
-    """An args object of a fork: nothing of it is imported, and the weights are read."""
-    there = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout()).out
+    """A fork's object of arguments is not imported, and the weights are read all the same."""
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout()).out
 
     def strange(state: dict[str, Any]) -> None:
         state["args"].timeout = datetime.timedelta(minutes=3)
@@ -538,28 +564,33 @@ def test_arguments_of_unknown_classes_are_inert(source: Path, tmp_path: Path) ->
         state["args"].own = argparse.ArgumentParser
         state["args"].types = OrderedDict(a={1, 2}, b=frozenset({3}), c=range(3))
 
-    changed_state(there, strange)
-    back = megatron_to_hf(there, tmp_path / "hf").out
-    assert (back / SINGLE).read_bytes() == (source / SINGLE).read_bytes()
-    assert describe(there)["format"].startswith("Megatron torch")
+    changed_state(checkpoint, strange)
+    exported = megatron_to_hf(checkpoint, tmp_path / "hf").out
+    assert (exported / SINGLE).read_bytes() == (source / SINGLE).read_bytes()
+    assert describe(checkpoint)["format"].startswith("Megatron torch")
 
 
 def test_an_object_in_the_place_of_a_tensor_is_named(source: Path, tmp_path: Path) -> None:
-    there = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout()).out
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout()).out
     strange = {"decoder.final_layernorm.weight": datetime.timedelta(1)}
-    changed_state(there, lambda state: state["model"].update(strange))
+    changed_state(checkpoint, lambda state: state["model"].update(strange))
     with pytest.raises(WeightsError, match=r"is a datetime.timedelta, not a plain tensor"):
-        megatron_to_hf(there, tmp_path / "hf")
+        megatron_to_hf(checkpoint, tmp_path / "hf")
 
 
 @pytest.mark.parametrize("heights", [(1, 3, 3, 1), (0, 4, 4, 0), (2, 2, 2, 2)], ids=str)
-def test_uneven_pipelines(tiny_model: ModelMaker, tmp_path: Path, heights: tuple[int, ...]) -> None:
-    """Stages that account for the embedding hold fewer layers; each numbers its own from 0."""
+def test_stages_with_unequal_numbers_of_layers_are_joined(
+    tiny_model: ModelMaker, tmp_path: Path, heights: tuple[int, ...]
+) -> None:
+    """Stages that account for the embedding hold fewer layers, and each numbers its own layers from
+    0.
+    """
     source = tiny_model("qwen2", dtype="bfloat16")
     whole = hf_to_megatron(source, tmp_path / "whole", layout=LegacyLayout()).out
     state = torch.load(whole / "release/mp_rank_00/model_optim_rng.pt", weights_only=False)
     staged = tmp_path / "staged"
     first = 0
+    last_stage = len(heights) - 1
     for stage, height in enumerate(heights):
         model = {}
         for name, tensor in state["model"].items():
@@ -568,31 +599,36 @@ def test_uneven_pipelines(tiny_model: ModelMaker, tmp_path: Path, heights: tuple
                 number = int(words[2]) - first
                 if 0 <= number < height:
                     model[".".join([*words[:2], str(number), *words[3:]])] = tensor
-            elif stage == (0 if words[0] == "embedding" else len(heights) - 1):
+                continue
+            # Outside the layers: the embedding is in the first stage, all else in the last.
+            own_stage = 0 if words[0] == "embedding" else last_stage
+            if stage == own_stage:
                 model[name] = tensor
         first += height
         folder = staged / f"mp_rank_00_{stage:03d}"
         folder.mkdir(parents=True)
         torch.save({**state, "model": model}, folder / "model_optim_rng.pt")
-    back = megatron_to_hf(staged, tmp_path / "hf", hf_config=source).out
-    assert (back / SINGLE).read_bytes() == (source / SINGLE).read_bytes()
+    exported = megatron_to_hf(staged, tmp_path / "hf", hf_config=source).out
+
+    assert (exported / SINGLE).read_bytes() == (source / SINGLE).read_bytes()
+
     shutil.rmtree(staged / "mp_rank_00_003")
     with pytest.raises(WeightsError, match=r"layers where config.json asks for 8|has no tensor"):
         megatron_to_hf(staged, tmp_path / "no", hf_config=source)
 
 
-def test_verify_after_megatron_lm_went_on_saving(source: Path, tmp_path: Path) -> None:
-    there = hf_to_megatron(source, tmp_path / "megatron").out
-    shutil.copytree(there / "release", there / "iter_0000010")
-    (there / "latest_checkpointed_iteration.txt").write_text("10")
-    for directory in (there, there / "release", there / "iter_0000010"):
+def test_verify_reads_the_checkpoint_that_the_tracker_names(source: Path, tmp_path: Path) -> None:
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
+    shutil.copytree(checkpoint / "release", checkpoint / "iter_0000010")
+    (checkpoint / "latest_checkpointed_iteration.txt").write_text("10")
+    for directory in (checkpoint, checkpoint / "release", checkpoint / "iter_0000010"):
         assert verify(open_as_hf(directory), None).problems == []
-    file = there / "release/__0_0.distcp"
+    file = checkpoint / "release/__0_0.distcp"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    assert verify(open_as_hf(there), None).problems == []
-    assert len(verify(open_as_hf(there / "release"), None).problems) >= 1
+    assert verify(open_as_hf(checkpoint), None).problems == []
+    assert len(verify(open_as_hf(checkpoint / "release"), None).problems) >= 1
 
 
 def test_other_formats_and_trackers_are_named(source: Path, tmp_path: Path) -> None:
@@ -603,17 +639,21 @@ def test_other_formats_and_trackers_are_named(source: Path, tmp_path: Path) -> N
     (zarr / "decoder.layers.mlp.linear_fc1.weight/.zarray").write_text("{}")
     tracker = checkpoints / "latest_checkpointed_iteration.txt"
     tracker.write_text("5")
+
     for directory in (checkpoints, zarr):
         with pytest.raises(WeightsError, match=r"format 'zarr', which is not read"):
             open_megatron(directory, architecture)
         with pytest.raises(WeightsError, match=r"format 'zarr', which is not read"):
             describe(directory)
+
     (zarr / "metadata.json").write_text('{"sharded_backend": "fsdp_dtensor"}')
     with pytest.raises(WeightsError, match=r"format 'fsdp_dtensor', which is not read"):
         open_megatron(checkpoints, architecture)
+
     tracker.write_text("9" * 5000)
     with pytest.raises(WeightsError, match="which is neither 'release' nor an iteration"):
         open_megatron(checkpoints, architecture)
+
     tracker.unlink()
     tracker.mkdir()
     with pytest.raises(WeightsError, match=r"tracker|latest_.*cannot be read \(Is a directory\)"):
@@ -628,15 +668,17 @@ def test_other_formats_and_trackers_are_named(source: Path, tmp_path: Path) -> N
 )
 def test_verify_compares_the_descriptions(source: Path, tmp_path: Path, change: Any) -> None:
     other = with_config(Path(shutil.copytree(source, tmp_path / "other")), **change)
-    there = hf_to_megatron(source, tmp_path / "megatron").out
-    for a, b in ((source, other), (there, other)):
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
+    for a, b in ((source, other), (checkpoint, other)):
         report = verify(open_as_hf(a), open_as_hf(b))
         assert report.identical == report.tensors
         assert len(report.problems) == 1 and "the models differ" in report.problems[0]
 
 
 def test_peak_memory_is_this_programs_own() -> None:
-    """Across exec the kernel passes on getrusage's figure, of a launcher of 400 MB for example."""
+    """Across exec the kernel hands on getrusage's figure, for example that of a
+    launcher of 400 MB.
+    """
     program = (
         "import os, sys; block = bytearray(400 * 2**20); "
         "os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"
@@ -645,5 +687,5 @@ def test_peak_memory_is_this_programs_own() -> None:
         "from megatron_real.commands.convert import peak_memory_bytes; print(peak_memory_bytes())"
     )
     words = [sys.executable, "-c", program, question]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
-    assert 2**20 < int(done.stdout) < 300 * 2**20
+    completed = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+    assert 2**20 < int(completed.stdout) < 300 * 2**20

@@ -1,9 +1,12 @@
-"""trainer.deterministic: what is set, and that nothing of the environment can undo it silently."""
+"""trainer.deterministic: which settings it makes, and that no environment variable undoes them
+silently.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,19 +23,21 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in NAMES:
         monkeypatch.setenv(name, "")  # remembered, and put back
         del os.environ[name]
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    # This module's only name is a property of its class, so it has no type.
+    deterministic: Any = torch.utils.deterministic
+    fills = deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = fills
+    deterministic.fill_uninitialized_memory = fills
 
 
-def test_every_library_is_told() -> None:
+def test_every_library_is_set_to_be_deterministic() -> None:
     allow_only_deterministic()
     assert [os.environ[name] for name in NAMES] == ["0", ":4096:8", "Ring"]
     assert torch.are_deterministic_algorithms_enabled()
-    for chosen in (False, True):
-        settings = PolicySettings.of(Config(trainer=TrainerConfig(deterministic=chosen)))
-        assert settings.megatron["deterministic_mode"] is chosen
+    for deterministic in (False, True):
+        settings = PolicySettings.of(Config(trainer=TrainerConfig(deterministic=deterministic)))
+        assert settings.megatron["deterministic_mode"] is deterministic
 
 
 def test_another_deterministic_choice_stays(monkeypatch: pytest.MonkeyPatch) -> None:

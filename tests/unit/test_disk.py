@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Files are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from megatron_real.disk import whole_file, write_whole
 
 
-def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_a_file_keeps_its_old_content_until_the_new_one_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "folder/file"
     write_whole(path, "old")
     with whole_file(path) as file:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +15,15 @@ from megatron_real.config import (
     TrainerConfig,
 )
 from megatron_real.runs.disk_needs import disk_needs
+from megatron_real.weights.architecture import Architecture
+from megatron_real.weights.published import published_model
 
-SEVEN_B: Any = SimpleNamespace(num_parameters=7_600_000_000)
+SEVEN_B = Architecture.read(published_model("r1-distill-qwen-7b"))
+"""It has 7,615,616,512 parameters."""
 
 
 def recipe(**rollout: Any) -> Config:
-    """As examples/configs/real_7b.yaml has it."""
+    """Returns the settings of examples/configs/real_7b.yaml."""
     return Config(
         trainer=TrainerConfig(run_dir="run", steps=1000),
         data=DataConfig(train="train.jsonl", heldout="heldout.jsonl"),
@@ -30,19 +32,19 @@ def recipe(**rollout: Any) -> Config:
     )
 
 
-def test_the_recipe_of_7b() -> None:
-    """14 bytes a parameter. Kept: 100, 200, ... 1000, 990, the best one;
-    and one that is being written.
+def test_the_needs_of_the_7b_recipe_equal_those_computed_by_hand() -> None:
+    """A parameter takes 14 bytes. Kept are steps 100, 200, ... 1000, 990 and the best one, beside
+    the one that is being written.
     """
     needs = disk_needs(recipe(), SEVEN_B)
-    assert needs.checkpoint == 106_400_000_000
+    assert needs.checkpoint == 14 * 7_615_616_512
     assert needs.num_checkpoints == 10 + 1 + 1 + 1
     assert needs.rollouts == 1000 * 128 * 8 * 4096 * 8
-    assert needs.export == 15_200_000_000
+    assert needs.export == 2 * 7_615_616_512, "bf16"
     assert needs.total == 13 * needs.checkpoint + needs.rollouts + needs.export
 
 
-def test_a_retention_of_rollouts_counts() -> None:
+def test_the_retention_of_rollouts_reduces_the_needs() -> None:
     needs = disk_needs(recipe(keep_steps=20), SEVEN_B, mean_response=1000)
     assert needs.rollouts == 20 * 128 * 8 * 1000 * 8
     needs = disk_needs(recipe(keep_steps=20, keep_every=50), SEVEN_B, mean_response=1000)
@@ -63,7 +65,9 @@ def test_a_retention_of_rollouts_counts() -> None:
     ],
     ids=["none", "all", "newest", "every one and the last"],
 )
-def test_retention(checkpoint: dict[str, Any], kept: int) -> None:
-    """Saved at 300, 600, 900 and 1000, for example."""
+def test_the_number_of_checkpoints_kept_follows_the_retention(
+    checkpoint: dict[str, Any], kept: int
+) -> None:
+    """With every=300, checkpoints are saved at steps 300, 600, 900 and 1000."""
     config = dataclasses.replace(recipe(), checkpoint=CheckpointConfig(**checkpoint))
     assert disk_needs(config, SEVEN_B).num_checkpoints == kept + 1

@@ -1,5 +1,6 @@
-"""What one process finds, each thing also broken; what ranks find together is in
-tests/distributed/test_doctor.py.
+"""What the doctor finds in one process, each finding in order and broken.
+
+What several ranks find together is in tests/distributed/test_doctor.py.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def doctor(run_dir: Path, *, processes: int = 1) -> tuple[int, dict[str, dict[str, str]]]:
-    """Exit code of the command line, and its findings by name."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    )
+    """Returns the exit code of the command line, and its findings by name."""
+    launcher: list[str] = []
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command = [
         sys.executable,
         *launcher,
@@ -37,9 +38,12 @@ def doctor(run_dir: Path, *, processes: int = 1) -> tuple[int, dict[str, dict[st
         "--run-dir",
         str(run_dir),
     ]
-    done = zygote.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.stdout.startswith("["), done.stderr
-    return done.returncode, {finding["name"]: finding for finding in json.loads(done.stdout)}
+    completed = zygote.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert completed.stdout.startswith("["), completed.stderr
+
+    return completed.returncode, {
+        finding["name"]: finding for finding in json.loads(completed.stdout)
+    }
 
 
 def installed(folder: Path, name: str, version: str) -> None:
@@ -49,7 +53,7 @@ def installed(folder: Path, name: str, version: str) -> None:
     (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-def found(name: str) -> Finding:
+def software_finding(name: str) -> Finding:
     (finding,) = (f for f in software() if f.name == name)
     return finding
 
@@ -73,28 +77,28 @@ def test_a_run_directory_that_cannot_be_written_fails_the_command(tmp_path: Path
 
 
 def test_an_old_megatron_core_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert found("megatron-core").verdict == "ok"
+    assert software_finding("megatron-core").verdict == "ok"
     installed(tmp_path, "megatron-core", "0.15.3")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert found("megatron-core").verdict == "fail"
-    assert "0.15.3" in found("megatron-core").found
+    finding = software_finding("megatron-core")
+    assert finding.verdict == "fail"
+    assert "0.15.3" in finding.found
 
 
 def test_an_empty_transformer_engine_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of PyPI has a record and no code."""
+    """The package of that name on PyPI has metadata and no code."""
     installed(tmp_path, "transformer-engine", "9.9.9")
     monkeypatch.syspath_prepend(str(tmp_path))
-    finding = found("transformer-engine")
-    assert (
-        finding.verdict == "fail" and "9.9.9 is installed, but ModuleNotFoundError" in finding.found
-    )
+    finding = software_finding("transformer-engine")
+    assert finding.verdict == "fail"
+    assert "9.9.9 is installed, but ModuleNotFoundError" in finding.found
 
 
 def test_an_unrelated_apex_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(tmp_path, "apex", "0.9.10")
     (tmp_path / "apex.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
-    finding = found("apex")
+    finding = software_finding("apex")
     assert finding.verdict == "warn" and "fused Adam" in finding.found
 
 
@@ -102,7 +106,9 @@ def test_an_unrelated_apex_falls_back(tmp_path: Path, monkeypatch: pytest.Monkey
     ("mount", "verdict"),
     [("lustre", "ok"), ("nfs4", "ok"), ("overlay", "warn"), ("tmpfs", "warn")],
 )
-def test_file_system_is_that_of_the_deepest_mount(tmp_path: Path, mount: str, verdict: str) -> None:
+def test_the_file_system_is_that_of_the_deepest_mount(
+    tmp_path: Path, mount: str, verdict: str
+) -> None:
     mounts = tmp_path / "mounts"
     mounts.write_text(
         f"a / ext4 rw 0 0\nb {tmp_path} {mount} rw 0 0\nc {tmp_path}-other overlay rw 0 0\n"
@@ -122,9 +128,7 @@ def test_disk_speed_leaves_nothing_and_fails_on_a_file(tmp_path: Path) -> None:
 def test_a_full_disk_fails_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The limit on file sizes stands in for a full disk: a write beyond it is
-    refused by the kernel.
-    """
+    """The limit on file sizes stands in for a full disk: the kernel refuses a write beyond it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 20, hard))
     try:
@@ -135,15 +139,15 @@ def test_a_full_disk_fails_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_few_open_files_warn() -> None:
+def test_a_low_limit_of_open_files_is_warned_of() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
     try:
         finding = next(f for f in machine._limits() if f.name == "open files")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    found = "1,024, and a process among 1 ranks opens up to 1,030"
-    assert finding == Finding("warn", "open files", found, "ulimit -n 65536")
+    measured = "1,024, and a process among 1 ranks opens up to 1,030"
+    assert finding == Finding("warn", "open files", measured, "ulimit -n 65536")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +160,9 @@ def test_few_open_files_warn() -> None:
         pytest.param(resource.RLIM_INFINITY, 4096, "ok", id="no limit"),
     ],
 )
-def test_open_files_are_held_against_the_world(limit: int, world: int, verdict: str) -> None:
+def test_the_limit_of_open_files_is_compared_with_the_number_of_ranks(
+    limit: int, world: int, verdict: str
+) -> None:
     assert machine.open_files(limit, world=world).verdict == verdict
 
 
@@ -181,8 +187,12 @@ def test_free_space_is_that_of_the_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("checkpoint", "verdict"), [(1, "ok"), (0.3, "warn"), (0.6, "fail")])
-def test_the_whole_run_must_have_room(tmp_path: Path, checkpoint: float, verdict: str) -> None:
-    """In shares of the free space: ten checkpoints of 0.3 do not fit, of 0.6 not even two."""
+def test_free_space_is_compared_with_the_needs_of_the_whole_run(
+    tmp_path: Path, checkpoint: float, verdict: str
+) -> None:
+    """Sizes are shares of the free space: ten checkpoints of 0.3 do not fit; of 0.6 not even two
+    do.
+    """
     free = shutil.disk_usage(tmp_path).free
     size = 1 if checkpoint == 1 else int(checkpoint * free)
     needs = DiskNeeds(checkpoint=size, num_checkpoints=10, rollouts=0, export=0)

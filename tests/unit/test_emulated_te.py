@@ -1,5 +1,5 @@
-"""Each emulated kernel of TransformerEngine against an operator of torch that
-computes the same in another way.
+"""Each emulated kernel of TransformerEngine equals an operator of torch that computes the same in
+another way.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from megatron_real.rehearsal import transformer_engine
+from megatron_real.rehearsal.transformer_engine import DType
 from tests.emulated_te import kernels
 
 CU = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
@@ -24,8 +25,9 @@ def _seeded() -> None:
 
 
 @pytest.mark.parametrize("zero_centered", [False, True])
-def test_rmsnorm(zero_centered: bool) -> None:
-    x, weight = torch.randn(5, 16, requires_grad=True), torch.randn(16, requires_grad=True)
+def test_rmsnorm_and_its_gradients_equal_those_of_torch(zero_centered: bool) -> None:
+    x = torch.randn(5, 16, requires_grad=True)
+    weight = torch.randn(16, requires_grad=True)
     expected = torch.nn.functional.rms_norm(x, (16,), weight + float(zero_centered), eps=1e-5)
     upstream = torch.randn(5, 16)
     expected.backward(upstream)
@@ -40,7 +42,7 @@ def test_rmsnorm(zero_centered: bool) -> None:
 
 def gemm(a: torch.Tensor, transa: bool, b: torch.Tensor, transb: bool, **options: Any) -> Any:
     arguments: dict[str, Any] = {
-        "out": None, "quantizer": None, "out_dtype": kernels.DType.kFloat32, "bias": None,
+        "out": None, "quantizer": None, "out_dtype": DType.kFloat32, "bias": None,
         "bias_type": None, "gelu": False, "gelu_in": None, "grad": False,
         "workspace": torch.empty(0), "workspace_size": 0, "accumulate": False,
         "use_split_accumulator": False,
@@ -49,13 +51,14 @@ def gemm(a: torch.Tensor, transa: bool, b: torch.Tensor, transb: bool, **options
 
 
 def test_gemm_is_a_linear_layer_and_its_gradients() -> None:
-    """The three forms in which TransformerEngine's Linear calls it."""
+    """These are the three forms in which TransformerEngine's Linear calls it."""
     linear = torch.nn.Linear(6, 4)
     x = torch.randn(2, 3, 6, requires_grad=True)
     upstream = torch.randn(2, 3, 4)
     expected = linear(x)
     expected.backward(upstream)
-    weight, bias = linear.weight.detach(), linear.bias.detach()
+    weight = linear.weight.detach()
+    bias = linear.bias.detach()
 
     out, *_ = gemm(weight, True, x.detach(), False, bias=bias)
     grad_x, *_ = gemm(weight, False, upstream, False)
@@ -63,6 +66,7 @@ def test_gemm_is_a_linear_layer_and_its_gradients() -> None:
     _, grad_bias, *_ = gemm(
         x.detach(), False, upstream, True, out=main_grad, accumulate=True, grad=True, bias=bias
     )
+
     assert_close(out, expected.detach())
     assert_close(grad_x, x.grad)
     assert_close(main_grad - 1, linear.weight.grad)
@@ -76,78 +80,101 @@ def test_fused_attention_is_softmax_of_each_sequence() -> None:
         length = end - start
         hidden = torch.ones(length, length).triu(1).bool()
         for head in range(4):
-            key, value = k[start:end, head // 2], v[start:end, head // 2]
+            key = k[start:end, head // 2]
+            value = v[start:end, head // 2]
             scores = (q[start:end, head] @ key.t() * 0.3).masked_fill(hidden, -torch.inf)
             out = out.clone()
             out[start:end, head] = scores.softmax(-1) @ value
     upstream = torch.randn(8, 4, 8)
     out.backward(upstream)
 
-    data = [x.detach() for x in (q, k, v)]
+    q_data, k_data, v_data = (x.detach() for x in (q, k, v))
     mask = types.SimpleNamespace(name="NVTE_PADDING_CAUSAL_MASK")
-    none = [None] * 4
+    layouts = (None, None, None, None)  # these kernels read none of them
     result, statistics, _ = kernels.fused_attn_fwd(
-        5, 5, True, 0.3, 0.0, True, *none, mask, None, None, None, CU, CU, *data
-    )
-    grads = kernels.fused_attn_bwd(
-        5, 5, 0.3, 0.0, True, *none, None, None, None, mask, None, None, None, False, CU, CU,
-        *data, result, upstream, torch.float32, [statistics],
+        5, 5, True, 0.3, 0.0, True, *layouts, mask, None, None, None, CU, CU,
+        q_data, k_data, v_data,
     )  # fmt: skip
+    grads = kernels.fused_attn_bwd(
+        5, 5, 0.3, 0.0, True, *layouts, None, None, None, mask, None, None, None, False, CU, CU,
+        q_data, k_data, v_data, result, upstream, torch.float32, [statistics],
+    )  # fmt: skip
+
     assert_close(result, out.detach())
     for grad, x in zip(grads, (q, k, v), strict=False):
         assert_close(grad, x.grad)
 
 
 def test_attention_in_two_steps_is_attention() -> None:
-    """The ring's merge: each half of the keys by itself, joined by their log-sum-exps."""
+    """Ring attention's merge: each half of the keys is attended to by itself, and the halves are
+    joined by their log-sum-exps.
+    """
     bounds = torch.tensor([0, 8], dtype=torch.int32)
     q, k, v = (torch.randn(8, 2, 8, requires_grad=True) for _ in range(3))
-    heads_first = [x.transpose(0, 1) for x in (q, k, v)]
-    out = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(0, 1)
+    heads_first = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+    )
+    out = heads_first.transpose(0, 1)
     upstream = torch.randn(8, 2, 8)
     out.backward(upstream)
 
-    data = [x.detach() for x in (q, k, v)]
+    q_data, k_data, v_data = (x.detach() for x in (q, k, v))
     scale = 8**-0.5
     mask = types.SimpleNamespace(name="NVTE_PADDING_MASK")
-    none = [None] * 4
+    layouts = (None, None, None, None)  # these kernels read none of them
     total: Any = None
     lse: Any = None
-    halves = [kernels.thd_read_half_tensor(x, bounds, half) for half in (0, 1) for x in data[1:]]
-    for keys in (halves[:2], halves[2:]):
+    halves = [
+        (
+            kernels.thd_read_half_tensor(k_data, bounds, half),
+            kernels.thd_read_half_tensor(v_data, bounds, half),
+        )
+        for half in (0, 1)
+    ]
+    for key, value in halves:
         step, statistics, _ = kernels.fused_attn_fwd(
-            8, 4, True, scale, 0.0, True, *none, mask, None, None, None, bounds, bounds // 2,
-            data[0], *keys,
+            8, 4, True, scale, 0.0, True, *layouts, mask, None, None, None, bounds, bounds // 2,
+            q_data, key, value,
         )  # fmt: skip
         step_lse = statistics.squeeze(-1).t()
         if total is None:
-            total, lse = step, step_lse
+            total = step
+            lse = step_lse
             continue
         old = lse
         lse = torch.logaddexp(old, step_lse)
         kernels.thd_out_correction(total, step, old, lse, step_lse, bounds, False, True)
+
     assert_close(total, out.detach())
 
-    grads = [torch.zeros_like(x) for x in data]
-    for keys, actions in ((halves[:2], ("copy", "none")), (halves[2:], ("none", "add"))):
+    # The first half of the keys overwrites its part of the gradient, the second adds to its part.
+    grads = [torch.zeros_like(x) for x in (q_data, k_data, v_data)]
+    for (key, value), actions in zip(halves, (("copy", "none"), ("none", "add")), strict=True):
         step_grads = kernels.fused_attn_bwd(
-            8, 4, scale, 0.0, True, *none, None, None, None, mask, None, None, None, False, bounds,
-            bounds // 2, data[0], *keys, total, upstream, torch.float32, [lse.t().unsqueeze(-1)],
+            8, 4, scale, 0.0, True, *layouts, None, None, None, mask, None, None, None, False,
+            bounds, bounds // 2, q_data, key, value, total, upstream, torch.float32,
+            [lse.t().unsqueeze(-1)],
         )  # fmt: skip
-        assert all(step is not None for step in step_grads[:3])
-        grads[0] += step_grads[0]
-        for grad, step in zip(grads[1:], step_grads[1:3], strict=True):
-            kernels.thd_grad_correction(grad, step, bounds, *actions)
+        query_grad, *key_value_grads = step_grads[:3]
+        assert query_grad is not None
+        grads[0] += query_grad
+        for grad, step_grad in zip(grads[1:], key_value_grads, strict=True):
+            assert step_grad is not None
+            kernels.thd_grad_correction(grad, step_grad, bounds, *actions)
+
     for grad, x in zip(grads, (q, k, v), strict=True):
         assert_close(grad, x.grad)
 
 
 def test_halves_are_those_of_each_sequence() -> None:
-    """Sequences of 2 and 6 tokens: first halves 0 and 2 to 4, second halves 1 and 5 to 7."""
+    """Sequences of 2 and 6 tokens have the first halves 0 and 2 to 4, and the second halves 1 and 5
+    to 7.
+    """
     bounds = torch.tensor([0, 2, 8], dtype=torch.int32)
     lse = torch.arange(8.0).expand(2, 8).clone()
     second = torch.tensor([1.0, 5.0, 6.0, 7.0]).expand(2, 4)
     assert_close(kernels.thd_read_second_half_lse(lse, bounds, True, 4), second)
+
     kernels.thd_second_half_lse_correction(lse, second, bounds, True)
     expected = torch.arange(8.0)
     expected[[1, 5, 6, 7]] += torch.log(torch.tensor(2.0))  # e^x + e^x
@@ -156,6 +183,7 @@ def test_halves_are_those_of_each_sequence() -> None:
     grad = torch.ones(8, 1)
     kernels.thd_grad_correction(grad, torch.arange(8.0)[:, None], bounds, "copy", "add")
     assert grad.flatten().tolist() == [0, 2, 2, 3, 4, 6, 7, 8]
+
     kernels.thd_grad_correction(grad, torch.full((4, 1), 9.0), bounds, "zero", "copy")
     assert grad.flatten().tolist() == [0, 9, 0, 0, 0, 9, 9, 9]
 
@@ -168,6 +196,7 @@ def test_rope_turns_pairs_as_complex_numbers() -> None:
     places = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4])
     turn = torch.polar(torch.ones(8, 1, 3), frequencies[places][:, None])
     expected = torch.complex(t[..., :3], t[..., 3:]) * turn
+
     assert_close(out, torch.cat([expected.real, expected.imag], -1))
     assert_close(kernels.fused_rope_backward(out, freqs, None, None, False, CU, 1, 0), t)
 
@@ -176,6 +205,7 @@ def test_rope_turns_pairs_as_complex_numbers() -> None:
     freqs = torch.randn(8, 1, 1, 6)
     whole = kernels.fused_rope_forward(t, freqs, None, None, False, bounds, 1, 0)
     part = kernels.fused_rope_forward(t[2:6], freqs, None, None, False, bounds, 2, 1)
+
     assert_close(part, whole[2:6])
 
 
@@ -187,7 +217,7 @@ def test_packed_and_padded_forms_are_pad_sequence() -> None:
     assert_close(kernels.convert_bshd_to_thd(padded, CU, 8), t)
 
 
-def test_lists_of_tensors() -> None:
+def test_norms_and_scaling_of_lists_equal_those_of_each_tensor() -> None:
     tensors = [torch.randn(3), torch.randn(2, 4)]
     norm, each = kernels.multi_tensor_l2norm(0, torch.zeros(1), [tensors], True)
     assert_close(norm[0], torch.cat([t.flatten() for t in tensors]).norm())
@@ -199,16 +229,20 @@ def test_lists_of_tensors() -> None:
 
 
 @pytest.mark.parametrize(("mode", "optimizer"), [(0, torch.optim.Adam), (1, torch.optim.AdamW)])
-def test_adam(mode: int, optimizer: Any) -> None:
-    start, gradients = torch.randn(7), torch.randn(3, 7)
+def test_adam_equals_the_optimizers_of_torch(mode: int, optimizer: Any) -> None:
+    start = torch.randn(7)
+    gradients = torch.randn(3, 7)
     parameter = torch.nn.Parameter(start.clone())
     reference = optimizer([parameter], lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.2)
-    value, moment, square = start.clone(), torch.zeros(7), torch.zeros(7)
+    value = start.clone()
+    moment = torch.zeros(7)
+    square = torch.zeros(7)
     for step, gradient in enumerate(gradients, 1):
         parameter.grad = gradient.clone()
         reference.step()
         lists = [[gradient.clone()], [value], [moment], [square]]
         kernels.multi_tensor_adam(0, torch.zeros(1), lists, 0.1, 0.8, 0.9, 1e-3, step, mode, 1, 0.2)
+
     assert_close(value, parameter.detach())
 
 

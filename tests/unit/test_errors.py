@@ -71,7 +71,7 @@ def test_the_command_line_says_an_end_and_exits_with_its_code(
     # Another rank says only what it may be alone to know.
     monkeypatch.setenv("RANK", "1")
     assert cli.main(["config"]) == code
-    alone = {DiskFull: "megatron-real: a sentence\n"}
+    alone: dict[type[ExpectedEnd], str] = {DiskFull: "megatron-real: a sentence\n"}
     assert capsys.readouterr().err == alone.get(kind, "")
 
 

@@ -24,7 +24,7 @@ from megatron_real.evaluation.figures import (
     summarise,
 )
 from megatron_real.labels.equivalence import Given, answer_classes
-from megatron_real.records import Completion, Prompt, Rollout, Verdict
+from megatron_real.records import Completion, Label, Prompt, Rollout, Status, Verdict
 
 
 def judge(
@@ -44,14 +44,16 @@ def test_pass_at_k_is_the_share_of_all_subsets(samples: int) -> None:
             )
 
 
-def test_pass_at_k_of_many_samples() -> None:
-    """1 of 2000 correct: pass@1000 is a half. Naively, 1 - (1999/2000)^1000 would be 0.39."""
+def test_pass_at_k_of_2000_samples_is_exact() -> None:
+    """With 1 of 2000 correct, pass@1000 is one half; the naive 1 - (1999/2000)^1000
+    would be 0.39.
+    """
     assert pass_at_k(1, 2000, 1000) == pytest.approx(0.5, abs=1e-12)
 
 
 # Answer 0 is correct. Votes: 0 has 2, 1 has 1 -> 1. 1 has 2 -> 0. A tie of right and wrong -> 1/2;
 # of right and two wrong ones -> 1/3. Who has no answer does not vote. Nobody votes -> 0.
-VOTES = {
+VOTES: dict[str, tuple[list[tuple[bool, int | None]], float]] = {
     "right": ([(True, 0), (True, 0), (False, 1)], 1.0),
     "wrong": ([(True, 0), (False, 1), (False, 1)], 0.0),
     "tie": ([(True, 0), (False, 1)], 1 / 2),
@@ -62,14 +64,14 @@ VOTES = {
 
 
 @pytest.mark.parametrize("case", VOTES)
-def test_majority_by_hand(case: str) -> None:
+def test_majority_accuracy_equals_that_computed_by_hand(case: str) -> None:
     votes, expected = VOTES[case]
     assert majority([judge("p", correct, answer) for correct, answer in votes]) == pytest.approx(
         expected
     )
 
 
-def test_figures_by_hand() -> None:
+def test_the_figures_equal_those_computed_by_hand() -> None:
     """Two problems, four samples: 3 of 4 and 1 of 4 correct.
 
     pass@1 = 1/2. Shares 3/4 and 1/4: variance 1/8 (n - 1 = 1), standard error sqrt(1/8 / 2) = 1/4.
@@ -77,7 +79,7 @@ def test_figures_by_hand() -> None:
     Majority: 3 votes for the right answer -> 1; one right vote against two wrong of a kind -> 0;
     mean 1/2.
     """
-    found = summarise(
+    summary = summarise(
         [
             *(judge("p", True, 0, tokens=2) for _ in range(3)),
             judge("p", False, None, status="unparsable", tokens=2),
@@ -88,7 +90,8 @@ def test_figures_by_hand() -> None:
         ],
         vote=True,
     )
-    assert found == Evaluation(
+
+    assert summary == Evaluation(
         pass_at_1=0.5,
         standard_error=0.25,
         pass_at_k=((1, 0.5), (2, 0.75), (4, 1.0)),
@@ -103,10 +106,12 @@ def test_figures_by_hand() -> None:
     )
 
 
-def test_samples_that_are_no_power_of_two_have_their_own_k() -> None:
-    found = summarise([judge("p", i == 0, None) for i in range(6)])
-    assert [k for k, _ in found.pass_at_k] == [1, 2, 4, 6] and found.majority is None
-    assert math.isnan(found.standard_error), "the spread over problems of one problem is not known"
+def test_a_number_of_samples_that_is_no_power_of_two_is_a_k_of_its_own() -> None:
+    summary = summarise([judge("p", i == 0, None) for i in range(6)])
+    assert [k for k, _ in summary.pass_at_k] == [1, 2, 4, 6] and summary.majority is None
+    assert math.isnan(summary.standard_error), (
+        "the spread over problems of one problem is not known"
+    )
 
 
 def test_unequal_samples_are_refused() -> None:
@@ -159,17 +164,19 @@ def test_answers_that_say_the_same_are_one_class() -> None:
     ],
     ids=["whole numbers", "one gold", "no answer", "the check failed"],
 )
-def test_what_needs_no_verifier(given: list[Given], classes: list[int | None]) -> None:
+def test_equal_texts_and_failed_checks_need_no_verifier(
+    given: list[Given], classes: list[int | None]
+) -> None:
     assert answer_classes(given, never) == classes
 
 
-def test_right_and_wrong_never_vote_together_and_several_golds_are_compared() -> None:
+def test_right_and_wrong_answers_never_vote_together() -> None:
     given = [Given("1/2", True), Given("0.5", False), Given("3", True), Given("3.0", True)]
     assert answer_classes(given, halves, one_gold=False) == [0, 1, 2, 2]
 
 
 def rollout(uid: str, sample: int, label: int, text: str) -> Rollout:
-    verdict = Verdict("ok" if label else "wrong", label, float(label))
+    verdict = Verdict(Status.OK if label else Status.WRONG, Label(label), float(label))
     return Rollout(
         Prompt(uid, "", (1,), ("5",)),
         0,
@@ -195,16 +202,19 @@ SETTINGS = {
 def test_a_chunk_reads_back(tmp_path: Path) -> None:
     directory = EvaluationDirectory(tmp_path)
     assert not directory.has(CHUNK)
+
     directory.write(CHUNK, ROLLOUTS, [("5", 0), ("6", 1)])
     assert directory.has(CHUNK)
     assert directory.read([CHUNK]) == [
         Judged("a/0", "ok", True, 2, 0),
         Judged("a/0", "wrong", False, 2, 1),
     ]
+
     (row, other) = [
         json.loads(line)
         for line in (tmp_path / "samples/a/chunk-0000.jsonl").read_text().splitlines()
     ]
+
     assert (row["completion"], row["answer"], row["golds"]) == ("\\boxed{5}", "5", ["5"])
     assert other["completion"] == ROLLOUTS[1].completion.text
 
@@ -223,6 +233,7 @@ def test_another_setting_is_refused_by_name(tmp_path: Path) -> None:
     directory.check(SETTINGS)
     directory.claim(SETTINGS)
     directory.check(SETTINGS)
+
     with pytest.raises(
         ValueError, match=r"begun with evaluation.temperature = 0.6, and now it is 1.0"
     ):
@@ -233,12 +244,13 @@ def test_another_setting_is_refused_by_name(tmp_path: Path) -> None:
         ValueError, match=r"begun with labels.overlong = 'negative', and now it is None"
     ):
         directory.check({k: v for k, v in SETTINGS.items() if k != "labels.overlong"})
+
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
         EvaluationDirectory(tmp_path / "file").check(SETTINGS)
 
 
-def test_another_benchmark_may_join(tmp_path: Path) -> None:
+def test_a_benchmark_may_be_added_to_the_results(tmp_path: Path) -> None:
     directory = EvaluationDirectory(tmp_path)
     directory.claim(SETTINGS)
     other = {**{k: v for k, v in SETTINGS.items() if k != f"{BENCH}a"}, f"{BENCH}b": "34cd"}
@@ -256,17 +268,21 @@ def evaluation(pass_at_1: float, error: float, problems: int) -> Evaluation:
     return Evaluation(pass_at_1, error, passed, pass_at_1, problems, 2, 1, 0.0, 0.5, 10.0)
 
 
-def test_the_average_counts_benchmarks_alike(tmp_path: Path) -> None:
-    """(0.2 + 0.8) / 2, whatever their sizes; sqrt(0.03^2 + 0.04^2) / 2 = 0.025."""
-    found = {"small": evaluation(0.2, 0.03, 10), "large": evaluation(0.8, 0.04, 1000)}
-    mean = average(found)
+def test_the_average_weighs_all_benchmarks_equally(tmp_path: Path) -> None:
+    """(0.2 + 0.8) / 2 whatever the sizes, and a standard error of sqrt(0.03^2 + 0.04^2) / 2 =
+    0.025.
+    """
+    evaluations = {"small": evaluation(0.2, 0.03, 10), "large": evaluation(0.8, 0.04, 1000)}
+    mean = average(evaluations)
     assert (mean["pass_at_1"], mean["standard_error"]) == pytest.approx((0.5, 0.025))
     assert (mean["problems"], mean["failed_checks"], mean["samples"]) == (1010, 2, 2)
+
     directory = EvaluationDirectory(tmp_path)
-    directory.publish("my-model", SETTINGS, {**found, "one": evaluation(0.5, math.nan, 1)})
+    directory.publish("my-model", SETTINGS, {**evaluations, "one": evaluation(0.5, math.nan, 1)})
     published = json.loads(directory.json.read_text())
     assert published["benchmarks"]["small"]["pass_at_1"] == 0.2
     assert published["benchmarks"]["one"]["standard_error"] is None, "JSON has no NaN"
+
     rows = list(csv.DictReader(directory.csv.open()))
     assert [row["benchmark"] for row in rows] == ["small", "large", "one", "average"]
     assert rows[1]["pass_at_2"] == "0.8" and rows[2]["standard_error"] == ""

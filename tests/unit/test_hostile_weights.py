@@ -1,5 +1,5 @@
-"""Weights from anywhere: whatever their headers, indices and pickles say,
-the end is a sentence or the right tensor.
+"""Weights of unknown origin: whatever their headers, indices and pickles hold, they are refused in
+one sentence or read correctly.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def read_all(directory: Path) -> dict[str, torch.Tensor] | None:
-    """The tensors, or None where the directory was refused."""
+    """Returns the tensors, or None where the directory was refused."""
     try:
         weights = HfWeights(directory)
         return {
@@ -83,7 +83,7 @@ fields = st.one_of(
 
 @st.composite
 def headers(draw: st.DrawFn, plain_header: bytes) -> bytes:
-    """A header with a few of its fields, names or bytes replaced."""
+    """Draws a header with a few of its fields, names or bytes replaced."""
     if draw(st.booleans()):
         table = json.loads(plain_header)
         for _ in range(draw(st.integers(1, 3))):
@@ -101,8 +101,10 @@ def headers(draw: st.DrawFn, plain_header: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("part", range(2))
-def test_fuzzed_safetensors_headers(plain: bytes, tmp_path: Path, part: int) -> None:
-    """4,000 cases with --all; what is accepted is what the safetensors library reads,
+def test_fuzzed_safetensors_headers_are_refused_or_read_correctly(
+    plain: bytes, tmp_path: Path, part: int
+) -> None:
+    """There are 4,000 cases with --all. What is accepted is what the safetensors library reads,
     byte for byte.
     """
     length = struct.unpack("<Q", plain[:8])[0]
@@ -114,14 +116,15 @@ def test_fuzzed_safetensors_headers(plain: bytes, tmp_path: Path, part: int) -> 
         st.one_of(st.just(0), st.integers(-9, 9), st.sampled_from([2**40, 2**63])),
     )
     def check(header: bytes, lie: int) -> None:
+        # Part 0 states the header's true length, part 1 a wrong one.
         claimed = max(len(header) + (lie if part else 0), 0)
         file = tmp_path / "model.safetensors"
         file.write_bytes(struct.pack("<Q", claimed % 2**64) + header + plain[8 + length :])
-        found = read_all(tmp_path)
-        if found:
+        tensors = read_all(tmp_path)
+        if tensors:
             accepted[0] += 1
             with safe_open(file, "pt") as theirs:
-                for name, tensor in found.items():
+                for name, tensor in tensors.items():
                     expected = theirs.get_tensor(name)
                     assert expected.shape == tensor.shape and expected.dtype == tensor.dtype
                     assert expected.view(torch.uint8).tolist() == tensor.view(torch.uint8).tolist()
@@ -131,8 +134,8 @@ def test_fuzzed_safetensors_headers(plain: bytes, tmp_path: Path, part: int) -> 
     assert accepted[0] > 0, "some mutations must still be valid, or the comparison tests nothing"
 
 
-def test_fuzzed_indices(plain: bytes, tmp_path: Path) -> None:
-    """3,000 cases with --all, of an index of two files."""
+def test_fuzzed_indices_are_refused_or_read_correctly(plain: bytes, tmp_path: Path) -> None:
+    """There are 3,000 cases with --all, of an index of two files."""
     for name in ("model-1.safetensors", "model-2.safetensors"):
         (tmp_path / name).write_bytes(plain)
     targets = st.one_of(
@@ -159,25 +162,27 @@ def test_fuzzed_indices(plain: bytes, tmp_path: Path) -> None:
     @given(documents)
     def check(document: Any) -> None:
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(document))
-        found = read_all(tmp_path)
-        if found is not None:
+        tensors = read_all(tmp_path)
+        if tensors is not None:
             assert document["weight_map"] and set(document["weight_map"].values()) == {
                 "model-1.safetensors"
             }
-            assert torch.equal(found["a"], TENSORS["a"])
+            assert torch.equal(tensors["a"], TENSORS["a"])
 
     with memory_stays_small():
         check()
 
 
 @pytest.mark.parametrize("file", ["release/.metadata", "release/__0_0.distcp"])
-def test_fuzzed_checkpoints(tiny_model: Callable[..., Path], tmp_path: Path, file: str) -> None:
-    """1,500 cases of a few changed bytes: refused, or exported without touching anything else."""
+def test_fuzzed_checkpoints_are_refused_or_exported(
+    tiny_model: Callable[..., Path], tmp_path: Path, file: str
+) -> None:
+    """In 1,500 cases a few bytes are changed; an export touches nothing outside its directory."""
     source = tiny_model(
         "llama", dtype="bfloat16", num_hidden_layers=1, hidden_size=8, intermediate_size=8
     )
-    there = hf_to_megatron(source, tmp_path / "megatron").out
-    good = (there / file).read_bytes()
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
+    good = (checkpoint / file).read_bytes()
 
     @settings(SAFE, max_examples=examples(1500))
     @given(
@@ -189,9 +194,9 @@ def test_fuzzed_checkpoints(tiny_model: Callable[..., Path], tmp_path: Path, fil
         data = bytearray(good)
         for position, value in changes:
             data[position] = value
-        (there / file).write_bytes(data)
+        (checkpoint / file).write_bytes(data)
         try:
-            megatron_to_hf(there, tmp_path / "hf", overwrite=True)
+            megatron_to_hf(checkpoint, tmp_path / "hf", overwrite=True)
         except WeightsError as error:
             assert str(error)
 
@@ -212,13 +217,17 @@ def test_fuzzed_checkpoints(tiny_model: Callable[..., Path], tmp_path: Path, fil
     ],
     ids=["os.system", "eval", "posix", "memo-bomb", "length-bomb", "nesting", "empty"],
 )
-def test_hostile_pickles(tmp_path: Path, payload: bytes, message: str) -> None:
+def test_hostile_pickles_are_refused_and_run_nothing(
+    tmp_path: Path, payload: bytes, message: str
+) -> None:
     with memory_stays_small(), pytest.raises(WeightsError, match=message):
         load_pickle(payload, tmp_path / "x.pt")
 
 
 def test_classes_of_a_checkpoint_are_inert(tmp_path: Path) -> None:
-    """numpy and torch names are stood in for; even a callable of torch is never called."""
+    """Stand-ins take the place of numpy's and torch's names; even a callable of torch is never
+    called.
+    """
     payload = b"ctorch.hub\nload\n(S'evil/repo'\ntR."
     assert type(load_pickle(payload, tmp_path / "x.pt")).__name__ == "load"
 
@@ -236,7 +245,7 @@ def test_a_bin_file_with_a_strange_class_is_refused(tmp_path: Path) -> None:
         HfWeights(tmp_path)
 
 
-def test_tensors_that_are_not_rows_in_a_row(tmp_path: Path) -> None:
+def test_only_contiguous_tensors_are_read_from_bin_files(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(4, 6).t()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(WeightsError, match="not stored as one contiguous tensor"):
         HfWeights(tmp_path)
@@ -252,61 +261,66 @@ def test_tensors_that_are_not_rows_in_a_row(tmp_path: Path) -> None:
         ("/etc/passwd", "is not one of the checkpoint"),
     ],
 )
-def test_metadata_that_leaves_the_directory(
+def test_metadata_that_names_files_outside_the_directory_are_refused(
     tiny_model: Callable[..., Path], tmp_path: Path, metadata: str, message: str
 ) -> None:
-    there = hf_to_megatron(tiny_model("qwen2", dtype="bfloat16"), tmp_path / "megatron").out
-    file = there / "release/.metadata"
+    checkpoint = hf_to_megatron(tiny_model("qwen2", dtype="bfloat16"), tmp_path / "megatron").out
+    file = checkpoint / "release/.metadata"
     table = pickle.loads(file.read_bytes())
     for info in table.storage_data.values():
         info.relative_path = metadata
     file.write_bytes(pickle.dumps(table))
     with pytest.raises(WeightsError, match=message):
-        megatron_to_hf(there, tmp_path / "hf")
+        megatron_to_hf(checkpoint, tmp_path / "hf")
 
 
-def test_loops_pipes_and_missing_files(plain: bytes, tmp_path: Path) -> None:
+def test_loops_pipes_and_missing_files_are_refused(plain: bytes, tmp_path: Path) -> None:
     link = tmp_path / "model.safetensors"
     link.symlink_to(link)
     with pytest.raises(WeightsError, match="cannot be read"):
         HfWeights(tmp_path)
+
     link.unlink()
     os.mkfifo(link)
     with pytest.raises(WeightsError, match="not a regular file"):
         HfWeights(tmp_path)
+
     link.unlink()
     index = {"weight_map": {"a": "model-1.safetensors", "z": "model-1.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(WeightsError, match=r"model-1.safetensors cannot be read .*incomplete"):
         HfWeights(tmp_path)
+
     (tmp_path / "model-1.safetensors").write_bytes(plain)
     with pytest.raises(WeightsError, match="names z, which none of its files has"):
         HfWeights(tmp_path)
 
 
 def test_a_missing_chunk_is_named(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    there = hf_to_megatron(
+    checkpoint = hf_to_megatron(
         tiny_model("qwen2", dtype="bfloat16"), tmp_path / "megatron", tp_chunks=2
     ).out
-    file = there / "release/.metadata"
+    file = checkpoint / "release/.metadata"
     table = pickle.loads(file.read_bytes())
     gone = next(
         i for i in table.storage_data if i.fqn.endswith("linear_fc2.weight") and i.offset[0] == 3
     )
     del table.storage_data[gone]
     file.write_bytes(pickle.dumps(table))
+
     with pytest.raises(
         WeightsError, match=r"linear_fc2.weight\[3\]: its 1 shards do not tile its shape"
     ):
-        megatron_to_hf(there, tmp_path / "hf")
-    (there / "release/__0_0.distcp").write_bytes(b"short")
+        megatron_to_hf(checkpoint, tmp_path / "hf")
+
+    (checkpoint / "release/__0_0.distcp").write_bytes(b"short")
     file.write_bytes(pickle.dumps(table))
     with pytest.raises(WeightsError, match="has 5 bytes, but its index points to"):
-        megatron_to_hf(there, tmp_path / "hf")
+        megatron_to_hf(checkpoint, tmp_path / "hf")
 
 
 class Planted:
-    """What an attacker pickles: its reading calls a function."""
+    """What an attacker pickles: reading it calls a function."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -316,8 +330,10 @@ class Planted:
 
 
 def saved_by_torch(folder: Path) -> Path:
-    """A torch_dist checkpoint as torch's writer makes it: a tensor, and an object."""
-    from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, save
+    """Writes a torch_dist checkpoint with torch's own writer: a tensor, and an object."""
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     planner = DefaultSavePlanner(flatten_state_dict=False)
     state = {"a": torch.arange(6.0).bfloat16(), "b._extra_state": {"plain": [1, "x"]}}
@@ -327,11 +343,15 @@ def saved_by_torch(folder: Path) -> Path:
 
 @pytest.mark.parametrize("where", ["metadata", "object"])
 def test_resuming_runs_nothing_of_a_checkpoint(tmp_path: Path, where: str) -> None:
-    """torch's reader calls what .metadata and the objects in the shards name; ours is before it."""
-    from torch.distributed.checkpoint import FileSystemReader, load
+    """torch's reader calls what .metadata and the objects in the shards name, so this package's
+    check comes before it.
+    """
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    folder, ran = saved_by_torch(tmp_path / "checkpoint"), tmp_path / "ran"
+    folder = saved_by_torch(tmp_path / "checkpoint")
+    ran = tmp_path / "ran"
 
     def read() -> dict[str, Any]:
         state: dict[str, Any] = {"a": torch.zeros(6).bfloat16(), "b._extra_state": None}
@@ -357,12 +377,15 @@ def test_resuming_runs_nothing_of_a_checkpoint(tmp_path: Path, where: str) -> No
         (folder / "planted.distcp").write_bytes(stream.getvalue())
         for index, info in metadata.storage_data.items():
             if index.fqn == "b._extra_state":
-                info.relative_path, info.offset = "planted.distcp", 0
+                info.relative_path = "planted.distcp"
+                info.offset = 0
                 info.length = len(stream.getvalue())
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
     with pytest.raises(WeightsError, match=r"names (posix|os)\.mkdir|not plain data"):
         guarded()
     assert not ran.exists()
+
     read()
     assert ran.exists(), "without the guard it runs, so that the test can fail"
 
@@ -395,14 +418,14 @@ def test_resuming_runs_nothing_of_a_checkpoint(tmp_path: Path, where: str) -> No
     ],
 )
 def test_metadata_name_only_their_own_classes(tmp_path: Path, payload: bytes) -> None:
-    """The list is of names, not of packages: torch alone has a hundred ways to run something."""
+    """The check lists names, not packages: torch alone has a hundred ways to run something."""
     (tmp_path / ".metadata").write_bytes(payload)
     with pytest.raises(WeightsError, match=r"do not trust it|corrupt"):
         check_metadata(tmp_path)
 
 
 def test_both_ways_to_pickle_a_member_of_an_enum_are_read(tmp_path: Path) -> None:
-    """Python 3.11.2 pickles it as getattr(class, name), 3.11.7 as class(value)."""
+    """Python 3.11.2 pickles it as getattr(class, name), and 3.11.7 as class(value)."""
     enum = b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n"
     for payload in (
         b"cbuiltins\ngetattr\n(" + enum + b"S'TORCH_CONTIGUOUS_FORMAT'\ntR.",
@@ -413,7 +436,7 @@ def test_both_ways_to_pickle_a_member_of_an_enum_are_read(tmp_path: Path) -> Non
 
 
 def test_metadata_of_one_rank_are_refused(tmp_path: Path) -> None:
-    """torch falls back on them, by pickle.load, where it fails on those of all ranks."""
+    """torch falls back on them with pickle.load where it cannot read those of all ranks."""
     (tmp_path / ".metadata").write_bytes(pickle.dumps({}))
     check_metadata(tmp_path)
     (tmp_path / "__0.metadata").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
@@ -421,6 +444,6 @@ def test_metadata_of_one_rank_are_refused(tmp_path: Path) -> None:
         check_metadata(tmp_path)
 
 
-def test_metadata_that_cannot_be_read(tmp_path: Path) -> None:
+def test_missing_metadata_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"cannot be read \(No such file"):
         check_metadata(tmp_path)

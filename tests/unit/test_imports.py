@@ -1,5 +1,5 @@
-"""Imports run one way: a module imports its own package and what lies below it,
-and nothing else of this project.
+"""Imports run one way: a module imports its own package and the layers below it, and nothing else
+of this project.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ KNOWN = {
 
 
 def layer_of(name: str) -> int:
-    """The number of a package's or module's layer."""
+    """Returns the number of the layer of a package or module."""
     for number, names in enumerate(LAYERS):
         if name in names:
             return number
@@ -53,16 +53,17 @@ def layer_of(name: str) -> int:
 
 
 def imported(source: str) -> Iterator[tuple[int, str]]:
-    """(line, top-level name) of everything of this project that a source imports,
-    inside functions too.
+    """Yields (line, top-level name) of every import of this project in a source, those inside
+    functions too.
     """
     for node in ast.walk(ast.parse(source)):
-        modules: list[str] = []
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == "megatron_real":
+        elif node.module == "megatron_real":
             modules = [f"megatron_real.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        else:
             assert node.level == 0, f"line {node.lineno}: imports are absolute in this project"
             modules = [node.module or ""]
         for module in modules:
@@ -72,7 +73,7 @@ def imported(source: str) -> Iterator[tuple[int, str]]:
 
 
 def violations(name: str, source: str) -> list[str]:
-    """A line for each import of `source`, a file of `name`, that does not run downwards."""
+    """Returns a line for each import of `source`, a file of `name`, that does not run downwards."""
     return [
         f"line {line} imports megatron_real.{other}"
         for line, other in imported(source)
@@ -105,13 +106,13 @@ def test_the_device_is_named_in_one_way() -> None:
     assert sorted(set(asks_cuda) - set(emulated)) == ["parallel/cpu.py"]
 
 
-def test_the_known_violations_still_exist() -> None:
-    """An entry that has been mended goes."""
+def test_every_known_violation_still_exists() -> None:
+    """The entry of a violation that has been mended must be deleted."""
     for name, other in KNOWN:
         files = [file for file in FILES if file.parts[0].removesuffix(".py") == name]
         sources = [(PACKAGE / file).read_text(encoding="utf-8") for file in files]
-        found = {imported_name for source in sources for _, imported_name in imported(source)}
-        assert other in found, f"{name} no longer imports {other}; take the entry out of KNOWN"
+        present = {imported_name for source in sources for _, imported_name in imported(source)}
+        assert other in present, f"{name} no longer imports {other}; take the entry out of KNOWN"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`megatron-real labels`: what it prints, and how it ends."""
+"""`megatron-real labels`: its output and its exit codes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ def write(path: Path, rows: list[Any]) -> str:
 
 
 def test_check_counts_by_kind(tmp_path: Path, capsys: Any) -> None:
-    """A false positive (of exact, which ends 1) and a false negative beside three
-    rows that are as expected.
+    """Beside three rows that are as expected there are a false positive of `exact`, which makes it
+    exit with 1, and a false negative.
     """
     agreeing = write(tmp_path / "a.jsonl", ROWS)
     assert main(["labels", "check", agreeing, "--json", "--workers", "1"]) == 0
+
     report = json.loads(capsys.readouterr().out)
     assert (report["rows"], report["accuracy"], report["others"]) == (3, 1.0, [])
     assert list(report["kinds"]) == ["plain", "tuple or open interval"]
@@ -36,7 +37,9 @@ def test_check_counts_by_kind(tmp_path: Path, capsys: Any) -> None:
     other_text = {"completion": "\\boxed{5.0}", "gold": "5", "expected": True, "kind": "other"}
     disagreeing = write(tmp_path / "b.jsonl", [*ROWS, same_text, other_text])
     words = ["--verifier", "exact", "--workers", "1"]
+
     assert main(["labels", "check", disagreeing, "--json", *words]) == 1
+
     report = json.loads(capsys.readouterr().out)
     assert (report["accuracy"], report["false_positives"], report["false_negatives"]) == (0.6, 1, 1)
     assert report["kinds"]["same"]["false_positives"] == 1
@@ -45,8 +48,8 @@ def test_check_counts_by_kind(tmp_path: Path, capsys: Any) -> None:
 
 def test_check_shows_a_table(tmp_path: Path, capsys: Any) -> None:
     assert main(["labels", "check", write(tmp_path / "a.jsonl", ROWS), "--verifier", "exact"]) == 0
-    shown = capsys.readouterr().out
-    assert "false positives" in shown and "accuracy 1.0000" in shown
+    output = capsys.readouterr().out
+    assert "false positives" in output and "accuracy 1.0000" in output
 
 
 def test_golds_that_nobody_can_match_are_named(tmp_path: Path, capsys: Any) -> None:
@@ -54,9 +57,9 @@ def test_golds_that_nobody_can_match_are_named(tmp_path: Path, capsys: Any) -> N
     rows = [{"problem": "?", "answer": gold} for gold in golds]
     assert main(["labels", "golds", write(tmp_path / "g.jsonl", rows), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    found = {entry["uid"]: entry["reason"] for entry in report["unmatchable"]}
+    reasons = {entry["uid"]: entry["reason"] for entry in report["unmatchable"]}
     assert report["rows"] == 5
-    assert found == {
+    assert reasons == {
         "g/1": "a sentence",
         "g/2": "not read by math-verify, so that only its own text matches",
         "g/3": "no answer",
@@ -71,7 +74,9 @@ def test_golds_that_nobody_can_match_are_named(tmp_path: Path, capsys: Any) -> N
         ('{"completion": "x"}\n', "d.jsonl:1 is no object with completion, gold and expected"),
     ],
 )
-def test_files_that_are_refused(tmp_path: Path, capsys: Any, text: str, sentence: str) -> None:
+def test_a_file_that_cannot_be_checked_is_refused(
+    tmp_path: Path, capsys: Any, text: str, sentence: str
+) -> None:
     (tmp_path / "d.jsonl").write_text(text)
     assert main(["labels", "check", str(tmp_path / "d.jsonl")]) == 2
     assert sentence in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Labels under honest and hostile completions: each with its exact status."""
+"""Labels of honest and of hostile completions, each with its exact status."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def pool() -> Iterator[VerifierPool]:
 
 @pytest.fixture
 def fresh_pool() -> Iterator[VerifierPool]:
-    """Its two processes run and have checked nothing yet."""
+    """Makes a pool whose two processes run and have checked nothing yet."""
     with VerifierPool(
         "math_verify", workers=2, timeout_seconds=TIMEOUT, memory_mib=1024
     ) as verifiers:
@@ -119,13 +119,15 @@ HONEST = {
 
 
 @pytest.mark.parametrize("table", [HOSTILE, HONEST], ids=["hostile", "honest"])
-def test_table(pool: VerifierPool, table: dict[str, str]) -> None:
+def test_every_completion_of_the_table_has_its_status(
+    pool: VerifierPool, table: dict[str, str]
+) -> None:
     started = time.monotonic()
-    found = dict(zip(table, statuses(pool, *table), strict=True))
-    assert {text[:60]: status for text, status in found.items()} == {
+    status_of = dict(zip(table, statuses(pool, *table), strict=True))
+    assert {text[:60]: status for text, status in status_of.items()} == {
         t[:60]: status for t, status in table.items()
     }
-    assert found == table
+    assert status_of == table
     assert time.monotonic() - started < 40 * TIMEOUT
 
 
@@ -149,17 +151,23 @@ GOLDS = {
 
 
 def test_gold_is_text_a_number_or_a_list_of_them(pool: VerifierPool, tmp_path: Path) -> None:
-    """As the columns of the datasets have it: read by the prompts, judged by the verifier."""
+    """Golds as the columns of datasets hold them are read by the prompts and judged by the
+    verifier.
+    """
     file = tmp_path / "rows.jsonl"
     file.write_text(
         "\n".join(json.dumps({"problem": "?", "answer": gold}) for gold in GOLDS.values())
     )
     rows = read_rows(file)
+
     assert [row.answers for row in rows] == [
         ("5",), ("142",), ("0.5",), ("\\frac{1}{2}",), ("1", "2", "3"), ("1000",), ("$7$",),
     ]  # fmt: skip
-    found = pool.run([Check(box(text), row.answers) for text, row in zip(GOLDS, rows, strict=True)])
-    assert [outcome.status for outcome in found] == ["ok"] * len(GOLDS)
+
+    outcomes = pool.run(
+        [Check(box(text), row.answers) for text, row in zip(GOLDS, rows, strict=True)]
+    )
+    assert [outcome.status for outcome in outcomes] == ["ok"] * len(GOLDS)
     assert statuses(pool, box("4"), golds=("1", "2", "3")) == ["wrong"]
 
 
@@ -171,7 +179,7 @@ READING = {
 
 
 @pytest.mark.parametrize("options", READING)
-def test_where_the_answer_is_read(options: str) -> None:
+def test_the_answer_is_read_outside_of_the_thinking(options: str) -> None:
     texts = [
         box("5"),
         f"thinking</think>{box('5')}",
@@ -184,8 +192,9 @@ def test_where_the_answer_is_read(options: str) -> None:
     assert [verify(text, ["5"], {})[0] for text in texts] == READING[options]
 
 
-def test_letter_by_letter() -> None:
-    boxed, free = load("exact"), load("exact", require_boxed=False)
+def test_the_exact_verifier_compares_letter_by_letter() -> None:
+    boxed = load("exact")
+    free = load("exact", require_boxed=False)
     assert boxed(box(" five "), ["5", " five"], {}) == ("ok", 1.0)
     assert boxed(box("5.0"), ["5", "five"], {}) == ("wrong", 0.0)
     assert boxed("five", ["five"], {}) == ("unparsable", None)
@@ -196,8 +205,9 @@ def test_letter_by_letter() -> None:
 
 
 def hostile_batch() -> tuple[list[tuple[Prompt, Completion]], list[int | None]]:
-    """64 prompts x 8 rollouts, 8 % of them hostile (a fifth of these would take for ever),
-    and the honest labels.
+    """Returns 64 prompts x 8 rollouts with the honest labels.
+
+    8 % of the rollouts are hostile, and a fifth of these would take for ever.
     """
     draw = random.Random(5)
     slow = [text for text, status in HOSTILE.items() if status == "timeout"]
@@ -209,14 +219,17 @@ def hostile_batch() -> tuple[list[tuple[Prompt, Completion]], list[int | None]]:
         right = draw.random() < 0.5
         text = f"<think>{'so on ' * 200}</think>{box(str(i + (not right)))}"
         items.append(completion(hostile.get(i, text), gold=str(i)))
-        labels.append(None if i in hostile else POSITIVE if right else NEGATIVE)
+        if i in hostile:
+            labels.append(None)
+        else:
+            labels.append(POSITIVE if right else NEGATIVE)
     return items, labels
 
 
 def processor_seconds_lost(reasons: Iterable[str]) -> float:
-    """The processor time that was granted to the checks which used it up.
+    """Returns the processor time that was granted to the checks which used it up.
 
-    On a busy machine the wall clock ends some of them before; those say nothing about the grant.
+    On a busy machine the wall clock ends some of them earlier; those say nothing about the grant.
     """
     matches = [re.match(r"no answer within (\S+) s of processor time", r) for r in reasons]
     return sum(float(match[1]) for match in matches if match)
@@ -235,21 +248,26 @@ def test_each_timeout_among_the_last_checks_cuts_the_next_ones_processor_time() 
 
 
 def test_a_batch_with_hostile_answers_ends_in_time_and_every_honest_one_is_right() -> None:
-    """Two workers lose less than three times one check's wall clock each,
-    for the eight checks that would never end.
+    """Eight checks would never end. For them two workers lose less than three times the time limit
+    of one check each.
     """
     items, expected = hostile_batch()
-    memory, timeout, trainer = 1024, 5.0, psutil.Process()
+    memory = 1024
+    timeout = 5.0
+    trainer = psutil.Process()
     with Labeller("math_verify", workers=2, timeout_seconds=timeout, memory_mib=memory) as label:
         label(items[:100])
-        before, started = trainer.memory_info().rss, time.monotonic()
+        before = trainer.memory_info().rss
+        started = time.monotonic()
         verdicts = label(items)
         seconds = time.monotonic() - started
         (pool,) = label._pools.values()
         workers = [worker_process(w).memory_info() for w in pool._workers if w._process]
+
     assert sum(v.status == "timeout" for v in verdicts) >= 8
     assert processor_seconds_lost(v.reason for v in verdicts) / 2 < 3 * timeout
     assert seconds < 60 * timeout, "however busy the machine is"
+
     wrong = [
         i for i, label in enumerate(expected) if label is not None and verdicts[i].label != label
     ]
@@ -260,7 +278,7 @@ def test_a_batch_with_hostile_answers_ends_in_time_and_every_honest_one_is_right
 
 
 def test_a_policy_that_writes_nothing_but_factorials_cannot_freeze_a_step() -> None:
-    """They would take 8 x 4 s on one worker, were each given its whole time."""
+    """If each check were given its whole time, they would take 8 x 4 s on one worker."""
     checks = [Check(SLOW, ["5"]), Check(box("5"), ["5"])] * 8
     with VerifierPool("math_verify", workers=1, timeout_seconds=4, memory_mib=1024) as pool:
         outcomes = pool.run(checks)
@@ -282,8 +300,8 @@ def test_a_worker_that_died_while_idle_costs_nothing(fresh_pool: VerifierPool) -
 
 
 def test_signals_to_the_whole_tree_leave_the_verifiers_alive(fresh_pool: VerifierPool) -> None:
-    """Slurm's scancel and a terminal's Ctrl-C reach every process of a job;
-    the run needs its verdicts to its seam.
+    """Slurm's scancel and a terminal's Ctrl-C reach every process of a job, and the run needs
+    verdicts until it can stop.
     """
     started = [worker._process for worker in fresh_pool._workers]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -297,7 +315,7 @@ def test_signals_to_the_whole_tree_leave_the_verifiers_alive(fresh_pool: Verifie
 
 
 def test_the_clock_also_runs_while_a_worker_does_not_read(fresh_pool: VerifierPool) -> None:
-    """More text than a pipe holds, for a process that is stopped."""
+    """The text is longer than a pipe holds, and the worker is suspended."""
     for worker in fresh_pool._workers:
         worker_process(worker).suspend()
     started = time.monotonic()
@@ -307,15 +325,16 @@ def test_the_clock_also_runs_while_a_worker_does_not_read(fresh_pool: VerifierPo
 
 
 def worker_process(worker: _Worker) -> psutil.Process:
-    """The process that checks: the last below the supervisor, which is what the pool starts."""
+    """Returns the process that checks: the last one below the supervisor, which the pool starts."""
     assert worker._process is not None
     return psutil.Process(worker._process.pid).children(recursive=True)[-1]
 
 
 @pytest.fixture
 def own(tmp_path: Path) -> Callable[[str], str]:
-    """The name of a trusted verifier with this body; tests/unit/test_sandbox.py
-    has those that are not trusted.
+    """Writes a trusted verifier with this body and returns its name.
+
+    Verifiers that are not trusted are tested in tests/unit/test_sandbox.py.
     """
 
     def make(body: str) -> str:
@@ -354,13 +373,15 @@ OWN = {
 
 
 @pytest.mark.parametrize("body", OWN)
-def test_own_verifier(own: Callable[[str], str], body: str) -> None:
+def test_a_verifier_of_ones_own_gives_statuses_and_rewards(
+    own: Callable[[str], str], body: str
+) -> None:
     with VerifierPool(own(body), **OPTIONS) as pool:
         for outcome in pool.run([Check("a", ["a"], {"level": 2})] * 2):
             assert (outcome.status, outcome.reward, outcome.reason) == OWN[body]
 
 
-def test_a_worker_killed_in_the_middle_of_a_check_costs_that_check(
+def test_a_worker_killed_in_the_middle_of_a_check_fails_only_that_check(
     own: Callable[[str], str], tmp_path: Path
 ) -> None:
     body = (
@@ -374,6 +395,7 @@ def test_a_worker_killed_in_the_middle_of_a_check_costs_that_check(
             time.sleep(0.05)
         os.kill(int(pid.read_text()), signal.SIGKILL)
         killed = futures[0].result()
+
     assert (killed.status, killed.reason) == ("crashed", "the verifier process ended with code -9")
     assert [o.status for o in others] == ["ok"] * 20
 
@@ -390,8 +412,8 @@ def test_a_worker_whose_memory_grows_is_replaced_before_it_meets_its_limit(
 
 
 def test_workers_check_at_the_same_time(own: Callable[[str], str], tmp_path: Path) -> None:
-    """Each check waits until as many are in progress as there are workers;
-    see also tools/bench_labels.py.
+    """Each check waits until as many are in progress as there are workers; tools/bench_labels.py
+    measures the gain.
     """
     arrived = f"{str(tmp_path)!r} + '/arrived'"
     body = (
@@ -465,7 +487,7 @@ EACH = {
     "empty": completion("", tokens=0),
 }
 DEFAULT = [POSITIVE, NEGATIVE, NEGATIVE, EXCLUDED, EXCLUDED, NEGATIVE, EXCLUDED]
-CONFIGURED: list[tuple[dict[str, Any], list[int]]] = [
+CONFIGURED: list[tuple[dict[str, Any], Sequence[int]]] = [
     ({}, DEFAULT),
     ({"excluded": []}, [POSITIVE, *[NEGATIVE] * 5, EXCLUDED]),
     (
@@ -477,10 +499,10 @@ CONFIGURED: list[tuple[dict[str, Any], list[int]]] = [
 
 
 @pytest.mark.parametrize(("options", "labels"), CONFIGURED, ids=str)
-def test_statuses_to_labels(
+def test_statuses_become_labels_by_the_configuration(
     own: Callable[[str], str], options: dict[str, Any], labels: list[int]
 ) -> None:
-    """By a verifier of one's own that calls ours, and crashes where the text says so."""
+    """A verifier of one's own calls `math_verify`, and crashes where the text says so."""
     body = (
         "from megatron_real.labels.verifiers import load; text == 'crash' and os.abort(); "
         "status = load('math_verify')(text, answers, metadata)[0]; return status == 'ok'"
@@ -490,13 +512,15 @@ def test_statuses_to_labels(
     )
     with Labeller(own(body), **settings) as label:
         verdicts = label(list(EACH.values()))
+
     # A verifier of one's own gives a verdict or none: what it could not read is wrong.
     expected = ["wrong" if status == "unparsable" else status for status in EACH]
+
     assert [v.status for v in verdicts] == expected
     assert [v.label for v in verdicts] == [labels[list(EACH).index(status)] for status in expected]
 
 
-def test_a_status_of_ours_is_unparsable() -> None:
+def test_an_unparsable_answer_has_a_status_of_its_own() -> None:
     with Labeller("exact", **OPTIONS, excluded=["unparsable"]) as label:
         assert [v.label for v in label([EACH["unparsable"], EACH["wrong"]])] == [EXCLUDED, NEGATIVE]
 
@@ -515,8 +539,9 @@ def test_failed_checks_are_excluded_and_too_many_stop_the_run(own: Callable[[str
             )  # the truncated ones were not checked and do not dilute the share
 
 
-def test_scores_need_a_threshold(own: Callable[[str], str]) -> None:
-    name, items = own("return float(text)"), [completion("0.75"), completion("0.25")]
+def test_scores_without_a_threshold_are_refused(own: Callable[[str], str]) -> None:
+    name = own("return float(text)")
+    items = [completion("0.75"), completion("0.25")]
     with Labeller(name, **OPTIONS, threshold=0.5) as label:
         assert [v.label for v in label(items)] == [POSITIVE, NEGATIVE]
     with Labeller(name, **OPTIONS) as label:
@@ -541,8 +566,8 @@ PIECES = [
 @settings(max_examples=300, deadline=None)
 @example("\\boxed{\\begin{pmatrix}1", ["\\end{pmatrix}"])
 def test_fuzzed_answers_end_in_a_status(pool: VerifierPool, text: str, gold: list[str]) -> None:
-    """A timeout is a status (2!!!!!! takes for ever), an exception that got out
-    of the parsing is not.
+    """A timeout is a status (2!!!!!! takes for ever); an exception that leaves the
+    parser is not.
     """
     for answer in (text, box(text.replace("\\boxed{", ""))):
         (outcome,) = pool.run([Check(answer, ["5", "".join(gold)])])
@@ -561,8 +586,8 @@ def test_reading_never_raises(text: str, think: bool, boxed: bool) -> None:
 
 @given(st.text(alphabet="{}\\ab 5", max_size=60))
 def test_final_answer_is_the_last_balanced_box(text: str) -> None:
-    found = final_answer(text + box("7"))
-    assert found is not None and found.text == "7"
+    answer = final_answer(text + box("7"))
+    assert answer is not None and answer.text == "7"
     inside = final_answer(text)
     if inside is not None:
         assert inside.text in text and inside.boxed

@@ -1,21 +1,25 @@
-"""One rank's end, seen by the others: real processes, no collectives."""
+"""The end of one rank as the others see it, with real processes in a chain and no collectives."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_real import challenge
-from megatron_real.supervision.lifeline import Report, _Line, hanging
+from megatron_real.supervision.hanging import Report, Standing, hanging, merged
+from megatron_real.supervision.lifeline import FAN_OUT, MOST_SOCKETS, _Line, tree
 from megatron_real.supervision.places import Place, place_of
 from tests.faults.lifeline import start, wait_until_ready
 
@@ -35,7 +39,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[subpr
 
 
 def ends(processes: list[subprocess.Popen[str]], within: float) -> list[str]:
-    """What each wrote to its end."""
+    """Returns what each rank wrote when it ended."""
     started = time.monotonic()
     return [
         p.communicate(timeout=max(within - (time.monotonic() - started), 0.1))[1] for p in processes
@@ -43,51 +47,65 @@ def ends(processes: list[subprocess.Popen[str]], within: float) -> list[str]:
 
 
 @pytest.mark.parametrize("ranks", ["wait"], indirect=True)
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [0, 1, 2])
 def test_a_killed_rank_takes_the_others_down(
     ranks: list[subprocess.Popen[str]], victim: int
 ) -> None:
     ranks[victim].send_signal(signal.SIGKILL)
     others = [p for i, p in enumerate(ranks) if i != victim]
-    for said in ends(others, within=120.0):
-        assert f"rank {victim} on {HOST} ended without a word" in said
+    for message in ends(others, within=120.0):
+        assert f"rank {victim} on {HOST} ended without a word" in message
     assert [p.returncode for p in others] == [1, 1]
+
+
+def test_ranks_pass_on_what_they_do_not_see_themselves(tmp_path: Path) -> None:
+    """In a chain of four, the last one hears of the first one's end over two others."""
+    started = [start(rank, "wait", tmp_path, world=4) for rank in range(4)]
+    try:
+        wait_until_ready(started)
+        started[0].send_signal(signal.SIGKILL)
+        for said in ends(started[1:], within=120.0):
+            assert f"rank 0 on {HOST} ended without a word" in said
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
 
 
 @pytest.mark.parametrize("ranks", ["raise"], indirect=True)
 def test_an_error_is_named_as_the_first_cause(ranks: list[subprocess.Popen[str]]) -> None:
-    for said in ends([ranks[0], ranks[2]], within=120.0):
-        assert "rank 1 on" in said and "ended first: ValueError: no good" in said
+    for message in ends([ranks[0], ranks[2]], within=120.0):
+        assert "rank 1 on" in message and "ended first: ValueError: no good" in message
 
 
 @pytest.mark.parametrize("ranks", ["hang"], indirect=True)
 def test_a_rank_that_hangs_is_named(ranks: list[subprocess.Popen[str]]) -> None:
-    for said in ends(ranks, within=120.0):
-        assert f"rank 1 on {HOST} hangs: it has been in stage rollout for" in said
-        assert "it is at <string>:" in said
+    for message in ends(ranks, within=120.0):
+        assert f"rank 1 on {HOST} hangs: it has been in stage rollout for" in message
+        assert "it is at <string>:" in message
 
 
 @pytest.mark.parametrize("ranks", ["silence"], indirect=True)
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [0, 1, 2])
 def test_a_rank_without_a_sign_of_life_is_named(
     ranks: list[subprocess.Popen[str]], victim: int
 ) -> None:
-    """A stopped process keeps its socket open, as a machine that vanished does.
+    """A suspended process keeps its socket open, like a machine that vanished.
 
-    Every rank sees that the first one did.
+    The others see it from both of its sides.
     """
     ranks[victim].send_signal(signal.SIGSTOP)
     others = [p for i, p in enumerate(ranks) if i != victim]
-    for said in ends(others, within=120.0):
-        assert f"rank {victim} on {HOST} has given no sign of life for" in said
+    for message in ends(others, within=120.0):
+        assert f"rank {victim} on {HOST} has given no sign of life for" in message
     ranks[victim].send_signal(signal.SIGCONT)
-    (said,) = ends([ranks[victim]], within=120.0)
-    assert f"rank {victim} on {HOST} has given no sign of life" in said, "it hears why"
+    (message,) = ends([ranks[victim]], within=120.0)
+    assert f"rank {victim} on {HOST} has given no sign of life" in message, "it hears why"
 
 
 @pytest.mark.parametrize("ranks", ["silence"], indirect=True)
 def test_a_job_that_was_suspended_goes_on(ranks: list[subprocess.Popen[str]]) -> None:
-    """Slurm suspends all processes of a job: nobody spoke, and nobody listened."""
+    """Slurm suspends all processes of a job, so nobody spoke and nobody listened."""
     for process in ranks:
         process.send_signal(signal.SIGSTOP)
     time.sleep(6.0)
@@ -98,7 +116,7 @@ def test_a_job_that_was_suspended_goes_on(ranks: list[subprocess.Popen[str]]) ->
 
 
 @pytest.mark.parametrize("ranks", ["good"], indirect=True)
-def test_a_good_end_takes_nobody_down(ranks: list[subprocess.Popen[str]]) -> None:
+def test_a_rank_that_ends_well_ends_no_other(ranks: list[subprocess.Popen[str]]) -> None:
     assert ends(ranks, within=120.0) == ["", "", ""]
     assert [p.returncode for p in ranks] == [0, 0, 0]
 
@@ -107,23 +125,30 @@ def test_a_good_end_takes_nobody_down(ranks: list[subprocess.Popen[str]]) -> Non
 def test_an_error_that_not_every_rank_has_ends_the_others_later(
     ranks: list[subprocess.Popen[str]],
 ) -> None:
-    """They would wait for that rank in a collective."""
-    for said in ends([ranks[0], ranks[2]], within=120.0):
-        assert f"rank 1 on {HOST} ended first: the engine is lost" in said
+    """Otherwise they would wait for that rank in a collective."""
+    for message in ends([ranks[0], ranks[2]], within=120.0):
+        assert f"rank 1 on {HOST} ended first: the engine is lost" in message
     assert ranks[1].wait(5) == 3
 
 
-def test_strays_cost_nothing(tmp_path: Path) -> None:
-    """A scanner, ends that close or stay silent, and a forged rank: all before the ranks come."""
+def test_foreign_connections_do_not_disturb_the_ranks(tmp_path: Path) -> None:
+    """A scanner, connections that close or stay silent, and a forged rank all come before the ranks
+    do.
+    """
+    # What the first rank gathers first: machines, and its secret. The others are not there yet.
+    for rank in (1, 2):
+        (tmp_path / f"1-{rank}").write_text(json.dumps([HOST, ""]))
     first = start(0, "good", tmp_path)
-    while not (tmp_path / "address").exists():
+    while not (tmp_path / "2-0").exists():
         time.sleep(0.01)
-    host, port, secret, _ = json.loads((tmp_path / "address").read_text())
+    _, secret = json.loads((tmp_path / "1-0").read_text())
+    (host, port), _ = json.loads((tmp_path / "2-0").read_text())
     strays = [socket.create_connection((host, port)) for _ in range(5)]
     strays[0].sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3)
     strays[1].close()
     strays[2].sendall(b"\0")
     strays[3].sendall(bytes(64) + b'{"rank": 1, "host": "evil"}\n')
+
     # Who knows the secret, and forges a rank that is none: not taken in either.
     known = challenge.connect((host, port), secret, purpose="lifeline")
     known.sendall(b'{"rank": 7, "host": "evil"}\n')
@@ -141,7 +166,7 @@ def test_strays_cost_nothing(tmp_path: Path) -> None:
 
 
 def test_what_follows_the_first_word_stays_to_be_read() -> None:
-    """A rank may join and say that it ends before the first rank has read a word of it."""
+    """A rank may join and announce its end before the first rank has read a word of it."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(b'{"rank": 1}\n{"leaving": "the engine is lost"}\n')
@@ -162,7 +187,9 @@ print("asked by SIGTERM" if stop._wish == SIGTERM else "asked otherwise", flush=
 
 
 def test_a_rank_whose_launcher_was_killed_is_asked_to_stop() -> None:
-    """torchrun starts ranks in sessions of their own, which no signal to its group reaches."""
+    """torchrun starts ranks in sessions of their own, which no signal to its process
+    group reaches.
+    """
     launch = (
         "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]], "
         "start_new_session=True); time.sleep(600)"
@@ -174,12 +201,14 @@ def test_a_rank_whose_launcher_was_killed_is_asked_to_stop() -> None:
         env={**os.environ, "TORCHELASTIC_RUN_ID": "none"},
     )
     assert launcher.stdout is not None and launcher.stdout.readline() == "ready\n"
+
     launcher.kill()
     output, _ = launcher.communicate(timeout=120.0)
     assert output == "asked by SIGTERM\n"
 
 
-WORKS, WAITS = Place("worker.py:7 in work"), Place("c10d.py:9 in all_reduce", waits=True)
+WORKS = Place("worker.py:7 in work")
+WAITS = Place("c10d.py:9 in all_reduce", waits=True)
 HANGS = {
     "nobody yet": (
         [Report("rank 0", 5, "update", 59.0, WAITS), Report("rank 1", 5, "update", 59.0, WORKS)],
@@ -219,10 +248,42 @@ HANGS = {
 
 
 @pytest.mark.parametrize("case", HANGS)
-def test_who_hangs(case: str) -> None:
+def test_the_rank_that_keeps_the_others_waiting_is_named(case: str) -> None:
     reports, sentence = HANGS[case]
-    found = hanging(reports, 60.0)
-    assert sentence in found and bool(sentence) == bool(found)
+    message = hanging(merged([Standing.of(report) for report in reports]), 60.0)
+    assert sentence in message and bool(sentence) == bool(message)
+
+
+def test_who_hangs_is_the_same_in_any_tree() -> None:
+    draw = random.Random(0)
+    reports = [
+        Report(f"rank {i}", draw.choice([5, 6]), draw.choice(["", "update"]), draw.uniform(50, 90))
+        for i in range(40)
+    ]
+    # One at a time, and in subtrees: what goes up the tree says all that the judge needs.
+    each = [Standing.of(report) for report in reports]
+    in_subtrees = [merged(each[i : i + 7]) for i in range(0, 40, 7)]
+    assert merged(in_subtrees) == merged(each)
+    assert merged(each).num_working == sum(r.begun == 5 and bool(r.stage) for r in reports)
+    assert len(merged(each).working) == 8
+
+
+@pytest.mark.parametrize(("machines", "ranks_each"), [(512, 8), (1, 512), (4096, 1), (1, 2)])
+def test_the_tree_has_few_connections_of_a_rank_and_few_steps(
+    machines: int, ranks_each: int
+) -> None:
+    hosts = [f"n{i}" for i in range(machines) for _ in range(ranks_each)]
+    above = tree(hosts)
+    sockets = Counter(above) + Counter(range(1, len(hosts)))
+    assert max(sockets[rank] for rank in range(len(hosts))) <= MOST_SOCKETS
+
+    depth = [0] * len(hosts)
+    for rank in range(1, len(hosts)):
+        assert above[rank] < rank, "every rank leads to the first one"
+        depth[rank] = depth[above[rank]] + 1
+    assert max(depth) <= math.log(len(hosts), FAN_OUT) + 2
+    between_machines = sum(hosts[rank] != hosts[above[rank]] for rank in range(1, len(hosts)))
+    assert between_machines == machines - 1
 
 
 def test_a_place_is_a_line_of_code() -> None:
@@ -242,5 +303,6 @@ def test_a_place_is_a_line_of_code() -> None:
     finally:
         event.set()
         thread.join()
+
     assert place.where.startswith("threading.py:")
     assert place_of(0) == Place()

@@ -1,4 +1,6 @@
-"""Buckets of tensors, and the group that carries them, between two threads that know no world."""
+"""Buckets of tensors, and the process group that carries them, between two threads without a
+default process group.
+"""
 
 from __future__ import annotations
 
@@ -36,22 +38,26 @@ def test_tensors_come_out_as_they_went_in(
     monkeypatch: pytest.MonkeyPatch, limit: int, number: int
 ) -> None:
     monkeypatch.setattr(link, "SYNC_BUCKET_BYTES", limit)
-    found, places = [], []
+
+    unpacked_tensors = []
+    addresses = []
     for bucket in buckets(TENSORS):
         assert len(bucket.flat) <= limit or len(bucket.slots) == 1
-        found.append(
-            [(name, tensor.clone()) for name, tensor in unpacked(bucket.flat, bucket.slots)]
-        )
-        places.append(bucket.flat.data_ptr())
-    assert len(found) == number and same([pair for pairs in found for pair in pairs], TENSORS)
-    assert limit < 128 or len(set(places)) == 1 + (limit == 128), (
+        # Cloned, because the next bucket may lie in the same memory.
+        for name, tensor in unpacked(bucket.flat, bucket.slots):
+            unpacked_tensors.append((name, tensor.clone()))
+        addresses.append(bucket.flat.data_ptr())
+
+    assert len(addresses) == number and same(unpacked_tensors, TENSORS)
+    assert limit < 128 or len(set(addresses)) == 1 + (limit == 128), (
         "one memory for all, another for one that is larger"
     )
 
 
 def test_two_workers_get_what_the_sender_sends() -> None:
     listener = listen("127.0.0.1")
-    address, (bucket,) = listener.getsockname(), buckets(TENSORS)
+    address = listener.getsockname()
+    (bucket,) = buckets(TENSORS)
 
     def worker(rank: int) -> list[tuple[str, torch.Tensor]]:
         joined = Link.join(address, "secret", rank=rank, size=3, device=CPU, seconds=30)
@@ -64,7 +70,7 @@ def test_two_workers_get_what_the_sender_sends() -> None:
 
 
 def joins(address: tuple[str, int], secret: str) -> str:
-    """What happens to a worker that joins with a secret."""
+    """Returns what happens to a worker that joins with a secret."""
     try:
         Link.join(address, secret, rank=1, size=2, device=CPU, seconds=30)
     except (OSError, RuntimeError) as error:
@@ -73,11 +79,11 @@ def joins(address: tuple[str, int], secret: str) -> str:
 
 
 def test_nobody_takes_a_workers_place() -> None:
-    """Strangers come before the worker: one that speaks the store's protocol, a scanner,
-    one that stays silent.
+    """Strangers come before the worker: one that speaks the store's protocol, a scanner, and one
+    that stays silent.
     """
     listener = listen("127.0.0.1")
-    address = listener.getsockname()
+    address: tuple[str, int] = listener.getsockname()
     with ThreadPoolExecutor(2) as pool:
         host = pool.submit(Link.host, listener, "secret", size=2, device=CPU, seconds=30)
         scanner = socket.create_connection(address)
@@ -99,9 +105,9 @@ def test_nobody_takes_a_workers_place() -> None:
 
 
 @pytest.mark.parametrize("impostor", ["worker", "sender"])
-def test_who_slips_into_the_group_gets_no_weights(impostor: str) -> None:
-    """The group's own connections ask for no secret: whoever was quicker there still has to prove
-    that it knows it.
+def test_a_stranger_in_the_process_group_gets_no_weights(impostor: str) -> None:
+    """The process group's own connections ask for no secret, so whoever was quicker there still has
+    to prove that it knows it.
     """
     store = HashStore()
     known = {"worker": ("secret", "guessed"), "sender": ("guessed", "secret")}[impostor]
@@ -124,7 +130,7 @@ def test_who_slips_into_the_group_gets_no_weights(impostor: str) -> None:
 
 
 def test_a_sender_whose_worker_never_comes_can_be_aborted() -> None:
-    """Its broadcast ends with an error at once, not after the group's time."""
+    """Its broadcast ends with an error at once, instead of after the process group's timeout."""
     listener = listen("127.0.0.1")
     address = listener.getsockname()
     flat = torch.zeros(64 << 20, dtype=torch.uint8)  # more than the connection's buffers hold

@@ -20,7 +20,7 @@ from tests.faults.lock import HOLDER, last
 
 @contextmanager
 def held(folder: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the lock."""
+    """Starts another process that holds the lock."""
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(folder), "600"],
         stdout=subprocess.PIPE,
@@ -36,7 +36,9 @@ def held(folder: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def dead_owner(folder: Path, **changes: object) -> None:
-    """A lock whose owner was killed. With changes it is, for a newcomer, somebody else."""
+    """Leaves a lock whose owner was killed; `changes` make a newcomer take the owner for another
+    machine's.
+    """
     with held(folder):
         pass
     file = last(folder)
@@ -57,9 +59,10 @@ def test_a_living_owner_is_respected(tmp_path: Path) -> None:
 
 def test_a_lock_goes_from_one_owner_to_the_next(tmp_path: Path) -> None:
     for number in (1, 2, 3):
-        lock, said = newcomer(tmp_path / "owners"), list[str]()
-        lock.take(said.append)
-        assert last(tmp_path / "owners").name == str(number) and not said
+        lock = newcomer(tmp_path / "owners")
+        messages: list[str] = []
+        lock.take(messages.append)
+        assert last(tmp_path / "owners").name == str(number) and not messages
         lock.release()
     assert [json.loads(file.read_text())["ended"] for file in (tmp_path / "owners").iterdir()] == [
         True
@@ -68,9 +71,10 @@ def test_a_lock_goes_from_one_owner_to_the_next(tmp_path: Path) -> None:
 
 def test_a_dead_owner_of_this_machine_is_seen_at_once(tmp_path: Path) -> None:
     dead_owner(tmp_path / "owners")
-    lock, said = newcomer(tmp_path / "owners"), list[str]()
-    lock.take(said.append)
-    assert "which is gone; taking over" in said[0]
+    lock = newcomer(tmp_path / "owners")
+    messages: list[str] = []
+    lock.take(messages.append)
+    assert "which is gone; taking over" in messages[0]
     lock.release()
 
 
@@ -86,11 +90,14 @@ def test_a_dead_owner_of_this_machine_is_seen_at_once(tmp_path: Path) -> None:
 def test_a_process_table_says_nothing_about_processes_elsewhere(
     tmp_path: Path, changes: dict[str, object]
 ) -> None:
-    """Its number is not in this table, and it may live all the same: the lease decides."""
+    """The owner's number is not in this process table, yet it may be alive elsewhere: the lease
+    decides.
+    """
     dead_owner(tmp_path / "owners", **changes)
-    lock, said = newcomer(tmp_path / "owners", lease=0.5), list[str]()
-    lock.take(said.append)
-    assert "waiting up to 0.5 s" in said[0] and "no sign of life for 0.5 s" in said[1]
+    lock = newcomer(tmp_path / "owners", lease=0.5)
+    messages: list[str] = []
+    lock.take(messages.append)
+    assert "waiting up to 0.5 s" in messages[0] and "no sign of life for 0.5 s" in messages[1]
     lock.release()
 
 
@@ -107,7 +114,7 @@ def test_a_requeued_job_takes_its_own_lock_back(
 
 
 def test_a_process_that_cannot_be_seen_is_not_taken_for_dead(tmp_path: Path) -> None:
-    """/proc may hide other users' processes, and a file of no owner of ours names none."""
+    """/proc may hide the processes of other users, and a foreign file names no owner."""
     me = Owner.of_this_process()
     assert not Owner.parse(me.text()).is_gone(me)
     assert not Owner.parse(json.dumps({**json.loads(me.text()), "started": ""})).is_gone(me)
@@ -116,7 +123,7 @@ def test_a_process_that_cannot_be_seen_is_not_taken_for_dead(tmp_path: Path) -> 
 
 
 def test_an_owner_that_lost_its_lock_hears_of_it(tmp_path: Path) -> None:
-    """A process that slept through its lease must not write on."""
+    """A process that slept through its lease must not write any more."""
     heard: queue.Queue[str] = queue.Queue()
     lock = RunLock(tmp_path / "owners", lease=600.0, beat=0.1, lost=heard.put)
     lock.take()

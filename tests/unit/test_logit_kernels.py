@@ -1,7 +1,7 @@
-"""The log-prob head's kernels, compiled for GPUs that are not here.
+"""The kernels of the log-prob head, compiled for GPUs that this machine does not have.
 
-pytest -s --all shows the table of docs/benchmarks.md:
-registers, bytes of spills and shared memory of each kernel.
+pytest -s --all prints the table of docs/benchmarks.md: registers, bytes of spills and shared memory
+of each kernel.
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ def compiled(kernel: str, dtype: str, architecture: int) -> Any:
     function = {"fold": logit_kernels.fold_kernel, "gradient": logit_kernels.gradient_kernel}[
         kernel
     ]
-    block, warps = logit_kernels.FOLD_BLOCK, logit_kernels.FOLD_WARPS
+    block = logit_kernels.FOLD_BLOCK
+    warps = logit_kernels.FOLD_WARPS
     if kernel == "gradient":
         configuration = logit_kernels.GRADIENT_CONFIGURATIONS[0]
-        block, warps = configuration.kwargs["BLOCK"], configuration.num_warps
+        block = configuration.kwargs["BLOCK"]
+        warps = configuration.num_warps
     aligned = {
         (function.arg_names.index(name),): [["tt.divisibility", 16]]
         for name in ("logits", "gradient", "row_stride", "target", "lse", "picked", "num_columns")
@@ -64,8 +66,8 @@ def compiled(kernel: str, dtype: str, architecture: int) -> Any:
 
 
 def resources(binary: bytes, tmp_path: Path) -> dict[str, int]:
-    """Returns what the assembler allots a thread (REG registers, LOCAL and STACK bytes) and a
-    program (SHARED bytes).
+    """Returns what the assembler allots: registers of a thread (REG), its bytes of LOCAL and STACK
+    memory, and a program's SHARED bytes.
     """
     file = tmp_path / "kernel.cubin"
     file.write_bytes(binary)
@@ -78,7 +80,7 @@ def resources(binary: bytes, tmp_path: Path) -> dict[str, int]:
 @pytest.mark.parametrize("architecture", core([80, 90, 100], kept=[90]))
 @pytest.mark.parametrize("kernel", ["fold", "gradient"])
 @pytest.mark.parametrize("dtype", core(["bf16", "fp32"], kept=["bf16"]))
-def test_compiles_without_spills(
+def test_the_kernels_compile_without_register_spills(
     kernel: str, dtype: str, architecture: int, tmp_path: Path
 ) -> None:
     result = compiled(kernel, dtype, architecture)
@@ -87,11 +89,13 @@ def test_compiles_without_spills(
     print(
         f"| {kernel} | {dtype} | sm_{architecture} | {used['REG']} | {spilled} | {used['SHARED']} |"
     )
+
     assert spilled == 0, f"{used}: registers spill to memory"
     # 64 registers in 8 warps leave room for four programs on a multiprocessor, which hide each
     # other's loads.
     assert used["REG"] <= 64, used
     assert "ld.global.v4" in result.asm["ptx"], "a load is not of 16 bytes"
+
     if dtype == "bf16" and kernel == "gradient":
         # The interpreter cuts off what the hardware rounds: that it is rounded to the nearest can
         # be seen here alone.

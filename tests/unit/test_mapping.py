@@ -1,5 +1,5 @@
-"""The HF <-> Megatron mapping: rows in their places,
-shards that join to what they were cut from.
+"""The HF <-> Megatron mapping: rows are in their places, and shards join to what they were cut
+from.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_real.weights.stored import OpenFiles, torch_dtype
 def shard(
     entry: Entry, weights: HfWeights, architecture: Architecture, rank: int, tp: int
 ) -> Tensor:
-    """What tensor-parallel rank `rank` of `tp` loads."""
+    """Returns what tensor-parallel rank `rank` of `tp` loads."""
     coordinates = Coordinates(rank, tp)
     rectangle = entry.shard(coordinates, padded_rows=architecture.padded_vocab(tp))
     piece = weights.megatron_piece(entry, rectangle)
@@ -41,7 +41,7 @@ def shard(
     ],
     ids=["qwen2", "llama", "llama-biases", "qwen3-tied"],
 )
-def test_every_tensor_once_and_back(
+def test_every_tensor_is_mapped_once_and_back(
     tiny_model: Callable[..., Path], family: str, sizes: dict[str, object], tp: int
 ) -> None:
     weights = HfWeights(tiny_model(family, num_key_value_heads=4, num_hidden_layers=2, **sizes))
@@ -53,6 +53,7 @@ def test_every_tensor_once_and_back(
         sum(tensor.shape[0] * tensor.columns for tensor in weights.tensors.values())
         == architecture.num_parameters
     )
+
     seen = []
     for entry in entries(architecture):
         shards = [shard(entry, weights, architecture, rank, tp) for rank in range(tp)]
@@ -60,11 +61,12 @@ def test_every_tensor_once_and_back(
         for name, shape, back in zip(entry.parts, entry.shapes, entry.join(shards), strict=True):
             assert torch.equal(weights.read(name), back[: shape[0]]), name
             seen.append(name)
+
     assert sorted(seen) == sorted(weights.names)
 
 
 def test_qkv_rows_are_grouped_by_kv_head() -> None:
-    """2 KV heads, 4 query heads of size 1: per group two q rows, then k, then v."""
+    """With 2 KV heads and 4 query heads of size 1, each group holds two q rows, then k, then v."""
     numbers = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -76,14 +78,16 @@ def test_qkv_rows_are_grouped_by_kv_head() -> None:
         {"architectures": ["Qwen2ForCausalLM"], **numbers, **rest}
     )
     entry = next(e for e in entries(architecture) if e.key.endswith("linear_qkv.bias"))
+
     assert entry.spans == [(0, 0, 2), (1, 0, 1), (2, 0, 1), (0, 2, 2), (1, 1, 1), (2, 1, 1)]
+
     joined = entry.join([torch.tensor([1.0, 2, 10, 100, 3, 4, 20, 200])])
     assert [part.tolist() for part in joined] == [[1, 2, 3, 4], [10, 20], [100, 200]]
 
 
 def test_a_rank_reads_only_its_own_slices(tiny_model: Callable[..., Path]) -> None:
-    """The bytes that two ranks read add up to the file's data, norms read twice;
-    padding is not read at all.
+    """The bytes that two ranks read add up to the file's data, with norms read twice and padding
+    not at all.
     """
     weights = HfWeights(tiny_model("qwen2"))
     architecture = Architecture.read(weights.directory)
@@ -101,6 +105,7 @@ def test_a_rank_reads_only_its_own_slices(tiny_model: Callable[..., Path]) -> No
                 for _ in weights.megatron_piece(entry, own).blocks(files, 2**16):
                     pass
     norms = (2 * architecture.num_layers + 1) * architecture.hidden_size
+
     assert sum(read) == 8 * (architecture.num_parameters + norms)
     assert read[0] > read[1], "the vocabulary of 101 is padded to 256: rank 1 has zeros only"
 

@@ -1,4 +1,4 @@
-"""What is read of /proc and of cgroups, from directories that look like theirs."""
+"""What is read from /proc and from cgroups, in directories of the same form."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def test_what_is_only_cached_is_not_used(tmp_path: Path) -> None:
     assert cgroup_usage(tmp_path, own(tmp_path, "0::/job/step")) == Usage(5 * GIB, 10 * GIB)
 
 
-def test_the_group_nearest_to_its_limit_counts(tmp_path: Path) -> None:
-    """A step without a limit in a job with one, on a machine with a wider one."""
+def test_the_cgroup_nearest_to_its_limit_counts(tmp_path: Path) -> None:
+    """A step without a limit runs in a job with one, on a machine with a wider one."""
     group(tmp_path / "job/step", used=4 * GIB, cached=0, limit="max")
     group(tmp_path / "job", used=6 * GIB, cached=0, limit=str(8 * GIB))
     group(tmp_path, used=10 * GIB, cached=0, limit=str(40 * GIB))
     assert cgroup_usage(tmp_path, own(tmp_path, "0::/job/step")) == Usage(6 * GIB, 8 * GIB)
 
 
-def test_a_container_that_sees_its_group_as_the_root(tmp_path: Path) -> None:
+def test_a_container_that_sees_its_cgroup_as_the_root_is_measured(tmp_path: Path) -> None:
     group(tmp_path, used=6 * GIB, cached=0, limit=str(8 * GIB))
     assert cgroup_usage(tmp_path, own(tmp_path, "0::/../../elsewhere")) == Usage(6 * GIB, 8 * GIB)
 
 
-def test_version_1(tmp_path: Path) -> None:
+def test_the_limits_of_cgroup_version_1_are_read(tmp_path: Path) -> None:
     group(tmp_path / "memory/job", used=6 * GIB, cached=GIB, limit=str(8 * GIB), version=1)
     group(tmp_path / "memory", used=9 * GIB, cached=0, limit="9223372036854771712", version=1)
     lines = own(tmp_path, "4:cpu,cpuacct:/other\n9:memory:/job")
@@ -53,13 +53,13 @@ def test_version_1(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["0::/", "nothing of the kind::", ""])
-def test_no_limit(tmp_path: Path, line: str) -> None:
+def test_without_a_cgroup_limit_no_usage_is_known(tmp_path: Path, line: str) -> None:
     assert cgroup_usage(tmp_path / "none", own(tmp_path, line)) is None
     assert cgroup_usage(tmp_path / "none", tmp_path / "missing") is None
 
 
-def test_the_guard_wants_growth(tmp_path: Path) -> None:
-    """A job that is nearly full from its beginning is not helped by another start."""
+def test_memory_is_nearly_full_only_if_it_grew(tmp_path: Path) -> None:
+    """A restart does not help a job whose memory is nearly full from its beginning."""
     guard = MemoryGuard(tmp_path, own(tmp_path, "0::/"))
     for used, expected in ((9.6, False), (9.7, False), (9.81, True)):
         group(tmp_path, used=int(used * GIB), cached=0, limit=str(10 * GIB))

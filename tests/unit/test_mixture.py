@@ -1,5 +1,5 @@
-"""Several training sets: their shares, verifiers and settings,
-and prompts filtered by how often they were solved.
+"""Several training sets with their shares, verifiers and settings, and prompts filtered by how
+often they were solved.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_real.records import Completion, Prompt
 
 
 class Tokenizer:
-    """One token a letter, no chat template."""
+    """Makes one token of each letter, and has no chat template."""
 
     chat_template = None
 
@@ -33,9 +33,10 @@ def prompts(name: str, count: int) -> list[Prompt]:
 
 
 def test_each_set_has_its_share_and_no_prompt_is_left_out() -> None:
-    """8 and 3 prompts at 2 : 1.
+    """8 and 3 prompts are mixed at 2 : 1.
 
-    The first is there once, so the epoch has 12: 4 of the second, one of its 3 twice.
+    The first set is there once, so the epoch has 12 prompts: 4 of the second set, one of its 3
+    twice.
     """
     sets = {"a": prompts("x", 8), "b": prompts("x", 3)}
     epoch = mixed(sets, {"a": 2.0, "b": 1.0}, seed=1)
@@ -47,7 +48,8 @@ def test_each_set_has_its_share_and_no_prompt_is_left_out() -> None:
 
 def test_a_mixture_resumes_in_the_middle() -> None:
     epoch = mixed({"a": prompts("x", 8), "b": prompts("x", 3)}, {"a": 2.0, "b": 1.0}, seed=1)
-    cursor, resumed = PromptCursor(epoch, seed=1), PromptCursor(epoch, seed=1)
+    cursor = PromptCursor(epoch, seed=1)
+    resumed = PromptCursor(epoch, seed=1)
     cursor.next_batch(7)
     resumed.load_state_dict(json.loads(json.dumps(cursor.state_dict())))
     assert [p.uid for p in resumed.next_batch(9)] == [p.uid for p in cursor.next_batch(9)]
@@ -69,15 +71,18 @@ def test_sets_have_their_own_suffix_and_verifier(tmp_path: Path) -> None:
         },
     }
     config = Config(data=DataConfig(sources=sources, suffix="Think."))
-    found = {prompt.uid: prompt for prompt in training_prompts(config, Tokenizer())}
-    assert (found["a/a/0"].text, found["a/a/0"].verifier) == ("q0 Think.", "")
-    assert (found["b/b/1"].text, found["b/b/1"].verifier) == ("q1 Now!", "exact")
+    prompts = {prompt.uid: prompt for prompt in training_prompts(config, Tokenizer())}
 
-    options = {"workers": 1, "timeout_seconds": 60, "memory_mib": 1024}
+    assert (prompts["a/a/0"].text, prompts["a/a/0"].verifier) == ("q0 Think.", "")
+    assert (prompts["b/b/1"].text, prompts["b/b/1"].verifier) == ("q1 Now!", "exact")
+
     completion = Completion((7,), (0.0,), "\\boxed{1.0}", True)
-    with Labeller("math_verify", **options, others=["exact"]) as label:
+    with Labeller(
+        "math_verify", workers=1, timeout_seconds=60, memory_mib=1024, others=["exact"]
+    ) as label:
         asked = [Prompt("p", "", (1,), ("1",), verifier=name) for name in ("", "exact")]
         statuses = [verdict.status for verdict in label([(one, completion) for one in asked])]
+
     assert statuses == ["ok", "wrong"]
 
 
@@ -95,7 +100,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_sources_that_are_refused(name: str) -> None:
+def test_an_invalid_source_is_refused(name: str) -> None:
     values, sentence = REFUSED[name]
     with pytest.raises(ValueError, match=sentence):
         Config(data=DataConfig(**values))
@@ -123,7 +128,7 @@ def test_prompts_that_were_always_or_never_solved_are_left_out(tmp_path: Path) -
         ({"a/0": [True]}, "leaves no prompt"),
     ],
 )
-def test_pass_rates_that_are_refused(
+def test_an_invalid_file_of_pass_rates_is_refused(
     tmp_path: Path, solved: dict[str, list[bool]], sentence: str
 ) -> None:
     train = write(tmp_path / "a.jsonl", ["1"])

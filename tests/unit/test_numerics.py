@@ -1,4 +1,4 @@
-"""The number format that a machine computes fast."""
+"""The number format that a machine computes quickly."""
 
 from __future__ import annotations
 

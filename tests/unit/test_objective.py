@@ -1,5 +1,5 @@
-"""The REAL objective against numbers worked out by hand, the equations as printed,
-autograd and finite differences.
+"""The REAL objective against numbers worked out by hand, the printed equations, autograd and finite
+differences.
 
 Legend: R rollouts, G groups. Everything is float64 unless the test is about precision.
 """
@@ -9,8 +9,12 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -19,22 +23,31 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_real.objective import grpo_weights, real_loss, real_weights
-from megatron_real.objective.real import training_rollouts
+from megatron_real.objective.real import OneClassGroups, Variant, training_rollouts
 
-VARIANTS = ["anchored", "vanilla", "bce"]
-RULES = ["skip", "keep"]
-NAN, INF = math.nan, math.inf
+VARIANTS: list[Variant] = ["anchored", "vanilla", "bce"]
+RULES: list[OneClassGroups] = ["skip", "keep"]
+NAN = math.nan
+INF = math.inf
 TAU = 0.5
 
 
 def printed_loss(
-    score, label, group, *, tau=TAU, variant="anchored", one_class_groups="skip", num_groups=None
-):
-    """Eq. 8, 2 and 11 letter by letter, in Python floats, one group at a time.
+    score: list[float],
+    label: list[int],
+    group: list[int],
+    *,
+    tau: float = TAU,
+    variant: Variant = "anchored",
+    one_class_groups: OneClassGroups = "skip",
+    num_groups: int | None = None,
+) -> float:
+    """Returns Eq. 8, 2 or 11 exactly as printed, in Python floats, one group at a time.
 
-    Shares no code with the library.
+    It shares no code with the library.
     """
-    total, counted = 0.0, 0
+    total = 0.0
+    counted = 0
     for g in set(group):
         plus = [s for s, y, h in zip(score, label, group, strict=True) if h == g and y == 1]
         minus = [s for s, y, h in zip(score, label, group, strict=True) if h == g and y == 0]
@@ -56,7 +69,7 @@ def printed_loss(
 def batch(
     *groups: tuple[list[float], list[int]], ids: list[int] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(score_R, label_R, group_R) of groups given as (scores, labels)."""
+    """Returns (score_R, label_R, group_R) of groups that are given as (scores, labels)."""
     ids = ids or list(range(len(groups)))
     score = [s for scores, _ in groups for s in scores]
     label = [y for _, labels in groups for y in labels]
@@ -80,7 +93,7 @@ NUM_LABELLED_GROUPS = 5
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
-    """Any label pattern, the members of a group anywhere in the batch."""
+    """Draws any label pattern, with the members of a group anywhere in the batch."""
     rows = draw(
         st.lists(
             st.tuples(st.floats(-3, 3), st.sampled_from([1, 0, -1]), st.integers(-2, 3)),
@@ -105,7 +118,9 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
         pytest.param("bce", 3.46573590, id="bce: 5 * log 2"),
     ],
 )
-def test_two_correct_three_wrong_on_policy(variant, expected):
+def test_the_loss_of_two_correct_and_three_wrong_equals_that_computed_by_hand(
+    variant: Variant, expected: float
+) -> None:
     score, label, group = batch(([0.0] * 5, [1, 1, 0, 0, 0]))
     assert real_loss(score, label, group, variant=variant).item() == pytest.approx(
         expected, abs=1e-8
@@ -126,14 +141,16 @@ def test_two_correct_three_wrong_on_policy(variant, expected):
         ),
     ],
 )
-def test_off_policy_by_hand(variant, expected):
+def test_the_off_policy_loss_equals_that_computed_by_hand(
+    variant: Variant, expected: float
+) -> None:
     score, label, group = batch(([TAU * math.log(2), TAU * math.log(3)], [1, 0]))
     assert real_loss(score, label, group, variant=variant).item() == pytest.approx(
         expected, abs=1e-12
     )
 
 
-def test_weights_by_hand():
+def test_the_weights_equal_those_computed_by_hand() -> None:
     # Positives: e^(-s/tau) = 1/2 and 4, so p = 1/11 and 8/11. Negatives: e^(s/tau) = 3 and 1, so p
     # = 3/5 and 1/5. |w| = p / tau = 2 p.
     score, label, group = batch(
@@ -146,10 +163,16 @@ def test_weights_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("num_plus", "num_minus"), [(1, 1), (2, 3), (7, 1), (5, 11)])
 @pytest.mark.parametrize("tau", [0.5, 0.3])
-def test_on_policy_weights_are_the_analytic_ones(dtype, num_plus, num_minus, tau):
+def test_on_policy_weights_equal_the_analytic_ones(
+    dtype: torch.dtype, num_plus: int, num_minus: int, tau: float
+) -> None:
     label = torch.tensor([1] * num_plus + [0] * num_minus)
-    score, group = torch.zeros(len(label), dtype=dtype), torch.zeros_like(label)
-    analytic = {  # dL/ds at score 0: (positive, negative)
+    score = torch.zeros(len(label), dtype=dtype)
+    group = torch.zeros_like(label)
+
+    # dL/ds at score 0: (positive, negative)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    analytic: dict[Variant, tuple[float, float]] = {
         "anchored": (-1 / (tau * (1 + num_plus)), 1 / (tau * (1 + num_minus))),
         "vanilla": (
             -num_minus / (tau * (1 + num_plus * num_minus)),
@@ -157,30 +180,34 @@ def test_on_policy_weights_are_the_analytic_ones(dtype, num_plus, num_minus, tau
         ),
         "bce": (-1 / (2 * tau), 1 / (2 * tau)),
     }
+
     for variant, (plus, minus) in analytic.items():
         expected = torch.tensor([plus] * num_plus + [minus] * num_minus, dtype=dtype)
-        tolerance = 1e-12 if dtype == torch.float64 else 1e-6
         weight = real_weights(score, label, group, tau=tau, variant=variant)
         torch.testing.assert_close(
-            weight, expected, atol=0, rtol=tolerance, msg=lambda m, v=variant: f"{v}: {m}"
+            weight, expected, atol=0, rtol=tolerance, msg=partial("{}: {}".format, variant)
         )
 
 
 @pytest.mark.parametrize("one_class_groups", RULES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("tau", [0.1, 0.5, 2.0])
-def test_loss_is_the_printed_equation(variant, one_class_groups, tau):
+def test_the_loss_equals_the_printed_equation(
+    variant: Variant, one_class_groups: OneClassGroups, tau: float
+) -> None:
     score, label, group = MIXED
-    options = {"tau": tau, "variant": variant, "one_class_groups": one_class_groups}
+    options: dict[str, Any] = {"tau": tau, "variant": variant, "one_class_groups": one_class_groups}
     expected = printed_loss(score.tolist(), label.tolist(), group.tolist(), **options)
     assert real_loss(score, label, group, **options).item() == pytest.approx(expected, rel=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
 @given(batches(), st.sampled_from(VARIANTS), st.sampled_from(RULES))
-def test_loss_is_the_printed_equation_for_any_labels(rows, variant, one_class_groups):
+def test_the_loss_equals_the_printed_equation_for_any_labels(
+    rows: tuple[Tensor, Tensor, Tensor], variant: Variant, one_class_groups: OneClassGroups
+) -> None:
     score, label, group = rows
-    options = {"variant": variant, "one_class_groups": one_class_groups}
+    options: dict[str, Any] = {"variant": variant, "one_class_groups": one_class_groups}
     expected = printed_loss(score.tolist(), label.tolist(), group.tolist(), **options)
     assert real_loss(score, label, group, **options).item() == pytest.approx(
         expected, rel=1e-10, abs=1e-13
@@ -193,9 +220,11 @@ def test_loss_is_the_printed_equation_for_any_labels(rows, variant, one_class_gr
 @pytest.mark.parametrize("one_class_groups", RULES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("num_groups", [None, 13])
-def test_closed_form_is_autograd_is_finite_differences(variant, one_class_groups, num_groups):
+def test_the_closed_form_equals_autograd_and_finite_differences(
+    variant: Variant, one_class_groups: OneClassGroups, num_groups: int | None
+) -> None:
     score, label, group = MIXED
-    options = {
+    options: dict[str, Any] = {
         "tau": 0.4,
         "variant": variant,
         "one_class_groups": one_class_groups,
@@ -215,6 +244,7 @@ def test_closed_form_is_autograd_is_finite_differences(variant, one_class_groups
         (printed(score + step * e) - printed(score - step * e)) / (2 * step)
         for e in torch.eye(len(score))
     ]
+
     torch.testing.assert_close(
         weight, torch.tensor(differences, dtype=torch.float64), atol=1e-8, rtol=1e-6
     )
@@ -225,9 +255,14 @@ def test_closed_form_is_autograd_is_finite_differences(variant, one_class_groups
 @given(
     batches(), st.sampled_from(VARIANTS), st.sampled_from(RULES), st.sampled_from([0.05, 0.5, 3.0])
 )
-def test_weights_are_autograd_signed_and_bounded(rows, variant, one_class_groups, tau):
+def test_the_weights_equal_autograd_with_the_right_sign_and_within_the_bound(
+    rows: tuple[Tensor, Tensor, Tensor],
+    variant: Variant,
+    one_class_groups: OneClassGroups,
+    tau: float,
+) -> None:
     score, label, group = rows
-    options = {
+    options: dict[str, Any] = {
         "tau": tau,
         "variant": variant,
         "one_class_groups": one_class_groups,
@@ -236,6 +271,7 @@ def test_weights_are_autograd_signed_and_bounded(rows, variant, one_class_groups
     leaf = score.clone().requires_grad_()
     (autograd,) = torch.autograd.grad(real_loss(leaf, label, group, **options), leaf)
     weight = real_weights(score, label, group, **options)
+
     torch.testing.assert_close(weight, autograd, atol=1e-13, rtol=1e-10)
     assert weight.abs().max() <= 1 / tau
     assert (weight[label == 1] <= 0).all()
@@ -243,7 +279,7 @@ def test_weights_are_autograd_signed_and_bounded(rows, variant, one_class_groups
     assert (weight[label == -1] == 0).all()
 
 
-def test_weights_as_eq_9_and_10_are_printed():
+def test_the_weights_equal_eq_9_and_10_as_printed() -> None:
     score, label, group = MIXED
     weight = real_weights(score, label, group, one_class_groups="keep", num_groups=1)
     for k in range(len(score)):
@@ -258,7 +294,7 @@ def test_weights_as_eq_9_and_10_are_printed():
         assert weight[k].item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_bound_is_reached_by_a_hopeless_mistake():
+def test_the_bound_of_the_weights_is_reached_by_a_hopeless_mistake() -> None:
     score, label, group = batch(([-50.0, 50.0], [1, 0]))
     for variant in VARIANTS:
         weight = real_weights(score, label, group, variant=variant)
@@ -267,9 +303,9 @@ def test_bound_is_reached_by_a_hopeless_mistake():
         )
 
 
-def test_naive_split_of_a_group_is_wrong():
-    """Negative control: the loss couples a group, so averaging it piecewise is
-    another gradient altogether.
+def test_splitting_a_group_changes_its_gradient() -> None:
+    """Negative control: the loss couples the rollouts of a group, so averaging it over parts gives
+    another gradient.
     """
     score, label, group = batch(
         ([0.3, -0.2, 0.1, 0.7, -0.4, 0.2, -0.1, 0.0], [1, 0, 1, 0, 1, 1, 0, 0])
@@ -282,9 +318,9 @@ def test_naive_split_of_a_group_is_wrong():
     assert (halves - whole).norm() / whole.norm() > 0.1
 
 
-def test_surrogate_has_the_gradient_of_the_loss():
-    """Backward of sum_k w_k * s_k, piece by piece and out of order,
-    is that of the loss in the parameters.
+def test_the_surrogate_has_the_gradient_of_the_loss() -> None:
+    """The backward pass of sum_k w_k * s_k, in parts and out of order, gives the loss's gradient of
+    the parameters.
     """
     _, label, group = MIXED
     features = torch.randn(
@@ -304,7 +340,9 @@ def test_surrogate_has_the_gradient_of_the_loss():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("label", [[1, 1, 1], [0, 0, 0], [1, -1, 1], [0, -1, -1]], ids=str)
-def test_one_class_group(variant, label):
+def test_a_group_of_one_class_is_skipped_or_kept_by_the_setting(
+    variant: Variant, label: list[int]
+) -> None:
     rows = batch(([0.2, -0.4, 0.6], label))
     assert real_loss(*rows, variant=variant).item() == 0
     assert real_weights(*rows, variant=variant).abs().max() == 0
@@ -317,7 +355,7 @@ def test_one_class_group(variant, label):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_skipped_groups_count_and_excluded_ones_do_not(variant):
+def test_skipped_groups_count_and_excluded_ones_do_not(variant: Variant) -> None:
     trained = ([0.3, -0.2], [1, 0])
     alone = real_loss(*batch(trained), variant=variant)
     with_one_class = real_loss(*batch(trained, ([0.5, 0.1], [0, 0])), variant=variant)
@@ -329,9 +367,11 @@ def test_skipped_groups_count_and_excluded_ones_do_not(variant):
 @pytest.mark.parametrize("one_class_groups", RULES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("poison", [NAN, INF, -INF, 1e300])
-def test_excluded_values_contribute_exactly_nothing(variant, one_class_groups, poison):
+def test_excluded_values_contribute_exactly_nothing(
+    variant: Variant, one_class_groups: OneClassGroups, poison: float
+) -> None:
     score, label, group = MIXED
-    options = {"variant": variant, "one_class_groups": one_class_groups}
+    options: dict[str, Any] = {"variant": variant, "one_class_groups": one_class_groups}
     dirty = torch.where(label == -1, poison, score).requires_grad_()
     loss = real_loss(dirty, label, group, **options)
     (gradient,) = torch.autograd.grad(loss, dirty)
@@ -340,16 +380,18 @@ def test_excluded_values_contribute_exactly_nothing(variant, one_class_groups, p
     clean = score[kept].requires_grad_()
     clean_loss = real_loss(clean, label[kept], group[kept], **options)
     (clean_gradient,) = torch.autograd.grad(clean_loss, clean)
+
     assert torch.equal(loss, clean_loss)
     assert torch.equal(gradient[kept], clean_gradient)
     assert (gradient[~kept] == 0).all()
+
     weight = real_weights(dirty, label, group, **options)
     assert torch.equal(weight[kept], real_weights(clean, label[kept], group[kept], **options))
     assert (weight[~kept] == 0).all()
 
 
-def test_nan_of_a_labelled_rollout_is_not_hidden():
-    """Negative control: a broken model must show, in its own group only."""
+def test_a_nan_of_a_labelled_rollout_is_not_hidden() -> None:
+    """Negative control: a broken model must show, and only in its own group."""
     score, label, group = batch(([NAN, 0.1], [1, 0]), ([0.2, 0.1], [1, 0]))
     assert real_loss(score, label, group).isnan()
     weight = real_weights(score, label, group)
@@ -358,10 +400,12 @@ def test_nan_of_a_labelled_rollout_is_not_hidden():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("label", [[], [-1, -1, -1]], ids=["no rollouts", "all excluded"])
-def test_nothing_to_learn_is_exactly_zero_and_still_differentiable(variant, label):
-    score = torch.full((len(label),), NAN, requires_grad=True)
-    label = torch.tensor(label, dtype=torch.long)
+@pytest.mark.parametrize("labels", [[], [-1, -1, -1]], ids=["no rollouts", "all excluded"])
+def test_nothing_to_learn_is_exactly_zero_and_still_differentiable(
+    variant: Variant, labels: list[int]
+) -> None:
+    score = torch.full((len(labels),), NAN, requires_grad=True)
+    label = torch.tensor(labels, dtype=torch.long)
     loss = real_loss(score, label, label, variant=variant)
     assert loss.item() == 0
     (gradient,) = torch.autograd.grad(loss, score)
@@ -373,13 +417,19 @@ def test_nothing_to_learn_is_exactly_zero_and_still_differentiable(variant, labe
 @given(
     batches(), st.randoms(use_true_random=False), st.sampled_from(VARIANTS), st.sampled_from(RULES)
 )
-def test_order_and_group_names_do_not_matter(rows, random, variant, one_class_groups):
+def test_order_and_group_names_do_not_matter(
+    rows: tuple[Tensor, Tensor, Tensor],
+    random: Random,
+    variant: Variant,
+    one_class_groups: OneClassGroups,
+) -> None:
     score, label, group = rows
-    options = {"variant": variant, "one_class_groups": one_class_groups}
+    options: dict[str, Any] = {"variant": variant, "one_class_groups": one_class_groups}
     order = torch.tensor(random.sample(range(len(score)), len(score)))
     names = dict(zip(range(-2, 4), random.sample(range(-(10**9), 10**9), 6), strict=True))
     renamed = torch.tensor([names[g] for g in group.tolist()])
     moved = (score[order], label[order], renamed[order])
+
     torch.testing.assert_close(
         real_loss(*moved, **options), real_loss(*rows, **options), atol=1e-14, rtol=1e-12
     )
@@ -391,7 +441,7 @@ def test_order_and_group_names_do_not_matter(rows, random, variant, one_class_gr
     )
 
 
-def test_groups_are_independent():
+def test_groups_are_independent() -> None:
     score, label, group = MIXED
     weight = real_weights(score, label, group, num_groups=1)
     changed = torch.where(group == 7, score * -2, score)
@@ -401,7 +451,7 @@ def test_groups_are_independent():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_parts_with_the_global_denominator_add_up(variant):
+def test_parts_with_the_global_denominator_add_up(variant: Variant) -> None:
     score, label, group = MIXED
     part = (group == 7) | (group == 4)
     whole = real_loss(score, label, group, variant=variant)
@@ -409,7 +459,9 @@ def test_parts_with_the_global_denominator_add_up(variant):
         real_loss(score[p], label[p], group[p], variant=variant, num_groups=NUM_LABELLED_GROUPS)
         for p in (part, ~part)
     ]
+
     torch.testing.assert_close(sum(parts), whole, atol=1e-15, rtol=1e-13)
+
     averaged = torch.stack(
         [real_loss(score[p], label[p], group[p], variant=variant) for p in (part, ~part)]
     ).mean()
@@ -425,9 +477,11 @@ def test_parts_with_the_global_denominator_add_up(variant):
         ("vanilla", "keep", [10**12, 0, 4]),
     ],
 )
-def test_training_rollouts_are_those_with_a_weight(variant, one_class_groups, silent_groups):
+def test_training_rollouts_are_those_with_a_weight(
+    variant: Variant, one_class_groups: OneClassGroups, silent_groups: list[int]
+) -> None:
     score, label, group = MIXED
-    options = {"variant": variant, "one_class_groups": one_class_groups}
+    options: dict[str, Any] = {"variant": variant, "one_class_groups": one_class_groups}
     trains, num_groups = training_rollouts(label, group, **options)
     assert torch.equal(trains, (label != -1) & ~torch.isin(group, torch.tensor(silent_groups)))
     assert torch.equal(trains, real_weights(score, label, group, **options) != 0)
@@ -438,7 +492,7 @@ def test_training_rollouts_are_those_with_a_weight(variant, one_class_groups, si
     assert torch.equal(dropped, real_weights(score, label, group, **options)[trains])
 
 
-def test_labels_and_groups_of_any_number_type():
+def test_labels_and_groups_may_have_any_number_type() -> None:
     score, label, group = batch(([0.3, -0.2, 0.9], [1, 0, 0]))
     expected = real_weights(score, label, group)
     for other in (label.bool(), label.float(), label.to(torch.int8)):
@@ -451,16 +505,24 @@ def test_labels_and_groups_of_any_number_type():
 @pytest.mark.parametrize("one_class_groups", RULES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("ratio", [1e2, 1e4])
-def test_finite_and_bounded_at_extreme_scores(variant, one_class_groups, ratio):
-    """Every label pattern of four rollouts at +-ratio * tau, in float32."""
+def test_loss_and_weights_are_finite_and_bounded_at_extreme_scores(
+    variant: Variant, one_class_groups: OneClassGroups, ratio: float
+) -> None:
+    """Tries every label pattern of four rollouts at +-ratio * tau, in float32."""
     patterns = torch.cartesian_prod(*[torch.tensor([1, 0, -1])] * 4).repeat(3, 1)
     signs = torch.tensor([[1, -1, 1, -1], [1, 1, 1, 1], [-1, -1, -1, -1]]).repeat_interleave(81, 0)
     score = (signs * ratio * TAU).float().flatten().requires_grad_()
-    label, group = patterns.flatten(), torch.arange(len(patterns)).repeat_interleave(4)
-    options = {"variant": variant, "one_class_groups": one_class_groups, "num_groups": 1}
+    label = patterns.flatten()
+    group = torch.arange(len(patterns)).repeat_interleave(4)
+    options: dict[str, Any] = {
+        "variant": variant,
+        "one_class_groups": one_class_groups,
+        "num_groups": 1,
+    }
     loss = real_loss(score, label, group, **options)
     (gradient,) = torch.autograd.grad(loss, score)
     weight = real_weights(score, label, group, **options)
+
     assert loss.dtype == torch.float32
     assert loss.isfinite()
     assert loss > ratio, "some pattern is all wrong"
@@ -471,7 +533,7 @@ def test_finite_and_bounded_at_extreme_scores(variant, one_class_groups, ratio):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_float32_weights_are_accurate_far_from_zero(variant):
+def test_float32_weights_are_accurate_far_from_zero(variant: Variant) -> None:
     # Two positives 0.25 apart at z ~ 1e4: a backward through the rounded log-sum-exp would be 1e-3
     # off.
     score, label, group = batch(([-5000.0, -4999.75, 0.0], [1, 1, 0]))
@@ -485,7 +547,7 @@ def test_float32_weights_are_accurate_far_from_zero(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_float64_sees_beyond_twenty(variant):
+def test_float64_keeps_the_tail_beyond_a_logit_of_20(variant: Variant) -> None:
     # The tail e^-z that F.softplus drops above 20. With z+ = 25: dL/ds of the positive misses 1/tau
     # by the factor 1 / (1 + e^25) = 1.4e-11, all of it far above float64's rounding.
     score, label, group = batch(([-25 * TAU, 0.0], [1, 0]))
@@ -496,7 +558,7 @@ def test_float64_sees_beyond_twenty(variant):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_scores_are_computed_in_float32(dtype):
+def test_low_precision_scores_are_computed_in_float32(dtype: torch.dtype) -> None:
     score, label, group = MIXED
     low = score.to(dtype)
     assert torch.equal(real_loss(low, label, group), real_loss(low.float(), label, group))
@@ -568,7 +630,9 @@ def test_low_precision_scores_are_computed_in_float32(dtype):
         ),
     ],
 )
-def test_bad_arguments_are_named(function, change, message):
+def test_bad_arguments_are_named(
+    function: Callable[..., Tensor], change: dict[str, Any], message: str
+) -> None:
     rows = {
         "score_R": torch.zeros(3),
         "label_R": torch.tensor([1, 0, 0]),
@@ -582,7 +646,7 @@ def test_bad_arguments_are_named(function, change, message):
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0, 0.7])
-def test_grpo_weights_are_autograd_of_the_clipped_loss(advantage):
+def test_grpo_weights_are_autograd_of_the_clipped_loss(advantage: float) -> None:
     log_ratio = torch.linspace(-1.5, 1.5, 31, dtype=torch.float64, requires_grad=True)
     ratio = log_ratio.exp()
     loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum()
@@ -592,17 +656,22 @@ def test_grpo_weights_are_autograd_of_the_clipped_loss(advantage):
     assert 0 < (weight == 0).sum() < 31
 
 
-def test_figure_1_draws_the_paper_curves(tmp_path):
+def test_figure_1_draws_the_curves_of_the_paper(tmp_path: Path) -> None:
     source = Path(__file__).parents[2] / "tools" / "plot_gradient_weights.py"
     spec = importlib.util.spec_from_file_location("plot_gradient_weights", source)
+    assert spec is not None and spec.loader is not None
+
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     score = torch.tensor([-1.0, 0.0, 0.5], dtype=torch.float64)
-    plus, minus = tool.real_magnitude(score, 1), tool.real_magnitude(score, 0)
+    plus = tool.real_magnitude(score, 1)
+    minus = tool.real_magnitude(score, 0)
+
     # tau = 0.5, C = 4: 2 / (1 + 4 e^(2s)) for a positive, 2 / (1 + 4 e^(-2s)) for a negative.
     torch.testing.assert_close(plus, 2 / (1 + 4 * torch.exp(2 * score)), atol=1e-14, rtol=0)
     torch.testing.assert_close(minus, 2 / (1 + 4 * torch.exp(-2 * score)), atol=1e-14, rtol=0)
     assert all(a > b for a, b in pairwise(plus.tolist()))
+
     out = tmp_path / "new" / "figure.png"
     tool.draw(out)
     assert out.read_bytes().startswith(b"\x89PNG")

@@ -1,5 +1,5 @@
-"""The objectives by hand, against autograd and finite differences,
-and with everything excluded that can be.
+"""The objectives against values by hand, autograd and finite differences, with everything excluded
+that can be.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def loss_of(name: str, **settings: Any) -> float:
     return float(objective_loss(objective, LOGPROB_T, OLD_T, ROLLOUT_T, LABEL_R, GROUP_R))
 
 
-def test_grpo_by_hand() -> None:
+def test_grpo_equals_its_value_by_hand() -> None:
     """Ratios e^0.1 and e^0.3 clip at 1.2 where A > 0; e^-0.4 = 0.67 clips at 0.8 where A < 0; the
     third keeps 1, e^0.2 and e^-0.2 (0.819, within). Token means within a rollout, then the mean
     over 3.
@@ -53,14 +53,14 @@ def test_grpo_by_hand() -> None:
     assert loss_of("grpo") == pytest.approx((right + wrong_short + wrong_long) / 3, rel=1e-12)
 
 
-def test_dr_grpo_by_hand() -> None:
+def test_dr_grpo_equals_its_value_by_hand() -> None:
     """Advantages 2/3, -1/3, -1/3; sums of tokens over the constant 10, then the mean over 3."""
     right = -(math.exp(0.1) + 1.2) * 2 / 3
     wrong = (0.8 + 1 + math.exp(0.2) + math.exp(-0.2)) / 3
     assert loss_of("dr_grpo", max_tokens=10.0) == pytest.approx((right + wrong) / 30, rel=1e-12)
 
 
-def test_dapo_by_hand() -> None:
+def test_dapo_equals_its_value_by_hand() -> None:
     """Upper bound 1.28 and one mean over the 6 tokens."""
     right = -(math.exp(0.1) + 1.28) * A_RIGHT
     wrong = -(0.8 + 1 + math.exp(0.2) + math.exp(-0.2)) * A_WRONG
@@ -69,7 +69,7 @@ def test_dapo_by_hand() -> None:
     assert loss_of("dapo", token_mean="group") == pytest.approx((right + wrong) / 6, rel=1e-12)
 
 
-def test_dapos_overlong_punishment_by_hand() -> None:
+def test_dapos_overlong_punishment_equals_its_value_by_hand() -> None:
     """max_tokens 3 and a buffer of 2: lengths 1, 2, 3 are punished by 0, 1/2, 1.
 
     Rewards 1/2, 0, -1: mean -1/6.
@@ -81,7 +81,7 @@ def test_dapos_overlong_punishment_by_hand() -> None:
     assert objective.facts(table).advantage_R.tolist() == pytest.approx(expected, rel=1e-12)
 
 
-def test_gspo_by_hand() -> None:
+def test_gspo_equals_its_value_by_hand() -> None:
     """Scores 0.2, -0.4, 0: the first clips at 1.1 (A > 0), the second at 0.9 (A < 0),
     the third is 1.
     """
@@ -89,7 +89,7 @@ def test_gspo_by_hand() -> None:
     assert loss_of("gspo", clip_low=0.1, clip_high=0.1) == pytest.approx(expected, rel=1e-12)
 
 
-def test_cispo_by_hand() -> None:
+def test_cispo_equals_its_value_by_hand() -> None:
     """Weights e^0.1 and 1.2 (bound), e^-0.4 (no lower bound), 1, 1.2 (e^0.2 = 1.22), e^-0.2,
     times A log pi.
     """
@@ -103,7 +103,7 @@ def test_cispo_by_hand() -> None:
     assert two_sided == pytest.approx(sum(terms) / 6, rel=1e-12)
 
 
-def test_sapo_by_hand() -> None:
+def test_sapo_equals_its_value_by_hand() -> None:
     def gate(delta: float, tau: float) -> float:
         return 4 / tau / (1 + math.exp(-tau * (math.exp(delta) - 1)))
 
@@ -113,7 +113,7 @@ def test_sapo_by_hand() -> None:
     assert loss_of("sapo") == pytest.approx((right + wrong_short + wrong_long) / 3, rel=1e-12)
 
 
-def test_disco_by_hand() -> None:
+def test_disco_equals_its_value_by_hand() -> None:
     """Likelihoods -0.8, -1.4, -1.
 
     KL of old to new: the mean of -delta over 6 tokens is 0, below delta.
@@ -123,7 +123,9 @@ def test_disco_by_hand() -> None:
 
 
 def test_disco_punishes_divergence() -> None:
-    """All log-probs 0.1 lower: KL 0.1, and the penalty 10 / 2 * (0.1 - 0.02)^2 is added."""
+    """With all log-probs 0.1 lower the KL is 0.1, and the penalty 10 / 2 * (0.1 -
+    0.02)^2 is added.
+    """
     objective = make_objective("disco", tau=2.0, beta=10.0, delta=0.02)
     lower_T = LOGPROB_T - 0.1
     loss = objective_loss(objective, lower_T, OLD_T, ROLLOUT_T, LABEL_R, GROUP_R)
@@ -131,7 +133,7 @@ def test_disco_punishes_divergence() -> None:
     assert float(loss) == pytest.approx(gap + 5 * 0.08**2, rel=1e-12)
 
 
-def test_lpo_by_hand() -> None:
+def test_lpo_equals_its_value_by_hand() -> None:
     """Target softmax of R / std with std = 1/sqrt(3); policy softmax of the summed log-ratios 0.4,
     -0.4, 0.
     """
@@ -146,14 +148,14 @@ def test_lpo_by_hand() -> None:
     assert loss_of("lpo", divergence="reverse") == pytest.approx(reverse, rel=1e-12)
 
 
-def test_conspo_by_hand() -> None:
+def test_conspo_equals_its_value_by_hand() -> None:
     """One right answer at -0.8 against -1.4 and -1, margin 0.1, tau 0.5."""
     contrast = math.log(1 + math.exp((-1.4 + 0.8 + 0.1) / 0.5) + math.exp((-1 + 0.8 + 0.1) / 0.5))
     assert loss_of("conspo", margin=0.1, tau=0.5) == pytest.approx(contrast, rel=1e-12)
 
 
-def test_real_is_real_loss() -> None:
-    """2 right + 3 wrong at score 0: log 3 + log 4 = 2.48490665 (Eq. 8)."""
+def test_the_real_objective_equals_real_loss() -> None:
+    """2 right and 3 wrong at score 0 give log 3 + log 4 = 2.48490665 (Eq. 8)."""
     old_T = torch.full((5,), -2.0, dtype=torch.float64)
     loss = objective_loss(
         make_objective("real"),
@@ -167,16 +169,16 @@ def test_real_is_real_loss() -> None:
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_kl_estimates_by_hand(estimator: Any) -> None:
-    """pi 0.5 nats above the other: k1 = 0.5, k2 = 0.125, k3 = e^-0.5 - 1 + 0.5."""
+def test_kl_estimates_equal_their_values_by_hand(estimator: Any) -> None:
+    """With pi 0.5 nats above the other: k1 = 0.5, k2 = 0.125, k3 = e^-0.5 - 1 + 0.5."""
     expected = {"k1": 0.5, "k2": 0.125, "k3": math.exp(-0.5) - 0.5}[estimator]
     value = kl_estimate(torch.tensor([-1.0]), torch.tensor([-1.5]), estimator)
     assert value.tolist() == pytest.approx([expected], rel=1e-6)
 
 
 def minibatch(seed: int, *, spread: float = 0.5) -> dict[str, Any]:
-    """Five groups: mixed ones, one of one class, one wholly excluded,
-    one with excluded rollouts of NaN.
+    """Makes five groups: mixed ones, one of one class, one wholly excluded, and one with excluded
+    rollouts of NaN.
     """
     labels = [1, 0, 0, 1, 1, 1, -1, -1, 0, 1, -1, 0, 1, 0]
     groups = [3, 3, 3, 3, 8, 8, 5, 5, 2, 2, 2, 2, 9, 9]
@@ -206,14 +208,15 @@ PENALTIES = {
 
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("name", [n for n in ALL if n != "cispo"])
-def test_weights_are_finite_differences(name: str, penalty: str) -> None:
-    """Central differences of the loss in every token; CISPO's weights are
-    constants and have no such test.
+def test_token_weights_equal_finite_differences_of_the_loss(name: str, penalty: str) -> None:
+    """Takes central differences of the loss in every token; CISPO's weights are constants and have
+    no such test.
     """
     objective = make_objective(name, kl=PENALTIES[penalty])
     case = minibatch(seed=1)
     weight_T = token_weights(objective, **case)
     step = 1e-6
+
     for token in range(len(weight_T)):
         losses = []
         for sign in (1, -1):
@@ -225,13 +228,12 @@ def test_weights_are_finite_differences(name: str, penalty: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if make_objective(n).has_scores])
-def test_closed_form_weights_are_autograd(name: str) -> None:
-    """What the trainer takes from `score_weights` and what autograd finds
-    through the whole loss.
-    """
+def test_closed_form_weights_equal_autograd(name: str) -> None:
+    """Compares what the trainer takes from `score_weights` with autograd through the whole loss."""
     objective = make_objective(name)
     case = minibatch(seed=2)
-    label_R, group_R = case["label_R"], case["group_R"]
+    label_R = case["label_R"]
+    group_R = case["group_R"]
     lengths_R = torch.bincount(case["rollout_T"], minlength=len(label_R))
     facts = objective.facts(RolloutTable(label_R, group_R, label_R.double(), lengths_R))
 
@@ -248,12 +250,13 @@ def test_closed_form_weights_are_autograd(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_what_is_excluded_touches_nothing(name: str) -> None:
-    """NaN and inf in excluded rollouts, and their rewards, change no weight, and get weight 0."""
+def test_excluded_rollouts_change_no_weight(name: str) -> None:
+    """NaN and inf in excluded rollouts and in their rewards change no weight, and get weight 0."""
     objective = make_objective(name, kl=PENALTIES["reference"])
     case = minibatch(seed=3)
     clean_T = token_weights(objective, **case)
     excluded_T = case["label_R"][case["rollout_T"]] == -1
+
     assert excluded_T.any() and (clean_T[excluded_T] == 0).all()
 
     rewards = case["label_R"].double()
@@ -261,12 +264,13 @@ def test_what_is_excluded_touches_nothing(name: str) -> None:
     for key in ("logprob_T", "old_logprob_T", "reference_T"):
         case[key] = torch.where(excluded_T, math.nan, case[key])
     poisoned_T = token_weights(objective, **case, reward_R=rewards)
+
     assert torch.equal(poisoned_T, clean_T)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_order_does_not_matter(name: str) -> None:
-    """Tokens and rollouts in any order have the same weights."""
+    """Tokens and rollouts have the same weights in any order."""
     objective = make_objective(name)
     case = minibatch(seed=4)
     weight_T = token_weights(objective, **case)
@@ -281,27 +285,31 @@ def test_order_does_not_matter(name: str) -> None:
         "label_R": case["label_R"][rollout_order],
         "group_R": case["group_R"][rollout_order],
     }
+
     torch.testing.assert_close(
         token_weights(objective, **shuffled), weight_T[token_order], rtol=1e-10, atol=1e-14
     )
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if make_objective(n).reach == "token"])
-def test_a_token_needs_no_other(name: str) -> None:
-    """Reach `token`: the weights of a part of a sequence, computed from that part alone,
-    are those of the whole.
+def test_an_objective_of_reach_token_needs_no_other_token(name: str) -> None:
+    """With reach `token`, the weights of a part of a sequence, computed from that part alone, equal
+    those of the whole.
 
     The facts (lengths, advantages, denominators) are the minibatch's; only log-probs are missing.
     """
     objective = make_objective(name, kl=PENALTIES["old"])
     case = minibatch(seed=5)
     whole_T = token_weights(objective, **case)
-    label_R, lengths_R = case["label_R"], torch.bincount(case["rollout_T"])
+    label_R = case["label_R"]
+    lengths_R = torch.bincount(case["rollout_T"])
     facts = objective.facts(RolloutTable(label_R, case["group_R"], label_R.double(), lengths_R))
     cut = len(whole_T) // 3  # in the middle of a sequence
+
     for part in (slice(0, cut), slice(cut, None)):
         leaf_K = case["logprob_T"][part].clone().requires_grad_()
-        old_K, rollout_K = case["old_logprob_T"][part], case["rollout_T"][part]
+        old_K = case["old_logprob_T"][part]
+        rollout_K = case["rollout_T"][part]
         loss = objective.token_loss(leaf_K, old_K, rollout_K, facts).sum()
         loss = loss + kl_penalty(objective, leaf_K, old_K, None, rollout_K, facts)
         (weight_K,) = torch.autograd.grad(loss, leaf_K)
@@ -313,7 +321,8 @@ def test_a_token_needs_no_other(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in ALL if n != "disco"])
 def test_equal_rewards_teach_nothing(name: str) -> None:
-    """All right or all wrong: weight 0, never NaN; objectives in advantages count the group.
+    """With all right or all wrong the weight is 0 and never NaN; objectives with advantages count
+    the group.
 
     DisCO's penalty on the divergence is on every labelled rollout, whatever its group.
     """
@@ -349,6 +358,7 @@ def test_a_penalty_trains_groups_that_the_objective_skips() -> None:
         torch.bincount(ROLLOUT_T),
     )
     facts = make_objective("grpo", kl=KlConfig(to="old")).facts(table)
+
     assert facts.trains_R.all() and not facts.learns_R.any()
     assert (
         not make_objective("grpo", kl=KlConfig(to="old", coefficient=0.0))
@@ -358,8 +368,8 @@ def test_a_penalty_trains_groups_that_the_objective_skips() -> None:
 
 
 def test_vanilla_keeps_no_group_of_one_class() -> None:
-    """Its loss couples the sides, so `keep` gives such a group no gradient:
-    nothing of it is packed.
+    """Its loss couples the two sides, so `keep` gives such a group no gradient, and none of it is
+    packed.
     """
     table = RolloutTable(
         torch.tensor([1, 1, 1, 0]),
@@ -372,7 +382,9 @@ def test_vanilla_keeps_no_group_of_one_class() -> None:
 
 
 def test_real_valued_rewards_are_used_where_the_objective_takes_rewards() -> None:
-    """Rewards 0.9, 0.5, 0.1: mean 0.5, deviation 0.4, advantages 1, 0, -1, whatever the labels."""
+    """Rewards 0.9, 0.5 and 0.1 have mean 0.5 and deviation 0.4: advantages 1, 0 and -1, whatever
+    the labels.
+    """
     table = RolloutTable(
         torch.tensor([1, 1, 0]),
         GROUP_R,
@@ -400,7 +412,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("words", "sentence"), REFUSED)
-def test_refuses(words: dict[str, Any], sentence: str) -> None:
+def test_an_invalid_coefficient_is_refused(words: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make_objective(**words)
 

@@ -1,5 +1,5 @@
-"""Host memory for a GPU's copies, and the thread that writes them,
-with the driver's answers recorded.
+"""Pinned host memory for a GPU's copies, and the thread that writes them, with the driver's answers
+recorded.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 from threading import current_thread
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +27,7 @@ TENSORS = [
 
 
 class Driver:
-    """What cudaHostRegister and cudaHostUnregister were asked for."""
+    """Records the calls of cudaHostRegister and cudaHostUnregister."""
 
     def __init__(self, result: int = 0) -> None:
         self.result = result
@@ -90,11 +89,11 @@ def test_the_writing_thread_is_on_the_ranks_own_gpu(monkeypatch: pytest.MonkeyPa
     assert device_of == {name: torch.device("cuda", 3)}
 
 
-def test_what_is_written_is_not_copied_by_way_of_a_gpu(
+def test_checkpoints_are_not_copied_by_way_of_a_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """torch's overlapping loader waits for the device after each so many bytes;
-    0 takes the other loader.
+    """torch's overlapping loader waits for the device after a given number of bytes; 0 selects the
+    other loader.
     """
     ahead = []
 
@@ -103,7 +102,7 @@ def test_what_is_written_is_not_copied_by_way_of_a_gpu(
 
     monkeypatch.setattr(writer, "save", save)
     monkeypatch.setattr(writer, "mcore_to_pyt_state_dict", lambda state: state)
-    writer.write(tmp_path, {}, SimpleNamespace())  # type: ignore[arg-type]
+    writer.write(tmp_path, {}, None)
     assert ahead == [0]
 
 
@@ -111,9 +110,10 @@ def test_what_is_written_is_not_copied_by_way_of_a_gpu(
 def test_a_checksum_is_the_same_however_many_blocks_are_summed_at_once(
     monkeypatch: pytest.MonkeyPatch, num_bytes: int
 ) -> None:
-    """On a GPU 256 MiB are summed by a handful of launches, on a CPU block by block."""
+    """On a GPU 256 MiB are summed by a few launches, on a CPU block by block."""
     data = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8)
-    sums, launches = [], []
+    sums = []
+    launches = []
     for together in (1, 3, 1024):
         monkeypatch.setitem(checksum._TOGETHER, "cpu", together)
         with torch.profiler.profile() as profile:

@@ -1,5 +1,6 @@
-"""What `megatron-real plan` counts, against figures derived by hand;
-its memory is measured in tests/distributed.
+"""The figures of `megatron-real plan` against values derived by hand.
+
+Its memory is measured in tests/distributed.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ def plan(file: Path, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[i
 
 
 def gpu_day(share: float = 0.5, *, rehearsed: bool = False, machine: str = "NVIDIA H100") -> str:
-    """JSON as tools/gpu_day.py writes it: two stages with a utilization, one that was left out."""
+    """Returns JSON as tools/gpu_day.py writes it: two stages with a utilization, and one that was
+    left out.
+    """
     stages = {
         "head": {"status": "left out", "reason": "3 s were left"},
         "step-1.5b": {
@@ -103,7 +106,7 @@ REHEARSED = [
 
 
 @pytest.mark.parametrize(("model", "gpus", "stage", "micro_batches", "gib", "words"), REHEARSED)
-def test_it_foretells_what_true_sizes_were_rehearsed_to_take(
+def test_planned_memory_equals_that_of_rehearsals_at_true_sizes(
     model: str, gpus: int, stage: int, micro_batches: int, gib: float, words: tuple[str, ...]
 ) -> None:
     path = published_model(model)
@@ -139,7 +142,9 @@ def test_rates_of_a_gpu_day_take_the_place_of_published_ones(tmp_path: Path) -> 
         (None, "is not the JSON that tools/gpu_day.py writes"),
     ],
 )
-def test_refused_rates(tmp_path: Path, text: str | None, message: str) -> None:
+def test_an_invalid_file_of_rates_is_refused(
+    tmp_path: Path, text: str | None, message: str
+) -> None:
     file = tmp_path / "gpu-day.json"
     if text is not None:
         file.write_text(text)
@@ -147,7 +152,7 @@ def test_refused_rates(tmp_path: Path, text: str | None, message: str) -> None:
         measured_device(file, DEVICES["h100-80g"])
 
 
-def test_parameters_of_7b() -> None:
+def test_the_parameters_of_7b_equal_those_computed_by_hand() -> None:
     """Qwen2 7B: 28 layers of 3584 x 4608 + 4608 (q, k, v), 3584 x 3584, 3 x 3584 x 18944 and two
     norms; embedding and head of 152064 x 3584; the last norm. Its published count is 7,615,616,512.
     """
@@ -175,25 +180,26 @@ def test_a_tied_head_on_another_stage_is_a_copy() -> None:
     ("pp", "vpp", "micro_batches", "expected"),
     [(1, 1, 8, [1]), (4, 1, 8, [4, 3, 2, 1]), (4, 1, 2, [2, 2, 2, 1]), (2, 2, 8, [5, 3])],
 )
-def test_micro_batches_in_flight(
+def test_micro_batches_in_flight_are_those_of_1f1b(
     pp: int, vpp: int, micro_batches: int, expected: list[int]
 ) -> None:
-    """1F1B warms up with as many forwards as stages follow; interleaved,
-    with two for each and (vpp - 1) x pp.
+    """1F1B warms up with as many forward passes as stages follow; interleaved, with two for each
+    and (vpp - 1) x pp more.
     """
     parallel = ParallelConfig(pp=pp, vpp=vpp)
     assert [in_flight(parallel, stage, micro_batches) for stage in range(pp)] == expected
 
 
-def test_resident_bytes(file: Path) -> None:
-    """bf16: 2 bytes of weight, 4 of gradient, 12 of master weight and moments over the 8
-    data-parallel ranks.
+def test_resident_bytes_equal_those_computed_by_hand(file: Path) -> None:
+    """In bf16 a parameter takes 2 bytes of weight and 4 of gradient; 12 of master weight and
+    moments are shared by the 8 data-parallel ranks.
     """
     run = planned(file, "parallel.tp=4", "parallel.sp=true")
     (stage,) = stage_memory(run.architecture, run.config, dp=run.dp, shapes=Shapes(micro_batches=1))
     n = stage.resident.parameters
     assert (stage.resident.weights, stage.resident.gradients) == (2 * n, 4 * n)
     assert stage.resident.optimizer == 12 * n // 8
+
     whole = dataclasses.replace(
         run.config, optimizer=dataclasses.replace(run.config.optimizer, distributed=False)
     )
@@ -203,8 +209,8 @@ def test_resident_bytes(file: Path) -> None:
     )
 
 
-def test_kv_bytes_of_a_token(file: Path) -> None:
-    """Key and value of 28 layers x 4 heads x 128 x 2 bytes; no rank holds less than one head."""
+def test_kv_bytes_of_a_token_equal_those_computed_by_hand(file: Path) -> None:
+    """Key and value of 28 layers x 4 heads x 128 x 2 bytes; a rank holds at least one head."""
     run = planned(file)
     assert kv_bytes_per_token(run.architecture, run.config) == 57_344
     assert (
@@ -224,7 +230,7 @@ def test_a_sleeping_engine_leaves_the_update_its_memory(file: Path) -> None:
     assert awake.peaks["rollout"] == asleep.peaks["rollout"]
 
 
-def test_step_numbers_of_the_recipe(file: Path) -> None:
+def test_the_counts_of_the_recipes_step_equal_those_computed_by_hand(file: Path) -> None:
     """128 prompts x 8, 32 prompts an update; 256 + 4096 tokens: 3 rollouts in 16,384, 32 a rank:
     11 micro-batches.
     """
@@ -252,8 +258,8 @@ def test_step_numbers_of_the_recipe(file: Path) -> None:
 def test_passes_are_those_of_the_objective(
     file: Path, words: tuple[str, ...], passes: tuple[float, float, float]
 ) -> None:
-    """In forward passes over the step: old log-probs of 3 of 4 minibatches, the reference,
-    and the updates with a scoring pass where scores are coupled beyond a training pass.
+    """Counts forward passes of a step: old log-probs of 3 of 4 minibatches, the reference, and the
+    updates, with a scoring pass where scores are coupled beyond a training pass.
     """
     run = planned(file, *words, gpus=1, train_utilization=0.4)
     forward = 1024 * 4352 * run.architecture.flops_per_token(2176) / (989e12 * 0.4)
@@ -264,9 +270,9 @@ def test_passes_are_those_of_the_objective(
     assert seconds.total == pytest.approx(parts)
 
 
-def test_update_on_one_gpu_is_work_over_speed(file: Path) -> None:
-    """No traffic on one GPU: an update is 3 forward passes at the given share of 989 TFLOP/s,
-    4 when recomputed; the old log-probs are those of 3 of 4 minibatches.
+def test_the_time_of_an_update_on_one_gpu_is_work_over_speed(file: Path) -> None:
+    """One GPU has no traffic: an update is 3 forward passes at the given share of 989 TFLOP/s, or 4
+    when recomputed; the old log-probs are those of 3 of 4 minibatches.
     """
     run = planned(file, gpus=1, train_utilization=0.4)
     forward = 1024 * 4352 * run.architecture.flops_per_token(2176) / (989e12 * 0.4)
@@ -278,7 +284,7 @@ def test_update_on_one_gpu_is_work_over_speed(file: Path) -> None:
     ).update == pytest.approx(4 * forward)
 
 
-def test_pipeline_bubble(file: Path) -> None:
+def test_the_pipeline_bubble_is_counted(file: Path) -> None:
     """(pp - 1) / (micro-batches x vpp) of the time is idle."""
     flat, piped = (
         step_time(planned(file, *words, gpus=8)).old_logprobs for words in ((), ("parallel.pp=2",))
@@ -287,9 +293,9 @@ def test_pipeline_bubble(file: Path) -> None:
     assert piped / flat == pytest.approx(1 + 1 / count)
 
 
-def test_decoding_reads_weights_and_cache(file: Path) -> None:
-    """One sequence an engine: each of the 8192 steps reads the weights and, on average,
-    half of the longest context.
+def test_the_time_of_decoding_is_that_of_reading_weights_and_cache(file: Path) -> None:
+    """With one sequence an engine, each of the 8192 steps reads the weights and, on average, half
+    of the longest context.
     """
     words = ("rollout.num_prompts=8", "rollout.group_size=4", "batch.minibatch_prompts=8")
     run = planned(file, *words, decode_utilization=0.5, mean_response=8192)
@@ -300,23 +306,28 @@ def test_decoding_reads_weights_and_cache(file: Path) -> None:
 SERVERS = ["rollout.engine=vllm-server", "rollout.num_servers=4", "rollout.tp=2"]
 
 
-def test_servers_take_the_engine_along(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """4 servers of 2 GPUs decode as 8 GPUs that train would with rollout.tp=2;
-    the policy has its own to itself.
+def test_servers_decode_on_gpus_of_their_own(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """4 servers of 2 GPUs decode as fast as 8 training GPUs with rollout.tp=2, and the policy keeps
+    its GPUs to itself.
     """
     inside, apart = (
         Estimate(planned(file, "parallel.tp=4", *words, gpus=8))
         for words in (["rollout.tp=2"], SERVERS)
     )
+
     assert (
         apart.seconds.rollout == inside.seconds.rollout
         and apart.seconds.update == inside.seconds.update
     )
+
     sent = 7_615_616_512 * 2
     assert apart.seconds.sync - inside.seconds.sync == pytest.approx(
         sent / 1e9 / DEVICES["h100-80g"].network_gb
     )
     assert apart.server == inside.stages[0].engine and apart.stages[0].engine == {}
+
     (stage,) = apart.stages
     assert stage.peaks["rollout"] == stage.resident.total
     assert stage.sync == 3 * 152064 * 3584 * 2 == inside.stages[0].sync * 3 / 2, (
@@ -324,18 +335,21 @@ def test_servers_take_the_engine_along(file: Path, capsys: pytest.CaptureFixture
     )
     assert apart.gpu_hours == 16 * apart.hours
     assert {made.run.config.rollout.tp for made in ranked(apart.run)} == {2}
+
     full = dataclasses.replace(apart.run.config.rollout, kv_cache_mib=80 << 10)
     run = dataclasses.replace(apart.run, config=dataclasses.replace(apart.run.config, rollout=full))
     assert Estimate(run).peak <= apart.budget and not Estimate(run).fits, (
         "a server has no room for its cache"
     )
     assert cli.main(["plan", str(file), *RECIPE, "--gpus", "8", "parallel.tp=4", *SERVERS]) == 0
-    assert "8 x h100-80g and 8 that serve: " in (said := capsys.readouterr().out)
-    assert "a GPU that serves: 42.09 GiB (weights 7.09, kv_cache 32.00, overhead 3.00)" in said
+
+    output = capsys.readouterr().out
+    assert "8 x h100-80g and 8 that serve: " in output
+    assert "a GPU that serves: 42.09 GiB (weights 7.09, kv_cache 32.00, overhead 3.00)" in output
 
 
 def test_rollouts_ahead_are_hidden_behind_training(file: Path) -> None:
-    """Of two stages that run beside each other the shorter one costs nothing."""
+    """Of two stages that run beside each other, the shorter one costs nothing."""
     for gpus, servers, hidden in ((64, 1, "training"), (1, 64, "rollout")):
         words = ["rollout.engine=vllm-server", f"rollout.num_servers={servers}"]
         now, ahead = (
@@ -349,7 +363,8 @@ def test_rollouts_ahead_are_hidden_behind_training(file: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.9])
 def test_decay_gives_the_mean(share: float) -> None:
-    rate, points = _decay(share), 100_000
+    rate = _decay(share)
+    points = 100_000
     mean = sum(math.exp(-rate * (i + 0.5) / points) for i in range(points)) / points
     assert mean == pytest.approx(share, rel=1e-6)
 
@@ -368,14 +383,14 @@ def test_utilization_lies_between_the_measured(device: Any) -> None:
 
 @pytest.mark.parametrize("gpus", [8, 16, 32, 64])
 def test_ranked_layouts_pass_the_checks_of_a_run(file: Path, gpus: int) -> None:
-    found = ranked(planned(file, gpus=gpus))
-    assert len({made.run.config.parallel for made in found}) == len(found) > 3
-    for made in found:
+    layouts = ranked(planned(file, gpus=gpus))
+    assert len({made.run.config.parallel for made in layouts}) == len(layouts) > 3
+    for made in layouts:
         assert config.check_world(made.run.config, gpus) == made.run.dp
         config.check_model(made.run.config)
         assert made.peak <= made.budget
-    best = min(made.seconds.total for made in found)
-    assert found[0].seconds.total < best * 1.05
+    best = min(made.seconds.total for made in layouts)
+    assert layouts[0].seconds.total < best * 1.05
 
 
 @pytest.mark.parametrize("gpus", [8, 16, 32, 64])
@@ -383,18 +398,20 @@ def test_ranked_layouts_pass_the_checks_of_a_run(file: Path, gpus: int) -> None:
 def test_the_shipped_recipes_fit_in_80_gb(
     file: Path, size: str, gpus: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Their model directories stand in: R1-Distill-Qwen's config.json of the size."""
+    """A directory with R1-Distill-Qwen's config.json of that size stands in for the model."""
     small = {
         "hidden_size": 1536,
         "intermediate_size": 8960,
         "num_attention_heads": 12,
         "num_key_value_heads": 2,
     }
+    architecture = R1_7B
+    if size == "1.5b":
+        architecture = R1_7B | small | {"vocab_size": 151936}
     model = file.parent / "model"
-    (model / "config.json").write_text(
-        json.dumps(R1_7B | (small | {"vocab_size": 151936} if size == "1.5b" else {}))
-    )
+    (model / "config.json").write_text(json.dumps(architecture))
     recipe = ROOT / f"examples/configs/real_{size}.yaml"
+
     assert (
         cli.main(
             ["plan", str(recipe), "--gpus", str(gpus), "--gpu", "a100-80g", f"model.path={model}"]
@@ -404,11 +421,14 @@ def test_the_shipped_recipes_fit_in_80_gb(
     assert "fits: " in capsys.readouterr().out
 
 
-def test_json_and_exit_codes(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_json_and_the_exit_code_say_whether_a_layout_fits(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, report = plan(
         file, capsys, "--gpus", "32", "parallel.tp=4", "parallel.sp=true", "--price", "2"
     )
     assert code == 0 and report["layout"]["fits"] and report["layout"]["dp"] == 8
+
     layout = report["layout"]
     assert layout["seconds"]["step"] == pytest.approx(
         sum(s for n, s in layout["seconds"].items() if n != "step")
@@ -418,6 +438,7 @@ def test_json_and_exit_codes(file: Path, capsys: pytest.CaptureFixture[str]) -> 
         layout["peak_bytes"] == max(report["memory"][0]["peaks"].values()) <= report["budget_bytes"]
     )
     assert len(report["best"]) == 5 and report["not_modelled"] == []
+
     code, report = plan(
         file,
         capsys,
@@ -427,12 +448,13 @@ def test_json_and_exit_codes(file: Path, capsys: pytest.CaptureFixture[str]) -> 
         "a100-40g",
         "megatron.num_distributed_optimizer_instances=1",
     )
+
     assert code == 1 and not report["layout"]["fits"] and report["best"] == []
     assert report["not_modelled"] == ["megatron.num_distributed_optimizer_instances"]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--gpus", "0"], "--gpus is 0; it must be above 0"),
         (
@@ -453,12 +475,12 @@ def test_json_and_exit_codes(file: Path, capsys: pytest.CaptureFixture[str]) -> 
         ),
     ],
 )
-def test_refused_in_one_sentence(
-    file: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+def test_an_invalid_plan_is_refused_in_one_sentence(
+    file: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["plan", str(file), *words]) == 2
     err = capsys.readouterr().err
-    assert said in err and err.startswith("megatron-real: ") and err.count("\n") == 1
+    assert message in err and err.startswith("megatron-real: ") and err.count("\n") == 1
 
 
 def test_a_plan_imports_no_torch_and_shows_every_part(file: Path) -> None:
@@ -476,10 +498,11 @@ def test_a_plan_imports_no_torch_and_shows_every_part(file: Path) -> None:
         "model.recompute=full",
         *RECIPE,
     ]
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=240
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
+
     for part in (
         "weights",
         "optimizer",
@@ -488,11 +511,11 @@ def test_a_plan_imports_no_torch_and_shows_every_part(file: Path) -> None:
         "GPU-hours",
         "tp=2 pp=2 dp=4",
     ):
-        assert part in done.stdout
+        assert part in completed.stdout
 
 
-def test_config_is_left_as_it_is(file: Path) -> None:
-    """Ranking tries other layouts on copies."""
+def test_ranking_leaves_the_configuration_as_it_is(file: Path) -> None:
+    """It tries other layouts on copies."""
     run = planned(file)
     before = config.to_dict(run.config)
     ranked(run)
@@ -504,11 +527,11 @@ def test_a_bare_name_is_planned_under_the_fastest_layout(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # there is no file
     assert cli.main(["plan", "--model", "r1-distill-qwen-7b"]) == 0
-    shown = capsys.readouterr().out
-    assert "r1-distill-qwen-7b, 7.62B parameters, on 8 x h100-80g: " in shown
-    assert max(map(len, shown.splitlines())) <= 80
+    output = capsys.readouterr().out
+    assert "r1-distill-qwen-7b, 7.62B parameters, on 8 x h100-80g: " in output
+    assert max(map(len, output.splitlines())) <= 80
     assert cli.main(["plan", "r1-distill-qwen-7b"]) == 0
-    assert capsys.readouterr().out == shown
+    assert capsys.readouterr().out == output
     assert cli.main(["plan"]) == 2
     assert "nothing says what is planned" in capsys.readouterr().err
 
@@ -528,38 +551,38 @@ def test_several_numbers_of_gpus_are_one_table(capsys: pytest.CaptureFixture[str
 def test_a_model_too_large_for_an_engine_of_one_gpu_gets_a_larger_engine(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """131 GiB of weights are more than the GPU has: rollout.tp=1 must not hide
-    that 70B trains with engines of 8.
+    """131 GiB of weights exceed the GPU: rollout.tp=1 must not hide that 70B trains with engines of
+    8 GPUs.
     """
     assert cli.main(["plan", "r1-distill-llama-70b", "--gpus", "8,32"]) == 0
-    shown = capsys.readouterr().out
-    assert "8: none fits" in shown
+    output = capsys.readouterr().out
+    assert "8: none fits" in output
     taken = "No layout fits with engines of rollout.tp=1; taken are rollout.tp=8 on 32 GPUs."
-    assert taken in " ".join(shown.split())
-    assert max(map(len, shown.splitlines())) <= 80
+    assert taken in " ".join(output.split())
+    assert max(map(len, output.splitlines())) <= 80
 
     assert cli.main(["plan", "r1-distill-llama-70b", "--gpus", "8"]) == 1
     assert re.search(r"nearest that works: .*, rollout.tp=8\)", capsys.readouterr().out)
 
 
 def test_the_engine_of_a_model_that_fits_is_as_configured(file: Path) -> None:
-    """Larger engines are only the last resort: 7B fits on one GPU,
-    and on two where that is asked.
+    """Larger engines are only the last resort: 7B fits on one GPU, and on two where two are asked
+    for.
     """
     assert {made.run.config.rollout.tp for made in ranked(planned(file))} == {1}
     wider = ranked(planned(file, "rollout.tp=2"))
     assert {made.run.config.rollout.tp for made in wider} <= {1, 2}
 
 
-def test_memory_that_the_kv_cache_leaves_free_is_said(
+def test_memory_that_the_kv_cache_leaves_free_is_reported(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A larger cache that the sentence names fits, and its step takes the seconds
-    that were promised.
+    """The larger cache that the sentence names fits, and its step takes the seconds that were
+    promised.
     """
     assert cli.main(["plan", str(file), "parallel.tp=4", "rollout.kv_cache_mib=4096"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    promise = re.search(r"with (rollout.kv_cache_mib=\d+) a step takes ([\d.]+) s", shown)
+    output = " ".join(capsys.readouterr().out.split())
+    promise = re.search(r"with (rollout.kv_cache_mib=\d+) a step takes ([\d.]+) s", output)
     assert promise is not None
     words = ["parallel.tp=4", promise[1]]
     assert cli.main(["plan", str(file), *words, "--json"]) == 0
@@ -570,11 +593,13 @@ def test_memory_that_the_kv_cache_leaves_free_is_said(
     assert "stay free while" not in capsys.readouterr().out
 
 
-def test_too_few_gpus_get_the_nearest_that_works(capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_few_gpus_are_answered_with_the_nearest_number_that_works(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert cli.main(["plan", "r1-distill-qwen-7b", "--gpus", "2"]) == 1
-    shown = capsys.readouterr().out
-    assert "The nearest that works: 4 x h100-80g" in shown
-    assert "2 x h200-141g" in shown
+    output = capsys.readouterr().out
+    assert "The nearest that works: 4 x h100-80g" in output
+    assert "2 x h200-141g" in output
 
 
 def test_a_file_s_layout_that_does_not_divide_the_gpus_is_replaced(
@@ -602,23 +627,27 @@ def test_a_run_s_own_rates_take_the_place_of_published_ones(tmp_path: Path) -> N
         measured(run, Rates())
     for length, mfu in ((100.0, 0.2), (300.0, None), (None, 0.4)):
         append_row(run.metrics, {"step": 1, "response_tokens_mean": length, "mfu": mfu})
+
     rates = measured(run, Rates(decode=0.5))
-    assert rates == Rates(train=pytest.approx(0.3), decode=0.5, mean_response=200.0)
+    assert rates.train == pytest.approx(0.3)
+    assert dataclasses.replace(rates, train=None) == Rates(decode=0.5, mean_response=200.0)
     assert measured(run, Rates(train=0.1, mean_response=7.0)).train == 0.1
 
 
-def test_what_is_hidden_takes_no_time(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_that_is_hidden_adds_no_time(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ahead = ["rollout.engine=vllm-server", "rollout.max_lag=1", "parallel.tp=4", "--gpus", "8"]
     cli.main(["plan", str(file), *RECIPE, *ahead])
-    shown = capsys.readouterr().out
-    assert " s of the rollout are hidden behind training" in shown
-    assert "-" not in [cell[:1] for line in shown.splitlines() for cell in line.split()[1:2]]
+    output = capsys.readouterr().out
+    assert " s of the rollout are hidden behind training" in output
+    assert "-" not in [cell[:1] for line in output.splitlines() for cell in line.split()[1:2]]
 
 
 def test_a_sweep_costs_what_its_runs_cost(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two seeds of a cheap variant and of one with a reference policy."""
+    """There are two seeds of a cheap variant, and two of one with a reference policy."""
     kl = "kl: {to: reference, estimator: k3, coefficient: 0.001}"
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text(
@@ -626,7 +655,9 @@ def test_a_sweep_costs_what_its_runs_cost(
         f"variants:\n  real: {{}}\n  grpo: {{objective: {{name: grpo, {kl}}}}}\n"
     )
     words = ["--json", "--gpus", "32", "rollout.kv_cache_mib=32768", "parallel.tp=4"]
+
     assert cli.main(["plan", str(sweep), *words]) == 0
+
     planned_sweep = json.loads(capsys.readouterr().out)
     objective = [
         "objective.name=grpo",
@@ -635,7 +666,9 @@ def test_a_sweep_costs_what_its_runs_cost(
     ]
     alone = [plan(file, capsys, "--gpus", "32", "parallel.tp=4", *more) for more in ([], objective)]
     hours = [whole["layout"]["gpu_hours"] for _, whole in alone]
+
     assert hours[0] < hours[1], "a reference policy takes time"
+
     of_variants = [layout["gpu_hours"] for layout in planned_sweep["variants"].values()]
     assert of_variants == pytest.approx(hours)
     assert planned_sweep["total"]["gpu_hours"] == pytest.approx(2 * sum(hours))

@@ -14,7 +14,7 @@ from megatron_real.records import Prompt
 
 
 class LetterTokenizer:
-    """One token a letter; renders like a chat template when it has one."""
+    """Makes one token of each letter, and renders like a chat template when it has one."""
 
     def __init__(self, chat_template: str | None = None) -> None:
         self.chat_template = chat_template
@@ -56,9 +56,9 @@ def write(path: Path, rows: list[Any]) -> Path:
     ],
     ids=["deepscaler", "float", "list", "problem", "zero"],
 )
-def test_schemas(tmp_path: Path, row: Any, answers: tuple[str, ...]) -> None:
-    (found,) = read_rows(write(tmp_path / "d.jsonl", [row]))
-    assert (found.uid, found.answers, found.messages[-1]["content"]) == ("d/0", answers, "2+3?")
+def test_rows_of_every_schema_are_read(tmp_path: Path, row: Any, answers: tuple[str, ...]) -> None:
+    (parsed,) = read_rows(write(tmp_path / "d.jsonl", [row]))
+    assert (parsed.uid, parsed.answers, parsed.messages[-1]["content"]) == ("d/0", answers, "2+3?")
 
 
 def test_parquet_and_saved_datasets_read_like_jsonl(tmp_path: Path) -> None:
@@ -77,6 +77,7 @@ def test_parquet_and_saved_datasets_read_like_jsonl(tmp_path: Path) -> None:
         (r.answers, r.messages, r.metadata)
         for r in read_rows(write(tmp_path / "d.jsonl", [DEEPSCALER] * 3))
     ]
+
     for path in (tmp_path / "d.parquet", tmp_path / "saved"):
         assert [(r.answers, r.messages, dict(r.metadata)) for r in read_rows(path)] == expected
 
@@ -99,7 +100,7 @@ def test_broken_input_is_named(tmp_path: Path) -> None:
         read_rows(tmp_path / "nothing.jsonl")
 
 
-def test_rendering(tmp_path: Path) -> None:
+def test_a_prompt_is_rendered_by_the_chat_template(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", [DEEPSCALER])
     (chat,) = load_prompts(path, LetterTokenizer("yes"), suffix="Think.", max_tokens=99)
     assert chat.text == "[user]2+3? Think.[assistant]"
@@ -128,7 +129,8 @@ def test_each_epoch_is_another_permutation() -> None:
 
 
 def test_a_resumed_cursor_goes_on() -> None:
-    straight, resumed = PromptCursor(PROMPTS, seed=1), PromptCursor(PROMPTS, seed=1)
+    straight = PromptCursor(PROMPTS, seed=1)
+    resumed = PromptCursor(PROMPTS, seed=1)
     straight.next_batch(13)
     resumed.load_state_dict(straight.state_dict())
     assert [p.uid for p in resumed.next_batch(9)] == [p.uid for p in straight.next_batch(9)]
@@ -168,8 +170,8 @@ def test_a_resumed_cursor_says_what_is_different_about_the_prompts() -> None:
 
 
 def dataset(folder: Path, *names: str) -> Path:
-    """Parquet or arrow files by name below a folder,
-    each of one row that is called like its file.
+    """Writes parquet or arrow files by name below a folder, each with one row that is named like
+    its file.
     """
     import pyarrow
     import pyarrow.parquet
@@ -221,8 +223,10 @@ def test_caches_of_map_are_no_rows(tmp_path: Path) -> None:
     assert row.messages[0]["content"] == files[0]
 
 
-def test_golds_that_are_none_are_no_answers(tmp_path: Path) -> None:
-    """NaN of a parquet column, bytes and objects; the rows are skipped and counted."""
+def test_golds_that_are_no_text_or_number_are_no_answers(tmp_path: Path) -> None:
+    """A NaN of a parquet column, bytes and objects are no golds; their rows are skipped and
+    counted.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -250,8 +254,8 @@ def test_lines_that_are_no_object_are_named(tmp_path: Path, line: str) -> None:
 
 
 def test_odd_columns_are_read_or_counted(tmp_path: Path, caplog: Any) -> None:
-    """extra_info and reward_model as JSON text, a blank line, half a surrogate pair, an image,
-    a message that is none.
+    """Tries extra_info and reward_model as JSON text, a blank line, half a surrogate pair, an
+    image, and a message that is none.
     """
     rows = [
         {"problem": "?", "reward_model": '{"ground_truth": "7"}', "extra_info": '{"level": 2}'},
@@ -262,6 +266,7 @@ def test_odd_columns_are_read_or_counted(tmp_path: Path, caplog: Any) -> None:
     ]
     (tmp_path / "d.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
     (row,) = read_rows(tmp_path / "d.jsonl")
+
     assert (row.answers, row.metadata) == (("7",), {"level": 2})
     assert "skipped 4 of 5 rows" in caplog.text
     assert "half a surrogate" in caplog.text and "1 have no answer" in caplog.text
@@ -282,7 +287,7 @@ def test_times_of_extra_info_are_text(tmp_path: Path) -> None:
 
 
 class Template:
-    """A tokenizer with a chat template of jinja's, as transformers renders it."""
+    """A tokenizer with one of jinja's chat templates, which transformers renders."""
 
     chat_template = "there is one"
 
@@ -304,7 +309,7 @@ class Template:
 
 
 def test_the_date_of_a_template_does_not_move(tmp_path: Path) -> None:
-    """By transformers itself, whose templates know strftime_now as today's."""
+    """transformers itself renders; its templates know strftime_now, which gives today's date."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast

@@ -1,5 +1,5 @@
-"""The model card of an export, and its way to the hub: what a dry run lists, what is refused,
-what really goes.
+"""The model card of an export and its upload to the hub: what a dry run lists, what is refused, and
+what is sent.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SNAPSHOT = "/home/somebody/.cache/huggingface/hub/models--Qwen--Qwen2.5-1.5B/sna
 
 @pytest.fixture
 def run(tmp_path: Path, tiny_model: Callable[..., Path]) -> RunDirectory:
-    """A run that has ended, of a base model in the hub's cache and a file of a private folder."""
+    """Makes a finished run of a base model in the hub's cache and a file of a private folder."""
     run = RunDirectory(tmp_path / "sums-1")
     run.path.mkdir()
     config = {
@@ -62,7 +62,7 @@ def run(tmp_path: Path, tiny_model: Callable[..., Path]) -> RunDirectory:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """The --out of an evaluation."""
+    """Writes what an evaluation leaves in --out."""
     row = {"pass_at_1": 0.125, "standard_error": 0.03, "problems": 30, "samples": 4}
     out = tmp_path / "aime"
     out.mkdir()
@@ -77,6 +77,7 @@ def test_a_card_says_what_the_hub_asks_for(run: RunDirectory) -> None:
     assert fields["base_model"] == "Qwen/Qwen2.5-1.5B"
     assert fields["library_name"] == "transformers"
     assert {"megatron_real", "real", "reinforcement-learning"} <= set(fields["tags"])
+
     (result,) = fields["model-index"][0]["results"]
     assert result["metrics"] == [{"type": "accuracy", "value": 0.75, "name": "pass@1"}]
     assert "Mean reward of training rollouts: 0.2500 in the first 1 steps, 0.5000" in card.text
@@ -108,11 +109,14 @@ def test_licence_and_base_model_come_from_the_card_of_the_starting_weights(
     config = yaml.safe_load(run.config.read_text())
     config["model"]["path"] = str(start)
     run.config.write_text(yaml.safe_dump(config))
+
     assert "license" not in ModelCard(model_card(run)).data.to_dict()
+
     (start / CARD).write_text("---\nlicense: apache-2.0\nbase_model: a/b\nsecret: 1\n---\nWords")
     fields = ModelCard(model_card(run)).data.to_dict()
     assert (fields["license"], fields["base_model"]) == ("apache-2.0", "a/b")
     assert "secret" not in fields
+
     (start / CARD).write_text("---\n: : [broken\n---\n")
     assert "license" not in ModelCard(model_card(run)).data.to_dict()
 
@@ -128,7 +132,9 @@ def test_a_dry_run_lists_what_would_go_and_sends_nothing(
     (run.weights / "notes").mkdir()
     (run.weights / "notes/diary.txt").write_text("mine")
     words = ["push", str(run.path), "me/sums", "--dry-run", "--eval", str(results)]
+
     assert main(words) == 0
+
     out = capsys.readouterr().out
     listed = {line.split()[0] for line in out.splitlines() if line.startswith("  ")}
     assert {"README.md", "config.json", "model.safetensors"} <= listed
@@ -154,7 +160,7 @@ def spoil(run: RunDirectory) -> None:
 
 
 def link_out(run: RunDirectory) -> None:
-    """Makes a file of the export a link to one elsewhere."""
+    """Replaces a file of the export by a link to a file elsewhere."""
     (run.path.parent / "passwords.txt").write_text("secret")
     (run.weights / "vocab.txt").symlink_to(run.path.parent / "passwords.txt")
 
@@ -176,20 +182,23 @@ REFUSALS: dict[str, tuple[Callable[[RunDirectory], object], list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_is_no_whole_export_is_refused_in_a_sentence(
+def test_an_incomplete_export_is_refused_in_one_sentence(
     run: RunDirectory, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     change, words, sentence = REFUSALS[case]
     change(run)
-    repo, words = (words[1], []) if words[:1] == ["REPO"] else ("me/sums", words)
+    repo = "me/sums"
+    if words[:1] == ["REPO"]:
+        repo = words[1]
+        words = []
     assert main(["push", str(run.path), repo, "--dry-run", *words]) == 2
-    said = capsys.readouterr()
-    assert sentence in said.err and len(said.err.splitlines()) == 1
-    assert "Traceback" not in said.err
+    output = capsys.readouterr()
+    assert sentence in output.err and len(output.err.splitlines()) == 1
+    assert "Traceback" not in output.err
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The calls of the hub that an upload makes, and what they were.
+    """Answers the calls that an upload makes to the hub, and records them.
 
     The client is huggingface_hub itself.
     """
@@ -199,7 +208,7 @@ class Hub(BaseHTTPRequestHandler):
     refuses = False
 
     def log_message(self, *words: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
     def _answer(self, value: Any, status: int = 200) -> None:
         data = json.dumps(value).encode()
@@ -209,7 +218,7 @@ class Hub(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self) -> None:
-        """Who the token is of, and the files of the repository."""
+        """Answers who the token belongs to, and serves the files of the repository."""
         self.calls.append(("GET", self.path, b""))
         if "whoami" in self.path:
             self._answer({"type": "user", "name": "me", "auth": {}})
@@ -220,7 +229,7 @@ class Hub(BaseHTTPRequestHandler):
             self._answer({"id": "me/sums", "sha": "0" * 40, "siblings": siblings})
 
     def do_POST(self) -> None:
-        """A new repository, how each file is to be sent, and the commit."""
+        """Answers the creation of a repository, how each file is to be sent, and the commit."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.calls.append(("POST", self.path, body))
         if self.path.endswith("/repos/create"):
@@ -239,7 +248,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
-    """A server of its own for each test, which the client takes for the hub."""
+    """Starts a server for each test, which the client takes for the hub."""
 
     class Own(Hub):
         calls: ClassVar[list[tuple[str, str, bytes]]] = []
@@ -247,6 +256,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Own)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
+
     # The client has read its environment when it was imported.
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
@@ -262,13 +272,14 @@ def test_an_upload_is_one_commit_without_the_weights_of_another_model(
     run: RunDirectory, results: Path, hub: type[Hub], capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = main(["push", str(run.path), "me/sums", "--eval", str(results)])
-    said = capsys.readouterr()
-    assert code == 0, said.err
-    assert said.out.splitlines()[-1] == "http://127.0.0.1/me/sums/commit/1"
-    assert TOKEN not in said.out + said.err
+    output = capsys.readouterr()
+    assert code == 0, output.err
+    assert output.out.splitlines()[-1] == "http://127.0.0.1/me/sums/commit/1"
+    assert TOKEN not in output.out + output.err
 
     (made,) = [json.loads(body) for _, path, body in hub.calls if path.endswith("/create")]
     assert made.get("private") or made.get("visibility") == "private"
+
     (commit,) = [body for _, path, body in hub.calls if "/commit/" in path]
     lines = [json.loads(line) for line in commit.splitlines()]
     sent = {
@@ -277,9 +288,12 @@ def test_an_upload_is_one_commit_without_the_weights_of_another_model(
         if line["key"] == "file"
     }
     deleted = [line["value"]["path"] for line in lines if line["key"] == "deletedFile"]
+
     assert deleted == ["model-00001-of-00002.safetensors"]
+
     weights = run.weights / "model.safetensors"
     assert sent["model.safetensors"] == weights.read_bytes()
+
     names = [one["dataset"]["name"] for one in _results(sent[CARD].decode())]
     assert names == ["held-out problems (heldout.jsonl)", "aime24"]
 
@@ -289,7 +303,7 @@ def _results(card: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("trouble", ["no token", "refused"])
-def test_an_upload_that_fails_is_a_sentence_without_the_token(
+def test_an_upload_that_fails_is_reported_in_one_sentence_without_the_token(
     run: RunDirectory,
     hub: type[Hub],
     capsys: pytest.CaptureFixture[str],
@@ -300,13 +314,15 @@ def test_an_upload_that_fails_is_a_sentence_without_the_token(
     if trouble == "no token":
         monkeypatch.setenv("HF_TOKEN", "")
     code = main(["push", str(run.path), "me/sums"])
-    said = capsys.readouterr()
-    assert TOKEN not in said.out + said.err
+    output = capsys.readouterr()
+
+    assert TOKEN not in output.out + output.err
+
     if trouble == "no token":
         assert code == 2
-        assert "has no token of the hub; `hf auth login`, or set HF_TOKEN" in said.err
+        assert "has no token of the hub; `hf auth login`, or set HF_TOKEN" in output.err
         assert not hub.calls
     else:
         assert code == 1
-        assert "the upload failed, and no file of it is in the repository" in said.err
-        assert "no space left for [token]" in said.err
+        assert "the upload failed, and no file of it is in the repository" in output.err
+        assert "no space left for [token]" in output.err

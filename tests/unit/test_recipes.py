@@ -1,5 +1,5 @@
-"""The paper's recipe for its two models: the configurations load, fit the models,
-and run on 8 to 64 GPUs.
+"""The paper's recipe for its two models: the configurations load, fit the models, and run on 8 to
+64 GPUs.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def test_shipped_configurations_can_be_planned(
 
 
 def test_every_run_of_the_paper_is_there(tmp_path: Path) -> None:
-    """Tables 1 and 2: six rows at two sizes; Table 4: temperatures, anchor and KL."""
+    """Tables 1 and 2 have six rows at two sizes; Table 4 has temperatures, the anchor and KL."""
     rows = {"real", "bce", "vanilla", "grpo", "dapo", "gspo"}
     tables = {f"{row}_{size}" for row in rows for size in SHAPES}
     temperatures = {f"tau_{tau}" for tau in ("0.1", "0.25", "0.75", "1.0")}
@@ -79,7 +79,7 @@ def test_every_run_of_the_paper_is_there(tmp_path: Path) -> None:
 
 
 def differing(left: Any, right: Any, prefix: str = "") -> set[str]:
-    """Names of the settings that differ."""
+    """Returns the names of the settings that differ."""
     names = set()
     for name in {*left, *right}:
         if isinstance(left.get(name), dict) and isinstance(right.get(name), dict):
@@ -100,7 +100,7 @@ def test_runs_of_the_paper_differ_in_their_objective_alone(file: Path, tmp_path:
 
 
 @pytest.mark.parametrize("size", SHAPES)
-def test_objectives_are_the_papers(size: str, tmp_path: Path) -> None:
+def test_the_coefficients_of_each_objective_are_the_papers(size: str, tmp_path: Path) -> None:
     def objective(row: str) -> Objective:
         return load(CONFIGS / f"paper/{row}_{size}.yaml", size, tmp_path).objective
 
@@ -114,67 +114,84 @@ def test_objectives_are_the_papers(size: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["old", "reference"])
-def test_ablations_of_the_kl(to: Any, tmp_path: Path) -> None:
+def test_the_ablations_of_the_kl_are_the_papers(to: Any, tmp_path: Path) -> None:
     run = load(CONFIGS / f"paper/ablations/kl_{to}.yaml", "1.5b", tmp_path)
     assert run.objective == make_objective("real", kl=KlConfig(to=to, coefficient=0.001))
 
 
 @pytest.mark.parametrize("model", SHAPES)
-def test_recipe_is_the_papers(model: str, tmp_path: Path) -> None:
-    found = recipe(model, tmp_path)
-    assert (found.optimizer.lr, found.trainer.steps) == {"1.5b": (2e-6, 1400), "7b": (1e-6, 1000)}[
-        model
-    ]
-    assert (found.optimizer.weight_decay, found.optimizer.beta1, found.optimizer.beta2) == (
+def test_the_recipe_is_the_papers(model: str, tmp_path: Path) -> None:
+    recipe_config = recipe(model, tmp_path)
+    assert (recipe_config.optimizer.lr, recipe_config.trainer.steps) == {
+        "1.5b": (2e-6, 1400),
+        "7b": (1e-6, 1000),
+    }[model]
+    assert (
+        recipe_config.optimizer.weight_decay,
+        recipe_config.optimizer.beta1,
+        recipe_config.optimizer.beta2,
+    ) == (
         0.01,
         0.9,
         0.999,
     )
-    assert (found.optimizer.clip_grad, found.optimizer.schedule) == (1.0, "constant")
-    assert (found.rollout.num_prompts, found.rollout.group_size, found.batch.minibatch_prompts) == (
+    assert (recipe_config.optimizer.clip_grad, recipe_config.optimizer.schedule) == (
+        1.0,
+        "constant",
+    )
+    assert (
+        recipe_config.rollout.num_prompts,
+        recipe_config.rollout.group_size,
+        recipe_config.batch.minibatch_prompts,
+    ) == (
         128,
         8,
         32,
     )
-    assert (found.data.max_prompt_tokens, found.rollout.max_response_tokens) == (1024, 8192)
-    assert (found.rollout.temperature, found.rollout.top_p) == (0.6, 1.0)
-    assert (found.evaluation.every, found.evaluation.samples) == (20, 8)
-    assert (found.evaluation.top_p, found.labels.require_think) == (1.0, True)
+    assert (recipe_config.data.max_prompt_tokens, recipe_config.rollout.max_response_tokens) == (
+        1024,
+        8192,
+    )
+    assert (recipe_config.rollout.temperature, recipe_config.rollout.top_p) == (0.6, 1.0)
+    assert (recipe_config.evaluation.every, recipe_config.evaluation.samples) == (20, 8)
+    assert (recipe_config.evaluation.top_p, recipe_config.labels.require_think) == (1.0, True)
     assert (
-        found.data.suffix
+        recipe_config.data.suffix
         == r"Let's think step by step and output the final answer within \boxed{}."
     )
 
 
 @pytest.mark.parametrize("gpus", [8, 16, 32, 64])
 @pytest.mark.parametrize("model", SHAPES)
-def test_layout_fits_the_number_of_gpus(model: str, gpus: int, tmp_path: Path) -> None:
-    found = recipe(model, tmp_path)
-    copies = config.check_world(found, gpus)
-    assert copies * found.parallel.tp == gpus and found.parallel.tp <= GPUS_PER_NODE
-    assert found.batch.minibatch_prompts * found.rollout.group_size >= copies, (
+def test_the_layout_fits_the_number_of_gpus(model: str, gpus: int, tmp_path: Path) -> None:
+    recipe_config = recipe(model, tmp_path)
+    copies = config.check_world(recipe_config, gpus)
+    assert copies * recipe_config.parallel.tp == gpus and recipe_config.parallel.tp <= GPUS_PER_NODE
+    assert recipe_config.batch.minibatch_prompts * recipe_config.rollout.group_size >= copies, (
         "a copy without a sequence"
     )
+
     words = [
         str(ROOT / f"examples/configs/real_{model}.yaml"),
         f"model.path={tmp_path}",
         "--gpus",
         str(gpus),
     ]
+
     assert cli.main(["plan", *words, "--gpu", "h100-80g"]) == 0, "it does not fit into the memory"
 
 
 @pytest.mark.parametrize(
     "script", ["real_1.5b.sh", "real_7b.sh", "slurm/job.sh", "slurm/node.sh", "slurm/words.sh"]
 )
-def test_scripts_parse(script: str) -> None:
-    done = subprocess.run(
+def test_every_script_parses(script: str) -> None:
+    completed = subprocess.run(
         ["bash", "-n", ROOT / "examples" / script], capture_output=True, text=True
     )
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert completed.returncode == 0 and not completed.stderr, completed.stderr
 
 
-def test_both_scripts_differ_in_the_model_alone() -> None:
+def test_the_two_scripts_differ_only_in_the_model() -> None:
     small, large = ((ROOT / f"examples/real_{model}.sh").read_text() for model in SHAPES)
     assert (
         small.replace("1.5B", "7B").replace("1.5b", "7b").replace("--nodes=1", "--nodes=2") == large
@@ -199,10 +216,10 @@ OVERRIDES = {
 @pytest.mark.parametrize("text", OVERRIDES)
 def test_overrides_of_a_job_are_words_that_no_shell_reads(text: str, tmp_path: Path) -> None:
     script = f'source {ROOT}/examples/slurm/words.sh; words "$1" && printf "%s\\0" "${{words[@]}}"'
-    done = subprocess.run(
+    completed = subprocess.run(
         ["bash", "-uc", script, "job", text], cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.stdout.split("\0")[:-1] == (OVERRIDES[text] or [""]), done.stderr
+    assert completed.stdout.split("\0")[:-1] == (OVERRIDES[text] or [""]), completed.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -212,8 +229,8 @@ def test_an_open_quote_in_overrides_is_refused() -> None:
 
 
 def test_no_value_of_a_users_block_is_read_by_a_shell() -> None:
-    """eval and sh -c would read it as a command; without quotes it would be split,
-    and its patterns matched.
+    """eval and sh -c would read it as a command; without quotes it would be split, and its patterns
+    expanded.
     """
     for script in ("job.sh", "node.sh", "words.sh"):
         text = (ROOT / "examples/slurm" / script).read_text()

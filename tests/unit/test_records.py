@@ -1,6 +1,7 @@
 """Records hold immutable arrays, compare by value, and know their segments.
 
-Statuses and labels are enums inside, and the same text and numbers as ever on disk and in tensors.
+Statuses and labels are enums in Python; on disk and in tensors they are the same text and numbers
+as before.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import dataclasses
 import json
 import math
 import pickle
+from typing import Any
 
 import numpy
 import pytest
@@ -29,10 +31,23 @@ from megatron_real.records import (
 )
 
 ANSWER = Completion(
-    [8, 2, 40, 41, 9], [-0.5, -1.0, math.nan, 0.0, -0.25], "7", True, [1, 1, 0, 0, 1], 3
+    [8, 2, 40, 41, 9],
+    [-0.5, -1.0, math.nan, 0.0, -0.25],
+    "7",
+    True,
+    trained=[True, True, False, False, True],
+    weight_version=3,
 )
 PROMPT = Prompt("train/1", "3+4=", (1, 2), ("7",))
-ROLLOUT = Rollout(PROMPT, 0, 1, ANSWER, Verdict("ok", 1, 1.0), reference_logprobs=[-1.0] * 5)
+REFERENCE_LOGPROBS = numpy.full(5, -1.0, dtype=numpy.float32)
+ROLLOUT = Rollout(
+    PROMPT,
+    0,
+    1,
+    ANSWER,
+    Verdict(Status.OK, POSITIVE, 1.0),
+    reference_logprobs=REFERENCE_LOGPROBS,
+)
 
 
 def test_arrays_have_their_types_and_nobody_can_write_to_them() -> None:
@@ -63,7 +78,7 @@ def test_segments_are_cut_where_the_mask_changes() -> None:
 
 
 def test_only_trained_tokens_count() -> None:
-    context = dataclasses.replace(ANSWER, trained=[False] * 5)
+    context = dataclasses.replace(ANSWER, trained=numpy.zeros(5, dtype=numpy.bool_))
     table = RolloutTable.of([ROLLOUT, dataclasses.replace(ROLLOUT, completion=context)])
     assert table.num_tokens_R.tolist() == [3, 0]
     assert table.label_R.tolist() == [1, -1], "nothing of it is trained, so it is excluded"
@@ -71,13 +86,16 @@ def test_only_trained_tokens_count() -> None:
 
 def test_records_are_equal_by_value() -> None:
     assert dataclasses.replace(ROLLOUT) == pickle.loads(pickle.dumps(ROLLOUT)) == ROLLOUT
-    for name, value in (
-        ("token_ids", [8, 2, 40, 41, 7]),
-        ("logprobs", [0.0] * 5),
-        ("trained", None),
-        ("weight_version", 4),
-        ("text", "8"),
-    ):
+
+    changes: dict[str, Any] = {
+        "token_ids": [8, 2, 40, 41, 7],
+        "logprobs": [0.0] * 5,
+        "trained": None,
+        "weight_version": 4,
+        "text": "8",
+    }
+
+    for name, value in changes.items():
         changed = dataclasses.replace(ANSWER, **{name: value})
         assert changed != ANSWER, name
         assert dataclasses.replace(ROLLOUT, completion=changed) != ROLLOUT, name
@@ -93,7 +111,8 @@ def test_rows_of_unequal_length_are_refused() -> None:
 def test_a_status_is_its_text() -> None:
     assert json.dumps([Status.OK, Status.LOST]) == '["ok", "lost"]'
     assert f"status/{Status.TIMEOUT}" == "status/timeout" and str(Status.WRONG) == "wrong"
-    assert Status.EMPTY == "empty" and "empty" in {Status.EMPTY} and Status.EMPTY in {"empty"}
+    text: str = Status.EMPTY
+    assert text == "empty" and "empty" in {Status.EMPTY} and Status.EMPTY in {"empty"}
     assert {Status.SCORE: 1}["score"] == 1  # type: ignore[index]
     assert pickle.loads(pickle.dumps(Status.OK)) is Status.OK
 
@@ -105,7 +124,7 @@ def test_a_label_is_its_number() -> None:
     assert torch.full((1,), EXCLUDED).dtype == torch.int64
 
 
-def test_what_a_status_says_of_the_check() -> None:
+def test_a_status_knows_whether_its_check_failed_or_never_ran() -> None:
     assert {s for s in Status if s.failed} == {"timeout", "crashed", "lost"}
     assert {s for s in Status if s.unchecked} == {"overlong", "empty"}
 

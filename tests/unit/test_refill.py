@@ -1,10 +1,10 @@
-"""Dynamic sampling: which groups are drawn again, and what stands in their place."""
+"""Dynamic sampling: which groups are drawn again, and which prompts take their place."""
 
 from __future__ import annotations
 
 from megatron_real.objective import make_objective
 from megatron_real.prompts import PromptCursor
-from megatron_real.records import Completion, Prompt, Rollout, Verdict
+from megatron_real.records import Completion, Label, Prompt, Rollout, Status, Verdict
 from megatron_real.rollout.refill import refill
 
 REAL = make_objective("real")
@@ -20,17 +20,22 @@ LABELS = {
 
 
 class Source:
-    """Draws prompts by a real cursor and labels their rollouts by LABELS."""
+    """Draws prompts with a real cursor and labels their rollouts by LABELS."""
 
     def __init__(self, *names: str) -> None:
         prompts = [Prompt(name, "", (1,), ("",)) for name in names]
-        self.cursor, self.asked = PromptCursor(prompts, seed=0, shuffle=False), []
+        self.cursor = PromptCursor(prompts, seed=0, shuffle=False)
+        self.asked: list[tuple[int, int]] = []
 
     def draw(self, num_prompts: int, number: int) -> list[Rollout]:
         self.asked.append((num_prompts, number))
         return [
             Rollout(
-                prompt, group, sample, Completion((7,), (0.0,), "", True), Verdict("ok", label, 1.0)
+                prompt,
+                group,
+                sample,
+                Completion((7,), (0.0,), "", True),
+                Verdict(Status.OK, Label(label), 1.0),
             )
             for group, prompt in enumerate(self.cursor.next_batch(num_prompts))
             for sample, label in enumerate(LABELS[prompt.uid])
@@ -38,7 +43,9 @@ class Source:
 
 
 def groups(rollouts: list[Rollout]) -> list[tuple[int, str, int]]:
-    """(group, prompt, refills) of each group, every one of them whole and in order."""
+    """Returns (group, prompt, refills) of each group, and asserts that all are whole
+    and in order.
+    """
     assert [(r.group, r.sample) for r in rollouts] == [
         (i, k) for i in range(len(rollouts) // 3) for k in range(3)
     ]
@@ -62,6 +69,7 @@ def test_groups_of_one_class_give_way_to_fresh_prompts_up_to_the_bound() -> None
         [(0, "mixed too", 1), (1, "mixed", 0), (2, "solved", 1), (3, "hopeless", 1)],
         [(0, "mixed too", 1), (1, "mixed", 0), (2, "mixed", 2), (3, "solved", 2)],
     ]
+
     for rounds, wanted in enumerate(expected):
         source = Source(*names)
         assert groups(refill(source.draw(4, 0), REAL, rounds=rounds, draw=source.draw)) == wanted

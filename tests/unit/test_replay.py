@@ -1,7 +1,8 @@
-"""Whether saved rollouts can be trained on again is known before anything starts."""
+"""Whether saved rollouts can be trained on again is checked before anything starts."""
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_real.config import BatchConfig, Config, RolloutConfig, TrainerConfig
-from megatron_real.records import Completion, Prompt, Rollout, Verdict
+from megatron_real.records import POSITIVE, Completion, Prompt, Rollout, Status, Verdict
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.replay import check_replay
 from megatron_real.runs.rollouts import write_rollouts
@@ -21,7 +22,7 @@ ROLLOUTS = [
         group,
         sample,
         Completion((2,), (-1.0,), "half \ud83d pair", True),
-        Verdict("ok", 1, 1.0),
+        Verdict(Status.OK, POSITIVE, 1.0),
     )
     for group in range(4)
     for sample in range(2)
@@ -30,7 +31,7 @@ ROLLOUTS = [
 
 @pytest.fixture
 def saved(tmp_path: Path) -> RunDirectory:
-    """Two steps of four prompts, two updates each, sampled at 0.7."""
+    """Writes two steps of four prompts, two updates each, sampled at 0.7."""
     run = RunDirectory(tmp_path / "run")
     for step in (1, 2):
         numbers = [1, 1, 1, 1, 2, 2, 2, 2]
@@ -39,16 +40,16 @@ def saved(tmp_path: Path) -> RunDirectory:
     return run
 
 
-def config_of(run: RunDirectory, *, steps: int = 2, minibatch: int = 2, **rollout: Any) -> Config:
-    rollout = {"num_prompts": 4, "temperature": 0.7, "replay": str(run.path)} | rollout
+def config_of(run: RunDirectory, *, steps: int = 2, minibatch: int = 2, **changes: Any) -> Config:
+    rollout = RolloutConfig(num_prompts=4, temperature=0.7, replay=str(run.path))
     return Config(
         trainer=TrainerConfig(steps=steps),
-        rollout=RolloutConfig(**rollout),
+        rollout=dataclasses.replace(rollout, **changes),
         batch=BatchConfig(minibatch_prompts=minibatch),
     )
 
 
-def test_a_replay_that_fits_is_taken_without_a_word(saved: RunDirectory) -> None:
+def test_a_replay_that_fits_is_accepted_without_a_warning(saved: RunDirectory) -> None:
     assert check_replay(config_of(saved)) == []
     assert check_replay(config_of(saved, steps=1)) == []
     assert check_replay(Config()) == []
@@ -74,7 +75,7 @@ def test_a_replay_that_cannot_be_made_is_refused(
         check_replay(config_of(saved, **options))
 
 
-def test_other_minibatches_are_said(saved: RunDirectory) -> None:
+def test_other_minibatches_are_warned_of(saved: RunDirectory) -> None:
     (sentence,) = check_replay(config_of(saved, minibatch=4))
     assert "made its updates of 2 prompts, this replay makes them of 4" in sentence
 
@@ -89,7 +90,7 @@ def test_a_cut_file_is_named(saved: RunDirectory) -> None:
 
 
 def test_a_kept_batch_of_a_skipped_update_can_be_replayed(tmp_path: Path) -> None:
-    """It has neither a configuration nor updates."""
+    """Its directory has neither a configuration nor updates."""
     dump = RunDirectory(tmp_path / "dump")
     write_rollouts(dump.rollouts(1), ROLLOUTS, step=12)
     assert check_replay(config_of(dump, steps=1, temperature=0.2)) == []

@@ -1,5 +1,5 @@
-"""The report: columns of its curves, variants, tables, what rollouts it carries,
-and hostile texts in a browser.
+"""The report: its curves, variants and tables, the rollouts it carries, and hostile texts in a
+browser.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import yaml
 from numpy.typing import NDArray
 
 from megatron_real import cli
-from megatron_real.records import Completion, Prompt, Rollout, Verdict
+from megatron_real.records import NEGATIVE, POSITIVE, Completion, Prompt, Rollout, Status, Verdict
 from megatron_real.report import charts
 from megatron_real.report.browser import MAX_TEXT, sample_of, spaced, visible
 from megatron_real.report.charts import band_columns, curve_columns, stage_seconds, thinned
@@ -37,6 +37,9 @@ HOSTILE = (
     "half \ud83d pair",
     "<b>bold</b> & 'q'",
 )
+
+RIGHT = Verdict(Status.OK, POSITIVE, 1.0)
+WRONG = Verdict(Status.WRONG, NEGATIVE, 0.0)
 
 
 def make_run(
@@ -103,7 +106,7 @@ def make_run(
                 group,
                 sample,
                 Completion((8, 2), (-0.5, -3.0), text, True),
-                Verdict("ok" if sample == 0 else "wrong", int(sample == 0), float(sample == 0)),
+                RIGHT if sample == 0 else WRONG,
             )
             for group in range(2)
             for sample, text in enumerate(answers)
@@ -126,8 +129,8 @@ def make_run(
 
 
 def make_tokenizer(path: Path) -> Path:
-    """Writes the tokenizer of a model whose token 8 is a five and whose token 2
-    would like to be a script.
+    """Writes the tokenizer of a model whose token 8 is a five, and whose token 2 is the text of a
+    script.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -168,6 +171,7 @@ def test_runs_of_a_sweep_are_called_by_their_variant(tmp_path: Path) -> None:
         for variant, lr in (("real", 1e-6), ("grpo", 1e-5))
         for seed in (1, 2)
     ]
+
     assert [run.name for run in runs] == [
         "real/seed-1",
         "real/seed-2",
@@ -198,10 +202,12 @@ def test_tables_say_what_differs_what_failed_and_who_was_slow(tmp_path: Path) ->
         read_run(make_run(tmp_path / "two", lr=1e-5, seed=3)),
     ]
     named = {row[0]: row[1:] for row in differences(runs).rows}
+
     assert named["optimizer.lr"] == ["1e-06", "1e-05"]
     assert set(named) == {"optimizer.lr", "trainer.seed", "trainer.run_dir"}
-    said = [row[1:] for row in events(runs[:1]).rows]
-    assert said == [
+
+    event_rows = [row[1:] for row in events(runs[:1]).rows]
+    assert event_rows == [
         ["dawn", "start 1: 2 processes, from the start"],
         ["step 2", "rollouts without a verdict: 1 timeout"],
         ["step 3", "1 updates skipped: loss or gradient not finite"],
@@ -226,6 +232,7 @@ def test_results_of_eval_are_shown_with_their_errors_and_refused_where_there_are
     results = {"model": "base", "benchmarks": {"aime24": row}, "average": row}
     (tmp_path / "results.json").write_text(json.dumps(results))
     first = benchmarks([str(tmp_path)]).rows[0]
+
     assert first == ["base", "aime24", "0.2500 \N{PLUS-MINUS SIGN} 0.0500", "-", "30", "4"]
     with pytest.raises(ValueError, match=r"holds no results.*give the --out of a finished"):
         benchmarks([str(tmp_path / "none")])
@@ -235,6 +242,7 @@ def test_rollouts_are_whole_groups_within_the_limit_and_the_same_every_time(tmp_
     run = read_run(make_run(tmp_path / "run", steps=8))
     everything = sample_of(run, max_bytes=10**6)
     assert (everything.num_rollouts, everything.num_read, everything.num_steps) == (32, 32, 8)
+
     one = everything.groups[0]["rollouts"][0]
     assert (one["score"], one["weight"], one["length"]) == (0.25, 0.25, 2)
 
@@ -268,7 +276,7 @@ def test_steps_are_spaced_evenly() -> None:
     assert (len(set(steps)), steps[0], steps[-1]) == (40, 1, 1400)
 
 
-def test_what_cannot_be_seen_is_made_visible_and_long_texts_are_cut_in_the_middle() -> None:
+def test_invisible_characters_are_shown_and_long_texts_are_cut_in_the_middle() -> None:
     assert visible("a\0b\x1b[31m\n\t\u202e") == "a\u2400b\u241b[31m\n\t<U+202E>"
     assert visible("half \ud83d pair, whole \U0001f600") == "half \ufffd pair, whole \U0001f600"
     cut = visible("a" * 50_000 + "z" * 50_000)
@@ -278,7 +286,7 @@ def test_what_cannot_be_seen_is_made_visible_and_long_texts_are_cut_in_the_middl
 
 
 def page_of(tmp_path: Path, **options: Any) -> Path:
-    """Runs the command on a run; returns the page."""
+    """Runs the command on a run and returns the page."""
     pytest.importorskip("bokeh")
     out = tmp_path / "report.html"
     assert cli.main(["report", make_run(tmp_path / "run", **options), "--out", str(out)]) == 0
@@ -355,21 +363,23 @@ def test_legends_are_below_the_charts_and_cover_no_curve(tmp_path: Path) -> None
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_in_a_browser_tokens_are_shaded_by_what_they_got(tmp_path: Path) -> None:
     page = page_of(tmp_path, steps=2, weights=(-0.25, 0.5))
-    found = in_browser(page, SHADING)
-    assert found["errors"] == []
-    assert found["tokens"] == ["5", SCRIPT]
-    up, down = (0, 114, 178), (213, 94, 0)
+    page_state = in_browser(page, SHADING)
+    assert page_state["errors"] == []
+    assert page_state["tokens"] == ["5", SCRIPT]
+
+    up = (0, 114, 178)
+    down = (213, 94, 0)
     # The first token's weight is half of the group's largest and negative: the loss falls as it
     # gets likelier.
-    assert colours(found["weights"]) == [(up, 0.38), (down, 0.75)]
-    assert colours(found["ratios"]) == [(up, 0.11), (down, 0.75)]
-    assert colours(found["logprobs"]) == [(down, 0.07), (down, 0.45)]
-    assert found["title"] == "0.5 = dL / d log-prob"
-    assert found["off"] == 0
+    assert colours(page_state["weights"]) == [(up, 0.38), (down, 0.75)]
+    assert colours(page_state["ratios"]) == [(up, 0.11), (down, 0.75)]
+    assert colours(page_state["logprobs"]) == [(down, 0.07), (down, 0.45)]
+    assert page_state["title"] == "0.5 = dL / d log-prob"
+    assert page_state["off"] == 0
 
 
 def colours(words: list[str]) -> list[tuple[tuple[int, ...], float]]:
-    """The parts of rgba(...), opacity to what a browser keeps of it."""
+    """Returns the parts of rgba(...), with the opacity as precisely as a browser keeps it."""
     numbers = [[float(number) for number in re.findall(r"[\d.]+", word)] for word in words]
     return [((int(r), int(g), int(b)), round(opacity, 2)) for r, g, b, opacity in numbers]
 
@@ -382,20 +392,20 @@ SHADING = """
     return [...document.querySelector(".answer pre").querySelectorAll(".token")];
   };
   const colours = (tokens) => tokens.map((one) => getComputedStyle(one).backgroundColor);
-  found.logprobs = colours(choose("logprobs"));
-  found.ratios = colours(choose("ratios"));
+  seen.logprobs = colours(choose("logprobs"));
+  seen.ratios = colours(choose("ratios"));
   const tokens = choose("weights");
-  found.weights = colours(tokens);
-  found.tokens = tokens.map((one) => one.textContent);
-  found.title = tokens[1].title;
-  found.off = choose("").length;
+  seen.weights = colours(tokens);
+  seen.tokens = tokens.map((one) => one.textContent);
+  seen.title = tokens[1].title;
+  seen.off = choose("").length;
 """
 
 
 def test_watching_writes_the_page_again_until_the_run_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run is a thread that finishes a step, and then itself, while the command sleeps."""
+    """The run finishes a step whenever the command sleeps, and then ends."""
     pytest.importorskip("bokeh")
     run = RunDirectory(make_run(tmp_path / "run", state="running"))
     rows = run.metrics.read_text().splitlines(keepends=True)
@@ -413,26 +423,27 @@ def test_watching_writes_the_page_again_until_the_run_ends(
     monkeypatch.setattr("time.sleep", goes_on)
     assert cli.main(["report", str(run.path), "--out", str(out), "--watch", "30"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
+
     pages.append(out.read_text(encoding="utf-8"))
     done = [re.search(r"\d of 4", page) for page in pages]
-    assert [found and found[0] for found in done] == ["2 of 4", "3 of 4", "4 of 4"]
+    assert [match and match[0] for match in done] == ["2 of 4", "3 of 4", "4 of 4"]
 
 
 @pytest.mark.grid
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_in_a_browser_hostile_texts_are_text_and_every_control_works(tmp_path: Path) -> None:
     page = page_of(tmp_path, texts=HOSTILE, steps=12)
-    found = in_browser(page, CLICKS)
-    assert found["errors"] == []
-    assert found["title"] == "run - megatron_real"
-    assert found["injected"] == 0
-    assert found["charts"] >= 5
-    assert found["shown"] == ["120 rollouts in 24 groups, page 1 of 3", "page 2 of 3"]
-    assert found["wrong"] == "96 rollouts in 24 groups, page 1 of 3"
-    assert found["step"] == "10 rollouts in 2 groups, page 1 of 1"
-    assert SCRIPT in found["texts"]
-    assert any("\u2400" in text and "<U+202E>" in text for text in found["texts"])
-    assert found["axis"] == ["hours", 12.0]
+    page_state = in_browser(page, CLICKS)
+    assert page_state["errors"] == []
+    assert page_state["title"] == "run - megatron_real"
+    assert page_state["injected"] == 0
+    assert page_state["charts"] >= 5
+    assert page_state["shown"] == ["120 rollouts in 24 groups, page 1 of 3", "page 2 of 3"]
+    assert page_state["wrong"] == "96 rollouts in 24 groups, page 1 of 3"
+    assert page_state["step"] == "10 rollouts in 2 groups, page 1 of 1"
+    assert SCRIPT in page_state["texts"]
+    assert any("\u2400" in text and "<U+202E>" in text for text in page_state["texts"])
+    assert page_state["axis"] == ["hours", 12.0]
 
 
 CLICKS = """
@@ -442,33 +453,34 @@ CLICKS = """
     input.dispatchEvent(new Event("input", { bubbles: true }));
   };
   const place = () => document.getElementById("place").textContent;
-  found.title = document.title;
-  found.charts = document.querySelectorAll(".grid .card").length;
-  found.injected = document.querySelectorAll("#list img, #list script, #list b").length;
-  found.shown = [place()];
+  seen.title = document.title;
+  seen.charts = document.querySelectorAll(".grid .card").length;
+  seen.injected = document.querySelectorAll("#list img, #list script, #list b").length;
+  seen.shown = [place()];
   document.getElementById("next").click();
-  found.shown.push(place().split(", ")[1]);
+  seen.shown.push(place().split(", ")[1]);
   set("label", "0");
-  found.wrong = place();
+  seen.wrong = place();
   set("label", "");
   set("step", "3");
-  found.step = place();
-  found.texts = [...document.querySelectorAll(".answer pre")].map((one) => one.textContent);
+  seen.step = place();
+  seen.texts = [...document.querySelectorAll(".answer pre")].map((one) => one.textContent);
   document.querySelector("input[value=hours]").click();
   const models = [...Bokeh.documents[0]._all_models.values()];
   const source = models.find((one) => one.name === "curves" && "reward_mean" in one.data);
   const plot = models.find((one) => one.name === "curve");
-  found.axis = [plot.below[0].axis_label, source.data.x[source.data.x.length - 1]];
+  seen.axis = [plot.below[0].axis_label, source.data.x[source.data.x.length - 1]];
 """
 
 
 def in_browser(page: Path, clicks: str) -> dict[str, Any]:
     """Opens a page from disk in a headless browser, runs `clicks` a second later,
-    and returns what they found.
+    and returns what they saw.
     """
     text = page.read_text(encoding="utf-8")
     nonce = re.search(r"nonce-([0-9a-f]{32})", text)
     assert nonce is not None
+
     first = (
         f'<script nonce="{nonce[1]}">window.faults = [];'
         'addEventListener("error", (event) => faults.push(String(event.message)));'
@@ -477,20 +489,22 @@ def in_browser(page: Path, clicks: str) -> dict[str, Any]:
         "</script>"
     )
     last = (
-        f'<script nonce="{nonce[1]}">setTimeout(() => {{ const found = {{}};'
+        f'<script nonce="{nonce[1]}">setTimeout(() => {{ const seen = {{}};'
         f"try {{ {clicks} }} catch (error) {{ faults.push(String(error)); }}"
-        'const box = document.createElement("pre"); box.id = "found"; found.errors = faults;'
-        "box.textContent = JSON.stringify(found); document.body.append(box); }, 1000);</script>"
+        'const box = document.createElement("pre"); box.id = "seen"; seen.errors = faults;'
+        "box.textContent = JSON.stringify(seen); document.body.append(box); }, 1000);</script>"
     )
     probe = page.with_name("probe.html")
     text = text.replace("<title>", f"{first}<title>", 1)
     probe.write_text(text.replace("</body>\n</html>", f"{last}</body></html>"), encoding="utf-8")
     assert CHROMIUM is not None
+
     words = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     words += ["--virtual-time-budget=10000", f"--user-data-dir={page.parent / 'profile'}"]
-    done = subprocess.run(
+    completed = subprocess.run(
         [CHROMIUM, *words, probe.as_uri()], capture_output=True, text=True, timeout=120, check=True
     )
-    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found is not None, done.stderr[-2000:]
-    return dict(json.loads(html.unescape(found[1])))
+    seen = re.search(r'<pre id="seen">(.*?)</pre>', completed.stdout, re.DOTALL)
+    assert seen is not None, completed.stderr[-2000:]
+
+    return dict(json.loads(html.unescape(seen[1])))

@@ -1,4 +1,6 @@
-"""Prompts over engines, their seeds, and rollouts that are excluded for their mismatch."""
+"""How prompts are spread over engines, their seeds, and rollouts that are excluded for their
+mismatch.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_real.config import Config, ModelConfig, RolloutConfig
-from megatron_real.records import EXCLUDED, POSITIVE, Completion, Prompt, Rollout, Verdict
+from megatron_real.records import (
+    EXCLUDED,
+    POSITIVE,
+    Completion,
+    Label,
+    Prompt,
+    Rollout,
+    Status,
+    Verdict,
+)
 from megatron_real.rollout import build_engine
 from megatron_real.rollout.engines import vllm as vllm_engine
 from megatron_real.rollout.spread import ExpectedLengths, prompt_seed, samples_together, spread
@@ -29,7 +40,7 @@ def rollout(uid: str, length: int, label: int = POSITIVE) -> Rollout:
         0,
         0,
         Completion((7,) * length, (-1.0,) * length, "", True),
-        Verdict("ok", label, 1.0),
+        Verdict(Status.OK, Label(label), 1.0),
     )
 
 
@@ -48,7 +59,9 @@ def rollout(uid: str, length: int, label: int = POSITIVE) -> Rollout:
         pytest.param([], 2, [[], []], id="nothing"),
     ],
 )
-def test_spread(costs: list[float], engines: int, expected: list[list[int]]) -> None:
+def test_prompts_are_spread_over_engines_by_their_cost(
+    costs: list[float], engines: int, expected: list[list[int]]
+) -> None:
     assert spread(costs, engines) == expected
 
 
@@ -56,8 +69,8 @@ def test_spread(costs: list[float], engines: int, expected: list[list[int]]) -> 
 def test_spread_takes_each_prompt_once_and_bounds_the_longest_share(
     costs: list[float], engines: int
 ) -> None:
-    """Graham's bound for any order: the engine that ends last began its last
-    prompt when all others were busy.
+    """Graham's bound for any order: the engine that ends last began its last prompt when all others
+    were busy.
     """
     shares = spread(costs, engines)
     assert sorted(i for share in shares for i in share) == list(range(len(costs)))
@@ -67,7 +80,7 @@ def test_spread_takes_each_prompt_once_and_bounds_the_longest_share(
     )
 
 
-def test_expected_lengths() -> None:
+def test_the_expected_length_is_that_of_earlier_answers() -> None:
     lengths = ExpectedLengths()
     assert lengths.costs([prompt("a"), prompt("b", 5)], 4) == [2 + 4 * 1, 5 + 4 * 1]
     lengths.learn([rollout("a", 10), rollout("a", 30), rollout("c", 100)])
@@ -100,21 +113,21 @@ def test_rollouts_beyond_the_bound_are_excluded_and_counted() -> None:
         rollout("d", 3, EXCLUDED),
         rollout("e", 3),
     ]
-    rollouts[3] = dataclasses.replace(rollouts[3], verdict=Verdict("timeout", EXCLUDED, None))
+    rollouts[3] = dataclasses.replace(rollouts[3], verdict=Verdict(Status.TIMEOUT, EXCLUDED, None))
     kept = without_mismatch(rollouts, lambda _: [0.1, 0.3, math.nan, 9.0, 0.2], bound=0.2)
     assert [r.verdict.status for r in kept] == ["ok", "mismatch", "mismatch", "timeout", "ok"]
     assert [r.label for r in kept] == [POSITIVE, EXCLUDED, EXCLUDED, EXCLUDED, POSITIVE]
 
 
-def test_what_was_lost_teaches_no_length() -> None:
-    """It had perhaps the longest answer of all, and has no token."""
-    lost = dataclasses.replace(rollout("a", 0), verdict=Verdict("lost", EXCLUDED, None))
+def test_a_lost_completion_does_not_change_the_expected_length() -> None:
+    """It may have had the longest answer of all, and holds no token."""
+    lost = dataclasses.replace(rollout("a", 0), verdict=Verdict(Status.LOST, EXCLUDED, None))
     lengths = ExpectedLengths()
     lengths.learn([rollout("a", 100), lost, dataclasses.replace(lost, prompt=prompt("b"))])
     assert lengths.of == {"a": 100}
 
 
-def test_vllms_limits_hold_where_auto_takes_it(
+def test_the_limits_of_vllm_are_checked_where_auto_takes_it(
     tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_engine, "missing", lambda _: "")

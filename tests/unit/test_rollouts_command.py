@@ -19,10 +19,11 @@ from megatron_real.runs.rollouts import write_rollouts
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
-    """Steps 1 to 3 of one rollout each."""
+    """Saves steps 1 to 3 with one rollout each."""
     run = RunDirectory(tmp_path / "run")
     completion = Completion((7, 8), (-0.5, float("nan")), "half \ud83d pair \x1b[2J", True)
-    rollout = Rollout(Prompt("a/0", "2+3=", (1,), ("5",)), 0, 0, completion, Verdict("ok", 1, 1.0))  # type: ignore[arg-type]
+    prompt = Prompt("a/0", "2+3=", (1,), ("5",))
+    rollout = Rollout(prompt, 0, 0, completion, Verdict(Status.OK, Label.POSITIVE, 1.0))
     for step in (1, 2, 3):
         write_rollouts(run.rollouts(step), [rollout], step=step, scores=[float("nan")])
     return run
@@ -59,7 +60,7 @@ def test_steps_are_chosen(run: RunDirectory, capsys: pytest.CaptureFixture[str])
         (["--steps", "x"], "--steps 'x' is no step; give numbers such as 12 or 20-29"),
     ],
 )
-def test_refusals(
+def test_a_step_that_is_not_saved_is_refused(
     run: RunDirectory, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
 ) -> None:
     assert main(["rollouts", str(run.path), *words]) == 2
@@ -75,7 +76,7 @@ def test_a_directory_without_rollouts_is_refused(
 
 @pytest.fixture
 def groups(tmp_path: Path) -> RunDirectory:
-    """A step of two groups of a right and a wrong answer, with figures of their tokens,
+    """Saves a step of two groups, each of a right and a wrong answer, with figures of their tokens
     and a tokenizer.
     """
     run = RunDirectory(tmp_path / "groups")
@@ -156,17 +157,19 @@ def test_tokens_are_shaded_by_their_weights(
         (["--step", "41"], "has no rollouts of step 41"),
     ],
 )
-def test_refusals_of_what_is_to_be_read(
+def test_an_invalid_filter_is_refused_in_one_sentence(
     groups: RunDirectory, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
 ) -> None:
     assert main(["rollouts", str(groups.path), *words]) == 2
-    said = capsys.readouterr()
-    assert sentence in said.err and said.out == ""
+    output = capsys.readouterr()
+    assert sentence in output.err and output.out == ""
 
 
 def test_shades_that_were_not_kept_are_refused(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["rollouts", str(run.path), "--step", "1", "--shade", "ratio"]) == 2
-    said = capsys.readouterr()
-    assert "a run keeps them with trainer.keep_token_weights=true" in said.err and said.out == ""
+    output = capsys.readouterr()
+    assert (
+        "a run keeps them with trainer.keep_token_weights=true" in output.err and output.out == ""
+    )

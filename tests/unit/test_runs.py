@@ -1,4 +1,4 @@
-"""Rollouts on disk and the metrics of a step, with golden values worked out by hand."""
+"""Rollouts on disk and the metrics of a step, against values worked out by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_real.records import Completion, Prompt, Rollout, Verdict
+from megatron_real.records import Completion, Label, Prompt, Rollout, Status, Verdict
 from megatron_real.runs.curves import plot_curves
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.metrics import MetricsWriter, rollout_metrics, score_metrics
@@ -17,21 +17,26 @@ from megatron_real.runs.rollouts import read_rollouts, read_rows, write_rollouts
 
 
 def rollout(
-    group: int, label: int, tokens: int, *, status: str = "ok", finished: bool = True
+    group: int, label: int, tokens: int, *, status: Status = Status.OK, finished: bool = True
 ) -> Rollout:
     logprobs = tuple(-0.1 * (i + 1) for i in range(tokens))
     prompt = Prompt(
         f"d/{group}", "2+3=\n\N{GREEK SMALL LETTER PI}", (1, 2), ("5", "five"), source="aime"
     )
     completion = Completion((7,) * tokens, logprobs, "so\u2028\\boxed{5}", finished)
-    return Rollout(prompt, group, 0, completion, Verdict(status, label, float(label == 1)))  # type: ignore[arg-type]
+    verdict = Verdict(status, Label(label), float(label == 1))
+    return Rollout(prompt, group, 0, completion, verdict)
 
 
 # Group 0 solved, group 1 mixed, group 2 all wrong, group 3 wholly excluded.
 STEP = [
-    rollout(0, 1, 2), rollout(0, 1, 4), rollout(1, 1, 2), rollout(1, 0, 4, status="wrong"),
-    rollout(2, 0, 8, status="overlong", finished=False), rollout(3, -1, 4, status="timeout"),
-]  # fmt: skip
+    rollout(0, 1, 2),
+    rollout(0, 1, 4),
+    rollout(1, 1, 2),
+    rollout(1, 0, 4, status=Status.WRONG),
+    rollout(2, 0, 8, status=Status.OVERLONG, finished=False),
+    rollout(3, -1, 4, status=Status.TIMEOUT),
+]
 
 
 def test_rollouts_read_back_exactly(tmp_path: Path) -> None:
@@ -60,13 +65,13 @@ def test_rollout_metrics() -> None:
         "response_tokens_max": 8.0, "status/ok": 3.0, "status/overlong": 1.0, "status/timeout": 1.0,
         "status/wrong": 1.0, "status/crashed": 0.0,
     }  # fmt: skip
-    found = rollout_metrics(STEP)
-    assert {name: found[name] for name in expected} == expected
+    metrics = rollout_metrics(STEP)
+    assert {name: metrics[name] for name in expected} == expected
 
 
 def test_score_metrics_leave_out_what_had_no_weight() -> None:
-    found = score_metrics(STEP, [9, 9, 0.5, -0.25, 9, 9], [0, 0, -1, 1, 0, 0])
-    assert (found["score_positive_mean"], found["score_negative_p95"]) == (0.5, -0.25)
+    metrics = score_metrics(STEP, [9, 9, 0.5, -0.25, 9, 9], [0, 0, -1, 1, 0, 0])
+    assert (metrics["score_positive_mean"], metrics["score_negative_p95"]) == (0.5, -0.25)
     assert math.isnan(score_metrics(STEP, [0.0] * 6, [0.0] * 6)["score_positive_mean"])
 
 
@@ -83,9 +88,11 @@ def test_metrics_rows_and_curves(tmp_path: Path) -> None:
     for step in (1, 2):
         writer.write(step, {"reward_mean": 0.5, "loss": math.nan, "grad_norm": 1.0})
     writer.close()
+
     assert [json.loads(line) for line in run.metrics.read_text().splitlines()][1] == {
         "step": 2, "reward_mean": 0.5, "loss": None, "grad_norm": 1.0,
     }  # fmt: skip
     assert list(run.tensorboard.iterdir())
+
     plot_curves(run.metrics, run.evaluations, run.curves)
     assert run.curves.read_bytes().startswith(b"\x89PNG")

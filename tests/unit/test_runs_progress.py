@@ -1,9 +1,15 @@
-"""What a run shows on a terminal and in a plain log, stage times, and profiler traces."""
+"""What a run shows on a terminal and in a plain log, the times of its stages, and
+profiler traces.
+"""
+
+from __future__ import annotations
 
 import io
 import json
 import math
 import re
+import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -22,14 +28,14 @@ METRICS = {
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    """A clock that the test moves."""
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Replaces the clock by one that the test moves."""
     now = [100.0]
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now
 
 
-def test_a_stage_that_comes_twice_adds_up_and_the_sums_are_taken_once(clock):
+def test_a_stage_that_comes_twice_adds_up_and_the_sums_are_taken_once(clock: list[float]) -> None:
     timer = StageTimer()
     for name, seconds in (("rollout", 2.0), ("update", 1.0), ("rollout", 0.5)):
         with timer.stage(name):
@@ -39,7 +45,7 @@ def test_a_stage_that_comes_twice_adds_up_and_the_sums_are_taken_once(clock):
     assert timer.take_seconds() == {}
 
 
-def test_a_stage_that_fails_is_timed_and_over(clock):
+def test_a_stage_that_fails_is_timed_and_over(clock: list[float]) -> None:
     timer = StageTimer()
     with pytest.raises(RuntimeError), timer.stage("rollout"):
         clock[0] += 3
@@ -48,7 +54,7 @@ def test_a_stage_that_fails_is_timed_and_over(clock):
     assert timer.current is None
 
 
-def test_a_plain_log_is_one_line_a_step_without_control_characters():
+def test_a_plain_log_is_one_line_a_step_without_control_characters() -> None:
     file = io.StringIO()
     console = Console(file=file, soft_wrap=True, force_terminal=False)
     with RunProgress(20, shown=True, console=console) as progress:
@@ -58,6 +64,7 @@ def test_a_plain_log_is_one_line_a_step_without_control_characters():
         progress.evaluation_done(1, 0.625, 0.03, 300, 2.0)
         progress.step_done(2, METRICS, {"rollout": 1.0})
     text = file.getvalue()
+
     assert re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text) is None
     assert text.splitlines() == [
         "step  1  reward 0.500  held-out -  loss 1.250  solved 0.25  one-class 0.38  "
@@ -73,7 +80,9 @@ def test_a_plain_log_is_one_line_a_step_without_control_characters():
 @pytest.mark.parametrize(
     "width, stages", [pytest.param(140, True, id="wide"), pytest.param(85, False, id="narrow")]
 )
-def test_a_terminal_gets_columns_under_one_heading_and_the_present_stage(clock, width, stages):
+def test_a_terminal_gets_columns_under_one_heading_and_the_present_stage(
+    clock: list[float], width: int, stages: bool
+) -> None:
     file = io.StringIO()
     console = Console(file=file, width=width, force_terminal=True, color_system=None)
     with RunProgress(20, shown=True, console=console) as progress:
@@ -83,8 +92,10 @@ def test_a_terminal_gets_columns_under_one_heading_and_the_present_stage(clock, 
         for step in (1, 2):
             progress.step_done(step, METRICS, {"rollout": 7.0, "update": 0.5})
     text = file.getvalue()
+
     assert "rollout 7 s" in text and "0/20" in text and "2/20" in text
     assert text.count("one-class") == 1
+
     lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", line).rstrip() for line in text.splitlines()]
     heading = next(line for line in lines if "one-class" in line)
     first = next(line for line in lines if line.startswith("    1  "))
@@ -92,11 +103,16 @@ def test_a_terminal_gets_columns_under_one_heading_and_the_present_stage(clock, 
         assert heading.index(name) + len(name) == first.rindex(value) + len(value), (
             f"column {name} lines up"
         )
-    assert heading.split()[8:] == (["rollout", "update", "seconds"] if stages else ["seconds"])
-    assert first.split()[8:] == (["7.0", "0.5", "7.5"] if stages else ["7.5"])
+
+    expected_names = ["rollout", "update", "seconds"] if stages else ["seconds"]
+    expected_values = ["7.0", "0.5", "7.5"] if stages else ["7.5"]
+    assert heading.split()[8:] == expected_names
+    assert first.split()[8:] == expected_values
 
 
-def test_a_rank_that_shows_nothing_still_measures(clock, capsys, tmp_path):
+def test_a_rank_that_shows_nothing_still_measures(
+    clock: list[float], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     with RunProgress(20, shown=False, log=tmp_path / "run.log") as progress:
         with progress.stage("rollout"):
             clock[0] += 2
@@ -106,15 +122,18 @@ def test_a_rank_that_shows_nothing_still_measures(clock, capsys, tmp_path):
     assert progress.take_seconds() == {"rollout": 2.0}
 
 
-def test_by_itself_a_log_is_plain_and_its_lines_are_not_wrapped(capsys):
+def test_by_itself_a_log_is_plain_and_its_lines_are_not_wrapped(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with RunProgress(20, shown=True) as progress, progress.stage("rollout"):
         progress.step_done(1, METRICS, {f"stage_{i}": 1.0 for i in range(20)})
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and len(out) > 300 and "\x1b" not in out
 
 
-def test_every_line_is_kept_in_the_log_with_its_time(tmp_path):
-    log, file = tmp_path / "logs" / "run.log", io.StringIO()
+def test_every_line_is_kept_in_the_log_with_its_time(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "run.log"
+    file = io.StringIO()
     progress = RunProgress(2, shown=True, log=log, console=Console(file=file))
     progress.say("[bold] is text :smile:")
     assert file.getvalue() == "[bold] is text :smile:\n"
@@ -123,7 +142,7 @@ def test_every_line_is_kept_in_the_log_with_its_time(tmp_path):
     )
 
 
-def test_the_trace_of_a_chosen_step_has_a_range_for_each_stage(tmp_path):
+def test_the_trace_of_a_chosen_step_has_a_range_for_each_stage(tmp_path: Path) -> None:
     timer = StageTimer()
     for step in (1, 2, 3):
         with profile_step(step, (2,), tmp_path / "profile"):
@@ -135,7 +154,7 @@ def test_the_trace_of_a_chosen_step_has_a_range_for_each_stage(tmp_path):
     assert {"rollout", "update"} <= {event.get("name") for event in trace["traceEvents"]}
 
 
-def test_the_log_is_the_same_whatever_terminal_there_was(tmp_path):
+def test_the_log_is_the_same_whatever_terminal_there_was(tmp_path: Path) -> None:
     logs = []
     for terminal in (True, False):
         log = tmp_path / f"{terminal}.log"
@@ -148,7 +167,7 @@ def test_the_log_is_the_same_whatever_terminal_there_was(tmp_path):
     assert "held-out 0.250@0" in logs[0][1]
 
 
-def test_a_terminal_of_80_columns_holds_a_row_and_its_heading_comes_again():
+def test_a_terminal_of_80_columns_holds_a_row_and_its_heading_comes_again() -> None:
     file = io.StringIO()
     console = Console(file=file, width=80, force_terminal=True, color_system=None)
     with RunProgress(1000, shown=True, console=console) as progress:
@@ -162,13 +181,13 @@ def test_a_terminal_of_80_columns_holds_a_row_and_its_heading_comes_again():
     assert max(len(line.rstrip()) for line in lines if "0.250@1000" in line) <= 80
 
 
-def test_a_long_stage_says_what_it_has_done(monkeypatch):
+def test_a_long_stage_logs_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.05)
     file = io.StringIO()
     with RunProgress(2, shown=True, console=Console(file=file)) as progress:
         progress.detail = lambda: "3 of 8 rollouts"
         with progress.stage("rollout"):
-            ended = module.time.monotonic() + 60
-            while "3 of 8" not in file.getvalue() and module.time.monotonic() < ended:
-                module.time.sleep(0.01)
+            deadline = time.monotonic() + 60
+            while "3 of 8" not in file.getvalue() and time.monotonic() < deadline:
+                time.sleep(0.01)
     assert file.getvalue().startswith("rollout 0 s: 3 of 8 rollouts\n")

@@ -1,22 +1,35 @@
-"""One run's files as the loop makes them."""
+"""The files of one run, written by the same calls as the training loop makes."""
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
 import io
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_real.config import BatchConfig, Config, Given, RolloutConfig, TrainerConfig, load
 from megatron_real.evaluation.figures import Evaluation
-from megatron_real.records import NEGATIVE, POSITIVE, Completion, Prompt, Rollout, Verdict
+from megatron_real.records import (
+    NEGATIVE,
+    POSITIVE,
+    Completion,
+    Label,
+    Prompt,
+    Rollout,
+    Status,
+    Verdict,
+)
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.reporter import Reporter, Training
 from megatron_real.runs.rollouts import read_rollouts, read_rows
 
 
-def accuracy(pass_at_1=0.5):
+def accuracy(pass_at_1: float = 0.5) -> Evaluation:
     return Evaluation(
         pass_at_1=pass_at_1,
         standard_error=0.1,
@@ -32,9 +45,9 @@ def accuracy(pass_at_1=0.5):
     )
 
 
-def rollout(group, sample, label):
+def rollout(group: int, sample: int, label: Label) -> Rollout:
     prompt = Prompt(f"train/{group}", "1+1=", (1, 2), ("2",))
-    verdict = Verdict("ok" if label else "wrong", label, float(label))
+    verdict = Verdict(Status.OK if label else Status.WRONG, label, float(label))
     return Rollout(prompt, group, sample, Completion((7, 8), (-0.5, -0.25), "2", True), verdict)
 
 
@@ -66,7 +79,7 @@ TRAINING = Training(
 CANARY = "canary-9012"  # a secret that the configuration has from the environment
 
 
-def config_of(path, **trainer):
+def config_of(path: Path, **trainer: Any) -> Config:
     return Config(
         trainer=TrainerConfig(run_dir=str(path), steps=1, **trainer),
         rollout=RolloutConfig(
@@ -77,14 +90,14 @@ def config_of(path, **trainer):
     )
 
 
-def begun(config, **options):
-    """A reporter whose run directory is its own."""
+def begun(config: Config, **options: Any) -> Reporter:
+    """Returns a reporter that owns its run directory."""
     reporter = Reporter(config, **options)
     reporter.begin()
     return reporter
 
 
-def one_step(reporter):
+def one_step(reporter: Reporter) -> None:
     with reporter.progress:
         reporter.evaluated(0, accuracy())
         with reporter.step(1):
@@ -97,21 +110,22 @@ def one_step(reporter):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """A whole run's directory and what it said."""
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Returns a finished run's directory and its output."""
     path = tmp_path_factory.mktemp("runs") / "run"
     with contextlib.redirect_stdout(io.StringIO()) as out:
         one_step(begun(config_of(path, profile=(1,)), rank=0, world=2))
     return path, out.getvalue()
 
 
-def test_a_run_leaves_its_files_and_says_where(done):
+def test_a_run_leaves_its_files_and_says_where(done: tuple[Path, str]) -> None:
     path, out = done
     names = {
         str(p.relative_to(path))
         for p in path.rglob("*")
         if p.is_file() and "tensorboard" not in p.parts
     }
+
     assert names == {
         "config.yaml",
         "lives/life-0001.json",
@@ -126,8 +140,10 @@ def test_a_run_leaves_its_files_and_says_where(done):
         "dumps/step-00001-update-2/rollouts/step-00001.parquet",
     }
     assert list((path / "tensorboard").iterdir())
+
     answers = json.loads((path / "heldout/step-00000.json").read_text())
     assert answers == {"samples": 2, "correct": {"heldout/0": 2, "heldout/1": 0}}
+
     row = json.loads((path / "metrics.jsonl").read_text())
     assert (row["step"], row["reward_mean"], row["skipped_updates"], row["mismatch_mean_abs"]) == (
         1,
@@ -139,7 +155,9 @@ def test_a_run_leaves_its_files_and_says_where(done):
     assert f"run directory  {path}" in out and f"curves         {path / 'curves.png'}" in out
 
 
-def test_saved_rollouts_carry_scores_weights_and_the_update_that_used_them(done):
+def test_saved_rollouts_carry_scores_weights_and_the_update_that_used_them(
+    done: tuple[Path, str],
+) -> None:
     path, _ = done
     rows = list(read_rows(path / "rollouts" / "step-00001.parquet"))
     assert [(r["step"], r["minibatch"], r["score"], r["weight"]) for r in rows] == [
@@ -150,7 +168,7 @@ def test_saved_rollouts_carry_scores_weights_and_the_update_that_used_them(done)
     ]
 
 
-def test_no_file_of_a_run_has_a_secret_in_it(done):
+def test_no_file_of_a_run_has_a_secret_in_it(done: tuple[Path, str]) -> None:
     path, out = done
     assert "hf_token: ${oc.env:TOKEN}" in (path / "config.yaml").read_text()
     for file in path.rglob("*"):
@@ -158,14 +176,16 @@ def test_no_file_of_a_run_has_a_secret_in_it(done):
     assert CANARY not in out
 
 
-def test_the_batch_of_a_skipped_update_can_be_replayed(done):
+def test_the_batch_of_a_skipped_update_can_be_replayed(done: tuple[Path, str]) -> None:
     path, out = done
     dump = RunDirectory(path).dump(1, 2)
     assert f"rollout.replay={dump.path} trainer.steps=1" in out
     assert read_rollouts(dump.rollouts(1)) == ROLLOUTS[2:]
 
 
-def test_the_saved_configuration_is_that_of_the_run(tmp_path, monkeypatch):
+def test_the_saved_configuration_is_that_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
         "megatron_real.config.checks.check_model", lambda config: None
     )  # there is no model here
@@ -175,12 +195,14 @@ def test_the_saved_configuration_is_that_of_the_run(tmp_path, monkeypatch):
     assert load(tmp_path / "config.yaml") == config
 
 
-def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
+def test_other_ranks_write_and_say_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     one_step(begun(config_of(tmp_path / "run", profile=(1,)), rank=1, world=2))
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
 
 
-def test_evaluation_seconds_do_not_leak_into_the_next_step_on_any_rank(tmp_path):
+def test_evaluation_seconds_do_not_leak_into_the_next_step_on_any_rank(tmp_path: Path) -> None:
     for rank in (0, 1):
         reporter = begun(config_of(tmp_path / str(rank), tensorboard=False), rank=rank, world=2)
         with reporter.progress.stage("evaluation"):
@@ -189,7 +211,7 @@ def test_evaluation_seconds_do_not_leak_into_the_next_step_on_any_rank(tmp_path)
         assert reporter.progress.take_seconds() == {}
 
 
-def test_an_evaluation_is_written_with_every_figure(tmp_path):
+def test_an_evaluation_is_written_with_every_figure(tmp_path: Path) -> None:
     begun(config_of(tmp_path, tensorboard=False), rank=0, world=1).evaluated(0, accuracy())
     row = json.loads((tmp_path / "evaluations.jsonl").read_text())
     assert (
@@ -201,9 +223,9 @@ def test_an_evaluation_is_written_with_every_figure(tmp_path):
 
 
 def test_a_step_s_rollouts_take_the_place_of_its_chunks_when_they_are_written(
-    tmp_path, monkeypatch
-):
-    """What fails in the writing thread is raised where a checkpoint would count the step."""
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of the writing thread is raised where a checkpoint would count the step."""
     path = tmp_path / "run"
     directory = RunDirectory(path)
     reporter = begun(config_of(path), rank=0, world=1)
@@ -211,7 +233,7 @@ def test_a_step_s_rollouts_take_the_place_of_its_chunks_when_they_are_written(
     chunk.parent.mkdir(parents=True)
     chunk.touch()
 
-    def full(*_, **__):
+    def full(*_: object, **__: object) -> None:
         raise OSError("no space left")
 
     with monkeypatch.context() as broken, reporter.progress:
@@ -219,6 +241,7 @@ def test_a_step_s_rollouts_take_the_place_of_its_chunks_when_they_are_written(
         reporter.trained(1, ROLLOUTS, TRAINING)
         with pytest.raises(OSError, match="no space left"):
             reporter.settle()
+
     assert chunk.exists() and directory.saved_steps() == []
 
     with reporter.progress:
@@ -227,7 +250,7 @@ def test_a_step_s_rollouts_take_the_place_of_its_chunks_when_they_are_written(
     assert not chunk.exists() and directory.saved_steps() == [1]
 
 
-def test_the_newest_steps_and_every_so_many_keep_their_rollouts(tmp_path):
+def test_the_newest_steps_and_every_so_many_keep_their_rollouts(tmp_path: Path) -> None:
     config = config_of(tmp_path / "run")
     rollout = dataclasses.replace(config.rollout, keep_steps=2, keep_every=3)
     reporter = begun(dataclasses.replace(config, rollout=rollout), rank=0, world=1)
@@ -238,7 +261,7 @@ def test_the_newest_steps_and_every_so_many_keep_their_rollouts(tmp_path):
     assert RunDirectory(tmp_path / "run").saved_steps() == [3, 6, 7, 8]
 
 
-def test_a_sample_of_groups_is_drawn_by_the_seed_and_counted_whole(tmp_path):
+def test_a_sample_of_groups_is_drawn_by_the_seed_and_counted_whole(tmp_path: Path) -> None:
     groups = {}
     for name, seed in (("first", 1), ("again", 1), ("other", 2)):
         config = config_of(tmp_path / name, seed=seed)
@@ -257,5 +280,6 @@ def test_a_sample_of_groups_is_drawn_by_the_seed_and_counted_whole(tmp_path):
             assert figures in ([(1, 0.1), (1, -0.1)], [(2, None), (2, None)])
         metrics = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
         assert metrics["reward_mean"] == 0.5, "of all rollouts"
+
     assert groups["first"] == groups["again"] != groups["other"]
     assert {0} in groups["first"] and {1} in groups["first"], "each step draws anew"

@@ -1,4 +1,4 @@
-"""A run's summary, from its files."""
+"""A run's summary is made from its files."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def test_a_summary_has_before_and_after_time_and_tokens(tmp_path: Path) -> None:
         )
     append_row(run.evaluations, {"step": 0, "heldout/pass_at_1": 0.25})
     append_row(run.evaluations, {"step": 4, "heldout/pass_at_1": 0.75})
+
     assert summary_lines(run, rollouts_per_step=8) == [
         "summary after 4 steps",
         "  held-out accuracy  0.250 after step 0, 0.750 after step 4",
@@ -49,5 +50,5 @@ def test_weights_that_are_there_can_be_evaluated(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"), [(42.4, "42 s"), (200, "3 min 20 s"), (18720, "5 h 12 min")]
 )
-def test_durations_in_words(seconds: float, text: str) -> None:
+def test_durations_are_written_in_words(seconds: float, text: str) -> None:
     assert duration(seconds) == text

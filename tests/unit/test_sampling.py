@@ -1,4 +1,4 @@
-"""Which settings the rollouts on disk are judged by."""
+"""The settings that rollouts on disk must share with the run that reads them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def test_settings_without_effect_exist_and_do_not_count(file: Path) -> None:
 )  # fmt: skip
 def test_settings_with_an_effect_count(file: Path, word: str) -> None:
     name = word.partition("=")[0]
-    before, now = settings(file), settings(file, word)
+    before = settings(file)
+    now = settings(file, word)
     assert {n for n in now if now[n] != before[n]} == {name}
 
 
@@ -56,9 +57,9 @@ def test_what_comes_from_the_environment_counts_and_is_not_written(
 ) -> None:
     with file.open("a") as more:
         more.write("  temperature: ${oc.decode:${oc.env:HEAT}}\n")
-    found = []
+    temperatures = []
     for heat in ("0.71", "0.72"):
         monkeypatch.setenv("HEAT", heat)
-        found.append(settings(file)["rollout.temperature"])
-    assert found[0] != found[1]
-    assert not any("0.7" in str(value) for value in found)
+        temperatures.append(settings(file)["rollout.temperature"])
+    assert temperatures[0] != temperatures[1]
+    assert not any("0.7" in str(value) for value in temperatures)

@@ -1,5 +1,5 @@
-"""Hostile programs and answers, each with its exact outcome,
-on every rung that this machine's kernel has.
+"""Hostile programs and answers, each with its exact outcome, on every rung that this machine's
+kernel offers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ UPPER = [Rung.NAMESPACES, Rung.LANDLOCK]
 
 @pytest.fixture(scope="module")
 def canary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A secret in the environment, in a file under this user's eyes only, and in /dev/shm."""
+    """Puts a secret into the environment, into a file that only this user can read, and into
+    /dev/shm.
+    """
     file = tmp_path_factory.mktemp("home") / "canary"
     shared = Path("/dev/shm") / CANARY
     file.write_text(CANARY)
@@ -38,7 +40,7 @@ def canary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module", params=UPPER, ids=lambda rung: rung.value)
 def code(request: pytest.FixtureRequest, canary: Path) -> Iterator[VerifierPool]:
-    """One worker on one rung."""
+    """Makes one worker on one rung."""
     try:
         pool = VerifierPool(
             "code", workers=1, timeout_seconds=60, memory_mib=1024, highest=request.param
@@ -190,7 +192,7 @@ def fenced(program: str) -> str:
 
 @pytest.fixture(scope="module")
 def attempts(code: VerifierPool, canary: Path) -> dict[str, Outcome]:
-    """What became of each attempt: `ok` where the program printed that it was held."""
+    """Returns the outcome of each attempt: `ok` where the program printed that it was held."""
     test = {"tests": [{"stdin": "", "stdout": "held\n"}], "seconds": 30}
     checks = [
         Check(fenced(PRELUDE.format(home=str(canary), canary=CANARY, body=body)), [GOLD], test)
@@ -322,33 +324,40 @@ def test_each_program_ends_in_its_own_way(code: VerifierPool) -> None:
     expected = {name: reason for name, (_, _, reason) in ENDINGS.items()}
     if not code.threads:
         expected[THREADED] = "0 of 2 tests passed: error"
+
     assert reasons == expected
+
     passed = [
         outcome.reason.count(" ok") == len(ENDINGS[name][1]["tests"])
         for name, outcome in zip(ENDINGS, outcomes, strict=True)
     ]
+
     assert [outcome.status == "ok" for outcome in outcomes] == passed
     assert [outcome.reward for outcome in outcomes] == [float(all_passed) for all_passed in passed]
 
 
 def test_nothing_is_left_after_the_table(code: VerifierPool, attempts: dict[str, Outcome]) -> None:
-    """The worker, its supervisor, the first of its namespace and the launcher:
+    """There remain the worker, its supervisor, the first process of its namespace and the launcher:
     as many as before any check.
     """
     (worker,) = code._workers
     assert worker._process is not None
+
     below = psutil.Process(worker._process.pid).children(recursive=True)
     assert len(below) == (3 if worker.rung is Rung.NAMESPACES else 2)
+
     mounts = Path("/proc/self/mounts").read_text()
     for folder in ("/tmp", "/dev/shm"):
         assert [name for name in os.listdir(folder) if CANARY in name and name != CANARY] == []
     pool = VerifierPool("code", workers=1, timeout_seconds=9, memory_mib=1024, highest=worker.rung)
     (other,) = pool._workers
     assert other._process is not None
+
     processes = [
         other._process.pid,
         *(p.pid for p in psutil.Process(other._process.pid).children(True)),
     ]
     pool.close()
+
     assert not any(psutil.pid_exists(process) for process in processes)
     assert Path("/proc/self/mounts").read_text() == mounts

@@ -1,5 +1,5 @@
-"""Who may ask a vLLM server what: the door alone, both sides' proofs over a real socket,
-and vLLM's own table of routes.
+"""Which requests a vLLM server answers: the door by itself, the proofs of both sides over a real
+socket, and vLLM's own table of routes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def door(monkeypatch: pytest.MonkeyPatch) -> Door:
 def ask(
     door: Any, path: str, *, header: str = "", body: bytes = b"", verb: str = "POST", **scope: Any
 ) -> Answer:
-    """What a request is answered with."""
+    """Returns the answer to a request."""
     sent: Answer = []
 
     async def receive() -> Any:
@@ -70,7 +70,7 @@ def claim(path: str, body: bytes, *, key: str = KEY, number: str = "n1", verb: s
     return Claim.of(key, number, verb, path, body).header
 
 
-def test_a_claim_opens_the_door_and_the_answer_is_proven(door: Door) -> None:
+def test_a_signed_request_is_answered_with_a_signature(door: Door) -> None:
     start, content = ask(door, "/health", header=claim("/health", b"x"), body=b"x")
     assert content["body"] == f"Bearer {KEY} x".encode(), "vLLM's own check gets what it wants"
     assert dict(start["headers"])[ANSWER.lower().encode()].decode() == answer_proof(
@@ -78,15 +78,15 @@ def test_a_claim_opens_the_door_and_the_answer_is_proven(door: Door) -> None:
     )
 
 
-def test_a_claim_proves_no_query(door: Door) -> None:
-    """Whoever sits in between could add one: /reset_prefix_cache takes settings by it."""
+def test_a_signature_does_not_cover_an_added_query(door: Door) -> None:
+    """Whoever sits in between could add one: /reset_prefix_cache takes settings from its query."""
     header = claim("/reset_prefix_cache", b"")
     path = "/reset_prefix_cache"
     assert status(ask(door, path, header=header, query_string=b"reset_external=true")) == 401
     assert status(ask(door, path, header=header)) == 200, "the refused one has not used it up"
 
 
-def test_people_may_send_the_key(door: Door) -> None:
+def test_a_request_with_the_key_is_answered(door: Door) -> None:
     start, *_ = ask(door, "/health", header=f"Bearer {KEY}")
     assert start["status"] == 200 and not start["headers"]
 
@@ -106,13 +106,13 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("case", HEADERS)
-def test_without_the_key_nothing_is_answered(door: Door, case: str) -> None:
+def test_a_request_without_the_key_is_refused(door: Door, case: str) -> None:
     assert status(ask(door, "/collective_rpc", header=HEADERS[case], body=b"{}")) == 401
 
 
-def test_a_request_that_changes_something_comes_once(door: Door) -> None:
-    """Who overhears a request cannot send it again; a completion may be asked for twice,
-    and changes nothing.
+def test_a_request_that_changes_something_is_accepted_once(door: Door) -> None:
+    """Whoever overhears a request cannot send it again; a completion may be requested twice,
+    because it changes nothing.
     """
     again = claim("/reset_prefix_cache", b"")
     assert [status(ask(door, "/reset_prefix_cache", header=again)) for _ in range(2)] == [200, 401]
@@ -135,8 +135,8 @@ CALLS = {
 
 
 @pytest.mark.parametrize("case", CALLS)
-def test_the_worker_is_asked_by_a_closed_list(door: Door, case: str) -> None:
-    """With the key too."""
+def test_only_listed_methods_of_the_worker_can_be_called(door: Door, case: str) -> None:
+    """The list holds for a request with the key too."""
     call, expected = CALLS[case]
     answer = ask(door, "/collective_rpc", header=f"Bearer {KEY}", body=json.dumps(call).encode())
     assert status(answer) == expected
@@ -168,7 +168,7 @@ class Impostor(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def impostor() -> Iterator[str]:
-    """The address of one that listens at the port that a server was to have."""
+    """Returns the address of an impostor that listens on the port of a server."""
     Impostor.heard = []
     server = HTTPServer(("127.0.0.1", 0), Impostor)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -177,7 +177,7 @@ def impostor() -> Iterator[str]:
     server.server_close()
 
 
-def test_who_has_taken_the_port_is_not_believed_and_learns_nothing(impostor: str) -> None:
+def test_an_impostor_on_the_port_is_not_believed_and_learns_nothing(impostor: str) -> None:
     with pytest.raises(KeyRefused, match="does not know the key"):
         wait_until_healthy(Server(impostor, KEY), 5.0, lambda _: None)
     (heard,) = Impostor.heard
@@ -192,13 +192,15 @@ def test_a_process_of_ours_is_asked_before_its_port(impostor: str) -> None:
     assert Impostor.heard == []
 
 
-def test_a_server_does_not_inherit_what_it_must_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_does_not_inherit_secrets_or_unsafe_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     monkeypatch.setenv("WANDB_API_KEY", "canary")
     monkeypatch.setenv("HF_TOKEN", "canary")
-    found = environment(Config(), KEY, gpus=[])
-    assert found["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
-    assert "canary" not in found.values() and found["VLLM_API_KEY"] == KEY
+    variables = environment(Config(), KEY, gpus=[])
+    assert variables["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
+    assert "canary" not in variables.values() and variables["VLLM_API_KEY"] == KEY
 
 
 def test_addresses_may_be_encrypted() -> None:
@@ -215,8 +217,8 @@ needs_vllm = pytest.mark.skipif(
 @needs_vllm
 @pytest.mark.filterwarnings("ignore")
 def test_every_route_of_vllm_is_closed_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table is vLLM's own, of the server that a run starts:
-    routes that a later version adds are in it.
+    """The table is vLLM's own, of the server that a run starts, so it contains routes that a later
+    version adds.
     """
     for name, value in environment(Config(), KEY, gpus=[]).items():
         monkeypatch.setenv(name, value)
@@ -231,6 +233,7 @@ def test_every_route_of_vllm_is_closed_without_the_key(monkeypatch: pytest.Monke
     vllm = build_app(args, ("generate",))
     routes = [(route.path, getattr(route, "methods", None)) for route in vllm.routes]
     paths = {path for path, _ in routes}
+
     assert {"/health", "/collective_rpc", "/v1/completions", "/reset_prefix_cache"} <= paths
     assert len(paths) > 15
 
@@ -250,7 +253,7 @@ ASGI: dict[str, Any] = {
 
 
 @needs_vllm
-def test_the_list_is_of_methods_that_the_worker_has() -> None:
+def test_the_listed_methods_exist_on_the_worker() -> None:
     from megatron_real.rollout.vllm_server.worker import Worker
 
     own = {name for name in vars(Worker) if not name.startswith("_")} - {"load_model"}

@@ -1,5 +1,5 @@
-"""The site of the documentation is built: every page is in its order,
-and every link and anchor leads somewhere.
+"""The documentation's site is built: every page has its place in the order, and every link and
+anchor leads somewhere.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def test_the_site_is_built_with_strict_links(tmp_path: Path) -> None:
         "--site-dir",
         str(tmp_path / "site"),
     ]
-    done = subprocess.run(
+    completed = subprocess.run(
         build,
         cwd=ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
@@ -33,5 +33,6 @@ def test_the_site_is_built_with_strict_links(tmp_path: Path) -> None:
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
+
+    assert completed.returncode == 0, completed.stderr
     assert (tmp_path / "site/concepts.html").is_file()

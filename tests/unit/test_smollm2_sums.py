@@ -1,5 +1,5 @@
-"""examples/smollm2_sums.py: lenient against strict on a table of answers, the problems,
-and the comparison.
+"""examples/smollm2_sums.py: lenient and strict verdicts on a table of answers, the problems, and
+the comparison.
 """
 
 from __future__ import annotations
@@ -46,15 +46,18 @@ GOLD = "58 + 67 = 125"
         ("1" * 100_000, False, False),
     ],
 )
-def test_verifiers(text: str, strict: bool, lenient: bool) -> None:
+def test_strict_and_lenient_judge_the_table_as_expected(
+    text: str, strict: bool, lenient: bool
+) -> None:
     assert load("exact", require_boxed=False)(text, [GOLD], {})[0] == _status(text, strict)
-    assert load(f"{EXAMPLE}:lenient")(text, [GOLD], {}) == (
-        ("ok", 1.0) if lenient else ("wrong", 0.0)
-    )
+    verdict = load(f"{EXAMPLE}:lenient")(text, [GOLD], {})
+    assert verdict == (("ok", 1.0) if lenient else ("wrong", 0.0))
 
 
 def _status(text: str, right: bool) -> str:
-    return "ok" if right else "wrong" if text.strip() else "unparsable"
+    if right:
+        return "ok"
+    return "wrong" if text.strip() else "unparsable"
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +80,10 @@ def test_held_out_pairs_and_their_mirrors_are_not_trained_on(example: Any, tmp_p
     pairs = {
         name: [frozenset(text.split(" + ")) for text in texts] for name, texts in asked.items()
     }
+
     assert len(set(asked["heldout"])) == len(set(pairs["heldout"])) == 400
     assert not set(pairs["train"]) & set(pairs["heldout"])
+
     # 8,100 ordered pairs; of the 400 held-out ones, those of two different numbers take their
     # mirror with them.
     different = sum(len(pair) == 2 for pair in pairs["heldout"])
@@ -97,22 +102,25 @@ def test_the_answer_is_the_sum_and_the_worked_example_is_right(
         assert row.answers == (f"{asked} = {eval(asked)}",)
 
 
-def test_comparison_has_figures_and_answers_of_both(example: Any, tmp_path: Path) -> None:
-    for name, figure, said in (("before", 0.25, "58 + 67\n= 115"), ("after", 0.875, GOLD)):
+def test_the_comparison_has_figures_and_answers_before_and_after(
+    example: Any, tmp_path: Path
+) -> None:
+    for name, figure, answer in (("before", 0.25, "58 + 67\n= 115"), ("after", 0.875, GOLD)):
         for verifier in ("strict", "lenient"):
             samples = tmp_path / name / verifier / "samples/heldout"
             samples.mkdir(parents=True)
             results = {"benchmarks": {"heldout": {"pass_at_1": figure, "standard_error": 0.0125}}}
             (tmp_path / name / verifier / "results.json").write_text(json.dumps(results))
             rows = [
-                {"golds": [GOLD], "sample": k, "completion": said if k == 0 else "no"}
-                for k in range(2)
+                {"golds": [GOLD], "sample": 0, "completion": answer},
+                {"golds": [GOLD], "sample": 1, "completion": "no"},
             ]
             (samples / "chunk-0000.jsonl").write_text(
                 "".join(json.dumps(row) + "\n" for row in rows)
             )
-    shown = example.side_by_side(tmp_path / "before", tmp_path / "after")
-    assert shown.splitlines() == [
+    output = example.side_by_side(tmp_path / "before", tmp_path / "after")
+
+    assert output.splitlines() == [
         "held-out pass@1   before                  after",
         "strict            0.250 +- 0.013          0.875 +- 0.013",
         "lenient           0.250 +- 0.013          0.875 +- 0.013",

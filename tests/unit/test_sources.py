@@ -1,6 +1,7 @@
-"""Published files of every known form -> one schema; duplicates, near duplicates, leaks.
+"""Published files of every known form become one schema; duplicates, near duplicates and leaks are
+counted.
 
-The problems are our own.
+The problems are written for these tests.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def write(path: Path, problems: list[tuple[str, Any]]) -> Path:
 
 def test_every_sample_is_tested_and_every_layout_has_one() -> None:
     assert {p.name for p in SAMPLES.glob("*.json*")} == set(FORMS)
+
     used = set()
     for form, (name, *_) in FORMS.items():
         path = SAMPLES / form
@@ -78,27 +80,32 @@ def test_every_sample_is_tested_and_every_layout_has_one() -> None:
             ]
             if form
         }
+
     assert {f for s in SOURCES for f in s.forms if "." not in f.answer} <= used
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_published_forms(form: str, tmp_path: Path) -> None:
+def test_every_published_form_becomes_the_one_schema(form: str, tmp_path: Path) -> None:
     name, golds, dropped = FORMS[form]
     done = prepare({name: str(SAMPLES / form)}, tmp_path)
-    found = rows(tmp_path / f"{name}.jsonl")
-    assert [row["reward_model"]["ground_truth"] for row in found] == golds
+    written_rows = rows(tmp_path / f"{name}.jsonl")
+    assert [row["reward_model"]["ground_truth"] for row in written_rows] == golds
+
     counts = done.counts[name]
     assert counts.dropped == dropped
     assert counts.read == counts.kept + counts.dropped.total()
-    assert {row["data_source"] for row in found} == {name}
-    for row in found:
+    assert {row["data_source"] for row in written_rows} == {name}
+
+    for row in written_rows:
         text = row["prompt"][-1]["content"]
         assert "Answer:" not in text and "step by step" not in text, (
             "the publisher's instruction must go"
         )
+
     # What is written is what training and evaluation read.
     read = read_rows(tmp_path / f"{name}.jsonl")
-    assert [list(r.answers) for r in read] == [g if isinstance(g, list) else [g] for g in golds]
+    accepted = [gold if isinstance(gold, list) else [gold] for gold in golds]
+    assert [list(prompt.answers) for prompt in read] == accepted
     assert read[0].source == name and read[0].uid == f"{name}/0"
 
 
@@ -114,6 +121,7 @@ def test_parquet_and_folders_read_like_jsonl(form: str, tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows(SAMPLES / form)), tmp_path / "in/data/train-0.parquet")
     prepare({name: str(tmp_path / "in")}, tmp_path / "out")
     prepare({name: str(SAMPLES / form)}, tmp_path / "expected")
+
     assert rows(tmp_path / f"out/{name}.jsonl") == rows(tmp_path / f"expected/{name}.jsonl")
     assert [
         row["reward_model"]["ground_truth"] for row in rows(tmp_path / f"out/{name}.jsonl")
@@ -138,13 +146,13 @@ def test_the_context_goes_before_the_question(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_whole_numbers(answer: Any, whole: str) -> None:
+def test_whole_numbers_are_read_in_every_spelling(answer: Any, whole: str) -> None:
     row = prepared(BY_NAME["aime24"], {"problem": "What is it?", "answer": answer}, 0)
     assert row["reward_model"]["ground_truth"] == whole
 
 
 @pytest.mark.parametrize("answer", ["1/2", "about 7", "33.5", "nan", "inf"])
-def test_answers_that_are_no_whole_numbers(answer: str) -> None:
+def test_an_answer_that_is_no_whole_number_is_refused(answer: str) -> None:
     with pytest.raises(Unusable, match="not a whole number"):
         prepared(BY_NAME["aime24"], {"problem": "What is it?", "answer": answer}, 0)
 
@@ -164,34 +172,37 @@ OTHER = [("2+3", "2-3"), ("x^2", "x^3"), ("find 12", "find 1 2"), ("a<b", "a>b")
 
 
 @pytest.mark.parametrize(("one", "other"), SAME)
-def test_looks_do_not_count(one: str, other: str) -> None:
+def test_formatting_does_not_make_two_questions_different(one: str, other: str) -> None:
     assert tokens(one) == tokens(other)
 
 
 @pytest.mark.parametrize(("one", "other"), OTHER)
-def test_what_changes_the_question_counts(one: str, other: str) -> None:
+def test_a_difference_in_content_makes_two_questions_different(one: str, other: str) -> None:
     assert tokens(one) != tokens(other)
 
 
-def test_near_questions_by_hand() -> None:
-    """Ten letters have 8 trigrams; changing the last letter leaves 7 of 8,
-    changing the fifth leaves 5 of 8.
+def test_the_overlap_of_near_questions_equals_that_computed_by_hand() -> None:
+    """Ten letters have 8 trigrams: changing the last letter leaves 7 of 8, and changing the fifth
+    leaves 5 of 8.
     """
     index = Index({"b/0": "a b c d e f g h i j"}, size=3, share=5 / 8)
     shares = {
         q: index.closest(q)
         for q in ("a b c d e f g h i z", "a b c d z f g h i j", "a b z d e f z h i j")
     }
+
     assert [m and m.share for m in shares.values()] == [
         7 / 8,
         5 / 8,
         None,
     ]  # the last one keeps 2 of 8
+
     part = index.closest("c d e f g")
     assert part is not None and part.share == 1, (
         "the shorter one counts: it is wholly part of the other"
     )
     assert index.closest("a b") is None, "too short to be near"
+
     same = index.closest("A, B c d e f g h i j!")
     assert same is not None and (same.name, same.share) == ("b/0", 1)
 
@@ -204,10 +215,21 @@ def test_overlap_equals_brute_force(one: list[str], other: list[str]) -> None:
     def grams(letters: list[str]) -> set[str]:
         return {"".join(letters[i : i + 3]) for i in range(len(letters) - 2)}
 
-    a, b = grams(one), grams(other)
-    expected = 1.0 if one == other else len(a & b) / min(len(a), len(b)) if b else 0.0
+    grams_of_one = grams(one)
+    grams_of_other = grams(other)
+    if one == other:
+        expected = 1.0
+    elif grams_of_other:
+        common = grams_of_one & grams_of_other
+        expected = len(common) / min(len(grams_of_one), len(grams_of_other))
+    else:
+        expected = 0.0
+
     match = Index({"x": " ".join(one)}, size=3, share=0.5).closest(" ".join(other))
-    assert (match.share if match else 0.0) == (expected if expected >= 0.5 else 0.0)
+    if expected >= 0.5:
+        assert match is not None and match.share == expected
+    else:
+        assert match is None
 
 
 LONG = (
@@ -228,7 +250,7 @@ TRAIN = [
 ]
 
 
-def test_duplicates_disagreement_and_leaks(tmp_path: Path) -> None:
+def test_duplicates_disagreements_and_leaks_are_reported(tmp_path: Path) -> None:
     sources = {
         "deepscaler": str(write(tmp_path / "train.jsonl", TRAIN)),
         "math500": str(
@@ -237,6 +259,7 @@ def test_duplicates_disagreement_and_leaks(tmp_path: Path) -> None:
     }
     done = prepare(sources, tmp_path / "out")
     counts = done.counts["deepscaler"]
+
     assert (counts.read, counts.kept) == (10, 3)
     assert counts.dropped == {
         "duplicate": 3, "answers of equal questions disagree": 2, "asked by a benchmark": 1,
@@ -251,6 +274,7 @@ def test_duplicates_disagreement_and_leaks(tmp_path: Path) -> None:
     ]
     assert rows(tmp_path / "out/leaks.jsonl")[1]["train_question"] == TRAIN[1][0]
     assert "aime24" in done.unchecked and "math500" not in done.unchecked
+
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert (
         report["sources"]["deepscaler"]["dropped"] == counts.dropped
@@ -266,11 +290,12 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command_writes_the_benchmarks_and_its_report(tmp_path: Path) -> None:
     done = command(
         "--out", str(tmp_path), f"aime25={SAMPLES / 'opencompass--AIME2025.jsonl'}",
         f"dapo={SAMPLES / 'BytedTsinghua-SIA--DAPO-Math-17k.jsonl'}",
     )  # fmt: skip
+
     assert done.returncode == 0, done.stderr
     assert "3 duplicate" in done.stdout and "not compared with aime24, math500" in done.stdout
     assert {p.name for p in tmp_path.iterdir()} == {
@@ -303,7 +328,7 @@ def test_bad_input_is_one_sentence(words: list[str], message: str, tmp_path: Pat
     assert not (tmp_path / "out").exists(), "nothing is written"
 
 
-def test_without_a_network_the_remedy_is_said(
+def test_without_a_network_the_error_names_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -316,8 +341,10 @@ def test_without_a_network_the_remedy_is_said(
     )
 
 
-def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """huggingface_hub's own cache, filled by hand: two files of one dataset,
+def test_a_benchmark_is_read_from_the_cache_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """huggingface_hub's own cache is filled by hand with two files of one dataset, and one of
     another that is not asked for.
     """
     snapshot = tmp_path / "hub/datasets--opencompass--AIME2025/snapshots/1234"
@@ -330,8 +357,9 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (snapshot / "README.md").write_text("# not data")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
+
     for word in ("aime25", "aime25=opencompass/AIME2025"):
         done = command("--out", str(tmp_path / "out"), word)
         assert done.returncode == 0, done.stderr
-        found = rows(tmp_path / "out/aime25.jsonl")
-        assert [row["reward_model"]["ground_truth"] for row in found] == ["336", "135"]
+        written_rows = rows(tmp_path / "out/aime25.jsonl")
+        assert [row["reward_model"]["ground_truth"] for row in written_rows] == ["336", "135"]

@@ -1,5 +1,5 @@
-"""Trackers, each really run without a network: what they hold afterwards, over two lives,
-and that none ends a run.
+"""Each tracker runs for real without a network: what it holds after two lives of a run, and that
+none ends a run.
 """
 
 from __future__ import annotations
@@ -11,33 +11,34 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from megatron_real.runs import metrics
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.metrics import MetricsWriter
-from megatron_real.runs.trackers import TRACKERS, check_installed
+from megatron_real.runs.trackers import TRACKERS, Tracker, check_installed
 
 CONFIG = {"objective": {"name": "real", "tau": 0.5}, "trainer": {"steps": 3}}
 
 
 def write_a_life(directory: RunDirectory, tracker: str, first_step: int, steps: int = 3) -> None:
-    """Two steps and an evaluation, as a run writes them."""
-    said: list[str] = []
+    """Writes two steps and an evaluation, as a run does."""
+    warnings: list[str] = []
     writer = MetricsWriter(
         directory,
         trackers=[tracker],
         config={**CONFIG, "trainer": {"steps": steps}},
         first_step=first_step if first_step > 1 else None,
-        say=said.append,
+        say=warnings.append,
     )
     writer.write(first_step, {"loss": 0.5, "grad_norm": math.nan})
     writer.write(first_step + 1, {"loss": 0.25})
     writer.write_evaluation(first_step + 1, {"heldout/pass_at_1": 0.75})
     writer.close()
-    assert said == []
+
+    assert warnings == []
 
 
 def test_tensorboard_gets_everything(tmp_path: Path) -> None:
@@ -47,10 +48,13 @@ def test_tensorboard_gets_everything(tmp_path: Path) -> None:
     write_a_life(directory, "tensorboard", 1)
     events = EventAccumulator(str(directory.tensorboard)).Reload()
     assert sorted(events.Tags()["scalars"]) == ["heldout/pass_at_1", "objective/loss"]
+
     losses = [(event.step, event.value) for event in events.Scalars("objective/loss")]
     assert losses == [(1, 0.5), (2, 0.25)]
+
     (settings,) = events.Tensors("configuration/text_summary")
     assert b"objective.tau: 0.5" in settings.tensor_proto.string_val[0]
+
     (where,) = events.Tensors("run directory/text_summary")
     assert str(tmp_path).encode() in where.tensor_proto.string_val[0]
 
@@ -82,6 +86,7 @@ def test_mlflow_holds_one_run_of_both_lives(
     client = MlflowClient(tracking_uri=(directory.path / "mlruns").as_uri())
     experiment = client.get_experiment_by_name("megatron_real")
     assert experiment is not None
+
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("first", "FINISHED")
     assert run.data.params == {
@@ -90,10 +95,13 @@ def test_mlflow_holds_one_run_of_both_lives(
         "trainer.steps": "3",
     }
     assert run.data.tags["run_directory"] == str(directory.path)
+
     losses = client.get_metric_history(run.info.run_id, "objective/loss")
     assert [(one.step, one.value) for one in losses] == [(1, 0.5), (2, 0.25), (2, 0.5), (3, 0.25)]
+
     held = client.get_metric_history(run.info.run_id, "heldout/pass_at_1")
     assert [(one.step, one.value) for one in held] == [(2, 0.75), (3, 0.75)]
+
     (file,) = directory.path.glob("mlruns/*/*/artifacts/configuration.json")
     assert json.loads(file.read_text())["trainer"]["steps"] == 9
 
@@ -140,6 +148,7 @@ def test_wandb_offline_keeps_the_configuration_and_every_figure(
     write_a_life(directory, "wandb", 1)
     (file,) = directory.path.glob("wandb/offline-run-*/*.wandb")
     identity = json.loads((directory.path / "wandb.json").read_text())["id"]
+
     assert file.name == f"run-{identity}.wandb"
 
     # The process that writes may close the file a little after the run has ended.
@@ -148,8 +157,10 @@ def test_wandb_offline_keeps_the_configuration_and_every_figure(
         assert time.monotonic() < ended, kinds
         time.sleep(0.1)
     configuration, history = read_wandb(file)
+
     assert configuration["objective"]["tau"] == 0.5
     assert configuration["run_directory"] == str(directory.path)
+
     losses = [(row["step"], row["objective/loss"]) for row in history if "objective/loss" in row]
     assert losses == [(1, 0.5), (2, 0.25)]
     assert [row["step"] for row in history if row.get("heldout/pass_at_1") == 0.75] == [2]
@@ -172,23 +183,26 @@ def read_wandb(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def wandb_records(file: Path) -> Iterator[Any]:
-    """The messages of a run's file, in the order in which they were written."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    """Yields the messages of a run's file in the order in which they were written."""
+    from wandb.proto import wandb_internal_pb2
 
+    # Generated code, which makes its classes when it is imported.
+    messages: Any = wandb_internal_pb2
     for data in records_of(file.read_bytes()):
-        record = Record()
+        record = messages.Record()
         record.ParseFromString(data)
         yield record
 
 
 def records_of(log: bytes) -> Iterator[bytes]:
-    """The records of a log in LevelDB's format, as W&B writes it: 7 bytes that name it,
+    """Yields the records of a log in LevelDB's format, as W&B writes it: 7 bytes of identification,
     then blocks of 32 KiB.
 
-    A record's parts each have a header of 7 bytes: a checksum, the length, and 1 whole, 2 first, 3
-    middle or 4 last.
+    Each part of a record has a header of 7 bytes: a checksum, the length, and 1 for whole, 2 for
+    first, 3 for middle or 4 for last.
     """
     assert log[:4] == b":W&B"
+
     at = 7
     data = b""
     while at + 7 <= len(log):
@@ -205,12 +219,13 @@ def records_of(log: bytes) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("fails_at", ["open", "write", "close"])
-def test_a_tracker_that_fails_is_said_once_and_ends_nothing(
+def test_a_tracker_that_fails_is_reported_once_and_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str
 ) -> None:
     class Failing:
-        name = "Tracker"
-        package = installed_by = "json"
+        name: ClassVar[str] = "Tracker"
+        package: ClassVar[str] = "json"
+        installed_by: ClassVar[str] = "json"
 
         def __init__(
             self, directory: RunDirectory, config: Mapping[str, Any], first_step: int | None
@@ -227,14 +242,17 @@ def test_a_tracker_that_fails_is_said_once_and_ends_nothing(
             if moment == fails_at:
                 raise RuntimeError("out of reach\nand more lines")
 
-    monkeypatch.setitem(metrics.TRACKERS, "failing", Failing)  # type: ignore[arg-type]
-    said: list[str] = []
+    kind: type[Tracker] = Failing
+    trackers = dict(TRACKERS, failing=kind)
+    monkeypatch.setattr(metrics, "TRACKERS", trackers)
+    warnings: list[str] = []
     directory = RunDirectory(tmp_path)
-    writer = MetricsWriter(directory, trackers=["failing"], config=CONFIG, say=said.append)
+    writer = MetricsWriter(directory, trackers=["failing"], config=CONFIG, say=warnings.append)
     for step in (1, 2):
         writer.write(step, {"loss": 0.5})
     writer.close()
-    (warning,) = said
+    (warning,) = warnings
+
     assert warning.startswith("WARNING: Tracker is left out")
     assert warning.endswith("RuntimeError: out of reach")
     assert len(directory.metrics.read_text().splitlines()) == 2

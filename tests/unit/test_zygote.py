@@ -1,4 +1,4 @@
-"""A forked command line is what a new process would be, as far as tests look at one."""
+"""A forked command behaves like a new process in everything that tests look at."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ sys.exit({code!r})
 
 
 @pytest.mark.parametrize("code", [0, 3, "a sentence"])
-def test_it_is_like_a_new_process(tmp_path: Path, code: object) -> None:
+def test_a_forked_command_behaves_like_a_new_process(tmp_path: Path, code: object) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(code=code))
     answers = []
     for start in (subprocess.Popen, zygote.Popen):
-        process: subprocess.Popen[str] = start(  # type: ignore[operator]
+        process: subprocess.Popen[str] = start(
             [sys.executable, str(program), "one", "two"],
             cwd=tmp_path,
             env={"PATH": os.environ["PATH"], "HOME": "/", "LC_CTYPE": "C.UTF-8"},
@@ -43,6 +43,7 @@ def test_it_is_like_a_new_process(tmp_path: Path, code: object) -> None:
         )
         output = process.communicate("what it reads", timeout=240)
         answers.append((process.returncode, *output))
+
     assert answers[0] == answers[1]
     assert answers[0][0] == (code if isinstance(code, int) else 1)
 
@@ -51,8 +52,8 @@ def test_it_is_like_a_new_process(tmp_path: Path, code: object) -> None:
     ("number", "code"),
     [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 1)],
 )
-def test_signals_end_it(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    """SIGINT is an exception, as in a process whose parent does not ignore it."""
+def test_signals_end_a_forked_command(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """SIGINT raises an exception, as in a process whose parent does not ignore it."""
     program = tmp_path / "program.py"
     program.write_text("import time\nprint('up', flush=True)\ntime.sleep(600)\n")
     process: Any = zygote.Popen([sys.executable, str(program)], stdout=-1, stderr=-1, text=True)
@@ -77,7 +78,9 @@ def test_a_server_is_a_fork_of_its_guard_and_ends_with_its_group(tmp_path: Path)
         text=True,
         start_new_session=True,
     )
+
     assert process.stdout.readline() == f"True {process.pid} {process.pid}\n"
+
     process.stdin.close()
     assert process.wait(timeout=240) == -signal.SIGKILL
     assert process.stdout.read() == "", "nobody has the stream any more"
@@ -88,15 +91,17 @@ def test_a_shell_scripts_python_is_a_fork(tmp_path: Path, code: int) -> None:
     program = tmp_path / "program.py"
     program.write_text(f"{IS_FORK}print(sys.argv[1:], sys.stdin.read())\nsys.exit({code})\n")
     environment = os.environ | {"PATH": zygote.add_interpreter(tmp_path, "plain")}
-    done = subprocess.run(
+    completed = subprocess.run(
         ["bash", "-c", f"echo input | python {program} one two"],
         env=environment,
         capture_output=True,
         text=True,
         timeout=240,
     )
-    assert done.returncode == code, done.stderr
-    first, second = done.stdout.splitlines()[:2]
+
+    assert completed.returncode == code, completed.stderr
+
+    first, second = completed.stdout.splitlines()[:2]
     assert first.startswith("True ") and second == "['one', 'two'] input"
 
 
@@ -114,5 +119,5 @@ def test_a_core_is_kept_and_the_rest_is_of_the_grid() -> None:
 
 
 def test_these_tests_run_on_the_first_version() -> None:
-    """Where it is not known, what runs on both would be thin on both."""
+    """If the version were unknown, tests of one version would be thinned out on both."""
     assert on_first_version()

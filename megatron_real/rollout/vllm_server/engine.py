@@ -15,25 +15,32 @@ import atexit
 import importlib.util
 import os
 import secrets
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import partial
-from queue import Empty, SimpleQueue
-from threading import Thread
+from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_real.challenge import own_address
 from megatron_real.config import Config
-from megatron_real.parallel.collective import on_every_rank
+from megatron_real.parallel.collective import (
+    all_well,
+    gathered,
+    gathered_if_any,
+    on_every_rank,
+    shared,
+)
 from megatron_real.parallel.cpu import device
 from megatron_real.records import Completion, Prompt, Sampling
 from megatron_real.rollout.engines.engine import EngineFailed, Held
 from megatron_real.rollout.engines.tokenizer import completion_of, eos_ids, load_tokenizer
-from megatron_real.rollout.vllm_server.link import Link, buckets, link_secret, listen, own_address
+from megatron_real.rollout.vllm_server.link import Link, buckets, link_secret, listen
 from megatron_real.rollout.vllm_server.server import Server, ServerProcess, wait_until_healthy
 
 _CALL_SECONDS = 60.0
@@ -81,6 +88,8 @@ class VllmServerEngine:
         num_servers = len(rollout.servers) or rollout.num_servers
         self.number = rank % num_servers
         """Number of the server that this rank asks."""
+        self.at_once = -(-rollout.max_sequences * num_servers // dist.get_world_size())
+        """This rank's share of the sequences that its server decodes together, rounded up."""
         self.owner = rank < num_servers
         """Whether this rank starts the server and sends it weights."""
         self.started: ServerProcess | None = None
@@ -95,7 +104,7 @@ class VllmServerEngine:
                 "rollout.servers want a key, but VLLM_API_KEY is not set; set it as the servers "
                 "have it"
             )
-        self._key = _everyone(key)[0]
+        self._key = shared(key, group=dist.group.WORLD)
         self._link: Link | None = None
         self._link_name = ""
 
@@ -123,7 +132,7 @@ class VllmServerEngine:
                 return []
             return self.server.call("checksums", dtype_names, timeout=seconds)
 
-        workers = _all_or_none(sums_of_workers)[dist.get_rank()]
+        workers = _all_or_none(sums_of_workers)
         checksums: dict[str, dict[int, int]] = {}
         for name in dtypes:
             checksums[name] = {self._numbered(i): sums[name] for i, sums in enumerate(workers)}
@@ -150,14 +159,14 @@ class VllmServerEngine:
                 return self.server.url
             return ""
 
-        url_of_rank = _all_or_none(url_if_ended)
-        ended = [url for url in url_of_rank if url]
+        own_url = _all_or_none(url_if_ended)
+        ended = [url for url in gathered_if_any(own_url, group=dist.group.WORLD) if url]
         if not ended:
             return False
 
         remedy = "waiting for it" if self._config.rollout.servers else "it is started again"
         self._say(f"{', '.join(ended)} no longer serves; {remedy}")
-        if url_of_rank[dist.get_rank()] and self.started is not None:
+        if own_url and self.started is not None:
             self.started.stop()
             self.started.start()
         self._connect()
@@ -190,42 +199,79 @@ class VllmServerEngine:
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
+        # Every rank may fill its server: ranks that share one need not end at the same time.
+        num_requests = len(prompts) * sampling.num_samples
+        together = min(num_requests, self._config.rollout.max_sequences)
+        rows = iter(range(len(prompts)))
+        return self._generated(prompts, sampling, seeds, rows, together)
+
+    def generate_as_room(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int],
+        rows: Iterator[int],
+    ) -> Iterator[tuple[int, int, Completion]]:
+        return self._generated(prompts, sampling, seeds, rows, self.at_once)
+
+    def _generated(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        rows: Iterator[int],
+        together: int,
+    ) -> Iterator[tuple[int, int, Completion]]:
         """Yields completions as they finish.
 
         There is a request for each completion, with a seed of its own, as in the engine of the
         training processes.
+
+        Args:
+            prompts, sampling, seeds, rows: see `QueueEngine.generate_as_room`.
+            together: number of requests that are under way at the same time.
         """
-        requests: SimpleQueue[tuple[int, int]] = SimpleQueue()
-        answers: SimpleQueue[tuple[int, int, Completion | EngineFailed]] = SimpleQueue()
-        for i in range(len(prompts)):
-            for k in range(sampling.num_samples):
-                requests.put((i, k))
-        num_requests = requests.qsize()
+        requests = _UnsentRequests(rows, sampling.num_samples)
+        # A completion, the failure that has cost one, an error that ends the run, or None from each
+        # thread that has ended.
+        answers: SimpleQueue[tuple[int, int, Completion] | Exception | None] = SimpleQueue()
 
         def ask() -> None:
-            with suppress(Empty):
-                while True:
-                    i, k = requests.get_nowait()
-                    answers.put((i, k, self._complete(prompts[i], sampling, seeds[i] + k)))
+            try:
+                while (request := requests.next()) is not None:
+                    i, k = request
+                    answer = self._complete(prompts[i], sampling, seeds[i] + k)
+                    if isinstance(answer, EngineFailed):
+                        requests.end_unless(self._serves)
+                        answers.put(answer)
+                    else:
+                        answers.put((i, k, answer))
+            except Exception as error:
+                answers.put(error)
+            answers.put(None)
 
         # Daemons: a run that ends does not wait for answers.
-        for _ in range(min(num_requests, self._config.rollout.max_sequences)):
+        for _ in range(together):
             Thread(target=ask, name="vllm-server", daemon=True).start()
 
         failure: EngineFailed | None = None
+        num_asking = together
         try:
-            for _ in range(num_requests):
-                i, k, answer = answers.get()
-                if isinstance(answer, EngineFailed):
+            while num_asking:
+                answer = answers.get()
+                if answer is None:
+                    num_asking -= 1
+                elif isinstance(answer, EngineFailed):
                     failure = answer
+                elif isinstance(answer, Exception):
+                    raise answer
                 else:
-                    yield i, k, answer
+                    yield answer
         finally:
             # Also where the caller has left the loop: no thread asks for more, and the server stops
             # computing what was asked.
-            with suppress(Empty):
-                while True:
-                    requests.get_nowait()
+            requests.end()
             self.server.cancel()
         # Last, so that one lost answer does not cost those that come after it.
         if failure is not None:
@@ -242,6 +288,13 @@ class VllmServerEngine:
             self.started.stop()
             # A later process of this machine may get the same process group's number.
             atexit.unregister(self.started.stop)
+
+    def _serves(self) -> bool:
+        """Returns whether the server still answers at all."""
+        try:
+            return self.server.healthy()
+        except EngineFailed:
+            return False
 
     def _complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion | EngineFailed:
         """Asks the server for one completion.
@@ -282,7 +335,8 @@ class VllmServerEngine:
             EngineFailed: on every rank alike.
         """
         rollout = self._config.rollout
-        urls = rollout.servers or _everyone(self.started.server.url if self.started else "")
+        own_url = self.started.server.url if self.started is not None else ""
+        urls = rollout.servers or gathered(own_url, group=dist.group.WORLD)
         self.server = Server(urls[self.number], self._key)
 
         def described() -> list[Any]:
@@ -297,7 +351,10 @@ class VllmServerEngine:
             return workers
 
         # The rank of a server's number is its owner, which alone has asked the server.
-        workers = _all_or_none(described)[self.number]
+        of_rank = on_every_rank(
+            described, group=dist.group.WORLD, expected=EngineFailed, raises=EngineFailed
+        )
+        workers = of_rank[self.number]
         self._held = self._held_by([worker["held"] for worker in workers])
 
     def _check(self, description: Mapping[str, Any]) -> None:
@@ -415,17 +472,51 @@ class VllmServerEngine:
             ) from error
 
 
-def _everyone(value: Any) -> list[Any]:
-    """Returns every rank's value, in order of the ranks. Collective over all ranks."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+class _UnsentRequests:
+    """The requests that have not been sent to a server yet, for the threads that send them."""
+
+    def __init__(self, rows: Iterator[int], num_samples: int) -> None:
+        """Takes the prompts as `rows` gives them.
+
+        Args:
+            rows: indices of prompts; each is asked for when all samples of those before are sent.
+            num_samples: requests for each of them.
+        """
+        self._rows = rows
+        self._num_samples = num_samples
+        self._begun: deque[tuple[int, int]] = deque()
+        self._ended = False
+        self._lock = Lock()
+
+    def next(self) -> tuple[int, int] | None:
+        """Returns the index of a prompt and the number of a sample; None: there are no more."""
+        with self._lock:
+            if not self._begun and not self._ended:
+                i = next(self._rows, None)
+                if i is None:
+                    self._ended = True
+                else:
+                    self._begun.extend((i, k) for k in range(self._num_samples))
+            return self._begun.popleft() if self._begun else None
+
+    def end_unless(self, serves: Callable[[], bool]) -> None:
+        """Leaves the prompts that are not begun to others, unless the server still serves."""
+        # Within the lock: meanwhile no thread takes a prompt to a server that may be gone.
+        with self._lock:
+            if not self._ended:
+                self._ended = not serves()
+
+    def end(self) -> None:
+        """Gives out no more requests."""
+        with self._lock:
+            self._ended = True
+            self._begun.clear()
 
 
-def _all_or_none(action: Callable[[], _Result]) -> list[_Result]:
-    """Returns what `action` returns on every rank. Collective over all ranks.
+def _all_or_none(action: Callable[[], _Result]) -> _Result:
+    """Returns what `action` returns on this rank. Collective over all ranks.
 
     Raises:
         EngineFailed: `action` raised it on some rank; on every rank alike.
     """
-    return on_every_rank(action, group=dist.group.WORLD, expected=EngineFailed, raises=EngineFailed)
+    return all_well(action, group=dist.group.WORLD, expected=EngineFailed, raises=EngineFailed)

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_real.buffers import SYNC_BUCKET_BYTES
-from megatron_real.challenge import NotProven, proof
+from megatron_real.challenge import NotProven, own_address, proof
 from megatron_real.rollout.vllm_server.meeting import Guest, Host
 
 _POLL_SECONDS = 0.0005
@@ -216,16 +216,6 @@ def listen(host: str) -> socket.socket:
     listener.bind((host, 0))
     listener.listen(64)  # waiting connections at most: more workers than a server has
     return listener
-
-
-def own_address(host: str, port: int) -> str:
-    """Returns the address under which the other side sees this machine.
-
-    It is the address of the network interface that leads there.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))  # a datagram socket sends nothing for it
-        return str(probe.getsockname()[0])
 
 
 def _group(

@@ -122,11 +122,11 @@ class Run:
         return all(self.cluster.fields(job)["JobState"] in ENDS for job in self._jobs)
 
     def restarts(self, job: str) -> int:
-        """How often Slurm has started the job again."""
+        """Returns how often Slurm has started the job again."""
         return int(self.cluster.fields(job)["Restarts"])
 
     def output(self) -> str:
-        """The jobs' log."""
+        """Returns the jobs' log."""
         if not self.log.exists():
             return ""
         return self.log.read_text()
@@ -143,7 +143,7 @@ class Run:
         return "\n".join([self.output(), *logs])
 
     def status(self) -> str:
-        """The content of status.json."""
+        """Returns the content of status.json."""
         file = self.directory / "status.json"
         if not file.exists():
             return ""
