@@ -438,7 +438,7 @@ def _draw_no_pictures() -> None:
     def draw_nothing(*_: Any, **__: Any) -> None:
         pass
 
-    reporter.plot_curves = draw_nothing
+    reporter.plot_curves = draw_nothing  # type: ignore[attr-defined]
 
 
 def _import_vllm() -> None:
