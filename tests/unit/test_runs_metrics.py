@@ -201,9 +201,9 @@ def test_speed_metrics_equal_those_computed_by_hand() -> None:
 def test_engine_metrics_equal_those_computed_by_hand() -> None:
     # 300 tokens in 10 s over three engines; the last drew nothing.
     engines = [
-        {"seconds": 2.0, "tokens": 100},
-        {"seconds": 8.0, "tokens": 200},
-        {"seconds": 0.0, "tokens": 0},
+        {"seconds": 2.0, "tokens": 100, "taken_over": 3},
+        {"seconds": 8.0, "tokens": 200, "taken_over": 0},
+        {"seconds": 0.0, "tokens": 0, "taken_over": 1},
     ]
 
     assert engine_metrics(engines) == pytest.approx(
@@ -215,6 +215,7 @@ def test_engine_metrics_equal_those_computed_by_hand() -> None:
             "engine/tokens_slowest": 200,
             "engine/tokens_per_second_mean": 30,
             "engine/tokens_per_second_min": 25,
+            "engine/taken_over": 4,
         }
     )
     assert engine_metrics([]) == {}, "a replay has no engine"
