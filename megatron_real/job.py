@@ -34,7 +34,7 @@ from megatron_real.prompts import PromptCursor
 from megatron_real.prompts.cursor import Digests
 from megatron_real.prompts.training import heldout_prompts, training_prompts
 from megatron_real.records import Prompt, Sampling
-from megatron_real.rollout import RolloutStage, build_engine
+from megatron_real.rollout import RolloutStage, build_engine, takes_over
 from megatron_real.rollout.sampling import evaluation_sampling, training_sampling
 from megatron_real.rollout.source import (
     DrawOptions,
@@ -49,7 +49,7 @@ from megatron_real.runs.chunks import ChunkFiles, settings_of_rollouts
 from megatron_real.runs.claim import Claim, Earlier
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.reporter import Reporter
-from megatron_real.runs.rollouts import read_rollouts
+from megatron_real.runs.saved_steps import SavedSteps
 from megatron_real.supervision.lifeline import Lifeline
 from megatron_real.supervision.stop import StopRequest
 from megatron_real.weights.architecture import Architecture
@@ -287,8 +287,8 @@ def _build(
     labeller = None
     evaluation = None
     if drawing is None:
-        replayed = RunDirectory(config.rollout.replay)
-        source = Replay(lambda step: read_rollouts(replayed.saved_rollouts(step)), exchange)
+        replayed = SavedSteps(RunDirectory(config.rollout.replay), ranks, exchange)
+        source = Replay(replayed.read)
     else:
         source = _source(config, drawing, policy, checkpoints, reporter, ranks)
         labeller = drawing.stage.labeller
@@ -382,6 +382,7 @@ def _drawing(
             world=exchange.world,
             retries=rollout.retries,
             exchange=exchange,
+            take_over=takes_over(config, engine),
         ),
         sync=WeightSync(
             engine,

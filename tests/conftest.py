@@ -52,17 +52,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 LONGEST = ("test_vllm", "test_resume", "test_server", "test_train", "test_eval", "test_slurm")
-"""Files of tests/integration by what they cost (docs/testing.md),
-the two first ones without a fixture in common.
+"""Files of tests/integration by what they cost (docs/testing.md)."""
+FIRST = "test_vllm"
+"""The file of the longest group, all tests with vLLM: one lane has it from the beginning on.
+
+Its first tests need no base model, which tests/run.sh makes meanwhile.
 """
 DIRECTORIES = ("distributed", "integration", "faults", "unit")
-"""Those of tests/distributed need no base model,
-which tests/run.sh has made beside them meanwhile.
-"""
+"""Those of tests/distributed need no base model either."""
 
 
 def _place_in_line(item: pytest.Item) -> tuple[int, int]:
     file = item.path
+    if file.stem == FIRST:
+        return -1, 0
     directory = next((i for i, name in enumerate(DIRECTORIES) if name in file.parts), 0)
     by_cost = len(LONGEST)
     if file.stem in LONGEST:

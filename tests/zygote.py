@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -412,6 +413,34 @@ def _fork_the_ranks() -> None:
     subprocess_handler.Popen = Popen  # type: ignore[attr-defined, assignment]
 
 
+LATER = (
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "megatron_real.commands",
+    "megatron_real.loop",
+    "omegaconf",
+    "pandas",
+    "pyarrow.parquet",
+    "torch.distributed.run",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.tokenization_utils_sentencepiece",
+)
+"""What commands import only when they come to it: a third of the CPU time of a run of one step."""
+
+
+def _draw_no_pictures() -> None:
+    """Leaves out the picture of a forked run, which is another third of its CPU time.
+
+    Runs in pytest's own process and on Slurm draw theirs.
+    """
+    from megatron_real.runs import reporter
+
+    def draw_nothing(*_: Any, **__: Any) -> None:
+        pass
+
+    reporter.plot_curves = draw_nothing  # type: ignore[attr-defined]
+
+
 def _import_vllm() -> None:
     """As megatron_real imports it for the engine in its processes."""
     from megatron_real.rollout.engines.vllm import ENVIRONMENT
@@ -452,6 +481,9 @@ def main() -> None:
 
     from tests.distributed import preload  # noqa: F401
 
+    for module in LATER:
+        importlib.import_module(module)
+    _draw_no_pictures()
     if sys.argv[2] == _VLLM:
         _import_vllm()
         _fork_the_servers()

@@ -11,6 +11,11 @@ One process does what each rank of a run does alike. Lengths of answers are expo
 of 3,000 tokens, cut at 8,192, under a budget of 10,240; groups of 8. A plan with the planner of an
 earlier commit is given up after --patience seconds.
 
+Slow engines are simulated: the shares are the program's own, the clock is not. Each engine draws 8
+prompts in groups of 8 and decodes 16 sequences at a time, a token of each in a unit of time; one
+engine needs 4 units. Nothing is known of the lengths beforehand. The best possible is all tokens
+over the engines' speeds, and not less than the longest answer takes.
+
 The run of 64 ranks draws 32 prompts of 40,000 a step in groups of 8, shares them out, cuts
 minibatches, plans, learns lengths, and takes the state that a checkpoint would save. Its memory and
 its time a step must stay flat.
@@ -19,6 +24,7 @@ its time a step must stay flat.
 from __future__ import annotations
 
 import argparse
+import heapq
 import importlib.util
 import multiprocessing as mp
 import random
@@ -37,10 +43,17 @@ from megatron_real.batching import Layout, minibatches, placement, plan
 from megatron_real.objective import make_objective
 from megatron_real.prompts import PromptCursor
 from megatron_real.records import Completion, Label, Prompt, Rollout, Status, Verdict
-from megatron_real.rollout.spread import ExpectedLengths, samples_together, spread
+from megatron_real.rollout.spread import (
+    ExpectedLengths,
+    begun_and_waiting,
+    samples_together,
+    spread,
+)
 
 MAX_TOKENS = 10240
 GROUP = 8
+AT_ONCE = 16
+"""Sequences that a simulated engine decodes together."""
 SIZES = ((256, 16), (1024, 64), (1024, 512), (16384, 512), (16384, 4096))
 """Rollouts of a plan, data-parallel ranks."""
 
@@ -153,6 +166,64 @@ def cursors(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def step_time(
+    begun: list[list[int]], waiting: list[int], tokens: list[list[int]], slowness: list[float]
+) -> float:
+    """When the last answer ends.
+
+    Args:
+        begun: [engine] the prompts that no other engine gets.
+        waiting: those for whichever engine has room; it is emptied.
+        tokens: [prompt] of each of its answers.
+        slowness: [engine] time of a token.
+    """
+    left = [[n for i in prompts for n in tokens[i]] for prompts in begun]
+    # Of every place in which an engine decodes a sequence: when it is free.
+    free = [(0.0, engine) for engine in range(len(begun)) for _ in range(AT_ONCE)]
+    ended = 0.0
+    while free:
+        now, engine = heapq.heappop(free)
+        if not left[engine] and waiting:
+            left[engine] = list(tokens[waiting.pop(0)])
+        if left[engine]:
+            end = now + left[engine].pop(0) * slowness[engine]
+            ended = max(ended, end)
+            heapq.heappush(free, (end, engine))
+    return ended
+
+
+def slow_engines(slow: float) -> list[dict[str, Any]]:
+    """How long a step takes with one slow engine, in the time that it takes without one."""
+    rows = []
+    for engines in (2, 8, 64, 512):
+        lengths = drawn_lengths(8 * engines * GROUP)
+        tokens = [lengths[i : i + GROUP] for i in range(0, len(lengths), GROUP)]
+        costs = ExpectedLengths().costs(made_prompts(len(tokens)), GROUP)
+        shares = spread(costs, engines)
+
+        usual = [1.0] * engines
+        one_slow = [1.0] * (engines - 1) + [slow]
+        undisturbed = step_time(shares, [], tokens, usual)
+        kept = step_time(shares, [], tokens, one_slow)
+        begun, waiting = begun_and_waiting(shares, costs, AT_ONCE // GROUP)
+        taken = step_time(begun, list(waiting), tokens, one_slow)
+        taken_usual = step_time(begun, list(waiting), tokens, usual)
+        speed = sum(AT_ONCE / one for one in one_slow)
+        best = max(sum(lengths) / speed, max(lengths))
+        rows.append(
+            {
+                "engines": engines,
+                "prompts": len(tokens),
+                "each its share": kept / undisturbed,
+                "taken over": taken / undisturbed,
+                "taken over, none slow": taken_usual / undisturbed,
+                "best possible": best / undisturbed,
+                "taken over / share": taken / kept,
+            }
+        )
+    return rows
+
+
 class Bookkeeping:
     """A run's steps without engines and model."""
 
@@ -231,12 +302,18 @@ def main() -> None:
     parser.add_argument("--before", default="", help="a commit whose planner is measured too")
     parser.add_argument("--patience", type=float, default=60, help="seconds for each of its plans")
     parser.add_argument("--prompts", type=int, nargs="+", default=[40_000, 400_000])
+    parser.add_argument("--slow", type=float, default=4, help="how much slower the slow engine is")
     parser.add_argument("--steps", type=int, default=0, help="steps of the run of 64 ranks")
     add_options(parser, rounds=3)
     options = parser.parse_args()
     apply_options(options)
     show("One plan, seconds", plans(options), options)
     show("The order of the prompts", cursors(options), options)
+    show(
+        f"A step with one engine {options.slow:g} times slower, in the time of one without",
+        slow_engines(options.slow),
+        options,
+    )
     if options.steps:
         show("Steps of 64 ranks", simulated(options.steps), options)
 

@@ -366,7 +366,7 @@ class TrainerConfig:
     deterministic: bool = False
     """Only algorithms that give the same bits each time: what a resumed run needs on a GPU to go on
     bit for bit. Attention's backward pass and the embedding's get slower. On a CPU they are the
-    same without."""
+    same without. It also keeps each vLLM engine to its share of the prompts (docs/rollouts.md)."""
     peak_tflops: Annotated[float, NonNegative] = 0.0
     """Peak TFLOP/s of one device for MFU; 0: from a table of known GPUs, else MFU is left out."""
 

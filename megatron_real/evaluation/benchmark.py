@@ -50,7 +50,7 @@ from megatron_real.parallel.ranks import Ranks
 from megatron_real.progress import Heartbeat
 from megatron_real.prompts import load_prompts
 from megatron_real.records import POSITIVE, Completion, Prompt, Rollout
-from megatron_real.rollout import RolloutStage, build_engine
+from megatron_real.rollout import RolloutStage, build_engine, takes_over
 from megatron_real.rollout.engines.engine import Engine, EngineFailed
 from megatron_real.rollout.sampling import evaluation_sampling
 from megatron_real.rollout.sync import WeightSync
@@ -281,6 +281,7 @@ def _answer(
             world=ranks.world,
             retries=config.rollout.retries,
             exchange=Exchange(rank, ranks.world, ranks.group),
+            take_over=takes_over(config, engine),
         )
         with (
             _progress(console, num_problems) as advance,

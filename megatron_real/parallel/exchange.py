@@ -93,7 +93,9 @@ class Exchange:
         """Returns whether this is the rank that reads and writes rollouts for its node."""
         return self.rank % self.ranks_per_node == 0
 
-    def share(self, own: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[Rollout]:
+    def share(
+        self, own: Sequence[Rollout], prompts: Sequence[Prompt] | Mapping[int, Prompt]
+    ) -> list[Rollout]:
         """Makes every rank's rollouts known on every rank.
 
         Args:

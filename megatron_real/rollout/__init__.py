@@ -11,7 +11,7 @@ from megatron_real.config.engines import AUTO, ENGINES, candidates
 from megatron_real.rollout.engines.engine import Engine
 from megatron_real.rollout.stage import RolloutStage
 
-__all__ = ["Engine", "RolloutStage", "build_engine", "close_engines"]
+__all__ = ["Engine", "RolloutStage", "build_engine", "close_engines", "takes_over"]
 
 
 def build_engine(config: Config, *, say: Callable[[str], None]) -> Engine:
@@ -41,6 +41,18 @@ def build_engine(config: Config, *, say: Callable[[str], None]) -> Engine:
     engine: Engine = module.build(config, say=say)
     _open_engines.append(engine)
     return engine
+
+
+def takes_over(config: Config, engine: Engine) -> bool:
+    """Returns whether engines answer prompts that wait for other ones (backlog.py).
+
+    Who answers then depends on the clock, and so does what is decoded together, by which answers
+    may differ in rounding: not where a run is to give the same bits each time.
+    """
+    rollout = config.rollout
+    num_servers = len(rollout.servers) or rollout.num_servers
+    one_server = ENGINES[engine.name].own_processes and num_servers == 1
+    return not (one_server or config.trainer.deterministic)
 
 
 def close_engines() -> None:

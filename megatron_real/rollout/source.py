@@ -29,7 +29,6 @@ import numpy
 from torch import Tensor
 
 from megatron_real.objective import Objective
-from megatron_real.parallel.exchange import Exchange
 from megatron_real.prompts import PromptCursor
 from megatron_real.records import (
     UNKNOWN_VERSION,
@@ -417,23 +416,17 @@ class OneStepAhead(Fresh):
 class Replay:
     """Reads the rollouts that an earlier run has saved; it needs no engine."""
 
-    def __init__(
-        self, read: Callable[[int], list[Rollout]], exchange: Exchange | None = None
-    ) -> None:
-        """Every rank reads the same rollouts and keeps its share.
+    def __init__(self, read: Callable[[int], list[Rollout]]) -> None:
+        """Takes what reads a step.
 
         Args:
-            read: returns the rollouts of a step, in any order.
-            exchange: between all ranks; None: every rank keeps everything.
+            read: returns the rollouts of a step, in any order; collective over all ranks.
         """
         self._read = read
-        self._exchange = exchange
 
     def take(self, step: int) -> StepRollouts:
         """See `Source`."""
         rollouts = sorted(self._read(step), key=lambda r: (r.group, r.sample))
-        if self._exchange is not None:
-            rollouts = self._exchange.keep_own(rollouts)
         return StepRollouts(rollouts)
 
 

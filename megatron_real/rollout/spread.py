@@ -33,6 +33,31 @@ def spread(costs: Sequence[float], engines: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
+def begun_and_waiting(
+    shares: Sequence[Sequence[int]], costs: Sequence[float], at_once: int
+) -> tuple[list[list[int]], list[int]]:
+    """Splits shares into what each engine begins with, and what waits for an engine with room.
+
+    Args:
+        shares: [engine] positions, as `spread` deals them out.
+        costs: of each position.
+        at_once: positions that an engine computes at the same time.
+
+    Returns:
+        [engine] the positions that it begins with, in order: its most expensive ones. And all
+        others, the most expensive first, because what begins last should not be long.
+
+    Example: shares [0, 1, 2], [3] of costs 5, 1, 4, 2, two at once -> [[0, 2], [3]] and [1]
+    """
+    begun: list[list[int]] = []
+    waiting: list[int] = []
+    for share in shares:
+        longest_first = sorted(share, key=lambda i: (-costs[i], i))
+        begun.append(sorted(longest_first[:at_once]))
+        waiting += longest_first[at_once:]
+    return begun, sorted(waiting, key=lambda i: (-costs[i], i))
+
+
 def samples_together(num_prompts: int, num_samples: int, engines: int) -> int:
     """Returns how many of a prompt's `num_samples` samples one engine draws.
 

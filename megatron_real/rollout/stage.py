@@ -10,7 +10,8 @@ The tokens stay on the rank that sampled them until others train on them (parall
 Shares are equal by the expected length of their answers (spread.py). The samples of a prompt come
 from one engine or, where there are fewer prompts than engines, from several. The answers are the
 same, because each sample has a seed of its own. An engine is one rank or several neighbouring ones,
-which all draw its completions and share the verifying.
+which all draw its completions and share the verifying. What waits for an engine because others are
+decoded first is answered by whichever engine has room (backlog.py).
 
 A completion that is lost is drawn again on another engine. One that is lost every time is excluded
 and counted.
@@ -19,18 +20,26 @@ and counted.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from megatron_real.labels import Labeller
 from megatron_real.parallel.exchange import Exchange
 from megatron_real.records import EXCLUDED, Completion, Prompt, Rollout, Sampling, Status, Verdict
-from megatron_real.rollout.engines.engine import Engine, EngineFailed
-from megatron_real.rollout.spread import ExpectedLengths, prompt_seed, samples_together, spread
+from megatron_real.rollout.backlog import Backlog
+from megatron_real.rollout.engines.engine import Engine, EngineFailed, QueueEngine
+from megatron_real.rollout.spread import (
+    ExpectedLengths,
+    begun_and_waiting,
+    prompt_seed,
+    samples_together,
+    spread,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +68,7 @@ class Generation:
     """How far this rank is with its share of completions, for people who watch."""
 
     wanted: int
-    """Number of completions of this rank's share."""
+    """Number of completions of this rank's share, as far as others have not taken them over."""
     started: float
     """When it began, on the clock of time.monotonic()."""
     done: int = 0
@@ -97,9 +106,15 @@ class EngineWork:
     """In which it generated."""
     tokens: int = 0
     """Response tokens that it handed out, on whichever of its ranks."""
+    taken_over: int = 0
+    """Completions that it handed out of other engines' shares."""
 
     def __add__(self, other: EngineWork) -> EngineWork:
-        return EngineWork(self.seconds + other.seconds, self.tokens + other.tokens)
+        return EngineWork(
+            self.seconds + other.seconds,
+            self.tokens + other.tokens,
+            self.taken_over + other.taken_over,
+        )
 
 
 @dataclass(frozen=True)
@@ -111,7 +126,7 @@ class Sampled:
     seed: int
     """Seed of the draw, the same on every rank."""
     engine_of: dict[Place, int]
-    """The engine that draws each completion, of all ranks' completions."""
+    """The engine whose share each completion is in, of all ranks' completions."""
     drawn: tuple[Drawn, ...]
     """This rank's completions, in order of place.
 
@@ -138,6 +153,7 @@ class RolloutStage:
         world: int,
         retries: int = 1,
         exchange: Exchange | None = None,
+        take_over: bool = False,
     ) -> None:
         """Joins an engine and a verifier.
 
@@ -148,6 +164,7 @@ class RolloutStage:
             world: number of ranks.
             retries: how often a lost completion is drawn again, each time by the next engine.
             exchange: between all ranks; None where the default process group is gloo.
+            take_over: whether a `QueueEngine` answers prompts that wait for other engines.
         """
         self.engine = engine
         self.labeller = labeller
@@ -158,6 +175,10 @@ class RolloutStage:
         self.engines = world // engine.tp
         # This rank's engine, and its number among the ranks of that engine.
         self.index, self.member = divmod(rank, engine.tp)
+        self.backlog: Backlog | None = None
+        """What waits for an engine; None where each engine keeps to its share."""
+        if take_over and self.engines > 1 and isinstance(engine, QueueEngine):
+            self.backlog = Backlog(engine, self.index, self.member)
         self.lengths = ExpectedLengths()
         self.generation: Generation | None = None
         """Progress of this rank's present share, or of its last one."""
@@ -193,9 +214,15 @@ class RolloutStage:
             for p in share:
                 engine_of |= dict.fromkeys(parts[p], engine)
 
+        own = shares[self.index]
+        rows: Iterator[int] = iter(own)
+        if self.backlog is not None:
+            at_once = -(-self.backlog.engine.at_once // together)
+            begun, waiting = begun_and_waiting(shares, costs, at_once)
+            rows = itertools.chain(begun[self.index], self.backlog.begin(waiting))
+
         sampling_of_part = dataclasses.replace(sampling, num_samples=together)
-        own = [parts[p] for p in shares[self.index]]
-        drawn, work = self._draw(prompts, own, sampling_of_part, seed, attempt=0)
+        drawn, work = self._draw(prompts, parts, sampling_of_part, seed, own=own, rows=rows)
         return Sampled(sampling, seed, engine_of, drawn, work)
 
     def label(
@@ -219,6 +246,12 @@ class RolloutStage:
         """
         self.work += sampled.work
         known = self._shared(prompts, sampled.drawn)
+        known |= self._never_begun(prompts, sampled, known)
+        lost_by: dict[Place, int] = {}
+        for place, rollout in known.items():
+            assert rollout.holder is not None, "sharing says who holds a rollout"
+            lost_by[place] = rollout.holder // self.engine.tp
+
         once = dataclasses.replace(sampled.sampling, num_samples=1)
         for attempt in range(1, self.retries + 1):
             lost = sorted(place for place, r in known.items() if r.verdict.status == Status.LOST)
@@ -226,11 +259,19 @@ class RolloutStage:
                 break
             before_retry()
             own = [
-                [place]
-                for place in lost
-                if (sampled.engine_of[place] + attempt) % self.engines == self.index
+                row
+                for row, place in enumerate(lost)
+                if (lost_by[place] + attempt) % self.engines == self.index
             ]
-            again, work = self._draw(prompts, own, once, sampled.seed, attempt=attempt)
+            again, work = self._draw(
+                prompts,
+                [[place] for place in lost],
+                once,
+                sampled.seed,
+                own=own,
+                rows=iter(own),
+                attempt=attempt,
+            )
             self.work += work
             known |= self._shared(prompts, again)
 
@@ -239,6 +280,20 @@ class RolloutStage:
         self.lengths.learn(rollouts)
         return rollouts
 
+    def _never_begun(
+        self, prompts: Sequence[Prompt], sampled: Sampled, known: dict[Place, Rollout]
+    ) -> dict[Place, Rollout]:
+        """Returns as lost what no engine has begun: all of them have failed before.
+
+        Collective over all ranks.
+        """
+        never = [place for place in sampled.engine_of if place not in known]
+        if not never:
+            return {}
+        own = [place for place in never if sampled.engine_of[place] == self.index]
+        own = own[self.member :: self.engine.tp]
+        return self._shared(prompts, [_lost(place, "no engine has begun it") for place in own])
+
     def _draw(
         self,
         prompts: Sequence[Prompt],
@@ -246,41 +301,57 @@ class RolloutStage:
         sampling: Sampling,
         seed: int,
         *,
-        attempt: int,
+        own: Sequence[int],
+        rows: Iterator[int],
+        attempt: int = 0,
     ) -> tuple[tuple[Drawn, ...], EngineWork]:
         """Samples completions and gives each one to the verifier as it finishes.
 
         Args:
             prompts: all prompts of the draw.
-            places: what this rank's engine draws: a row for each request, of samples of one prompt.
+            places: all that is drawn, a row for each request: samples of one prompt.
             sampling: with as many samples as a row has.
             seed: seed of the draw.
+            own: indices of the rows of this rank's share.
+            rows: indices of the rows that this rank's engine draws, each taken when it is begun.
             attempt: how often the completions were lost before.
 
         Returns:
-            This rank's part of the engine's completions. Where an engine is several ranks, all of
-            them sample all its completions, and each one verifies and returns a part of them.
+            This rank's part of the engine's completions, in order of place. Where an engine is
+            several ranks, all of them sample all its completions, and each one verifies and returns
+            a part of them.
         """
-        row_prompts = [prompts[row[0][0]] for row in places]
-        seeds = [
-            _seed_of_part(seed, attempt, row[0], prompt)
-            for row, prompt in zip(places, row_prompts, strict=True)
-        ]
-        engine_places = [place for row in places for place in row]
-        own = engine_places[self.member :: self.engine.tp]
-        wanted = set(own)
+        tp = self.engine.tp
+        wanted = len(range(self.member, len(own) * sampling.num_samples, tp))
+        generation = Generation(wanted, time.monotonic())
+        self.generation = generation
+
+        # What this rank's engine has begun, and how many completions it had begun before. It grows
+        # while the engine generates, perhaps in a thread of the engine's.
+        begun: dict[Place, int] = {}
+
+        def begin() -> Iterator[int]:
+            for row in rows:
+                for place in places[row]:
+                    begun[place] = len(begun)
+                generation.wanted = max(wanted, len(range(self.member, len(begun), tp)))
+                yield row
+            # What is left of this rank's share, others have begun.
+            generation.wanted = len(range(self.member, len(begun), tp))
 
         drawn: dict[Place, Drawn] = {}
         failure = "the engine did not return it"
-        generation = Generation(len(own), time.monotonic())
-        self.generation = generation
+        in_own_share = set(own)
         num_tokens = 0
+        num_taken_over = 0
+        requests = _Requests(prompts, places, seed, attempt)
         try:
-            for j, k, completion in self.engine.generate(row_prompts, sampling, seeds=seeds):
+            for row, k, completion in self._completions(requests, sampling, begin()):
                 num_tokens += completion.num_trained
-                place = places[j][k]
-                if place in wanted:
-                    verdict = self.labeller.submit(row_prompts[j], completion)
+                num_taken_over += row not in in_own_share
+                place = places[row][k]
+                if begun[place] % tp == self.member:
+                    verdict = self.labeller.submit(prompts[place[0]], completion)
                     drawn[place] = Drawn(place, completion, verdict)
                     generation.add(completion, verdict)
         except EngineFailed as error:
@@ -288,16 +359,35 @@ class RolloutStage:
             logger.warning(
                 "rank %d: the %s engine failed (%s)", self.rank, self.engine.name, failure
             )
-        work = EngineWork(time.monotonic() - generation.started, num_tokens)
+        work = EngineWork(time.monotonic() - generation.started, num_tokens, num_taken_over)
 
         completions = []
-        for place in own:
+        for place, number in sorted(begun.items()):
+            if number % tp != self.member:
+                continue
             if place in drawn:
                 early = drawn[place].verdict.done()
                 completions.append(dataclasses.replace(drawn[place], early=early))
             else:
                 completions.append(_lost(place, failure))
         return tuple(completions), work
+
+    def _completions(
+        self, requests: _Requests, sampling: Sampling, rows: Iterator[int]
+    ) -> Iterator[tuple[int, int, Completion]]:
+        """Yields (row, sample, completion) of the rows that this rank's engine draws."""
+        if self.backlog is not None:
+            everything = range(len(requests.places))
+            prompts, seeds = requests.of(everything)
+            yield from self.backlog.engine.generate_as_room(
+                prompts, sampling, seeds=seeds, rows=rows
+            )
+            return
+
+        begun = list(rows)
+        prompts, seeds = requests.of(begun)
+        for j, k, completion in self.engine.generate(prompts, sampling, seeds=seeds):
+            yield begun[j], k, completion
 
     def _shared(self, prompts: Sequence[Prompt], drawn: Sequence[Drawn]) -> dict[Place, Rollout]:
         """Waits for the verdicts of this rank and returns every rank's rollouts by place."""
@@ -307,6 +397,29 @@ class RolloutStage:
             verdict = dataclasses.replace(d.verdict.result(), early=d.early)
             own.append(Rollout(prompts[group], group, sample, d.completion, verdict))
         return {(r.group, r.sample): r for r in self.exchange.share(own, prompts)}
+
+
+@dataclass(frozen=True)
+class _Requests:
+    """What engines are asked in one draw."""
+
+    prompts: Sequence[Prompt]
+    """All prompts of the draw."""
+    places: Sequence[Sequence[Place]]
+    """A row for each request: samples of one prompt."""
+    seed: int
+    """Seed of the draw."""
+    attempt: int
+    """How often the completions were lost before."""
+
+    def of(self, rows: Sequence[int]) -> tuple[list[Prompt], list[int]]:
+        """Returns the prompts of these rows, and the seeds of their first samples."""
+        prompts = [self.prompts[self.places[row][0][0]] for row in rows]
+        seeds = [
+            _seed_of_part(self.seed, self.attempt, self.places[row][0], prompt)
+            for row, prompt in zip(rows, prompts, strict=True)
+        ]
+        return prompts, seeds
 
 
 def _seed_of_part(seed: int, attempt: int, first: Place, prompt: Prompt) -> int:

@@ -39,7 +39,7 @@ class Watch:
         self.at = "the engine"
         """What this rank waits for."""
         self._done = threading.Event()
-        self._store = _own_store()
+        self._store = own_store(timedelta(seconds=_STORE_SECONDS))
         self._threads = [
             threading.Thread(target=self._tell, name="weight-sync-place", daemon=True),
             threading.Thread(target=self._count, name="weight-sync-watch", daemon=True),
@@ -108,20 +108,23 @@ class Watch:
         )
 
 
-def _own_store() -> Any:
-    """Returns a new connection to the job's store, or the store itself where it has no address."""
+def own_store(timeout: timedelta) -> Any:
+    """Returns a new connection to the job's store, or the store itself where it has no address.
+
+    Args:
+        timeout: how long a request to the store may take.
+    """
     store = _get_default_store()
     while isinstance(store, PrefixStore):
         store = store.underlying_store
     if not isinstance(store, TCPStore):
         return store
-    seconds = timedelta(seconds=_STORE_SECONDS)
     try:
         return TCPStore(
-            store.host, store.port, is_master=False, wait_for_workers=False, timeout=seconds
+            store.host, store.port, is_master=False, wait_for_workers=False, timeout=timeout
         )
-    except dist.DistError as error:  # a busy store may need longer; the sync itself needs no store
-        logger.warning("the weight sync's watch has no connection of its own: %s", error)
+    except dist.DistError as error:  # a busy store may need longer, or take no more connections
+        logger.warning("there is no connection of its own to the job's store: %s", error)
         return store
 
 

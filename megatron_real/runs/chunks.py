@@ -22,7 +22,7 @@ from megatron_real.records import Prompt, Rollout
 from megatron_real.rollout.origin import Origin
 from megatron_real.rollout.source import ChunkName
 from megatron_real.runs.directory import RunDirectory
-from megatron_real.runs.parts import Part, name_parts, part_files
+from megatron_real.runs.parts import Part, part_files, write_parts
 from megatron_real.runs.rollouts import read_chunk, write_chunk
 
 # Settings of the sections `rollout` and `labels` that do not change what is drawn or how it is
@@ -154,22 +154,12 @@ class ChunkFiles:
 
         The first rank of a node writes what the ranks of the node hold.
         """
-        exchange = self._exchange
         file = self._directory.chunk(name.step, name.draw, name.first_prompt)
-        whole = exchange.to_nodes(rollouts)
 
-        def write() -> None:
-            own = [whole[i] for i in exchange.held_by_node(whole)]
-            part = Part(exchange.node + 1, exchange.num_nodes)
+        def write(own: list[Rollout], part: Part) -> None:
             write_chunk(file, own, step=name.step, origin=origin, part=part)
 
-        if exchange.num_nodes == 1:
-            if self._ranks.first:
-                write()
-            return
-        self._ranks.together(lambda: write() if exchange.first_of_node else None)
-        if self._ranks.first:
-            name_parts(file, of=exchange.num_nodes)
+        write_parts(file, self._exchange, rollouts, write)
 
     def _read(
         self,

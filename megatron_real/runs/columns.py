@@ -14,6 +14,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy
@@ -58,6 +61,28 @@ _SCALARS = {
 }
 _ROWS_OF_A_GROUP = 512
 """Rollouts that are compressed together: a reader of a few needs no more memory than theirs."""
+
+_OF_A_PROMPT = (
+    "group",
+    "uid",
+    "source",
+    "prompt",
+    "prompt_token_ids",
+    "answers",
+    "refills",
+    "not_utf8",
+)
+"""Columns whose values are the same for all samples of a prompt, but for `not_utf8`."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What all samples of a prompt have in common, by the number of their group."""
+
+    prompts: Mapping[int, Prompt]
+    """The prompt."""
+    refills: Mapping[int, int]
+    """How often the group was drawn anew."""
 
 
 def write_table(
@@ -127,16 +152,73 @@ def read_table(data: bytes, columns: Sequence[str] | None = None) -> pyarrow.Tab
     Raises:
         ValueError: the bytes are no whole parquet file, or are damaged.
     """
-    try:
+    with _damage_is_value_error():
         return pyarrow.parquet.read_table(
             pyarrow.BufferReader(data),
             columns=None if columns is None else list(columns),
             page_checksum_verification=True,
             use_threads=False,
         )
-    # A wrong checksum is an OSError of pyarrow's; the file itself has been read already.
+
+
+def num_row_groups(path: Path) -> int:
+    """Returns the number of a file's row groups, which can be read one by one.
+
+    Raises:
+        ValueError: the file is no whole parquet file.
+    """
+    with _damage_is_value_error():
+        return int(pyarrow.parquet.ParquetFile(path).num_row_groups)
+
+
+def read_row_group(path: Path, number: int) -> pyarrow.Table:
+    """Reads one row group of a file; nothing else of it is read from the disk.
+
+    Raises:
+        ValueError: the file is no whole parquet file, or this part of it is damaged.
+    """
+    with _damage_is_value_error():
+        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+        return file.read_row_group(number, use_threads=False)
+
+
+def read_questions(path: Path) -> Questions:
+    """Reads the prompts of a file and no completions.
+
+    Raises:
+        ValueError: the file is no whole parquet file, a column of prompts is damaged or missing.
+    """
+    with _damage_is_value_error():
+        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+        table = file.read(list(_OF_A_PROMPT), use_threads=False)
+    _check_columns(table, _OF_A_PROMPT)
+
+    _, first_rows = numpy.unique(table.column("group").to_numpy(), return_index=True)
+    table = table.take(pyarrow.array(first_rows))
+    token_ids = _rows_of(table, "prompt_token_ids")
+    prompts = {}
+    refills = {}
+    for row, ids in zip(table.drop_columns("prompt_token_ids").to_pylist(), token_ids, strict=True):
+        if row["not_utf8"]:
+            row |= json.loads(row["not_utf8"])
+        prompts[row["group"]] = _prompt_of(row, _present(ids).tolist())
+        refills[row["group"]] = row["refills"]
+    return Questions(prompts, refills)
+
+
+@contextmanager
+def _damage_is_value_error() -> Iterator[None]:
+    try:
+        yield
+    # A wrong checksum is an OSError of pyarrow's.
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(str(error)) from error
+
+
+def _check_columns(table: pyarrow.Table, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in table.column_names:
+            raise ValueError(f"it has no column {name!r}")
 
 
 def header_of(table: pyarrow.Table) -> dict[str, str]:
@@ -153,9 +235,7 @@ def rollouts_of(table: pyarrow.Table) -> list[Rollout]:
     """
     of_tokens = ["prompt_token_ids", "token_ids", "logprobs"]
     of_tokens += ["trained", "weight_version", "reference_logprobs"]
-    for name in ["step", *_SCALARS, "not_utf8", *of_tokens]:
-        if name not in table.column_names:
-            raise ValueError(f"it has no column {name!r}")
+    _check_columns(table, ["step", *_SCALARS, "not_utf8", *of_tokens])
 
     scalars = table.select([*_SCALARS, "not_utf8"]).to_pylist()
     prompts = _rows_of(table, "prompt_token_ids")
@@ -203,13 +283,7 @@ def rollout_of(
     if row["status"] not in set(Status):
         raise ValueError(f"status {row['status']!r} is not one of {', '.join(Status)}")
 
-    prompt = Prompt(
-        row["uid"],
-        row["prompt"],
-        tuple(prompt_token_ids),
-        tuple(row["answers"]),
-        source=row["source"],
-    )
+    prompt = _prompt_of(row, prompt_token_ids)
     verdict = Verdict(
         Status(row["status"]), Label(row["label"]), row["reward"], reason=row.get("reason", "")
     )
@@ -221,6 +295,12 @@ def rollout_of(
         verdict,
         row.get("refills", 0),
         reference_logprobs,
+    )
+
+
+def _prompt_of(row: Mapping[str, Any], token_ids: Sequence[int]) -> Prompt:
+    return Prompt(
+        row["uid"], row["prompt"], tuple(token_ids), tuple(row["answers"]), source=row["source"]
     )
 
 

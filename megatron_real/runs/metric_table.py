@@ -230,6 +230,11 @@ METRICS = (
         "tokens/s", "minimum over the engines that had tokens",
         "The lowest rate of an engine.",
     ),
+    Metric(
+        "engine/taken_over", "rollout/engine/taken_over",
+        "completions", "sum over the engines",
+        "Completions that waited for an engine and that another one, which had room, has drawn.",
+    ),
 
     Metric(
         "mismatch_mean_abs", "mismatch/mean_abs",

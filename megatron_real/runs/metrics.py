@@ -274,6 +274,7 @@ def engine_metrics(engines: Sequence[Mapping[str, float]]) -> dict[str, float]:
     with few tokens is ill, one with many had the long answers.
     engine/tokens_per_second_mean: tokens of all over seconds of all.
     engine/tokens_per_second_min: of the engine with the lowest rate.
+    engine/taken_over: completions that engines gave out of other engines' shares.
     """
     if not engines:
         return {}
@@ -290,6 +291,7 @@ def engine_metrics(engines: Sequence[Mapping[str, float]]) -> dict[str, float]:
         "engine/tokens_slowest": float(tokens[slowest]),
         "engine/tokens_per_second_mean": math.fsum(tokens) / total if total else math.nan,
         "engine/tokens_per_second_min": min(rates, default=math.nan),
+        "engine/taken_over": math.fsum(engine["taken_over"] for engine in engines),
     }
 
 

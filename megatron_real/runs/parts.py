@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from megatron_real.disk import fsync, whole_binary_file
+from megatron_real.records import Rollout
+
+if TYPE_CHECKING:
+    from megatron_real.parallel.exchange import Exchange
 
 UNFINISHED = ".new"
 """What follows the name of a file or directory that is being written."""
@@ -76,6 +80,44 @@ def name_parts(path: Path, *, of: int) -> None:
         delete(path)
     unfinished.rename(path)
     fsync(path.parent)
+
+
+def write_parts(
+    path: Path,
+    exchange: Exchange,
+    rollouts: Sequence[Rollout],
+    write: Callable[[list[Rollout], Part], None],
+) -> None:
+    """Writes rollouts: the first rank of each node what the ranks of its node hold. Collective.
+
+    Args:
+        path: of the whole; it counts once every node has written its part.
+        exchange: between all ranks.
+        rollouts: the same on every rank but for what is absent.
+        write: writes whole rollouts as a part of `path`.
+
+    Raises:
+        RankFailed: a node could not write its part; `path` is as it was before. On one node the
+            first rank alone raises what `write` raised.
+    """
+    # Here, because they need torch.
+    import torch.distributed as dist
+
+    from megatron_real.parallel.collective import all_well
+
+    whole = exchange.to_nodes(rollouts)
+
+    def write_own() -> None:
+        if exchange.first_of_node:
+            own = [whole[i] for i in exchange.held_by_node(whole)]
+            write(own, Part(exchange.node + 1, exchange.num_nodes))
+
+    if exchange.num_nodes == 1:
+        write_own()
+        return
+    all_well(write_own, group=exchange.group or dist.group.WORLD)
+    if exchange.rank == 0:
+        name_parts(path, of=exchange.num_nodes)
 
 
 def part_files(path: Path) -> list[Path]:

@@ -30,7 +30,7 @@ from megatron_real.runs.claim import Beginning, Earlier
 from megatron_real.runs.curves import plot_curves
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.metrics import MetricsWriter, Training, step_metrics
-from megatron_real.runs.parts import Part, delete, name_parts
+from megatron_real.runs.parts import Part, delete, name_parts, write_parts
 from megatron_real.runs.peak import peak_tflops
 from megatron_real.runs.rollouts import write_rollouts
 from megatron_real.runs.rows import drop_cut_row
@@ -396,16 +396,19 @@ class Reporter:
 
     def skipped(self, step: int, update: int, rollouts: Sequence[Rollout]) -> None:
         """Keeps the batch of a skipped update for replay, and tells the user. Collective."""
-        rollouts = self._exchange.to_first(rollouts)
-        if self.first:
-            dump = self.directory.dump(step, update)
-            write_rollouts(dump.rollouts(1), rollouts, step=step)
-            groups = len({r.group for r in rollouts})
-            self.progress.say(
-                f"step {step} update {update}: loss or gradient is not finite; skipped. "
-                f"Its batch can be looked into by rollout.replay={dump.path} trainer.steps=1 "
-                f"rollout.num_prompts={groups} batch.minibatch_prompts={groups}"
-            )
+        dump = self.directory.dump(step, update)
+        file = dump.rollouts(1)
+
+        def write(own: list[Rollout], part: Part) -> None:
+            write_rollouts(file, own, step=step, part=part)
+
+        write_parts(file, self._exchange, rollouts, write)
+        groups = len({r.group for r in rollouts})
+        self.progress.say(
+            f"step {step} update {update}: loss or gradient is not finite; skipped. "
+            f"Its batch can be looked into by rollout.replay={dump.path} trainer.steps=1 "
+            f"rollout.num_prompts={groups} batch.minibatch_prompts={groups}"
+        )
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         """Writes and shows an evaluation."""

@@ -16,16 +16,22 @@ import heapq
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
 from numpy.typing import NDArray
 
-from megatron_real.records import Completion, Logprobs, Rollout
+from megatron_real.records import Completion, Logprobs, Prompt, Rollout
 from megatron_real.runs.columns import (
+    Questions,
     header_of,
+    num_row_groups,
     plain_rows,
+    read_questions,
+    read_row_group,
     read_table,
     rollout_of,
     rollouts_of,
@@ -94,8 +100,7 @@ def read_rollouts(path: Path) -> list[Rollout]:
     Raises:
         ValueError: the file, which the message names, is missing or damaged.
     """
-    if not path.exists():
-        raise ValueError(f"there are no saved rollouts at {path}; {_saved_steps(path.parent)}")
+    _check_exists(path)
     files = part_files(path)
     rollouts = [rollout for file in files for rollout in _read(file)[1]]
     if not rollouts:
@@ -104,6 +109,58 @@ def read_rollouts(path: Path) -> list[Rollout]:
     if len(files) > 1:
         rollouts.sort(key=lambda rollout: (rollout.group, rollout.sample))
     return rollouts
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Successive rollouts of a step's file, which can be read without the others."""
+
+    file: Path
+    """The file, or one of its parts."""
+    row_group: int
+    """Number of the row group."""
+
+    def read(self) -> list[Rollout]:
+        """Returns the rollouts.
+
+        Raises:
+            ValueError: the file, which the message names, is damaged.
+        """
+        with _naming(self.file):
+            return rollouts_of(read_row_group(self.file, self.row_group))
+
+
+def portions(path: Path) -> list[Portion]:
+    """Returns what a step's file, which this version wrote, can be read in: all of it once.
+
+    Raises:
+        ValueError: the file, which the message names, is missing or damaged.
+    """
+    _check_exists(path)
+    found = []
+    for file in part_files(path):
+        with _naming(file):
+            found += [Portion(file, number) for number in range(num_row_groups(file))]
+    return found
+
+
+def read_prompts(path: Path) -> Questions:
+    """Returns the prompts of a step's file, which this version wrote, and reads no completions.
+
+    Raises:
+        ValueError: the file, which the message names, is missing, empty or damaged.
+    """
+    _check_exists(path)
+    prompts: dict[int, Prompt] = {}
+    refills: dict[int, int] = {}
+    for file in part_files(path):
+        with _naming(file):
+            part = read_questions(file)
+        prompts |= part.prompts
+        refills |= part.refills
+    if not prompts:
+        raise _empty(path)
+    return Questions(prompts, refills)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -124,10 +181,8 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _rows_of_part(file: Path) -> Iterator[dict[str, Any]]:
-    try:
+    with _naming(file):
         yield from plain_rows(read_table(file.read_bytes()))
-    except ValueError as error:
-        raise _damaged(file, error) from error
 
 
 def read_minibatches(path: Path) -> list[tuple[int, int | None]]:
@@ -143,10 +198,8 @@ def read_minibatches(path: Path) -> list[tuple[int, int | None]]:
     else:
         rows = []
         for file in part_files(path):
-            try:
+            with _naming(file):
                 rows += read_table(file.read_bytes(), ["group", "minibatch"]).to_pylist()
-            except ValueError as error:
-                raise _damaged(file, error) from error
     if not rows:
         raise _empty(path)
     return [(row["group"], row.get("minibatch")) for row in rows]
@@ -181,13 +234,11 @@ def _read(path: Path) -> tuple[Mapping[str, Any] | None, list[Rollout]]:
     if path.suffix == ".jsonl":
         plain, rollouts = _read_lines(path, data)
     else:
-        try:
+        with _naming(path):
             table = read_table(data)
             header = header_of(table)
             plain = json.loads(header[_ORIGIN]) if _ORIGIN in header else None
             rollouts = rollouts_of(table)
-        except ValueError as error:
-            raise _damaged(path, error) from error
     return plain, rollouts
 
 
@@ -195,9 +246,21 @@ def _empty(path: Path) -> ValueError:
     return ValueError(f"{path} is empty; it holds no rollout to train on")
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())
-    return ValueError(f"{path} is not a whole file of rollouts ({reason}); it may be cut")
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Within it, a ValueError becomes one that says that this file is damaged."""
+    try:
+        yield
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is not a whole file of rollouts ({reason}); it may be cut"
+        ) from error
+
+
+def _check_exists(path: Path) -> None:
+    if not path.exists():
+        raise ValueError(f"there are no saved rollouts at {path}; {_saved_steps(path.parent)}")
 
 
 def _saved_steps(folder: Path) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import warnings
 
+import pytest  # noqa: F401  # each rank imports the file of its test
 import torch
 
 from megatron_real.parallel import cpu

@@ -22,7 +22,7 @@ from megatron_real.config import (
 )
 from megatron_real.conversion.convert import LegacyLayout, hf_to_megatron, megatron_to_hf
 from megatron_real.weights.hf import HfWeights
-from tests.amount import core, cover, on_first_version
+from tests.amount import core, cover, on_first_version, thinned
 from tests.distributed import conversion_jobs
 from tests.distributed.layouts import Dtype
 from tests.distributed.world import World
@@ -94,7 +94,7 @@ def transformers_logits(path: Path) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize(("name", "layout"), cover(list(MODELS), LAYOUTS))
+@pytest.mark.parametrize(("name", "layout"), thinned(cover(list(MODELS), LAYOUTS), kept=4))
 def test_logits_of_a_converted_checkpoint(
     world: World,
     tiny_model: Callable[..., Path],
@@ -147,7 +147,9 @@ def test_logits_tell_models_apart(
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    cover(["qwen2-tied", "llama-biases", "qwen3"], [(1, 1), (2, 2), (4, 1), (1, 4)]),
+    thinned(
+        cover(["qwen2-tied", "llama-biases", "qwen3"], [(1, 1), (2, 2), (4, 1), (1, 4)]), kept=2
+    ),
 )
 def test_the_older_format_loads_strictly(
     world: World,

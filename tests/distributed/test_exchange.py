@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import numpy
+import pyarrow.parquet
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from megatron_real.config import Config
 from megatron_real.parallel.collective import RankFailed
 from megatron_real.parallel.exchange import Exchange
-from megatron_real.parallel.ranks import Ranks
+from megatron_real.parallel.ranks import EveryRankError, Ranks
 from megatron_real.records import (
     EXCLUDED,
     NEGATIVE,
@@ -32,9 +33,11 @@ from megatron_real.records import (
     Status,
     Verdict,
 )
+from megatron_real.runs import columns
 from megatron_real.runs.directory import RunDirectory
-from megatron_real.runs.parts import part_files
-from megatron_real.runs.rollouts import read_rollouts, read_rows
+from megatron_real.runs.parts import Part, name_parts, part_files
+from megatron_real.runs.rollouts import read_rollouts, read_rows, write_rollouts
+from megatron_real.runs.saved_steps import SavedSteps
 from tests.distributed import jobs, reference
 from tests.distributed.reference import Sample
 from tests.distributed.test_policy import LAYOUTS, config_of
@@ -245,14 +248,75 @@ def test_the_first_rank_of_a_node_writes_what_others_hold(
         assert rollouts == ROLLOUTS + ROLLOUTS[2:]
 
     file = RunDirectory(tmp_path / "run").rollouts(1)
+    dump = RunDirectory(tmp_path / "run").dump(1, 2).rollouts(1)
     if ranks_per_node == 2:
-        assert file.is_file()
+        assert file.is_file() and dump.is_file()
         return
     parts = [list(read_rows(part)) for part in part_files(file)]
     places = [[(row["group"], row["sample"]) for row in part] for part in parts]
     assert places == [[(r.group, r.sample) for r in ROLLOUTS[node::2]] for node in (0, 1)]
+    # The batch of a skipped update: no rank gets the tokens of another node.
+    assert [[row["sample"] for row in read_rows(part)] for part in part_files(dump)] == [[0], [1]]
     figures = [(row["score"], row["minibatch"]) for row in read_rows(file)]
     assert figures == [(0.1, 1), (-0.1, 1), (None, 2), (None, 2)]
+
+
+def replayed(folder: Path) -> tuple[list[int], list[Rollout]] | str:
+    """Which rollouts of a saved step this rank reads, and all of them; or why it cannot."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    ranks = Ranks(rank, world, dist.group.WORLD)
+    exchange = Exchange(rank, world, ranks_per_node=2)
+    try:
+        rollouts = SavedSteps(RunDirectory(folder), ranks, exchange).read(1)
+    except EveryRankError as error:
+        return str(error)
+    everything = range(len(rollouts))
+    return own_of(rollouts), exchange.bring(rollouts, [everything] * world, text=True)
+
+
+def test_a_replay_reads_each_rollout_on_one_rank(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two parts, of two row groups each, for four ranks on two nodes."""
+    monkeypatch.setattr(columns, "_ROWS_OF_A_GROUP", 3)
+    file = RunDirectory(tmp_path).rollouts(1)
+    saved = [
+        dataclasses.replace(
+            rollout,
+            verdict=dataclasses.replace(rollout.verdict, seconds=0.0, early=False),
+            refills=rollout.group % 3,
+            reference_logprobs=rollout.completion.logprobs - 1,
+        )
+        for rollout in made_rollouts()
+    ]
+    for number in (1, 2):
+        write_rollouts(file, saved[number - 1 :: 2], step=1, part=Part(number, 2))
+    name_parts(file, of=2)
+
+    ranks = world.run(replayed, 4, folder=tmp_path)
+    # Row groups in order: of the first node's first rank, the second node's, then their second.
+    read = [[0, 2, 4], [1, 3, 5], [6, 8], [7, 9]]
+    assert [own for own, _ in ranks] == read
+    holders = {i: rank for rank, own in enumerate(read) for i in own}
+    expected = [dataclasses.replace(r, holder=holders[i]) for i, r in enumerate(saved)]
+    for _, rollouts in ranks:
+        assert rollouts == expected
+        assert all(
+            numpy.array_equal(r.reference_logprobs, s.reference_logprobs, equal_nan=True)  # type: ignore[arg-type]
+            for r, s in zip(rollouts, saved, strict=True)
+        )
+
+    # A byte of tokens that one rank alone reads.
+    part = part_files(file)[1]
+    metadata = pyarrow.parquet.ParquetFile(part).metadata.row_group(1)
+    names = [metadata.column(i).path_in_schema for i in range(metadata.num_columns)]
+    page = metadata.column(names.index("logprobs.list.element")).data_page_offset
+    data = bytearray(part.read_bytes())
+    data[page + 40] ^= 1
+    part.write_bytes(data)
+    first, *others = world.run(replayed, 4, folder=tmp_path)
+    assert str(first).startswith(f"{part} is not a whole file of rollouts")
+    assert others == [first] * 3
 
 
 def cannot_write(folder: Path) -> tuple[str, list[int], list[Path]]:

@@ -158,7 +158,7 @@ def check_work(stage: RolloutStage, rollouts: list[Rollout]) -> None:
 
     own = [r.completion.num_tokens for r in rollouts if r.holder == stage.rank]
     assert work["tokens"] == sum(own) and work["seconds"] > 0
-    assert stage.take_work() == {"seconds": 0.0, "tokens": 0}
+    assert stage.take_work() == {"seconds": 0.0, "tokens": 0, "taken_over": 0}
 
 
 def everywhere(stage: RolloutStage, rollouts: list[Rollout]) -> list[Rollout]:
@@ -317,8 +317,12 @@ class BySeed(Adder):
         for i, seed in enumerate(seeds):
             for k in range(sampling.num_samples):
                 self.count += 1
-                token = (seed + k) % 2**31
-                yield i, k, Completion((token,), (0.0,), f"\\boxed{{{token}}}", True)
+                yield i, k, self.completion(seed + k)
+
+    @staticmethod
+    def completion(seed: int) -> Completion:
+        token = seed % 2**31
+        return Completion((token,), (0.0,), f"\\boxed{{{token}}}", True)
 
 
 def spread_groups() -> tuple[list[Any], int]:
@@ -342,6 +346,128 @@ def test_groups_are_spread_over_engines_without_other_answers(world: World) -> N
     spread = world.run(spread_groups, 4)
     assert [count for _, count in spread] == [2, 2, 2, 2]
     assert all(answers == alone for answers, _ in spread)
+
+
+class Queue(BySeed):
+    """Begins prompts as it has room. The last engine is so slow that it gives its first answer
+    when the others have ended, or fails then.
+    """
+
+    at_once = 4
+
+    def __init__(self, folder: Path, *, tp: int = 1, fails: bool = False) -> None:
+        self.tp = tp
+        self.fails = fails
+        self.index = dist.get_rank() // tp
+        self.slow = self.index == dist.get_world_size() // tp - 1
+        self.others_ended = folder / "ended"
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, int, Completion]]:
+        rows = iter(range(len(prompts)))
+        return self.generate_as_room(prompts, sampling, seeds=seeds, rows=rows)
+
+    def generate_as_room(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int],
+        rows: Iterator[int],
+    ) -> Iterator[tuple[int, int, Completion]]:
+        under_way: list[tuple[int, int]] = []
+        exhausted = False
+        while under_way or not exhausted:
+            while len(under_way) < self.at_once and not exhausted:
+                i = next(rows, None)
+                if i is None:
+                    exhausted = True
+                else:
+                    under_way += [(i, k) for k in range(sampling.num_samples)]
+            while self.slow and not self.others_ended.exists():
+                time.sleep(0.005)
+            if self.slow and self.fails:
+                raise EngineFailed("its server is gone")
+            if under_way:
+                i, k = under_way.pop(0)
+                yield i, k, self.completion(seeds[i] + k)
+        self.others_ended.touch()
+
+
+def answered_as_room(
+    folder: Path, *, tp: int = 1, take_over: bool = True, fails: bool = False
+) -> tuple[list[Any], int, int]:
+    """The answers to 12 prompts; how many of them this rank holds, and how many its engine has
+    taken over.
+    """
+    labeller = Labeller(
+        "exact", workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=1.0
+    )
+    if not take_over:
+        (folder / "ended").touch()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    engine = Queue(folder, tp=tp, fails=fails)
+    stage = RolloutStage(engine, labeller, rank=rank, world=world, retries=0, take_over=take_over)
+    with labeller:
+        rollouts = stage.label(PROMPTS[:12], stage.generate(PROMPTS[:12], SAMPLING, seed=3))
+        held = sum(rollout.holder == rank for rollout in rollouts)
+        work = stage.take_work()
+        return known(everywhere(stage, rollouts)), held, int(work.get("taken_over", 0))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_what_waits_for_a_slow_engine_is_answered_by_another(
+    world: World, tmp_path: Path, tp: int
+) -> None:
+    """Two engines decode one prompt at a time. The slow one keeps the one that it has begun; of its
+    share, five wait.
+    """
+    size = 2 * tp
+    (tmp_path / "shares").mkdir()
+    alone = world.run(answered_as_room, size, folder=tmp_path / "shares", tp=tp, take_over=False)
+    taken = world.run(answered_as_room, size, folder=tmp_path, tp=tp)
+    assert all(answers == alone[0][0] for answers, _, _ in alone + taken), "seed for seed"
+
+    assert [held for _, held, _ in alone] == [24 // tp] * size
+    assert [held for _, held, _ in taken] == [44 // tp] * tp + [4 // tp] * tp
+    assert [count for _, _, count in alone] == [0] * size
+    first_ranks = [count for _, _, count in taken][::tp]
+    assert first_ranks == [5 * 4, 0]
+
+
+def test_what_waits_for_an_engine_that_fails_is_answered_by_another(
+    world: World, tmp_path: Path
+) -> None:
+    (answers, *_), _ = world.run(answered_as_room, 2, folder=tmp_path, fails=True)
+    statuses = [status for _, _, _, _, status, *_ in answers]
+    assert statuses.count("lost") == 4, "the prompt that it had begun"
+
+
+def without_engines() -> list[tuple[str, str]]:
+    """Both engines fail before they have answered anything."""
+
+    class Gone(Queue):
+        def generate_as_room(self, *_: Any, rows: Iterator[int], **__: Any) -> Iterator[Any]:
+            next(rows)
+            raise EngineFailed("its server is gone")
+            yield  # a generator, which begins when it is asked
+
+    labeller = Labeller(
+        "exact", workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=1.0
+    )
+    rank, world = dist.get_rank(), dist.get_world_size()
+    stage = RolloutStage(Gone(Path()), labeller, rank=rank, world=world, retries=1, take_over=True)
+    with labeller:
+        asked = PROMPTS[:4]
+        rollouts = stage.label(asked, stage.generate(asked, SAMPLING, seed=3))
+    return [(rollout.verdict.status, rollout.verdict.reason) for rollout in rollouts]
+
+
+def test_what_no_engine_has_begun_is_lost_on_every_rank(world: World) -> None:
+    first, second = world.run(without_engines, 2)
+    assert first == second
+    assert len(first) == 16 and {status for status, _ in first} == {"lost"}
 
 
 class Mortal(Adder):

@@ -125,6 +125,16 @@ def test_a_request_has_its_time(results: Results) -> None:
         assert "no answer in 0.001 s" in rank["patience"]
 
 
+def test_what_waits_for_a_slow_server_is_answered_by_the_other(results: Results) -> None:
+    """Each server decodes 4 of its 18 answers at a time, so it begins with 2 prompts of 3."""
+    quick, slow = (rank["slowed"] for rank in two_servers(results))
+    for server in (quick, slow):
+        assert server["held False"] == 18 and server["taken over False"] == 0
+        assert server["same tokens"] and server["largest"] <= 1e-5
+    assert (quick["held True"], slow["held True"]) == (36 - 6, 6)
+    assert (quick["taken over True"], slow["taken over True"]) == (18 - 6, 0)
+
+
 def test_a_killed_server_is_survived(results: Results) -> None:
     alive, killed = (rank["killed"] for rank in two_servers(results))
     assert not alive["lost"] and len(killed["lost"]) >= 6 and "failed" in killed["lost"][0]
@@ -190,7 +200,8 @@ def run(base: Path, run_dir: Path, *words: str) -> subprocess.CompletedProcess[s
 
 def test_held_out_accuracy_rises(base: Path, tmp_path: Path) -> None:
     """Two ranks, one server."""
-    done = run(base, tmp_path / "run", "trainer.steps=8", "rollout.sync.checksum_every=1")
+    words = ["trainer.steps=4", "optimizer.lr=1e-4", "rollout.sync.checksum_every=1"]
+    done = run(base, tmp_path / "run", *words)
     assert done.returncode == 0, done.stderr
     first, *_, last = heldout(tmp_path / "run")
     assert first < 0.5 and last > first + 0.2

@@ -13,17 +13,22 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy
 import torch.distributed as dist
 
 from megatron_real.config import Given, TrainerConfig
+from megatron_real.labels import Labeller
 from megatron_real.parallel.groups import join_world
 from megatron_real.records import Sampling
 from megatron_real.rollout.engines.engine import EngineFailed, completed
+from megatron_real.rollout.stage import RolloutStage
 from megatron_real.rollout.vllm_server.server import Server, wait_until_healthy
 from tests.distributed import sync_jobs
 from tests.distributed.sync_jobs import Pair, prompts
@@ -141,13 +146,58 @@ def patience(pair: Pair) -> str:
     return ""
 
 
+def slowed(pair: Pair) -> dict[str, Any]:
+    """The last rank's server gives no answer before the other has given all of its own; and the
+    same draw where each server keeps to its share.
+    """
+    engine, complete = pair.engine, pair.engine._complete
+    asked = prompts(12)
+    others_ended = Path(engine._config.trainer.run_dir) / "others_ended"
+    slow = dist.get_rank() == dist.get_world_size() - 1
+    results: dict[str, Any] = {}
+    answers = []
+    with Labeller("exact", workers=1, timeout_seconds=10, memory_mib=512) as labeller:
+        for take_over in (False, True):
+            stage = RolloutStage(
+                engine,
+                labeller,
+                rank=dist.get_rank(),
+                world=dist.get_world_size(),
+                take_over=take_over,
+            )
+            if take_over and slow:
+                engine._complete = partial(once_there, others_ended, complete)
+            share = stage.generate(asked, SAMPLING, seed=3)
+            engine._complete = complete
+            if take_over and not slow:
+                others_ended.touch()
+            rollouts = stage.label(asked, share)
+            results[f"held {take_over}"] = sum(r.holder == stage.rank for r in rollouts)
+            results[f"taken over {take_over}"] = stage.take_work()["taken_over"]
+            everything = [range(len(rollouts))] * stage.world
+            answers.append(stage.exchange.bring(rollouts, everything, text=True))
+    pairs = list(zip(*answers, strict=True))
+    return results | {
+        "same tokens": all(
+            numpy.array_equal(a.completion.token_ids, b.completion.token_ids) for a, b in pairs
+        ),
+        "largest": max(
+            float(abs(a.completion.logprobs - b.completion.logprobs).max()) for a, b in pairs
+        ),
+    }
+
+
+def once_there(file: Path, complete: Callable[..., Any], *args: Any) -> Any:
+    """What `complete` returns, called once the file is there."""
+    while not file.exists():
+        time.sleep(0.01)
+    return complete(*args)
+
+
 def killed(pair: Pair) -> dict[str, Any]:
     """The last rank's server is killed while it answers; returns what becomes of its answers,
     and the next sync's error.
     """
-    from megatron_real.labels import Labeller
-    from megatron_real.rollout.stage import RolloutStage
-
     engine = pair.engine
     generate = engine.generate
     pid = pid_of_server(pair)
@@ -219,7 +269,7 @@ def main() -> None:
     }
     jobs: tuple[Callable[[Pair], Any], ...] = (parity, damages)
     if num_servers > 1:
-        jobs = (key, refused, leaks, parity, damages, one_fails, patience, killed)
+        jobs = (key, refused, leaks, parity, damages, one_fails, patience, slowed, killed)
     results |= {job.__name__: job(pair) for job in jobs}
     out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(results))
     dist.barrier()

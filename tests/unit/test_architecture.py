@@ -26,17 +26,10 @@ LLAMA3 = {
 
 def test_the_config_of_r1_distill_qwen_1_5b_is_read_as_published() -> None:
     architecture = Architecture.from_config(QWEN_1_5B)
-    assert (
-        architecture.head_dim,
-        architecture.qkv_bias,
-        architecture.tied,
-        architecture.rope_factor,
-    ) == (
-        128,
-        True,
-        False,
-        None,
-    )
+    assert architecture.head_dim == 128
+    assert architecture.qkv_bias is True
+    assert architecture.tied is False
+    assert architecture.rope_factor is None
     assert (
         architecture.num_parameters == 1_777_088_000
     )  # the published checkpoint's tensors added up
@@ -69,11 +62,9 @@ def test_llama3_rope_settings_are_read_in_both_spellings(rope: dict[str, Any]) -
     architecture = Architecture.from_config(
         {**QWEN_1_5B, "architectures": ["LlamaForCausalLM"], **rope}
     )
-    assert (architecture.rope_theta, architecture.rope_factor, architecture.qkv_bias) == (
-        5e5,
-        8.0,
-        False,
-    )
+    assert architecture.rope_theta == 5e5
+    assert architecture.rope_factor == 8.0
+    assert architecture.qkv_bias is False
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,9 @@ def test_results_are_kept_and_compared(tmp_path: Path, capsys: pytest.CaptureFix
 
     file.write_text(json.dumps(kept | {"machine": "an abacus"}))
     bench_machine.show("a plan", NOW, options("--against", str(file)))
-    shown = capsys.readouterr().out
-    assert "5 / 2.5 = 2.00" in shown
-    assert "another processor, an abacus" in shown
+    output = capsys.readouterr().out
+    assert "5 / 2.5 = 2.00" in output
+    assert "another processor, an abacus" in output
 
 
 @pytest.mark.parametrize(

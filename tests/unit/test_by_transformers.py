@@ -77,10 +77,10 @@ assert [tensor.device.type for tensor in made] == ["meta"] * 4, made
 from megatron_real.weights.by_transformers import load_model
 load_model(sys.argv[1], torch.float32)
 """
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", program, str(model)], capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
 
 
 def digits_together(directory: Path, pre_tokenizer: Any) -> Path:

@@ -102,6 +102,7 @@ def test_a_recorded_proof_is_not_accepted_again() -> None:
         with socket.create_connection(address(door)) as replay:
             replay.sendall(recorded[0])
             replay.settimeout(5)
+            # The listener sends its 32 random bytes, and closes without a proof of its own.
             answer = replay.recv(4096)
             assert answer[32:] == b"" and replay.recv(4096) == b""
         with pytest.raises(TimeoutError):

@@ -110,8 +110,12 @@ def test_the_interval_is_as_wide_as_both_spreads() -> None:
     means = dict(enumerate(table_SN.mean(1).tolist()))
     zero = dict.fromkeys(means, 0.0)
     difference = paired_difference(zero, means, first_problems=zeros, other_problems=rows)
+
     error = math.sqrt(table_SN.mean(1).var(ddof=1) / 8 + table_SN.mean(0).var(ddof=1) / 60)
+    # A 95 % interval is 1.96 standard errors wide to each side; resampling leaves about a tenth.
     assert difference.high - difference.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+
+    # The spread over problems is the larger part here, so leaving it out must show.
     over_seeds = paired_difference(zero, means)
     assert over_seeds.high - over_seeds.low < 0.8 * (difference.high - difference.low)
 
@@ -218,8 +222,8 @@ def test_an_invalid_sweep_is_refused(
     base: Path, changes: dict[str, Any], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["compare", str(write_sweep(base, **changes))]) == 2
-    shown = capsys.readouterr().err
-    assert sentence in shown and shown.count("\n") == 1
+    output = capsys.readouterr().err
+    assert sentence in output and output.count("\n") == 1
     assert not (base.parent / "out").exists(), "something was written"
 
 
@@ -312,7 +316,7 @@ def test_a_job_of_the_array_trains_its_run(base: Path, tmp_path: Path) -> None:
         "VENV": sys.prefix,
         "OVERRIDES": """optimizer.lr=3e-5 "data.suffix=it's $HOME;" """,
     }
-    done = subprocess.run(
+    completed = subprocess.run(
         ["bash", "examples/compare.sh"],
         cwd=ROOT,
         env=os.environ | variables,
@@ -320,7 +324,7 @@ def test_a_job_of_the_array_trains_its_run(base: Path, tmp_path: Path) -> None:
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert completed.returncode == 0, completed.stdout + completed.stderr
 
     words = (tmp_path / "shown").read_text().splitlines()
     assert words[2:4] == ["train", str(base)]
@@ -398,11 +402,9 @@ def test_the_table_resamples_problems_where_runs_have_them(base: Path) -> None:
     _, grpo = variant_rows(sweep, results_of(sweep))
     difference = grpo.differences["accuracy"]
 
-    assert (difference.low, difference.high, difference.resampled) == (
-        0.0,
-        1.0,
-        "seeds and problems",
-    )
+    assert difference.low == 0.0
+    assert difference.high == 1.0
+    assert difference.resampled == "seeds and problems"
     assert grpo.differences["reward"].resampled == "seeds"
 
 
@@ -436,8 +438,8 @@ def test_a_diverged_run_is_counted_and_not_averaged(base: Path) -> None:
     assert real.means["accuracy"].value == pytest.approx(0.7) and not real.differences
     assert runs_table([real, grpo])[2] == ["grpo", "2 of 3", "1", "0", "0.6", "1,600"]
 
-    shown = figure_table("accuracy", [real, grpo])[2]
-    assert shown == ["grpo", "0.800", "0.100", "+0.100", "+0.100 to +0.100", "2"]
+    figures = figure_table("accuracy", [real, grpo])[2]
+    assert figures == ["grpo", "0.800", "0.100", "+0.100", "+0.100 to +0.100", "2"]
 
     write_table(sweep, results_of(sweep))
     kept = json.loads((sweep.out / "table.json").read_text())
@@ -457,8 +459,8 @@ def test_the_table_shows_the_runs_that_are_there(
     file = write_sweep(base)
     keep(load_sweep(file).runs[0], accuracy=0.5)
     assert cli.main(["compare", str(file), "--table", "--json"]) == 1
-    shown = json.loads(capsys.readouterr().out)
-    assert [row["counts"]["finished"] for row in shown["variants"]] == [1, 0]
+    output = json.loads(capsys.readouterr().out)
+    assert [row["counts"]["finished"] for row in output["variants"]] == [1, 0]
 
 
 # ---- starting runs
@@ -547,11 +549,13 @@ def test_a_run_that_fails_does_not_end_the_sweep(
     planned({"grpo 1": "diverge", "real 2": "crash once"})
     assert cli.main(["compare", str(file)]) == 1
 
-    shown = capsys.readouterr()
+    output = capsys.readouterr()
     assert set(starts(load_sweep(file)).values()) == {1}
-    assert "grpo, seed 1: diverged after 0 steps: as planned" in shown.out
-    assert "real, seed 2: failed after 0 steps: it ended with exit code 1; out of luck" in shown.out
-    assert row_of("real", shown.out) == "2 of 3 0 1"
+    assert "grpo, seed 1: diverged after 0 steps: as planned" in output.out
+    assert (
+        "real, seed 2: failed after 0 steps: it ended with exit code 1; out of luck" in output.out
+    )
+    assert row_of("real", output.out) == "2 of 3 0 1"
 
     assert cli.main(["compare", str(file)]) == 1, "one has diverged for good"
 

@@ -416,10 +416,10 @@ def test_the_command_line_refuses_before_it_imports_torch(file: Path) -> None:
         "assert not {'torch', 'transformers', 'megatron.core'} & sys.modules.keys(); sys.exit(code)"
     )
     command = [sys.executable, "-c", code, "train", str(file), "parallel.tp=8"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
-    assert done.returncode == 2
-    assert done.stderr.startswith("megatron-real: parallel.tp = 8 does not divide")
-    assert done.stderr.count("\n") == 1
+    completed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert completed.returncode == 2
+    assert completed.stderr.startswith("megatron-real: parallel.tp = 8 does not divide")
+    assert completed.stderr.count("\n") == 1
 
 
 def test_the_table_of_engines_in_the_docs_is_that_of_the_code() -> None:

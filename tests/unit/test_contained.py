@@ -118,14 +118,14 @@ def audited(verifier: str, checks: list[tuple[str, list[str], dict[str, Any]]]) 
     It takes a process of its own, because a hook cannot be removed.
     """
     script = AUDITED.format(verifier=verifier, tests=str(Path(__file__).parent))
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", script],
         input=json.dumps(checks),
         capture_output=True,
         text=True,
         check=True,
     )
-    answer: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    answer: list[Any] = json.loads(completed.stdout.splitlines()[-1])
     return answer
 
 
@@ -317,11 +317,11 @@ def test_an_answer_that_reasoning_gym_would_run_does_nothing(
     """
     monkeypatch.setenv("CANARY_API_KEY", "secret")
     bare = ATTACK.format(file=tmp_path / "bare")
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", REPRODUCED, bare], capture_output=True, text=True, check=True
     )
 
-    assert done.stdout.split() == ["0.0", "1.0"], "the scorer is replaced"
+    assert completed.stdout.split() == ["0.0", "1.0"], "the scorer is replaced"
     assert (tmp_path / "bare").exists(), "the shell command ran"
     assert (tmp_path / "bare.keys").read_text() == "secret"
 

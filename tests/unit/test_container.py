@@ -26,8 +26,8 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_linter_finds_nothing() -> None:
-    done = run("hadolint", "Dockerfile")
-    assert (done.returncode, done.stdout) == (0, "")
+    completed = run("hadolint", "Dockerfile")
+    assert (completed.returncode, completed.stdout) == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -40,8 +40,8 @@ def test_the_linter_finds_nothing() -> None:
 )
 def test_the_linter_finds_what_is_wrong(change: tuple[str, str], rule: str, tmp_path: Path) -> None:
     (tmp_path / "Dockerfile").write_text((ROOT / "Dockerfile").read_text().replace(*change))
-    done = run("hadolint", str(tmp_path / "Dockerfile"))
-    assert done.returncode == 1 and rule in done.stdout
+    completed = run("hadolint", str(tmp_path / "Dockerfile"))
+    assert completed.returncode == 1 and rule in completed.stdout
 
 
 def test_the_image_holds_what_it_copies_and_nothing_of_the_user() -> None:
@@ -69,9 +69,9 @@ def test_no_secret_and_no_root_is_in_its_layers() -> None:
 
 
 def test_the_pins_exist_and_fit_together() -> None:
-    done = run(sys.executable, "tools/check_container.py")
-    assert done.returncode == 0, done.stderr
-    held = done.stdout.splitlines()
+    completed = run(sys.executable, "tools/check_container.py")
+    assert completed.returncode == 0, completed.stderr
+    held = completed.stdout.splitlines()
     assert "megatron-core==0.19.2" in held and "math-verify==0.9.0" in held
     assert [line for line in held if line.startswith("torch==")] == ["torch==2.15.0a0+875d815502"]
 
@@ -86,6 +86,6 @@ def test_the_pins_exist_and_fit_together() -> None:
     ],
 )
 def test_pins_that_do_not_fit_are_named(words: list[str], message: str) -> None:
-    done = run(sys.executable, "tools/check_container.py", *words)
-    assert done.returncode == 1
-    assert message in " ".join(done.stderr.split())
+    completed = run(sys.executable, "tools/check_container.py", *words)
+    assert completed.returncode == 1
+    assert message in " ".join(completed.stderr.split())

@@ -59,18 +59,19 @@ def test_round_trip_is_the_identical_file(
     sizes: dict[str, Any],
 ) -> None:
     source = tiny_model(family, dtype="bfloat16", **sizes)
-    there = hf_to_megatron(source, tmp_path / "megatron", **options)
-    back = megatron_to_hf(there.out, tmp_path / "hf")
-    assert files_of(back.out) == files_of(source)
-    assert check_manifest(there.out) == check_manifest(back.out) == []
+    converted = hf_to_megatron(source, tmp_path / "megatron", **options)
+    exported = megatron_to_hf(converted.out, tmp_path / "hf")
+    assert files_of(exported.out) == files_of(source)
+    assert check_manifest(converted.out) == check_manifest(exported.out) == []
 
 
 def test_blocks_smaller_than_a_row_and_many_workers_give_the_same_file(
     source: Path, tmp_path: Path
 ) -> None:
+    # One byte of memory: every block is then a part of a row.
     limits = Limits(workers=7, max_memory=1)
-    there = hf_to_megatron(source, tmp_path / "megatron", tp_chunks=2, limits=limits)
-    assert files_of(megatron_to_hf(there.out, tmp_path / "hf", limits=limits).out) == files_of(
+    converted = hf_to_megatron(source, tmp_path / "megatron", tp_chunks=2, limits=limits)
+    assert files_of(megatron_to_hf(converted.out, tmp_path / "hf", limits=limits).out) == files_of(
         source
     )
 
@@ -85,18 +86,20 @@ def test_many_files_come_back_as_they_were(source: Path, tmp_path: Path) -> None
         tmp_path / "cut", max_shard_size="50KB"
     )
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 3
-    there = hf_to_megatron(tmp_path / "cut", tmp_path / "megatron")
-    assert files_of(megatron_to_hf(there.out, tmp_path / "hf").out) == files_of(tmp_path / "cut")
+    converted = hf_to_megatron(tmp_path / "cut", tmp_path / "megatron")
+    assert files_of(megatron_to_hf(converted.out, tmp_path / "hf").out) == files_of(
+        tmp_path / "cut"
+    )
 
 
 def test_shards_of_a_size_load_in_transformers(source: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    there = hf_to_megatron(source, tmp_path / "megatron")
-    back = megatron_to_hf(there.out, tmp_path / "hf", max_shard_bytes=60_000).out
-    assert len(list(back.glob("model-*.safetensors"))) == 3
+    converted = hf_to_megatron(source, tmp_path / "megatron")
+    exported = megatron_to_hf(converted.out, tmp_path / "hf", max_shard_bytes=60_000).out
+    assert len(list(exported.glob("model-*.safetensors"))) == 3
     before = AutoModelForCausalLM.from_pretrained(source, dtype="auto").state_dict()
-    after = AutoModelForCausalLM.from_pretrained(back, dtype="auto").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(exported, dtype="auto").state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -126,24 +129,24 @@ def test_bin_files_and_hub_snapshots_convert_to_the_same_checkpoint(
     (snapshot / "model.safetensors").symlink_to("../blob")
 
     for directory in (whole, parts, snapshot):
-        there = hf_to_megatron(directory, tmp_path / f"{directory.name}-megatron")
-        back = HfWeights(megatron_to_hf(there.out, tmp_path / f"{directory.name}-hf").out)
-        assert all(torch.equal(back.read(name), tensors[name]) for name in tensors)
+        converted = hf_to_megatron(directory, tmp_path / f"{directory.name}-megatron")
+        exported = HfWeights(megatron_to_hf(converted.out, tmp_path / f"{directory.name}-hf").out)
+        assert all(torch.equal(exported.read(name), tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("F32", torch.float32), ("F16", torch.float16)])
 def test_weights_are_cast_to_the_dtype_that_is_asked_for(
     source: Path, tmp_path: Path, dtype: str, torch_dtype: torch.dtype
 ) -> None:
-    there = hf_to_megatron(source, tmp_path / "megatron", dtype=dtype)
-    back = megatron_to_hf(there.out, tmp_path / "hf").out
+    converted = hf_to_megatron(source, tmp_path / "megatron", dtype=dtype)
+    exported = megatron_to_hf(converted.out, tmp_path / "hf").out
     before = HfWeights(source)
-    after = HfWeights(back)
+    after = HfWeights(exported)
     assert all(torch.equal(after.read(n), before.read(n).to(torch_dtype)) for n in before.names)
-    assert json.loads((back / "config.json").read_text())["dtype"] == str(torch_dtype).removeprefix(
-        "torch."
-    )
-    narrow = HfWeights(megatron_to_hf(there.out, tmp_path / "narrow", dtype="BF16").out)
+    assert json.loads((exported / "config.json").read_text())["dtype"] == str(
+        torch_dtype
+    ).removeprefix("torch.")
+    narrow = HfWeights(megatron_to_hf(converted.out, tmp_path / "narrow", dtype="BF16").out)
     assert all(narrow.tensor(name).dtype == "BF16" for name in narrow.names)
 
 
@@ -206,8 +209,11 @@ def test_only_an_equal_copy_of_the_tied_embedding_is_left_out(
     source = tiny_model("llama", dtype="bfloat16", tie_word_embeddings=True)
     embedding = HfWeights(source).read("model.embed_tokens.weight")
     equal = edited(source, tmp_path, **{"lm_head.weight": lambda _: embedding.clone()})
-    there = hf_to_megatron(equal, tmp_path / "megatron")
-    assert "lm_head.weight" not in HfWeights(megatron_to_hf(there.out, tmp_path / "hf").out).tensors
+    converted = hf_to_megatron(equal, tmp_path / "megatron")
+    assert (
+        "lm_head.weight"
+        not in HfWeights(megatron_to_hf(converted.out, tmp_path / "hf").out).tensors
+    )
     shutil.rmtree(equal)
     other = edited(source, tmp_path, **{"lm_head.weight": lambda _: embedding + 1})
     with pytest.raises(WeightsError, match="differs from the embedding"):
@@ -215,8 +221,8 @@ def test_only_an_equal_copy_of_the_tied_embedding_is_left_out(
 
 
 def test_verify_finds_one_changed_element(source: Path, tmp_path: Path) -> None:
-    there = hf_to_megatron(source, tmp_path / "megatron").out
-    report = verify(open_as_hf(there), open_as_hf(source))
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
+    report = verify(open_as_hf(checkpoint), open_as_hf(source))
     assert not report.problems and report.identical == report.tensors == len(
         HfWeights(source).names
     )
@@ -227,11 +233,11 @@ def test_verify_finds_one_changed_element(source: Path, tmp_path: Path) -> None:
 
     name = "model.layers.2.self_attn.k_proj.weight"
     other = edited(source, tmp_path, **{name: change})
-    report = verify(open_as_hf(there), open_as_hf(other))
+    report = verify(open_as_hf(checkpoint), open_as_hf(other))
     assert report.worst == name and report.identical == report.tensors - 1
     assert report.max_abs_difference == pytest.approx(0.25, abs=2e-3)
     assert [name in problem for problem in report.problems] == [True]
-    assert not verify(open_as_hf(there), open_as_hf(other), atol=0.3).problems
+    assert not verify(open_as_hf(checkpoint), open_as_hf(other), atol=0.3).problems
 
 
 def test_verify_counts_nans_and_widens(source: Path, tmp_path: Path) -> None:
@@ -265,25 +271,24 @@ def test_a_flipped_bit_is_found_by_the_manifest(
 def test_the_command_line_converts_verifies_and_inspects(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    there = str(tmp_path / "megatron")
-    back = str(tmp_path / "hf")
-    assert main(["convert", "to-megatron", str(source), there, "--json"]) == 0
+    checkpoint = str(tmp_path / "megatron")
+    exported = str(tmp_path / "hf")
+    assert main(["convert", "to-megatron", str(source), checkpoint, "--json"]) == 0
 
     summary = json.loads(capsys.readouterr().out)
     assert summary["bytes"] == sum(
         t.shape[0] * t.columns * 2 for t in HfWeights(source).tensors.values()
     )
-    assert (
-        main(["convert", "to-hf", there, back, "--max-shard-size", "60KB", "--dtype", "fp32"]) == 0
-    )
-    assert main(["convert", "verify", there, back]) == 0
+    options = ["--max-shard-size", "60KB", "--dtype", "fp32"]
+    assert main(["convert", "to-hf", checkpoint, exported, *options]) == 0
+    assert main(["convert", "verify", checkpoint, exported]) == 0
 
     capsys.readouterr()
-    assert main(["convert", "inspect", there, "--json"]) == 0
+    assert main(["convert", "inspect", checkpoint, "--json"]) == 0
 
     report = json.loads(capsys.readouterr().out)
     assert report["format"] == "Megatron torch_dist" and report["architecture"]["num_kv_heads"] == 2
-    assert main(["convert", "inspect", back]) == 0
+    assert main(["convert", "inspect", exported]) == 0
     assert "HF safetensors" in capsys.readouterr().out
 
 
@@ -335,13 +340,13 @@ def test_a_wrong_command_is_refused_in_one_sentence(
 def test_a_checkpoint_with_parts_lost_is_one_sentence(
     source: Path, tmp_path: Path, lost: list[str], message: str
 ) -> None:
-    there = hf_to_megatron(
+    checkpoint = hf_to_megatron(
         source, tmp_path / "megatron", layout=LegacyLayout(tp=2, pp=1, layers="te")
     ).out
     for name in lost:
-        shutil.rmtree(there / name)
+        shutil.rmtree(checkpoint / name)
     with pytest.raises(WeightsError, match=message):
-        megatron_to_hf(there, tmp_path / "hf")
+        megatron_to_hf(checkpoint, tmp_path / "hf")
 
 
 def test_an_explicit_dtype_is_that_of_all_tensors(source: Path, tmp_path: Path) -> None:
@@ -352,9 +357,10 @@ def test_an_explicit_dtype_is_that_of_all_tensors(source: Path, tmp_path: Path) 
         if "norm" in name:
             tensors[name] = tensor.float()
     save_file(tensors, mixed / "model.safetensors", metadata={"format": "pt"})
-    there = hf_to_megatron(mixed, tmp_path / "megatron").out
+    checkpoint = hf_to_megatron(mixed, tmp_path / "megatron").out
     kept, cast = (
-        megatron_to_hf(there, tmp_path / str(dtype), dtype=dtype).out for dtype in (None, "BF16")
+        megatron_to_hf(checkpoint, tmp_path / str(dtype), dtype=dtype).out
+        for dtype in (None, "BF16")
     )
 
     assert {t.dtype for t in load_file(kept / "model.safetensors").values()} == {
@@ -381,22 +387,24 @@ def test_verify_finds_tensors_that_share_bytes(source: Path, tmp_path: Path) -> 
 
 
 def test_checkpoints_without_a_config_ask_for_one(source: Path, tmp_path: Path) -> None:
-    there = hf_to_megatron(source, tmp_path / "megatron").out
-    shutil.rmtree(there / "hf")
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
+    shutil.rmtree(checkpoint / "hf")
     with pytest.raises(WeightsError, match="--hf-config"):
-        megatron_to_hf(there, tmp_path / "hf")
-    back = megatron_to_hf(there, tmp_path / "hf", hf_config=source).out
-    assert files_of(back)["model.safetensors"] == files_of(source)["model.safetensors"]
+        megatron_to_hf(checkpoint, tmp_path / "hf")
+    exported = megatron_to_hf(checkpoint, tmp_path / "hf", hf_config=source).out
+    assert files_of(exported)["model.safetensors"] == files_of(source)["model.safetensors"]
 
 
 def test_another_models_config_is_refused(
     tiny_model: Callable[..., Path], source: Path, tmp_path: Path
 ) -> None:
-    there = hf_to_megatron(source, tmp_path / "megatron").out
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
     with pytest.raises(WeightsError, match="they do not belong together"):
-        megatron_to_hf(there, tmp_path / "hf", hf_config=tiny_model("qwen2", intermediate_size=128))
+        megatron_to_hf(
+            checkpoint, tmp_path / "hf", hf_config=tiny_model("qwen2", intermediate_size=128)
+        )
     with pytest.raises(WeightsError, match=r"linear_qkv.bias, for which .* has no place"):
-        megatron_to_hf(there, tmp_path / "hf", hf_config=tiny_model("llama"))
+        megatron_to_hf(checkpoint, tmp_path / "hf", hf_config=tiny_model("llama"))
 
 
 def test_overwrite_replaces_an_earlier_conversion(source: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from megatron_real.weights.transfer import MANIFEST, Limits, check_manifest
 SLOW = Limits(workers=2, max_memory=2**16)
 """4 KiB blocks: thousands of changes of the disk, for the kills to land between."""
 MOMENTS = 20
+"""Random moments at which a conversion is killed."""
 
 
 @pytest.fixture(scope="module")

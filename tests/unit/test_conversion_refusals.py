@@ -88,37 +88,37 @@ def test_an_output_layer_of_its_own_is_not_dropped(
     """The checkpoint has an output layer of its own under a tied config: an export without it would
     lose it.
     """
-    there = hf_to_megatron(source, tmp_path / "megatron", layout=layout).out
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron", layout=layout).out
     with pytest.raises(WeightsError, match=r"output_layer.weight differs from model.embed_tokens"):
-        megatron_to_hf(there, tmp_path / "hf", hf_config=tied)
+        megatron_to_hf(checkpoint, tmp_path / "hf", hf_config=tied)
     with pytest.raises(WeightsError, match=r"output_layer.weight differs"):
-        check_model(tied, there)
+        check_model(tied, checkpoint)
     assert not (tmp_path / "hf").exists()
 
     def equal(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
     copied = hf_to_megatron(with_tensors(source, equal), tmp_path / "copied", layout=layout).out
-    back = megatron_to_hf(copied, tmp_path / "hf", hf_config=tied).out
-    assert "lm_head.weight" not in HfWeights(back).tensors
+    exported = megatron_to_hf(copied, tmp_path / "hf", hf_config=tied).out
+    assert "lm_head.weight" not in HfWeights(exported).tensors
 
 
 def test_norms_of_all_tensor_parallel_ranks_are_compared(source: Path, tmp_path: Path) -> None:
-    there = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout(tp=2)).out
-    file = there / "release/mp_rank_01/model_optim_rng.pt"
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout(tp=2)).out
+    file = checkpoint / "release/mp_rank_01/model_optim_rng.pt"
     state = torch.load(file, weights_only=False)
     state["model"]["decoder.final_layernorm.weight"] += 1
     torch.save(state, file)
     with pytest.raises(WeightsError, match=r"final_layernorm.weight of mp_rank_01 differs"):
-        megatron_to_hf(there, tmp_path / "hf")
+        megatron_to_hf(checkpoint, tmp_path / "hf")
 
 
 def test_a_parameter_under_two_names_is_refused(source: Path, tmp_path: Path) -> None:
-    there = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout()).out
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout()).out
     name = "decoder.layers.0.input_layernorm.weight"
-    changed_state(there, lambda state: state["model"].update({name: torch.ones(32)}))
+    changed_state(checkpoint, lambda state: state["model"].update({name: torch.ones(32)}))
     with pytest.raises(WeightsError, match="has one parameter twice"):
-        megatron_to_hf(there, tmp_path / "hf")
+        megatron_to_hf(checkpoint, tmp_path / "hf")
 
 
 def test_rotary_buffers_are_compared_with_the_base(tiny_model: ModelMaker, tmp_path: Path) -> None:
@@ -225,9 +225,9 @@ def test_shards_without_an_index_come_back_with_one(source: Path, tmp_path: Path
     before = load_file(source / SINGLE)
     cut(source, index=False)
     (source / SINGLE).unlink()
-    there = hf_to_megatron(source, tmp_path / "megatron").out
-    back = megatron_to_hf(there, tmp_path / "hf").out
-    model = AutoModelForCausalLM.from_pretrained(back, dtype="auto").state_dict()
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
+    exported = megatron_to_hf(checkpoint, tmp_path / "hf").out
+    model = AutoModelForCausalLM.from_pretrained(exported, dtype="auto").state_dict()
     assert all(torch.equal(model[name], tensor) for name, tensor in before.items())
 
 
@@ -235,9 +235,9 @@ def test_a_single_file_of_another_name_comes_back_under_the_usual_one(
     source: Path, tmp_path: Path
 ) -> None:
     (source / SINGLE).rename(source / "weights.safetensors")
-    there = hf_to_megatron(source, tmp_path / "megatron").out
-    back = megatron_to_hf(there, tmp_path / "hf").out
-    assert (back / SINGLE).read_bytes() == (source / "weights.safetensors").read_bytes()
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
+    exported = megatron_to_hf(checkpoint, tmp_path / "hf").out
+    assert (exported / SINGLE).read_bytes() == (source / "weights.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -284,9 +284,9 @@ def test_a_tied_file_that_kept_only_the_output_layer_is_converted(
     theirs = AutoModelForCausalLM.from_pretrained(tied, dtype="auto").state_dict()
     assert torch.equal(theirs["model.embed_tokens.weight"], before)
 
-    there = hf_to_megatron(tied, tmp_path / "megatron").out
-    back = HfWeights(megatron_to_hf(there, tmp_path / "hf").out)
-    assert torch.equal(back.read("model.embed_tokens.weight"), before)
+    checkpoint = hf_to_megatron(tied, tmp_path / "megatron").out
+    exported = HfWeights(megatron_to_hf(checkpoint, tmp_path / "hf").out)
+    assert torch.equal(exported.read("model.embed_tokens.weight"), before)
 
 
 # Side files.
@@ -309,8 +309,8 @@ def test_side_files_templates_and_code_come_along(source: Path, tmp_path: Path) 
     assert "helper.py" not in without_code, "Python files without an auto_map are not the model's"
 
     with_config(source, auto_map={"AutoModelForCausalLM": "modeling_own.Model"})
-    there = hf_to_megatron(source, tmp_path / "megatron").out
-    back = megatron_to_hf(there, tmp_path / "hf").out
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
+    back = megatron_to_hf(checkpoint, tmp_path / "hf").out
     weights = {name: tensor for name, tensor in load_file(source / SINGLE).items()}
     write_hf(tmp_path / "trained", weights.items(), source=source, dtype="bf16")
 
@@ -324,9 +324,9 @@ def test_links_out_of_the_model_are_not_followed(source: Path, tmp_path: Path) -
     secret = tmp_path / "secret"
     secret.write_text("HF_TOKEN=hf_secret")
     weights = load_file(source / SINGLE)
-    there = hf_to_megatron(source, tmp_path / "megatron").out
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
 
-    for directory in (source, there / "hf"):
+    for directory in (source, checkpoint / "hf"):
         link = directory / "NOTICE.txt"
         link.symlink_to(secret)
         with pytest.raises(WeightsError, match=r"NOTICE.txt is a link to .*secret, outside"):
@@ -335,12 +335,12 @@ def test_links_out_of_the_model_are_not_followed(source: Path, tmp_path: Path) -
     with pytest.raises(WeightsError, match="outside the model's directory"):
         hf_to_megatron(source, tmp_path / "out")
     with pytest.raises(WeightsError, match="outside the model's directory"):
-        megatron_to_hf(there, tmp_path / "out")
+        megatron_to_hf(checkpoint, tmp_path / "out")
     with pytest.raises(WeightsError, match="outside the model's directory"):
         write_hf(tmp_path / "out", weights.items(), source=source, dtype="bf16")
     assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".*out*"))
 
-    for link in (source / "NOTICE.txt", there / "hf/NOTICE.txt"):
+    for link in (source / "NOTICE.txt", checkpoint / "hf/NOTICE.txt"):
         link.unlink()
         link.symlink_to("config.json")
         side_files(link.parent)  # within the model it is a file of the model
@@ -354,10 +354,10 @@ def test_a_hub_snapshot_is_links_to_its_own_blobs(source: Path, tmp_path: Path) 
     for number, file in enumerate(sorted(source.iterdir())):
         shutil.copy(file, repository / "blobs" / str(number))
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
-    there = hf_to_megatron(snapshot, tmp_path / "megatron").out
-    back = megatron_to_hf(there, tmp_path / "hf").out
+    checkpoint = hf_to_megatron(snapshot, tmp_path / "megatron").out
+    exported = megatron_to_hf(checkpoint, tmp_path / "hf").out
 
-    assert (back / SINGLE).read_bytes() == (source / SINGLE).read_bytes()
+    assert (exported / SINGLE).read_bytes() == (source / SINGLE).read_bytes()
 
     (snapshot / "NOTICE.txt").symlink_to("../../../secret")
     with pytest.raises(WeightsError, match="leads nowhere"):
@@ -381,15 +381,15 @@ def test_a_hub_snapshot_is_links_to_its_own_blobs(source: Path, tmp_path: Path) 
 def test_overwrite_deletes_only_what_a_conversion_wrote(
     source: Path, tmp_path: Path, make: Callable[[Path], Any], message: str | None
 ) -> None:
-    there = hf_to_megatron(source, tmp_path / "megatron").out
-    out = megatron_to_hf(there, tmp_path / "hf").out
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
+    out = megatron_to_hf(checkpoint, tmp_path / "hf").out
     make(out)
     before = sorted(out.rglob("*"))
     if message is None:
-        megatron_to_hf(there, out, overwrite=True)
+        megatron_to_hf(checkpoint, out, overwrite=True)
         return
     with pytest.raises(WeightsError, match=message):
-        megatron_to_hf(there, out, overwrite=True)
+        megatron_to_hf(checkpoint, out, overwrite=True)
     assert sorted(out.rglob("*")) == before
 
 
@@ -408,8 +408,8 @@ def test_out_and_source_may_not_touch(source: Path, tmp_path: Path, where: str) 
 
 
 def test_out_may_not_hold_the_files_that_the_source_links_to(source: Path, tmp_path: Path) -> None:
-    there = hf_to_megatron(source, tmp_path / "megatron").out
-    out = megatron_to_hf(there, tmp_path / "hf").out
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
+    out = megatron_to_hf(checkpoint, tmp_path / "hf").out
     (source / SINGLE).unlink()
     (source / SINGLE).symlink_to(out / SINGLE)
     with pytest.raises(WeightsError, match="are one within the other"):
@@ -520,7 +520,7 @@ def test_an_export_with_files_of_others_is_set_aside(source: Path, tmp_path: Pat
 
 
 def test_a_checkpoints_own_arguments_are_compared(source: Path, tmp_path: Path) -> None:
-    there = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout()).out
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout()).out
     for name, value in (
         ("rotary_base", 1_000_000),
         ("norm_epsilon", 1e-5),
@@ -529,7 +529,7 @@ def test_a_checkpoints_own_arguments_are_compared(source: Path, tmp_path: Path) 
         ("use_rope_scaling", True),
         ("window_size", 128),
     ):
-        changed = Path(shutil.copytree(there, tmp_path / name))
+        changed = Path(shutil.copytree(checkpoint, tmp_path / name))
 
         def change(state: dict[str, Any], name: str = name, value: Any = value) -> None:
             setattr(state["args"], name, value)
@@ -546,17 +546,17 @@ def test_the_arguments_of_torch_dist_are_compared(
     source: Path, tmp_path: Path, stored: str
 ) -> None:
     """megatron-core 0.16 has them in common.pt, 0.19 in the shards; the converter writes both."""
-    there = hf_to_megatron(source, tmp_path / "megatron").out
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
     if stored == "shards":
-        (there / "release/common.pt").unlink()
+        (checkpoint / "release/common.pt").unlink()
     with_config(source, rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
     with pytest.raises(WeightsError, match="rotary_base 10000 instead of 500000"):
-        megatron_to_hf(there, tmp_path / "hf", hf_config=source)
+        megatron_to_hf(checkpoint, tmp_path / "hf", hf_config=source)
 
 
 def test_arguments_of_unknown_classes_are_inert(source: Path, tmp_path: Path) -> None:
     """A fork's object of arguments is not imported, and the weights are read all the same."""
-    there = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout()).out
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout()).out
 
     def strange(state: dict[str, Any]) -> None:
         state["args"].timeout = datetime.timedelta(minutes=3)
@@ -564,18 +564,18 @@ def test_arguments_of_unknown_classes_are_inert(source: Path, tmp_path: Path) ->
         state["args"].own = argparse.ArgumentParser
         state["args"].types = OrderedDict(a={1, 2}, b=frozenset({3}), c=range(3))
 
-    changed_state(there, strange)
-    back = megatron_to_hf(there, tmp_path / "hf").out
-    assert (back / SINGLE).read_bytes() == (source / SINGLE).read_bytes()
-    assert describe(there)["format"].startswith("Megatron torch")
+    changed_state(checkpoint, strange)
+    exported = megatron_to_hf(checkpoint, tmp_path / "hf").out
+    assert (exported / SINGLE).read_bytes() == (source / SINGLE).read_bytes()
+    assert describe(checkpoint)["format"].startswith("Megatron torch")
 
 
 def test_an_object_in_the_place_of_a_tensor_is_named(source: Path, tmp_path: Path) -> None:
-    there = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout()).out
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron", layout=LegacyLayout()).out
     strange = {"decoder.final_layernorm.weight": datetime.timedelta(1)}
-    changed_state(there, lambda state: state["model"].update(strange))
+    changed_state(checkpoint, lambda state: state["model"].update(strange))
     with pytest.raises(WeightsError, match=r"is a datetime.timedelta, not a plain tensor"):
-        megatron_to_hf(there, tmp_path / "hf")
+        megatron_to_hf(checkpoint, tmp_path / "hf")
 
 
 @pytest.mark.parametrize("heights", [(1, 3, 3, 1), (0, 4, 4, 0), (2, 2, 2, 2)], ids=str)
@@ -608,9 +608,9 @@ def test_stages_with_unequal_numbers_of_layers_are_joined(
         folder = staged / f"mp_rank_00_{stage:03d}"
         folder.mkdir(parents=True)
         torch.save({**state, "model": model}, folder / "model_optim_rng.pt")
-    back = megatron_to_hf(staged, tmp_path / "hf", hf_config=source).out
+    exported = megatron_to_hf(staged, tmp_path / "hf", hf_config=source).out
 
-    assert (back / SINGLE).read_bytes() == (source / SINGLE).read_bytes()
+    assert (exported / SINGLE).read_bytes() == (source / SINGLE).read_bytes()
 
     shutil.rmtree(staged / "mp_rank_00_003")
     with pytest.raises(WeightsError, match=r"layers where config.json asks for 8|has no tensor"):
@@ -618,17 +618,17 @@ def test_stages_with_unequal_numbers_of_layers_are_joined(
 
 
 def test_verify_reads_the_checkpoint_that_the_tracker_names(source: Path, tmp_path: Path) -> None:
-    there = hf_to_megatron(source, tmp_path / "megatron").out
-    shutil.copytree(there / "release", there / "iter_0000010")
-    (there / "latest_checkpointed_iteration.txt").write_text("10")
-    for directory in (there, there / "release", there / "iter_0000010"):
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
+    shutil.copytree(checkpoint / "release", checkpoint / "iter_0000010")
+    (checkpoint / "latest_checkpointed_iteration.txt").write_text("10")
+    for directory in (checkpoint, checkpoint / "release", checkpoint / "iter_0000010"):
         assert verify(open_as_hf(directory), None).problems == []
-    file = there / "release/__0_0.distcp"
+    file = checkpoint / "release/__0_0.distcp"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    assert verify(open_as_hf(there), None).problems == []
-    assert len(verify(open_as_hf(there / "release"), None).problems) >= 1
+    assert verify(open_as_hf(checkpoint), None).problems == []
+    assert len(verify(open_as_hf(checkpoint / "release"), None).problems) >= 1
 
 
 def test_other_formats_and_trackers_are_named(source: Path, tmp_path: Path) -> None:
@@ -668,8 +668,8 @@ def test_other_formats_and_trackers_are_named(source: Path, tmp_path: Path) -> N
 )
 def test_verify_compares_the_descriptions(source: Path, tmp_path: Path, change: Any) -> None:
     other = with_config(Path(shutil.copytree(source, tmp_path / "other")), **change)
-    there = hf_to_megatron(source, tmp_path / "megatron").out
-    for a, b in ((source, other), (there, other)):
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
+    for a, b in ((source, other), (checkpoint, other)):
         report = verify(open_as_hf(a), open_as_hf(b))
         assert report.identical == report.tensors
         assert len(report.problems) == 1 and "the models differ" in report.problems[0]
@@ -687,5 +687,5 @@ def test_peak_memory_is_this_programs_own() -> None:
         "from megatron_real.commands.convert import peak_memory_bytes; print(peak_memory_bytes())"
     )
     words = [sys.executable, "-c", program, question]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
-    assert 2**20 < int(done.stdout) < 300 * 2**20
+    completed = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+    assert 2**20 < int(completed.stdout) < 300 * 2**20

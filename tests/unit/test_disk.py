@@ -21,6 +21,7 @@ def test_a_file_keeps_its_old_content_until_the_new_one_is_complete(tmp_path: Pa
 
 def test_a_writer_that_fails_changes_nothing(tmp_path: Path) -> None:
     write_whole(tmp_path / "file", "old")
+    # A lone surrogate is valid in Python's text and cannot be encoded as UTF-8.
     with pytest.raises(UnicodeEncodeError):
         write_whole(tmp_path / "file", "new \ud800")
     assert (tmp_path / "file").read_text() == "old"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +15,11 @@ from megatron_real.config import (
     TrainerConfig,
 )
 from megatron_real.runs.disk_needs import disk_needs
+from megatron_real.weights.architecture import Architecture
+from megatron_real.weights.published import published_model
 
-SEVEN_B: Any = SimpleNamespace(num_parameters=7_600_000_000)
+SEVEN_B = Architecture.read(published_model("r1-distill-qwen-7b"))
+"""It has 7,615,616,512 parameters."""
 
 
 def recipe(**rollout: Any) -> Config:
@@ -35,10 +37,10 @@ def test_the_needs_of_the_7b_recipe_equal_those_computed_by_hand() -> None:
     the one that is being written.
     """
     needs = disk_needs(recipe(), SEVEN_B)
-    assert needs.checkpoint == 106_400_000_000
+    assert needs.checkpoint == 14 * 7_615_616_512
     assert needs.num_checkpoints == 10 + 1 + 1 + 1
     assert needs.rollouts == 1000 * 128 * 8 * 4096 * 8
-    assert needs.export == 15_200_000_000
+    assert needs.export == 2 * 7_615_616_512, "bf16"
     assert needs.total == 13 * needs.checkpoint + needs.rollouts + needs.export
 
 

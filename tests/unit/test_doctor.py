@@ -38,10 +38,12 @@ def doctor(run_dir: Path, *, processes: int = 1) -> tuple[int, dict[str, dict[st
         "--run-dir",
         str(run_dir),
     ]
-    done = zygote.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.stdout.startswith("["), done.stderr
+    completed = zygote.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert completed.stdout.startswith("["), completed.stderr
 
-    return done.returncode, {finding["name"]: finding for finding in json.loads(done.stdout)}
+    return completed.returncode, {
+        finding["name"]: finding for finding in json.loads(completed.stdout)
+    }
 
 
 def installed(folder: Path, name: str, version: str) -> None:
@@ -199,6 +201,7 @@ def test_free_space_is_compared_with_the_needs_of_the_whole_run(
 
 
 def test_findings_of_nodes_are_merged_in_order() -> None:
+    # Two nodes agree on everything, and the one between them has another torch.
     both = [Finding("ok", "torch", "2.8"), Finding("ok", "NCCL", "2.27")]
     other = [Finding("ok", "torch", "2.7"), Finding("ok", "NCCL", "2.27")]
     lines = merged({"n1": both, "n2": other, "n3": both})

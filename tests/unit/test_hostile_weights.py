@@ -41,6 +41,7 @@ TENSORS = {
 
 @contextmanager
 def memory_stays_small(limit: int = 300 * 2**20) -> Iterator[None]:
+    # ru_maxrss counts KiB, and only ever grows.
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < limit
@@ -181,8 +182,8 @@ def test_fuzzed_checkpoints_are_refused_or_exported(
     source = tiny_model(
         "llama", dtype="bfloat16", num_hidden_layers=1, hidden_size=8, intermediate_size=8
     )
-    there = hf_to_megatron(source, tmp_path / "megatron").out
-    good = (there / file).read_bytes()
+    checkpoint = hf_to_megatron(source, tmp_path / "megatron").out
+    good = (checkpoint / file).read_bytes()
 
     @settings(SAFE, max_examples=examples(1500))
     @given(
@@ -194,9 +195,9 @@ def test_fuzzed_checkpoints_are_refused_or_exported(
         data = bytearray(good)
         for position, value in changes:
             data[position] = value
-        (there / file).write_bytes(data)
+        (checkpoint / file).write_bytes(data)
         try:
-            megatron_to_hf(there, tmp_path / "hf", overwrite=True)
+            megatron_to_hf(checkpoint, tmp_path / "hf", overwrite=True)
         except WeightsError as error:
             assert str(error)
 
@@ -264,14 +265,14 @@ def test_only_contiguous_tensors_are_read_from_bin_files(tmp_path: Path) -> None
 def test_metadata_that_names_files_outside_the_directory_are_refused(
     tiny_model: Callable[..., Path], tmp_path: Path, metadata: str, message: str
 ) -> None:
-    there = hf_to_megatron(tiny_model("qwen2", dtype="bfloat16"), tmp_path / "megatron").out
-    file = there / "release/.metadata"
+    checkpoint = hf_to_megatron(tiny_model("qwen2", dtype="bfloat16"), tmp_path / "megatron").out
+    file = checkpoint / "release/.metadata"
     table = pickle.loads(file.read_bytes())
     for info in table.storage_data.values():
         info.relative_path = metadata
     file.write_bytes(pickle.dumps(table))
     with pytest.raises(WeightsError, match=message):
-        megatron_to_hf(there, tmp_path / "hf")
+        megatron_to_hf(checkpoint, tmp_path / "hf")
 
 
 def test_loops_pipes_and_missing_files_are_refused(plain: bytes, tmp_path: Path) -> None:
@@ -297,10 +298,10 @@ def test_loops_pipes_and_missing_files_are_refused(plain: bytes, tmp_path: Path)
 
 
 def test_a_missing_chunk_is_named(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    there = hf_to_megatron(
+    checkpoint = hf_to_megatron(
         tiny_model("qwen2", dtype="bfloat16"), tmp_path / "megatron", tp_chunks=2
     ).out
-    file = there / "release/.metadata"
+    file = checkpoint / "release/.metadata"
     table = pickle.loads(file.read_bytes())
     gone = next(
         i for i in table.storage_data if i.fqn.endswith("linear_fc2.weight") and i.offset[0] == 3
@@ -311,12 +312,12 @@ def test_a_missing_chunk_is_named(tiny_model: Callable[..., Path], tmp_path: Pat
     with pytest.raises(
         WeightsError, match=r"linear_fc2.weight\[3\]: its 1 shards do not tile its shape"
     ):
-        megatron_to_hf(there, tmp_path / "hf")
+        megatron_to_hf(checkpoint, tmp_path / "hf")
 
-    (there / "release/__0_0.distcp").write_bytes(b"short")
+    (checkpoint / "release/__0_0.distcp").write_bytes(b"short")
     file.write_bytes(pickle.dumps(table))
     with pytest.raises(WeightsError, match="has 5 bytes, but its index points to"):
-        megatron_to_hf(there, tmp_path / "hf")
+        megatron_to_hf(checkpoint, tmp_path / "hf")
 
 
 class Planted:

@@ -48,8 +48,8 @@ def test_check_counts_by_kind(tmp_path: Path, capsys: Any) -> None:
 
 def test_check_shows_a_table(tmp_path: Path, capsys: Any) -> None:
     assert main(["labels", "check", write(tmp_path / "a.jsonl", ROWS), "--verifier", "exact"]) == 0
-    shown = capsys.readouterr().out
-    assert "false positives" in shown and "accuracy 1.0000" in shown
+    output = capsys.readouterr().out
+    assert "false positives" in output and "accuracy 1.0000" in output
 
 
 def test_golds_that_nobody_can_match_are_named(tmp_path: Path, capsys: Any) -> None:

@@ -64,8 +64,8 @@ def test_ranks_pass_on_what_they_do_not_see_themselves(tmp_path: Path) -> None:
     try:
         wait_until_ready(started)
         started[0].send_signal(signal.SIGKILL)
-        for said in ends(started[1:], within=120.0):
-            assert f"rank 0 on {HOST} ended without a word" in said
+        for message in ends(started[1:], within=120.0):
+            assert f"rank 0 on {HOST} ended without a word" in message
     finally:
         for process in started:
             process.kill()
@@ -135,7 +135,7 @@ def test_foreign_connections_do_not_disturb_the_ranks(tmp_path: Path) -> None:
     """A scanner, connections that close or stay silent, and a forged rank all come before the ranks
     do.
     """
-    # What the first rank gathers first: machines, and its secret. The others are not there yet.
+    # The first rank gathers machines and its secret from these files; the others start later.
     for rank in (1, 2):
         (tmp_path / f"1-{rank}").write_text(json.dumps([HOST, ""]))
     first = start(0, "good", tmp_path)
@@ -149,7 +149,7 @@ def test_foreign_connections_do_not_disturb_the_ranks(tmp_path: Path) -> None:
     strays[2].sendall(b"\0")
     strays[3].sendall(bytes(64) + b'{"rank": 1, "host": "evil"}\n')
 
-    # Who knows the secret, and forges a rank that is none: not taken in either.
+    # It knows the secret and forges a rank that does not exist, so it is not let in either.
     known = challenge.connect((host, port), secret, purpose="lifeline")
     known.sendall(b'{"rank": 7, "host": "evil"}\n')
 

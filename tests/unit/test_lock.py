@@ -94,6 +94,7 @@ def test_a_process_table_says_nothing_about_processes_elsewhere(
     decides.
     """
     dead_owner(tmp_path / "owners", **changes)
+    # A lease of 600 s is usual; this test waits for it to end.
     lock = newcomer(tmp_path / "owners", lease=0.5)
     messages: list[str] = []
     lock.take(messages.append)

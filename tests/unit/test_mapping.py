@@ -79,6 +79,7 @@ def test_qkv_rows_are_grouped_by_kv_head() -> None:
     )
     entry = next(e for e in entries(architecture) if e.key.endswith("linear_qkv.bias"))
 
+    # (part, first row, number of rows), with the parts q, k and v.
     assert entry.spans == [(0, 0, 2), (1, 0, 1), (2, 0, 1), (0, 2, 2), (1, 1, 1), (2, 1, 1)]
 
     joined = entry.join([torch.tensor([1.0, 2, 10, 100, 3, 4, 20, 200])])
@@ -106,6 +107,7 @@ def test_a_rank_reads_only_its_own_slices(tiny_model: Callable[..., Path]) -> No
                     pass
     norms = (2 * architecture.num_layers + 1) * architecture.hidden_size
 
+    # The tiny model is float64: 8 bytes a number.
     assert sum(read) == 8 * (architecture.num_parameters + norms)
     assert read[0] > read[1], "the vocabulary of 101 is padded to 256: rank 1 has zeros only"
 

@@ -47,6 +47,7 @@ def test_a_container_that_sees_its_cgroup_as_the_root_is_measured(tmp_path: Path
 
 def test_the_limits_of_cgroup_version_1_are_read(tmp_path: Path) -> None:
     group(tmp_path / "memory/job", used=6 * GIB, cached=GIB, limit=str(8 * GIB), version=1)
+    # 2^63 - 4096 is how version 1 writes that there is no limit.
     group(tmp_path / "memory", used=9 * GIB, cached=0, limit="9223372036854771712", version=1)
     lines = own(tmp_path, "4:cpu,cpuacct:/other\n9:memory:/job")
     assert cgroup_usage(tmp_path, lines) == Usage(5 * GIB, 8 * GIB)
@@ -64,6 +65,8 @@ def test_memory_is_nearly_full_only_if_it_grew(tmp_path: Path) -> None:
     for used, expected in ((9.6, False), (9.7, False), (9.81, True)):
         group(tmp_path, used=int(used * GIB), cached=0, limit=str(10 * GIB))
         assert guard.nearly_full() == expected, used
+
+    # This job begins with room to spare, so it is nearly full as soon as it passes the threshold.
     growing = MemoryGuard(tmp_path, own(tmp_path, "0::/"))
     for used, expected in ((4.0, False), (9.4, False), (9.6, True)):
         group(tmp_path, used=int(used * GIB), cached=0, limit=str(10 * GIB))

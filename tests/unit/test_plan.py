@@ -166,6 +166,7 @@ def test_every_parameter_is_on_one_stage_and_one_rank_but_norms_on_all(tp: int, 
     shards = sum(
         tp * stage_parameters(a, ParallelConfig(tp=tp, pp=pp), stage) for stage in range(pp)
     )
+    # Each of the tp ranks holds every norm whole: two in each of 28 layers, and the last one.
     norms = (2 * 28 + 1) * 3584
     assert shards == a.num_parameters + (tp - 1) * norms
 
@@ -213,9 +214,10 @@ def test_kv_bytes_of_a_token_equal_those_computed_by_hand(file: Path) -> None:
     """Key and value of 28 layers x 4 heads x 128 x 2 bytes; a rank holds at least one head."""
     run = planned(file)
     assert kv_bytes_per_token(run.architecture, run.config) == 57_344
-    assert (
-        kv_bytes_per_token(run.architecture, planned(file, "rollout.tp=28").config) == 57_344 // 4
-    )
+
+    # 28 ranks share 4 KV heads: each rank still holds one.
+    wide = planned(file, "rollout.tp=28").config
+    assert kv_bytes_per_token(run.architecture, wide) == 57_344 // 4
 
 
 def test_a_sleeping_engine_leaves_the_update_its_memory(file: Path) -> None:
@@ -240,9 +242,9 @@ def test_the_counts_of_the_recipes_step_equal_those_computed_by_hand(file: Path)
     assert run.config.updates_per_step == 4
     assert run.mean_tokens == 4352
     assert run.micro_batches == 11
-    assert (
-        planned(file, "parallel.pp=4", "parallel.vpp=7").micro_batches == 12
-    )  # a multiple of the stages
+
+    # With interleaved stages the number is rounded up to a multiple of the 4 stages.
+    assert planned(file, "parallel.pp=4", "parallel.vpp=7").micro_batches == 12
 
 
 @pytest.mark.parametrize(
@@ -262,6 +264,8 @@ def test_passes_are_those_of_the_objective(
     updates, with a scoring pass where scores are coupled beyond a training pass.
     """
     run = planned(file, *words, gpus=1, train_utilization=0.4)
+    # 1024 rollouts of 4352 tokens, with half of that as mean context; an H100's peak is 989
+    # TFLOP/s.
     forward = 1024 * 4352 * run.architecture.flops_per_token(2176) / (989e12 * 0.4)
     seconds = step_time(run)
     counted = (seconds.old_logprobs, seconds.reference, seconds.update)
@@ -498,10 +502,10 @@ def test_a_plan_imports_no_torch_and_shows_every_part(file: Path) -> None:
         "model.recompute=full",
         *RECIPE,
     ]
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=240
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
 
     for part in (
         "weights",
@@ -511,7 +515,7 @@ def test_a_plan_imports_no_torch_and_shows_every_part(file: Path) -> None:
         "GPU-hours",
         "tp=2 pp=2 dp=4",
     ):
-        assert part in done.stdout
+        assert part in completed.stdout
 
 
 def test_ranking_leaves_the_configuration_as_it_is(file: Path) -> None:
@@ -527,11 +531,11 @@ def test_a_bare_name_is_planned_under_the_fastest_layout(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # there is no file
     assert cli.main(["plan", "--model", "r1-distill-qwen-7b"]) == 0
-    shown = capsys.readouterr().out
-    assert "r1-distill-qwen-7b, 7.62B parameters, on 8 x h100-80g: " in shown
-    assert max(map(len, shown.splitlines())) <= 80
+    output = capsys.readouterr().out
+    assert "r1-distill-qwen-7b, 7.62B parameters, on 8 x h100-80g: " in output
+    assert max(map(len, output.splitlines())) <= 80
     assert cli.main(["plan", "r1-distill-qwen-7b"]) == 0
-    assert capsys.readouterr().out == shown
+    assert capsys.readouterr().out == output
     assert cli.main(["plan"]) == 2
     assert "nothing says what is planned" in capsys.readouterr().err
 
@@ -555,11 +559,11 @@ def test_a_model_too_large_for_an_engine_of_one_gpu_gets_a_larger_engine(
     8 GPUs.
     """
     assert cli.main(["plan", "r1-distill-llama-70b", "--gpus", "8,32"]) == 0
-    shown = capsys.readouterr().out
-    assert "8: none fits" in shown
+    output = capsys.readouterr().out
+    assert "8: none fits" in output
     taken = "No layout fits with engines of rollout.tp=1; taken are rollout.tp=8 on 32 GPUs."
-    assert taken in " ".join(shown.split())
-    assert max(map(len, shown.splitlines())) <= 80
+    assert taken in " ".join(output.split())
+    assert max(map(len, output.splitlines())) <= 80
 
     assert cli.main(["plan", "r1-distill-llama-70b", "--gpus", "8"]) == 1
     assert re.search(r"nearest that works: .*, rollout.tp=8\)", capsys.readouterr().out)
@@ -581,8 +585,8 @@ def test_memory_that_the_kv_cache_leaves_free_is_reported(
     promised.
     """
     assert cli.main(["plan", str(file), "parallel.tp=4", "rollout.kv_cache_mib=4096"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    promise = re.search(r"with (rollout.kv_cache_mib=\d+) a step takes ([\d.]+) s", shown)
+    output = " ".join(capsys.readouterr().out.split())
+    promise = re.search(r"with (rollout.kv_cache_mib=\d+) a step takes ([\d.]+) s", output)
     assert promise is not None
     words = ["parallel.tp=4", promise[1]]
     assert cli.main(["plan", str(file), *words, "--json"]) == 0
@@ -597,9 +601,9 @@ def test_too_few_gpus_are_answered_with_the_nearest_number_that_works(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert cli.main(["plan", "r1-distill-qwen-7b", "--gpus", "2"]) == 1
-    shown = capsys.readouterr().out
-    assert "The nearest that works: 4 x h100-80g" in shown
-    assert "2 x h200-141g" in shown
+    output = capsys.readouterr().out
+    assert "The nearest that works: 4 x h100-80g" in output
+    assert "2 x h200-141g" in output
 
 
 def test_a_file_s_layout_that_does_not_divide_the_gpus_is_replaced(
@@ -639,9 +643,9 @@ def test_a_stage_that_is_hidden_adds_no_time(
 ) -> None:
     ahead = ["rollout.engine=vllm-server", "rollout.max_lag=1", "parallel.tp=4", "--gpus", "8"]
     cli.main(["plan", str(file), *RECIPE, *ahead])
-    shown = capsys.readouterr().out
-    assert " s of the rollout are hidden behind training" in shown
-    assert "-" not in [cell[:1] for line in shown.splitlines() for cell in line.split()[1:2]]
+    output = capsys.readouterr().out
+    assert " s of the rollout are hidden behind training" in output
+    assert "-" not in [cell[:1] for line in output.splitlines() for cell in line.split()[1:2]]
 
 
 def test_a_sweep_costs_what_its_runs_cost(

@@ -131,6 +131,7 @@ def test_each_epoch_is_another_permutation() -> None:
 def test_a_resumed_cursor_goes_on() -> None:
     straight = PromptCursor(PROMPTS, seed=1)
     resumed = PromptCursor(PROMPTS, seed=1)
+    # 13 of 10 prompts: the state is in the middle of the second epoch.
     straight.next_batch(13)
     resumed.load_state_dict(straight.state_dict())
     assert [p.uid for p in resumed.next_batch(9)] == [p.uid for p in straight.next_batch(9)]

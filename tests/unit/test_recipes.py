@@ -126,28 +126,16 @@ def test_the_recipe_is_the_papers(model: str, tmp_path: Path) -> None:
         "1.5b": (2e-6, 1400),
         "7b": (1e-6, 1000),
     }[model]
-    assert (
-        recipe_config.optimizer.weight_decay,
-        recipe_config.optimizer.beta1,
-        recipe_config.optimizer.beta2,
-    ) == (
-        0.01,
-        0.9,
-        0.999,
-    )
+    assert recipe_config.optimizer.weight_decay == 0.01
+    assert recipe_config.optimizer.beta1 == 0.9
+    assert recipe_config.optimizer.beta2 == 0.999
     assert (recipe_config.optimizer.clip_grad, recipe_config.optimizer.schedule) == (
         1.0,
         "constant",
     )
-    assert (
-        recipe_config.rollout.num_prompts,
-        recipe_config.rollout.group_size,
-        recipe_config.batch.minibatch_prompts,
-    ) == (
-        128,
-        8,
-        32,
-    )
+    assert recipe_config.rollout.num_prompts == 128
+    assert recipe_config.rollout.group_size == 8
+    assert recipe_config.batch.minibatch_prompts == 32
     assert (recipe_config.data.max_prompt_tokens, recipe_config.rollout.max_response_tokens) == (
         1024,
         8192,
@@ -185,10 +173,10 @@ def test_the_layout_fits_the_number_of_gpus(model: str, gpus: int, tmp_path: Pat
     "script", ["real_1.5b.sh", "real_7b.sh", "slurm/job.sh", "slurm/node.sh", "slurm/words.sh"]
 )
 def test_every_script_parses(script: str) -> None:
-    done = subprocess.run(
+    completed = subprocess.run(
         ["bash", "-n", ROOT / "examples" / script], capture_output=True, text=True
     )
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert completed.returncode == 0 and not completed.stderr, completed.stderr
 
 
 def test_the_two_scripts_differ_only_in_the_model() -> None:
@@ -216,10 +204,10 @@ OVERRIDES = {
 @pytest.mark.parametrize("text", OVERRIDES)
 def test_overrides_of_a_job_are_words_that_no_shell_reads(text: str, tmp_path: Path) -> None:
     script = f'source {ROOT}/examples/slurm/words.sh; words "$1" && printf "%s\\0" "${{words[@]}}"'
-    done = subprocess.run(
+    completed = subprocess.run(
         ["bash", "-uc", script, "job", text], cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.stdout.split("\0")[:-1] == (OVERRIDES[text] or [""]), done.stderr
+    assert completed.stdout.split("\0")[:-1] == (OVERRIDES[text] or [""]), completed.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -24,8 +24,8 @@ TRAINING = Training(
 
 def test_generated_pages_are_up_to_date() -> None:
     check = [sys.executable, str(ROOT / "tools/reference.py"), "--check"]
-    done = subprocess.run(check, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    completed = subprocess.run(check, capture_output=True, text=True, timeout=120)
+    assert completed.returncode == 0, completed.stderr
 
 
 def test_every_metric_is_in_the_table() -> None:

@@ -501,10 +501,10 @@ def in_browser(page: Path, clicks: str) -> dict[str, Any]:
 
     words = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     words += ["--virtual-time-budget=10000", f"--user-data-dir={page.parent / 'profile'}"]
-    done = subprocess.run(
+    completed = subprocess.run(
         [CHROMIUM, *words, probe.as_uri()], capture_output=True, text=True, timeout=120, check=True
     )
-    seen = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert seen is not None, done.stderr[-2000:]
+    seen = re.search(r'<pre id="seen">(.*?)</pre>', completed.stdout, re.DOTALL)
+    assert seen is not None, completed.stderr[-2000:]
 
     return dict(json.loads(html.unescape(seen[1])))

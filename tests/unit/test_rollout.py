@@ -75,20 +75,23 @@ def test_spread_takes_each_prompt_once_and_bounds_the_longest_share(
     shares = spread(costs, engines)
     assert sorted(i for share in shares for i in share) == list(range(len(costs)))
     longest = max(sum(costs[i] for i in share) for share in shares)
-    assert longest <= (sum(costs) / engines + (1 - 1 / engines) * max(costs, default=0)) * (
-        1 + 1e-9
-    )
+    bound = sum(costs) / engines + (1 - 1 / engines) * max(costs, default=0)
+    assert longest <= bound * (1 + 1e-9), "beyond rounding"
 
 
 def test_the_expected_length_is_that_of_earlier_answers() -> None:
     lengths = ExpectedLengths()
     assert lengths.costs([prompt("a"), prompt("b", 5)], 4) == [2 + 4 * 1, 5 + 4 * 1]
+
+    # A prompt that was seen has its own mean; "b" was not, and has the mean over prompts.
     lengths.learn([rollout("a", 10), rollout("a", 30), rollout("c", 100)])
     assert lengths.costs([prompt("a"), prompt("b"), prompt("c")], 2) == [
         2 + 2 * 20,
         2 + 2 * 60,
         2 + 2 * 100,
     ]
+
+    # What counts is a prompt's latest visit.
     lengths.learn([rollout("c", 10)])
     assert lengths.costs([prompt("c")], 1) == [12]
 

@@ -22,7 +22,8 @@ def run(tmp_path: Path) -> RunDirectory:
     """Saves steps 1 to 3 with one rollout each."""
     run = RunDirectory(tmp_path / "run")
     completion = Completion((7, 8), (-0.5, float("nan")), "half \ud83d pair \x1b[2J", True)
-    rollout = Rollout(Prompt("a/0", "2+3=", (1,), ("5",)), 0, 0, completion, Verdict("ok", 1, 1.0))  # type: ignore[arg-type]
+    prompt = Prompt("a/0", "2+3=", (1,), ("5",))
+    rollout = Rollout(prompt, 0, 0, completion, Verdict(Status.OK, Label.POSITIVE, 1.0))
     for step in (1, 2, 3):
         write_rollouts(run.rollouts(step), [rollout], step=step, scores=[float("nan")])
     return run
@@ -39,11 +40,9 @@ def test_every_rollout_is_a_line(run: RunDirectory, capsys: pytest.CaptureFixtur
     rows = printed(capsys, str(run.path))
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[0]["completion"] == "half \ud83d pair \x1b[2J"
-    assert (rows[0]["score"], rows[0]["token_ids"], rows[0]["logprobs"]) == (
-        None,
-        [7, 8],
-        [-0.5, None],
-    )
+    assert rows[0]["score"] is None
+    assert rows[0]["token_ids"] == [7, 8]
+    assert rows[0]["logprobs"] == [-0.5, None]
 
 
 def test_steps_are_chosen(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:

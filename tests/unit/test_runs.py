@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_real.records import Completion, Prompt, Rollout, Verdict
+from megatron_real.records import Completion, Label, Prompt, Rollout, Status, Verdict
 from megatron_real.runs.curves import plot_curves
 from megatron_real.runs.directory import RunDirectory
 from megatron_real.runs.metrics import MetricsWriter, rollout_metrics, score_metrics
@@ -17,21 +17,26 @@ from megatron_real.runs.rollouts import read_rollouts, read_rows, write_rollouts
 
 
 def rollout(
-    group: int, label: int, tokens: int, *, status: str = "ok", finished: bool = True
+    group: int, label: int, tokens: int, *, status: Status = Status.OK, finished: bool = True
 ) -> Rollout:
     logprobs = tuple(-0.1 * (i + 1) for i in range(tokens))
     prompt = Prompt(
         f"d/{group}", "2+3=\n\N{GREEK SMALL LETTER PI}", (1, 2), ("5", "five"), source="aime"
     )
     completion = Completion((7,) * tokens, logprobs, "so\u2028\\boxed{5}", finished)
-    return Rollout(prompt, group, 0, completion, Verdict(status, label, float(label == 1)))  # type: ignore[arg-type]
+    verdict = Verdict(status, Label(label), float(label == 1))
+    return Rollout(prompt, group, 0, completion, verdict)
 
 
 # Group 0 solved, group 1 mixed, group 2 all wrong, group 3 wholly excluded.
 STEP = [
-    rollout(0, 1, 2), rollout(0, 1, 4), rollout(1, 1, 2), rollout(1, 0, 4, status="wrong"),
-    rollout(2, 0, 8, status="overlong", finished=False), rollout(3, -1, 4, status="timeout"),
-]  # fmt: skip
+    rollout(0, 1, 2),
+    rollout(0, 1, 4),
+    rollout(1, 1, 2),
+    rollout(1, 0, 4, status=Status.WRONG),
+    rollout(2, 0, 8, status=Status.OVERLONG, finished=False),
+    rollout(3, -1, 4, status=Status.TIMEOUT),
+]
 
 
 def test_rollouts_read_back_exactly(tmp_path: Path) -> None:

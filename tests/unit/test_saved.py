@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,7 @@ def positions(folder: Path) -> list[str]:
 
 
 def test_a_whole_checkpoint_is_found(tmp_path: Path) -> None:
+    # As text, step_9 would come after step_100.
     for step in (9, 10, 100):
         make(tmp_path, step)
     make(tmp_path, 10, update=3)
@@ -169,20 +171,21 @@ def test_the_same_position_again_replaces_it(tmp_path: Path) -> None:
         ({"keep": 2, "keep_every": 0, "keep_best": False}, ["step_50", "step_40_update_1"]),
         ({"keep": 1, "keep_every": 20, "keep_best": False}, ["step_50", "step_40", "step_20"]),
         ({"keep": 1, "keep_every": 0, "keep_best": True}, ["step_50", "step_30"]),
-        ({"keep": 9, "keep_every": 0, "keep_best": False},
-         ["step_50", "step_40_update_1", "step_40", "step_30",
-                                                            "step_20", "step_10"]),
+        (
+            {"keep": 9, "keep_every": 0, "keep_best": False},
+            ["step_50", "step_40_update_1", "step_40", "step_30", "step_20", "step_10"],
+        ),
     ],
     ids=["newest", "every 20th", "best", "all"],
-)  # fmt: skip
+)
 def test_the_retention_keeps_the_newest_the_regular_and_the_best(
-    tmp_path: Path, options: dict[str, int], kept: list[str]
+    tmp_path: Path, options: dict[str, Any], kept: list[str]
 ) -> None:
     """Accuracy 0.8 occurs twice: of equal ones the newest counts as the best."""
     for step, accuracy in ((10, 0.8), (20, None), (30, 0.8), (40, 0.1), (50, None)):
         make(tmp_path, step, accuracy=accuracy)
     make(tmp_path, 40, update=1)
-    gone, failures = saved.retire(tmp_path, **options)  # type: ignore[arg-type]
+    gone, failures = saved.retire(tmp_path, **options)
     assert positions(tmp_path) == kept
     assert len(gone) == 6 - len(kept) and not failures
     assert not saved.left_behind(tmp_path)

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from threading import Event
 from time import sleep
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,8 @@ from megatron_real.config import Config, Given, RolloutConfig
 from megatron_real.rollout.engines.engine import EngineFailed
 from megatron_real.rollout.vllm_server import main as server_main
 from megatron_real.rollout.vllm_server.engine import VllmServerEngine
-from megatron_real.rollout.vllm_server.server import command, environment
+from megatron_real.rollout.vllm_server.link import Link
+from megatron_real.rollout.vllm_server.server import Server, command, environment
 
 CANARY = "canary-5678"
 
@@ -69,15 +69,20 @@ def test_the_server_gets_the_arguments_of_command_line_and_environment(
     assert server_main.VARIABLE not in variables
 
 
-def test_a_server_that_dies_in_a_broadcast_does_not_end_the_sender() -> None:
+def test_a_server_that_dies_in_a_broadcast_does_not_end_the_sender(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The link is aborted as soon as the call fails, so NCCL's watchdog finds nothing to end the
     process for.
     """
     waits = Event()
     events: list[str] = []
 
-    class BrokenLink:
-        def send(self, _flat: torch.Tensor) -> None:
+    class BrokenLink(Link):
+        def __init__(self) -> None:
+            """It has no connection."""
+
+        def send(self, flat: torch.Tensor) -> None:
             events.append("send")
             waits.wait(30)
 
@@ -85,16 +90,18 @@ def test_a_server_that_dies_in_a_broadcast_does_not_end_the_sender() -> None:
             events.append("abort")
             waits.set()
 
-    def dies(*_: Any, **__: Any) -> None:
-        while not events:
-            sleep(0.001)
-        raise EngineFailed("the server is gone")
+    class DyingServer(Server):
+        def call(self, method: str, argument: Any = None, *, timeout: float) -> list[Any]:
+            while not events:
+                sleep(0.001)
+            raise EngineFailed("the server is gone")
 
+    link = BrokenLink()
     engine = VllmServerEngine.__new__(VllmServerEngine)
     engine._config = Config()
-    engine._link = link = BrokenLink()  # type: ignore[assignment]
-    engine._linked = lambda _seconds: link  # type: ignore[assignment, method-assign, return-value]
-    engine.server = SimpleNamespace(call=dies)  # type: ignore[assignment]
+    engine._link = link
+    engine.server = DyingServer("http://127.0.0.1:1", "key")
+    monkeypatch.setattr(engine, "_linked", lambda _seconds: link)
 
     with pytest.raises(EngineFailed, match="is gone"):
         engine._send(iter([("w", torch.zeros(4))]))

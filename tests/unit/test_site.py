@@ -25,7 +25,7 @@ def test_the_site_is_built_with_strict_links(tmp_path: Path) -> None:
         "--site-dir",
         str(tmp_path / "site"),
     ]
-    done = subprocess.run(
+    completed = subprocess.run(
         build,
         cwd=ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
@@ -34,5 +34,5 @@ def test_the_site_is_built_with_strict_links(tmp_path: Path) -> None:
         timeout=120,
     )
 
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
     assert (tmp_path / "site/concepts.html").is_file()

@@ -118,9 +118,9 @@ def test_the_comparison_has_figures_and_answers_before_and_after(
             (samples / "chunk-0000.jsonl").write_text(
                 "".join(json.dumps(row) + "\n" for row in rows)
             )
-    shown = example.side_by_side(tmp_path / "before", tmp_path / "after")
+    output = example.side_by_side(tmp_path / "before", tmp_path / "after")
 
-    assert shown.splitlines() == [
+    assert output.splitlines() == [
         "held-out pass@1   before                  after",
         "strict            0.250 +- 0.013          0.875 +- 0.013",
         "lenient           0.250 +- 0.013          0.875 +- 0.013",

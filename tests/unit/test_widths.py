@@ -24,12 +24,12 @@ WIDTH = 80
 def test_the_table_of_an_evaluation_fits() -> None:
     passed = tuple((k, 1.0) for k in (1, 2, 4, 8, 16))
     one = Evaluation(1.0, 0.021, passed, 1.0, 40315, 16, 1234, 1.0, 1.0, 8192.0)
-    shown = table({"a benchmark mor": one, "b": one})
-    names = [str(column.header) for column in shown.columns]
+    output = table({"a benchmark mor": one, "b": one})
+    names = [str(column.header) for column in output.columns]
     assert len(set(names)) == len(names)
     console = Console(width=WIDTH)
     with console.capture() as capture:
-        console.print(shown)
+        console.print(output)
     lines = capture.get().splitlines()
     assert max(map(len, lines)) <= WIDTH
     assert any("a benchmark mor" in line and "100.0%" in line for line in lines), "a cell is folded"

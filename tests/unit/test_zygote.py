@@ -91,7 +91,7 @@ def test_a_shell_scripts_python_is_a_fork(tmp_path: Path, code: int) -> None:
     program = tmp_path / "program.py"
     program.write_text(f"{IS_FORK}print(sys.argv[1:], sys.stdin.read())\nsys.exit({code})\n")
     environment = os.environ | {"PATH": zygote.add_interpreter(tmp_path, "plain")}
-    done = subprocess.run(
+    completed = subprocess.run(
         ["bash", "-c", f"echo input | python {program} one two"],
         env=environment,
         capture_output=True,
@@ -99,13 +99,14 @@ def test_a_shell_scripts_python_is_a_fork(tmp_path: Path, code: int) -> None:
         timeout=240,
     )
 
-    assert done.returncode == code, done.stderr
+    assert completed.returncode == code, completed.stderr
 
-    first, second = done.stdout.splitlines()[:2]
+    first, second = completed.stdout.splitlines()[:2]
     assert first.startswith("True ") and second == "['one', 'two'] input"
 
 
 def test_a_cover_has_each_value_by_default() -> None:
+    # Of the six pairs, three are enough for each of the five values.
     rows = cover("ab", "cde")
     core = [row.values for row in rows if not row.marks]
     assert core == [("a", "c"), ("a", "e"), ("b", "d")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -137,6 +137,38 @@ class Engine(Protocol):
 
         It is called once, before the process leaves its process groups. A process that ends need
         not call it.
+        """
+
+
+@runtime_checkable
+class QueueEngine(Engine, Protocol):
+    """An engine that begins its prompts one after the other, as it has room.
+
+    What it has not begun yet may become another engine's (backlog.py). The answer to a prompt must
+    not depend on what is decoded beside it, but for rounding.
+    """
+
+    at_once: int
+    """Number of completions that it decodes at the same time for this rank."""
+
+    def generate_as_room(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int],
+        rows: Iterator[int],
+    ) -> Iterator[tuple[int, int, Completion]]:
+        """Does what `generate` does, for the prompts that `rows` names.
+
+        Args:
+            prompts, sampling, seeds: as of `generate`.
+            rows: indices of the prompts to complete. Each is asked for when there is room for the
+                next prompt, and then belongs to this engine. After a failure that would cost the
+                next ones too, none is asked for.
+
+        Raises:
+            EngineFailed: every completion that was begun and has not been yielded is lost.
         """
 
 

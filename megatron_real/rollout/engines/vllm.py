@@ -116,6 +116,7 @@ class VllmEngine:
         self.tokenizer = load_tokenizer(config.model)
         self.eos = eos_ids(config.model.path, self.tokenizer.eos_token_id)
         self.tp = rollout.tp
+        self.at_once = rollout.max_sequences
         self.kv_cache_bytes = rollout.kv_cache_mib << 20
         self.sleep_level = rollout.sleep_level if device().type == "cuda" else 0
 
@@ -165,26 +166,49 @@ class VllmEngine:
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
+        rows = iter(range(len(prompts)))
+        return self.generate_as_room(prompts, sampling, seeds=seeds, rows=rows)
+
+    def generate_as_room(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int],
+        rows: Iterator[int],
+    ) -> Iterator[tuple[int, int, Completion]]:
         """Yields completions as they finish.
 
         Each has a seed of its own, so that no answer depends on what is decoded beside it.
         """
-        engine = self.llm.llm_engine
-        places = {}
-        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            for k in range(sampling.num_samples):
-                request = f"{i}-{k}"
-                places[request] = (i, k)
-                inputs: Any = {"prompt_token_ids": list(prompt.token_ids)}
-                engine.add_request(request, inputs, self._parameters(sampling, seed + k))
+        engine: Any = self.llm.llm_engine
+        scheduler = engine.engine_core.engine_core.scheduler
+        places: dict[str, tuple[int, int]] = {}
+        exhausted = False
+        while places or not exhausted:
+            # Nobody can take what vLLM has accepted, so it gets no more than it decodes. The same
+            # sequences run together as if it had all at once. Where the KV cache is full, requests
+            # wait in vLLM.
+            _, num_waiting = scheduler.get_request_counts()
+            while num_waiting == 0 and not exhausted and len(places) < self.at_once:
+                i = next(rows, None)
+                if i is None:
+                    exhausted = True
+                    break
+                for k in range(sampling.num_samples):
+                    request = f"{i}-{k}"
+                    places[request] = (i, k)
+                    inputs: Any = {"prompt_token_ids": list(prompts[i].token_ids)}
+                    engine.add_request(request, inputs, self._parameters(sampling, seeds[i] + k))
 
-        while engine.has_unfinished_requests():
+            if not places:
+                continue
+            assert engine.has_unfinished_requests(), "vLLM finishes every request"
             for output in engine.step():
                 i, k = places.pop(output.request_id)
                 sampled = output.outputs[0]
                 logprobs = sampled.logprobs.logprobs
                 yield i, k, completion_of(sampled.token_ids, logprobs, self.tokenizer, self.eos)
-        assert not places, "vLLM finishes every request"
 
     def finish_inference(self) -> None:
         if self.sleep_level:

@@ -15,12 +15,12 @@ import atexit
 import importlib.util
 import os
 import secrets
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import partial
-from queue import Empty, SimpleQueue
-from threading import Thread
+from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import Any, TypeVar
 
 import torch
@@ -88,6 +88,8 @@ class VllmServerEngine:
         num_servers = len(rollout.servers) or rollout.num_servers
         self.number = rank % num_servers
         """Number of the server that this rank asks."""
+        self.at_once = -(-rollout.max_sequences * num_servers // dist.get_world_size())
+        """This rank's share of the sequences that its server decodes together, rounded up."""
         self.owner = rank < num_servers
         """Whether this rank starts the server and sends it weights."""
         self.started: ServerProcess | None = None
@@ -197,42 +199,79 @@ class VllmServerEngine:
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
+        # Every rank may fill its server: ranks that share one need not end at the same time.
+        num_requests = len(prompts) * sampling.num_samples
+        together = min(num_requests, self._config.rollout.max_sequences)
+        rows = iter(range(len(prompts)))
+        return self._generated(prompts, sampling, seeds, rows, together)
+
+    def generate_as_room(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int],
+        rows: Iterator[int],
+    ) -> Iterator[tuple[int, int, Completion]]:
+        return self._generated(prompts, sampling, seeds, rows, self.at_once)
+
+    def _generated(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        rows: Iterator[int],
+        together: int,
+    ) -> Iterator[tuple[int, int, Completion]]:
         """Yields completions as they finish.
 
         There is a request for each completion, with a seed of its own, as in the engine of the
         training processes.
+
+        Args:
+            prompts, sampling, seeds, rows: see `QueueEngine.generate_as_room`.
+            together: number of requests that are under way at the same time.
         """
-        requests: SimpleQueue[tuple[int, int]] = SimpleQueue()
-        answers: SimpleQueue[tuple[int, int, Completion | EngineFailed]] = SimpleQueue()
-        for i in range(len(prompts)):
-            for k in range(sampling.num_samples):
-                requests.put((i, k))
-        num_requests = requests.qsize()
+        requests = _UnsentRequests(rows, sampling.num_samples)
+        # A completion, the failure that has cost one, an error that ends the run, or None from each
+        # thread that has ended.
+        answers: SimpleQueue[tuple[int, int, Completion] | Exception | None] = SimpleQueue()
 
         def ask() -> None:
-            with suppress(Empty):
-                while True:
-                    i, k = requests.get_nowait()
-                    answers.put((i, k, self._complete(prompts[i], sampling, seeds[i] + k)))
+            try:
+                while (request := requests.next()) is not None:
+                    i, k = request
+                    answer = self._complete(prompts[i], sampling, seeds[i] + k)
+                    if isinstance(answer, EngineFailed):
+                        requests.end_unless(self._serves)
+                        answers.put(answer)
+                    else:
+                        answers.put((i, k, answer))
+            except Exception as error:
+                answers.put(error)
+            answers.put(None)
 
         # Daemons: a run that ends does not wait for answers.
-        for _ in range(min(num_requests, self._config.rollout.max_sequences)):
+        for _ in range(together):
             Thread(target=ask, name="vllm-server", daemon=True).start()
 
         failure: EngineFailed | None = None
+        num_asking = together
         try:
-            for _ in range(num_requests):
-                i, k, answer = answers.get()
-                if isinstance(answer, EngineFailed):
+            while num_asking:
+                answer = answers.get()
+                if answer is None:
+                    num_asking -= 1
+                elif isinstance(answer, EngineFailed):
                     failure = answer
+                elif isinstance(answer, Exception):
+                    raise answer
                 else:
-                    yield i, k, answer
+                    yield answer
         finally:
             # Also where the caller has left the loop: no thread asks for more, and the server stops
             # computing what was asked.
-            with suppress(Empty):
-                while True:
-                    requests.get_nowait()
+            requests.end()
             self.server.cancel()
         # Last, so that one lost answer does not cost those that come after it.
         if failure is not None:
@@ -249,6 +288,13 @@ class VllmServerEngine:
             self.started.stop()
             # A later process of this machine may get the same process group's number.
             atexit.unregister(self.started.stop)
+
+    def _serves(self) -> bool:
+        """Returns whether the server still answers at all."""
+        try:
+            return self.server.healthy()
+        except EngineFailed:
+            return False
 
     def _complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion | EngineFailed:
         """Asks the server for one completion.
@@ -424,6 +470,47 @@ class VllmServerEngine:
             raise EngineFailed(
                 f"the link to the vLLM server {self.server.url} failed: {error!r}"
             ) from error
+
+
+class _UnsentRequests:
+    """The requests that have not been sent to a server yet, for the threads that send them."""
+
+    def __init__(self, rows: Iterator[int], num_samples: int) -> None:
+        """Takes the prompts as `rows` gives them.
+
+        Args:
+            rows: indices of prompts; each is asked for when all samples of those before are sent.
+            num_samples: requests for each of them.
+        """
+        self._rows = rows
+        self._num_samples = num_samples
+        self._begun: deque[tuple[int, int]] = deque()
+        self._ended = False
+        self._lock = Lock()
+
+    def next(self) -> tuple[int, int] | None:
+        """Returns the index of a prompt and the number of a sample; None: there are no more."""
+        with self._lock:
+            if not self._begun and not self._ended:
+                i = next(self._rows, None)
+                if i is None:
+                    self._ended = True
+                else:
+                    self._begun.extend((i, k) for k in range(self._num_samples))
+            return self._begun.popleft() if self._begun else None
+
+    def end_unless(self, serves: Callable[[], bool]) -> None:
+        """Leaves the prompts that are not begun to others, unless the server still serves."""
+        # Within the lock: meanwhile no thread takes a prompt to a server that may be gone.
+        with self._lock:
+            if not self._ended:
+                self._ended = not serves()
+
+    def end(self) -> None:
+        """Gives out no more requests."""
+        with self._lock:
+            self._ended = True
+            self._begun.clear()
 
 
 def _all_or_none(action: Callable[[], _Result]) -> _Result:
