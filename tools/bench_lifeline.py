@@ -157,7 +157,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--before", default="", help="a commit whose lifeline is measured too")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--killed", type=int, nargs="+", help="ranks; default: those named above")
     add_options(parser, rounds=1)
     options = parser.parse_args()
