@@ -296,8 +296,11 @@ esac
 """
 
 
-def test_a_job_of_the_array_trains_its_run(base: Path, tmp_path: Path) -> None:
-    """Runs examples/compare.sh as it is; small commands take the place of Slurm's."""
+def run_job(base: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """Runs examples/compare.sh as it is, as job 3 of an array.
+
+    Small commands take the place of Slurm's. What the node would train is in tmp_path / "shown".
+    """
     for name, text in (("srun", _SRUN), ("scontrol", _SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -316,7 +319,7 @@ def test_a_job_of_the_array_trains_its_run(base: Path, tmp_path: Path) -> None:
         "VENV": sys.prefix,
         "OVERRIDES": """optimizer.lr=3e-5 "data.suffix=it's $HOME;" """,
     }
-    completed = subprocess.run(
+    return subprocess.run(
         ["bash", "examples/compare.sh"],
         cwd=ROOT,
         env=os.environ | variables,
@@ -324,6 +327,10 @@ def test_a_job_of_the_array_trains_its_run(base: Path, tmp_path: Path) -> None:
         text=True,
         timeout=120,
     )
+
+
+def test_a_job_of_the_array_trains_its_run(base: Path, tmp_path: Path) -> None:
+    completed = run_job(base, tmp_path)
     assert completed.returncode == 0, completed.stdout + completed.stderr
 
     words = (tmp_path / "shown").read_text().splitlines()
@@ -333,6 +340,26 @@ def test_a_job_of_the_array_trains_its_run(base: Path, tmp_path: Path) -> None:
     described = load_sweep(tmp_path / "sweep.yaml").runs[3]
     expected = ["optimizer.lr=3e-5", "data.suffix=it's $HOME;", *described.words]
     assert words[-len(expected) :] == expected
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "sentence"),
+    [
+        ({"state": "finished"}, 0, "run 3 has finished"),
+        ({"state": "failed", "diverged": True}, 1, "run 3 has diverged"),
+    ],
+    ids=["finished", "diverged"],
+)
+def test_a_job_of_the_array_leaves_what_is_done(
+    base: Path, tmp_path: Path, status: dict[str, Any], code: int, sentence: str
+) -> None:
+    run_dir = base.parent / "out/grpo/seed-2"
+    run_dir.mkdir(parents=True)
+    (run_dir / "status.json").write_text(json.dumps(status))
+    completed = run_job(base, tmp_path)
+    assert completed.returncode == code, completed.stdout + completed.stderr
+    assert sentence in completed.stdout
+    assert not (tmp_path / "shown").exists()
 
 
 # ---- results and the table

@@ -36,13 +36,19 @@ def submit(cluster: Cluster, sweep: Path) -> str:
 
 def wait_for_ends(cluster: Cluster, array: str) -> dict[int, str]:
     """Waits for all jobs of an array; returns how each ended."""
-    jobs = [f"{array}_{number}" for number in range(len(VARIANTS))]
+    # Slurm forgets a job some minutes after its end: what was seen once is not asked again.
+    ends: dict[int, str] = {}
 
-    def states() -> dict[int, str] | None:
-        ends = {number: cluster.fields(job)["JobState"] for number, job in enumerate(jobs)}
-        return ends if all(end in ENDS for end in ends.values()) else None
+    def have_ended() -> bool:
+        for number in range(len(VARIANTS)):
+            if number not in ends:
+                state = cluster.fields(f"{array}_{number}")["JobState"]
+                if state in ENDS:
+                    ends[number] = state
+        return len(ends) == len(VARIANTS)
 
-    return cluster.wait_for(states, f"end of the array {array}", seconds=RUN_SECONDS) or {}
+    cluster.wait_for(have_ended, f"end of the array {array}", seconds=RUN_SECONDS)
+    return ends
 
 
 def log(sweep: Path, array: str, number: int) -> str:
