@@ -56,15 +56,15 @@ def log(sweep: Path, array: str, number: int) -> str:
 
 
 def table(sweep: Path) -> dict[str, Any]:
-    """What `compare --table` says, without wall clock."""
+    """Returns the content of `compare --table`, without wall clock."""
     done = subprocess.run(
         command(sweep, "--table", "--json"), cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 1, done.stderr
-    said: dict[str, Any] = json.loads(done.stdout)
-    for row in (*said["variants"], *said["runs"]):
+    content: dict[str, Any] = json.loads(done.stdout)
+    for row in (*content["variants"], *content["runs"]):
         del row["seconds"]
-    return said
+    return content
 
 
 @pytest.mark.grid
