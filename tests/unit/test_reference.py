@@ -32,7 +32,8 @@ def test_every_metric_is_in_the_table() -> None:
     seconds = {"rollout": 1.0, "update": 1.0}
     written = step_metrics(
         [], TRAINING, seconds, num_ranks=2, peak_tflops=1.0, seconds_of_ranks=[seconds, seconds],
-        memory_of_ranks=[{"resident_gib": 1.0}], engines=[{"seconds": 1.0, "tokens": 8}],
+        memory_of_ranks=[{"resident_gib": 1.0}],
+        engines=[{"seconds": 1.0, "tokens": 8, "taken_over": 0}],
     )  # fmt: skip
     assert [name for name in written if metric_of(name) is None] == []
     plain = {metric.name for metric in METRICS if not any(c.isupper() for c in metric.name)}
