@@ -240,7 +240,9 @@ class Lifeline:
             parent = parents[self.rank]
             if parent >= 0:
                 address = addresses[parent]
-                connection = challenge.connect(address, secret, purpose=_PURPOSE, seconds=60.0)
+                connection = challenge.connect(
+                    address, secret, purpose=_PURPOSE, seconds=_JOIN_SECONDS
+                )
                 line = _Line(connection)
                 line.send({"rank": self.rank}, seconds=_LAST_WORD_SECONDS)
                 self._above = _Peer(line, names[parent])
@@ -510,7 +512,7 @@ def _let_in(door: challenge.Door, missing: set[int]) -> Iterator[tuple[int, _Lin
     left = set(missing)
     while left:
         line = _Line(door.next(ends - time.monotonic()))
-        rank = line.first_word(challenge.HANDSHAKE_SECONDS).get("rank")
+        rank = line.first_word(ends - time.monotonic()).get("rank")
         if rank not in left:
             # It knows the secret, but is no rank that is missing.
             line.close()

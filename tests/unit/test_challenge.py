@@ -87,6 +87,29 @@ def test_the_listener_has_to_prove_the_secret_too(kind: str) -> None:
     assert all(b"right" not in message for message in heard)
 
 
+def test_an_end_that_was_too_slow_for_the_door_comes_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(challenge, "HANDSHAKE_SECONDS", 0.2)
+    server = listener()
+    doors: list[Door] = []
+
+    def turn_one_away_and_open() -> None:
+        connection, _ = server.accept()
+        time.sleep(0.3)
+        connection.close()
+        doors.append(Door(server, "right", purpose="test"))
+
+    host, port = server.getsockname()
+    opener = threading.Thread(target=turn_one_away_and_open)
+    opener.start()
+    connect((host, port), "right", purpose="test", seconds=30).close()
+
+    opener.join()
+    doors[0].next(10).close()
+    doors[0].close()
+
+
 def test_a_recorded_proof_is_not_accepted_again() -> None:
     """A recorded message is sent again, to a listener with another random number."""
     recorded: list[bytes] = []
