@@ -125,6 +125,7 @@ class World:
         replacements: dict[str, Callable[..., Any]] = {
             "init_process_group": self._init(dist.init_process_group),
             "new_group": self._named_group(dist.new_group),
+            "get_backend": lambda group=None: self._group(group).backend,
             "all_reduce": self._all_reduce,
             "broadcast": self._broadcast,
             "all_gather": self._all_gather,

@@ -17,10 +17,12 @@ needs_vllm = pytest.mark.skipif(bool(_missing()), reason=_missing())
 SMALLEST = {
     "bookkeeping": "--prompts 100 --steps 10 --rounds 1",
     "checkpoint": "--parameters 20 --saves 1",
+    "collective": "--ranks 2 --rounds 1",
     "convert": "--shape tiny --rounds 1",
     "data_plane": "--processes 2 --rollouts 8 --tokens 16 --ranks 4 --worst-rollouts 16 "
     "--worst-tokens 32 --rounds 1 --threads 1",
     "labels": "--checks 32 --rounds 1",
+    "lifeline": "--ranks 2 --killed 1",
     "logprobs": "--tokens 64 --vocab 512 --hidden 64 --rounds 1",
     "placement": "--rounds 1 --threads 1",
     "report": "--steps 20 --rollouts 8 --tokens 16 --runs 1",
