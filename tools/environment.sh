@@ -106,14 +106,16 @@ with_pip() {
 
 install_torch() {
     if [ "$1" = torch==2.13.0 ] && ! command -v nvidia-smi > /dev/null; then
-        # An index that has no CPU build says so within a second.
         printf 'environment: %s for CPUs ...' "$1"
         local began=$SECONDS
-        # Twice: an index that did not answer looks like one that has no such build.
-        if install "$1+cpu" > "$venv/install.log" 2>&1 || install "$1+cpu" > "$venv/install.log" 2>&1; then
-            echo " $((SECONDS - began)) s"
-            return
-        fi
+        # An index that has no CPU build says so within a second, but so does one that is too busy to answer.
+        for _ in 1 2 3 4 5; do
+            if install "$1+cpu" > "$venv/install.log" 2>&1; then
+                echo " $((SECONDS - began)) s"
+                return
+            fi
+            sleep 2
+        done
         echo " not in this package index (PIP_EXTRA_INDEX_URL can name one that has it); the build for GPUs takes 5 GB of disk"
     fi
     step "$1" install "$1"
