@@ -15,6 +15,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +30,15 @@ def cpu_seconds(pid: int) -> float:
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        children = []
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            children += Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
+        threads = os.listdir(f"/proc/{pid}/task")
     except OSError:  # it has ended meanwhile; its parent counts it from now on
         return 0.0
+
+    children: list[str] = []
+    for thread in threads:
+        # A thread that ends meanwhile takes nothing along: the process is still counted.
+        with suppress(OSError):
+            children += Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
 
     # utime, stime, cutime and cstime: fields 14 to 17 of proc(5); the text after the name begins
     # with field 3.
