@@ -92,4 +92,9 @@ def test_a_sweep_as_an_array_goes_on_by_the_same_command(
         write_sweep(base, tmp_path / "one", seeds=[1], budget=BUDGET, variants=VARIANTS), code=1
     )
     assert [row["outcome"] for row in expected["runs"]] == ["finished", "finished", "diverged"]
-    assert table(sweep) == expected
+    resumed = table(sweep)
+    for content, folder in ((expected, "one"), (resumed, "array")):
+        for row in content["runs"]:
+            # A run that has diverged names the directory of its dumps.
+            row["reason"] = row["reason"].replace(str(tmp_path / folder), "")
+    assert resumed == expected
