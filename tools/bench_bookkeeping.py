@@ -25,19 +25,15 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import importlib.util
 import multiprocessing as mp
 import random
 import resource
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from bench_machine import add_options, apply_options, show
+from earlier import module_at
 
 from megatron_real.batching import Layout, minibatches, placement, plan
 from megatron_real.objective import make_objective
@@ -67,26 +63,6 @@ def drawn_lengths(count: int) -> list[int]:
     """Tokens of so many rollouts."""
     draw = random.Random(0)
     return [256 + min(8192, int(draw.expovariate(1 / 3000)) + 1) for _ in range(count)]
-
-
-def planner_of(commit: str) -> ModuleType:
-    """batching/placement.py as it was at a commit."""
-    source = subprocess.run(
-        ["git", "show", f"{commit}:megatron_real/batching/placement.py"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "placement_before.py"
-        file.write_text(source, encoding="utf-8")
-        spec = importlib.util.spec_from_file_location("placement_before", file)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    return module
 
 
 def timed_plan(module: Any, count: int, dp: int) -> tuple[float, float, str]:
@@ -121,7 +97,7 @@ def plans(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each size."""
     before = None
     if options.before:
-        before = planner_of(options.before)
+        before = module_at(options.before, "megatron_real/batching/placement.py")
 
     rows = []
     for count, dp in SIZES:

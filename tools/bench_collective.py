@@ -15,11 +15,8 @@ Sockets are those of one process after one, two and three gloo groups of all ran
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import multiprocessing as mp
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -30,31 +27,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bench_machine import add_options, apply_options, show
+from earlier import module_at
 from torch.distributed import distributed_c10d as c10d
 
 from megatron_real.parallel import collective
 
 Way = Callable[[Any, dist.ProcessGroup], None]
-
-
-def collective_of(commit: str) -> Any:
-    """collective.py as it was at a commit."""
-    source = subprocess.run(
-        ["git", "show", f"{commit}:megatron_real/collective.py"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "collective_before.py"
-        file.write_text(source, encoding="utf-8")
-        spec = importlib.util.spec_from_file_location("collective_before", file)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    return module
 
 
 def nothing() -> None:
@@ -149,7 +127,10 @@ def rank_of(rank: int, world: int, options: argparse.Namespace, file: str, out: 
 
     modules = {"now": collective}
     if options.before:
-        modules = {"before": collective_of(options.before), "now": collective}
+        modules = {
+            "before": module_at(options.before, "megatron_real/collective.py"),
+            "now": collective,
+        }
     counted = Counted()
     rows = []
     for name, act in WAYS.items():

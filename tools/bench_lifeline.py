@@ -17,7 +17,6 @@ import importlib.util
 import multiprocessing as mp
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from earlier import source_at
+
 from megatron_real.supervision import lifeline
 
 RANKS_OF_A_MACHINE = 8
@@ -33,13 +34,7 @@ RANKS_OF_A_MACHINE = 8
 
 def source_of(commit: str) -> str:
     """runs/lifeline.py as it was at a commit, with today's place of what it imports."""
-    source = subprocess.run(
-        ["git", "show", f"{commit}:megatron_real/runs/lifeline.py"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    source = source_at(commit, "megatron_real/runs/lifeline.py")
     return source.replace("megatron_real.runs.places", "megatron_real.supervision.places")
 
 
