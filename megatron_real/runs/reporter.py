@@ -433,6 +433,7 @@ class Reporter:
             warning: what did not go well at the end, if anything.
         """
         self.settle()
+        self._rollout_thread.shutdown()
         if self._writer is None:
             return
         self._writer.close()
