@@ -39,12 +39,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,11 @@ def main() -> int:
             f"tests/golden has no {', '.join(missing)}; make it with the code before the change"
         )
 
+    with tempfile.TemporaryDirectory() as folder:
+        curves = figures(names, Path(folder), options.steps or 60)
+
     failures = 0
-    for name in names:
-        with tempfile.TemporaryDirectory() as folder:
-            rows = figures(name, Path(folder), options.steps or 60)
+    for name, rows in curves.items():
         golden = GOLDEN / f"{name}.jsonl"
         if options.action == "make":
             golden.parent.mkdir(exist_ok=True)
@@ -183,42 +185,88 @@ def compare(name: str, rows: Sequence[Row], expected: Sequence[Row], *, exact: b
     return ""
 
 
-def figures(name: str, folder: Path, steps: int) -> list[Row]:
-    """The rows of a curve, computed now by child processes with the fixed arithmetic.
+def figures(names: Sequence[str], folder: Path, steps: int) -> dict[str, list[Row]]:
+    """The rows of each curve, computed now by child processes with the fixed arithmetic.
 
     `steps` is the length of a training run. Its learning rate is constant: a shorter run is a
     longer one's beginning.
     """
-    if name == "replay":
-        output = _python(__file__, "_replay", folder)
-        return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    if name == "tiny":
-        _python(__file__, "_tiny_base", folder / "base")
-        words = [f"{key}={value}" for key, value in TINY.items()]
-        return _trained(folder, folder / "base", ["-m", "megatron_real"], words, steps)
-    base = folder / "base"
-    _python(ROOT / "tools/make_tiny_model.py", "--out", base)
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "megatron_real"]
-    words = [f"data.heldout={base}/heldout.jsonl", f"data.train={base}/train.jsonl"]
-    return _trained(folder, base, launcher, words, steps)
+    curves: dict[str, list[Row]] = {}
+    in_one_process = [name for name in names if name != "quickstart"]
+    if in_one_process:
+        _python(__file__, "_compute", folder, steps, *in_one_process)
+        for name in in_one_process:
+            curves[name] = _read_rows(folder / f"{name}.jsonl")
+
+    if "quickstart" in names:
+        base = folder / "base"
+        _python(ROOT / "tools/make_tiny_model.py", "--out", base)
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        words = {"data.heldout": f"{base}/heldout.jsonl", "data.train": f"{base}/train.jsonl"}
+        run_dir = folder / "quickstart"
+        _python(*launcher, *_train_words(run_dir, base, steps, words))
+        curves["quickstart"] = _trained_rows(run_dir)
+    return {name: curves[name] for name in names}
 
 
-def _trained(
-    folder: Path, base: Path, command: Sequence[str], words: Sequence[str], steps: int
-) -> list[Row]:
-    """Trains by the quickstart's configuration with some words more, and reads the metrics."""
-    run_dir = folder / "run"
-    config = ROOT / "examples/configs/quickstart.yaml"
-    fixed = [
-        f"trainer.run_dir={run_dir}",
-        f"model.path={base}",
-        f"trainer.steps={steps}",
-        "trainer.tensorboard=false",
-        "trainer.export=false",
-        "checkpoint.every=0",
-    ]
-    _python(*command, "train", config, *fixed, *[word.replace("BASE", str(base)) for word in words])
-    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def _compute(folder: Path, steps: int, names: Sequence[str]) -> None:
+    """Writes the rows of `replay` and `tiny`, each from a fork of this process.
+
+    A fork begins where a new interpreter would be after seconds of imports: nothing of one curve
+    is left when the next one begins.
+    """
+    import megatron_real.job  # noqa: F401
+
+    for name in names:
+        process = multiprocessing.get_context("fork").Process(
+            target={"replay": _compute_replay, "tiny": _compute_tiny}[name], args=(folder, steps)
+        )
+        process.start()
+        process.join()
+        if process.exitcode != 0:
+            sys.exit(f"{name} ended with {process.exitcode}")
+
+
+def _compute_replay(folder: Path, _: int) -> None:
+    _write_rows(folder / "replay.jsonl", replay(folder / "replay"))
+
+
+def _compute_tiny(folder: Path, steps: int) -> None:
+    from megatron_real import cli
+
+    base = folder / "tiny-base"
+    tiny_base(base)
+    run_dir = folder / "tiny"
+    words = {name: str(value).replace("BASE", str(base)) for name, value in TINY.items()}
+    code = cli.main(_train_words(run_dir, base, steps, words)[2:])
+    if code != 0:
+        sys.exit(code)
+    _write_rows(folder / "tiny.jsonl", _trained_rows(run_dir))
+
+
+def _write_rows(file: Path, rows: Iterable[Row]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _read_rows(file: Path) -> list[Row]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _train_words(run_dir: Path, base: Path, steps: int, words: Mapping[str, Any]) -> list[str]:
+    """The command line of a training by the quickstart's configuration with some words more."""
+    settings = {
+        "trainer.run_dir": run_dir,
+        "model.path": base,
+        "trainer.steps": steps,
+        "trainer.tensorboard": "false",
+        "trainer.export": "false",
+        "checkpoint.every": 0,
+    }
+    command = ["-m", "megatron_real", "train", str(ROOT / "examples/configs/quickstart.yaml")]
+    return [*command, *(f"{name}={value}" for name, value in {**settings, **words}.items())]
+
+
+def _trained_rows(run_dir: Path) -> list[Row]:
     return [
         {
             "step": row["step"],
@@ -226,18 +274,17 @@ def _trained(
             "grad_norm": row["grad_norm"],
             "reward": row["reward_mean"],
         }
-        for row in metrics
+        for row in _read_rows(run_dir / "metrics.jsonl")
     ]
 
 
-def _python(*words: object) -> str:
-    """Standard output of a Python command line in the fixed arithmetic; it must succeed."""
+def _python(*words: object) -> None:
+    """Runs a Python command line in the fixed arithmetic; it must succeed."""
     command = [sys.executable, "-W", "ignore", *map(str, words)]
     environment = os.environ | FIXED | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr[-5000:]}")
-    return done.stdout
 
 
 # ---- tiny: a random model learns to end its answer in time and to begin it with a high digit ----
@@ -408,10 +455,7 @@ def fixed_rollouts(step: int) -> list[Any]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["_tiny_base"]:
-        tiny_base(Path(sys.argv[2]))
-    elif sys.argv[1:2] == ["_replay"]:
-        for line in replay(Path(sys.argv[2])):
-            print(json.dumps(line))
+    if sys.argv[1:2] == ["_compute"]:
+        _compute(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
     else:
         sys.exit(main())

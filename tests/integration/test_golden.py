@@ -21,7 +21,7 @@ def compare(*words: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "words",
     [
-        ("replay", "tiny", "--steps", 15),
+        ("replay", "tiny", "--steps", 10),
         pytest.param(("tiny",), marks=pytest.mark.grid),
         pytest.param(("quickstart",), marks=pytest.mark.grid),
     ],
