@@ -379,6 +379,7 @@ class Server:
 def _run_as_main(words: Sequence[str]) -> int:
     """Runs a module or a script as the interpreter would, to its exit code."""
     code: object = 0
+    _customize()
     _fork_the_ranks()
     if words[0].endswith(_GUARD):
         subprocess.Popen = _Child  # type: ignore[misc]
@@ -402,6 +403,15 @@ def _run_as_main(words: Sequence[str]) -> int:
     return int(code or 0)  # type: ignore[call-overload]
 
 
+def _customize() -> None:
+    """Runs the sitecustomize.py of PYTHONPATH, as a new interpreter does."""
+    for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        script = os.path.join(folder, "sitecustomize.py")
+        if folder and os.path.exists(script):
+            runpy.run_path(script)
+            return
+
+
 def _fork_the_ranks() -> None:
     """Has torchrun, which this process may be, fork its ranks.
 
@@ -409,8 +419,13 @@ def _fork_the_ranks() -> None:
     their memory.
     """
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
     subprocess_handler.Popen = Popen  # type: ignore[attr-defined, assignment]
+
+    # For the name of a record, torchrun would look up the source of each of its frames among all
+    # modules: with the thousands that a fork has, these names take seconds.
+    dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
 
 
 LATER = (
@@ -455,12 +470,15 @@ def _import_vllm() -> None:
     torch._dynamo.config.disable = True
     import vllm.entrypoints.launchers.api_server.entry
     import vllm.entrypoints.llm
+    import vllm.model_executor.models.registry
     import vllm.utils.system_utils
     import vllm.v1.engine.llm_engine
     import vllm.v1.engine.utils
     import vllm.v1.executor.multiproc_executor
     import vllm.v1.worker.cpu_worker
 
+    # vLLM looks at a model's class in a new process, once for each architecture and machine.
+    vllm.model_executor.models.registry._run_in_subprocess = lambda look: look()
     # On a CPU, vLLM would spawn a server's engine, which imports everything again.
     forking = partial(multiprocessing.get_context, "fork")
     vllm.utils.system_utils.get_mp_context = forking

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -41,14 +40,8 @@ def command(base: Path, run_dir: Path, *words: str) -> list[str]:
 
 
 def start(words: list[str], **environment: str) -> subprocess.Popen[str]:
-    """Starts a command line.
-
-    With an environment of their own the processes are new ones, not forks: they read PYTHONPATH.
-    """
-    new_process: Any = zygote.Popen
-    if environment:
-        new_process = subprocess.Popen
-    process: subprocess.Popen[str] = new_process(
+    """Starts a command line in a fork, which reads PYTHONPATH's sitecustomize.py as well."""
+    process: subprocess.Popen[str] = zygote.Popen(
         words,
         cwd=ROOT,
         env={**os.environ, **environment},
