@@ -18,7 +18,8 @@ import pytest
 
 from tests import zygote
 from tests.distributed import sync_jobs
-from tests.integration.conftest import ROOT, launcher, rows, train
+from tests.integration import vllm_server_job
+from tests.integration.conftest import ROOT, command, launcher, rows, train
 from tests.integration.test_train import heldout
 from tests.integration.test_vllm import _missing
 from tests.integration.vllm_job import NAMES
@@ -28,10 +29,11 @@ pytestmark = [
     pytest.mark.xdist_group("vllm"),
 ]
 
-# (TP of a server, servers)
+# (TP of a server, servers, whether the first one is a new process instead of a fork)
 CASES = [
-    pytest.param((1, 2), id="a server for each rank"),
-    pytest.param((2, 1), id="tp2", marks=pytest.mark.grid),
+    pytest.param((1, 2, False), id="a server for each rank"),
+    pytest.param((1, 2, True), id="a new server", marks=pytest.mark.grid),
+    pytest.param((2, 1, False), id="tp2", marks=pytest.mark.grid),
 ]
 
 
@@ -51,7 +53,7 @@ def results(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Results:
     """The results of both ranks."""
-    tp, num_servers = request.param
+    tp, num_servers, is_new = request.param
     sizes = {
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -60,10 +62,13 @@ def results(
     }
     path = sync_jobs.complete(tiny_model("qwen2", dtype="float32", **sizes))
     out = tmp_path_factory.mktemp("server") / "results.json"
-    command = [sys.executable, "-W", "ignore", *launcher(2)]
-    command += ["-m", "tests.integration.vllm_server_job"]
-    command += [str(path), str(tp), str(num_servers), str(out)]
-    done = zygote.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500, check=False)
+    job = [sys.executable, "-W", "ignore", *launcher(2)]
+    job += ["-m", "tests.integration.vllm_server_job"]
+    job += [str(path), str(tp), str(num_servers), str(out)]
+    environment = dict(os.environ)
+    if is_new:
+        environment[vllm_server_job.NEW_SERVER] = "1"
+    done = zygote.run(job, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-5000:]
     ranks = [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(2)]
     return Results(tp, num_servers, ranks)
@@ -189,18 +194,21 @@ def test_servers_end_with_a_run_that_is_killed() -> None:
     assert ends(group)
 
 
-def run(base: Path, run_dir: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def run(
+    base: Path, run_dir: Path, *words: str, processes: int = 2
+) -> subprocess.CompletedProcess[str]:
     server = [
         "rollout.engine=vllm-server",
         "rollout.kv_cache_mib=64",
         "rollout.sync.probe_bound=1e-3",
     ]
-    return train(base, run_dir, *server, *words)
+    return train(base, run_dir, *server, *words, processes=processes)
 
 
 def test_held_out_accuracy_rises(base: Path, tmp_path: Path) -> None:
     """Two ranks, one server."""
     words = ["trainer.steps=4", "optimizer.lr=1e-4", "rollout.sync.checksum_every=1"]
+    words += ["evaluation.max_problems=150"]
     done = run(base, tmp_path / "run", *words)
     assert done.returncode == 0, done.stderr
     first, *_, last = heldout(tmp_path / "run")
@@ -209,19 +217,30 @@ def test_held_out_accuracy_rises(base: Path, tmp_path: Path) -> None:
         assert row["mismatch_max_abs"] < 1e-4 and row["mismatch_share"] == 0
 
 
-def test_a_server_that_does_not_start_is_reported_in_one_sentence(
+def test_a_new_server_reads_its_arguments_and_reports_the_wrong_one_in_one_sentence(
     base: Path, tmp_path: Path
 ) -> None:
-    done = train(
-        base,
-        tmp_path / "run",
+    """A server as a user's run starts it, a new process: it imports vLLM, and knows every argument
+    but one. The secret one comes by its environment.
+    """
+    words = [
         "rollout.engine=vllm-server",
         "rollout.vllm.enforce_eagre=true",
-        processes=1,
+        "rollout.vllm.hf_token=${oc.env:HF_SECRET}",
+    ]
+    done = zygote.run(
+        command(base, tmp_path / "run", *words, processes=1),
+        cwd=ROOT,
+        env={**os.environ, zygote.REAL_SERVERS: "1", "HF_SECRET": vllm_server_job.SECRET},
+        capture_output=True,
+        text=True,
+        timeout=1200,
     )
     assert done.returncode == 2
-    assert "unrecognized arguments: --enforce-eagre" in done.stderr
+    assert "error: unrecognized arguments: --enforce-eagre'" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
+    log = (tmp_path / "run/servers/server-0.log").read_text()
+    assert vllm_server_job.SECRET not in log + done.stdout + done.stderr
 
 
 def test_rollouts_of_the_next_step_are_generated_ahead(base: Path, tmp_path: Path) -> None:
@@ -231,10 +250,9 @@ def test_rollouts_of_the_next_step_are_generated_ahead(base: Path, tmp_path: Pat
     The run stops after two steps and goes on; its third step has nothing ahead.
     """
     words = ["rollout.max_lag=1", "optimizer.lr=1e-3", "checkpoint.every=2", "evaluation.every=1"]
+    words += ["rollout.num_prompts=16", "batch.minibatch_prompts=8", "evaluation.max_problems=16"]
     for steps in (2, 4):
-        done = run(
-            base, tmp_path / "run", *words, f"trainer.steps={steps}", "evaluation.max_problems=16"
-        )
+        done = run(base, tmp_path / "run", *words, f"trainer.steps={steps}", processes=1)
         assert done.returncode == 0, done.stderr
     assert "this life's first ones are of the present weights" in done.stdout
 

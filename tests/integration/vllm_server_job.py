@@ -35,6 +35,8 @@ from tests.distributed.sync_jobs import Pair, prompts
 from tests.integration.vllm_job import NAMES, parity
 from tests.zygote import REAL_SERVERS
 
+NEW_SERVER = "MEGATRON_REAL_TESTS_NEW_SERVER"
+"""Environment variable that has the first rank's server be a new process instead of a fork."""
 SECRET = "canary-of-the-server-test"  # an argument of the server that was given as ${oc.env:...}
 SAMPLING = Sampling(3, sync_jobs.TEMPERATURE, 16)
 
@@ -96,14 +98,22 @@ def refused(pair: Pair) -> str:
 
 
 def leaks(pair: Pair) -> list[str]:
-    """Files of the run, and command lines of this machine, that have the key or
-    the other secret in them.
+    """Files of the run, and command lines, that have the key or the other secret in them.
+
+    A server that is a fork shows the zygote's command line; its own is what it was started with.
     """
+    leaking = []
+    started = pair.engine.started
+    assert started is not None, "each rank has a server of its own"
+    words = " ".join(started._process.args)
+    assert "--middleware" in words, "these are vLLM's arguments"
+    if pair.engine._key in words or SECRET in words:
+        leaking.append(words)
+
     files = [
         *Path(pair.engine._config.trainer.run_dir).rglob("*.*"),
         *Path("/proc").glob("[0-9]*/cmdline"),
     ]
-    leaking = []
     for file in files:
         with contextlib.suppress(OSError):  # a process has ended meanwhile
             if not file.is_file():
@@ -257,7 +267,7 @@ def main() -> None:
         rollout=dataclasses.replace(config.rollout, vllm={"hf_token": SECRET}),
         given={"rollout.vllm.hf_token": Given(text="${oc.env:TOKEN}", value=SECRET)},
     )
-    if dist.get_rank() == 0:  # its server is a new process, whose command line `leaks` can look at
+    if dist.get_rank() == 0 and NEW_SERVER in os.environ:
         os.environ[REAL_SERVERS] = "1"
     pair = Pair(config)
 
