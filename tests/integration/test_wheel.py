@@ -59,17 +59,6 @@ def run(site: Path, cwd: Path, *words: str) -> str:
     return done.stdout
 
 
-def test_the_package_is_that_of_the_wheel_and_exports_its_functions(
-    site: Path, tmp_path: Path
-) -> None:
-    code = (
-        "import megatron_real; print(megatron_real.__file__); "
-        "[getattr(megatron_real, name) for name in megatron_real.__all__]; "
-        "assert set(megatron_real.__all__) <= set(dir(megatron_real))"
-    )
-    assert run(site, tmp_path, "-c", code).startswith(str(site))
-
-
 def test_plan_needs_no_checkout(site: Path, tmp_path: Path) -> None:
     shown = run(site, tmp_path, "-m", "megatron_real", "plan", "--model", "r1-distill-qwen-1.5b")
     assert "fits: " in shown
@@ -84,12 +73,25 @@ def test_metadata(site: Path) -> None:
     assert "megatron-real = megatron_real.cli:main" in entry_points.read_text()
 
 
-def test_two_steps_of_training_and_a_conversion(
+USES = """\
+import sys
+import megatron_real
+from megatron_real import cli
+
+print(megatron_real.__file__)
+[getattr(megatron_real, name) for name in megatron_real.__all__]
+assert set(megatron_real.__all__) <= set(dir(megatron_real))
+assert cli.main(["train", "run.yaml", *sys.argv[1:]]) == 0
+assert cli.main(["convert", "to-megatron", "run", "megatron"]) == 0
+assert cli.main(["convert", "verify", "run", "megatron"]) == 0
+"""
+
+
+def test_its_functions_two_steps_of_training_and_a_conversion(
     site: Path, tmp_path: Path, untrained: Path
 ) -> None:
+    """In one interpreter, whose package is that of the wheel."""
     (tmp_path / "run.yaml").write_text(CONFIG)
     paths = [f"model.path={untrained}", f"data.train={untrained}/train.jsonl"]
-    run(site, tmp_path, "-m", "megatron_real", "train", "run.yaml", *paths)
+    assert run(site, tmp_path, "-c", USES, *paths).startswith(str(site))
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
-    run(site, tmp_path, "-m", "megatron_real", "convert", "to-megatron", "run", "megatron")
-    run(site, tmp_path, "-m", "megatron_real", "convert", "verify", "run", "megatron")
