@@ -26,6 +26,12 @@ each run spends two seconds on all of them.
 """
 
 
+SMALL = ("rollout.num_prompts=8", "batch.minibatch_prompts=4", "data.heldout=")
+"""Settings of a run in which only what happens around the steps matters: two updates of 32 rollouts
+a step, and no evaluation.
+"""
+
+
 @pytest.fixture(scope="session")
 def base(whole_base: Path, once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     """The quickstart's base model, with the first of its training problems."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests import zygote
-from tests.integration.conftest import ROOT, python, train
+from tests.integration.conftest import ROOT, SMALL, python, train
 
 
 @pytest.mark.skipif(
@@ -95,8 +95,9 @@ def test_training_starts_from_a_checkpoint(base: Path, tmp_path: Path) -> None:
     what the checkpoint was made of.
     """
     python("tools/convert_hf_to_megatron.py", base, tmp_path / "megatron")
-    words = ["trainer.steps=1", "optimizer.lr=1e-20", "optimizer.weight_decay=0", "data.heldout="]
-    done = train(base, tmp_path / "run", *words, f"model.weights={tmp_path / 'megatron'}")
+    words = ["trainer.steps=1", "optimizer.lr=1e-20", "optimizer.weight_decay=0"]
+    words += [*SMALL, f"model.weights={tmp_path / 'megatron'}"]
+    done = train(base, tmp_path / "run", *words, processes=1)
     assert done.returncode == 0, done.stderr
     (exported,) = (tmp_path / "run").rglob("model.safetensors")
     python("-m", "megatron_real", "convert", "verify", exported.parent, base, "--atol", "1e-15")

@@ -208,7 +208,8 @@ def test_two_processes(base: Path, benches: dict[str, Path], tmp_path: Path) -> 
     """
     outs = [tmp_path / name for name in ("one", "same", "other")]
     for out, seed in zip(outs, ("1", "1", "2"), strict=True):
-        done = evaluate(base, benches, out, "--seed", seed, processes=2)
+        words = ["--seed", seed, "--samples", "4"]
+        done = evaluate(base, benches, out, *words, processes=2)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("average") == 1, "one process speaks"
 

@@ -4,12 +4,17 @@ and saved rollouts train another objective.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import rows, train
+from tests.integration import conftest
+from tests.integration.conftest import rows
 from tests.integration.test_resume import assert_same_run
+
+# One process: that several train as one, with a reference too, is tests/distributed/.
+train = partial(conftest.train, processes=1)
 
 SMALL = (
     "rollout.num_prompts=16", "batch.minibatch_prompts=4", "evaluation.max_problems=20",

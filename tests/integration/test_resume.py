@@ -113,7 +113,7 @@ def test_killed_at_any_moment_the_run_is_the_same(
     """SIGKILL at seeded moments, the first before the first checkpoint."""
     draw = random.Random(processes)
     run_dir = tmp_path / "run"
-    for row in (1, 4, 6):
+    for row in (1, 5):
         process = start(base, run_dir, processes=processes)
         try:
             wait_for_row(process, run_dir, row)
@@ -277,7 +277,7 @@ def test_a_time_budget_stops_the_run(base: Path, tmp_path: Path) -> None:
         tmp_path / "run",
         *WORDS,
         "trainer.steps=100000",
-        f"trainer.max_hours={8 / 3600}",
+        f"trainer.max_hours={2 / 3600}",
         processes=1,
     )
     assert done.returncode == 75, done.stderr

@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megatron_real import cli
-from tests.integration.conftest import ROOT, command, rows, train
+from tests import zygote
+from tests.amount import core
+from tests.integration.conftest import ROOT, SMALL, command, rows, train
 
 
 def pairs(path: Path) -> list[tuple[int, int]]:
@@ -32,7 +33,9 @@ def pairs(path: Path) -> list[tuple[int, int]]:
 def learned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 12 steps on two data-parallel processes, at twice the quickstart's learning rate."""
     run_dir = tmp_path_factory.mktemp("runs") / "learned"
-    done = train(base, run_dir, "trainer.steps=12", "optimizer.lr=1e-4", "trainer.profile=[2]")
+    words = ["trainer.steps=12", "optimizer.lr=1e-4", "trainer.profile=[2]"]
+    words += ["evaluation.max_problems=150", "evaluation.every=0"]
+    done = train(base, run_dir, *words)
     assert done.returncode == 0, done.stderr
     return run_dir
 
@@ -72,8 +75,8 @@ def test_permuted_labels_teach_nothing(base: Path, tmp_path: Path) -> None:
     """The true labels of as many steps raise the accuracy by 0.2 and more (test_vllm.py,
     test_server.py).
     """
-    words = ["trainer.steps=4", "optimizer.lr=1e-4", "labels.permute=true"]
-    done = train(base, tmp_path / "run", *words)
+    words = ["trainer.steps=4", "optimizer.lr=1e-4", "labels.permute=true", "trainer.export=false"]
+    done = train(base, tmp_path / "run", *words, processes=1)
     assert done.returncode == 0, done.stderr
     first, *_, last = heldout(tmp_path / "run")
     assert last < first + 0.1
@@ -127,11 +130,12 @@ def test_dynamic_sampling_replaces_groups_of_one_class(base: Path, tmp_path: Pat
     """Small decoding batches, so that there is something to verify while the
     next one is decoded.
     """
-    words = ["trainer.steps=2", "data.heldout=", "trainer.export=false", "rollout.batch_size=32"]
+    words = ["trainer.steps=1", "data.heldout=", "trainer.export=false", "rollout.batch_size=32"]
     words += ["rollout.num_prompts=32", "batch.minibatch_prompts=16"]
-    runs = {"off": [], "on": ["rollout.refill_rounds=3"], "again": ["rollout.refill_rounds=3"]}
-    for name, more in runs.items():
-        done = train(base, tmp_path / name, *words, *more)
+    refill = "rollout.refill_rounds=3"
+    runs = {"off": (1, []), "on": (2, [refill]), "again": (2, [refill])}
+    for name, (processes, more) in runs.items():
+        done = train(base, tmp_path / name, *words, *more, processes=processes)
         assert done.returncode == 0, done.stderr
     off, on, again = (rows(tmp_path / name / "metrics.jsonl") for name in runs)
     for without, refilled in zip(off, on, strict=True):
@@ -150,13 +154,11 @@ def test_dynamic_sampling_replaces_groups_of_one_class(base: Path, tmp_path: Pat
 def test_a_verifier_that_fails_too_often_stops_every_process(base: Path, tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text("def judge(text, answers, metadata):\n    return {}[text]\n")
-    done = train(
-        base, tmp_path / "run", f"labels.verifier={own}:judge", "data.heldout=", "trainer.steps=1"
-    )
+    done = train(base, tmp_path / "run", f"labels.verifier={own}:judge", *SMALL, "trainer.steps=1")
     assert done.returncode == 1
-    # The other rollouts of the 512, if any, were cut and not checked.
+    # The other rollouts of the 64, if any, were cut and not checked.
     reason = (
-        r"(\d{3}) of \1 checks failed \(\1 crashed\), more than labels.max_failed_share = 0.2; "
+        r"(\d\d) of \1 checks failed \(\1 crashed\), more than labels.max_failed_share = 0.2; "
         "most often: KeyError"
     )
     assert re.search(reason, done.stderr)
@@ -172,7 +174,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", core(list(LAYOUTS), ["pp2-two-passes", "one-process"]))
 def test_replay_on_another_layout_gives_the_same_losses(
     learned: Path, base: Path, tmp_path: Path, layout: str
 ) -> None:
@@ -225,14 +227,11 @@ def test_a_run_directory_without_checkpoints_is_not_overwritten(
 
 def test_ctrl_c_ends_cleanly(base: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    run = command(base, run_dir, "trainer.steps=1000", processes=1)
-    # A shell that runs the tests in the background has its children ignore SIGINT.
-    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(
-        run,
+    # A fork heeds SIGINT, also where a shell that runs the tests in the background ignores it.
+    process = zygote.Popen(
+        command(base, run_dir, "trainer.steps=1000", *SMALL, processes=1),
         cwd=ROOT,
         text=True,
-        preexec_fn=heeding,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
     )

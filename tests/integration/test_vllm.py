@@ -17,7 +17,7 @@ import pytest
 
 from tests import zygote
 from tests.distributed import sync_jobs
-from tests.integration.conftest import ROOT, launcher, rows, train
+from tests.integration.conftest import ROOT, SMALL, launcher, rows, train
 from tests.integration.test_train import heldout
 from tests.integration.vllm_job import NAMES
 
@@ -155,7 +155,7 @@ def run(base: Path, run_dir: Path, *words: str) -> subprocess.CompletedProcess[s
 
 def test_held_out_accuracy_rises(base: Path, tmp_path: Path) -> None:
     words = ["trainer.steps=4", "optimizer.lr=1e-4", "rollout.sync.checksum_every=1"]
-    words += ["rollout.exclude_mismatch=1e-3"]
+    words += ["rollout.exclude_mismatch=1e-3", "evaluation.max_problems=150"]
     done = run(base, tmp_path / "run", *words)
     assert done.returncode == 0, done.stderr
     assert "rollouts by vllm" in done.stdout
@@ -166,31 +166,41 @@ def test_held_out_accuracy_rises(base: Path, tmp_path: Path) -> None:
         assert row["mismatch_share"] == row["excluded_share"] == 0
 
 
-def test_rollouts_beyond_the_mismatch_bound_are_excluded(base: Path, tmp_path: Path) -> None:
-    """fp32 differences of about 1e-6: a bound below them excludes nearly all,
-    the one above excludes none.
-    """
-    done = run(
-        base, tmp_path / "run", "trainer.steps=1", "data.heldout=", "rollout.exclude_mismatch=1e-12"
-    )
-    assert done.returncode == 0, done.stderr
-    (row,) = rows(tmp_path / "run/metrics.jsonl")
-    assert row["status/mismatch"] == row["excluded_share"] * 512 > 0.9 * 512
+@dataclass(frozen=True)
+class OneStep:
+    """A run of one step."""
+
+    directory: Path
+    stdout: str
 
 
-def test_auto_selects_vllm_and_reports_it(base: Path, tmp_path: Path) -> None:
-    """Also beside another job of the node, or after one that was killed:
-    its memory has another name.
+@pytest.fixture(scope="session")
+def one_step(base: Path, tmp_path_factory: pytest.TempPathFactory) -> OneStep:
+    """By the engine that `auto` selects, over both ranks, beside another job of the node, or after
+    one that was killed: its memory has another name.
     """
-    words = ["rollout.engine=auto", "trainer.steps=1", "data.heldout=", "rollout.tp=2"]
+    words = [*SMALL, "rollout.engine=auto", "trainer.steps=1", "rollout.tp=2"]
+    run_dir = tmp_path_factory.mktemp("one-step") / "run"
     of_another = Path("/dev/shm/-tp:0-[0-1]-cpushm_0")  # as vLLM names it without our part
     of_another.touch()
     try:
-        done = run(base, tmp_path / "run", *words)
+        done = run(base, run_dir, *words, "rollout.exclude_mismatch=1e-12")
     finally:
         of_another.unlink()
     assert done.returncode == 0, done.stderr
-    assert "rollouts by vllm (rollout.engine=auto: vllm is installed)" in done.stdout
+    return OneStep(run_dir, done.stdout)
+
+
+def test_auto_selects_vllm_and_reports_it(one_step: OneStep) -> None:
+    assert "rollouts by vllm (rollout.engine=auto: vllm is installed)" in one_step.stdout
+
+
+def test_rollouts_beyond_the_mismatch_bound_are_excluded(one_step: OneStep) -> None:
+    """fp32 differences of about 1e-6: a bound below them excludes nearly all,
+    the one above (held-out accuracy) excludes none.
+    """
+    (row,) = rows(one_step.directory / "metrics.jsonl")
+    assert row["status/mismatch"] == row["excluded_share"] * 64 > 0.9 * 64
 
 
 def test_an_unknown_argument_of_vllm_is_refused_in_one_sentence(base: Path, tmp_path: Path) -> None:
