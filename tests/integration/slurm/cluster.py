@@ -212,4 +212,5 @@ def with_deadline(happened: Callable[[], T], seconds: float) -> T | None:
             return result
         if time.monotonic() >= ends:
             return None
-        time.sleep(0.1)
+        # Most questions are a process of Slurm's: ten a second would cost as much as a short run.
+        time.sleep(0.5)
