@@ -253,7 +253,7 @@ def test_a_batch_with_hostile_answers_ends_in_time_and_every_honest_one_is_right
     """
     items, expected = hostile_batch()
     memory = 1024
-    timeout = 5.0
+    timeout = 3.0
     trainer = psutil.Process()
     with Labeller("math_verify", workers=2, timeout_seconds=timeout, memory_mib=memory) as label:
         label(items[:100])
@@ -278,17 +278,17 @@ def test_a_batch_with_hostile_answers_ends_in_time_and_every_honest_one_is_right
 
 
 def test_a_policy_that_writes_nothing_but_factorials_cannot_freeze_a_step() -> None:
-    """If each check were given its whole time, they would take 8 x 4 s on one worker."""
-    checks = [Check(SLOW, ["5"]), Check(box("5"), ["5"])] * 8
+    """If each check were given its whole time, they would take 5 x 4 s on one worker."""
+    checks = [Check(SLOW, ["5"]), Check(box("5"), ["5"])] * 5
     with VerifierPool("math_verify", workers=1, timeout_seconds=4, memory_mib=1024) as pool:
         outcomes = pool.run(checks)
-    assert [o.status for o in outcomes] == ["timeout", "ok"] * 8
+    assert [o.status for o in outcomes] == ["timeout", "ok"] * 5
     assert outcomes[0].reason.startswith("no answer within 4 s")
     assert outcomes[-2].reason in (
         "no answer within 1 s of processor time",
         "no answer within 4 s",  # the machine was too busy to spend that second
     )
-    assert processor_seconds_lost(o.reason for o in outcomes) < 16
+    assert processor_seconds_lost(o.reason for o in outcomes) < 10
 
 
 def test_a_worker_that_died_while_idle_costs_nothing(fresh_pool: VerifierPool) -> None:
