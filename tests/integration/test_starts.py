@@ -87,16 +87,24 @@ class Runs:
 
 
 @pytest.fixture
-def runs(untrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Runs:
+def runs(
+    untrained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Runs:
+    """Their curves are not drawn, which takes longer than all else; those of `finished` are."""
+    monkeypatch.setattr("megatron_real.runs.reporter.plot_curves", lambda *_, **__: None)
     return Runs(untrained, tmp_path / "run", capsys)
 
 
 @pytest.fixture(scope="module")
 def finished(untrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three steps, with checkpoints after the second and the third."""
+    """A run of three steps, with checkpoints after the second and the third, and its curves."""
     directory = tmp_path_factory.mktemp("finished") / "run"
     paths = [f"model.path={untrained}", f"data.train={untrained}/train.jsonl", "data.heldout="]
     assert cli.main(["train", str(CONFIG), f"trainer.run_dir={directory}", *paths, *WORDS]) == 0
+    assert (directory / "curves.png").stat().st_size > 10_000
     return directory
 
 
