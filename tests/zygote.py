@@ -35,6 +35,7 @@ import threading
 import traceback
 import types
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -470,7 +471,9 @@ def _import_vllm() -> None:
     torch._dynamo.config.disable = True
     import vllm.entrypoints.launchers.api_server.entry
     import vllm.entrypoints.llm
+    import vllm.model_executor.layers.quantization.online.base
     import vllm.model_executor.models.registry
+    import vllm.platforms.cpu
     import vllm.utils.system_utils
     import vllm.v1.engine.llm_engine
     import vllm.v1.engine.utils
@@ -479,6 +482,10 @@ def _import_vllm() -> None:
 
     # vLLM looks at a model's class in a new process, once for each architecture and machine.
     vllm.model_executor.models.registry._run_in_subprocess = lambda look: look()
+    # Each engine would look for Triton's kernels in all modules, to replace them: once is enough.
+    platform = vllm.platforms.cpu.CpuPlatform
+    platform.register_triton_kernel_overrides()
+    platform.register_triton_kernel_overrides = staticmethod(lambda: None)
     # On a CPU, vLLM would spawn a server's engine, which imports everything again.
     forking = partial(multiprocessing.get_context, "fork")
     vllm.utils.system_utils.get_mp_context = forking
@@ -497,11 +504,18 @@ def _fork_the_servers() -> None:
 def main() -> None:
     import gc
 
+    import torch._dynamo.utils as dynamo
+
     from tests.distributed import preload  # noqa: F401
 
     for module in LATER:
         importlib.import_module(module)
     _draw_no_pictures()
+    # At its end each fork would import a library to lay out what torch has compiled, and take back
+    # all operators that torch has registered, one after the other.
+    atexit.unregister(dynamo.dump_compile_times)
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False
     if sys.argv[2] == _VLLM:
         _import_vllm()
         _fork_the_servers()
