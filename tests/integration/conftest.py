@@ -20,12 +20,17 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "examples/configs/quickstart.yaml"
 
 
-PROBLEMS = 1500
+PROBLEMS = 500
 """How many of the base model's 7,333 training problems the tests' runs read:
 each run spends two seconds on all of them.
 """
 
 
+LEARNING = (
+    "trainer.steps=4", "optimizer.lr=1e-4", "rollout.num_prompts=32", "batch.minibatch_prompts=16",
+    "evaluation.max_problems=150",
+)  # fmt: skip
+"""Settings of a short run that raises the held-out accuracy, from 0.4, by more than 0.2."""
 SMALL = ("rollout.num_prompts=8", "batch.minibatch_prompts=4", "data.heldout=")
 """Settings of a run in which only what happens around the steps matters: two updates of 32 rollouts
 a step, and no evaluation.

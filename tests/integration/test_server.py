@@ -18,11 +18,10 @@ import pytest
 
 from tests import zygote
 from tests.distributed import sync_jobs
-from tests.integration import vllm_server_job
-from tests.integration.conftest import ROOT, command, launcher, rows, train
+from tests.integration.conftest import LEARNING, ROOT, command, launcher, rows, train
 from tests.integration.test_train import heldout
 from tests.integration.test_vllm import _missing
-from tests.integration.vllm_job import NAMES
+from tests.integration.vllm_job import NAMES, NEW_SERVER, SECRET
 
 pytestmark = [
     pytest.mark.skipif(bool(_missing()), reason=_missing()),
@@ -67,7 +66,7 @@ def results(
     job += [str(path), str(tp), str(num_servers), str(out)]
     environment = dict(os.environ)
     if is_new:
-        environment[vllm_server_job.NEW_SERVER] = "1"
+        environment[NEW_SERVER] = "1"
     done = zygote.run(job, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-5000:]
     ranks = [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(2)]
@@ -207,9 +206,7 @@ def run(
 
 def test_held_out_accuracy_rises(base: Path, tmp_path: Path) -> None:
     """Two ranks, one server."""
-    words = ["trainer.steps=4", "optimizer.lr=1e-4", "rollout.sync.checksum_every=1"]
-    words += ["evaluation.max_problems=150"]
-    done = run(base, tmp_path / "run", *words)
+    done = run(base, tmp_path / "run", *LEARNING, "rollout.sync.checksum_every=1")
     assert done.returncode == 0, done.stderr
     first, *_, last = heldout(tmp_path / "run")
     assert first < 0.5 and last > first + 0.2
@@ -231,7 +228,7 @@ def test_a_new_server_reads_its_arguments_and_reports_the_wrong_one_in_one_sente
     done = zygote.run(
         command(base, tmp_path / "run", *words, processes=1),
         cwd=ROOT,
-        env={**os.environ, zygote.REAL_SERVERS: "1", "HF_SECRET": vllm_server_job.SECRET},
+        env={**os.environ, zygote.REAL_SERVERS: "1", "HF_SECRET": SECRET},
         capture_output=True,
         text=True,
         timeout=1200,
@@ -240,7 +237,7 @@ def test_a_new_server_reads_its_arguments_and_reports_the_wrong_one_in_one_sente
     assert "error: unrecognized arguments: --enforce-eagre'" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     log = (tmp_path / "run/servers/server-0.log").read_text()
-    assert vllm_server_job.SECRET not in log + done.stdout + done.stderr
+    assert SECRET not in log + done.stdout + done.stderr
 
 
 def test_rollouts_of_the_next_step_are_generated_ahead(base: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from tests import zygote
 from tests.distributed import sync_jobs
-from tests.integration.conftest import ROOT, SMALL, launcher, rows, train
+from tests.integration.conftest import LEARNING, ROOT, SMALL, launcher, rows, train
 from tests.integration.test_train import heldout
 from tests.integration.vllm_job import NAMES
 
@@ -154,8 +154,7 @@ def run(base: Path, run_dir: Path, *words: str) -> subprocess.CompletedProcess[s
 
 
 def test_held_out_accuracy_rises(base: Path, tmp_path: Path) -> None:
-    words = ["trainer.steps=4", "optimizer.lr=1e-4", "rollout.sync.checksum_every=1"]
-    words += ["rollout.exclude_mismatch=1e-3", "evaluation.max_problems=150"]
+    words = [*LEARNING, "rollout.sync.checksum_every=1", "rollout.exclude_mismatch=1e-3"]
     done = run(base, tmp_path / "run", *words)
     assert done.returncode == 0, done.stderr
     assert "rollouts by vllm" in done.stdout

@@ -18,6 +18,12 @@ from megatron_real.records import Sampling
 from tests.distributed import sync_jobs
 from tests.distributed.sync_jobs import Pair, prompts
 
+NEW_SERVER = "MEGATRON_REAL_TESTS_NEW_SERVER"
+"""Environment variable that has the first server of vllm_server_job.py be a new process
+instead of a fork.
+"""
+SECRET = "canary-of-the-server-test"
+"""An argument of that job's servers, which was given as ${oc.env:...}."""
 NAMES = {
     "rows": "model.layers.1.self_attn.k_proj.weight",
     "columns": "model.layers.0.mlp.down_proj.weight",

@@ -32,12 +32,9 @@ from megatron_real.rollout.stage import RolloutStage
 from megatron_real.rollout.vllm_server.server import Server, wait_until_healthy
 from tests.distributed import sync_jobs
 from tests.distributed.sync_jobs import Pair, prompts
-from tests.integration.vllm_job import NAMES, parity
+from tests.integration.vllm_job import NAMES, NEW_SERVER, SECRET, parity
 from tests.zygote import REAL_SERVERS
 
-NEW_SERVER = "MEGATRON_REAL_TESTS_NEW_SERVER"
-"""Environment variable that has the first rank's server be a new process instead of a fork."""
-SECRET = "canary-of-the-server-test"  # an argument of the server that was given as ${oc.env:...}
 SAMPLING = Sampling(3, sync_jobs.TEMPERATURE, 16)
 
 
