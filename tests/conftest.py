@@ -51,12 +51,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=_place_in_line)
 
 
-LONGEST = ("test_vllm", "test_resume", "test_server", "test_train", "test_eval", "test_slurm")
+LONGEST = ("test_resume", "test_server", "test_train", "test_starts", "test_eval")
 """Files of tests/integration by what they cost (docs/testing.md)."""
-FIRST = "test_vllm"
-"""The file of the longest group, all tests with vLLM: one lane has it from the beginning on.
+FIRST = ("test_vllm", "test_slurm")
+"""Files of the two groups that take longest by the clock: one lane has each from the beginning on.
 
-Its first tests need no base model, which tests/run.sh makes meanwhile.
+They are all tests with vLLM, whose first ones need no base model, which tests/run.sh makes
+meanwhile, and those on Slurm, which mostly wait for jobs.
 """
 DIRECTORIES = ("distributed", "integration", "faults", "unit")
 """Those of tests/distributed need no base model either."""
@@ -64,8 +65,8 @@ DIRECTORIES = ("distributed", "integration", "faults", "unit")
 
 def _place_in_line(item: pytest.Item) -> tuple[int, int]:
     file = item.path
-    if file.stem == FIRST:
-        return -1, 0
+    if file.stem in FIRST:
+        return -1, FIRST.index(file.stem)
     directory = next((i for i, name in enumerate(DIRECTORIES) if name in file.parts), 0)
     by_cost = len(LONGEST)
     if file.stem in LONGEST:
