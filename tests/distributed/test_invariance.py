@@ -28,9 +28,10 @@ from megatron_real.config import OptimizerConfig as Optimizer
 from tests.amount import core, on_first_version
 from tests.distributed import jobs, reference
 from tests.distributed.layouts import (
+    CORE,
+    LEVELS,
     Dtype,
     Layout,
-    level_cover,
     pairwise_cover,
     possible_pairs,
     random_layout,
@@ -38,7 +39,6 @@ from tests.distributed.layouts import (
 from tests.distributed.world import World
 
 ROWS = pairwise_cover()
-THIN = level_cover(ROWS)
 TOLERANCE = {"fp64": 1e-10, "fp32": 2e-5, "bf16": 1e-1}
 """Relative error of each parameter's gradient, in the 2-norm. bf16's worst are the k biases, 6e-2:
 softmax hardly feels them, so their gradient is small; the others stay below 3e-2.
@@ -50,21 +50,33 @@ ModelMaker = Callable[..., Path]
 @pytest.fixture(scope="session")
 def expected(
     tiny_model: ModelMaker,
-) -> Callable[[str, int, bool], tuple[float, dict[str, torch.Tensor]]]:
-    """Loss and gradients of the reference, once per model, order and kind of minibatch."""
+) -> Callable[[Layout], tuple[float, dict[str, torch.Tensor]]]:
+    """Loss and gradients of the reference, once per model, number of layers, order and
+    kind of minibatch.
+    """
 
     @cache
-    def compute(model: str, order: int, first: bool) -> tuple[float, dict[str, torch.Tensor]]:
-        path, old_path = model_paths(tiny_model, model)
+    def compute(
+        model: str, layers: int, order: int, first: bool
+    ) -> tuple[float, dict[str, torch.Tensor]]:
+        path, old_path = model_paths(tiny_model, model, layers)
         samples = reference.minibatch(order, vocab=101)
         if first:
             return reference.gradient(path, None, samples)
         return reference.gradient(path, old_path, samples)
 
-    return compute
+    def expected_of(layout: Layout) -> tuple[float, dict[str, torch.Tensor]]:
+        return compute(layout.model, layers_of(layout), layout.order, layout.first)
+
+    return expected_of
 
 
-def model_paths(tiny_model: ModelMaker, name: str, layers: int = 8) -> tuple[Path, Path]:
+def layers_of(layout: Layout) -> int:
+    """Layers of the model: two in each chunk of a pipeline, but at most eight."""
+    return min(8, 2 * layout.pp * layout.vpp)
+
+
+def model_paths(tiny_model: ModelMaker, name: str, layers: int = 4) -> tuple[Path, Path]:
     """The policy, and the earlier weights that drew the rollouts."""
     family = name.split("-")[0]
     tied = name.endswith("tied")
@@ -93,7 +105,7 @@ def config_of(layout: Layout, path: Path, dtype: Dtype, **megatron: Any) -> Conf
 def run(
     world: World, tiny_model: ModelMaker, layout: Layout, dtype: Dtype, **megatron: Any
 ) -> dict[str, Any]:
-    path, old_path = model_paths(tiny_model, layout.model)
+    path, old_path = model_paths(tiny_model, layout.model, layers_of(layout))
     results = world.run(
         jobs.gradient,
         layout.size,
@@ -117,7 +129,7 @@ def worst_error(gradients: dict[str, Any], expected: dict[str, torch.Tensor]) ->
 def check(
     world: World, tiny_model: ModelMaker, expected: Any, layout: Layout, dtype: Dtype
 ) -> None:
-    loss, gradients = expected(layout.model, layout.order, layout.first)
+    loss, gradients = expected(layout)
 
     result = run(world, tiny_model, layout, dtype)
 
@@ -140,13 +152,18 @@ def test_rows_cover_every_pair() -> None:
     assert frozenset().union(*(row.pairs for row in ROWS)) == possible_pairs()
 
 
-@pytest.mark.parametrize("layout", core(ROWS, ROWS if on_first_version() else THIN), ids=str)
+def test_the_core_has_every_level() -> None:
+    for factor, levels in LEVELS.items():
+        assert {getattr(row, factor) for row in CORE} == set(levels), factor
+
+
+@pytest.mark.parametrize("layout", core(ROWS, ROWS if on_first_version() else CORE), ids=str)
 def test_float64(world: World, tiny_model: ModelMaker, expected: Any, layout: Layout) -> None:
     check(world, tiny_model, expected, layout, "fp64")
 
 
 @pytest.mark.one_version
-@pytest.mark.parametrize("layout", core(ROWS, THIN), ids=str)
+@pytest.mark.parametrize("layout", core(ROWS, CORE), ids=str)
 def test_float32(world: World, tiny_model: ModelMaker, expected: Any, layout: Layout) -> None:
     check(world, tiny_model, expected, layout, "fp32")
 
@@ -154,7 +171,7 @@ def test_float32(world: World, tiny_model: ModelMaker, expected: Any, layout: La
 @pytest.mark.one_version
 @pytest.mark.parametrize(
     "layout",
-    [*ROWS[:2], *(pytest.param(row, marks=pytest.mark.grid) for row in ROWS[2:4])],
+    core(CORE, CORE[:2]),
     ids=str,
 )
 def test_bfloat16(world: World, tiny_model: ModelMaker, expected: Any, layout: Layout) -> None:
@@ -181,7 +198,7 @@ def test_control_averaging_pieces_of_groups_is_wrong(
     """What a trainer does that takes each micro-batch's rollouts for whole groups:
     off by more than 10 %.
     """
-    path, old_path = model_paths(tiny_model, PLAIN.model)
+    path, old_path = model_paths(tiny_model, PLAIN.model, layers_of(PLAIN))
 
     (naive,) = world.run(
         jobs.naive_gradient,
@@ -191,7 +208,7 @@ def test_control_averaging_pieces_of_groups_is_wrong(
         samples=reference.minibatch(PLAIN.order, vocab=101),
     )
 
-    _, gradients = expected(PLAIN.model, PLAIN.order, False)
+    _, gradients = expected(PLAIN)
     assert worst_error(naive["gradients"], gradients)[0] > 0.1
 
 
@@ -202,7 +219,7 @@ def test_control_batched_p2p_breaks_the_interleaved_schedule(
     the gradients are not (docs/design.md).
     """
     layout = replace(PLAIN, pp=2, vpp=2, first=True, placement="dp", max_tokens=256)
-    path, _ = model_paths(tiny_model, layout.model)
+    path, _ = model_paths(tiny_model, layout.model, layers_of(layout))
     # Rollouts of one length: the default p2p needs micro-batches of one shape
     # (variable_seq_lengths is off with it).
     samples = [reference.Sample((5, 6, 7), (i, 9, i + 2, 4), i % 2, i // 4) for i in range(16)]
@@ -232,9 +249,9 @@ def test_control_megatrons_averaging_is_seen(
     world: World, tiny_model: ModelMaker, expected: Any
 ) -> None:
     """Without calculate_per_token_loss, DDP divides by the data-parallel size."""
-    path, _ = model_paths(tiny_model, PLAIN.model)
     layout = replace(PLAIN, dp=2, first=True)
-    _, gradients = expected(layout.model, layout.order, True)
+    path, _ = model_paths(tiny_model, layout.model, layers_of(layout))
+    _, gradients = expected(layout)
     results = world.run(
         jobs.averaged_gradient,
         2,

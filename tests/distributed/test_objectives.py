@@ -1,4 +1,4 @@
-"""Every objective under every layout of the cover: loss and gradients are those
+"""Every objective under layouts with every level of every factor: loss and gradients are those
 of the paper's formula.
 
 The reference (reference_objectives.py) differentiates the printed formula through transformers'
@@ -22,12 +22,10 @@ from megatron_real.objective.registry import OBJECTIVES
 from tests.amount import on_first_version
 from tests.distributed import objective_jobs, reference
 from tests.distributed import reference_objectives as formulas
-from tests.distributed.layouts import LEVELS, Dtype, Layout, level_cover, pairwise_cover
+from tests.distributed.layouts import CORE, Dtype, Layout, pairwise_cover
 from tests.distributed.test_invariance import PLAIN, TOLERANCE, config_of, model_paths, worst_error
 from tests.distributed.world import World
 
-ROWS = pairwise_cover()
-FIRST_ROWS = 8
 ModelMaker = Callable[..., Path]
 Expected = Callable[[Layout, str], tuple[float, dict[str, torch.Tensor]]]
 
@@ -142,34 +140,17 @@ def run(
     return dict(results[0])
 
 
-def rows_of(case: str) -> list[int]:
-    """Rows in which a case meets every level of every factor;
-    the next case begins to look one row further on.
-
-    They are of the first rows alone, because each row that is run at all costs its start on up to
-    eight ranks.
-    """
-    start = list(formulas.CASES).index(case) % FIRST_ROWS
-    rows = level_cover([*ROWS[start:FIRST_ROWS], *ROWS[:start]])
-    return [ROWS.index(row) for row in rows]
-
-
-def cases_of(number: int) -> list[str]:
-    """The cases that are run in a row of the cover by default.
+def cases_of(layout: Layout) -> list[str]:
+    """The cases that are run in a row of the core: all.
 
     On the second version of megatron-core each case is run once: an objective is computed from
     log-probs, to which the version can make no other difference than the one that the matrix of one
     objective sees (test_invariance.py).
     """
+    cases = list(formulas.CASES)
     if on_first_version():
-        return [case for case in formulas.CASES if number in rows_of(case)]
-    thin = [ROWS.index(row) for row in level_cover(ROWS)]
-    if number not in thin:
-        return []
-    return list(formulas.CASES)[thin.index(number) :: len(thin)]
-
-
-NUMBERS = [number for number in range(len(ROWS)) if cases_of(number)]
+        return cases
+    return cases[CORE.index(layout) :: len(CORE)]
 
 
 def check(
@@ -195,29 +176,19 @@ def test_every_objective_has_a_case() -> None:
     assert {case.name for case in formulas.CASES.values()} == set(OBJECTIVES)
 
 
-def test_every_case_meets_every_level() -> None:
-    for case in formulas.CASES:
-        rows = [ROWS[number] for number in rows_of(case)]
-        for factor, levels in LEVELS.items():
-            assert {getattr(row, factor) for row in rows} == set(levels), f"{case}: {factor}"
-
-
-@pytest.mark.parametrize("number", NUMBERS, ids=lambda i: str(ROWS[i]))
-def test_float64(world: World, tiny_model: ModelMaker, expected: Expected, number: int) -> None:
-    check(world, tiny_model, expected, ROWS[number], "fp64", cases_of(number))
+@pytest.mark.parametrize("layout", CORE, ids=str)
+def test_float64(world: World, tiny_model: ModelMaker, expected: Expected, layout: Layout) -> None:
+    check(world, tiny_model, expected, layout, "fp64", cases_of(layout))
 
 
 @pytest.mark.one_version
-@pytest.mark.parametrize("number", [0], ids=lambda i: str(ROWS[i]))
-def test_float32(world: World, tiny_model: ModelMaker, expected: Expected, number: int) -> None:
-    """Every case begins with this row."""
-    assert cases_of(number) == list(formulas.CASES)
-    check(world, tiny_model, expected, ROWS[number], "fp32", cases_of(number))
+def test_float32(world: World, tiny_model: ModelMaker, expected: Expected) -> None:
+    check(world, tiny_model, expected, CORE[1], "fp32", list(formulas.CASES))
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize("dtype", ["fp64", "fp32"])
-@pytest.mark.parametrize("layout", ROWS, ids=str)
+@pytest.mark.parametrize("layout", pairwise_cover(), ids=str)
 def test_every_case_on_every_row(
     world: World, tiny_model: ModelMaker, expected: Expected, layout: Layout, dtype: Dtype
 ) -> None:
