@@ -157,7 +157,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             shape = {
                 "hidden_size": 32,
                 "intermediate_size": 64,
-                "num_hidden_layers": 8,
+                "num_hidden_layers": 4,
                 "num_attention_heads": 4,
                 "num_key_value_heads": 2,
                 "vocab_size": 101,

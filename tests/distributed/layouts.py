@@ -104,15 +104,17 @@ CORE = [
 
 
 def pairwise_cover() -> list[Layout]:
-    """Greedy: after CORE, of 300 random layouts always the one with the most new pairs,
-    until none is missing.
+    """Greedy: after CORE, of 300 random layouts always the one with the most new pairs, and of
+    equals the smallest, until none is missing.
     """
-    draw = random.Random(1)
+    # Of sixty seeds this one's rows have the fewest collectives.
+    draw = random.Random(49)
     rows = list(CORE)
     missing = set(possible_pairs()).difference(*(row.pairs for row in rows))
     while missing:
         best = max(
-            (random_layout(draw) for _ in range(300)), key=lambda row: len(row.pairs & missing)
+            (random_layout(draw) for _ in range(300)),
+            key=lambda row: (len(row.pairs & missing), -row.size),
         )
         # None of the 300 may have a new pair when few are left: then draw again.
         if best.pairs & missing:

@@ -17,9 +17,12 @@ torch.set_num_threads(1)
 cpu.enable()
 
 import megatron.core.dist_checkpointing  # noqa: E402, F401
+import omegaconf  # noqa: E402, F401
+import pandas  # noqa: E402, F401  # pyarrow asks for it with the first table
 import transformers.models.llama.modeling_llama  # noqa: E402
 import transformers.models.qwen2.modeling_qwen2  # noqa: E402
-import transformers.models.qwen3.modeling_qwen3  # noqa: E402, F401
+import transformers.models.qwen3.modeling_qwen3  # noqa: E402
+import transformers.tokenization_utils_sentencepiece  # noqa: E402, F401
 
 import megatron_real.checkpoint.state  # noqa: E402
 import megatron_real.job  # noqa: E402, F401

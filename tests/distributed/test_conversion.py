@@ -170,13 +170,13 @@ def test_the_older_format_loads_strictly(
 # (model, TP, PP, VPP, DP, dtype)
 TRAINED = [
     ("qwen2-tied", 2, 2, 1, 2, "bf16"),
-    ("qwen2", 2, 2, 2, 1, "fp32"),
-    ("qwen3", 4, 1, 1, 1, "fp32"),
+    ("qwen3", 2, 2, 2, 1, "fp32"),
+    ("qwen2", 4, 1, 1, 1, "fp32"),
 ]
 
 
 @pytest.mark.parametrize(
-    "trained", core(TRAINED, TRAINED if on_first_version() else TRAINED[:1]), ids=str
+    "trained", core(TRAINED, TRAINED[:2] if on_first_version() else TRAINED[:1]), ids=str
 )
 def test_trained_checkpoints_export(
     world: World,

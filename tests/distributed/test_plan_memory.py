@@ -30,12 +30,12 @@ from tests.distributed.world import World
 ModelMaker = Callable[..., Path]
 
 SIZES = {
-    "hidden_size": 256,
-    "intermediate_size": 704,
+    "hidden_size": 128,
+    "intermediate_size": 352,
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
-    "vocab_size": 2000,
+    "vocab_size": 1000,
 }
 SEQUENCES = 8
 LENGTH = 128

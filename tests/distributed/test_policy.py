@@ -167,7 +167,7 @@ def offloaded(config: Config, samples: list[reference.Sample]) -> dict[str, Any]
     return {"weights": dict(policy.stream()), "held": held}
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "dp2-overlap"])
+@pytest.mark.parametrize("layout", ["dp2-overlap", pytest.param("tp2-sp", marks=pytest.mark.grid)])
 def test_lent_memory_changes_nothing(world: World, tiny_model: ModelMaker, layout: str) -> None:
     """To the bit; and the gradient buffers are really gone in between."""
     size, options = LAYOUTS[layout]

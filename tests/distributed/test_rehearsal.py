@@ -72,6 +72,7 @@ LAYOUTS: dict[str, tuple[int, int, str]] = {
     "full": (1, 0, "model.recompute=full"),
     "selective": (1, 0, "model.recompute=selective"),
     "split": (2, 0, "batch.placement=split"),
+    "logits-split": (2, 0, "parallel.tp=2 model.logprobs=logits batch.placement=split"),
     "placed-dp": (2, 0, "batch.placement=dp"),
     "offload": (2, 0, "rollout.offload_optimizer=true"),
     "lag": (2, 0, "rollout.engine=vllm-server rollout.max_lag=1"),
@@ -94,7 +95,7 @@ LAYOUTS: dict[str, tuple[int, int, str]] = {
 # Each layout takes 2 s: these see every kind of schedule, collective and phase once, and the closed
 # forms use them.
 DEFAULT = [
-    "dp", "tp", "interleaved-last", "all", "logits", "full", "split", "offload", "lag", "mismatch",
+    "dp", "tp", "interleaved-last", "all", "logits-split", "full", "offload", "lag", "mismatch",
 ]  # fmt: skip
 if not on_first_version():
     DEFAULT = ["dp", "tp", "all", "full", "mismatch"]

@@ -20,7 +20,7 @@ from tests.distributed import sync_jobs
 from tests.distributed.world import World
 
 ModelMaker = Callable[..., Path]
-NAME = "model.layers.3.mlp.down_proj.weight"
+NAME = "model.layers.1.mlp.down_proj.weight"
 ROOT = Path(__file__).parents[2]
 
 
@@ -168,6 +168,6 @@ def test_a_hanging_sync_reports_where_each_rank_waits(
     assert process.returncode != 0
     assert "weight sync 2 did not finish in 8 s (rollout.sync.timeout_seconds)" in stderr
     # The norm has no shards, so rank 0 goes past it; the next tensor's all-gather needs rank 1.
-    waits = "rank 0 waits for model.layers.4.self_attn.q_proj.weight"
+    waits = "rank 0 waits for model.layers.2.self_attn.q_proj.weight"
     assert waits in stderr, stderr[-3000:]
-    assert "rank 1 waits for model.layers.4.input_layernorm.weight" in stderr
+    assert "rank 1 waits for model.layers.2.input_layernorm.weight" in stderr

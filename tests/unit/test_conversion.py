@@ -33,7 +33,7 @@ FORMATS = {
 
 @pytest.fixture
 def source(tiny_model: Callable[..., Path]) -> Path:
-    return tiny_model("qwen2", dtype="bfloat16")
+    return tiny_model("qwen2", dtype="bfloat16", num_hidden_layers=8)
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
