@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import os
+import re
+import runpy
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,10 +25,12 @@ from megatron_real.config import (
     RolloutConfig,
 )
 from megatron_real.config import OptimizerConfig as Optimizer
+from megatron_real.parallel.groups import leave_world
 from megatron_real.weights import WeightsError
 from tests.amount import cover, thinned
 from tests.distributed import jobs, reference
 from tests.distributed.world import World
+from tests.ports import free_port
 
 ModelMaker = Callable[..., Path]
 
@@ -275,22 +282,25 @@ def test_export_gives_back_the_file(
         assert (tmp_path / "out" / file).read_bytes() == (path / file).read_bytes(), file
 
 
-def test_the_own_loop_example_learns() -> None:
-    """examples/own_megatron_loop.py, as its docstring says to run it."""
-    import re
-    import sys
+def printed_by(script: str, port: int) -> str:
+    """Runs a script as torchrun's ranks do, and returns what this rank prints."""
+    leave_world()
+    os.environ["MASTER_PORT"] = str(port)
+    with redirect_stdout(io.StringIO()) as printed:
+        runpy.run_path(script, run_name="__main__")
+    return printed.getvalue()
 
-    from tests import zygote
 
-    root = Path(__file__).parents[2]
-    example = "examples/own_megatron_loop.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", example]
+def test_the_own_loop_example_learns(world: World) -> None:
+    """examples/own_megatron_loop.py on two ranks with the environment of torchrun's."""
+    example = Path(__file__).parents[2] / "examples" / "own_megatron_loop.py"
 
-    process = zygote.run(command, cwd=root, capture_output=True, text=True, timeout=200, check=True)
+    printed, silent = world.run(printed_by, 2, script=str(example), port=free_port())
 
-    losses = [float(x) for x in re.findall(r"loss (\S+)", process.stdout)]
+    losses = [float(x) for x in re.findall(r"loss (\S+)", printed)]
     assert len(losses) == 20 and losses[-1] < 0.1 * losses[0]
-    assert len((root / example).read_text().splitlines()) < 80, "it is to be read at a glance"
+    assert not silent, "one rank prints for all"
+    assert len(example.read_text().splitlines()) < 80, "it is to be read at a glance"
 
 
 class Watched:
