@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
@@ -63,13 +62,9 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     """The most that `run` holds of its own at any time: every allocation and release of torch's
     allocator counts.
 
-    The profiler misses what gloo's threads release, so the lower of two runs is taken; one rank
-    alone has nothing to exchange.
+    The profiler misses what gloo's threads release, so the lower of two runs is taken.
     """
-    runs = 2
-    if dist.get_world_size() == 1:
-        runs = 1
-    return min(_peak(run) for _ in range(runs))
+    return min(_peak(run) for _ in range(2))
 
 
 def _peak(run: Callable[[], Any]) -> int:

@@ -30,12 +30,12 @@ from tests.distributed.world import World
 ModelMaker = Callable[..., Path]
 
 SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 352,
+    "hidden_size": 192,
+    "intermediate_size": 528,
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
-    "vocab_size": 1000,
+    "vocab_size": 1500,
 }
 SEQUENCES = 8
 LENGTH = 128
