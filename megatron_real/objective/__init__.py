@@ -53,4 +53,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'megatron_real.objective' has no attribute {name!r}")
+    # Not stored in the module's globals: importlib's own cache makes the second look-up cheap.
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

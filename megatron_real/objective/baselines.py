@@ -22,5 +22,6 @@ def grpo_weights(log_ratio: Tensor, advantage: Tensor, *, epsilon: float = 0.2) 
         [...] d loss / d log_ratio.
     """
     ratio = torch.exp(log_ratio)
+    # Only the side to which the advantage pulls: the way back is always open.
     clipped = torch.where(advantage > 0, ratio > 1 + epsilon, ratio < 1 - epsilon)
     return torch.where(clipped, 0.0, -advantage * ratio)

@@ -47,5 +47,7 @@ class Cispo(PolicyGradient):
         low = 0.0
         if self.bounds == "two_sided":
             low = 1 - self.clip_low
+        # Detached: the gradient goes through log pi alone, so a clipped token still pulls with its
+        # bound.
         weight_K = ratio_K.detach().clamp(low, 1 + self.clip_high)
         return -weight_K * advantage_K * logprob_K

@@ -51,6 +51,8 @@ class Conspo(Objective):
         from megatron_real.records import EXCLUDED
 
         label_R = torch.where(table.labelled_R, table.label_R, EXCLUDED)
+        # A right answer is contrasted with wrong ones: groups of one class have nothing to
+        # contrast. REAL judges that in the same way.
         learns_R, num_groups = training_rollouts(label_R, table.group_R)
         return make_facts(
             table,
@@ -77,5 +79,6 @@ class Conspo(Objective):
         likelihood_GM = likelihood_R[index_GM]
         distractors_G = masked_log_sum_exp(likelihood_GM / self.tau, negative_GM)
         z_GM = distractors_G.unsqueeze(1) + (self.margin - likelihood_GM) / self.tau
+        # -logsigmoid(-z) is log(1 + e^z), which does not overflow.
         contrast_GM = -F.logsigmoid(-z_GM) * positive_GM
         return (contrast_GM.sum(1) / positive_GM.sum(1)).sum() / facts.denominator

@@ -56,6 +56,8 @@ class Disco(Objective):
 
         label_R = torch.where(table.labelled_R, table.label_R, EXCLUDED)
         learns_R, num_groups = training_rollouts(label_R, table.group_R)
+        # The penalty alone gives rollouts of one-class groups a gradient, so all of them are
+        # computed (`regularises`) though they do not learn.
         return make_facts(
             table,
             learns_R=learns_R,
@@ -78,11 +80,16 @@ class Disco(Objective):
         positive_GM = filled_GM & (facts.label_R[index_GM] == POSITIVE)
         negative_GM = filled_GM & ~positive_GM
         likelihood_GM = likelihood_R[index_GM]
+        # Neither count is 0: a group that learns has both classes.
         mean_positive_G = (likelihood_GM * positive_GM).sum(1) / positive_GM.sum(1)
+        # The mean of e^x is its sum divided by the count: log mean = log sum - log count.
         soft_max_G = masked_log_sum_exp(likelihood_GM / self.tau, negative_GM)
         soft_mean_G = self.tau * (soft_max_G - negative_GM.sum(1).to(soft_max_G.dtype).log())
         gap = (mean_positive_G - soft_mean_G).sum() / facts.denominator
 
+        # A score is the mean of log pi - log pi_old over its rollout. Times the length it is the
+        # sum, and with the token weight the rollout's share of the mean over all tokens; KL has the
+        # other sign.
         divergence = -(facts.token_weight_R * facts.num_tokens_R * score_R).sum()
         penalty = self.beta / 2 * (divergence - self.delta).clamp(min=0).square()
         return penalty - gap

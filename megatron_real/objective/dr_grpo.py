@@ -37,6 +37,8 @@ class DrGrpo(PolicyGradient):
         """Returns [R] 1 / (groups * rollouts of the group * max_tokens)."""
         from megatron_real.objective.facts import mean_over_samples
 
+        # That mean divides by a rollout's own length, which is put back and replaced by the
+        # constant.
         return mean_over_samples(table) * table.num_tokens_R / self.max_tokens
 
     def ratio_loss(self, logprob_K: Tensor, ratio_K: Tensor, advantage_K: Tensor) -> Tensor:

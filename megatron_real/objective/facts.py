@@ -65,6 +65,8 @@ class RolloutTable:
         )
 
     def __post_init__(self) -> None:
+        # Checked here and not by each objective: a table of the wrong shape would broadcast
+        # silently.
         shapes = {tuple(t.shape) for t in vars(self).values()}
         if len(shapes) != 1 or self.label_R.dim() != 1:
             raise ValueError(
@@ -152,6 +154,7 @@ class Facts:
 def group_index(table: RolloutTable) -> tuple[Tensor, Tensor]:
     """Returns [R] int64 groups renumbered from 0, and [G] float64 labelled rollouts of each."""
     unique_G, index_R = torch.unique(table.group_R, return_inverse=True)
+    # Groups of which nothing is labelled keep their number, with a count of 0.
     count_G = torch.zeros(len(unique_G), dtype=torch.float64)
     count_G = count_G.index_add(0, index_R, table.labelled_R.double())
     return index_R, count_G
@@ -188,9 +191,11 @@ def group_advantages(table: RolloutTable, reward_R: Tensor, *, scale: bool) -> t
 
     if scale:
         square_G = torch.zeros_like(count_G).index_add(0, index_R, centred_R.square())
+        # A group of one has the divisor 0, and is not varied: whatever stands here is not used.
         deviation_G = (square_G / (count_G - 1).clamp(min=1)).sqrt()
         centred_R = centred_R / torch.where(varied_G, deviation_G, 1.0)[index_R]
 
+    # Exactly 0, so that such rollouts are known not to learn and are never computed.
     advantage_R = torch.where(varied_G[index_R], centred_R, 0.0)
     equal_G = ~varied_G & (count_G >= 2)
     return advantage_R, int(equal_G.sum())
@@ -204,6 +209,8 @@ def mean_over_samples(table: RolloutTable) -> Tensor:
     """
     index_R, count_G = group_index(table)
     num_groups = max(int((count_G > 0).sum()), 1)
+    # Division by 0 where nothing is labelled gives inf, which is replaced below and never
+    # multiplied.
     weight_R = 1.0 / (num_groups * count_G[index_R] * table.num_tokens_R)
     return torch.where(table.labelled_R, weight_R, 0.0)
 
@@ -250,6 +257,8 @@ def make_facts(
     _, count_G = group_index(table)
     if advantage_R is None:
         advantage_R = torch.zeros(len(table.label_R), dtype=torch.float64)
+    # Labels of rollouts that do not learn are hidden, so that no objective can count them by
+    # mistake.
     return Facts(
         label_R=torch.where(learns_R, table.label_R, EXCLUDED),
         group_R=table.group_R,

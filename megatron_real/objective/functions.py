@@ -54,6 +54,7 @@ def objective_loss(
             no reference_T.
     """
     dtype = torch.promote_types(logprob_T.dtype, torch.float32)
+    # float64 on the CPU first, then cast: denominators are the same whatever device and dtype come.
     facts = _facts(objective, logprob_T, old_logprob_T, rollout_T, label_R, group_R, reward_R)
     facts = facts.to(device=logprob_T.device, dtype=dtype)
 
@@ -73,6 +74,8 @@ def objective_loss(
 
     loss = kl_penalty(objective, logprob_K, old_logprob_K, reference_K, rollout_K, facts)
     if objective.has_scores:
+        # The old mean is for objectives whose score is a likelihood: score + old mean = mean of log
+        # pi.
         score_R = _mean_over_tokens(logprob_K - old_logprob_K, rollout_K, facts)
         old_mean_R = _mean_over_tokens(old_logprob_K, rollout_K, facts)
         return loss + objective.score_loss(score_R, old_mean_R, facts)
@@ -121,6 +124,7 @@ def token_weights(
         )
         if not loss.requires_grad:  # nothing trains
             return torch.zeros_like(leaf_T)
+        # allow_unused: a loss of which no term is left depends on no log-prob.
         (weight_T,) = torch.autograd.grad(loss, leaf_T, allow_unused=True)
 
     if weight_T is None:
@@ -156,6 +160,7 @@ def kl_penalty(
         assert reference_K is not None, "an objective that needs a reference is given one"
         other_K = reference_K
     estimate_K = kl_estimate(logprob_K, other_K, kl.estimator)
+    # The objective's own mean over tokens: a penalty is averaged as its terms are.
     return kl.coefficient * (facts.token_weight_R[rollout_K] * estimate_K).sum()
 
 
@@ -202,6 +207,8 @@ def _facts(
 
 def _mean_over_tokens(value_K: Tensor, rollout_K: Tensor, facts: Facts) -> Tensor:
     """Returns [R] the mean over each rollout's tokens, 0 for a rollout without any."""
+    # segment_reduce wants the tokens of a rollout side by side; stable, so that a sum has one
+    # order.
     order_K = torch.argsort(rollout_K, stable=True)
     length_R = torch.bincount(rollout_K, minlength=len(facts.label_R))
     # Not index_add: on CUDA that one adds in a random order.

@@ -22,6 +22,7 @@ def group_table(group_R: Tensor, member_R: Tensor) -> tuple[Tensor, Tensor]:
         index_GM, [G, M] int64: the rollout in each cell, 0 where there is none; and filled_GM,
         [G, M] bool: whether there is one. Both are empty without members.
     """
+    # Members alone: no cell refers to another rollout, whose values may be NaN.
     index_K = member_R.nonzero().squeeze(1)
     unique_G, group_K = torch.unique(group_R[index_K], return_inverse=True)
     # Stable: members keep their order, so the sums of all ranks are equal to the bit.
@@ -31,6 +32,7 @@ def group_table(group_R: Tensor, member_R: Tensor) -> tuple[Tensor, Tensor]:
     filled_GM = torch.arange(widest, device=group_R.device) < count_G.unsqueeze(1)
 
     index_GM = torch.zeros(filled_GM.shape, dtype=torch.int64, device=group_R.device)
+    # masked_scatter fills row by row, which is the order of order_K: groups ascend, each in a run.
     index_GM = index_GM.masked_scatter(filled_GM, index_K[order_K])
     return index_GM, filled_GM
 

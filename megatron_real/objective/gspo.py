@@ -39,4 +39,6 @@ class Gspo(PolicyGradient):
         # The score of a rollout that does not learn may be NaN: replaced, not multiplied by 0.
         ratio_R = score_R.where(facts.learns_R, 0.0).exp()
         loss_R = clipped_loss(ratio_R, facts.advantage_R, self.clip_low, self.clip_high)
+        # A token's weight times the number of tokens is the rollout's share: the mean is over
+        # rollouts.
         return (facts.token_weight_R * facts.num_tokens_R * loss_R).sum()

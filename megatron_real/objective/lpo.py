@@ -93,6 +93,8 @@ class Lpo(Objective):
         mean_G1 = reward_GM.sum(1, keepdim=True) / count_G1
         if self.temperature == "std":
             square_GM = ((reward_GM - mean_G1) * filled_GM).square()
+            # Rewards of these groups differ, so that each has at least two rollouts and the divisor
+            # is not 0.
             temperature_G1 = (square_GM.sum(1, keepdim=True) / (count_G1 - 1)).sqrt()
         elif self.temperature == "mean":
             temperature_G1 = mean_G1
@@ -121,9 +123,12 @@ class Lpo(Objective):
         gap_GM = (facts.advantage_R[index_GM] - log_policy_GM).masked_fill(~filled_GM, 0.0)
 
         if self.divergence == "forward":
+            # KL(w || P) = sum w (log w - log P). Empty cells have a gap of 0, whatever their
+            # weight.
             target_GM = facts.advantage_R[index_GM].exp()
             loss = (target_GM * gap_GM).sum()
         else:
+            # KL(P || w) = -sum P (log w - log P): here the weights carry a gradient too.
             policy_GM = log_policy_GM.masked_fill(~filled_GM, 0.0).exp()
             loss = -(policy_GM * gap_GM).sum()
         return loss / facts.denominator

@@ -163,6 +163,7 @@ class Objective:
 
         # The caller may be under no_grad, as the trainer is between its passes.
         with torch.enable_grad():
+            # A leaf of its own: the graph ends at the scores and never reaches the model.
             leaf_R = score_R.detach().requires_grad_()
             loss = self.score_loss(leaf_R, old_mean_R, facts)
             (weight_R,) = torch.autograd.grad(loss, leaf_R)

@@ -32,6 +32,7 @@ class PolicyGradient(Objective):
         advantage_R, num_equal = group_advantages(table, reward_R, scale=self.scales_advantages)
         return make_facts(
             table,
+            # Its term and gradient are 0 whatever the ratio: it need not be computed.
             learns_R=advantage_R != 0,
             token_weight_R=self.token_weights(table),
             regularises=self.regularises,
@@ -74,4 +75,6 @@ def clipped_loss(ratio: Tensor, advantage: Tensor, low: float, high: float) -> T
     That is -min(r A, clip(r, 1 - low, 1 + high) A), with the ratio r and the advantage A. It has no
     gradient once r has left [1 - low, 1 + high] on the side that A pulls to.
     """
+    # The minimum keeps the worse of both: a token that moved against its advantage is never
+    # clipped.
     return -(ratio * advantage).minimum(ratio.clamp(1 - low, 1 + high) * advantage)

@@ -136,6 +136,7 @@ def real_weights(
 
     p_K = p_SM[filled_SM]
     weight_R = p_K.new_zeros(score_R.shape)
+    # dz / ds is -1 / tau for a positive and 1 / tau for a negative.
     weight_R[index_K] = torch.where(label_R[index_K] == POSITIVE, -p_K, p_K) / tau / num_groups
     return weight_R
 
@@ -246,6 +247,7 @@ def _with_anchor(z_SM: Tensor) -> Tensor:
 
     e^0 is the 1 in log(1 + sum e^z), so an empty side has loss 0.
     """
+    # pad's default value is the anchor's logit.
     return F.pad(z_SM, (1, 0))
 
 
@@ -255,6 +257,7 @@ def _log_sum_exp(z_SM: Tensor) -> Tensor:
     Not torch.logsumexp: its backward, e^(z - result), inherits the rounding of the result: 1e-3 in
     float32 at 1e4.
     """
+    # Detached: the maximum cancels in the value, and so it has no gradient to give.
     max_S1 = z_SM.detach().amax(1, keepdim=True)
     return max_S1.squeeze(1) + torch.exp(z_SM - max_S1).sum(1).log()
 

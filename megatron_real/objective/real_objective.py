@@ -70,6 +70,7 @@ class Real(Objective):
         from megatron_real.objective.real import training_rollouts
         from megatron_real.records import EXCLUDED
 
+        # An empty response has a label but no log-prob: it counts as excluded.
         label_R = torch.where(table.labelled_R, table.label_R, EXCLUDED)
         learns_R, num_groups = training_rollouts(
             label_R,

@@ -40,6 +40,7 @@ def objective_class(name: str) -> type[Objective]:
             f"objective.name is {name!r}; it takes one of {', '.join(OBJECTIVES)}{hint}"
         )
     module, _, attribute = OBJECTIVES[name].partition(":")
+    # Imported only now: a run pays for the objective that it uses.
     cls: type[Objective] = getattr(importlib.import_module(module), attribute)
     return cls
 
@@ -63,6 +64,7 @@ def make_objective(name: str = "real", **settings: Any) -> Objective:
     from megatron_real.bounds import check_bounds
 
     cls = objective_class(name)
+    # Python's own TypeError would name no alternatives.
     known = [f.name for f in dataclasses.fields(cls)]
     for setting in settings:
         if setting not in known:

@@ -34,5 +34,6 @@ class Sapo(PolicyGradient):
         """Returns [K] the gated loss."""
         positive_K = advantage_K > 0
         tau_K = ratio_K.new_full(ratio_K.shape, self.tau_neg).masked_fill(positive_K, self.tau_pos)
+        # A sigmoid's slope at 0 is 1/4, so that 4 / tau gives the gate the slope 1 at ratio 1.
         gate_K = 4.0 / tau_K * (tau_K * (ratio_K - 1)).sigmoid()
         return -gate_K * advantage_K

@@ -51,16 +51,17 @@ def sequence_scores(
         is_response = mask.bool()
     # where, not multiplication: what lies outside the mask may be NaN.
     delta = torch.where(is_response, delta, 0.0)
-    one = is_response.to(dtype)
+    counted = is_response.to(dtype)
 
     if cu_seqlens is None:
         sum_R = delta.sum(1)
-        count_R = one.sum(1)
+        count_R = counted.sum(1)
     else:
         # Not index_add: on CUDA that one adds in a random order.
         offsets = cu_seqlens.long()
         sum_R = torch.segment_reduce(delta, "sum", offsets=offsets, initial=0.0, unsafe=True)
-        count_R = torch.segment_reduce(one, "sum", offsets=offsets, initial=0.0, unsafe=True)
+        # unsafe: torch's own check of the offsets would wait for the device.
+        count_R = torch.segment_reduce(counted, "sum", offsets=offsets, initial=0.0, unsafe=True)
     if num_tokens_R is not None:
         count_R = num_tokens_R
     # clamp: a sequence without a response token has the sum 0 and so the score 0.

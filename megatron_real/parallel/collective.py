@@ -76,7 +76,7 @@ class _Attempt:
         self, outcomes: list[_Outcome], raises: Callable[[str], Exception] = ValueError
     ) -> None:
         """Raises the error that all ranks raise, where some rank of `outcomes` has failed."""
-        failures = [(rank, one) for rank, one in enumerate(outcomes) if one.error]
+        failures = [(rank, outcome) for rank, outcome in enumerate(outcomes) if outcome.error]
         # Unexpected ones first: the others may have failed because of them.
         for rank, failure in failures:
             if not failure.expected:
@@ -128,6 +128,7 @@ def on_every_rank(
     Collective, with the arguments and errors of `all_well`, which suffices where nobody needs the
     others' results.
     """
+    # Pickled within the attempt: what cannot be pickled is then a failure like any other.
     attempt = _Attempt(action, expected, pickled=group is not None)
     _all_without_error(attempt, group, raises)
     if group is None:
@@ -158,6 +159,7 @@ def on_first(
     Collective, with the arguments and errors of `all_well`. Only the first rank can fail, so its
     outcome is all that is sent, once and by a broadcast. It may be large.
     """
+    # The others attempt nothing and cannot fail.
     is_first = group is None or dist.get_rank(group) == 0
     attempt = _Attempt(
         action if is_first else lambda: None, expected, pickled=is_first and group is not None
@@ -198,6 +200,7 @@ def gathered_by_first(value: T, *, group: dist.ProcessGroup | None) -> list[T]:
     """
     if group is None:
         return [value]
+    # torch insists on None where nothing is received.
     values: list[Any] | None = None
     if dist.get_rank(group) == 0:
         values = [None] * dist.get_world_size(group)
@@ -218,6 +221,7 @@ def _any(flag: bool, group: dist.ProcessGroup | None) -> bool:
     """Returns whether the flag is set on some rank; the same on each. Collective."""
     if group is None:
         return flag
+    # NCCL reduces tensors of the device only, gloo those of the host.
     place = CPU
     if dist.get_backend(group) == "nccl":
         place = device()

@@ -50,12 +50,26 @@ def enable() -> bool:
     global _enabled
     if torch.cuda.is_available():
         return False
-    if not _enabled:
-        _enabled = True
-        _answer_device_queries()
-        _map_cuda_constructors()
-        _map_tensor_methods()
-        _use_cpu_generator()
+    if _enabled:
+        return True
+    _enabled = True
+
+    # torch.cuda's questions about the device are answered by the CPU.
+    torch.cuda.current_device = lambda: CPU  # only ever used as a `device=` argument
+    torch.cuda.set_device = lambda _device: None
+    torch.cuda.synchronize = lambda _device=None: None  # CPU work is synchronous
+    torch.cuda.empty_cache = lambda: None
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda _device=None: _STREAM
+
+    # torch keeps, from its first use on, the set of constructors that `with torch.device(...)`
+    # applies to. It must be made of torch's own: with ours in it, a model that is built on the
+    # device "meta" (from_pretrained does) would get buffers of uninitialised memory.
+    _device_constructors()
+    for name in _CONSTRUCTORS:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+    _map_tensor_methods()
+    _use_cpu_generator()
     return True
 
 
@@ -64,25 +78,6 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return CPU
-
-
-def _answer_device_queries() -> None:
-    """Lets torch.cuda's questions about the device be answered by the CPU."""
-    torch.cuda.current_device = lambda: CPU  # only ever used as a `device=` argument
-    torch.cuda.set_device = lambda _device: None
-    torch.cuda.synchronize = lambda _device=None: None  # CPU work is synchronous
-    torch.cuda.empty_cache = lambda: None
-    torch.cuda.current_stream = torch.cuda.default_stream = lambda _device=None: _STREAM
-
-
-def _map_cuda_constructors() -> None:
-    """Lets torch's constructors make their tensors on the CPU where they are asked for CUDA."""
-    # torch keeps, from its first use on, the set of constructors that `with torch.device(...)`
-    # applies to. It must be made of torch's own: with ours in it, a model that is built on the
-    # device "meta" (from_pretrained does) would get buffers of uninitialised memory.
-    _device_constructors()
-    for name in _CONSTRUCTORS:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
 
 
 def _on_cpu(constructor: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -100,6 +95,7 @@ def _on_cpu(constructor: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
 
 def _map_tensor_methods() -> None:
     """Lets tensors stay where they are, and call themselves CUDA's where megatron-core asks."""
+    # As on a GPU, where a tensor that is there already is returned and not copied.
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     tensor_type = torch.Tensor.type
 

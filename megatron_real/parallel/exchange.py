@@ -75,7 +75,9 @@ class Exchange:
             ranks_per_node: successive ranks that share a node, the same number on each; 0: all
                 share one.
         """
-        self.rank, self.world, self.group = rank, world, group
+        self.rank = rank
+        self.world = world
+        self.group = group
         self.ranks_per_node = ranks_per_node or world
 
     @property
@@ -106,6 +108,7 @@ class Exchange:
             All rollouts in order of group and sample: those of this rank as they were given, the
             others with absent completions.
         """
+        # How many each rank has: the sum of arrays that are 0 but for one's own place is a gather.
         counts_W = torch.zeros(self.world, dtype=torch.int64)
         counts_W[self.rank] = len(own)
         self._sum(counts_W)
@@ -135,9 +138,11 @@ class Exchange:
         dealt = []
         for i, rollout in enumerate(rollouts):
             holder = i % self.world
-            completion, reference = rollout.completion, rollout.reference_logprobs
+            completion = rollout.completion
+            reference = rollout.reference_logprobs
             if holder != self.rank:
-                completion, reference = Absent.of(completion), None
+                completion = Absent.of(completion)
+                reference = None
             dealt.append(
                 dataclasses.replace(
                     rollout, completion=completion, reference_logprobs=reference, holder=holder
@@ -164,11 +169,19 @@ class Exchange:
         Returns:
             The rollouts, of which those that this rank wants are whole.
         """
+        # Without a holder every rank has every token, as when saved rollouts are replayed.
         if self.world == 1 or all(rollout.holder is None for rollout in rollouts):
             return list(rollouts)
 
+        # Bytes of a reference log-prob, 0 where there are none: only those that hold rollouts know
+        # it, and all ranks must count alike.
+        own_bytes = 0
+        for rollout in rollouts:
+            if rollout.holder == self.rank and rollout.reference_logprobs is not None:
+                own_bytes = max(own_bytes, rollout.reference_logprobs.itemsize)
+        reference_bytes = max(self.of_ranks(own_bytes))
+
         # What goes out: for each rank, in its order, what it wants of what this rank holds.
-        reference_bytes = self._reference_bytes(rollouts)
         outgoing: list[list[NDArray[Any]]] = []
         for destination, positions in enumerate(wanted):
             parts = []
@@ -258,6 +271,7 @@ class Exchange:
         Returns:
             By position, the values of the rollouts that this rank holds.
         """
+        # The wire has the values' own precision: a reference log-prob in float64 stays exact.
         own = numpy.dtype(dtype)
         outgoing: list[list[NDArray[Any]]] = [[] for _ in range(self.world)]
         incoming: dict[int, list[int]] = defaultdict(list)
@@ -298,7 +312,9 @@ class Exchange:
         return sum(self.of_ranks(int(agrees))) == self.world
 
     def _facts(self, rollout: Rollout) -> tuple[Any, ...]:
-        completion, verdict = rollout.completion, rollout.verdict
+        completion = rollout.completion
+        verdict = rollout.verdict
+        # In the order of _FACTS' fields.
         return (
             0.0 if verdict.reward is None else verdict.reward,
             verdict.seconds,
@@ -324,6 +340,7 @@ class Exchange:
 
         Few rollouts have a reason, and in most steps none has: then nothing is sent.
         """
+        # Every rank knows all lengths, and so the place of each reason in one long text.
         ends_R = numpy.cumsum(table_R["reason_bytes"], dtype=numpy.int64)
         starts_R = ends_R - table_R["reason_bytes"]
         total = int(table_R["reason_bytes"].sum())
@@ -338,17 +355,6 @@ class Exchange:
         return [
             _text(letters[start:end].tobytes()) for start, end in zip(starts_R, ends_R, strict=True)
         ]
-
-    def _reference_bytes(self, rollouts: Sequence[Rollout]) -> int:
-        """Returns the bytes of a reference log-prob, 0 where there are none.
-
-        It is the same on every rank: those that hold rollouts know it, and tell the others.
-        """
-        own = 0
-        for rollout in rollouts:
-            if rollout.holder == self.rank and rollout.reference_logprobs is not None:
-                own = max(own, rollout.reference_logprobs.itemsize)
-        return max(self.of_ranks(own))
 
     def _sum(self, tensor: torch.Tensor) -> None:
         """Sums a tensor over the ranks, in place."""
@@ -369,7 +375,11 @@ class Exchange:
         """
         # The empty array is for a rank that sends nothing: numpy concatenates no empty list.
         nothing = numpy.zeros(0, dtype=numpy.uint8)
-        parts = [_bytes(array) for arrays in outgoing for array in arrays]
+        parts = [
+            numpy.ascontiguousarray(array).view(numpy.uint8)
+            for arrays in outgoing
+            for array in arrays
+        ]
         sent = numpy.concatenate([nothing, *parts])
         if self.world == 1:
             return sent
@@ -441,7 +451,8 @@ def _num_bytes(rollout: Rollout, reference_bytes: int, *, text: bool) -> int:
 
 def _whole(rollout: Rollout, data: NDArray[numpy.uint8], reference_bytes: int) -> Rollout:
     """Returns the rollout with what `_arrays` has sent of it; the rest of the bytes is its text."""
-    length, first = rollout.completion.num_tokens, 0
+    length = rollout.completion.num_tokens
+    first = 0
 
     def next_array(dtype: str) -> NDArray[Any]:
         nonlocal first
@@ -468,10 +479,6 @@ def _whole(rollout: Rollout, data: NDArray[numpy.uint8], reference_bytes: int) -
         versions,
     )
     return dataclasses.replace(rollout, completion=completion, reference_logprobs=reference)
-
-
-def _bytes(array: NDArray[Any]) -> NDArray[numpy.uint8]:
-    return numpy.ascontiguousarray(array).view(numpy.uint8)
 
 
 def _utf8(text: str) -> bytes:

@@ -53,6 +53,7 @@ def leave_world() -> None:
     """Leaves the world, all ranks together. Collective."""
     if dist.is_initialized():
         # A rank that exits while another still talks to it makes that one's gloo threads abort.
+        # All collectives of the run are over, and none begins after this one.
         dist.barrier()
         _LEFT.extend(distributed_c10d._world.pg_map)
         dist.destroy_process_group()
@@ -119,6 +120,7 @@ def set_up(
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    # megatron-core's groups are globals of the process and refuse to be made twice.
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,

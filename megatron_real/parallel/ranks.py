@@ -42,7 +42,19 @@ class Ranks:
         group = None
         if world > 1:
             group = dist.new_group(backend="gloo", timeout=timeout)
-        return cls(dist.get_rank(), world, group, _ranks_per_node(world, group))
+
+        # torchrun says how many ranks share a node. Where it says nothing, or nodes differ, all
+        # ranks count as one node. The largest of -x is the smallest of x: one collective finds
+        # both.
+        ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        extremes = torch.tensor([ranks_per_node, -ranks_per_node])
+        if group is not None:
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+        largest = int(extremes[0])
+        smallest = -int(extremes[1])
+        if largest != smallest or world % largest:
+            largest = world
+        return cls(dist.get_rank(), world, group, largest)
 
     @property
     def first(self) -> bool:
@@ -103,18 +115,3 @@ class Ranks:
         The others wait meanwhile. Raises as `every`.
         """
         return collective.on_first(action, group=self.group, raises=EveryRankError)
-
-
-def _ranks_per_node(world: int, group: dist.ProcessGroup | None) -> int:
-    """Returns torchrun's LOCAL_WORLD_SIZE, or `world` where it is missing or differs between nodes.
-
-    Collective.
-    """
-    own = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    extremes = torch.tensor([own, -own])
-    if group is not None:
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-    largest, smallest = int(extremes[0]), -int(extremes[1])
-    if largest != smallest or world % largest:
-        return world
-    return largest

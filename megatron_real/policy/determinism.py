@@ -44,6 +44,8 @@ def allow_only_deterministic() -> None:
                 f"{present}; unset it, or set trainer.deterministic=false"
             )
 
+    # warn_only: an operation that has no deterministic algorithm is reported and does not end the
+    # run.
     torch.use_deterministic_algorithms(True, warn_only=True)
     # It would also fill every new tensor, which decides nothing where all of them are written
     # before they are read.

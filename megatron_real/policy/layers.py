@@ -74,6 +74,8 @@ class SdpaCoreAttention(nn.Module):
         **_: Any,
     ) -> None:
         super().__init__()
+        # megatron-core passes None for the usual scale, and a number for models with one of their
+        # own.
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.cp_group: dist.ProcessGroup = pg_collection.cp
 
@@ -107,6 +109,8 @@ class SdpaCoreAttention(nn.Module):
                 "the core attention is causal within each packed sequence and takes no mask or bias"
             )
 
+        # The bounds are on the host for these layers (MicroBatch.packed): nothing waits for the
+        # device.
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         if self.cp_group.size() == 1:
             outputs = self._attend_whole(query_TAD, key_TKD, value_TKD, lengths)
@@ -162,6 +166,8 @@ class SdpaCoreAttention(nn.Module):
             seconds = [pair[half:] for pair in reversed(pairs)]
             key_LKD, value_LKD = torch.cat(firsts + seconds).chunk(2, dim=1)
 
+            # An early and a late piece: causal attention costs as much as the prefix is long, and
+            # every rank gets the same sum.
             for piece, offset in ((rank, 0), (2 * cp - 1 - rank, half)):
                 end = (piece + 1) * half
                 query_LAD = query_TAD[start + offset : start + offset + half]
@@ -218,5 +224,6 @@ def local_block_spec(config: TransformerConfig, vp_stage: int | None) -> Transfo
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
 
+    # One spec for all layers, as megatron-core's own block specs have it.
     layers: list[ModuleSpec] = [spec] * get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

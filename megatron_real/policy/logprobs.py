@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,34 @@ from megatron_real.policy.products import add_product, product_into
 NO_TARGET = -1
 """Target of a token whose log-prob is not wanted: its log-prob is 0, it gets no gradient and costs
 no work."""
+
+
+@overload
+def vocab_parallel_logprobs(
+    logits_TV: Tensor,
+    target_T: Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    return_entropy: Literal[False] = False,
+    kept_K: Tensor | None = None,
+) -> Tensor: ...
+
+
+@overload
+def vocab_parallel_logprobs(
+    logits_TV: Tensor,
+    target_T: Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    return_entropy: Literal[True],
+    kept_K: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def vocab_parallel_logprobs(
@@ -95,6 +123,40 @@ def vocab_parallel_logprobs(
     if return_entropy:
         return logprob_T, entropy_T
     return logprob_T
+
+
+@overload
+def linear_logprobs(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_T: Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    sequence_parallel: bool = False,
+    return_entropy: Literal[False] = False,
+    kept_K: Tensor | None = None,
+    fp32_logits: bool = False,
+) -> Tensor: ...
+
+
+@overload
+def linear_logprobs(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_T: Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    sequence_parallel: bool = False,
+    return_entropy: Literal[True],
+    kept_K: Tensor | None = None,
+    fp32_logits: bool = False,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def linear_logprobs(
@@ -219,6 +281,7 @@ class _Shard:
             rank = dist.get_rank(group)
             world = dist.get_world_size(group)
 
+        # Every shard has the same number of columns; padding is at the end of the last ones.
         first = rank * columns
         # A shard may lie wholly in the padding, and then has no real token.
         valid = min(max((vocab_size or world * columns) - first, 0), columns)
@@ -244,6 +307,7 @@ class _Shard:
         )
 
         lse_RK = parts_RSK[:, 0]
+        # A shard that is all padding sent -inf, and adds nothing.
         lse_K = lse_RK.logsumexp(0)
         logit_K = parts_RSK[:, 1].sum(0)
         if len(parts_SK) == 2:
@@ -350,6 +414,7 @@ class _LogprobsFromLogits(torch.autograd.Function):
                 parts_SK[2, part] = lse_C + (logprob_CV.exp() * logprob_CV).sum(1)
 
         lse_K, logprob_T, entropy_K, entropy_T = _outputs(shard, parts_SK, kept_K, target_T)
+        # The softmax is not kept: from the log-sum-exp, backward computes it again, chunk by chunk.
         ctx.save_for_backward(logits_TV, target_T, kept_K, lse_K, entropy_K)
         ctx.shard = shard
         ctx.temperature = temperature
@@ -440,6 +505,7 @@ class _LogprobsFromHidden(torch.autograd.Function):
             parts_SK[0] = torch.logaddexp(parts_SK[0], _logsumexp(logits_KC, temperature, wide_KC))
 
         lse_K, logprob_T, entropy_K, entropy_T = _outputs(shard, parts_SK, kept_K, target_T)
+        # Hidden states as they came, not gathered: the other ranks' tokens are gathered again.
         ctx.save_for_backward(hidden_TH, weight_VH, target_K, kept_K, lse_K, entropy_K)
         ctx.shard = shard
         ctx.temperature = temperature
@@ -505,6 +571,7 @@ class _LogprobsFromHidden(torch.autograd.Function):
                 grad_KC.copy_(wide_KC)
 
             add_product(grad_hidden_KH, grad_KC, weight_VH[columns])
+            # Written, not added: no other chunk has these columns.
             torch.mm(grad_KC.t(), scaled_hidden_KH, out=grad_weight_VH[columns])
 
         # Each rank saw its own vocabulary columns: the ranks' gradients are summed, and each keeps
@@ -646,6 +713,7 @@ def _logsumexp(logits_KC: Tensor, temperature: float, buffer_KC: Tensor) -> Tens
 
     The buffer is overwritten; it may be the logits themselves.
     """
+    # The maximum first, so that no exponential overflows.
     top_K = logits_KC.amax(1).to(buffer_KC.dtype) / temperature
     torch.add(-top_K.unsqueeze(1), logits_KC, alpha=1 / temperature, out=buffer_KC)
     return buffer_KC.exp_().sum(1).log_().add_(top_K)

@@ -48,6 +48,7 @@ class Alignment:
         if self.cp == 1:
             return length
         num_pieces = 2 * self.cp
+        # -(-a // b) is a / b rounded up.
         return -(-length // num_pieces) * num_pieces
 
     @property
@@ -124,6 +125,7 @@ def micro_batch(
     # The dummy sequence. An empty micro-batch consists of it alone, and there are attention kernels
     # that refuse a sequence of a single token: it then has at least two.
     if lengths:
+        # What is missing to the next multiple: Python's % of a negative number is never negative.
         fill = -sum(lengths) % alignment.total_multiple
     else:
         fill = math.lcm(alignment.total_multiple, 2)
@@ -134,6 +136,7 @@ def micro_batch(
         _Columns.of(rollout, length, position, first_R[position])
         for rollout, length, position in zip(members, lengths, positions, strict=True)
     ]
+    # The dummy comes last: `num_used` cuts it off again.
     sequences.append(_Columns.of(None, fill, -1, 0))
     own = _Columns.of_rank(sequences, alignment)
     kept_K = (own.target >= 0).nonzero().squeeze(1)
@@ -225,6 +228,7 @@ class _Columns:
         completion = rollout.completion
         response = torch.tensor(completion.token_ids, dtype=torch.int64)
         whole = torch.cat([torch.tensor(prompt, dtype=torch.int64), response])
+        # The last token is nobody's input: it would predict what is not there.
         columns.token[: len(whole) - 1] = whole[:-1]
 
         # The last prompt token predicts the first response token. Tokens that are not trained are

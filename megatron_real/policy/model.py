@@ -62,6 +62,7 @@ class LogprobHead(ColumnParallelLinear):
             config=config,
             init_method=config.init_method,
             bias=False,
+            # The weight comes later: PolicyModel takes the one that GPTModel has made.
             skip_weight_param_allocation=True,
             tp_group=tp_group,
         )
@@ -87,6 +88,7 @@ class LogprobHead(ColumnParallelLinear):
             "kept_K": self.kept_K,
         }
 
+        # A pair where entropies are asked for.
         outputs: Any
         if self.from_logits:
             logits, _ = super().forward(input_, weight)
@@ -160,6 +162,7 @@ class PolicyModel(GPTModel):
         if self.post_process:
             self.output_layer.target_T = target_T
             self.output_layer.kept_K = kept_K
+        # A batch of one packed row; positions and mask follow from the packed bounds.
         out = super().forward(tokens_T[None], None, None, packed_seq_params=packed)
         if not self.post_process:
             return out
@@ -225,6 +228,7 @@ def build_model(
             pg_collection=groups,
             vp_stage=stage,
         )
+        # megatron-core builds on the current device; `to` is for what it leaves on the host.
         chunks.append(chunk.to(device()))
     return chunks
 
@@ -299,6 +303,7 @@ def transformer_config(
         # before, and one for SwiGLU, which keeps one product of the MLP's width instead of two.
         values |= {"apply_rope_fusion": True, "bias_activation_fusion": True}
 
+    # Last, so that what a user sets for megatron-core wins over all of the above.
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
     values |= {name: value for name, value in megatron.items() if name in known}
     return TransformerConfig(**values)

@@ -58,6 +58,7 @@ def sharded_optimizer_state(
         leaf.data: leaf for leaf in model if isinstance(leaf, (ShardedTensor, ShardedTensorFactory))
     }
 
+    # Keys need only be unique within a rank: what a piece is stands in the sharded tensor itself.
     pieces = {}
     for number, owned in enumerate(_owned(optimizer)):
         parameter = owned.parameter
@@ -71,6 +72,7 @@ def sharded_optimizer_state(
 
             shape = tuple(whole.data.shape)
             for offset, box_shape in boxes(shape, low - start, high - start):
+                # The box's first element, counted in the part's row-major order.
                 position = 0
                 for index, size in zip(offset, shape, strict=True):
                     position = position * size + index
@@ -101,6 +103,8 @@ def boxes(
     if low >= high:
         return
 
+    # A range is at most: the end of a first row, whole rows, the beginning of a last row. Both ends
+    # are ranges of one axis less.
     row = prod(shape[1:])
     if low % row == 0 and high % row == 0:
         offset = (low // row, *(0 for _ in shape[1:]))
@@ -146,6 +150,7 @@ def begin(optimizer: MegatronOptimizer) -> None:
 def adam_step(optimizer: MegatronOptimizer) -> int:
     """Returns the updates that Adam has counted: those that were made, not those skipped."""
     inner = _parts_of(optimizer)[0].optimizer
+    # torch's Adam counts for each parameter, TransformerEngine's and apex's for each group.
     counts = [int(state["step"]) for state in inner.state.values() if "step" in state]
     counts += [int(group["step"]) for group in inner.param_groups if "step" in group]
     return max(counts, default=0)
@@ -188,6 +193,7 @@ class Offload:
             for state in part.optimizer.state.values():
                 self._away.extend(state[name] for name in MOMENTS)
 
+        # Pinned once: the state keeps its sizes, and every step can use the same copies.
         if not self._copies:
             self._copies = host_copies(self._away)
         for tensor, copy in zip(self._away, self._copies, strict=True):
@@ -234,6 +240,8 @@ def _owned(optimizer: MegatronOptimizer) -> Iterator[Owned]:
 
 def _whole(part: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields (parameter, main parameter) of an optimizer that is not distributed."""
+    # Megatron's mixed-precision optimizer keeps lists of its own, the fp32 one has torch's groups
+    # only.
     groups_without_copies = [group["params"] for group in part.optimizer.param_groups]
     if hasattr(part, "float16_groups"):
         for models, mains in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
@@ -260,6 +268,7 @@ def _main_copies(part: Any) -> Iterator[Tensor]:
 
 
 def _state(part: Any, main: Tensor) -> dict[str, Tensor]:
+    # Views: what is read into them is in the optimizer at once.
     moments = part.optimizer.state[main]
     state = {"param": main.detach().view(-1)}
     for name in MOMENTS:

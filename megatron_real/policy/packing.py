@@ -74,6 +74,8 @@ class Packer:
         return plan(
             [alignment.length(rollouts[i]) for i in minibatch.kept],
             [rollouts[i].group for i in minibatch.kept],
+            # The interleaved schedule takes micro-batches in rounds of one for each stage, so their
+            # number must be a multiple of the stages.
             layout=Layout(
                 dp=self.groups.dp.size(),
                 max_tokens=alignment.up(self.batch.max_tokens),

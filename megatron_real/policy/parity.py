@@ -63,6 +63,7 @@ def captured_logits(head: LogprobHead) -> Iterator[list[Tensor]]:
         weight = kwargs.get("weight")
         if weight is None:
             weight = module.weight
+        # The base class's forward: the head's own would return log-probs.
         logits, _ = ColumnParallelLinear.forward(
             module, args[0], weight, runtime_gather_output=True
         )
@@ -119,6 +120,7 @@ def compare_logits(
 
 
 def _our_logits(architecture: Architecture, weights: Weights, token_T: Tensor) -> Tensor:
+    # A world of this process alone: megatron-core's modules ask for process groups even then.
     join_world(timeout_minutes=10)
     groups = set_up(ParallelConfig())
     (model,) = build_model(

@@ -72,6 +72,7 @@ class Passes:
 
         def visited(index: int, outputs: Outputs) -> Tensor:
             visit(index, outputs)
+            # The schedule wants a loss even where nothing is differentiated.
             return outputs.logprob_T.sum()
 
         self._run(micro_batches, visited, forward_only=True)
@@ -124,6 +125,7 @@ class Passes:
         if self._groups.pp.size() > 1:
             config = get_model_config(self._chunks[0])
             options["p2p_communicator"] = PlannedShapes(self._groups, config, num_tokens)
+            # megatron-core refuses a communicator of ours without the groups that go with it.
             options["pg_collection"] = self._groups.megatron
 
         # forward_only alone leaves autograd on: every micro-batch's activations would live as long
@@ -186,6 +188,7 @@ class PlannedShapes(P2PCommunicator):
         self, tensor_send_next: Any, tensor_send_prev: Any, recv_prev: bool, recv_next: bool
     ) -> tuple[list[int], list[int]]:
         # Overrides megatron-core's exchange of shapes. Where nothing comes it wants a shape too.
+        # Called once before each exchange, on every stage, in the order of the schedule.
         from_previous = [0, 0, 0]
         if recv_prev:
             from_previous = next(self._forward)

@@ -211,6 +211,7 @@ class Policy:
         runs (snapshot.py).
         """
         batches = self.cut(rollouts, lagging=lagging)
+        # Skipping the first batch saves a forward pass of each step: its ratio is 1 exactly.
         first_to_score = 0 if lagging else 1
         for batch in batches[first_to_score:]:
             self.step.old_logprobs(batch)
@@ -233,6 +234,7 @@ class Policy:
     def zero_gradients(self) -> None:
         """Clears the gradient buffers, before a pass that adds to them."""
         for chunk in self.ddp:
+            # Megatron's gradients are in DDP's buffers; the optimizer's zero_grad clears .grad.
             chunk.zero_grad_buffer()
         if self._optimizer is not None:
             self._optimizer.zero_grad()
@@ -263,6 +265,8 @@ class Policy:
         Returns:
             The global L2 norm before clipping; `skipped_in_a_row` is 0 if the step was made.
         """
+        # The norm is wanted before anything is changed. `step` copies the gradients to the
+        # optimizer's own once more, which gives the same.
         self.optimizer.prepare_grads()
         norm = self.optimizer.get_grad_norm()
         grad_norm = 0.0

@@ -52,7 +52,14 @@ class Reference:
         Rollouts that all have theirs already, as those of a saved run do, are returned as they are.
         Collective over the world.
         """
-        if self._is_known(rollouts):
+        # Rollouts without a trained token need no reference, and absent ones are looked at where
+        # they are. All ranks come to one answer: what follows is collective.
+        here = [r for r in rollouts if not isinstance(r.completion, Absent)]
+        known = all(r.reference_logprobs is not None for r in here if r.completion.num_trained)
+        exchange = self._policy.exchange
+        if exchange is not None:
+            known = exchange.all_agree(known)
+        if known:
             return list(rollouts)
 
         # Reference log-probs of some of them only would be refused when they are packed.
@@ -76,18 +83,6 @@ class Reference:
                 )
             annotated.append(rollout)
         return annotated
-
-    def _is_known(self, rollouts: Sequence[Rollout]) -> bool:
-        """Returns whether all rollouts have their reference log-probs, wherever they are.
-
-        Those without a trained token need none.
-        """
-        here = [r for r in rollouts if not isinstance(r.completion, Absent)]
-        known = all(r.reference_logprobs is not None for r in here if r.completion.num_trained)
-        exchange = self._policy.exchange
-        if exchange is None:
-            return known
-        return exchange.all_agree(known)
 
     def _of_rollouts(self, batch: Batch, values: Sequence[Tensor]) -> dict[int, NDArray[Any]]:
         """Brings the values of tokens to where their rollouts' completions are.

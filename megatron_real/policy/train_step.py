@@ -76,6 +76,7 @@ class TokenStats:
         the share of the tokens beyond the bound.
         """
         entropy, mean_abs, k3, beyond, tokens = self.sums.tolist()
+        # NaN and not 0: a mean of nothing is no figure, and trackers leave it out.
         scale = 1.0 / tokens if tokens else math.nan
         return {
             "entropy": entropy * scale,
@@ -125,6 +126,7 @@ class Computed:
         return value
 
     def __set__(self, results: PassResults, value: Tensor) -> None:
+        # In the instance's own dictionary, which a data descriptor hides: only this class reads it.
         vars(results)[self._name] = value
 
 
@@ -304,7 +306,13 @@ class TrainStep:
         def surrogate_of(index: int, outputs: Outputs) -> Tensor:
             surrogate = self._surrogate(batch, index, outputs, sums)
             if self.keep_token_weights:
-                self._keep_token_weights(batch, index, outputs, surrogate)
+                # The surrogate is linear in log-probs, so its gradient there is the weights. The
+                # graph between the two is elementwise and knows nothing of the model.
+                results = batch.results[index]
+                (results.token_weight_T,) = torch.autograd.grad(
+                    surrogate, outputs.logprob_T, retain_graph=True
+                )
+                results.log_ratio_T = outputs.logprob_T.detach() - results.old_logprob_T
             return surrogate
 
         self.passes.forward_backward(batch.micro_batches, surrogate_of)
@@ -319,6 +327,7 @@ class TrainStep:
             figures = _from_last_stage(self.groups, to_device(figures)).cpu()
         scalars, score_R, weight_R = torch.split(figures, [7, num_rollouts, num_rollouts])
         loss, kl, clipped_low, clipped_high, *counts = scalars.tolist()
+        # Counts came as float64, which holds them exactly up to 2^53.
         low, low_positive, tokens = map(round, counts)
         return Gradient(
             loss, score_R, weight_R, kl, clipped_low, clipped_high, (low, low_positive, tokens)
@@ -339,9 +348,18 @@ class TrainStep:
             zero_R = torch.zeros_like(batch.facts.advantage_R)
             weight_R = objective.score_weights(zero_R, zero_R, batch.facts)
         elif objective.gathers_scores and batch.plan.placement == "split":
-            self.passes.forward(
-                batch.micro_batches, lambda i, outputs: self._keep_score(batch, i, outputs)
-            )
+
+            def keep_score(index: int, outputs: Outputs) -> None:
+                results = batch.results[index]
+                if not results.has("old_logprob_T"):
+                    # No pass came before this one: the weights still are those that generated.
+                    self._keep_old(batch, index, outputs)
+                means_R = self._means(
+                    batch.micro_batches[index], outputs.logprob_T, results.old_logprob_T
+                )
+                results.score_R = self._summed_over_cp(means_R)
+
+            self.passes.forward(batch.micro_batches, keep_score)
             if not self.groups.is_last_stage:
                 return
             everything = range(len(batch.results))
@@ -412,6 +430,8 @@ class TrainStep:
         weight_K = torch.zeros_like(leaf_K)
         with torch.enable_grad():
             if not objective.has_scores:
+                # The objective's own weights apart from the penalty's: they are figures of the
+                # metrics.
                 own_loss = objective.token_loss(leaf_K, old_logprob_K, rollout_K, facts).sum()
                 (own_weight_K,) = torch.autograd.grad(own_loss, leaf_K)
                 weight_K = weight_K + own_weight_K
@@ -443,19 +463,6 @@ class TrainStep:
             surrogate = surrogate - bonus
         return surrogate
 
-    def _keep_token_weights(
-        self, batch: Batch, index: int, outputs: Outputs, surrogate: Tensor
-    ) -> None:
-        """Keeps the ratio and the weight of each token.
-
-        The surrogate is linear in log-probs, so its gradient there is the weights.
-        """
-        results = batch.results[index]
-        # Elementwise: the graph between the surrogate and the log-probs knows nothing of the model.
-        (weight_T,) = torch.autograd.grad(surrogate, outputs.logprob_T, retain_graph=True)
-        results.token_weight_T = weight_T
-        results.log_ratio_T = outputs.logprob_T.detach() - results.old_logprob_T
-
     def _count_low_ratios(
         self, batch: Batch, index: int, outputs: Outputs, sums: TokenSums
     ) -> None:
@@ -476,35 +483,31 @@ class TrainStep:
         if not micro.kept_K.numel():
             return
 
+        # float64: the differences are small and the sums long.
         old_K = old_logprob_T[micro.kept_K].double()
         difference_K = old_K - micro.engine_logprob_T[micro.kept_K].double()
         terms = [
             -old_K,
             difference_K.abs(),
+            # k3 of the KL from the engine; expm1 keeps the digits of a small difference.
             difference_K.expm1() - difference_K,
             (difference_K.abs() > self.mismatch_bound).double(),
             torch.ones_like(old_K),
         ]
         batch.tokens.add(torch.stack([term.sum() for term in terms]), difference_K.abs().max())
 
-    def _keep_score(self, batch: Batch, index: int, outputs: Outputs) -> None:
-        """Keeps a micro-batch's scores, and its log-probs as the old ones if there are none."""
-        micro = batch.micro_batches[index]
-        results = batch.results[index]
-        if not results.has("old_logprob_T"):
-            self._keep_old(batch, index, outputs)
-        partial_score_R = self._means(micro, outputs.logprob_T, results.old_logprob_T)
-        results.score_R = self._summed_over_cp(partial_score_R)
+    def _means(self, micro: MicroBatch, value_T: Tensor, baseline_T: Tensor) -> Tensor:
+        """Returns [R] this rank's share of the mean over tokens of value - baseline.
 
-    def _means(self, micro: MicroBatch, one_T: Tensor, other_T: Tensor) -> Tensor:
-        """Returns [R] this context-parallel rank's share of the mean over tokens of one - other.
+        A context-parallel rank's share is that of its own tokens.
 
         Log-probs are complete on each tensor-parallel rank, so nothing is summed over TP.
         """
         used = slice(0, micro.num_used)
         return sequence_scores(
-            one_T[used],
-            other_T[used],
+            value_T[used],
+            baseline_T[used],
+            # The mean is over trained response tokens; prompt and padding have no target.
             mask=micro.target_T[used] >= 0,
             cu_seqlens=micro.cu_seqlens,
             num_tokens_R=micro.num_tokens_R,
@@ -622,6 +625,7 @@ class TrainStep:
         bonus = values[2]
         kl = penalty
         if objective.kl.coefficient:
+            # The estimate itself, which is comparable between runs of different coefficients.
             kl = penalty / objective.kl.coefficient
         shares = clipped[:2] / clipped[2].clamp(min=1)
         own_loss = (loss + penalty - bonus)[None]
@@ -669,6 +673,8 @@ def values_of_replica(
         By position in the minibatch, for the rollouts that this replica computes: [n] float64 of
         all tokens of the completion, 0 where a token is not trained.
     """
+    # index_T counts over the whole minibatch; minus its rollout's first it is the place in the
+    # rollout.
     lengths_R = torch.tensor([r.completion.num_tokens for r in batch.minibatch.rollouts])
     first_R = to_device(lengths_R.cumsum(0) - lengths_R)
     by_position: dict[int, NDArray[Any]] = {}
