@@ -47,6 +47,7 @@ class OneReplicaReads(FullyParallelLoadStrategyWrapper):
         if self._replicas.size() == 1:
             return self.base_strategy.load(sharded_state_dict, checkpoint_dir, *options)
 
+        # It also marks, in the state dict itself, which shards this rank reads.
         shares = self.apply_loading_parallelization(sharded_state_dict)
         assert shares is not None, "several replicas have shares"
         tensors, others, own, awaited = self._defer_loading_sharded_tensors(sharded_state_dict)
@@ -84,6 +85,8 @@ class OneReplicaReads(FullyParallelLoadStrategyWrapper):
         Returns:
             The tensor that holds the values now.
         """
+        # The reader's own tensor, or the place where this rank wants it, or a buffer that is thrown
+        # away: all take part in the broadcast.
         target = loaded
         if target is None and awaited is not None:
             target = awaited.data

@@ -173,6 +173,7 @@ def read_state(checkpoint: Saved) -> dict[str, Any]:
     Raises:
         UnreadableCheckpoint: this process cannot read it now.
     """
+    # weights_only: a pickle in a checkpoint from elsewhere must not run anything.
     file = checkpoint.path / _STATE
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
@@ -261,6 +262,8 @@ class Checkpoints:
             self._at_step = self._snapshot()
         else:
             self._at_step = self._load(newest)
+        # A rank that resumes elsewhere would wait in other collectives than the rest: better seen
+        # here.
         positions = self.ranks.gathered(str(self.position))
         assert len(set(positions)) == 1, f"the ranks resume after different steps: {positions}"
 
@@ -271,6 +274,7 @@ class Checkpoints:
             EveryRankError: the directory cannot be written.
         """
         self.ranks.on_first(lambda: self._begin(beginning, damaged))
+        # From now on a signal waits for the next seam instead of ending the run at once.
         self._stop.has_seams = True
         if beginning.newest is None:
             self._at_step = self._snapshot()  # the rows of an earlier life are gone now
@@ -311,7 +315,13 @@ class Checkpoints:
     def _load(self, checkpoint: Saved) -> dict[str, Any]:
         state = self.ranks.together(lambda: read_state(checkpoint))
         say = self.reporter.progress.say
-        self.ranks.together(lambda: self._check(state))
+
+        def take_over_draws() -> None:
+            for name, stateful in self.drawing.items():
+                self._prompts_changed += stateful.load_state_dict(state[name])
+
+        # First, as it may refuse: until here nothing of the model was touched.
+        self.ranks.together(take_over_draws)
 
         # Pickles of a checkpoint may come from anywhere: nothing that they name is run.
         path = checkpoint.path
@@ -322,16 +332,21 @@ class Checkpoints:
         # Of shapes that do not fit, which every rank sees alike.
         except CheckpointingException as error:
             raise EveryRankError(f"{path} does not fit this model or layout: {error}") from error
+        # After the optimizer's state, whose tensors bring no count of steps.
         load_schedule_state(self.policy, state["schedule"])
-        say(f"resuming after {_words(checkpoint.position)}, from {path}")
+        say(f"resuming after {_describe(checkpoint.position)}, from {path}")
 
         # The states of random generators are each rank's own, and mean nothing on another layout.
         if state["layout"] == self._layout():
             load_rng_state(state["rng"][self.ranks.rank])
         else:
-            say(
-                f"layout {state['layout']} is now {self._layout()}: {self._how_far_results_agree()}"
-            )
+            agreement = "results agree to rounding, not bit for bit"
+            if self.config.rollout.engine == "transformers":
+                agreement = (
+                    "training agrees to rounding, but other answers are drawn: this engine's "
+                    "depend on the ranks' shares"
+                )
+            say(f"layout {state['layout']} is now {self._layout()}: {agreement}")
 
         self.position = checkpoint.position
         self._saved = checkpoint.position
@@ -340,19 +355,6 @@ class Checkpoints:
             self._begun = Unfinished.from_state_dict(state["unfinished"])
         # The offsets are the first rank's, in a checkpoint as in a snapshot.
         return {name: state[name] for name in self._snapshot()}
-
-    def _how_far_results_agree(self) -> str:
-        if self.config.rollout.engine == "transformers":
-            return (
-                "training agrees to rounding, but other answers are drawn: this engine's depend "
-                "on the ranks' shares"
-            )
-        return "results agree to rounding, not bit for bit"
-
-    def _check(self, state: Mapping[str, Any]) -> None:
-        """Puts prompts and expected lengths in the saved state, and keeps what has changed."""
-        for name, stateful in self.drawing.items():
-            self._prompts_changed += stateful.load_state_dict(state[name])
 
     def take_begun(self) -> Unfinished | None:
         """Returns the rest of a step that an earlier life of the run has begun; only once."""
@@ -382,6 +384,7 @@ class Checkpoints:
             state["unfinished"] = unfinished(self.policy, batches, updates).state_dict()
             if "cursor" in self._at_step:  # a replay has none
                 state["cursor"] = self._at_step["cursor"]
+        # The position of a begun step is the last whole one and the updates made beyond it.
         self._stop_at(reason, Position(self.position.step, len(updates)), state)
 
     def step_done(self, step: int, accuracy: float | None) -> None:
@@ -439,6 +442,8 @@ class Checkpoints:
         accuracy: float | None = None,
     ) -> None:
         self._report(wait=True)
+        # A save that failed for want of space would fail again; a position that is saved already is
+        # good.
         if reason != SAVE_FAILED and position != self._saved:
             self._save(position, state, accuracy)
         failure = self.close()
@@ -448,8 +453,8 @@ class Checkpoints:
                 "command again"
             )
         sentence = (
-            f"stopping after {_words(position)}, for {described(reason)}; the same command goes on "
-            "from there"
+            f"stopping after {_describe(position)}, for {described(reason)}; the same command goes "
+            "on from there"
         )
         if reason == INTERRUPTED:
             raise Interrupted(sentence)
@@ -484,6 +489,7 @@ class Checkpoints:
         # One save at a time: its copies are in the staging buffers until it is over.
         with self.reporter.progress.stage("checkpoint"):
             self._report(wait=True)
+        # Rollouts and rows of the step must be on disk before a checkpoint counts them.
         with self.reporter.progress.stage("write"):
             self.reporter.settle()
 
@@ -497,6 +503,7 @@ class Checkpoints:
             }
             values["rng"] = self.ranks.gathered_by_first(rng_state())
 
+        # Nothing but the copies goes to the thread: training changes the tensors from here on.
         self._position_writing = position
         self._began = time.monotonic()
         self._writing = self._thread.submit(self._write, position, by_key, common, values, accuracy)
@@ -533,12 +540,14 @@ class Checkpoints:
                 "position": str(position),
                 "accuracy": accuracy,
                 "versions": _versions(),
-                "config": _hash(values),
+                "config": hashlib.sha256(values["config"].encode()).hexdigest(),
             }
             ranks.on_first(lambda: self._complete(position, digests, header))
         # Of whatever kind: the run may go on without this checkpoint.
         except (Exception, CheckpointException) as error:
             if ranks.first:
+                # What is left of it would only fill the disk: nothing reads a directory without its
+                # final name.
                 shutil.rmtree(partial, ignore_errors=True)
             return _sentence(error)
         return ""
@@ -558,17 +567,14 @@ class Checkpoints:
     def _complete(
         self, position: Position, digests: Mapping[str, Any], header: Mapping[str, Any]
     ) -> None:
+        """Makes the files a checkpoint, names it in `latest` and deletes older ones."""
         directory = self.reporter.directory
         # The rows that the saved offsets count must not be younger than the checkpoint.
         sync_files([directory.metrics, directory.evaluations])
         commit(self._folder, position, digests, header)
-        self._tidy(position)
 
-    def _tidy(self, position: Position) -> None:
-        """Writes the name in `latest` and deletes older checkpoints.
-
-        Both may fail without the checkpoint being any worse; `_report` shows the failures.
-        """
+        # The checkpoint is whole now. What follows may fail without it being any worse: `_report`
+        # shows the failures.
         settings = self._settings
         try:
             name_latest(self._folder, position)
@@ -584,6 +590,7 @@ class Checkpoints:
 
     def _report(self, *, wait: bool = False) -> None:
         """Tells the user what became of the save that was last begun, once it is over."""
+        # A failure is told by the main thread alone: the writing one has no place in the output.
         if self._writing is None or not (wait or self._writing.done()):
             return
 
@@ -622,7 +629,7 @@ class Checkpoints:
             remedy = (
                 f"{self.last_good()}, from before that; go on from it with a lower optimizer.lr"
             )
-        where = _words(position or self.position)
+        where = _describe(position or self.position)
         raise NonFinite(f"the policy is ruined after {where}: {problem} is not finite; {remedy}")
 
     def last_good(self) -> str:
@@ -632,14 +639,10 @@ class Checkpoints:
         return f"the last good checkpoint is {self._saved}"
 
 
-def _words(position: Position) -> str:
+def _describe(position: Position) -> str:
     if not position.update:
         return f"step {position.step}"
     return f"step {position.step} and {position.update} updates of the next"
-
-
-def _hash(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(values["config"].encode()).hexdigest()
 
 
 def _versions() -> dict[str, str]:
@@ -660,6 +663,7 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {_sentence(cause)}"
+    # An OSError says itself what happened; what was raised while it was handled says less.
     below = error.__cause__ or error.__context__
     if below is not None and not isinstance(error, OSError):
         return _sentence(below)
@@ -678,6 +682,7 @@ def _digests(folder: Path, rank: int) -> dict[str, tuple[int, str]]:
     """
     digests = {}
     for file in folder.rglob("*"):
+        # torch names each rank's files __RANK_N.distcp.
         is_own = file.name.startswith(f"__{rank}_") or (rank == 0 and file.suffix != ".distcp")
         if is_own and file.is_file():
             name = file.relative_to(folder).as_posix()
@@ -698,6 +703,7 @@ def _put(source: Path, target: Path) -> None:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
+        # A link costs no space and no time, and stays when the other name is deleted.
         os.link(source, target)
     except OSError:
         shutil.copy(source, target)

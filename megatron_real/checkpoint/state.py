@@ -58,6 +58,7 @@ def load_sharded_state(policy: Policy, folder: Path) -> None:
     saved = FileSystemReader(folder).read_metadata().state_dict_metadata
     missing: dict[str, dict[str, Any]] = {}
     for part in _names_of_chunks(policy):
+        # Deleted from what is loaded, or megatron-core would refuse the checkpoint as incomplete.
         missing[part] = {
             name: leaf.data
             for name, leaf in state[part].items()
@@ -168,6 +169,7 @@ def unfinished(policy: Policy, batches: Sequence[Batch], updates: Sequence[Updat
     done = len(updates)
     assert 0 < done < len(batches), "a step without updates is begun anew from its rollouts"
 
+    # Of batches that still come. Their weights are gone, so the log-probs cannot be computed again.
     old_logprobs: list[Tensor | None] = [None] * done
     for batch in batches[done:]:
         # [micro-batches]; the other stages have none.
@@ -206,6 +208,7 @@ def prepare_step(
             old_logprob_N = old_N.to(micro.engine_logprob_T)
             # Index -1 marks a position without a target: any token may be read there.
             old_logprob_T = old_logprob_N[micro.index_T.clamp(min=0)]
+            # 0 without a target, as a pass would have left it.
             results.old_logprob_T = torch.where(micro.index_T >= 0, old_logprob_T, 0)
 
     # The figures are sums over ranks: one rank takes all of them as its share.

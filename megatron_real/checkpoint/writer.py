@@ -59,6 +59,7 @@ class Staging:
             This rank's share of the sharded state, copied, for `write`; and the rest of it, the
             same on every rank, for `write_common`.
         """
+        # Whether all shards together make whole tensors is checked once: it takes a collective.
         sharded, common = save_preprocess(state, validate_access_integrity=self._shares is None)
         if self._replicas.size() > 1:
             # Who writes what is the same for every save.
@@ -110,6 +111,7 @@ def write(folder: Path, by_key: Mapping[str, Any], group: dist.ProcessGroup | No
         # and so makes a context on GPU 0 for a thread of any rank, though all that it writes lies
         # on the host.
         storage_writer=FileSystemWriter(folder, sync_files=True, per_thread_copy_ahead=0),
+        # Replicas were dealt out by `Staging.copy` already: nothing is there twice.
         planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         process_group=group,
         no_dist=group is None,
