@@ -48,7 +48,7 @@ def proof(secret: str, *words: bytes) -> bytes:
 def connect(
     address: tuple[str, int], secret: str, *, purpose: str, seconds: float = HANDSHAKE_SECONDS
 ) -> socket.socket:
-    """Connects to a listener that lets in by `Door`, and has it prove itself.
+    """Connects to a listener that lets in by `Doorkeeper`, and has it prove itself.
 
     A door waits `HANDSHAKE_SECONDS` for a proof. Where this end was slower, because there are far
     more processes than cores, it comes again while there is time.
@@ -91,13 +91,13 @@ def own_address(host: str, port: int) -> str:
         return str(probe.getsockname()[0])
 
 
-class Door:
+class Doorkeeper:
     """Lets in, of all who connect to a listener, those who know the secret.
 
     The others cost a thread each, for as long as a proof may take.
 
     Example:
-        with Door(socket.create_server(("", 0)), secret, purpose="lifeline") as door:
+        with Doorkeeper(socket.create_server(("", 0)), secret, purpose="lifeline") as door:
             connection = door.next(seconds=60)
     """
 
@@ -111,7 +111,7 @@ class Door:
         self._closed = threading.Event()
         threading.Thread(target=self._accept, name=f"door-{purpose}", daemon=True).start()
 
-    def __enter__(self) -> Door:
+    def __enter__(self) -> Doorkeeper:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -28,7 +28,16 @@ def build_engine(config: Config, *, say: Callable[[str], None]) -> Engine:
     if name == AUTO:
         name, reason = _first_that_works(config)
         explanation = f" (rollout.engine={AUTO}: {reason})"
-        config = _with_engine(config, name, reason)
+        # Built anew, so that the configuration's own checks judge what `auto` has become.
+        try:
+            rollout = dataclasses.replace(config.rollout, engine=name)
+            config = dataclasses.replace(config, rollout=rollout)
+            if ENGINES[name].sized_kv_cache:
+                check_engine(config)
+        except ValueError as error:
+            raise ValueError(
+                f"rollout.engine={AUTO} became {name} ({reason}), but {error}"
+            ) from error
 
     module = importlib.import_module(ENGINES[name].module)
     missing = module.missing(config)
@@ -38,6 +47,7 @@ def build_engine(config: Config, *, say: Callable[[str], None]) -> Engine:
             "another rollout.engine"
         )
     say(f"rollouts by {name}{explanation}")
+    # Noted at once: whatever fails later, `close_engines` ends it.
     engine: Engine = module.build(config, say=say)
     _open_engines.append(engine)
     return engine
@@ -81,19 +91,3 @@ def _first_that_works(config: Config) -> tuple[str, str]:
             return name, "; ".join(reasons) or f"{traits.package} is installed"
         reasons.append(missing)
     raise ValueError(f"rollout.engine={AUTO} found no engine: {'; '.join(reasons)}")
-
-
-def _with_engine(config: Config, name: str, reason: str) -> Config:
-    """Returns the configuration with the engine that `auto` has become.
-
-    Raises:
-        ValueError: the engine does not take what the configuration asks of it.
-    """
-    rollout = dataclasses.replace(config.rollout, engine=name)
-    try:
-        config = dataclasses.replace(config, rollout=rollout)  # runs the configuration's checks
-        if ENGINES[name].sized_kv_cache:
-            check_engine(config)
-    except ValueError as error:
-        raise ValueError(f"rollout.engine={AUTO} became {name} ({reason}), but {error}") from error
-    return config

@@ -54,6 +54,7 @@ class Ahead:
             Whether there are any. All of them come from the same weights.
         """
         if self._sampled is not None:
+            # In the main thread: labelling is collective.
             self._rollouts = self._stage.label(self._prompts, self._sampled.result())
             self._sampled = None
         return self._rollouts is not None

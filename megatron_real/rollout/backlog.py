@@ -60,26 +60,26 @@ class Backlog:
             self._store.delete_key(key)
         self._keys = []
 
+        # A counter of its own for each draw: nobody has to set one back while others still read it.
         draw = f"megatron_real/backlog/{next(_draws)}"
         return self._taken(waiting, draw)
 
     def _taken(self, waiting: Sequence[int], draw: str) -> Iterator[int]:
         for step in range(len(waiting)):
-            number = self._next(draw, step)
+            # `number` parts were taken before; the next one is this engine's.
+            key_of_step = f"{draw}/{self._index}/{step}"
+            if self._member == 0:
+                number = self._store.add(draw, 1) - 1
+                # Whoever counted first makes the key, and deletes it after the draw.
+                if number == 0:
+                    self._keys.append(draw)
+                # The first rank of an engine counts, and tells the others what it got.
+                if self.engine.tp > 1:
+                    self._store.set(key_of_step, str(number))
+                    self._keys.append(key_of_step)
+            else:
+                number = int(self._store.get(key_of_step))
+
             if number >= len(waiting):
                 return
             yield waiting[number]
-
-    def _next(self, draw: str, step: int) -> int:
-        """Returns how many waiting parts were taken before; the next one is this engine's."""
-        key_of_step = f"{draw}/{self._index}/{step}"
-        if self._member > 0:
-            return int(self._store.get(key_of_step))
-
-        number = self._store.add(draw, 1) - 1
-        if number == 0:
-            self._keys.append(draw)
-        if self.engine.tp > 1:
-            self._store.set(key_of_step, str(number))
-            self._keys.append(key_of_step)
-        return number

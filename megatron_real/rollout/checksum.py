@@ -46,7 +46,9 @@ def checksum(tensor: Tensor) -> int:
         folded = blocks ^ ((blocks >> 32) & 0xFFFFFFFF)
         total += ((folded * place).sum(1) * factor[start : start + together]).sum()
 
+    # The last block, which is shorter: its factor is the next odd number.
     rest = words[num_blocks * _BLOCK :]
     folded = rest ^ ((rest >> 32) & 0xFFFFFFFF)
     total += (folded * place[: len(rest)]).sum() * (2 * num_blocks + 1)
+    # int64 wraps around, which is the sum modulo 2^64.
     return int(total)

@@ -41,14 +41,17 @@ class Origin:
 
     def differences(self, now: Origin) -> list[str]:
         """Says in words what is different `now`; empty where nothing is."""
-        words = {
+        sentences = {
             "weights": "the policy's weights have changed",
             "questions": "the prompts have changed",
             "answers": "gold answers have changed",
             "seed": "the draw has another seed",
         }
+        # The long values are digests, which say nothing to a reader: a sentence stands for each.
         changed = [
-            text for name, text in words.items() if getattr(self, name) != getattr(now, name)
+            sentence
+            for name, sentence in sentences.items()
+            if getattr(self, name) != getattr(now, name)
         ]
         for name in {**self.settings, **now.settings}:
             before = self.settings.get(name)
@@ -91,6 +94,7 @@ def _digest(values: Iterable[tuple[Any, ...]]) -> str:
     digest = hashlib.sha256()
     for value in values:
         # An answer may hold half of a surrogate pair, which strict UTF-8 would refuse.
+        # repr, as it tells 1 from "1" and keeps the bounds between values.
         digest.update(repr(value).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]
 

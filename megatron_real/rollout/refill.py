@@ -8,7 +8,7 @@ the same rollouts and the same order of prompts, so all ranks decide alike.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from megatron_real.objective import Objective
 from megatron_real.objective.facts import RolloutTable
@@ -32,34 +32,21 @@ def refill(
             labelled rollouts of that many prompts.
     """
     for number in range(1, rounds + 1):
-        useless = _teaching_nothing(rollouts, objective)
+        # A group teaches if the objective itself gives one of its rollouts a gradient; the KL and
+        # entropy terms, which are the same for right and wrong, do not count.
+        learns = objective.facts(RolloutTable.of(rollouts)).learns_R.tolist()
+        teaching = {r.group for r, learning in zip(rollouts, learns, strict=True) if learning}
+        groups = dict.fromkeys(r.group for r in rollouts)
+        useless = [group for group in groups if group not in teaching]
         if not useless:
             break
+
+        # Fresh group i takes the place, and so the number, of the i-th useless one.
         fresh = draw(len(useless), number)
-        rollouts = _replaced(rollouts, useless, fresh)
+        refills = {r.group: r.refills + 1 for r in rollouts}
+        kept = [r for r in rollouts if r.group in teaching]
+        for rollout in fresh:
+            group = useless[rollout.group]
+            kept.append(dataclasses.replace(rollout, group=group, refills=refills[group]))
+        rollouts = sorted(kept, key=lambda r: (r.group, r.sample))
     return rollouts
-
-
-def _teaching_nothing(rollouts: Sequence[Rollout], objective: Objective) -> list[int]:
-    """Returns the groups none of whose rollouts has a gradient of the objective itself.
-
-    Gradients of the KL and entropy terms do not count.
-    """
-    learns = objective.facts(RolloutTable.of(rollouts)).learns_R.tolist()
-    teaching = {r.group for r, learning in zip(rollouts, learns, strict=True) if learning}
-    groups = dict.fromkeys(r.group for r in rollouts)
-    return [group for group in groups if group not in teaching]
-
-
-def _replaced(
-    rollouts: Sequence[Rollout], groups: Sequence[int], fresh: Sequence[Rollout]
-) -> list[Rollout]:
-    """Returns the rollouts with fresh group i in the place of groups[i]."""
-    refills = {r.group: r.refills + 1 for r in rollouts}
-    kept = [r for r in rollouts if r.group not in set(groups)]
-
-    new = []
-    for rollout in fresh:
-        group = groups[rollout.group]
-        new.append(dataclasses.replace(rollout, group=group, refills=refills[group]))
-    return sorted(kept + new, key=lambda r: (r.group, r.sample))

@@ -33,7 +33,6 @@ from megatron_real.prompts import PromptCursor
 from megatron_real.records import (
     UNKNOWN_VERSION,
     Absent,
-    Completion,
     Prompt,
     Rollout,
     Sampling,
@@ -196,6 +195,7 @@ class Generator:
             self.policy.make_room()
             weights = WeightsDigest(self.policy.stream())
             self.sync.run(weights, self.policy.mismatch)
+        # No `finally`: after an error the run ends, and nobody wants the room back.
         yield weights.hexdigest()
         self.stage.engine.finish_inference()
         self.policy.take_room_back()
@@ -265,11 +265,19 @@ class Fresh:
             step: number of the step, from 1.
             weights: digest of the weights that the engine has.
         """
+        options = self.options
 
         def draw(num_prompts: int, number: int) -> list[Rollout]:
-            return self._draw(step, number, num_prompts, weights)
+            prompts = self.cursor.next_batch(num_prompts)
+            size = options.chunk_prompts or num_prompts
+            rollouts: list[Rollout] = []
+            for first in range(0, num_prompts, size):
+                name = ChunkName(step, number, first)
+                # Groups count from 0 within a chunk, which on disk knows no others.
+                chunk = self._chunk(name, prompts[first : first + size], weights)
+                rollouts += [dataclasses.replace(r, group=first + r.group) for r in chunk]
+            return rollouts
 
-        options = self.options
         rollouts = refill(
             draw(options.num_prompts, 0),
             options.objective,
@@ -278,17 +286,6 @@ class Fresh:
         )
         if options.permute_labels:
             return permuted_labels(rollouts, seed=options.draw_seed(step))
-        return rollouts
-
-    def _draw(self, step: int, draw: int, num_prompts: int, weights: str) -> list[Rollout]:
-        """Returns the rollouts of the next `num_prompts` prompts, chunk by chunk."""
-        prompts = self.cursor.next_batch(num_prompts)
-        size = self.options.chunk_prompts or num_prompts
-        rollouts: list[Rollout] = []
-        for first in range(0, num_prompts, size):
-            name = ChunkName(step, draw, first)
-            chunk = self._chunk(name, prompts[first : first + size], weights)
-            rollouts += [dataclasses.replace(r, group=first + r.group) for r in chunk]
         return rollouts
 
     def _chunk(self, name: ChunkName, prompts: Sequence[Prompt], weights: str) -> list[Rollout]:
@@ -301,6 +298,7 @@ class Fresh:
             seed,
             self.options.settings,
         )
+        # Found where an earlier life of the run has drawn it and was stopped within the step.
         kept = self._chunks.read(name, prompts, origin)
         if kept is not None:
             # As if they had been drawn: the shares of the next draw depend on the lengths.
@@ -316,6 +314,7 @@ class Fresh:
                 rollouts = without_mismatch(rollouts, mismatch, bound=bound)
         with self.generator.timed("write"):
             self._chunks.write(name, origin, rollouts)
+        # After the write: a run that is stopped here begins its next life with this chunk.
         self._seam()
         return rollouts
 
@@ -392,14 +391,19 @@ class OneStepAhead(Fresh):
 
     def _sample(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
         rollouts = self._ahead.take(prompts)
-        return super()._sample(prompts, seed) if rollouts is None else rollouts
+        if rollouts is None:
+            # The first step of a life, or a round of refills: nothing was begun for these prompts.
+            return super()._sample(prompts, seed)
+        return rollouts
 
     @property
     def _lag(self) -> int:
         return int(self._lagging)
 
     def _generating_weights(self) -> AbstractContextManager[None]:
-        return self._earlier.swapped_in() if self._lagging else nullcontext()
+        if self._lagging:
+            return self._earlier.swapped_in()
+        return super()._generating_weights()
 
     @contextmanager
     def _hand_over(self, lagging: bool) -> Iterator[None]:
@@ -410,6 +414,7 @@ class OneStepAhead(Fresh):
         """
         with self._earlier.swapped_in() if lagging else nullcontext():
             yield
+        # Only now: until here the copy held the weights that this step's rollouts came from.
         self._earlier.take()
 
 
@@ -436,14 +441,12 @@ def sampled_by(rollouts: Sequence[Rollout], *, version: int) -> list[Rollout]:
     Other tokens get UNKNOWN_VERSION. A completion that is absent here gets its versions on the rank
     that holds it.
     """
-    return [
-        dataclasses.replace(rollout, completion=_versioned(rollout.completion, version))
-        for rollout in rollouts
-    ]
-
-
-def _versioned(completion: Completion, version: int) -> Completion:
-    if isinstance(completion, Absent):
-        return completion
-    versions = numpy.where(completion.trained, version, UNKNOWN_VERSION)
-    return dataclasses.replace(completion, weight_version=versions)
+    noted = []
+    for rollout in rollouts:
+        completion = rollout.completion
+        if not isinstance(completion, Absent):
+            versions = numpy.where(completion.trained, version, UNKNOWN_VERSION)
+            completion = dataclasses.replace(completion, weight_version=versions)
+            rollout = dataclasses.replace(rollout, completion=completion)
+        noted.append(rollout)
+    return noted

@@ -108,6 +108,7 @@ class ExpectedLengths:
 
         A lost completion does not count: its length is unknown, and was perhaps the longest.
         """
+        # A prompt may be in a step twice: its answers are one sample of the same length.
         lengths: dict[str, list[int]] = {}
         for rollout in rollouts:
             if rollout.verdict.status != Status.LOST:

@@ -190,8 +190,12 @@ class RolloutStage:
 
         It is {} on all ranks of an engine but its first.
         """
-        work, self.work = self.work, EngineWork()
-        return dataclasses.asdict(work) if self.member == 0 else {}
+        work = self.work
+        self.work = EngineWork()
+        # All ranks of an engine count the same work.
+        if self.member > 0:
+            return {}
+        return dataclasses.asdict(work)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> Sampled:
         """Samples this rank's share, and gives each completion to the verifier as it finishes.
@@ -247,6 +251,7 @@ class RolloutStage:
         self.work += sampled.work
         known = self._shared(prompts, sampled.drawn)
         known |= self._never_begun(prompts, sampled, known)
+        # Retries go to the engines after the one that lost it, in turn.
         lost_by: dict[Place, int] = {}
         for place, rollout in known.items():
             assert rollout.holder is not None, "sharing says who holds a rollout"
@@ -257,6 +262,8 @@ class RolloutStage:
             lost = sorted(place for place, r in known.items() if r.verdict.status == Status.LOST)
             if not lost:
                 break
+            # On all ranks, though most may have lost nothing: bringing an engine back is
+            # collective.
             before_retry()
             own = [
                 row
@@ -277,6 +284,7 @@ class RolloutStage:
 
         rollouts = [known[place] for place in sorted(known)]
         self.labeller.check_failures([rollout.verdict for rollout in rollouts])
+        # On every rank alike, so that all deal out the next shares alike.
         self.lengths.learn(rollouts)
         return rollouts
 
@@ -291,6 +299,7 @@ class RolloutStage:
         if not never:
             return {}
         own = [place for place in never if sampled.engine_of[place] == self.index]
+        # The ranks of an engine share its completions: no two ranks may report the same place.
         own = own[self.member :: self.engine.tp]
         return self._shared(prompts, [_lost(place, "no engine has begun it") for place in own])
 
@@ -359,6 +368,7 @@ class RolloutStage:
             logger.warning(
                 "rank %d: the %s engine failed (%s)", self.rank, self.engine.name, failure
             )
+        # Early verdicts are looked at below, once generation is over.
         work = EngineWork(time.monotonic() - generation.started, num_tokens, num_taken_over)
 
         completions = []
@@ -377,6 +387,7 @@ class RolloutStage:
     ) -> Iterator[tuple[int, int, Completion]]:
         """Yields (row, sample, completion) of the rows that this rank's engine draws."""
         if self.backlog is not None:
+            # All rows, as any of them may become this engine's; `rows` says which do.
             everything = range(len(requests.places))
             prompts, seeds = requests.of(everything)
             yield from self.backlog.engine.generate_as_room(
@@ -392,10 +403,10 @@ class RolloutStage:
     def _shared(self, prompts: Sequence[Prompt], drawn: Sequence[Drawn]) -> dict[Place, Rollout]:
         """Waits for the verdicts of this rank and returns every rank's rollouts by place."""
         own = []
-        for d in drawn:
-            group, sample = d.place
-            verdict = dataclasses.replace(d.verdict.result(), early=d.early)
-            own.append(Rollout(prompts[group], group, sample, d.completion, verdict))
+        for draw in drawn:
+            group, sample = draw.place
+            verdict = dataclasses.replace(draw.verdict.result(), early=draw.early)
+            own.append(Rollout(prompts[group], group, sample, draw.completion, verdict))
         return {(r.group, r.sample): r for r in self.exchange.share(own, prompts)}
 
 
@@ -414,22 +425,21 @@ class _Requests:
 
     def of(self, rows: Sequence[int]) -> tuple[list[Prompt], list[int]]:
         """Returns the prompts of these rows, and the seeds of their first samples."""
-        prompts = [self.prompts[self.places[row][0][0]] for row in rows]
-        seeds = [
-            _seed_of_part(self.seed, self.attempt, self.places[row][0], prompt)
-            for row, prompt in zip(rows, prompts, strict=True)
-        ]
+        prompts = []
+        seeds = []
+        for row in rows:
+            # The engine adds 0, 1, ... to a seed for the further samples of the row.
+            group, sample = self.places[row][0]
+            prompt = self.prompts[group]
+            if self.attempt:
+                seed = prompt_seed(self.seed, self.attempt, (group, sample), prompt)
+            else:
+                # At the first attempt each sample gets the seed that it would get if the whole
+                # group were drawn at once: answers do not depend on the number of engines.
+                seed = prompt_seed(self.seed, 0, (group, 0), prompt) + sample
+            prompts.append(prompt)
+            seeds.append(seed)
         return prompts, seeds
-
-
-def _seed_of_part(seed: int, attempt: int, first: Place, prompt: Prompt) -> int:
-    """Returns the seed of a prompt's samples from `first` on, to which an engine adds 0, 1, ..."""
-    if attempt:
-        return prompt_seed(seed, attempt, first, prompt)
-    # At the first attempt each sample gets the seed that it would get if the whole group were drawn
-    # at once: answers do not depend on the number of engines.
-    group, sample = first
-    return prompt_seed(seed, 0, (group, 0), prompt) + sample
 
 
 def permuted_labels(rollouts: Sequence[Rollout], *, seed: int) -> list[Rollout]:

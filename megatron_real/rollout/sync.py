@@ -108,6 +108,7 @@ class WeightSync:
         with Watch(self.version, self.config.timeout_seconds) as watch:
             checked = self._checked(weights, self.engine.held(), sums, watch)
             self.engine.prepare_for_inference(checked)
+            # Where this rank is done, it waits for the slowest.
             watch.at = "the other ranks' checksums"
             if sums is not None:
                 self._compare(sums)
@@ -185,6 +186,8 @@ class WeightSync:
             missing.discard(name)
             order.append(name)
             if sums is not None:
+                # Of what leaves the trainer, before the engine has it: it may take the tensor's
+                # memory.
                 parts = {i: checksum(tensor[part]) for i, part in held[name].parts.items()}
                 sums[name] = (tensor.dtype, parts)
             yield name, tensor
@@ -192,6 +195,7 @@ class WeightSync:
         if missing:
             names = ", ".join(sorted(missing))
             raise SyncError(f"weight sync {self.version}: the engine got nothing for {names}")
+        # Of a whole stream only: a broken one says nothing about the next.
         self._order = order
 
     def _with_head(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -235,6 +239,7 @@ class WeightSync:
         Raises:
             SyncError: some part differs; the message names ten tensors at most.
         """
+        # Read back from the memory that the engine computes with.
         held = self.engine.checksums({name: dtype for name, (dtype, _) in sums.items()})
         wrong = []
         for name, (_, parts) in sums.items():

@@ -58,6 +58,7 @@ class Watch:
     ) -> None:
         self._done.set()
         for thread in self._threads:
+            # A store that does not answer must not hold up a sync that went well.
             thread.join(_STORE_SECONDS)
 
     def _tell(self) -> None:

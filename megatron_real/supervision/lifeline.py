@@ -223,12 +223,12 @@ class Lifeline:
 
         address: tuple[str, int] | None = None
         problem = ""
-        door: challenge.Door | None = None
+        door: challenge.Doorkeeper | None = None
         if missing:
             try:
                 listener, host = _listener(self.rank, backlog=len(missing))
                 address = (host, listener.getsockname()[1])
-                door = challenge.Door(listener, secret, purpose=_PURPOSE)
+                door = challenge.Doorkeeper(listener, secret, purpose=_PURPOSE)
             except OSError as error:
                 # Every rank is told: the others would wait for this one.
                 problem = f"{self._name} cannot listen for the ranks below it: {error}"
@@ -502,7 +502,7 @@ class _Peer:
     """Why it ends; "" for a good end."""
 
 
-def _let_in(door: challenge.Door, missing: set[int]) -> Iterator[tuple[int, _Line]]:
+def _let_in(door: challenge.Doorkeeper, missing: set[int]) -> Iterator[tuple[int, _Line]]:
     """Yields each missing rank with its connection, as they come.
 
     Raises:

@@ -11,21 +11,21 @@ from contextlib import suppress
 import pytest
 
 from megatron_real import challenge
-from megatron_real.challenge import Door, NotProven, connect, new_secret
+from megatron_real.challenge import Doorkeeper, NotProven, connect, new_secret
 
 
 def listener() -> socket.socket:
     return socket.create_server(("127.0.0.1", 0))
 
 
-def address(door: Door) -> tuple[str, int]:
+def address(door: Doorkeeper) -> tuple[str, int]:
     host, port = door._listener.getsockname()
     return str(host), int(port)
 
 
 def test_two_ends_with_the_same_secret_accept_each_other() -> None:
     secret = new_secret()
-    with Door(listener(), secret, purpose="test") as door:
+    with Doorkeeper(listener(), secret, purpose="test") as door:
         ours = connect(address(door), secret, purpose="test")
         theirs = door.next(10)
         ours.sendall(b"hello")
@@ -36,7 +36,7 @@ def test_two_ends_with_the_same_secret_accept_each_other() -> None:
 
 @pytest.mark.parametrize(("secret", "purpose"), [("other", "test"), ("right", "another")])
 def test_another_secret_or_purpose_is_refused(secret: str, purpose: str) -> None:
-    with Door(listener(), "right", purpose="test") as door:
+    with Doorkeeper(listener(), "right", purpose="test") as door:
         with pytest.raises(NotProven):
             connect(address(door), secret, purpose=purpose)
         with pytest.raises(TimeoutError):
@@ -92,13 +92,13 @@ def test_an_end_that_was_too_slow_for_the_door_comes_again(
 ) -> None:
     monkeypatch.setattr(challenge, "HANDSHAKE_SECONDS", 0.2)
     server = listener()
-    doors: list[Door] = []
+    doors: list[Doorkeeper] = []
 
     def turn_one_away_and_open() -> None:
         connection, _ = server.accept()
         time.sleep(0.3)
         connection.close()
-        doors.append(Door(server, "right", purpose="test"))
+        doors.append(Doorkeeper(server, "right", purpose="test"))
 
     host, port = server.getsockname()
     opener = threading.Thread(target=turn_one_away_and_open)
@@ -121,7 +121,7 @@ def test_a_recorded_proof_is_not_accepted_again() -> None:
     with pytest.raises((NotProven, ConnectionError)):
         connect(impostor(record), "right", purpose="test", seconds=1)
 
-    with Door(listener(), "right", purpose="test") as door:
+    with Doorkeeper(listener(), "right", purpose="test") as door:
         with socket.create_connection(address(door)) as replay:
             replay.sendall(recorded[0])
             replay.settimeout(5)
@@ -134,7 +134,7 @@ def test_a_recorded_proof_is_not_accepted_again() -> None:
 
 def test_silent_connections_do_not_block_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(challenge, "HANDSHAKE_SECONDS", 1.0)
-    with Door(listener(), "right", purpose="test") as door:
+    with Doorkeeper(listener(), "right", purpose="test") as door:
         strays = [socket.create_connection(address(door)) for _ in range(300)]
         connect(address(door), "right", purpose="test").close()
         door.next(20).close()

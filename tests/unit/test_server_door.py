@@ -17,7 +17,7 @@ import pytest
 from megatron_real.config import Config, RolloutConfig
 from megatron_real.rollout.engines.engine import EngineFailed
 from megatron_real.rollout.vllm_server.door import WORKER_CALLS, Door
-from megatron_real.rollout.vllm_server.proof import ANSWER, Claim, answer_proof
+from megatron_real.rollout.vllm_server.proof import ANSWER, KeyClaim, answer_proof
 from megatron_real.rollout.vllm_server.server import (
     KeyRefused,
     Server,
@@ -67,7 +67,7 @@ def status(answer: Answer) -> int:
 
 
 def claim(path: str, body: bytes, *, key: str = KEY, number: str = "n1", verb: str = "POST") -> str:
-    return Claim.of(key, number, verb, path, body).header
+    return KeyClaim.of(key, number, verb, path, body).header
 
 
 def test_a_signed_request_is_answered_with_a_signature(door: Door) -> None:

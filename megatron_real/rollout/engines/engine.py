@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_real.errors import ExpectedEnd, State
@@ -38,7 +39,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """One HF tensor in the memory of one process of an engine."""
 
     shape: tuple[int, ...]
@@ -172,18 +173,34 @@ class QueueEngine(Engine, Protocol):
         """
 
 
-def held_on(process: int, parts: Mapping[str, Part]) -> dict[str, Held]:
-    """Returns `Engine.held` of an engine that this process holds alone."""
-    return {name: Held(part.shape, {process: part.part}) for name, part in parts.items()}
+class InTrainer:
+    """What engines share that hold their weights in the training processes.
 
+    Each rank answers for its own part of every tensor.
+    """
 
-def checksums_on(
-    process: int, parts: Mapping[str, Part], dtypes: Mapping[str, torch.dtype]
-) -> dict[str, dict[int, int]]:
-    """Returns `Engine.checksums` of an engine that this process holds alone."""
-    return {
-        name: {process: checksum(parts[name].tensor.to(dtype))} for name, dtype in dtypes.items()
-    }
+    process = "rank"
+
+    def parts(self) -> dict[str, TensorPart]:
+        """Returns this rank's part of every HF tensor, by name."""
+        raise NotImplementedError
+
+    def held(self) -> dict[str, Held]:
+        """See `Engine`."""
+        rank = dist.get_rank()
+        return {name: Held(part.shape, {rank: part.part}) for name, part in self.parts().items()}
+
+    def checksums(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, dict[int, int]]:
+        """See `Engine`."""
+        rank = dist.get_rank()
+        parts = self.parts()
+        return {
+            name: {rank: checksum(parts[name].tensor.to(dtype))} for name, dtype in dtypes.items()
+        }
+
+    def revive(self) -> bool:
+        """Returns False: the engine ends with its process, so there is nothing to revive."""
+        return False
 
 
 def completed(
@@ -196,5 +213,6 @@ def completed(
     """
     completions: list[list[Completion | None]] = [[None] * sampling.num_samples for _ in prompts]
     for i, k, completion in engine.generate(prompts, sampling, seeds=seeds):
+        # They come as they finish, in any order.
         completions[i][k] = completion
     return completions

@@ -51,6 +51,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
     if not difference:
         return tokenizer
 
+    # The class that takes tokenizer.json as it is, and no code of the family's.
     plain = by_transformers(directory, trust_remote_code=False, plain=True)
     if _difference(plain, directory):
         raise WeightsError(f"{difference}; take another version of transformers")
@@ -93,7 +94,13 @@ def eos_ids(path: str, tokenizer_eos: int | None) -> list[int]:
     Raises:
         WeightsError: a file cannot be read, or there is no such token.
     """
-    listed = _generation_config(Path(path)).get("eos_token_id")
+    try:
+        generation_config = read_table(Path(path) / "generation_config.json")
+    except FileNotFoundError:
+        generation_config = read_config(Path(path))
+
+    # One token or a list of them. Base models often name another one than their tokenizer.
+    listed = generation_config.get("eos_token_id")
     several = listed if isinstance(listed, list) else [listed]
     eos = [token for token in dict.fromkeys([tokenizer_eos, *several]) if token is not None]
     if not eos:
@@ -107,18 +114,6 @@ def eos_ids(path: str, tokenizer_eos: int | None) -> list[int]:
     return eos
 
 
-def _generation_config(directory: Path) -> dict[str, Any]:
-    """Reads generation_config.json, or config.json where it is missing.
-
-    Raises:
-        WeightsError: the file cannot be read, or is no JSON object.
-    """
-    try:
-        return read_table(directory / "generation_config.json")
-    except FileNotFoundError:
-        return read_config(directory)
-
-
 def completion_of(
     tokens: Sequence[int], logprobs: Sequence[float], tokenizer: Any, eos: Container[int]
 ) -> Completion:
@@ -127,6 +122,7 @@ def completion_of(
     It is finished where the last token ends a response.
     """
     assert len(tokens) == len(logprobs), "one log-prob for each sampled token"
+    # A response that was cut off by its length has another last token.
     finished = len(tokens) > 0 and tokens[-1] in eos
     return Completion(tokens, logprobs, decoded(tokens, tokenizer), finished)
 

@@ -6,17 +6,16 @@ It needs no further installation, and is not fast.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from megatron_real.config import Config, ModelConfig
 from megatron_real.parallel.cpu import device
 from megatron_real.records import Completion, Prompt, Sampling
-from megatron_real.rollout.engines.engine import Held, Part, checksums_on, held_on
+from megatron_real.rollout.engines.engine import InTrainer, TensorPart
 from megatron_real.rollout.engines.tokenizer import completion_of, eos_ids, load_tokenizer
 from megatron_real.weights.by_transformers import new_model
 from megatron_real.weights.stored import torch_dtype
@@ -32,7 +31,7 @@ def build(config: Config, *, say: Callable[[str], None]) -> TransformersEngine:
     return TransformersEngine(config.model, batch_size=config.rollout.batch_size)
 
 
-class TransformersEngine:
+class TransformersEngine(InTrainer):
     """Holds a whole copy of the model on each rank and decodes in batches.
 
     The prompts of a batch have similar lengths, so that there is little padding.
@@ -40,7 +39,6 @@ class TransformersEngine:
 
     name = "transformers"
     tp = 1
-    process = "rank"
 
     def __init__(self, model: ModelConfig, *, batch_size: int) -> None:
         """Builds the model from the config at its path, without reading weights.
@@ -49,6 +47,7 @@ class TransformersEngine:
         """
         self.tokenizer = load_tokenizer(model)
         self.batch_size = batch_size
+        # Built on the device: a copy on the host first would double the memory.
         with torch.device(device()):
             self.model = new_model(model.path, torch_dtype(model.dtype))
         self.model.eval()
@@ -59,15 +58,12 @@ class TransformersEngine:
             eos_token_id=self.eos, pad_token_id=self.eos[0]
         )
 
-    def held(self) -> dict[str, Held]:
-        return held_on(dist.get_rank(), self._parts())
-
-    def checksums(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, dict[int, int]]:
-        return checksums_on(dist.get_rank(), self._parts(), dtypes)
-
-    def revive(self) -> bool:
-        """Returns False: the engine ends with its process, so there is nothing to revive."""
-        return False
+    def parts(self) -> dict[str, TensorPart]:
+        """Returns every tensor as a part: the whole of it."""
+        parts = {}
+        for name, tensor in self.model.state_dict().items():
+            parts[name] = TensorPart(tuple(tensor.shape), (slice(None),) * tensor.dim(), tensor)
+        return parts
 
     def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         parameters = self.model.state_dict()
@@ -77,6 +73,8 @@ class TransformersEngine:
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
+        # By length, so that a batch has little padding; stable, so that equal prompts give equal
+        # batches.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
         requests = [(i, k) for i in order for k in range(sampling.num_samples)]
         for start in range(0, len(requests), self.batch_size):
@@ -86,13 +84,6 @@ class TransformersEngine:
             completions = self._decode(batch_prompts, sampling, seed=f"{seeds}-{start}")
             for (i, k), completion in zip(batch, completions, strict=True):
                 yield i, k, completion
-
-    def _parts(self) -> dict[str, Part]:
-        """Returns every tensor as a part: the whole of it."""
-        parts = {}
-        for name, tensor in self.model.state_dict().items():
-            parts[name] = Part(tuple(tensor.shape), (slice(None),) * tensor.dim(), tensor)
-        return parts
 
     def finish_inference(self) -> None:
         if device().type == "cuda":
@@ -159,6 +150,7 @@ class _SampledLogprobs(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._remember(input_ids)
         scaled_BV = scores.float() / self.temperature
+        # Of all tokens, before top_p and top_k, which `generate` applies after this processor.
         self._last_BV = scaled_BV.log_softmax(-1)
         return scaled_BV
 

@@ -26,7 +26,7 @@ from megatron_real.config import Config
 from megatron_real.parallel.collective import shared
 from megatron_real.parallel.cpu import device
 from megatron_real.records import Completion, Prompt, Sampling
-from megatron_real.rollout.engines.engine import Held, Part, checksums_on, held_on
+from megatron_real.rollout.engines.engine import InTrainer, TensorPart
 from megatron_real.rollout.engines.tokenizer import completion_of, eos_ids, load_tokenizer
 
 ENVIRONMENT = {
@@ -97,14 +97,13 @@ def engine_arguments(config: Config) -> dict[str, Any]:
     }
 
 
-class VllmEngine:
+class VllmEngine(InTrainer):
     """One rank's part of a vLLM engine.
 
     It begins asleep and without weights: a sync wakes it.
     """
 
     name = "vllm"
-    process = "rank"
 
     def __init__(self, config: Config) -> None:
         """Builds the engine; collective over all ranks.
@@ -138,17 +137,15 @@ class VllmEngine:
             finalizer.detach()
             atexit.register(gc.unfreeze)
         (self.model,) = self.llm.collective_rpc(lambda worker: worker.get_model())
+        # Asleep from the beginning: the policy and its optimizer are built next, and want the room.
         self.finish_inference()
 
-    def held(self) -> dict[str, Held]:
-        return held_on(dist.get_rank(), self._parts())
+    def parts(self) -> dict[str, TensorPart]:
+        """See `InTrainer`."""
+        # Imported here: it imports vLLM's layers, which a server's client has no use for.
+        from megatron_real.rollout.engines.vllm_weights import parts_of
 
-    def checksums(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, dict[int, int]]:
-        return checksums_on(dist.get_rank(), self._parts(), dtypes)
-
-    def revive(self) -> bool:
-        """Returns False: the engine ends with its process, so there is nothing to revive."""
-        return False
+        return parts_of(self.model)
 
     def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         if self.sleep_level:
@@ -201,6 +198,7 @@ class VllmEngine:
                     inputs: Any = {"prompt_token_ids": list(prompts[i].token_ids)}
                     engine.add_request(request, inputs, self._parameters(sampling, seeds[i] + k))
 
+            # rows have ended, and all that was begun is done.
             if not places:
                 continue
             assert engine.has_unfinished_requests(), "vLLM finishes every request"
@@ -225,16 +223,13 @@ class VllmEngine:
         _leave_groups()
         _forget_frames()
         atexit.unregister(gc.unfreeze)
+        # vLLM froze all objects of its start, the engine among them: frozen ones are never
+        # collected.
         gc.unfreeze()
         del self.llm, self.model
         gc.collect()  # the engine is a ring of references
         if device().type == "cuda":
             torch.cuda.empty_cache()
-
-    def _parts(self) -> dict[str, Part]:
-        from megatron_real.rollout.engines.vllm_weights import parts_of
-
-        return parts_of(self.model)
 
     def _parameters(self, sampling: Sampling, seed: int) -> Any:
         from vllm import SamplingParams
@@ -245,6 +240,7 @@ class VllmEngine:
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             max_tokens=sampling.max_tokens,
+            # vLLM takes a signed number of 64 bits.
             seed=seed % 2**63,
             stop_token_ids=self.eos,
             logprobs=0,  # of the sampled token alone
@@ -327,6 +323,7 @@ def plain_weights() -> Iterator[None]:
     from vllm.model_executor.layers import utils
 
     def unpacked(layer: Any, remove_weight: bool) -> None:
+        # What vLLM itself does with a layer that it does not pack.
         layer.cpu_linear = nn.functional.linear
 
     packing = utils.dispatch_cpu_unquantized_gemm

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from megatron_real.rollout.engines.engine import Part
+from megatron_real.rollout.engines.engine import TensorPart
 
 
 class _Rows(NamedTuple):
@@ -38,39 +38,35 @@ class _Rows(NamedTuple):
     """How many it holds."""
 
 
-def parts_of(model: Any) -> dict[str, Part]:
+def parts_of(model: Any) -> dict[str, TensorPart]:
     """Returns this rank's part of every HF tensor of the model, by name.
 
     A head that shares the embedding's memory is listed as a tensor of its own.
     """
     parts = {}
     for path, module in model.named_modules():
+        # The HF modules that this one is made of: q_proj, k_proj and v_proj of a qkv_proj.
+        parent, dot, name = path.rpartition(".")
+        hf_names = model.packed_modules_mapping.get(name, [name])
         for leaf, parameter in module.named_parameters(recurse=False):
-            hf_paths = _hf_paths(model, path)
-            for hf_path, part in zip(hf_paths, _parts(module, leaf, parameter), strict=True):
-                parts[f"{hf_path}.{leaf}"] = part
+            for hf_name, part in zip(hf_names, _parts(module, leaf, parameter), strict=True):
+                parts[f"{parent}{dot}{hf_name}.{leaf}"] = part
     return parts
 
 
-def _hf_paths(model: Any, path: str) -> list[str]:
-    """Returns the HF modules that the vLLM module of that path is made of."""
-    parent, _, leaf = path.rpartition(".")
-    prefix = f"{parent}." if parent else ""
-    return [f"{prefix}{hf_leaf}" for hf_leaf in model.packed_modules_mapping.get(leaf, [leaf])]
-
-
-def _parts(module: nn.Module, leaf: str, parameter: nn.Parameter) -> Iterator[Part]:
+def _parts(module: nn.Module, leaf: str, parameter: nn.Parameter) -> Iterator[TensorPart]:
     """Yields the HF tensors that are joined in a parameter, in the order of its rows."""
     shape = tuple(parameter.shape[1:])
     columns = (slice(None),) * len(shape)
     if isinstance(module, RowParallelLinear) and leaf == "weight":
         first = module.tp_rank * module.input_size_per_partition
+        # Its rows are whole on every rank; the columns are cut.
         shape = (module.input_size,)
         columns = (slice(first, first + module.input_size_per_partition),)
 
     offset = 0
     for rows in _rows(module, parameter):
-        yield Part(
+        yield TensorPart(
             (rows.total, *shape),
             (slice(rows.start, rows.start + rows.size), *columns),
             parameter.data[offset : offset + rows.size],
@@ -93,6 +89,7 @@ def _rows(module: Any, parameter: nn.Parameter) -> list[_Rows]:
         return [q, kv, kv]
 
     if isinstance(module, MergedColumnParallelLinear):
+        # gate and up: each is cut into equal parts, which lie one after the other.
         rows = []
         for total in module.output_sizes:
             size = total // module.tp_size

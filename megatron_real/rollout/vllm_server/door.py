@@ -7,7 +7,7 @@ import os
 import secrets
 from typing import Any
 
-from megatron_real.rollout.vllm_server.proof import ANSWER, Claim, answer_proof
+from megatron_real.rollout.vllm_server.proof import ANSWER, KeyClaim, answer_proof
 
 WORKER_CALLS = (
     "checksums",
@@ -50,8 +50,9 @@ class Door:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
 
+        # ASGI gives names in lower case and everything as bytes; latin-1 decodes any byte.
         given = dict(scope.get("headers", ())).get(b"authorization", b"")
-        claim = Claim.parse(given.decode("latin-1"))
+        claim = KeyClaim.parse(given.decode("latin-1"))
         if not self._knows_the_key(scope, given, claim):
             return await _refuse(scope, send, 401, "it wants the key in VLLM_API_KEY")
         if scope["type"] == "websocket":
@@ -73,9 +74,12 @@ class Door:
 
         if path == "/reset_prefix_cache":  # the last request of a weight sync
             self._has_weights = True
-        await self.app(self._with_key(scope), _again(body, receive), send)
+        # vLLM's own check wants the key itself.
+        others = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
+        scope = {**scope, "headers": [*others, (b"authorization", self._bearer)]}
+        await self.app(scope, _again(body, receive), send)
 
-    def _knows_the_key(self, scope: Any, given: bytes, claim: Claim | None) -> bool:
+    def _knows_the_key(self, scope: Any, given: bytes, claim: KeyClaim | None) -> bool:
         """Tells whether a request may be answered: its sender knows the key, and it is no replay.
 
         Args:
@@ -93,14 +97,10 @@ class Door:
         if path.startswith(_ASK_AGAIN):
             return True
 
+        # A replay of a weight sync would set the weights back.
         is_new = claim.number not in self._numbers
         self._numbers.add(claim.number)
         return is_new
-
-    def _with_key(self, scope: Any) -> Any:
-        """Returns the request with the key in its header, as vLLM's own check wants it."""
-        others = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
-        return {**scope, "headers": [*others, (b"authorization", self._bearer)]}
 
 
 def _is_known_call(body: bytes) -> bool:

@@ -86,6 +86,7 @@ class VllmServerEngine:
 
         rank = dist.get_rank()
         num_servers = len(rollout.servers) or rollout.num_servers
+        # Neighbouring ranks ask different servers, and the first `num_servers` ranks own one each.
         self.number = rank % num_servers
         """Number of the server that this rank asks."""
         self.at_once = -(-rollout.max_sequences * num_servers // dist.get_world_size())
@@ -108,6 +109,7 @@ class VllmServerEngine:
         self._link: Link | None = None
         self._link_name = ""
 
+        # All servers start at the same time, before any is waited for.
         if self.owner and not rollout.servers:
             self.started = ServerProcess(config, number=self.number, key=self._key)
         try:
@@ -124,6 +126,7 @@ class VllmServerEngine:
         Raises:
             EngineFailed: on every rank alike.
         """
+        # Plain text, because the server takes nothing else.
         dtype_names = {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
         seconds = self._config.rollout.sync.timeout_seconds
 
@@ -243,6 +246,8 @@ class VllmServerEngine:
                     i, k = request
                     answer = self._complete(prompts[i], sampling, seeds[i] + k)
                     if isinstance(answer, EngineFailed):
+                        # One answer may be lost to a timeout; where the server is gone, all others
+                        # would be too.
                         requests.end_unless(self._serves)
                         answers.put(answer)
                     else:
@@ -347,7 +352,16 @@ class VllmServerEngine:
             else:
                 wait_until_healthy(self.server, rollout.server_start_seconds, self._say)
             workers = self.server.call("describe", timeout=_CALL_SECONDS)
-            self._check(workers[0])
+
+            # A server that is given may have been started for something else.
+            needed = {"logprobs_mode": "processed_logprobs", "max_model_len": self._longest}
+            for name, value in needed.items():
+                if workers[0][name] != value:
+                    raise EngineFailed(
+                        f"the vLLM server {self.server.url} has {name} = {workers[0][name]}, this "
+                        f"run needs {value}; start it by megatron-real serve with this run's "
+                        "configuration"
+                    )
             return workers
 
         # The rank of a server's number is its owner, which alone has asked the server.
@@ -356,20 +370,6 @@ class VllmServerEngine:
         )
         workers = of_rank[self.number]
         self._held = self._held_by([worker["held"] for worker in workers])
-
-    def _check(self, description: Mapping[str, Any]) -> None:
-        """Checks whether a server that is given was started for this run's configuration.
-
-        Raises:
-            EngineFailed: it was not.
-        """
-        needed = {"logprobs_mode": "processed_logprobs", "max_model_len": self._longest}
-        for name, value in needed.items():
-            if description[name] != value:
-                raise EngineFailed(
-                    f"the vLLM server {self.server.url} has {name} = {description[name]}, this run "
-                    f"needs {value}; start it by megatron-real serve with this run's configuration"
-                )
 
     def _held_by(self, workers: Sequence[Mapping[str, Any]]) -> dict[str, Held]:
         """Returns what the server expects, and where, for the rank that sends it weights.
@@ -407,6 +407,7 @@ class VllmServerEngine:
             try:
                 self._beside("receive_bucket", contents, partial(link.send, bucket.flat), seconds)
             except EngineFailed:
+                # A bucket that only some workers have received cannot be taken up again.
                 link.abort()
                 self._link = None
                 raise
@@ -429,6 +430,7 @@ class VllmServerEngine:
         if self._link is not None:
             self._link.close()
         self._link_name = secrets.token_hex(8)
+        # On the one address that the server can reach, not on all of this machine.
         listener = listen(own_address(*self.server.address))
         size = len(names) + 1
         invitation = {

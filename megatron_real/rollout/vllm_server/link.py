@@ -76,6 +76,7 @@ def buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
     end = 0
     for name, tensor in weights:
         num_bytes = tensor.numel() * tensor.element_size()
+        # Rounded up.
         aligned = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         if slots and end + aligned > SYNC_BUCKET_BYTES:
             yield Bucket(slots, memory[:end])
@@ -252,6 +253,7 @@ def _prove(group: Any, secret: str, *, rank: int, size: int, device: torch.devic
         return bytes(tensor.tolist())
 
     own_number = secrets.token_bytes(32)
+    # Fresh numbers of both sides: an old proof, heard earlier, is worth nothing.
     numbers = [broadcast(0, own_number, 32)]
     for worker in range(1, size):
         name = str(worker).encode()
@@ -262,6 +264,7 @@ def _prove(group: Any, secret: str, *, rank: int, size: int, device: torch.devic
         if not hmac.compare_digest(answer[32:], expected):
             raise NotProven(f"worker {worker - 1} of the link does not know this run's secret")
 
+    # Every worker computes the sender's proof for itself; the sender compares it with its own.
     expected = proof(secret, b"sender", *numbers)
     if not hmac.compare_digest(broadcast(0, expected, 32), expected):
         raise NotProven("the sender of the link does not know this run's secret")

@@ -38,7 +38,7 @@ class Host(Store):
         self._seconds = seconds
         self._values: dict[str, bytes] = {}
         self._changed = threading.Condition()
-        self._door = challenge.Door(listener, secret, purpose=_PURPOSE)
+        self._door = challenge.Doorkeeper(listener, secret, purpose=_PURPOSE)
         self._closed = threading.Event()
         threading.Thread(target=self._let_in, name="link-store", daemon=True).start()
 
@@ -73,6 +73,7 @@ class Host(Store):
 
     def _let_in(self) -> None:
         while not self._closed.is_set():
+            # A second at a time, so that the thread sees that the store was closed.
             with suppress(TimeoutError):
                 guest = self._door.next(1.0)
                 threading.Thread(target=self._serve, args=(guest,), daemon=True).start()
@@ -96,6 +97,7 @@ class Host(Store):
             return {}
         if "check" in request:
             return {"there": self.check(request["check"])}
+        # A guest cannot keep a thread here for longer than the link may wait.
         seconds = min(request["seconds"], self._seconds)
         self.wait(request["keys"], timedelta(seconds=seconds))
         return {"values": [self._values[key].hex() for key in request["keys"]]}

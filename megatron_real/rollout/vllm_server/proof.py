@@ -24,7 +24,7 @@ ANSWER = "X-Proof"
 
 
 @dataclass(frozen=True)
-class Claim:
+class KeyClaim:
     """The claim in a request's header that its sender knows the key."""
 
     number: str
@@ -35,18 +35,18 @@ class Claim:
     """Proof that the sender knows the key."""
 
     @classmethod
-    def of(cls, key: str, number: str, verb: str, path: str, body: bytes) -> Claim:
+    def of(cls, key: str, number: str, verb: str, path: str, body: bytes) -> KeyClaim:
         """Makes the claim for a request, with the key."""
         digest = hashlib.sha256(body).hexdigest()
         return cls(number, digest, _proof(key, "request", number, verb, path, digest))
 
     @classmethod
-    def parse(cls, header: str) -> Claim | None:
+    def parse(cls, header: str) -> KeyClaim | None:
         """Reads the claim in an Authorization header; None where there is none."""
-        scheme, *words = header.split(" ")
-        if scheme != SCHEME or len(words) != 3:
+        scheme, *fields = header.split(" ")
+        if scheme != SCHEME or len(fields) != 3:
             return None
-        return cls(*words)
+        return cls(*fields)
 
     @property
     def header(self) -> str:
@@ -70,5 +70,5 @@ def answer_proof(key: str, number: str, status: int, body: bytes) -> str:
     return _proof(key, "answer", number, str(status), digest)
 
 
-def _proof(key: str, *words: str) -> str:
-    return proof(key, *(word.encode() for word in words)).hex()
+def _proof(key: str, *fields: str) -> str:
+    return proof(key, *(field.encode() for field in fields)).hex()

@@ -32,7 +32,7 @@ from megatron_real.parallel.cpu import device
 from megatron_real.rollout.engines.engine import EngineFailed
 from megatron_real.rollout.engines.vllm import ENVIRONMENT, engine_arguments
 from megatron_real.rollout.vllm_server import main as server_main
-from megatron_real.rollout.vllm_server.proof import ANSWER, Claim, answer_proof
+from megatron_real.rollout.vllm_server.proof import ANSWER, KeyClaim, answer_proof
 
 _SAY_EVERY_SECONDS = 10.0
 _POLL_SECONDS = 0.5
@@ -91,6 +91,7 @@ class Server:
         arguments = []
         if argument is not None:
             arguments.append(json.dumps(argument))
+        # door.py lets one text argument through, so that nothing is ever unpickled.
         body = {"method": method, "args": arguments}
         return list(self.post("/collective_rpc", body, timeout=timeout)["results"])
 
@@ -120,8 +121,9 @@ class Server:
     def _ask(self, verb: str, path: str, text: str | None, timeout: float) -> str:
         """Returns the body of an answer with status 200; raises as `post`."""
         body = (text or "").encode()
-        claim = Claim.of(self._key, secrets.token_hex(16), verb, path, body)
+        claim = KeyClaim.of(self._key, secrets.token_hex(16), verb, path, body)
         headers = {"Authorization": claim.header, "Content-Type": "application/json"}
+        # A new connection for each request: the server may have been started again meanwhile.
         connection = self._connection(timeout)
         self._open.add(connection)
         try:
@@ -186,7 +188,12 @@ class ServerProcess:
         """Starts the server, again if it has ended; each time on another port."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         host = self._config.rollout.server_host
-        port = _free_port(host)
+        with socket.socket() as probe:
+            # Free just now: another process may take it before the server does, which then ends
+            # and says so.
+            probe.bind((host, 0))
+            port = int(probe.getsockname()[1])
+
         guard = [sys.executable, str(Path(__file__).with_name("guard.py"))]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -212,6 +219,7 @@ class ServerProcess:
     def stop(self) -> None:
         """Ends the server, and waits until its memory is free."""
         assert self._process.stdin is not None
+        # The guard's sign to end the server, as if this process had gone.
         self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOP_SECONDS)
@@ -248,6 +256,7 @@ class ServerProcess:
 
         tp = self._config.rollout.tp
         num_trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        # The trainers have the first GPUs; then each rank of the machine has `tp` for its server.
         first = num_trainers + int(os.environ.get("LOCAL_RANK", "0")) * tp
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if visible:
@@ -318,6 +327,7 @@ def command(config: Config, *, host: str, port: int) -> list[str]:
     for name, value in {**engine_arguments(config), **ours}.items():
         if name not in secret:
             words += _words(name, value)
+    # Secrets come by the environment, which needs our main in front of vLLM's.
     module = server_main.__name__ if secret else server_main.SERVER
     return [sys.executable, "-m", module, *words]
 
@@ -379,13 +389,6 @@ def _words(name: str, value: Any) -> list[str]:
     if isinstance(value, str):
         return [f"--{option}", value]
     return [f"--{option}", json.dumps(value)]
-
-
-def _free_port(host: str) -> int:
-    """Returns a port that was free just now; another process may take it before the server does."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 def _message(text: str) -> str:

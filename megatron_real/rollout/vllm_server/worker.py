@@ -45,6 +45,7 @@ class Worker(VllmWorker):
         """
         held = {}
         for name, part in parts_of(self.get_model()).items():
+            # slice(None) becomes numbers: JSON knows no slices.
             axes = zip(part.part, part.shape, strict=True)
             held[name] = [part.shape, [axis.indices(size)[:2] for axis, size in axes]]
         return {
@@ -89,6 +90,7 @@ class Worker(VllmWorker):
             BucketSlot(name, dtype, tuple(shape), start)
             for name, dtype, shape, start in contents["slots"]
         ]
+        # vLLM copies from these views, which the next bucket overwrites.
         flat = self._link.receive(contents["num_bytes"])
         self.get_model().load_weights(unpacked(flat, slots))
 
