@@ -83,6 +83,7 @@ def model_card(
         if row.get("heldout/pass_at_1") is not None
         and (last_step is None or row["step"] <= last_step)
     ]
+    # What holds for the starting weights holds for the trained ones; what is known better follows.
     fields = _inherited(source)
     if base := _hub_id(source):
         fields["base_model"] = base
@@ -149,6 +150,7 @@ def with_benchmarks(card: str, evaluations: Sequence[str | Path]) -> str:
                 spread = f"{error:.4f}"
             accuracy = f"{row['pass_at_1']:.4f}"
             rows.append([name, accuracy, spread, row["problems"], row["samples"]])
+    # A card that somebody has edited may have fields that the hub's library does not know.
     parsed = ModelCard(card, ignore_metadata_errors=True)
     data = cast(ModelCardData, parsed.data)
     data.model_name = data.model_name or "model"
@@ -192,6 +194,7 @@ def _figures(
         steps = [row for row in steps if row["step"] <= last_step]
     lines = ["## Figures", ""]
     if steps:
+        # At most half of the steps, so that the two windows do not overlap.
         window = max(1, min(_WINDOW, len(steps) // 2))
         before = mean_reward(steps[:window])
         after = mean_reward(steps[-window:])
@@ -199,6 +202,7 @@ def _figures(
             f"* {steps[-1]['step']} steps. Mean reward of training rollouts: {before:.4f} in the "
             f"first {window} steps, {after:.4f} in the last {window}."
         )
+    # The first and the last, which are one where there is only one.
     for row in [*evaluations[:1], *evaluations[1:][-1:]]:
         error = row.get("heldout/standard_error")
         spread = ""
@@ -243,6 +247,7 @@ def _benchmarks(directory: Path) -> dict[str, Mapping[str, Any]]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
         for row in rows.values():
+            # Read for the errors that they raise here, and not in the middle of a card.
             _ = (float(row["pass_at_1"]), int(row["problems"]), int(row["samples"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

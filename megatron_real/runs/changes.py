@@ -39,6 +39,7 @@ def changes(
 
     A setting that one of them lacks is None there.
     """
+    # In the order of the earlier file, then what is new.
     for name in [*before, *(name for name in now if name not in before)]:
         path = f"{prefix}{name}"
         old = before.get(name, _BEFORE.get(path))

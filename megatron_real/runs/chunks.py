@@ -102,7 +102,10 @@ class ChunkFiles:
         self._exchange = Exchange(
             ranks.rank, ranks.world, ranks.group, ranks_per_node=ranks.per_node
         )
-        self._say = say if ranks.first else _say_nothing
+        self._say = say
+        if not ranks.first:
+            # The first rank speaks for all.
+            self._say = lambda sentence: None
         self._begun_step = begun_step
 
     def read(
@@ -143,6 +146,7 @@ class ChunkFiles:
             )
             return None
 
+        # A node's share may be empty; together the ranks must have a group for every prompt.
         groups = frozenset[int]().union(*(reading.groups for reading in readings))
         if len(groups) != len(prompts):
             raise _other_prompts(file, name.step)
@@ -186,9 +190,9 @@ class ChunkFiles:
             for part in part_files(file)[exchange.node :: exchange.num_nodes]:
                 before, rollouts = read_chunk(part)
                 into += rollouts
-                changed = (
-                    ["nothing says under what"] if before is None else before.differences(origin)
-                )
+                changed = ["nothing says under what"]
+                if before is not None:
+                    changed = before.differences(origin)
         except ValueError as error:
             if begun:
                 raise  # what the step has been trained on cannot be drawn again
@@ -199,8 +203,11 @@ class ChunkFiles:
             # rollouts were drawn and labelled under stays. Only their prompts must be those that
             # the rest of the step counts on.
             changed = []
-            if not _answer(into, prompts):
-                raise _other_prompts(file, name.step)
+            for rollout in into:
+                place = rollout.group
+                tokens = rollout.prompt.token_ids
+                if place >= len(prompts) or tokens != prompts[place].token_ids:
+                    raise _other_prompts(file, name.step)
         elif changed:
             return _Reading(len(into), changed=tuple(changed))
 
@@ -210,19 +217,6 @@ class ChunkFiles:
             prompt = dataclasses.replace(rollout.prompt, uid=prompts[rollout.group].uid)
             into[i] = dataclasses.replace(rollout, prompt=prompt)
         return _Reading(len(into), groups=frozenset(rollout.group for rollout in into))
-
-
-def _say_nothing(_: str) -> None:
-    """The first rank speaks."""
-
-
-def _answer(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> bool:
-    """Whether every rollout is of the prompt in whose place it stands."""
-    return all(
-        rollout.group < len(prompts)
-        and rollout.prompt.token_ids == prompts[rollout.group].token_ids
-        for rollout in rollouts
-    )
 
 
 def _other_prompts(file: Path, step: int) -> ValueError:
@@ -242,20 +236,27 @@ def settings_of_rollouts(config: Config) -> dict[str, Any]:
     written = to_plain(config)
     settings: dict[str, Any] = {}
     for section in ("rollout", "labels"):
+        # Through JSON once, as they are compared with values that were read from a file's header.
         values = json.loads(json.dumps(asdict(getattr(config, section))))
         for name, value in values.items():
             given = written[section][name]
-            settings[f"{section}.{name}"] = value if value == given else f"{given} {_digest(value)}"
+            if value != given:
+                value = f"{given} {_digest(value)}"
+            settings[f"{section}.{name}"] = value
     for name in _WITHOUT_EFFECT_ON_ROLLOUTS:
         settings.pop(name, None)
+
+    # A verifier is FILE:FUNCTION, or the name of one of ours, which is no file.
     own = Path(config.labels.verifier.rpartition(":")[0])
     if own.is_file():
         settings["the file of labels.verifier"] = _digest(own.read_text(encoding="utf-8"))
     for name, source in data_sources(config.data).items():
         if source.verifier:
+            described = source.verifier
             file = Path(source.verifier.rpartition(":")[0])
-            held = _digest(file.read_text(encoding="utf-8")) if file.is_file() else ""
-            settings[f"data.sources.{name}.verifier"] = f"{source.verifier} {held}".strip()
+            if file.is_file():
+                described += f" {_digest(file.read_text(encoding='utf-8'))}"
+            settings[f"data.sources.{name}.verifier"] = described
     return settings
 
 

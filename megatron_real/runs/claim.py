@@ -62,6 +62,7 @@ class Earlier:
             )
 
         try:
+            # A row that was cut has no end of line and is no step.
             steps = directory.metrics.read_bytes().count(b"\n")
         except FileNotFoundError:
             steps = 0
@@ -197,6 +198,7 @@ class Claim:
         # Read before too: a directory of other files does not even get a lock.
         path = self.directory.path
         Earlier.read(self.directory)
+        # From the innermost outwards: in this order they can be removed again.
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         self._lock.take(say)
         self._held = True
@@ -208,10 +210,19 @@ class Claim:
             # The directory is another run's, or no run's.
             return
 
-        if self.directory.path in self._made:
-            # An empty directory more does no harm.
+        path = self.directory.path
+        if path in self._made:
+            # The directory is removed while the lock, which is all that it has, is still held. It
+            # is renamed first: a newcomer that waits for the lock must never see a part of it.
+            # Where that fails, an empty directory more does no harm.
             with contextlib.suppress(OSError):
-                self._remove()
+                names = [entry.name for entry in path.iterdir()]
+                if names == [self.directory.owners.name]:
+                    doomed = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+                    path.rename(doomed)
+                    shutil.rmtree(doomed)
+                    for parent in self._made[1:]:
+                        parent.rmdir()
         else:
             # Several refused starts in a row keep the run's own status, not each other's.
             status = read_status(self.directory.status)
@@ -220,19 +231,6 @@ class Claim:
             with contextlib.suppress(OSError):
                 write_status(self.directory.status, state, sentence, before=before)
         self.release()
-
-    def _remove(self) -> None:
-        """Removes the directory, which has nothing but this lock, while the lock is still held."""
-        path = self.directory.path
-        if [entry.name for entry in path.iterdir()] != [self.directory.owners.name]:
-            return
-
-        # A newcomer that waits for the lock must never see a part of it.
-        doomed = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-        for parent in self._made[1:]:
-            parent.rmdir()
 
     def release(self) -> None:
         """Gives the directory back."""

@@ -193,6 +193,7 @@ def read_questions(path: Path) -> Questions:
         table = file.read(list(_OF_A_PROMPT), use_threads=False)
     _check_columns(table, _OF_A_PROMPT)
 
+    # One row of each group says all that its samples have in common.
     _, first_rows = numpy.unique(table.column("group").to_numpy(), return_index=True)
     table = table.take(pyarrow.array(first_rows))
     token_ids = _rows_of(table, "prompt_token_ids")
@@ -393,7 +394,7 @@ def _utf8(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, list):
-        return [_utf8(one) for one in value]
+        return [_utf8(item) for item in value]
     return value
 
 
@@ -429,6 +430,7 @@ def _lists(arrays: Sequence[NDArray[Any] | None], dtype: type[numpy.generic]) ->
     values = numpy.zeros(0, dtype=dtype)
     if present:
         values = numpy.concatenate(present)
+    # An empty list and no list are two things: an empty response has the former.
     absent = pyarrow.array([array is None for array in arrays], type=pyarrow.bool_())
     return pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(values), mask=absent)
 

@@ -173,6 +173,7 @@ class _Figure:
         Returns:
             The right axis.
         """
+        # The right axis draws over the left one, whose spines stay.
         twin = axis.twinx()
         twin.spines[["top", "left"]].set_visible(False)
         for side, (name, label), color in ((axis, left, _BLUE), (twin, right, _ORANGE)):
@@ -222,7 +223,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
             averages.append(math.nan)
             continue
         window = values[max(0, i - half) : i + half + 1]
-        finite = [other for other in window if math.isfinite(other)]
+        finite = [neighbour for neighbour in window if math.isfinite(neighbour)]
         averages.append(sum(finite) / len(finite))
     return averages
 

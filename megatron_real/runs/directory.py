@@ -75,6 +75,7 @@ class RunDirectory:
         There are none for a run's directory, or one that a job has prepared.
         """
         names = sorted(path.name for path in self.path.iterdir())
+        # Any of them tells a run's directory: a run that was killed early has only some.
         marks = {self.status.name, self.owners.name, self.metrics.name, self.checkpoints.name}
         if marks & set(names):
             return []

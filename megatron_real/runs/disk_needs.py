@@ -51,6 +51,7 @@ def disk_needs(
         mean_response: tokens; half of the longest response where it is not known.
     """
     weights = architecture.num_parameters * _MODEL_BYTES[config.model.dtype]
+    # Half of the limit, as nobody knows before the first step.
     tokens = mean_response or config.rollout.max_response_tokens / 2
     groups = config.rollout.num_prompts
     if config.rollout.keep_groups:
@@ -89,4 +90,5 @@ def _num_checkpoints(config: Config) -> int:
     if keep.keep_every:
         kept |= {step for step in saved_at if step % keep.keep_every == 0}
     best = keep.keep_best and bool(config.data.heldout) and len(saved_at) > len(kept)
+    # The one that is being written is beside all that are kept: they are deleted after it is whole.
     return len(kept) + int(best) + 1

@@ -63,11 +63,16 @@ class Owner:
     @classmethod
     def of_this_process(cls) -> Owner:
         """Returns this process, with a new token."""
+        namespaces = ""
+        # Elsewhere this /proc is of another namespace than the process, and says nothing of it.
+        if _link("/proc/self") == str(os.getpid()):
+            kinds = ("pid", "time")  # a start time counts from the boot of its own time namespace
+            namespaces = " ".join(_link(f"/proc/self/ns/{kind}") for kind in kinds)
         return cls(
             token=uuid.uuid4().hex,
             host=socket.gethostname(),
             boot=_first_line("/proc/sys/kernel/random/boot_id"),
-            namespaces=_namespaces(),
+            namespaces=namespaces,
             pid=os.getpid(),
             started=_start_of(os.getpid()),
             cluster=os.environ.get("SLURM_CLUSTER_NAME", ""),
@@ -175,6 +180,7 @@ class RunLock:
                 "give a trainer.run_dir where this user may make files and links"
             ) from error
 
+        # This process's from here on. The file before it may still say that its owner lives.
         self._number = number
         self._mark_ended(number - 1)
         self._thread.start()
@@ -191,6 +197,8 @@ class RunLock:
         """Makes a file with its content in one step; returns False if it exists."""
         aside = self._aside(self._me.text())
         try:
+            # With its content at once: a file that is made empty first would name nobody for a
+            # moment.
             os.link(aside, self._file(number))
         except FileExistsError:
             # NFS says this of a link that it has made, where its first answer was lost.
@@ -215,6 +223,7 @@ class RunLock:
         say(f"{where} is locked by {owner}; waiting up to {self.lease:g} s for a sign of life")
         ends = time.monotonic() + self.lease
         while time.monotonic() < ends:
+            # Several looks between two touches of the owner.
             time.sleep(min(self.beat / 4, 1.0))
             now, touched_now = self._read(number)
             if now.ended:
@@ -236,6 +245,7 @@ class RunLock:
         try:
             owner, _ = self._read(number)
             if not owner.ended and only in (None, owner):
+                # Replaced as a whole: a reader never sees half of an owner.
                 self._aside(owner.text(ended=True)).replace(self._file(number))
         except OSError as error:
             # The next run comes to know by itself, only later.
@@ -310,20 +320,10 @@ class RunLock:
         return self.folder / str(number)
 
 
-def _namespaces() -> str:
-    """Returns the namespaces in which this process's number and start time count.
-
-    "" where /proc does not show the process in them.
-    """
-    if _link("/proc/self") != str(os.getpid()):
-        # This /proc is of another namespace than the process.
-        return ""
-    return " ".join(_link(f"/proc/self/ns/{kind}") for kind in ("pid", "time"))
-
-
 def _runs(pid: int, started: str) -> bool:
     """Returns whether that very process runs; True also where it cannot be known."""
     try:
+        # Signal 0 asks whether the process is there and does nothing to it.
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
@@ -333,6 +333,7 @@ def _runs(pid: int, started: str) -> bool:
 
     # The number may have been given out again, to a process that started later.
     present_start = _start_of(pid)
+    # Where a start is unknown, the number has to do.
     if not started or not present_start:
         return True
     return present_start == started
@@ -368,4 +369,5 @@ def _first_line(path: str) -> str:
 
 def _end_process(sentence: str) -> None:
     os.write(2, f"megatron-real: {sentence}\n".encode())
+    # Not sys.exit, which would end this thread alone.
     os._exit(1)

@@ -173,6 +173,7 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
             continue
         labels_of_groups[rollout.group].add(rollout.label)
         reward = rollout.verdict.reward
+        # A truncated rollout counts as wrong and was seen by no verifier: its label is its reward.
         rewards.append(float(rollout.label) if reward is None else reward)
     label_sets = labels_of_groups.values()
 
@@ -183,6 +184,7 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     # A lost rollout has no completion that an engine wrote.
     sampled = [r.completion for r in rollouts if r.verdict.status != Status.LOST]
     lengths = [completion.num_trained for completion in sampled]
+    # 0 seconds: no verifier saw it.
     checks = [r.verdict for r in rollouts if r.verdict.seconds > 0]
     statuses = Counter(r.verdict.status for r in rollouts)
     return {
@@ -280,6 +282,7 @@ def engine_metrics(engines: Sequence[Mapping[str, float]]) -> dict[str, float]:
         return {}
     seconds = [engine["seconds"] for engine in engines]
     tokens = [engine["tokens"] for engine in engines]
+    # Of equals the first, so that a figure is the same on every reading.
     slowest = seconds.index(max(seconds))
     rates = [n / s for n, s in zip(tokens, seconds, strict=True) if n > 0 and s > 0]
     total = math.fsum(seconds)
@@ -319,6 +322,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
         return math.nan
 
     ordered = sorted(values)
+    # Between two neighbours, as numpy's default `linear` has it.
     below, fraction = divmod(percent / 100 * (len(ordered) - 1), 1)
     low = ordered[int(below)]
     high = ordered[min(int(below) + 1, len(ordered) - 1)]
@@ -360,7 +364,12 @@ class MetricsWriter:
         self._say = say
         self._trackers: list[Tracker] = []
         for setting in trackers:
-            self._open(TRACKERS[setting], config, first_step)
+            tracker = TRACKERS[setting]
+            try:
+                self._trackers.append(tracker(directory, config, first_step))
+            # A service or a library of others, which raises what it likes.
+            except Exception as error:
+                self._say(f"WARNING: {tracker.name} is left out: {_first_line(error)}")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the row of a finished step. What is not finite becomes null."""
@@ -383,14 +392,6 @@ class MetricsWriter:
         grouped = {tracked_name(name): value for name, value in finite.items()}
         for tracker in list(self._trackers):
             self._guarded(tracker, functools.partial(tracker.write, step, grouped))
-
-    def _open(
-        self, tracker: type[Tracker], config: Mapping[str, Any], first_step: int | None
-    ) -> None:
-        try:
-            self._trackers.append(tracker(self._directory, config, first_step))
-        except Exception as error:  # a service or a library of others, which raises what it likes
-            self._say(f"WARNING: {tracker.name} is left out: {_first_line(error)}")
 
     def _guarded(self, tracker: Tracker, action: Callable[[], None]) -> None:
         try:

@@ -72,6 +72,7 @@ def name_parts(path: Path, *, of: int) -> None:
     """
     unfinished = _unfinished(path)
     names = {Part(number, of).name for number in range(1, of + 1)}
+    # An attempt of a life on another number of nodes may have left parts of other names.
     for left_over in unfinished.iterdir():
         if left_over.name not in names:
             left_over.unlink()
@@ -105,6 +106,7 @@ def write_parts(
 
     from megatron_real.parallel.collective import all_well
 
+    # Collective, and so outside of what may fail on one node alone.
     whole = exchange.to_nodes(rollouts)
 
     def write_own() -> None:
@@ -132,6 +134,7 @@ def part_files(path: Path) -> list[Path]:
     counts = {int(match[2]) for match in matches.values() if match}
     if not counts:
         raise ValueError(f"{path} is a directory without a part of a step's rollouts")
+    # Of several counts the largest: a part that is missing then shows by its name.
     names = [Part(number, max(counts)).name for number in range(1, max(counts) + 1)]
     for name in names:
         if name not in matches:

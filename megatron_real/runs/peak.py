@@ -43,6 +43,7 @@ def peak_tflops(device_name: str, configured: float = 0.0) -> float | None:
         return configured
 
     words = _words(device_name)
+    # Whole words: "A10" must not be taken for an A100.
     known = [key for key in PEAK_TFLOPS if _words(key) <= words]
     if not known:
         return None

@@ -38,17 +38,8 @@ def check_replay(config: Config) -> list[str]:
         raise ValueError(
             f"rollout.replay = {saved.path} is no directory; give the directory of an earlier run"
         )
-    _check_steps(saved, config.trainer.steps)
-    _check_temperature(saved, config.rollout.temperature)
-    return _check_prompts(saved.saved_rollouts(1), config)
 
-
-def _check_steps(saved: RunDirectory, steps: int) -> None:
-    """Checks whether the rollouts of steps 1 to `steps` are there.
-
-    Raises:
-        ValueError: they are not.
-    """
+    steps = config.trainer.steps
     for step in range(1, steps + 1):
         if saved.saved_rollouts(step).exists():
             continue
@@ -62,25 +53,20 @@ def _check_steps(saved: RunDirectory, steps: int) -> None:
             f"trainer.steps is {steps}; set trainer.steps={step - 1} or less"
         )
 
-
-def _check_temperature(saved: RunDirectory, temperature: float) -> None:
-    """Checks whether the saved rollouts were sampled at a temperature.
-
-    Raises:
-        ValueError: they were sampled at another one.
-    """
     # The batch of a skipped update (dumps/) has no configuration to compare with.
-    if not saved.config.is_file():
-        return
+    if saved.config.is_file():
+        from omegaconf import OmegaConf
 
-    from omegaconf import OmegaConf
+        before = OmegaConf.select(OmegaConf.load(saved.config), "rollout.temperature")
+        temperature = config.rollout.temperature
+        if before is not None and float(before) != temperature:
+            raise ValueError(
+                f"rollout.replay = {saved.path} was sampled at rollout.temperature = {before}, and "
+                f"the log-probs of this run are taken at {temperature}; set "
+                f"rollout.temperature={before}"
+            )
 
-    before = OmegaConf.select(OmegaConf.load(saved.config), "rollout.temperature")
-    if before is not None and float(before) != temperature:
-        raise ValueError(
-            f"rollout.replay = {saved.path} was sampled at rollout.temperature = {before}, and the "
-            f"log-probs of this run are taken at {temperature}; set rollout.temperature={before}"
-        )
+    return _check_prompts(saved.saved_rollouts(1), config)
 
 
 def _check_prompts(file: Path, config: Config) -> list[str]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -126,7 +127,9 @@ class Reporter:
         self.say_status("running")
         self.progress.log_to(self.directory.log)
 
-        steps = beginning.newest.position.step if beginning.newest else 0
+        steps = 0
+        if beginning.newest:
+            steps = beginning.newest.position.step
         # What an earlier life has written after its last checkpoint goes before config.yaml
         # changes: a kill in between must not leave rows beside a configuration that they were not
         # made with.
@@ -153,15 +156,19 @@ class Reporter:
         from omegaconf import OmegaConf
 
         values = to_plain(self.config)
+        origin = "the start"
+        if beginning.newest:
+            origin = str(beginning.newest.position)
         life = {
             "time": time.strftime("%Y-%m-%d %H:%M:%S"),
             "life": life_of_this_process(),
             "processes": self.world,
-            "from": str(beginning.newest.position) if beginning.newest else "the start",
+            "from": origin,
             "changed": beginning.changed,
             "config": values,
         }
         number = 1
+        # The first rank alone writes here, and it holds the directory's lock.
         while self.directory.life(number).exists():
             number += 1
         write_whole(self.directory.life(number), json.dumps(life, indent=1) + "\n")
@@ -190,7 +197,7 @@ class Reporter:
     def offsets(self) -> dict[str, int]:
         """Bytes of each file of rows so far."""
         files = (self.directory.metrics, self.directory.evaluations)
-        return {file.name: file.stat().st_size if file.exists() else 0 for file in files}
+        return {file.name: _size(file) for file in files}
 
     def _rewind(self, steps: int, offsets: Mapping[str, int]) -> None:
         """Drops what was written after the first `steps` steps: it will be made again.
@@ -200,18 +207,21 @@ class Reporter:
         """
         for file in (self.directory.metrics, self.directory.evaluations):
             size = offsets.get(file.name, 0)
-            present = file.stat().st_size if file.exists() else 0
+            present = _size(file)
             if present > size:
                 rows = file.read_bytes()[size:].count(b"\n")
                 self.progress.say(
                     f"{file.name}: the last {rows} rows are of steps that will be made again"
                 )
+                # The file keeps its inode: a program that follows it goes on.
                 os.truncate(file, size)
                 if size == 0:
                     file.unlink()
             elif present < size:
                 # Somebody has cut or deleted the file. Training does not need the rows.
-                cut = ", and its last row was cut" if drop_cut_row(file) else ""
+                cut = ""
+                if drop_cut_row(file):
+                    cut = ", and its last row was cut"
                 self.progress.say(
                     f"WARNING: {file.name} has {present} bytes, and {size} when the checkpoint was "
                     f"written: rows of finished steps are lost{cut}"
@@ -228,9 +238,10 @@ class Reporter:
 
         Where trainer.profile asks for it, the first rank writes a trace of torch's profiler.
         """
-        return profile_step(
-            step, self.config.trainer.profile if self.first else (), self.directory.profile
-        )
+        profiled: Sequence[int] = ()
+        if self.first:
+            profiled = self.config.trainer.profile
+        return profile_step(step, profiled, self.directory.profile)
 
     def trained(self, step: int, rollouts: Sequence[Rollout], training: Training) -> None:
         """Writes the finished step's metrics, and lets the thread write its rollouts. Collective.
@@ -258,7 +269,9 @@ class Reporter:
         if self._writer is None:
             return
 
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        device = "cpu"
+        if torch.cuda.is_available():
+            device = torch.cuda.get_device_name()
         peak = peak_tflops(device, self.config.trainer.peak_tflops)
         metrics = step_metrics(
             rollouts,
@@ -293,10 +306,12 @@ class Reporter:
         # The parts are a step's rollouts once every node has written its own.
         step = self._written_step
         self._written_step = 0
-        all_well(
-            lambda: writing.result() if writing is not None else None,
-            group=self._exchange.group or dist.group.WORLD,
-        )
+
+        def wait_for_own_part() -> None:
+            if writing is not None:
+                writing.result()
+
+        all_well(wait_for_own_part, group=self._exchange.group or dist.group.WORLD)
         if self.first:
             name_parts(self.directory.rollouts(step), of=self._exchange.num_nodes)
             self._drop_rollouts(step)
@@ -309,6 +324,7 @@ class Reporter:
         groups = sorted({rollout.group for rollout in rollouts})
         count = self.config.rollout.keep_groups
         if 0 < count < len(groups):
+            # Of seed and step alone, so that every rank, and a resumed run, keeps the same groups.
             draw = random.Random(f"kept groups {self.config.trainer.seed} {step}")
             groups = draw.sample(groups, count)
         kept = set(groups)
@@ -325,7 +341,10 @@ class Reporter:
         exchange = self._exchange
         own = sorted(set(kept) & set(exchange.held_by_node(rollouts)))
         figures = training.token_figures
-        minibatches = self._minibatches(rollouts)
+        # Groups were cut into minibatches in order of appearance; updates count from 1.
+        order = {group: i for i, group in enumerate(dict.fromkeys(r.group for r in rollouts))}
+        size = self.config.batch.minibatch_prompts
+        minibatches = [1 + order[rollout.group] // size for rollout in rollouts]
         write_rollouts(
             self.directory.rollouts(step),
             [rollouts[i] for i in own],
@@ -344,6 +363,7 @@ class Reporter:
         """Says once, after the first steps of this life, how long the others will take."""
         if len(self._step_times) > PACE_STEPS:
             return
+        # The end of each of the first steps; the first end is the beginning of the second step.
         self._step_times.append(time.monotonic())
         left = self.config.trainer.steps - step
         if len(self._step_times) != PACE_STEPS + 1 or not left:
@@ -384,6 +404,8 @@ class Reporter:
         self._steps += 1
         if any(weight != 0 for weight in training.weights):
             return
+        # Doubling intervals: a run that never learns is told so often enough, and the log stays
+        # readable.
         self._idle += 1
         is_power_of_two = self._idle & (self._idle - 1) == 0
         if is_power_of_two:
@@ -436,9 +458,12 @@ class Reporter:
         self._rollout_thread.shutdown()
         if self._writer is None:
             return
+        # Before the last words: a tracker prints its own.
         self._writer.close()
         self._draw()
-        reasons = [warning] if warning else []
+        reasons = []
+        if warning:
+            reasons.append(warning)
         if self._steps and self._idle == self._steps:
             reasons.append(
                 f"none of the {self._steps} steps taught anything: no rollout had a weight"
@@ -456,15 +481,7 @@ class Reporter:
             self.progress.say(line)
 
     def _draw(self) -> None:
-        directory = self.directory
-        title = self._title()
-        try:
-            plot_curves(directory.metrics, directory.evaluations, directory.curves, title=title)
-        except Exception as error:  # a picture ends no run, whatever the plotting library raises
-            self.progress.say(f"WARNING: {directory.curves.name} could not be drawn: {error}")
-
-    def _title(self) -> str:
-        """Returns the title of the curves: the run, and the settings that matter most."""
+        """Draws the curves, under a title of the run and the settings that matter most."""
         config = self.config
         settings = [config.objective.name]
         if hasattr(config.objective, "tau"):
@@ -475,12 +492,16 @@ class Reporter:
             f"minibatches of {config.batch.minibatch_prompts}",
             f"seed {config.trainer.seed}",
         ]
-        return f"{self.directory.path.name}: {', '.join(settings)}"
+        directory = self.directory
+        title = f"{directory.path.name}: {', '.join(settings)}"
+        try:
+            plot_curves(directory.metrics, directory.evaluations, directory.curves, title=title)
+        except Exception as error:  # a picture ends no run, whatever the plotting library raises
+            self.progress.say(f"WARNING: {directory.curves.name} could not be drawn: {error}")
 
-    def _minibatches(self, rollouts: Sequence[Rollout]) -> list[int]:
-        """Returns the number of the update, from 1, that trained on each rollout.
 
-        Groups are cut into minibatches in order of appearance.
-        """
-        order = {group: i for i, group in enumerate(dict.fromkeys(r.group for r in rollouts))}
-        return [1 + order[r.group] // self.config.batch.minibatch_prompts for r in rollouts]
+def _size(file: Path) -> int:
+    """Returns the bytes of a file, 0 where it is missing."""
+    if not file.exists():
+        return 0
+    return file.stat().st_size

@@ -137,11 +137,11 @@ def portions(path: Path) -> list[Portion]:
         ValueError: the file, which the message names, is missing or damaged.
     """
     _check_exists(path)
-    found = []
+    all_of_it = []
     for file in part_files(path):
         with _naming(file):
-            found += [Portion(file, number) for number in range(num_row_groups(file))]
-    return found
+            all_of_it += [Portion(file, number) for number in range(num_row_groups(file))]
+    return all_of_it
 
 
 def read_prompts(path: Path) -> Questions:
@@ -177,6 +177,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         return
     # Each part is in order, so that a merge needs no more than one row of each.
     parts = [_rows_of_part(file) for file in part_files(path)]
+    # The same order as that of a file that one node has written.
     yield from heapq.merge(*parts, key=lambda row: (row["group"], row["sample"]))
 
 
@@ -259,18 +260,16 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _check_exists(path: Path) -> None:
-    if not path.exists():
-        raise ValueError(f"there are no saved rollouts at {path}; {_saved_steps(path.parent)}")
-
-
-def _saved_steps(folder: Path) -> str:
-    steps = RunDirectory(folder.parent).saved_steps()
-    if not steps:
-        return "rollout.replay takes the directory of an earlier run"
-    return (
-        f"that run saved steps {steps[0]} to {steps[-1]}, so set trainer.steps to at most "
-        f"{steps[-1]}"
-    )
+    if path.exists():
+        return
+    remedy = "rollout.replay takes the directory of an earlier run"
+    steps = RunDirectory(path.parent.parent).saved_steps()
+    if steps:
+        remedy = (
+            f"that run saved steps {steps[0]} to {steps[-1]}, so set trainer.steps to at most "
+            f"{steps[-1]}"
+        )
+    raise ValueError(f"there are no saved rollouts at {path}; {remedy}")
 
 
 # Files of earlier versions: a JSON object a line. The first line of a chunk is what it was drawn
@@ -283,6 +282,7 @@ def _read_lines(path: Path, data: bytes) -> tuple[Mapping[str, Any] | None, list
     # The number of the first line with a rollout, for messages.
     first = 1
     if rows and _ORIGIN in rows[0]:
+        # No rollout has a key of this name.
         plain = rows.pop(0)[_ORIGIN]
         first = 2
 

@@ -16,8 +16,11 @@ def append_row(file: Path, row: Mapping[str, Any]) -> None:
     """Adds a row, on a line of its own whatever the file ends with."""
     line = json.dumps(row) + "\n"
     with file.open("a+b") as rows:
-        if _ends_within_a_row(rows):
-            line = "\n" + line
+        # A row that an earlier process could not finish must not take this one with it.
+        if rows.seek(0, os.SEEK_END) > 0:
+            rows.seek(-1, os.SEEK_END)
+            if rows.read(1) != b"\n":
+                line = "\n" + line
         rows.write(line.encode())
 
 
@@ -25,7 +28,8 @@ def read_rows(file: Path) -> tuple[list[dict[str, Any]], int]:
     """The rows of a file that need not exist, and how many lines are not rows."""
     if not file.exists():
         return [], 0
-    rows, broken = [], 0
+    rows = []
+    broken = 0
     for line in file.read_bytes().splitlines():
         try:
             row = json.loads(line)
@@ -48,10 +52,3 @@ def drop_cut_row(file: Path) -> bool:
         return False
     os.truncate(file, whole)
     return True
-
-
-def _ends_within_a_row(rows: Any) -> bool:
-    if rows.seek(0, os.SEEK_END) == 0:
-        return False
-    rows.seek(-1, os.SEEK_END)
-    return bool(rows.read(1) != b"\n")

@@ -31,6 +31,7 @@ class RunRecords:
             ValueError: no run has written to `run_dir`.
         """
         self.directory = RunDirectory(run_dir)
+        # Every run writes it before anything else.
         if not self.status():
             raise ValueError(
                 f"{run_dir} is not the directory of a run: it has no status.json; "

@@ -112,6 +112,8 @@ class Saved:
             file = self.path / name
             # This machine may not see yet what another one sees.
             ends = time.monotonic() + _STALE_SECONDS
+            # Existence alone is waited for. A file that is there and differs is damaged, however
+            # long one waits.
             while not file.exists() and time.monotonic() < ends:
                 time.sleep(0.2)
 
@@ -167,10 +169,11 @@ def saved(folder: Path) -> list[Saved]:
     return sorted(checkpoints, key=lambda checkpoint: checkpoint.position, reverse=True)
 
 
-def set_aside(one: Saved) -> Path:
+def set_aside(checkpoint: Saved) -> Path:
     """Gives a damaged checkpoint another name, which is returned; nothing of it is deleted."""
-    aside = _free_name(one.path.with_name(one.path.name + _DAMAGED))
-    one.path.rename(aside)
+    path = checkpoint.path
+    aside = _free_name(path.with_name(path.name + _DAMAGED))
+    path.rename(aside)
     return aside
 
 
@@ -270,6 +273,7 @@ def retire(
             kept.add(position)
         rating = checkpoint.manifest().get("accuracy")
         if rating is not None:
+            # Of equal accuracies the larger position wins: the newest.
             ratings.append((float(rating), position))
     if ratings and keep_best:
         kept.add(max(ratings)[1])
@@ -302,6 +306,7 @@ def _delete(path: Path) -> str:
         A sentence about why that failed, or "".
     """
     try:
+        # rmtree refuses a link, and what it points to is not ours to delete.
         if path.is_symlink() or not path.is_dir():
             path.unlink()
         else:

@@ -41,20 +41,18 @@ class SavedSteps:
             # An earlier version's: a file of lines is read as a whole.
             return self._exchange.keep_own(self._ranks.together(lambda: read_rollouts(file)))
 
+        exchange = self._exchange
         own: list[Rollout] = []
 
         def read() -> Questions:
+            # Portions go to the first ranks of all nodes, then to the second ones, and so on: every
+            # node's link to the file system carries a part of the file.
             for number, portion in enumerate(portions(file)):
-                if self._reader(number) == self._ranks.rank:
+                local, node = divmod(number % self._ranks.world, exchange.num_nodes)
+                if node * exchange.ranks_per_node + local == self._ranks.rank:
                     own.extend(portion.read())
             return read_prompts(file)
 
         questions = self._ranks.together(read)
-        rollouts = self._exchange.share(own, questions.prompts)
+        rollouts = exchange.share(own, questions.prompts)
         return [dataclasses.replace(r, refills=questions.refills[r.group]) for r in rollouts]
-
-    def _reader(self, number: int) -> int:
-        """Returns the rank that reads a portion: the first ranks of all nodes, then the second."""
-        exchange = self._exchange
-        local, node = divmod(number % self._ranks.world, exchange.num_nodes)
-        return node * exchange.ranks_per_node + local

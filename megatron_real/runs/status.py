@@ -30,6 +30,7 @@ def life_of_this_process() -> str:
 def read_status(file: Path) -> dict[str, Any]:
     """Returns the status as it was written; {} where there is none or it cannot be read as one."""
     try:
+        # A status that cannot be read is as good as none: it is overwritten by the next one.
         status = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
@@ -77,6 +78,7 @@ def write_status(
         # A full disk has no block for a new file. The old one's block is still there, and longer
         # than a status.
         content = line.encode()
+        # Without O_TRUNC, which would give the block away.
         descriptor = os.open(file, os.O_WRONLY)
         try:
             # The new content first: a reader meanwhile sees a status with a tail, never an empty

@@ -51,6 +51,7 @@ def summary_lines(directory: RunDirectory, *, rollouts_per_step: int) -> list[st
                 stage = name.removeprefix("seconds/")
                 seconds[stage] = seconds.get(stage, 0.0) + value
     total = sum(seconds.values())
+    # Three are enough to see where a step's time goes.
     longest = sorted(seconds, key=lambda name: seconds[name], reverse=True)[:3]
     shares = ""
     if total:

@@ -166,7 +166,7 @@ class MlflowTracker:
         self._client.log_dict(self._run, dict(config), "configuration.json")
 
     def _known_run(self, directory: RunDirectory) -> str | None:
-        """The run of an earlier life, where this store has it."""
+        """Returns the run of an earlier life, where this store has it."""
         from mlflow.exceptions import MlflowException
 
         identity = _read_identity(directory, "mlflow")
@@ -272,6 +272,7 @@ def check_installed(names: Iterable[str]) -> None:
     for setting in names:
         tracker = TRACKERS[setting]
         try:
+            # Looked for and not imported: these packages take seconds.
             present = importlib.util.find_spec(tracker.package) is not None
         except (ImportError, ValueError):
             present = False
@@ -283,17 +284,18 @@ def check_installed(names: Iterable[str]) -> None:
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, value) of every setting; what is neither text nor number as text."""
+    """Yields (path, value) of every setting; what is neither text nor number as text."""
     for name, value in config.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{name}.")
         else:
-            plain = isinstance(value, bool | int | float | str)
-            yield f"{prefix}{name}", value if plain else str(value)
+            if not isinstance(value, bool | int | float | str):
+                value = str(value)
+            yield f"{prefix}{name}", value
 
 
 def _identity(directory: RunDirectory, setting: str) -> str:
-    """The id that the run's first life has drawn."""
+    """Returns the id that the run's first life has drawn."""
     identity = _read_identity(directory, setting)
     if identity is None:
         identity = uuid.uuid4().hex[:12]

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 
 import numpy
 from numpy.typing import NDArray
-from torch import Tensor
 
-from megatron_real.objective import Objective
 from megatron_real.policy.policy import Policy, Update
 from megatron_real.policy.train_step import Batch, gathered_tokens
 from megatron_real.runs.metrics import Training
@@ -36,9 +34,19 @@ def summary(
         rollouts = batch.minibatch.rollouts
         weight_R = update.gradient.weight_R
         num_tokens += [rollouts[i].num_tokens for i in batch.minibatch.kept]
-        scores += _scores(batch, update)
         weights += weight_R.tolist()
-        relative_weights.append(_relative_to_bound(objective, batch, weight_R))
+
+        # A rollout that is not kept was never scored: its 0 is no score.
+        kept = set(batch.minibatch.kept)
+        for i, score in enumerate(update.gradient.score_R.tolist()):
+            scores.append(score if i in kept else math.nan)
+
+        # |dL / dscore| over the objective's bound of it, which is divided by the groups.
+        relative_weight = math.nan
+        if objective.weight_bound is not None:
+            largest = float(weight_R.abs().max())
+            relative_weight = largest * batch.facts.denominator / objective.weight_bound
+        relative_weights.append(relative_weight)
 
     # A token's pass costs what it costs at the mean length of its context, n / 2, and a backward
     # pass twice a forward pass.
@@ -49,6 +57,7 @@ def summary(
         weights=weights,
         max_abs_weight_tau=max(relative_weights),
         grad_norms=[update.grad_norm for update in updates],
+        # Of the last update, skipped or not: the schedule stands still where one is skipped.
         lr=updates[-1].lr,
         skipped=[i for i, update in enumerate(updates, 1) if update.skipped],
         token_means=policy.token_stats(batches).means(),
@@ -90,20 +99,6 @@ def _of_rollouts(policy: Policy, batch: Batch, name: str) -> list[NDArray[numpy.
     if policy.groups.is_last_stage:
         values = [getattr(results, name) for results in batch.results]
     value_N = gathered_tokens(policy.groups, batch, values).float().numpy()
+    # The values of all rollouts lie one after the other; the last end is that of the array.
     ends = numpy.cumsum([rollout.completion.num_tokens for rollout in rollouts])
     return list(numpy.split(value_N, ends[:-1]))
-
-
-def _relative_to_bound(objective: Objective, batch: Batch, weight_R: Tensor) -> float:
-    """Returns max |dL/dscore| over the objective's bound of it; NaN where it has no bound."""
-    if objective.weight_bound is None:
-        return math.nan
-    return float(weight_R.abs().max()) * batch.facts.denominator / objective.weight_bound
-
-
-def _scores(batch: Batch, update: Update) -> list[float]:
-    """Returns the scores of the minibatch's rollouts in order; NaN where none was computed."""
-    scores = [math.nan] * len(batch.minibatch.rollouts)
-    for i in batch.minibatch.kept:
-        scores[i] = float(update.gradient.score_R[i])
-    return scores
