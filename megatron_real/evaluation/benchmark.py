@@ -42,7 +42,7 @@ from megatron_real.evaluation.directory import BENCH, Chunk, EvaluationDirectory
 from megatron_real.evaluation.figures import Evaluation, summarise
 from megatron_real.labels import Labeller, build_labeller
 from megatron_real.labels.answers import final_answer, opened_thinking
-from megatron_real.labels.equivalence import Given, answer_classes
+from megatron_real.labels.equivalence import GivenAnswer, answer_classes
 from megatron_real.parallel.collective import shared
 from megatron_real.parallel.exchange import Exchange
 from megatron_real.parallel.groups import join_world, leave_world
@@ -332,7 +332,7 @@ def _answers(
     for rollout in rollouts:
         comparable = rollout.verdict.status in ("ok", "wrong")
         given.append(
-            Given(
+            GivenAnswer(
                 text=_text(rollout, labels),
                 correct=rollout.label == POSITIVE,
                 comparable=labels.verifier == "math_verify" and comparable,

@@ -12,7 +12,7 @@ _WHOLE = re.compile(r"-?\d{1,18}")
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenAnswer:
     """What one completion gave as its answer."""
 
     text: str | None
@@ -25,7 +25,7 @@ class Given:
 
 
 def answer_classes(
-    given: Sequence[Given], same: Callable[[str, str], bool], *, one_gold: bool = True
+    given: Sequence[GivenAnswer], same: Callable[[str, str], bool], *, one_gold: bool = True
 ) -> list[int | None]:
     """Sorts the answers to one problem into classes of answers that say the same.
 
@@ -41,8 +41,8 @@ def answer_classes(
     Returns:
         [given] number of the class of each, in order of appearance; None for no answer.
     """
-    speakers: list[Given] = []
-    class_of: dict[Given, int] = {}
+    speakers: list[GivenAnswer] = []
+    class_of: dict[GivenAnswer, int] = {}
     for answer in given:
         if answer.text is None or answer in class_of:
             continue
@@ -56,7 +56,9 @@ def answer_classes(
     return [class_of.get(answer) for answer in given]
 
 
-def _is_same(one: Given, other: Given, same: Callable[[str, str], bool], one_gold: bool) -> bool:
+def _is_same(
+    one: GivenAnswer, other: GivenAnswer, same: Callable[[str, str], bool], one_gold: bool
+) -> bool:
     """Compares two answers, the cheapest comparison first."""
     assert one.text is not None and other.text is not None, "no answer has no class"
     if one.correct != other.correct:

@@ -14,7 +14,7 @@ import pytest
 from megatron_real.labels import Labeller
 from megatron_real.labels.answers import Answer, final_answer, opened_thinking
 from megatron_real.labels.comparison import same
-from megatron_real.labels.equivalence import Given, answer_classes
+from megatron_real.labels.equivalence import GivenAnswer, answer_classes
 from megatron_real.labels.normal_form import read
 from megatron_real.labels.verifiers import load
 from megatron_real.records import Completion, Prompt
@@ -241,6 +241,6 @@ def test_a_box_in_thinking_that_the_template_opened_is_no_answer() -> None:
 def test_wrong_answers_vote_together_without_a_box_and_without_algebra() -> None:
     """Three texts say 6 and two say 5, which is right, so the majority is wrong."""
     texts = ["so it is 6", "6", "I think it is 6.0", "it is 5", "5"]
-    given = [Given(text, text.endswith("5"), comparable=False) for text in texts]
+    given = [GivenAnswer(text, text.endswith("5"), comparable=False) for text in texts]
     classes = answer_classes(given, lambda one, other: False)
     assert classes == [0, 0, 0, 1, 1]

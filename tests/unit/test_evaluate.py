@@ -23,7 +23,7 @@ from megatron_real.evaluation.figures import (
     standard_error,
     summarise,
 )
-from megatron_real.labels.equivalence import Given, answer_classes
+from megatron_real.labels.equivalence import GivenAnswer, answer_classes
 from megatron_real.records import Completion, Label, Prompt, Rollout, Status, Verdict
 
 
@@ -140,7 +140,7 @@ def never(one: str, other: str) -> bool:
 
 
 def test_answers_that_say_the_same_are_one_class() -> None:
-    given = [Given(text, correct=False) for text in ("1/2", "3", "0.5", "2/4", "3.0")]
+    given = [GivenAnswer(text, correct=False) for text in ("1/2", "3", "0.5", "2/4", "3.0")]
     assert answer_classes(given, halves) == [0, 1, 0, 0, 1]
 
 
@@ -148,16 +148,24 @@ def test_answers_that_say_the_same_are_one_class() -> None:
     ("given", "classes"),
     [
         (
-            [Given("7", False), Given("07", False), Given("8", False), Given("-7", False)],
+            [
+                GivenAnswer("7", False),
+                GivenAnswer("07", False),
+                GivenAnswer("8", False),
+                GivenAnswer("-7", False),
+            ],
             [0, 0, 1, 2],
         ),
-        ([Given("x+1", True), Given("1+x", True), Given("x", False)], [0, 0, 1]),
-        ([Given(None, False), Given("7", False), Given(None, False)], [None, 0, None]),
+        ([GivenAnswer("x+1", True), GivenAnswer("1+x", True), GivenAnswer("x", False)], [0, 0, 1]),
+        (
+            [GivenAnswer(None, False), GivenAnswer("7", False), GivenAnswer(None, False)],
+            [None, 0, None],
+        ),
         (
             [
-                Given("9^9", False, comparable=False),
-                Given("x", False),
-                Given("9^9", False, comparable=False),
+                GivenAnswer("9^9", False, comparable=False),
+                GivenAnswer("x", False),
+                GivenAnswer("9^9", False, comparable=False),
             ],
             [0, 1, 0],
         ),
@@ -165,13 +173,18 @@ def test_answers_that_say_the_same_are_one_class() -> None:
     ids=["whole numbers", "one gold", "no answer", "the check failed"],
 )
 def test_equal_texts_and_failed_checks_need_no_verifier(
-    given: list[Given], classes: list[int | None]
+    given: list[GivenAnswer], classes: list[int | None]
 ) -> None:
     assert answer_classes(given, never) == classes
 
 
 def test_right_and_wrong_answers_never_vote_together() -> None:
-    given = [Given("1/2", True), Given("0.5", False), Given("3", True), Given("3.0", True)]
+    given = [
+        GivenAnswer("1/2", True),
+        GivenAnswer("0.5", False),
+        GivenAnswer("3", True),
+        GivenAnswer("3.0", True),
+    ]
     assert answer_classes(given, halves, one_gold=False) == [0, 1, 2, 2]
 
 

@@ -45,7 +45,7 @@ MAX_OUTPUT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Limits:
+class ProgramLimits:
     """How long one program may run, and how much memory it may take."""
 
     seconds: float
@@ -98,12 +98,12 @@ class Launcher:
         poller.register(self._socket, 0)
         return not poller.poll(0)
 
-    def run(self, source: str, stdin: bytes, limits: Limits) -> Ending:
+    def run(self, source: str, stdin: bytes, limits: ProgramLimits) -> Ending:
         """Runs a program as a script on `stdin`, to its end."""
         with _Program(self._socket, "script", source, limits) as program:
             return program.finish(stdin)
 
-    def functions(self, source: str, limits: Limits) -> Functions:
+    def functions(self, source: str, limits: ProgramLimits) -> Functions:
         """Returns the program's functions, to be called from here.
 
         The program runs until the result is closed.
@@ -197,7 +197,9 @@ def _exception(kind: str, text: str) -> Exception:
 class _Program:
     """One running program, as its judge sees it."""
 
-    def __init__(self, launcher: socket.socket, mode: str, source: str, limits: Limits) -> None:
+    def __init__(
+        self, launcher: socket.socket, mode: str, source: str, limits: ProgramLimits
+    ) -> None:
         self._source = source.encode("utf-8", "replace")
         self._deadline = time.monotonic() + limits.seconds
         self._unread = b""

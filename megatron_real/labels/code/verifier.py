@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_real.labels.answers import after_thinking
-from megatron_real.labels.code.programs import Launcher, Limits, ProgramEnded
+from megatron_real.labels.code.programs import Launcher, ProgramEnded, ProgramLimits
 from megatron_real.labels.sandbox.walls import Walls
 
 _OPENING = re.compile(r"```(?:python3?|py)?\s*")
@@ -128,7 +128,7 @@ class CodeVerifier:
     def _status(self, test: Test, setup: str, source: str, seconds: float) -> str:
         """Runs one test, and returns `ok`, `wrong`, `error`, `timeout` or `overlong`."""
         assert self._launcher is not None, "started"
-        limits = Limits(seconds, self._memory)
+        limits = ProgramLimits(seconds, self._memory)
         program = source
         if setup:
             program = f"{setup}\n{source}"
