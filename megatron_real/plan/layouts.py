@@ -88,12 +88,20 @@ class Estimate:
     def name(self) -> str:
         """The layout as words for the command line, and what they leave for data parallelism."""
         parallel = self.run.config.parallel
-        words = [
+        settings = [
             f"{axis}={n}"
             for axis in ("tp", "pp", "vpp", "cp")
             if (n := getattr(parallel, axis)) > 1
         ]
-        return " ".join([*words, *(["sp"] if parallel.sp else []), f"dp={self.run.dp}"])
+        if parallel.sp:
+            settings.append("sp")
+        return " ".join([*settings, f"dp={self.run.dp}"])
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces a copy of the model is cut into: of two layouts, fewer are simpler."""
+        parallel = self.run.config.parallel
+        return parallel.tp * parallel.pp * parallel.cp * parallel.vpp
 
 
 def ranked(run: PlannedRun) -> list[Estimate]:
@@ -116,11 +124,13 @@ def _fitting(run: PlannedRun, engine_sizes: Iterable[int]) -> list[Estimate]:
     """Returns the layouts that fit with engines of these numbers of GPUs, the fastest first."""
     best: dict[ParallelConfig, Estimate] = {}
     for config in _layouts(run, engine_sizes):
-        made = Estimate(dataclasses.replace(run, config=config))
+        estimate = Estimate(dataclasses.replace(run, config=config))
         known = best.get(config.parallel)
-        if made.fits and (known is None or _order(made) < _order(known)):
-            best[config.parallel] = made
-    return sorted(best.values(), key=_shown)
+        if estimate.fits and (known is None or _order(estimate) < _order(known)):
+            best[config.parallel] = estimate
+
+    # By the seconds that a ranking shows: a reader must see why one is above the other.
+    return sorted(best.values(), key=lambda e: (told_apart(e.seconds.total), e.pieces, e.peak))
 
 
 def told_apart(seconds: float) -> float:
@@ -137,20 +147,10 @@ def told_apart(seconds: float) -> float:
     return round(round(seconds / 10.0**digit * halves) / halves * 10.0**digit, 1 - digit)
 
 
-def _shown(made: Estimate) -> tuple[float, int, int]:
-    """The order of the seconds that a ranking shows.
-
-    Where those are equal, the simpler layout comes first.
-    """
-    parallel = made.run.config.parallel
-    pieces = parallel.tp * parallel.pp * parallel.cp * parallel.vpp
-    return told_apart(made.seconds.total), pieces, made.peak
-
-
-def _order(made: Estimate) -> tuple[int, int, int]:
-    parallel = made.run.config.parallel
-    pieces = parallel.tp * parallel.pp * parallel.cp * parallel.vpp
-    return round(math.log(made.seconds.total) / _DISTINCT), pieces, made.peak
+def _order(estimate: Estimate) -> tuple[int, int, int]:
+    # In steps of the logarithm, so that times within a few percent count as equal.
+    time = round(math.log(estimate.seconds.total) / _DISTINCT)
+    return time, estimate.pieces, estimate.peak
 
 
 def _layouts(run: PlannedRun, engine_sizes: Iterable[int]) -> Iterator[Config]:

@@ -148,7 +148,8 @@ class Shapes:
 def stage_memory(
     architecture: Architecture, config: Config, *, dp: int, shapes: Shapes
 ) -> list[StageMemory]:
-    """Memory of one rank of each pipeline stage."""
+    """Returns the memory of one rank of each pipeline stage."""
+    # Without an engine on the training GPUs: none at all, or in processes of its own.
     alone = config.rollout.replay or has_own_processes(config.rollout.engine)
     stages = []
     for stage in range(config.parallel.pp):
@@ -170,7 +171,7 @@ def stage_memory(
 
 
 def stage_parameters(architecture: Architecture, parallel: ParallelConfig, stage: int) -> int:
-    """Elements of one rank's parameters on a pipeline stage, as Megatron shards them.
+    """Returns the elements of one rank's parameters on a pipeline stage, as Megatron shards them.
 
     What is cut over which ranks is the weight mapping's to say. A tied head on another stage than
     the embedding is a copy of it. With more ranks than KV heads the weights are still cut evenly:
@@ -236,7 +237,8 @@ class _Layer:
     """Bytes of one transformer layer on one rank for one micro-batch of batch.max_tokens."""
 
     def __init__(self, architecture: Architecture, config: Config, shapes: Shapes) -> None:
-        a, parallel = architecture, config.parallel
+        a = architecture
+        parallel = config.parallel
         self.width = DTYPE_BYTES[config.model.dtype]
         self.te = shapes.layers == "te"
         self.tokens = -(-config.batch.max_tokens // parallel.cp)
@@ -404,7 +406,7 @@ def _old_logprobs(
 def _head(
     architecture: Architecture, config: Config, layer: _Layer, shapes: Shapes, *, backward: bool
 ) -> int:
-    """The log-prob head at its peak, as if every token had a target.
+    """Returns the bytes of the log-prob head at its peak, as if every token had a target.
 
     A CPU adds bf16 to fp32 through a fp32 copy.
     """
@@ -446,21 +448,22 @@ def _head(
 
 
 def engine_memory(architecture: Architecture, config: Config) -> dict[str, int]:
-    """Bytes of a vLLM engine on one of its GPUs."""
+    """Returns the bytes of a vLLM engine on one of its GPUs, by what takes them."""
     rollout = config.rollout
     weights = architecture.num_parameters * DTYPE_BYTES[config.model.dtype] // rollout.tp
     return {"weights": weights, "kv_cache": rollout.kv_cache_mib << 20, "overhead": ENGINE_OVERHEAD}
 
 
 def kv_bytes_per_token(architecture: Architecture, config: Config) -> int:
-    """KV cache of one token on one rank of an engine."""
+    """Returns the bytes of one token's KV cache on one rank of an engine."""
     return architecture.kv_bytes_per_token(
         tp=config.rollout.tp, width=DTYPE_BYTES[config.model.dtype]
     )
 
 
 def _sync(architecture: Architecture, config: Config) -> int:
-    """The largest HF tensor and its shards' gather; servers get it in a bucket."""
+    """Returns the bytes of the largest HF tensor and its shards' gather, and a server's bucket."""
+    # The embedding, or an MLP's gate and up, which Megatron has in one parameter.
     rows = max(architecture.vocab_size, 2 * architecture.ffn_size)
     largest = rows * architecture.hidden_size * DTYPE_BYTES[config.model.dtype]
     if has_own_processes(config.rollout.engine):

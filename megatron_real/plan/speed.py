@@ -214,24 +214,18 @@ def _forward(run: PlannedRun) -> float:
     flops = tokens * a.flops_per_token(run.mean_tokens / 2)
     computing = flops / (run.cluster.gpus * device.tflops * 1e12 * utilization)
 
-    sent = tokens / (run.dp * parallel.cp) * _traffic(run)
+    # What a rank sends for one token: tensor parallelism's two all-reduces of a layer (or gather
+    # and scatter, the same) and context parallelism's keys and values. None is taken as hidden
+    # behind work.
+    tensor = 4 * (parallel.tp - 1) / parallel.tp * a.hidden_size
+    context = 2 * (parallel.cp - 1) * a.num_kv_heads / parallel.tp * a.head_dim
+    width = DTYPE_BYTES[run.config.model.dtype]
+    traffic = a.num_layers / parallel.pp * (tensor + context) * width
+    sent = tokens / (run.dp * parallel.cp) * traffic
     moving = run.cluster.seconds_to_move(sent, ranks=parallel.tp * parallel.cp)
 
     bubble = (parallel.pp - 1) / (run.micro_batches * parallel.vpp)
     return (computing + moving) * (1 + bubble)
-
-
-def _traffic(run: PlannedRun) -> float:
-    """Returns the bytes that a rank sends for one token in a forward pass.
-
-    They are tensor parallelism's two all-reduces of a layer (or gather and scatter, the same) and
-    context parallelism's keys and values. None is taken as hidden behind work.
-    """
-    a = run.architecture
-    parallel = run.config.parallel
-    tensor = 4 * (parallel.tp - 1) / parallel.tp * a.hidden_size
-    context = 2 * (parallel.cp - 1) * a.num_kv_heads / parallel.tp * a.head_dim
-    return a.num_layers / parallel.pp * (tensor + context) * DTYPE_BYTES[run.config.model.dtype]
 
 
 def _reduction(run: PlannedRun) -> float:

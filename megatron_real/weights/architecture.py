@@ -88,6 +88,7 @@ class Architecture:
             WeightsError: the architecture or one of its settings is not supported.
             KeyError, TypeError, AttributeError: a value is missing or of another type.
         """
+        # A config may list several classes; transformers loads the first.
         name = (hf.get("architectures") or ["none"])[0]
         if name not in SUPPORTED:
             raise WeightsError(
@@ -151,6 +152,7 @@ class Architecture:
             # Waves that the original context holds: few of a long wave, many of a short one.
             waves = LLAMA3_ROPE["original_max_position_embeddings"] * frequency / (2 * math.pi)
             ramp = min(max((waves - low) / (high - low), 0.0), 1.0)
+            # On the ramp, a mixture of both frequencies.
             scaled.append((1 - ramp) * frequency / self.rope_factor + ramp * frequency)
         return scaled
 
@@ -159,6 +161,7 @@ class Architecture:
         """Number of parameters of the model, without the vocabulary's padding."""
         qkv_rows = self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
         qkv = self.hidden_size * qkv_rows
+        # Norms and biases are counted too: the number must equal that of the model cards.
         if self.qkv_bias:
             qkv += qkv_rows
         output_projection = self.head_dim * self.num_heads * self.hidden_size
@@ -252,6 +255,7 @@ def _check_sizes(name: str, hf: Mapping[str, Any]) -> None:
 
     Plans and allocations are computed from these numbers before any tensor contradicts them.
     """
+    # Far above any model there is, and far below what would overflow or exhaust memory.
     limits = {
         "num_hidden_layers": 1000,
         "hidden_size": 2**20,

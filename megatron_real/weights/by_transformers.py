@@ -44,6 +44,7 @@ def new_model(directory: str | Path, dtype: torch.dtype) -> Any:
     """
     with _refusals(directory, "config.json"):
         config = AutoConfig.from_pretrained(directory)
+        # from_config reads no weights and runs no code of the directory's.
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     _check_rope(model, directory)
     return model

@@ -129,6 +129,8 @@ class TorchFile:
                         f"{file} has {size} bytes, but its index points to {offset + length}"
                     )
 
+                # zipfile looks for its directory at the end of a file: of this part, not of the
+                # whole.
                 window = io.BufferedReader(_Window(stream, offset, length))
                 archive = zipfile.ZipFile(window)
                 # A record's name begins with the archive's own name, which does not matter.
@@ -192,6 +194,7 @@ class TorchFile:
         # A storage that is not there has fewer bytes than any tensor needs.
         begin, num_bytes = self.storages.get(tensor.key, (0, -1))
 
+        # In row-major order each stride is the product of the sizes after it.
         contiguous = True
         numel = 1
         for length, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
@@ -205,6 +208,7 @@ class TorchFile:
         if (tensor.start + numel) * size > num_bytes:
             raise WeightsError(f"{self.file}: the data of {name} is missing; copy the file again")
 
+        # As a matrix: a vector has one column, a scalar is one row.
         rows = 1
         if tensor.shape:
             rows = tensor.shape[0]
@@ -272,6 +276,7 @@ class _Reader(pickle._Unpickler):
         if (module, name) == ("builtins", "getattr"):
             return self._enum_member
 
+        # `__builtin__` is Python 2's name of the module, most of whose names are harmless.
         if module in ("builtins", "__builtin__"):
             is_attack = name in _RUNNING_BUILTINS
         else:
@@ -312,6 +317,7 @@ class _Reader(pickle._Unpickler):
 
     def persistent_load(self, reference: Any) -> tuple[str, str]:
         """Returns a storage as its record's key and its dtype."""
+        # What follows is the device and the size, which the archive itself says better.
         kind, dtype, key = reference[:3]
         if kind != "storage" or not isinstance(dtype, str) or not isinstance(key, str):
             raise WeightsError("its pickle has a storage that is not one")
@@ -412,6 +418,7 @@ def blank_archive(obj: Any) -> BlankArchive:
     import torch
 
     recorder = _Recorder()
+    # torch then seeks over the storages instead of writing them.
     with torch.serialization.skip_data():
         torch.save(obj, recorder)  # type: ignore[arg-type]
 
@@ -440,6 +447,7 @@ class _Recorder:
         begins = True
         if self.literals:
             start, last = self.literals[-1]
+            # A gap lies between the last literal and here.
             begins = start + len(last) != self.position
         if begins:
             self.literals.append((self.position, bytearray()))
@@ -476,6 +484,7 @@ def _central_directory(literals: list[tuple[int, bytearray]]) -> dict[int, int]:
         end = data.rfind(b"PK\x06\x06")  # the end of a zip64 directory
         if end < 0:
             end = data.rfind(b"PK\x05\x06")
+        # Entries of the directory begin with this signature; none of them holds tensor data.
         at = data.find(b"PK\x01\x02")
         while 0 <= at < end:
             name_length, extra_length, comment_length = struct.unpack(

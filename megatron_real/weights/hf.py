@@ -114,6 +114,7 @@ class HfWeights:
                     )
                 self.tensors[name] = tensor
 
+        # The other way round is fine: a file may hold more than the index lists.
         missing = sorted(name for name in index if name not in self.tensors)
         if missing:
             raise WeightsError(
@@ -191,6 +192,7 @@ def open_model(directory: str | Path) -> tuple[Architecture, HfWeights]:
             )
 
         weights = HfWeights(directory)
+        # Before the shapes: it may give a tied output layer its other name.
         check_names(weights, architecture)
         for name, shape in hf_shapes(architecture).items():
             check_stored(weights.tensor(name), shape)
@@ -283,6 +285,7 @@ def hf_files(
     Returns:
         The files; and model.safetensors.index.json, None for a single file.
     """
+    # Filled in order; a tensor larger than a shard has one of its own.
     shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
     shard_bytes = 0
     for name, (dtype, shape) in tensors.items():
@@ -303,6 +306,7 @@ def hf_files(
 
 def index_of(files: Sequence[HfFile]) -> bytes:
     """Returns model.safetensors.index.json of these files, as transformers writes it."""
+    # Without the headers, as transformers counts.
     total = sum(file.size - len(file.header) for file in files)
     weight_map = {name: file.name for file in files for name in file.offsets}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -349,6 +353,7 @@ def read_header(file: Path) -> bytes:
     with open(file, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         start = stream.read(8)
+        # Fewer than 8 bytes are no length: then 0, which is refused.
         length = 0
         if len(start) == 8:
             (length,) = struct.unpack("<Q", start)
@@ -385,6 +390,7 @@ def parse_header(header: bytes, file: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise WeightsError(f"{file} has a header whose metadata are not words; download it again")
 
+    # Holes and overlaps could hide bytes that a scanner sees and a loader does not.
     spans = {name: _span(entry, name, file) for name, entry in entries.items()}
     previous_end = 0
     for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
@@ -473,6 +479,7 @@ def _refuse_link_outside(file: Path, directory: Path) -> None:
 
     A snapshot of the hub's cache is made of links, all to the blobs of its own repository.
     """
+    # Links are followed on both sides: the directory itself may be one.
     root = directory.resolve()
     try:
         target = file.resolve(strict=True)
@@ -547,6 +554,7 @@ def _safetensors(file: Path) -> dict[str, StoredTensor]:
         rows = 1
         if shape:
             rows = shape[0]
+        # The header's offsets count from the end of the header.
         offset = begin + entry["data_offsets"][0]
         extent = Extent(file, offset, row=0, column=0, rows=rows, columns=prod(shape[1:]))
         tensors[name] = StoredTensor(name, entry["dtype"], shape, (extent,))
@@ -584,6 +592,7 @@ def _weight_files(directory: Path, index: Mapping[str, str]) -> list[Path]:
     Raises:
         WeightsError: there are none, one cannot be read, or it is unclear which are meant.
     """
+    # An index names each of its files many times.
     names = sorted(set(index.values()))
     shards = sorted(file.name for file in directory.glob("*.safetensors"))
     if not names and (directory / SINGLE).exists():
@@ -613,6 +622,7 @@ def _read_index(file: Path) -> dict[str, str]:
     _check_regular(file)
     try:
         weight_map = json.loads(file.read_bytes(), object_pairs_hook=_unique)["weight_map"]
+        # Read within the `try`: a weight_map that is a list has no items.
         items = list(weight_map.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(

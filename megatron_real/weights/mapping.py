@@ -212,6 +212,7 @@ class Entry:
         if self.layer is None:
             return (self.key,)
         name = self.key.removeprefix(LAYERS)
+        # Without repeats where both spellings are one.
         spellings = dict.fromkeys([name, LOCAL_NAMES.get(name, name)])
         return tuple(f"{LAYERS}{self.layer}.{spelling}" for spelling in spellings)
 
@@ -262,6 +263,7 @@ class Entry:
         rows = self.shape[0]
         columns = (0, self.columns)
         if self.kind == "columns":
+            # A column-cut matrix has all rows on every rank, and a part of each.
             width = self.columns // ranks
             return Rectangle(((0, rows),), (number * width, (number + 1) * width))
         if self.kind == "gate_up":
@@ -330,12 +332,14 @@ class Entry:
         if self.kind == "columns":
             return [_joined(shards, dim=1)]
         if self.kind == "gate_up":
+            # Each rank has its gate rows above its up rows.
             halves = [shard.chunk(2) for shard in shards]
             return [_joined([half[i] for half in halves]) for i in range(2)]
         if self.kind == "vocab":
             return [_joined(shards)]
 
         qkv = _joined(shards)
+        # Undoes the interleaving: each span goes to the HF tensor that it is of.
         rows_of_parts: list[list[Tensor]] = [[] for _ in self.parts]
         top = 0
         for part, _, rows in self.spans:
@@ -383,6 +387,7 @@ def entries(architecture: Architecture) -> Iterator[Entry]:
 
     for layer in range(a.num_layers):
         for row in LAYER:
+            # Families differ in traits alone: no row names a family.
             if row.trait and not getattr(a, row.trait):
                 continue
             shapes = [tuple(sizes[name] for name in dims) for dims in row.parts.values()]

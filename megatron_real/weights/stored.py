@@ -150,11 +150,13 @@ class Piece:
             if span.tensor is not None:
                 source_dtype = span.tensor.dtype
             row_bytes = self.columns * DTYPE_BYTES[source_dtype]
+            # Whole rows, at least one: a block is never cut within a row.
             step = max(1, block_bytes // max(row_bytes, 1))
 
             end = span.row + span.rows
             for row in range(span.row, end, step):
                 rows = min(step, end - row)
+                # One buffer for all blocks of about one size.
                 if len(buffer) < rows * row_bytes:
                     buffer = bytearray(rows * row_bytes)
                 block = memoryview(buffer)[: rows * row_bytes]
@@ -252,6 +254,7 @@ def same_bytes(a: Piece, b: Piece) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     with OpenFiles() as files:
+        # Two pieces of one shape come in equal blocks.
         blocks = zip(a.blocks(files, 2**20), b.blocks(files, 2**20), strict=True)
         return all(x == y for x, y in blocks)
 
@@ -285,6 +288,7 @@ def _read(
         if top >= bottom or left >= right:
             continue
 
+        # Rows of the extent follow one another in the file, whatever the block takes of them.
         extent_row_bytes = extent.columns * size
         start = (
             extent.offset + (top - extent.row) * extent_row_bytes + (left - extent.column) * size
@@ -293,6 +297,7 @@ def _read(
         inset = (left - column) * size
         whole_rows_of_extent = right - left == extent.columns
 
+        # Both are contiguous: one read, straight to its place.
         if whole_rows_of_extent and extent.columns == columns:
             files.read_into(extent.file, start, part)
         elif whole_rows_of_extent:
@@ -350,6 +355,7 @@ def cut_rows(spans: Sequence[RowSpan], ranges: Sequence[tuple[int, int]]) -> tup
 
     What lies below the last span is zeros.
     """
+    # `top` runs through the rows that the spans make, one below the other.
     taken = []
     for first, last in ranges:
         top = 0

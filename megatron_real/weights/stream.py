@@ -46,6 +46,7 @@ def global_parameters(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
     """
     named: dict[str, nn.Parameter] = {}
     for chunk in chunks:
+        # megatron-core counts layers of the whole model, from 1.
         decoder: Any = chunk.decoder
         numbers = {i: layer.layer_number - 1 for i, layer in enumerate(decoder.layers)}
         for name, parameter in chunk.named_parameters():
@@ -154,9 +155,18 @@ def stream_hf(
     and may be views of its parameters: copy what outlives an update. A tied lm_head is not in it.
     """
     parameters = global_parameters(chunks)
-    owners = _owners(parameters, pp_group)
     tp = dist.get_world_size(tp_group)
+
+    # Which stage sends each parameter, and its shape and dtype for the stages that receive it. One
+    # that several stages hold, as a tied embedding, is the first one's.
+    local = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
+    owners: dict[str, tuple[int, torch.Size, torch.dtype]] = {}
+    for stage, named in enumerate(gathered(local, group=pp_group)):
+        for name, (shape, dtype) in named.items():
+            owners.setdefault(name, (stage, torch.Size(shape), dtype))
+
     for entry in entries(architecture):
+        # TransformerEngine's spelling or the local one, as this model has it.
         name = next(name for name in entry.names if name in owners)
         shard = None
         if name in parameters:
@@ -210,6 +220,7 @@ def write_hf(
     for file in files:
         with open(partial / file.name, "wb") as stream:
             stream.write(file.header)
+            # The full size at once: tensors come in any order.
             stream.truncate(file.size)
 
     places = {}
@@ -221,6 +232,7 @@ def write_hf(
             raise WeightsError(
                 f"the weights to export have {name} twice, or the model has no such tensor"
             )
+        # Popped, so that a tensor that comes twice has no place.
         path, offset = places.pop(name)
         values = tensor.to(torch_dtype(dtype)).detach().cpu().contiguous()
         with open(partial / path, "r+b") as stream:
@@ -250,6 +262,7 @@ def _replace(target: Path, partial: Path) -> None:
     fsync(target.parent)
 
     old_files = {path.relative_to(old) for path in old.rglob("*")}
+    # What the new export has as well was an export's: the rest somebody else put there.
     strange = old_files - {path.relative_to(target) for path in target.rglob("*")}
     if strange:
         logger.warning("%s held %s; it is kept as %s", target, min(strange), _set_aside(old))
@@ -265,22 +278,6 @@ def _set_aside(old: Path) -> Path:
     if old.exists():
         old.rename(kept)
     return kept
-
-
-def _owners(
-    parameters: dict[str, nn.Parameter], pp_group: dist.ProcessGroup
-) -> dict[str, tuple[int, torch.Size, torch.dtype]]:
-    """Returns parameter name -> (pipeline stage, shape, dtype), over all stages.
-
-    A parameter that several stages hold is the first one's.
-    """
-    local = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
-
-    owners: dict[str, tuple[int, torch.Size, torch.dtype]] = {}
-    for stage, named in enumerate(gathered(local, group=pp_group)):
-        for name, (shape, dtype) in named.items():
-            owners.setdefault(name, (stage, torch.Size(shape), dtype))
-    return owners
 
 
 def _broadcast(

@@ -112,6 +112,7 @@ class Output:
         for file in sorted(self.source_files()):
             status = file.stat()
             digest.update(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+        # Headers have names, shapes and dtypes of everything: another plan has other literals.
         for literal in self.literals:
             digest.update(repr(literal).encode())
 
@@ -171,6 +172,7 @@ def check_target(out: Path, *, overwrite: bool, sources: Iterable[Path] = ()) ->
             f"{out} exists already; give another directory, or --overwrite to replace it"
         )
 
+    # Both with links followed, or a source could hide behind one.
     target = out.resolve()
     for source in sources:
         origin = source.resolve()
@@ -268,6 +270,7 @@ def write_directory(
                 file = partial / path
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with open(file, "ab") as stream:
+                    # Opened to append: what an earlier run has written stays.
                     stream.truncate(size)
             for path, offset, data in output.literals:
                 with open(partial / path, "r+b") as stream:
@@ -276,6 +279,7 @@ def write_directory(
 
             for index in done:
                 report(output.targets[index].piece.num_bytes)
+            # The pieces of an earlier run are counted at once, the others as they are done.
             checksums = done | _copy(output, partial, done, journal, limits, report)
             _finish(output, partial, checksums)
             _publish(partial, out, replaced)
@@ -388,11 +392,11 @@ def _resume(output: Output, partial: Path, journal: int) -> dict[int, int]:
     done = {}
     with OpenFiles() as files:
         for line in lines[1:]:
-            words = line.split()
-            if len(words) != 3 or words[2] != ".":
+            fields = line.split()
+            if len(fields) != 3 or fields[2] != ".":
                 continue  # cut short by the kill
-            index = int(words[0])
-            noted = int(words[1], 16)
+            index = int(fields[0])
+            noted = int(fields[1], 16)
             target = output.targets[index]
             file = partial / target.file
             try:
@@ -518,6 +522,7 @@ def _finish(output: Output, partial: Path, checksums: dict[int, int]) -> None:
         for path, offset, data in output.literals:
             crc = _crc(files, partial / path, offset, len(data))
             ranges.append(_WrittenRange(path, offset, len(data), crc, HEADER))
+    # Sorted: equal conversions write equal manifests.
     manifest = {"algorithm": "crc32", "ranges": sorted(ranges)}
     (partial / MANIFEST).write_text(json.dumps(manifest) + "\n")
 
@@ -581,6 +586,7 @@ def _write(descriptor: int, block: memoryview, offset: int) -> None:
 
 def _crc(files: OpenFiles, file: Path, offset: int, num_bytes: int) -> int:
     """Returns the CRC-32 of a range of a file."""
+    # One buffer for all blocks.
     buffer = memoryview(bytearray(min(_BLOCK_BYTES, num_bytes)))
     crc = 0
     for done in range(0, num_bytes, _BLOCK_BYTES):
