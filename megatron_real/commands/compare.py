@@ -67,6 +67,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the sweep; returns the exit code."""
+    # Only what is refused before a run starts is an error of the input.
     with input_checks():
         sweep = _checked(options)
         if options.describe is not None:
@@ -121,6 +122,7 @@ def _execute(sweep: Sweep, options: argparse.Namespace) -> int:
         sweep_lock(sweep.out, say) as lock,
         Executor(sweep.out / "logs", lock, num_ranks=options.nproc, say=say) as executor,
     ):
+        # In the sweep's order, one after the other: each run has the whole machine.
         for number, run in enumerate(sweep.runs, 1):
             if executor.asked_to_stop:
                 return _stopped()
@@ -130,6 +132,7 @@ def _execute(sweep: Sweep, options: argparse.Namespace) -> int:
                 say(f"run {number} of {len(sweep.runs)}: {run.name} (log: {log})")
                 code = executor.execute(run)
                 result = read_result(run)
+                # Ctrl-C reaches the run too, which has saved and said so: the sweep ends with it.
                 if code == INTERRUPTED:
                     raise KeyboardInterrupt
                 unfinished = result.outcome == Outcome.UNFINISHED

@@ -46,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
 
     prefixes = tuple(options.prefixes)
     all_settings = every_setting()
+    # startswith(()) is False for everything, so that no prefix must be asked for by itself.
     settings = [s for s in all_settings if not prefixes or s.path.startswith(prefixes)]
     if not settings:
         # One path may have several meanings, one for each kind of objective.

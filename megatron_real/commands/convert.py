@@ -153,6 +153,7 @@ def size_of(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 5GB or 512MiB")
+    # No letter: the blank, whose power is 0.
     power = " KMGT".index(match[2].upper() or " ")
     base = 1000
     if match[3]:  # the i of GiB
@@ -196,6 +197,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 def _to_megatron(options: argparse.Namespace) -> int:
     from megatron_real.conversion.convert import LegacyLayout, hf_to_megatron
 
+    # A hub id that is in the cache stands for its directory.
     options.source = Path(weights_directory(str(options.source), "HF_DIR"))
     if options.format == "torch_dist" and (options.tp, options.pp) != (1, 1):
         raise WeightsError(
@@ -217,27 +219,23 @@ def _to_hf(options: argparse.Namespace) -> int:
 
     options.source = checkpoint_of_run(options.source)
     hf_config = options.hf_config or hf_config_of(options.source)
+
+    # A run's checkpoint gets a model card, as the run's own export has one; which packages trained
+    # is not recorded. A checkpoint without a run has none.
+    texts = {}
+    owner = RunDirectory(options.source.parent.parent)
+    if is_run_directory(owner.path):
+        for checkpoint in saved(owner.checkpoints):
+            if checkpoint.path.name == options.source.name:
+                texts[CARD] = model_card(owner, last_step=checkpoint.position.step)
+
     return _convert(
         options,
         megatron_to_hf,
         hf_config=hf_config,
         max_shard_bytes=options.max_shard_size,
-        texts=_card(options.source),
+        texts=texts,
     )
-
-
-def _card(checkpoint: Path) -> dict[str, str]:
-    """Returns the model card of a run's checkpoint by its name, as the run's own export has one.
-
-    There is none for a checkpoint without a run. Which packages trained is not recorded.
-    """
-    owner = RunDirectory(checkpoint.parent.parent)
-    if not is_run_directory(owner.path):
-        return {}
-    for known in saved(owner.checkpoints):
-        if known.path.name == checkpoint.name:
-            return {CARD: model_card(owner, last_step=known.position.step)}
-    return {}
 
 
 def _convert(options: argparse.Namespace, conversion: Any, **keywords: Any) -> int:
@@ -266,6 +264,7 @@ def _convert(options: argparse.Namespace, conversion: Any, **keywords: Any) -> i
         )
     seconds = time.perf_counter() - started
 
+    # Of what this run has copied: what was there already took no time.
     bytes_per_second = round((done.num_bytes - done.resumed_bytes) / seconds)
     peak_memory = peak_memory_bytes()
     if options.json:
@@ -321,6 +320,7 @@ def _verify(options: argparse.Namespace) -> int:
             f"same argmax"
         )
         if not parity.same_model:
+            # Beside the bytes: equal tensors under another config.json are another model.
             report.problems.append("the logits differ: this is not the same model")
 
     if options.json:
@@ -355,6 +355,7 @@ def _logits(a: Opened, b: Opened | None) -> LogitParity:
     """
     from megatron_real.policy.parity import compare_logits
 
+    # transformers reads HF directories alone; our model reads both kinds.
     if b is not None and b.kind == "HF":
         ours = a
         theirs = b
@@ -374,14 +375,14 @@ def _inspect(options: argparse.Namespace) -> int:
         print(json.dumps(description))
         return 0
     for key, value in description.items():
-        print(hanging(f"{key:<14} {_words(value)}", 15))
+        print(hanging(f"{key:<14} {_readable(value)}", 15))
     return 0
 
 
-def _words(value: Any) -> str:
-    """Returns a value of a description as words: numbers with commas, tables as lists."""
+def _readable(value: Any) -> str:
+    """Returns a value of a description for people: numbers with commas, tables as lists."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_words(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {_readable(item)}" for key, item in value.items())
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value)

@@ -64,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
 
     try:
         join_world(_JOIN_MINUTES)
+        # Collective: every rank reports, and the first has all findings.
         findings = report(Path(run_dir or "."), needs)
         leave_world()
     except RuntimeError as error:

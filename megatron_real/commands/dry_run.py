@@ -78,6 +78,7 @@ def _memory(config: Config, architecture: Architecture, dp: int) -> str:
     layers: Literal["te", "local"] = "te"
     if config.model.layers == "local":
         layers = "local"
+    # One micro-batch: the least that a step can have in flight.
     stages = stage_memory(architecture, config, dp=dp, shapes=Shapes(1, layers))
     fullest = max(stages, key=training_bytes)
     return (

@@ -84,6 +84,7 @@ def run(options: argparse.Namespace) -> int:
 
     from megatron_real.evaluation.benchmark import run_benchmarks
 
+    # Found before anything is loaded, since an interrupted evaluation is told where to go on.
     out = options.out or str(Path("runs/eval") / subject.name(config.model.path))
     try:
         with input_checks():

@@ -179,6 +179,7 @@ def _check(options: argparse.Namespace) -> int:
         require_boxed=not options.no_box,
     ) as pool:
         started = time.monotonic()
+        # Timed with the pool started: a run starts its pool once.
         checks = [Check(row.completion, row.golds) for row in rows]
         statuses = [outcome.status for outcome in pool.run(checks)]
         seconds = time.monotonic() - started

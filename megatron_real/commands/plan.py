@@ -126,6 +126,7 @@ def run(options: argparse.Namespace) -> int:
             return _compare_gpu_counts(source, device, options)
         estimate, note = source.estimate(device, options.gpus[0])
         configured = estimate.run.config.rollout.tp
+        # Over all layouts, whatever the configured one is: the table below shows where it stands.
         best = ranked(estimate.run)
         if note and best:
             estimate = best[0]
@@ -142,6 +143,7 @@ def run(options: argparse.Namespace) -> int:
             paragraphs.insert(0, f"{note}; the fastest layout that fits is planned")
         if not best:
             paragraphs.insert(-1, _nearest(estimate.run))
+        # Before the last paragraph, which is that of the sources.
         paragraphs[-1:-1] = filter(None, [engines, _larger_cache(estimate)])
         print("\n\n".join(map(_wrapped, paragraphs)))
     if estimate.fits:
@@ -329,6 +331,7 @@ def _plan_sweep(source: _Source, device: Device, options: argparse.Namespace) ->
     num_seeds = len(sweep.seeds)
 
     estimates: dict[str, Estimate] = {}
+    # All seeds of a variant need the same.
     for run in sweep.runs[: len(sweep.variants)]:  # the first seed of each
         of_variant = dataclasses.replace(source, config=run.base, words=run.words)
         estimate, note = of_variant.estimate(device, options.gpus[0])
@@ -403,6 +406,7 @@ def _larger_cache(estimate: Estimate) -> str:
     if run.server_gpus:
         in_use = sum(estimate.server.values())
     free_mib = (estimate.budget - in_use) >> 20
+    # Whole GiB, as a person would write it.
     kv_cache_mib = (run.config.rollout.kv_cache_mib + free_mib) // 1024 * 1024
 
     rollout = dataclasses.replace(run.config.rollout, kv_cache_mib=kv_cache_mib)
@@ -423,12 +427,13 @@ def _nearest(run: PlannedRun) -> str:
     """Returns what would work where no layout fits: more of the same GPUs, or larger ones."""
     cluster = run.cluster
     options = []
+    # Numbers that clusters have, up to eight nodes.
     for gpus in (2, 3, 4, 8, 16, 32, 64):
         if gpus <= cluster.gpus:
             continue
         layouts = ranked(dataclasses.replace(run, cluster=dataclasses.replace(cluster, gpus=gpus)))
         if layouts:
-            options.append(f"{gpus} x {cluster.device.name} ({_words(layouts[0])})")
+            options.append(f"{gpus} x {cluster.device.name} ({_with_engines(layouts[0])})")
             break
 
     for device in sorted(DEVICES.values(), key=lambda device: device.memory_gib):
@@ -437,7 +442,7 @@ def _nearest(run: PlannedRun) -> str:
         larger = dataclasses.replace(cluster, device=device)
         layouts = ranked(dataclasses.replace(run, cluster=larger))
         if layouts:
-            options.append(f"{cluster.gpus} x {device.name} ({_words(layouts[0])})")
+            options.append(f"{cluster.gpus} x {device.name} ({_with_engines(layouts[0])})")
             break
 
     if not options:
@@ -445,7 +450,7 @@ def _nearest(run: PlannedRun) -> str:
     return f"The nearest that works: {' or '.join(options)}."
 
 
-def _words(estimate: Estimate) -> str:
+def _with_engines(estimate: Estimate) -> str:
     """Returns a layout's name, and the size of its engines where it is not the default."""
     tp = estimate.run.config.rollout.tp
     if tp == 1:

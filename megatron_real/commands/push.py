@@ -50,7 +50,9 @@ class Upload:
     def size(self, name: str) -> int:
         """Returns the bytes of a file."""
         content = self.files[name]
-        return len(content) if isinstance(content, bytes) else content.stat().st_size
+        if isinstance(content, bytes):
+            return len(content)
+        return content.stat().st_size
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +76,14 @@ def run(options: argparse.Namespace) -> int:
     with input_checks():
         _check_name(options.repo)
         upload = _gather(Path(options.run_dir), options.evaluations)
-        _check_weights(upload.export)
+
+        from megatron_real.conversion.verify import open_as_hf, verify
+
+        # Every tensor is read once: what is published must be whole and without NaN.
+        with progress_bar(f"checking {upload.export}") as progress:
+            report = verify(open_as_hf(upload.export), None, progress=progress)
+        if report.problems:
+            raise ValueError(f"{upload.export}: {report.problems[0]}; nothing is sent")
 
     names = sorted(upload.files)
     print(f"{upload.export} -> {options.repo}")
@@ -111,7 +120,9 @@ def _gather(path: Path, evaluations: Sequence[str]) -> Upload:
         ValueError: there is no export, a file of it must not be published, or an evaluation has no
             results.
     """
-    owner = path if is_run_directory(path) else path.absolute().parent
+    owner = path
+    if not is_run_directory(path):
+        owner = path.absolute().parent
     directory = RunDirectory(owner)
     export = directory.weights
     is_export = is_run_directory(owner) and (path == owner or path.absolute() == export.absolute())
@@ -133,8 +144,12 @@ def _gather(path: Path, evaluations: Sequence[str]) -> Upload:
     if (export / INDEX).is_file():
         files[INDEX] = export / INDEX
 
+    # A card that somebody has edited is kept; an export of an earlier version has none.
     card = export / CARD
-    text = card.read_text(encoding="utf-8") if card.is_file() else model_card(directory)
+    if card.is_file():
+        text = card.read_text(encoding="utf-8")
+    else:
+        text = model_card(directory)
     if evaluations:
         text = with_benchmarks(text, evaluations)
     files[CARD] = text.encode()
@@ -143,24 +158,11 @@ def _gather(path: Path, evaluations: Sequence[str]) -> Upload:
     return Upload(export, files, sorted(present - files.keys()))
 
 
-def _check_weights(export: Path) -> None:
-    """Reads every tensor.
-
-    Raises:
-        ValueError: one is missing, has another shape, or holds NaN.
-    """
-    from megatron_real.conversion.verify import open_as_hf, verify
-
-    with progress_bar(f"checking {export}") as progress:
-        report = verify(open_as_hf(export), None, progress=progress)
-    if report.problems:
-        raise ValueError(f"{export}: {report.problems[0]}; nothing is sent")
-
-
 def _guarded(send: Callable[[], str]) -> int:
     """Sends, and says in one sentence what went wrong, without the token."""
     from huggingface_hub import get_token
 
+    # Known here, so that it can be struck out of whatever the library says.
     token = get_token()
     if not token:
         raise Refused("this machine has no token of the hub; `hf auth login`, or set HF_TOKEN")
@@ -196,6 +198,7 @@ def _send(upload: Upload, repo: str, *, private: bool, message: str) -> str:
     ]
     if stale:
         print(f"  deleted in the same commit, as weights of another upload: {', '.join(stale)}")
+    # One commit: a reader of the repository sees the old model or the new one.
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, content) for name, content in sorted(upload.files.items())
     ]

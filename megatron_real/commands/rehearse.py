@@ -15,7 +15,6 @@ from typing import Any
 from megatron_real import config as configuration
 from megatron_real.commands.arguments import add_gpu, add_overrides
 from megatron_real.commands.terminal import input_checks, table
-from megatron_real.config import Config
 from megatron_real.plan.devices import DEVICES
 from megatron_real.plan.layouts import RESERVE_SHARE
 from megatron_real.rehearsal.launch import rehearse
@@ -71,15 +70,23 @@ def run(options: argparse.Namespace) -> int:
     """Runs `rehearse`; returns the exit code."""
     with input_checks():
         requests = _requests(options)
+        # Within the checks: some inputs are refused by the rank's own process.
         reports = rehearse(requests)
 
     budget = int(DEVICES[options.gpu].memory_gib * 2**30 * (1 - RESERVE_SHARE))
+    objects: list[dict[str, Any]] = []
+    for report in reports:
+        fits = not report.fault and report.peak <= budget
+        sizes = {"peak": report.peak, "budget": budget, "fits": fits}
+        objects.append({**report.to_json(), **sizes})
+
     if options.json:
-        print(json.dumps([_as_json(report, budget) for report in reports], indent=2))
+        print(json.dumps(objects, indent=2))
     else:
         print("\n\n".join(paragraph for r in reports for paragraph in _text(r, budget)))
-    good = all(not report.fault and report.peak <= budget for report in reports)
-    return 0 if good else 1
+    if all(report["fits"] for report in objects):
+        return 0
+    return 1
 
 
 def _requests(options: argparse.Namespace) -> list[Request]:
@@ -92,6 +99,12 @@ def _requests(options: argparse.Namespace) -> list[Request]:
     configuration.check_world(config, options.gpus)
     if not 0 <= options.rank < options.gpus:
         raise ValueError(f"--rank is {options.rank}; it must be 0 to {options.gpus - 1}")
+
+    ranks = [options.rank]
+    if options.all_stages:
+        # Megatron's rank numbers count pipeline stages last: each stage is one block of ranks.
+        ranks_of_stage = options.gpus // config.parallel.pp
+        ranks = [stage * ranks_of_stage for stage in range(config.parallel.pp)]
     return [
         Request(
             config=options.config,
@@ -101,26 +114,8 @@ def _requests(options: argparse.Namespace) -> list[Request]:
             gpu=options.gpu,
             micro_batches=options.micro_batches,
         )
-        for rank in _ranks(config, options)
+        for rank in ranks
     ]
-
-
-def _ranks(config: Config, options: argparse.Namespace) -> list[int]:
-    """Returns the ranks that the user asks for."""
-    if not options.all_stages:
-        return [options.rank]
-    # Megatron's rank numbers count pipeline stages last: each stage is one block of ranks.
-    ranks_of_stage = options.gpus // config.parallel.pp
-    return [stage * ranks_of_stage for stage in range(config.parallel.pp)]
-
-
-def _as_json(report: RankReport, budget: int) -> dict[str, Any]:
-    return {
-        **report.to_json(),
-        "peak": report.peak,
-        "budget": budget,
-        "fits": not report.fault and report.peak <= budget,
-    }
 
 
 def _text(report: RankReport, budget: int) -> list[str]:
@@ -141,9 +136,10 @@ def _text(report: RankReport, budget: int) -> list[str]:
     )
     paragraphs.append(_folded(load))
     paragraphs.append(table(_against_plan(report)))
-    worst = report.peak
-    verdict = "fits" if worst <= budget else "DOES NOT FIT"
-    peak = f"{_gib(worst)} GiB at the peak, {_gib(budget)} may be used"
+    verdict = "DOES NOT FIT"
+    if report.peak <= budget:
+        verdict = "fits"
+    peak = f"{_gib(report.peak)} GiB at the peak, {_gib(budget)} may be used"
     paragraphs.append(_folded(f"{verdict}: {peak}; the engine's part of it is plan's figure"))
     gradient = [phase for phase in report.phases if phase.name == "gradient"]
     paragraphs += [table(_phases(report.phases)), *map(_details, gradient)]
@@ -187,7 +183,7 @@ def _phases(phases: Iterable[Phase]) -> list[list[str]]:
 
 
 def _details(phase: Phase) -> str:
-    """What holds memory at the peak of a phase, where the host waits in it, and what it sends."""
+    """Returns what holds memory at a phase's peak, where the host waits in it, what it sends."""
     lines = [f"{phase.name}: what holds memory at its peak (GiB)"]
     for site, size in list(phase.holders.items())[:_SITES]:
         lines.append(_folded(f"  {_gib(size):>7}  {site}", 11))
@@ -197,11 +193,10 @@ def _details(phase: Phase) -> str:
             lines.append(_folded(f"  {times:>7}  {site}", 11))
     if phase.collectives:
         lines.append(f"{phase.name}: collectives (calls, MiB of this rank)")
-        for one in phase.collectives:
-            sent = f"{one.calls:>7}  {one.num_bytes / 2**20:>10,.1f}"
-            lines.append(
-                _folded(f"  {sent}  {one.call} {one.dtype} over {one.ranks} ({one.group})", 23)
-            )
+        for sent in phase.collectives:
+            counts = f"{sent.calls:>7}  {sent.num_bytes / 2**20:>10,.1f}"
+            over = f"over {sent.ranks} ({sent.group})"
+            lines.append(_folded(f"  {counts}  {sent.call} {sent.dtype} {over}", 23))
     return "\n".join(lines)
 
 

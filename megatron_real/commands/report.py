@@ -59,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
         with input_checks():
             _check(options, out)
             runs = _write(options, out)
+            # A run that has ended gets no more rows: the last page is the whole one.
             while options.watch > 0 and any(run.status.get("state") == "running" for run in runs):
                 time.sleep(options.watch)
                 runs = _write(options, out)

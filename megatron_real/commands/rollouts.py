@@ -118,24 +118,29 @@ def run(options: argparse.Namespace) -> int:
         rows = _selected(
             (row for step in steps for row in read_rows(directory.saved_rollouts(step))), options
         )
-        if options.step is None:
-            _print_json(rows, options.without_tokens)
-        else:
+        if options.step is not None:
             _print_text(list(rows), directory, options)
+            return 0
+
+        for row in rows:
+            if options.without_tokens:
+                row = {name: row[name] for name in row if name not in _TOKEN_COLUMNS}
+            # ASCII alone: a model may emit half a surrogate pair, or control a terminal.
+            print(json.dumps(row))
     return 0
 
 
 def _selected(
     rows: Iterable[Mapping[str, Any]], options: argparse.Namespace
 ) -> Iterator[Mapping[str, Any]]:
-    """The rows that the filters leave, in the order that is asked for."""
-    words = options.search.casefold()
+    """Yields the rows that the filters leave, in the order that is asked for."""
+    text = options.search.casefold()
     matching: Iterator[Mapping[str, Any]] = (
         row
         for row in rows
         if (options.label is None or row["label"] == LABELS[options.label])
         and (options.status is None or row["status"] == options.status)
-        and (words in row["completion"].casefold() or words in row["prompt"].casefold())
+        and (text in row["completion"].casefold() or text in row["prompt"].casefold())
     )
     if options.sort:
         key = _SORTS[options.sort]
@@ -153,14 +158,6 @@ def _selected(
         yield row
 
 
-def _print_json(rows: Iterable[Mapping[str, Any]], without_tokens: bool) -> None:
-    for row in rows:
-        if without_tokens:
-            row = {name: row[name] for name in row if name not in _TOKEN_COLUMNS}
-        # ASCII alone: a model may emit half a surrogate pair, or control a terminal.
-        print(json.dumps(row))
-
-
 def _print_text(
     rows: Sequence[Mapping[str, Any]], directory: RunDirectory, options: argparse.Namespace
 ) -> None:
@@ -168,7 +165,12 @@ def _print_text(
 
     Characters that a terminal would act on are replaced by visible ones.
     """
-    write = _writer()
+    # In whatever the terminal or the file can hold.
+    encoding = sys.stdout.encoding or "ascii"
+
+    def write(text: str) -> None:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
     if not rows:
         write("no rollout of this step is as asked for\n")
         return
@@ -187,19 +189,9 @@ def _print_text(
         if decode is None:
             write(f"{_indented(_shown(row['completion']))}\n")
         else:
-            same_group = [other for other in rows if other["group"] == group]
+            same_group = [sibling for sibling in rows if sibling["group"] == group]
             write(f"{_shaded(row, same_group, options.shade, decode)}\n")
     write(f"\n{len(rows)} rollouts\n")
-
-
-def _writer() -> Callable[[str], object]:
-    """Returns a function that writes text in whatever a terminal or a file can hold."""
-    encoding = sys.stdout.encoding or "ascii"
-
-    def write(text: str) -> None:
-        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
-
-    return write
 
 
 def _shown(text: str) -> str:
@@ -212,9 +204,15 @@ def _indented(text: str) -> str:
 
 def _headline(row: Mapping[str, Any]) -> str:
     label = next(word for word, label in LABELS.items() if label == row["label"])
-    figures = [
-        f"{name} {_number(row[name])}" for name in ("reward", "score", "weight") if name in row
-    ]
+    figures = []
+    for name in ("reward", "score", "weight"):
+        if name not in row:
+            continue
+        # Not every rollout has a reward, and none has a score before it was trained on.
+        figure = "-"
+        if row[name] is not None:
+            figure = f"{row[name]:.4g}"
+        figures.append(f"{name} {figure}")
     headline = (
         f"sample {row['sample']}: {label}, {row['status']}; {', '.join(figures)}, "
         f"{len(row['token_ids'])} tokens"
@@ -224,12 +222,6 @@ def _headline(row: Mapping[str, Any]) -> str:
     if row.get("reason"):
         headline += f"; {_shown(row['reason'])}"
     return headline
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}"
 
 
 def _decoder(
@@ -257,12 +249,13 @@ def _shaded(
     shade: str,
     decode: Callable[[Sequence[int]], list[str]],
 ) -> str:
-    """The answer, each token on a background as strong as its figure."""
+    """Returns the answer, each token on a background as strong as its figure."""
     column = SHADES[shade]
     figures = row.get(column) or [None] * len(row["token_ids"])
     full = _FULL.get(shade)
     if full is None:
-        sizes = (abs(w) for other in group for w in other.get(column) or () if w is not None)
+        weights = (weight for sibling in group for weight in sibling.get(column) or ())
+        sizes = (abs(weight) for weight in weights if weight is not None)
         full = max(sizes, default=0.0)
     parts = []
     for text, value in zip(decode(row["token_ids"]), figures, strict=True):
@@ -276,7 +269,9 @@ def _shaded(
             is_raised = value > 0 and shade == "ratio"
             if shade == "weight":
                 is_raised = value < 0
-            shades = _UP if is_raised else _DOWN
+            shades = _DOWN
+            if is_raised:
+                shades = _UP
             shown = f"\x1b[97;48;5;{shades[strength - 1]}m{shown}\x1b[0m"
         parts.append(shown)
     return _indented("".join(parts))
@@ -302,13 +297,13 @@ def _steps(directory: RunDirectory, wanted: Sequence[str] | None) -> list[int]:
         return saved
 
     steps: list[int] = []
-    for words in wanted:
-        first, _, last = words.partition("-")
+    for part in wanted:
+        first, _, last = part.partition("-")
         try:
             steps += range(int(first), int(last or first) + 1)
         except ValueError as error:
             raise ValueError(
-                f"--steps {words!r} is no step; give numbers such as 12 or 20-29"
+                f"--steps {part!r} is no step; give numbers such as 12 or 20-29"
             ) from error
     for step in steps:
         if step not in saved:

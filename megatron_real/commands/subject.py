@@ -44,8 +44,10 @@ class Subject:
                 return cls.of(str(run.weights))
             return cls.of(str(checkpoint_of_run(path)))
 
+        # The export of a run: its settings are those of the run.
         parent = RunDirectory(path.parent)
         if is_run_directory(parent.path) and path == parent.weights:
+            # The export's own config and tokenizer, and no checkpoint beside it.
             words = (f"model.path={path}", "model.weights=", _WHOLE)
             return cls(parent.config, words, parent.path.name)
 

@@ -39,6 +39,7 @@ def input_checks() -> Iterator[None]:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Returns columns as wide as their widest cell, the first flush left, the others right."""
+    # Every row has all columns: a missing cell would shift those after it.
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
@@ -53,6 +54,7 @@ def hanging(text: str, indent: int) -> str:
 
     It stays one line where it goes to a file, which is searched by lines.
     """
+    # Without a terminal the fallback counts: no line is that long.
     width = shutil.get_terminal_size(fallback=(10_000, 24)).columns
     return textwrap.fill(
         text,

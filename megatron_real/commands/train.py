@@ -71,6 +71,7 @@ def run(options: argparse.Namespace) -> int:
                 print(description(config, options.nproc or _num_ranks_of_launcher()))
             return DONE
 
+    # torchrun's or srun's process, or one by itself.
     if options.nproc is None:
         return _train(config)
     from megatron_real.launcher import launch
@@ -100,6 +101,7 @@ def _checked(options: argparse.Namespace) -> configuration.Config:
     if options.nproc is not None and options.nproc < 1:
         raise ValueError(f"--nproc is {options.nproc}; it must be 1 or above")
 
+    # On the parent too, where processes are started: it refuses once, and not on every rank.
     config = configuration.load(options.config, options.overrides)
     configuration.check_world(config, options.nproc or _num_ranks_of_launcher())
     if not config.trainer.run_dir:
