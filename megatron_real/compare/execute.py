@@ -68,6 +68,7 @@ class Executor:
 
     def __exit__(self, *_: object) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1):
+            # Between two sweeps in one process a signal ends it as usual.
             signal.signal(number, signal.SIG_DFL)
 
     def execute(self, run: SweepRun) -> int:
@@ -78,16 +79,21 @@ class Executor:
         """
         log = self.log(run)
         log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "megatron_real", "train", str(run.base), *run.words]
+        if self._num_ranks is not None:
+            command += ["--nproc", str(self._num_ranks)]
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                self._command(run),
+                command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 pass_fds=(self._lock,),
+                # A run outlives a sweep that was killed, unless the kernel tells it.
                 preexec_fn=_stop_with_parent,
             )
         try:
             self._follow(run, self._process)
+        # Ctrl-C has reached the run too: it saves, and is waited for.
         except KeyboardInterrupt:
             self._process.wait()
             raise
@@ -98,12 +104,6 @@ class Executor:
     def log(self, run: SweepRun) -> Path:
         """Returns the file that has what a run printed."""
         return self._logs / f"{run.variant}-seed-{run.seed}.log"
-
-    def _command(self, run: SweepRun) -> list[str]:
-        command = [sys.executable, "-m", "megatron_real", "train", str(run.base), *run.words]
-        if self._num_ranks is not None:
-            command += ["--nproc", str(self._num_ranks)]
-        return command
 
     def _follow(self, run: SweepRun, process: subprocess.Popen[bytes]) -> None:
         """Waits for the end of a run, and says meanwhile how far it is."""
@@ -123,9 +123,11 @@ class Executor:
                 continue
 
             shown = len(rows)
+            sentence = f"{run.name}: step {shown} of {steps}"
             reward = rows[-1].get("reward_mean")
-            of_step = "" if reward is None else f", reward {reward:.3f}"
-            self._say(f"{run.name}: step {shown} of {steps}{of_step}")
+            if reward is not None:
+                sentence += f", reward {reward:.3f}"
+            self._say(sentence)
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
         self.asked_to_stop = True

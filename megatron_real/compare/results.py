@@ -79,9 +79,16 @@ def read_result(run: SweepRun) -> RunResult:
     status = read_status(directory.status)
     # A start that was refused leaves the run itself as it was.
     status = status.get("before") or status
-    outcome = _outcome(status)
     rows, _ = read_rows(directory.metrics)
     evaluations, _ = read_rows(directory.evaluations)
+
+    outcome = Outcome.UNFINISHED
+    if status.get("state") == "finished":
+        outcome = Outcome.FINISHED
+    elif status.get("state") == "failed":
+        outcome = Outcome.FAILED
+        if status.get("diverged"):
+            outcome = Outcome.DIVERGED
 
     reason = str(status.get("reason") or "")
     accuracy = math.nan
@@ -89,11 +96,16 @@ def read_result(run: SweepRun) -> RunResult:
     reward = math.nan
     if outcome == Outcome.FINISHED:
         reason = ""
-        accuracy = _accuracy(evaluations, run.config.trainer.steps)
-        accuracy_of = _accuracy_of(directory, run.config.trainer.steps)
+        # Of the last evaluation after the last step: a life that was resumed may evaluate again.
+        steps = run.config.trainer.steps
+        figures = [row.get("heldout/pass_at_1") for row in evaluations if row.get("step") == steps]
+        if figures and figures[-1] is not None:
+            accuracy = float(figures[-1])
+        accuracy_of = _accuracy_of(directory, steps)
         reward = _reward(rows)
 
     rollouts_per_step = run.config.rollout.num_prompts * run.config.rollout.group_size
+    # The rows have means: times the rollouts of a step they are counts again.
     mean_tokens = math.fsum(row.get("response_tokens_mean") or 0.0 for row in rows)
     return RunResult(
         variant=run.variant,
@@ -108,24 +120,6 @@ def read_result(run: SweepRun) -> RunResult:
         tokens=round(mean_tokens * rollouts_per_step),
         skipped_updates=int(sum(row.get("skipped_updates") or 0 for row in rows)),
     )
-
-
-def _outcome(status: Mapping[str, Any]) -> Outcome:
-    """Returns the outcome that a status.json tells of."""
-    state = status.get("state")
-    if state == "finished":
-        return Outcome.FINISHED
-    if state == "failed":
-        return Outcome.DIVERGED if status.get("diverged") else Outcome.FAILED
-    return Outcome.UNFINISHED
-
-
-def _accuracy(evaluations: Sequence[Mapping[str, Any]], steps: int) -> float:
-    """Returns pass@1 of the last evaluation after a step; NaN where there is none."""
-    figures = [row.get("heldout/pass_at_1") for row in evaluations if row.get("step") == steps]
-    if not figures or figures[-1] is None:
-        return math.nan
-    return float(figures[-1])
 
 
 def _accuracy_of(directory: RunDirectory, steps: int) -> dict[str, float]:
@@ -146,6 +140,7 @@ def _reward(rows: Sequence[Mapping[str, Any]]) -> float:
     """Returns the mean reward of the last steps; NaN where one of them had no labelled rollout."""
     num_steps = max(1, round(len(rows) * _WINDOW_SHARE))
     rewards = [row.get("reward_mean") for row in rows[-num_steps:]]
+    # All or nothing: a mean over fewer steps would not compare with the others'.
     known = [reward for reward in rewards if reward is not None]
     if not rewards or len(known) < len(rewards):
         return math.nan

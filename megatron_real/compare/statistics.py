@@ -56,6 +56,7 @@ def mean_over_seeds(values: Sequence[float]) -> Mean:
         return Mean(math.nan, math.nan, len(values))
     error = math.nan
     if len(values) > 1:
+        # One value has no spread that could be estimated.
         error = statistics.stdev(values) / math.sqrt(len(values))
     return Mean(statistics.fmean(values), error, len(values))
 
@@ -86,16 +87,20 @@ def paired_difference(
             another set of problems for any of the runs, leaves the interval to the seeds.
         other_problems: the same for `other`.
     """
+    # In order, so that the bootstrap draws the same resamples every time.
     seeds = sorted(first.keys() & other.keys())
     differences = [other[seed] - first[seed] for seed in seeds]
     mean = mean_over_seeds(differences)
     table_SN = _problem_differences(seeds, first_problems or {}, other_problems or {})
-    resampled = "seeds" if table_SN is None else "seeds and problems"
+    resampled = "seeds and problems"
+    if table_SN is None:
+        # A column of the seeds' own differences, as if each run had one problem.
+        resampled = "seeds"
+        table_SN = np.asarray(differences)[:, None]
+
     low = math.nan
     high = math.nan
     if math.isfinite(mean.standard_error):
-        if table_SN is None:
-            table_SN = np.asarray(differences)[:, None]
         low, high = _interval(table_SN)
     return Difference(mean.value, mean.standard_error, mean.count, low, high, resampled)
 
@@ -111,6 +116,7 @@ def _problem_differences(
         None where the runs do not all have the same problems.
     """
     runs = [figures.get(seed, {}) for seed in seeds for figures in (first, other)]
+    # A problem that one run has not answered would leave a hole in its row.
     problems = sorted(runs[0]) if runs else []
     if not problems or any(run.keys() != runs[0].keys() for run in runs):
         return None

@@ -162,6 +162,7 @@ def load_sweep(
             raise ValueError(
                 f"the command line sets {name} for all variants; set it in the variants of {path}"
             )
+    # After the command line's words, which may change what a step draws.
     budget = _budget(path, values.get("budget"), base, overrides)
 
     runs: list[SweepRun] = []
@@ -172,8 +173,12 @@ def load_sweep(
         try:
             of_variant = _runs_of(name, base, (*overrides, *words), out, seeds, budget)
             if to_run:
+                # What `train` checks before it begins.
                 for run in of_variant:
-                    _check_run(run, num_ranks)
+                    if num_ranks is not None:
+                        configuration.check_world(run.config, num_ranks)
+                    check_model(run.config.model.path, run.config.model.weights)
+                    check_replay(run.config)
             runs += of_variant
         except ValueError as error:
             raise ValueError(f"variant {name}: {error}") from error
@@ -203,6 +208,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} holds a list, not a sweep; begin with a line like 'base: my.yaml'"
         )
 
+    # Not resolved: an interpolation is the business of each run.
     values: Any = OmegaConf.to_container(tree, resolve=False)
     for key in values:
         if key not in _KEYS:
@@ -221,7 +227,10 @@ def _text(path: Path, values: Mapping[str, Any], key: str) -> str:
 
 
 def _seeds(path: Path, value: Any) -> tuple[int, ...]:
-    numbers = value if isinstance(value, list) else []
+    numbers: list[Any] = []
+    if isinstance(value, list):
+        numbers = value
+    # type, not isinstance: true is no seed.
     if not numbers or any(type(number) is not int or number < 0 for number in numbers):
         raise ValueError(
             f"{path}: seeds is {value!r}; give whole numbers, such as seeds: [1, 2, 3]"
@@ -276,6 +285,7 @@ def _refuse_setting(where: str, name: str, reasons: Mapping[str, str]) -> None:
     if name in _A_VARIANTS_OWN:
         return
     for setting, reason in reasons.items():
+        # A section is refused as a whole, a setting by its own name.
         section = setting.endswith(".") and name.startswith(setting)
         if name == setting or name == setting.rstrip(".") or section:
             raise ValueError(f"{where} sets {name}, but {reason}; leave it out")
@@ -309,6 +319,7 @@ def _runs_of(
     """
     config = configuration.load(base, words)
     per_step = _rollouts_per_step(config)
+    # Equal rollouts, not equal steps: a variant may draw more or fewer in a step.
     steps, rest = divmod(budget, per_step)
     if rest or not steps:
         raise ValueError(
@@ -326,14 +337,6 @@ def _runs_of(
     return runs
 
 
-def _check_run(run: SweepRun, num_ranks: int | None) -> None:
-    """Checks what `train` checks before it begins; raises ValueError as it does."""
-    if num_ranks is not None:
-        configuration.check_world(run.config, num_ranks)
-    check_model(run.config.model.path, run.config.model.weights)
-    check_replay(run.config)
-
-
 def _check_earlier(run: SweepRun) -> None:
     """Refuses a directory of another run, or of this one under other settings.
 
@@ -347,22 +350,17 @@ def _check_earlier(run: SweepRun) -> None:
         return
     # A run of an earlier version did what is the default of settings that it did not have.
     defaults = dataclasses.replace(Config(), objective=type(run.config.objective)())
-    others = {name for name, _, _ in changes(to_plain(defaults), to_plain(run.config))}
+    not_default = {name for name, _, _ in changes(to_plain(defaults), to_plain(run.config))}
     for name, before, now in changes(earlier.config, to_plain(run.config)):
-        is_new = before is None and name not in others
-        if is_new or name.startswith(_WITHOUT_EFFECT) or _same_path(before, now):
+        is_new = before is None and name not in not_default
+        # A job on a cluster gives whole paths. An empty text would resolve to the working
+        # directory, and names no file.
+        is_same_path = False
+        if isinstance(before, str) and isinstance(now, str) and before and now:
+            is_same_path = Path(before).resolve() == Path(now).resolve()
+        if is_new or is_same_path or name.startswith(_WITHOUT_EFFECT):
             continue
         raise ValueError(
             f"{run.directory.path} was made with {name}={before!r}, and the sweep says {now!r}; "
             f"give another out, or delete {run.directory.path} to run it anew"
         )
-
-
-def _same_path(before: Any, now: Any) -> bool:
-    """Tells whether two texts name the same file: a job on a cluster gives whole paths."""
-    if not isinstance(before, str) or not isinstance(now, str):
-        return False
-    # An empty text would resolve to the working directory.
-    if not before or not now:
-        return False
-    return Path(before).resolve() == Path(now).resolve()

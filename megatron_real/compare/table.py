@@ -60,6 +60,7 @@ def variant_rows(sweep: Sweep, results: Sequence[RunResult]) -> list[VariantRow]
         differences = {}
         for figure in FIGURES:
             means[figure] = mean_over_seeds([getattr(result, figure) for result in finished])
+            # The first variant is what the others are compared with.
             if variant != sweep.variants[0]:
                 differences[figure] = _difference(results, sweep.variants[0], variant, figure)
 
@@ -106,22 +107,20 @@ def _by_seed(results: Sequence[RunResult], variant: str, figure: str) -> dict[in
 def as_json(sweep: Sweep, results: Sequence[RunResult]) -> dict[str, Any]:
     """Returns the table and every run as plain values; what is not finite is null."""
     rows = variant_rows(sweep, results)
+    runs = []
+    for result in results:
+        run = dataclasses.asdict(result)
+        del run["accuracy_of"]  # a number for each problem, which the run's own directory has
+        runs.append(run)
     whole = {
         "compared_with": sweep.variants[0],
         "confidence": CONFIDENCE,
         "budget_rollouts": sweep.budget,
         "seeds": sweep.seeds,
         "variants": [dataclasses.asdict(row) for row in rows],
-        "runs": [_plain_run(result) for result in results],
+        "runs": runs,
     }
     plain: dict[str, Any] = _finite(whole)
-    return plain
-
-
-def _plain_run(result: RunResult) -> dict[str, Any]:
-    """Returns a run without the accuracy of each problem, which the run's directory has."""
-    plain = dataclasses.asdict(result)
-    del plain["accuracy_of"]
     return plain
 
 
@@ -141,6 +140,7 @@ def write_table(sweep: Sweep, results: Sequence[RunResult]) -> None:
     whole = as_json(sweep, results)
     write_whole(sweep.out / "table.json", json.dumps(whole, indent=2) + "\n")
     flat = [_flat(row) for row in whole["variants"]]
+    # The first variant has no differences, so that no single row has all columns.
     columns = list(dict.fromkeys(name for row in flat for name in row))
     with whole_file(sweep.out / "table.csv", newline="") as file:
         table = csv.DictWriter(file, columns, lineterminator="\n")

@@ -61,6 +61,7 @@ def too_few_sequences(config: Config, dp: int) -> str:
     num_rollouts = config.batch.minibatch_prompts * config.rollout.group_size
     if num_rollouts >= dp:
         return ""
+    # Rounded up: a group is not divided.
     num_prompts = -(-dp // config.rollout.group_size)
     return (
         f"{dp} data-parallel ranks share the {num_rollouts} rollouts of an update "
@@ -167,10 +168,10 @@ def _check_reference(config: Config, model: Architecture) -> None:
         if field.name == "max_positions":
             continue  # no weight depends on it
         own = getattr(model, field.name)
-        other = getattr(reference, field.name)
-        if own != other:
+        theirs = getattr(reference, field.name)
+        if own != theirs:
             raise ValueError(
-                f"objective.kl.reference_path = {path!r} has {field.name} {other} where the model "
+                f"objective.kl.reference_path = {path!r} has {field.name} {theirs} where the model "
                 f"has {own}; give weights of the same architecture"
             )
 
@@ -190,6 +191,7 @@ def check_combinations(config: Config) -> None:
     Raises:
         ValueError: a combination is impossible, or a setting would have no effect.
     """
+    # Called for what it refuses.
     data_sources(config.data)
     _check_sampling(config)
     _check_engine_traits(config)
@@ -221,6 +223,7 @@ def _check_sampling(config: Config) -> None:
     """Checks that what is sampled can be trained on: its distribution, its groups, its lengths."""
     rollout = config.rollout
     batch = config.batch
+    # log pi is of the whole distribution; one that was cut gives kept tokens more probability.
     is_truncated = rollout.top_p < 1 or rollout.top_k > 0
     if is_truncated and not rollout.allow_truncated_sampling:
         raise ValueError(

@@ -43,10 +43,20 @@ def every_setting() -> list[Setting]:
     """
     settings: list[Setting] = []
     for setting in _settings_of(Config(), ""):
-        if setting.path == "objective":
-            settings += _settings_of_objectives()
-        else:
+        if setting.path != "objective":
             settings.append(setting)
+            continue
+
+        # In the section's place: the setting that names the objective, and those of all objectives.
+        # Settings of one name with the same type, bounds, default and meaning are one.
+        kind = f"one of {', '.join(OBJECTIVES)}"
+        settings.append(Setting("objective.name", kind, "real", "The loss."))
+        owners: dict[Setting, list[str]] = {}
+        for name in OBJECTIVES:
+            for own in _settings_of(make_objective(name), "objective."):
+                owners.setdefault(own, []).append(name)
+        for own, names in owners.items():
+            settings.append(dataclasses.replace(own, objectives=tuple(names)))
     return settings
 
 
@@ -62,21 +72,6 @@ def _settings_of(section: Any, prefix: str) -> Iterator[Setting]:
             yield from _settings_of(value, f"{path}.")
         else:
             yield Setting(path, _kind(hint), _default(value), meanings.get(name, ""))
-
-
-def _settings_of_objectives() -> list[Setting]:
-    """Returns the setting that names the objective, and those of all objectives."""
-    names = Setting("objective.name", f"one of {', '.join(OBJECTIVES)}", "real", "The loss.")
-    # Settings of one name with the same type, bounds, default and meaning are one.
-    owners: dict[Setting, list[str]] = {}
-    for objective in OBJECTIVES:
-        for setting in _settings_of(make_objective(objective), "objective."):
-            owners.setdefault(setting, []).append(objective)
-
-    settings = [names]
-    for setting, objectives in owners.items():
-        settings.append(dataclasses.replace(setting, objectives=tuple(objectives)))
-    return settings
 
 
 def meanings_of(cls: type) -> dict[str, str]:
@@ -103,10 +98,10 @@ def _kind(hint: Any) -> str:
     plain = plain_hint(hint)
     if get_origin(plain) is Literal:
         return f"one of {', '.join(map(str, get_args(plain)))}"
-    words = [_type(plain)]
+    demands = [_type(plain)]
     for marker in getattr(hint, "__metadata__", ()):
-        words.append(marker.demand.removeprefix("must be ").removeprefix("must "))
-    return ", ".join(words)
+        demands.append(marker.demand.removeprefix("must be ").removeprefix("must "))
+    return ", ".join(demands)
 
 
 def _type(plain: Any) -> str:
@@ -122,6 +117,7 @@ def _type(plain: Any) -> str:
 def _default(value: Any) -> str:
     """Returns a default as a YAML file has it."""
     if value is None or isinstance(value, bool):
+        # Before numbers: True is one.
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple):
         return f"[{', '.join(map(str, value))}]"

@@ -23,7 +23,19 @@ def json_schema() -> dict[str, Any]:
     Every value may also be an interpolation such as `${oc.env:NAME}`.
     """
     schema = _section(Config())
-    schema["properties"]["objective"] = _objective()
+
+    # The settings of all objectives together: which of them has which is checked when the file is
+    # loaded. Where two have other defaults or bounds for one name, neither is said.
+    properties: dict[str, Any] = {}
+    for name in OBJECTIVES:
+        for setting, own in _section(make_objective(name))["properties"].items():
+            known = properties.setdefault(setting, own)
+            if known != own:
+                properties[setting] = {"description": known.get("description", "")}
+    properties["name"] = {"enum": list(OBJECTIVES), "default": "real", "description": "The loss."}
+    objective = {"type": "object", "additionalProperties": False, "properties": properties}
+    schema["properties"]["objective"] = objective
+
     # Not in the dataclasses: it is gone once the file is read.
     schema["properties"]["base"] = {
         "type": "string",
@@ -50,21 +62,6 @@ def _section(section: Any) -> dict[str, Any]:
             properties[name] = {**_value(hint), "default": default_in_yaml(value)}
         if meanings.get(name):
             properties[name]["description"] = meanings[name]
-    return {"type": "object", "additionalProperties": False, "properties": properties}
-
-
-def _objective() -> dict[str, Any]:
-    """Returns the schema of all objectives' settings together.
-
-    Which objective has which is checked when the file is loaded.
-    """
-    properties: dict[str, Any] = {}
-    for name in OBJECTIVES:
-        for setting, schema in _section(make_objective(name))["properties"].items():
-            other = properties.setdefault(setting, schema)
-            if other != schema:  # two objectives, two defaults or bounds
-                properties[setting] = {"description": other.get("description", "")}
-    properties["name"] = {"enum": list(OBJECTIVES), "default": "real", "description": "The loss."}
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
 

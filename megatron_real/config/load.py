@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin
 
@@ -79,8 +79,10 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             tree = OmegaConf.create({"model": {"path": str(path)}})
         else:
             tree = _read_file(Path(path), ())
-        tree = _over(tree, _overrides_tree(words, _objective_name(words, tree)))
+        tree = _over(tree, _overrides_tree(words, tree))
         values: Any = OmegaConf.to_container(tree, resolve=True)
+        # Kept beside the values, for config.yaml and for sentences: what stands for a secret is
+        # written, and not the secret.
         as_given: Any = OmegaConf.to_container(tree, resolve=False)
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         # Their errors span several lines, of which the first says what is wrong.
@@ -99,6 +101,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             sentence = sentence.replace(repr(entry.value), entry.text)
             if isinstance(entry.value, str) and len(entry.value) >= _FEWEST_LETTERS_OF_A_SECRET:
                 sentence = sentence.replace(entry.value, entry.text)
+        # Without its cause, whose own text may hold the secret.
         raise ValueError(sentence) from None
     return cast(Config, config)
 
@@ -188,30 +191,31 @@ def _over(below: DictConfig, above: DictConfig) -> DictConfig:
     name = OmegaConf.select(above, "objective.name")
     name_below = OmegaConf.select(below, "objective.name", default=_DEFAULT_OBJECTIVE)
     if name is not None and name != name_below:
+        # OmegaConf would merge both objectives' settings, and the new one refuse the old one's.
         below = OmegaConf.masked_copy(below, [str(key) for key in below if key != "objective"])
     return cast("DictConfig", OmegaConf.merge(below, above))
 
 
-def _objective_name(words: Iterable[str], tree: DictConfig) -> str:
-    """Returns the objective of a file's tree under these words."""
+def _overrides_tree(words: Sequence[str], below: DictConfig) -> DictConfig:
+    """Returns the tree that `key.sub=value` words stand for.
+
+    Args:
+        words: of the command line.
+        below: the file's tree, which they override.
+    """
     from omegaconf import OmegaConf
 
-    name = OmegaConf.select(tree, "objective.name", default=_DEFAULT_OBJECTIVE)
+    # Which settings are text depends on the objective, which the last word for it names.
+    objective_name = OmegaConf.select(below, "objective.name", default=_DEFAULT_OBJECTIVE)
     for word in words:
         key, _, value = word.partition("=")
         if key == "objective.name":
-            name = value
-    return str(name)
-
-
-def _overrides_tree(words: Iterable[str], objective_name: str) -> DictConfig:
-    """Returns the tree that `key.sub=value` words stand for."""
-    from omegaconf import OmegaConf
+            objective_name = value
 
     tree = OmegaConf.create({})
     for word in words:
         key, _, value = word.partition("=")
-        if _is_text(key.split("."), objective_name):
+        if _is_text(key.split("."), str(objective_name)):
             # Letter by letter: OmegaConf would read 1e5 as a number and {a} as a section.
             nested: Any = value
             for name in reversed(key.split(".")):
@@ -227,6 +231,7 @@ def _is_text(path: list[str], objective_name: str) -> bool:
     """Returns whether the setting at `path` is text."""
     if path == ["objective", "name"]:
         return True
+    # Walks down the dataclasses along the path.
     section: Any = Config
     if path[0] == "objective" and objective_name in OBJECTIVES:
         section = objective_class(objective_name)
@@ -293,6 +298,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     Raises:
         ValueError: an unknown name or a value of a wrong type.
     """
+    # Annotations, not defaults: they say the type of a setting whose default is None.
     known = dict(hints(cls))
     if cls is Config:
         del known["given"]  # no setting
@@ -336,7 +342,7 @@ def _build_objective(values: Any) -> Objective:
     for setting in map(str, settings):
         if setting in hints(cls):
             continue
-        owners = [other for other in OBJECTIVES if setting in hints(objective_class(other))]
+        owners = [owner for owner in OBJECTIVES if setting in hints(objective_class(owner))]
         if owners:
             raise ValueError(
                 f"objective.{setting} is a setting of {', '.join(owners)}, not of {name}; "
@@ -366,11 +372,17 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
             raise ValueError(f"{name} is {value!r}; it takes one of {', '.join(map(str, choices))}")
         return value
     if type(None) in choices:
-        return None if value is None else _typed(value, choices[0], name)
+        if value is None:
+            return None
+        return _typed(value, choices[0], name)
     if origin is tuple:
-        items = value if isinstance(value, list) else [value]
+        # A single value stands for a list of one, as on the command line.
+        items = value
+        if not isinstance(value, list):
+            items = [value]
         return tuple(_typed(item, choices[0], name) for item in items)
 
+    # bool is an int to Python, and no number to a reader.
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 1e-6 as a string

@@ -33,6 +33,7 @@ def weights_directory(word: str, key: str = "model.path") -> str:
             )
         return str(export)
 
+    # A directory goes before a hub id of the same spelling.
     if path.exists() or not _HUB_ID.fullmatch(word):
         return word
     cached = cached_model(word)

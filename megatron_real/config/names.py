@@ -12,9 +12,10 @@ _MAX_LISTED = 40
 def closest(name: str, known: Iterable[str], count: int = 5) -> list[str]:
     """Returns the `count` known names that resemble `name` most, the nearest first."""
 
-    def likeness(other: str) -> float:
-        return difflib.SequenceMatcher(None, other, name).ratio()
+    def likeness(candidate: str) -> float:
+        return difflib.SequenceMatcher(None, candidate, name).ratio()
 
+    # Sorted by name first: of equal likeness the order is always the same.
     return sorted(sorted(known), key=likeness, reverse=True)[:count]
 
 

@@ -103,6 +103,7 @@ def check_megatron_names(values: Mapping[str, Any]) -> None:
         return  # without reading megatron-core's sources
     known = megatron_fields()
     for name, value in values.items():
+        # Before the unknown names: it deserves a plain answer.
         if "lora" in name.lower():
             raise ValueError(f"megatron.{name}: LoRA is not supported; train all weights")
         if name not in known:
@@ -138,6 +139,7 @@ def megatron_fields() -> frozenset[str]:
 
     names: set[str] = set()
     for cls, file in _MEGATRON_CLASSES.items():
+        # Read as text: importing them takes seconds and torch.
         for node in ast.parse((root / file).read_text()).body:
             if not isinstance(node, ast.ClassDef) or node.name != cls:
                 continue
