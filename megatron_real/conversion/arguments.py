@@ -32,8 +32,10 @@ def megatron_args(a: Architecture, **parallel: int) -> argparse.Namespace:
         kv_channels=a.head_dim,
         max_position_embeddings=a.max_positions,
         position_embedding_type="rope",
+        # Megatron-LM's argument is a whole number.
         rotary_base=int(a.rope_theta),
         use_rope_scaling=a.rope_factor is not None,
+        # 8.0 is Megatron-LM's default, which nothing reads without use_rope_scaling.
         rope_scaling_factor=a.rope_factor or 8.0,
         rotary_percent=1.0,
         normalization="RMSNorm",
@@ -98,6 +100,7 @@ def check_arguments(held: Any, architecture: Architecture, checkpoint: Path) -> 
 
     differing = []
     for name, right in expected.items():
+        # Missing in arguments of an earlier Megatron-LM, which did what is now the default.
         value = values.get(name, right)
         if not isinstance(value, (int, float, str, type(None))):
             continue  # an object of a class that is not read

@@ -123,6 +123,7 @@ def hf_to_megatron(
         WeightsError: the source cannot be converted, `out` exists, or the disk is too small; in one
             sentence.
     """
+    # Before the source is opened: what cannot be written is said at once.
     check_target(out, overwrite=overwrite, sources=[source])
     architecture, weights = open_model(source)
     prefix = f"{RELEASE}/"
@@ -140,6 +141,7 @@ def hf_to_megatron(
             layers=layout.layers,
             prefix=prefix,
         )
+    # Megatron-LM looks here for the checkpoint, and takes `release` as weights without a history.
     plan.add_file(TRACKER, RELEASE.encode())
 
     # What an export needs: the side files, and of safetensors the headers, which say how the
@@ -199,6 +201,7 @@ def megatron_to_hf(
     check_mapped(weights, config)
 
     matrix_dtype = dtype or weights.dtype
+    # The files that the weights came from, so that there and back gives the same bytes.
     files = None
     if max_shard_bytes is None:
         files, index = _recorded_files(
@@ -215,6 +218,7 @@ def megatron_to_hf(
         plan.literals.append((file.name, 0, file.header))
         for name, entry in parse_header(file.header, Path(file.name)).items():
             dtypes[name] = entry["dtype"]
+    # A piece reads nothing yet: it says which rows of which file make the tensor.
     pieces = hf_pieces(weights, dtypes)
     for file in files:
         # In the order of their bytes, so that each file is written from its beginning to its end.
@@ -301,6 +305,7 @@ def open_megatron(source: Path, architecture: Architecture) -> MegatronWeights:
             weights = TorchLegacyWeights(checkpoint, architecture)
 
         check_arguments(weights.arguments, architecture, checkpoint)
+        # A copy that differs would be lost silently: one of the two is exported.
         for name, piece, original in weights.copies():
             if not same_bytes(piece, original):
                 raise WeightsError(
@@ -372,6 +377,7 @@ def recorded_hf(source: Path) -> Path:
     Raises:
         WeightsError: there are none.
     """
+    # Beside the tracker, whether the directory or the checkpoint in it was given.
     for directory in (source / HF, checkpoint_of(source).parent / HF):
         if (directory / "config.json").is_file():
             return directory
@@ -459,6 +465,7 @@ def _recorded_files(
         for name, entry in parse_header(file.header, Path(file.name)).items():
             dtypes[name] = entry["dtype"]
             shapes[name] = tuple(entry["shape"])
+    # A checkpoint that was trained on may have another --hf-config than the one recorded.
     if not files or shapes != hf_shapes(architecture):
         return None, None
 

@@ -101,6 +101,7 @@ class TorchDistWeights:
     @property
     def unmapped(self) -> list[str]:
         """Keys of tensors that no HF tensor stands for; the optimizer's are not listed."""
+        # A tied model's checkpoint may have the output layer, which `copies` compares.
         known = {OUTPUT}
         for entry in entries(self.architecture):
             known.update(_spellings(entry))
@@ -145,6 +146,7 @@ class TorchDistWeights:
                 f"asks for {list(expected)}; they do not belong together"
             )
 
+        # Of a stacked tensor only the chunks that hold the layer.
         extents = []
         for chunk in self._chunks.get(key, []):
             first = chunk.offsets[0]
@@ -204,6 +206,7 @@ class TorchDistWeights:
 
         begin = stored.extents[0].offset
         if layer is not None:
+            # A chunk may hold several layers, one after the other.
             begin += (layer - offsets[0]) * prod(sizes[1:]) * DTYPE_BYTES[dtype]
             offsets = offsets[1:]
             sizes = sizes[1:]
@@ -278,6 +281,7 @@ def _interpreted(metadata: Any) -> DistMetadata:
                 f"the metadata name the file {name!r}, which is not one of the checkpoint"
             )
         place = (name, int(info.offset), int(info.length))
+        # Tensors have an offset for each of their chunks, objects have none.
         if getattr(index, "offset", None) is None:
             objects[str(index.fqn)] = place
         else:
@@ -321,6 +325,7 @@ def common_state(checkpoint: Path, metadata: DistMetadata) -> dict[str, Any]:
     else:
         return {}
 
+    # In the shards it stands in a list of one.
     if isinstance(state, list) and len(state) == 1:
         (state,) = state
     if not isinstance(state, dict):
@@ -363,6 +368,8 @@ def plan_torch_dist(
             for rectangle in _cuts(entry, tp_chunks):
                 piece = weights.megatron_piece(entry, rectangle)
                 chunks.append((entry, rectangle, piece))
+        # A source may keep norms in fp32 and matrices in bf16, but a tensor of the format has one
+        # dtype.
         tensor_dtype = dtype or widest([piece.dtype for _, _, piece in chunks])
         for entry, rectangle, piece in chunks:
             writer.add(entry, len(layers), rectangle, piece.cast(tensor_dtype))
@@ -450,6 +457,7 @@ class _Writer:
 
         key = (piece.dtype, sizes)
         if key not in self._blanks:
+            # torch.empty takes no memory that is not written to.
             self._blanks[key] = blank_archive(torch.empty(sizes, dtype=torch_dtype(piece.dtype)))
         archive = self._blanks[key]
         file, begin = self._place(archive)
@@ -546,6 +554,7 @@ def _cuts(entry: Entry, parts: int) -> Iterator[Rectangle]:
         num_cuts = parts
         if entry.kind == "gate_up":
             num_cuts = 2 * parts
+        # Gate and up each in `parts` pieces, so that no chunk has rows of both.
         height = -(-rows // num_cuts)
         for first in range(0, rows, height):
             yield Rectangle(((first, min(first + height, rows)),), all_columns)

@@ -59,6 +59,7 @@ class _RankState:
         if isinstance(file.object, dict):
             state = file.object
         self.arguments = state.get("args")
+        # More virtual chunks than any model has layers.
         names = ["model", *(f"model{i}" for i in range(1000))]
         keys = [name for name in names if name in state]
         if "model" in keys and len(keys) > 1:
@@ -102,6 +103,7 @@ class TorchLegacyWeights:
         self.architecture = architecture
         matches = [_RANK.fullmatch(path.name) for path in directory.iterdir()]
         ranks = sorted(match.groups() for match in matches if match is not None)
+        # The directories' names are all that says how large the layout is.
         self.tp = 1 + max((int(tp) for tp, _ in ranks), default=0)
         self.pp = 1 + max((int(pp or 0) for _, pp in ranks), default=0)
         if len(ranks) != self.tp * self.pp:
@@ -250,14 +252,15 @@ class TorchLegacyWeights:
             first_file, first_tensor = self._parameters[0][name]
             for parameters in self._parameters[1:]:
                 file, pickled = parameters[name]
-                other = file.stored(f"{name} of {file.file.parent.name}", pickled)
-                yield other.name, whole(other), whole(first_file.stored(name, first_tensor))
+                copy = file.stored(f"{name} of {file.file.parent.name}", pickled)
+                yield copy.name, whole(copy), whole(first_file.stored(name, first_tensor))
 
     def _extents(
         self, entry: Entry, stored: StoredTensor, rank: int, padded_rows: int
     ) -> Iterator[Extent]:
         """Yields a rank's parameter as rectangles of the whole one."""
         (local,) = stored.extents
+        # Where our own mapping would cut it for this rank: the file must agree.
         rectangle = entry.shard(Coordinates(rank, self.tp), padded_rows=padded_rows)
         if stored.shape != entry.shape_of(rectangle):
             raise WeightsError(
@@ -336,6 +339,7 @@ def plan_torch_legacy(
             model: OrderedDict[str, Any] = OrderedDict()
             for name, piece in pieces.items():
                 model[name] = torch.empty(piece.shape, dtype=torch_dtype(piece.dtype))
+            # Values of None, as TransformerEngine's modules without fp8 have them.
             model.update(dict.fromkeys(_extra_states(pieces, layers)))
             state = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
             archive = blank_archive(state)

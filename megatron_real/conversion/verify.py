@@ -168,13 +168,14 @@ def verify(
                 owner = a
             report.problems.append(f"{name} is only in {owner.directory}")
 
+    # Of the first directory alone, by which the bar counts.
     total = sum(piece.num_bytes for piece in a.pieces.values())
     with OpenFiles() as files:
         for name, piece in a.pieces.items():
-            other = None
+            counterpart = None
             if b is not None:
-                other = b.pieces.get(name)
-            _compare(report, name, piece, other, files, atol)
+                counterpart = b.pieces.get(name)
+            _compare(report, name, piece, counterpart, files, atol)
             if progress is not None:
                 progress(piece.num_bytes, total)
     return report
@@ -186,6 +187,7 @@ def _checksums(opened: Opened) -> list[str]:
     Megatron-LM may have gone on saving there: then the tracker names a later checkpoint, which no
     manifest covers, and the converted one need not be there any more.
     """
+    # The conversion's output, or the checkpoint in it.
     roots = [opened.directory, opened.directory.parent]
     covered = [root for root in roots if (root / MANIFEST).is_file()]
     if not covered:
@@ -254,6 +256,7 @@ def _compare(
     if largest > report.max_abs_difference:
         report.max_abs_difference = largest
         report.worst = name
+    # Written so that NaN is a problem.
     if not identical and not largest <= atol:
         report.problems.append(f"{name} differs by up to {largest:.3g}")
     elif not identical and atol == 0.0:

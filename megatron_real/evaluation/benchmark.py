@@ -104,12 +104,14 @@ def run_benchmarks(
             suffix=config.data.suffix,
             max_tokens=config.data.max_prompt_tokens,
         )
+        # 0 takes all of them.
         problems = problems[: config.evaluation.max_problems or None]
         begins = range(0, len(problems), size)
         chunks_of[name] = [Chunk(name, i // size, problems[i : i + size]) for i in begins]
     chunks = [chunk for of_benchmark in chunks_of.values() for chunk in of_benchmark]
 
     settings = _settings(config, engine, chunks_of)
+    # On every rank, which all read the same file: no rank begins what another refuses.
     directory.check(settings)
     if rank == 0:
         directory.claim(settings)
@@ -118,6 +120,7 @@ def run_benchmarks(
     missing = [chunk for chunk, done in zip(chunks, there, strict=True) if not done]
     if missing:
         _answer(config, engine, directory, chunks, missing)
+    # Before the figures, which one rank computes: the others have ended by then.
     leave_world()
     if rank > 0:
         return {}
@@ -263,9 +266,11 @@ def _answer(
         engine,
         config.rollout.sync,
         tied=architecture.tied,
+        # No policy is there to compare with, so that the probe is never asked; the sync wants one.
         probe=missing[0].problems[0],
         temperature=1.0,
     )
+    # By the same checks as in training: an evaluation of half a model would look like a bad model.
     sync.run((name, tensor.to(dtype)) for name, tensor in hf_tensors(weights, architecture))
 
     num_problems = sum(len(chunk.problems) for chunk in chunks)
@@ -287,11 +292,12 @@ def _answer(
             _progress(console, num_problems) as advance,
             Heartbeat(lambda: str(stage.generation or ""), say),
         ):
+            # What an earlier start has answered counts as done.
             advance(num_problems - num_missing)
             for chunk in missing:
                 started = time.monotonic()
-                words = f"{config.trainer.seed} {chunk.benchmark} {chunk.number}"
-                digest = hashlib.blake2b(words.encode(), digest_size=6).digest()
+                identity = f"{config.trainer.seed} {chunk.benchmark} {chunk.number}"
+                digest = hashlib.blake2b(identity.encode(), digest_size=6).digest()
                 seed = int.from_bytes(digest, "little")
                 completions = stage.generate(chunk.problems, sampling, seed=seed)
                 rollouts = stage.label(chunk.problems, completions)
@@ -339,20 +345,22 @@ def _answers(
             )
         )
 
-    def same(one: str, other: str) -> bool:
-        # The verifier compares a completion with a gold answer, so one of the two plays it.
-        problem = Prompt(uid="", text="", token_ids=(), answers=(one,))
-        completion = Completion((0,), (0.0,), f"</think>\\boxed{{{other}}}", finished=True)
+    def same(gold: str, answer: str) -> bool:
+        # The verifier compares a completion with a gold answer, so one of two answers plays it.
+        problem = Prompt(uid="", text="", token_ids=(), answers=(gold,))
+        completion = Completion((0,), (0.0,), f"</think>\\boxed{{{answer}}}", finished=True)
         (verdict,) = labeller([(problem, completion)])
         return verdict.label == POSITIVE
 
     classes: dict[int, int | None] = {}
     for group in dict.fromkeys(r.group for r in rollouts):
+        # Answers are compared within a problem only.
         members = [i for i, r in enumerate(rollouts) if r.group == group]
+        # With one gold answer all right answers are equal to it, and so to each other.
         one_gold = len(rollouts[members[0]].prompt.answers) == 1
         of_members = answer_classes([given[i] for i in members], same, one_gold=one_gold)
         classes.update(zip(members, of_members, strict=True))
-    return [(one.text, classes[i]) for i, one in enumerate(given)]
+    return [(answer.text, classes[i]) for i, answer in enumerate(given)]
 
 
 def _text(rollout: Rollout, labels: LabelConfig) -> str | None:

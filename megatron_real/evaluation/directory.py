@@ -72,6 +72,7 @@ class EvaluationDirectory:
 
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Keeps the settings for `check`."""
+        # Kept beside the new ones: benchmarks of an earlier start stay named.
         before = {}
         if self.settings.is_file():
             before = json.loads(self.settings.read_text(encoding="utf-8"))
@@ -161,8 +162,10 @@ class EvaluationDirectory:
 
 
 def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
-    # JSON has no NaN and no infinity.
-    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    # JSON has no NaN and no infinity: they become null.
+    finite: dict[str, float | None] = dict.fromkeys(figures)
+    finite |= {name: value for name, value in figures.items() if math.isfinite(value)}
+    return finite
 
 
 def average(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:

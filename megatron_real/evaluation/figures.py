@@ -119,6 +119,7 @@ def summarise(completions: Sequence[Judged], *, vote: bool = False) -> Evaluatio
             "them"
         )
 
+    # In the order in which the problems came, which dictionaries keep.
     correct = [sum(c.correct for c in group) for group in of_problem.values()]
     shares = [count / samples for count in correct]
     # 1, 2, 4, ... up to the samples, and the samples themselves.
@@ -158,6 +159,7 @@ def majority(completions: Sequence[Judged]) -> float:
 
     Of several that are equally frequent it is the share that is correct.
     """
+    # Completions without an answer do not vote, but count among the samples elsewhere.
     votes = Counter(c.answer_class for c in completions if c.answer_class is not None)
     if not votes:
         return 0.0
