@@ -63,8 +63,8 @@ def clocks(hosts: Sequence[str]) -> Finding:
     return Finding("ok", "clock skew", description)
 
 
-def _skew(other: int, group: dist.ProcessGroup) -> tuple[float, float]:
-    """Measures how far the clock of rank `other` is ahead of that of rank 0.
+def _skew(peer: int, group: dist.ProcessGroup) -> tuple[float, float]:
+    """Measures how far the clock of rank `peer` is ahead of that of rank 0.
 
     Returns:
         Seconds and their uncertainty on rank 0, nothing of use elsewhere.
@@ -72,19 +72,19 @@ def _skew(other: int, group: dist.ProcessGroup) -> tuple[float, float]:
     rank = dist.get_rank()
     skew = 0.0
     uncertainty = float("inf")
-    if rank not in (0, other):
+    if rank not in (0, peer):
         return skew, uncertainty
 
     stamp = torch.zeros(1, dtype=torch.float64)
     for _ in range(_PINGS):
-        if rank == other:
+        if rank == peer:
             dist.recv(stamp, 0, group)
             dist.send(torch.tensor([time.time()], dtype=torch.float64), 0, group)
             continue
         sent = time.time()
-        dist.send(stamp, other, group)
-        dist.recv(stamp, other, group)
-        # The other clock was read at some time in between: in the middle, give or take a half.
+        dist.send(stamp, peer, group)
+        dist.recv(stamp, peer, group)
+        # The peer's clock was read at some time in between: in the middle, give or take a half.
         half_round = (time.time() - sent) / 2
         if half_round < uncertainty:
             skew = stamp.item() - sent - half_round
@@ -141,6 +141,7 @@ def all_reduce(*, nodes: int, size: int | None = None) -> Finding:
         default_size = 512 << 20
     size = size or default_size
 
+    # Five rounds, of which the quickest counts: the first one also makes connections and buffers.
     seconds: list[float] = []
     error = 0.0
     for _ in range(5):

@@ -238,6 +238,7 @@ def _agree(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[bool]:
     """
     if not pairs:
         return []
+    # Both ways: 3 is right by [3, 4], and 4 is not right by [3].
     checks = []
     owners = []
     for i, pair in enumerate(pairs):
@@ -284,7 +285,10 @@ def _download(source: PublishedDataset, hub: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    patterns = source.files if hub == source.hub else _PATTERNS
+    # Of a dataset that the table knows only the files it names: it may hold other splits too.
+    patterns = _PATTERNS
+    if hub == source.hub:
+        patterns = source.files
     try:
         return Path(snapshot_download(hub, repo_type="dataset", allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:

@@ -136,7 +136,7 @@ def _numbered_rows(path: Path) -> Iterator[tuple[int, Any]]:
         with pyarrow.memory_map(str(path)) as source:
             batches = pyarrow.ipc.open_stream(source)
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-    elif path.suffix == ".json" and _first_character(path) == "[":
+    elif path.suffix == ".json" and _is_list(path):
         yield from enumerate(json.loads(path.read_text(encoding="utf-8")), 1)
     else:
         yield from _lines(path)
@@ -162,13 +162,13 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
                 ) from error
 
 
-def _first_character(path: Path) -> str:
-    """Returns the first character of a file that is no blank.
-
-    It tells a list of rows from one object per line, which some also call .json.
-    """
-    with path.open(encoding="utf-8") as text:
-        return next((line.lstrip()[0] for line in text if line.strip()), "")
+def _is_list(path: Path) -> bool:
+    """Tells a list of rows from one object per line, which some also call .json."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.strip():
+                return line.lstrip().startswith("[")
+    return False
 
 
 def _files_of_split(directory: Path, split: str) -> list[Path]:
@@ -232,11 +232,13 @@ def _row(uid: str, raw: Mapping[str, Any]) -> Row:
         raise UnusableRow("have no question")
     messages = _messages(question)
 
+    # The nested column first: where a row has both, the other may be the whole solution.
     reward = as_object(raw.get("reward_model"))
     answers = _answers(reward.get("ground_truth"))
     if not answers:
         columns = [column for column in _ANSWER_COLUMNS if raw.get(column) is not None]
-        answers = _answers(raw[columns[0]] if columns else None)
+        if columns:
+            answers = _answers(raw[columns[0]])
     if not answers:
         raise UnusableRow("have no answer")
 
@@ -262,22 +264,18 @@ def _messages(question: Any) -> tuple[Mapping[str, Any], ...]:
         if not isinstance(message, Mapping) or "role" not in message:
             raise UnusableRow("have messages without a role")
         content = message.get("content")
-        if not _is_text(content):
+        parts = content
+        if isinstance(content, str):
+            parts = [{"text": content}]
+        if not isinstance(parts, Sequence) or isinstance(parts, bytes):
             raise UnusableRow("have a message that is no text")
+        # A part that is an image or a sound cannot be asked about.
+        for part in parts:
+            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+                raise UnusableRow("have a message that is no text")
+        # Only these two: what else a publisher wrote into a message would reach the chat template.
         messages.append({"role": message["role"], "content": content})
     return tuple(messages)
-
-
-def _is_text(content: Any) -> bool:
-    """Returns whether a content is text, or a list of parts that are all text.
-
-    An image cannot be asked about.
-    """
-    if isinstance(content, str):
-        return True
-    if not isinstance(content, Sequence) or isinstance(content, bytes):
-        return False
-    return all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content)
 
 
 def is_unicode(text: str) -> bool:
@@ -319,10 +317,13 @@ def _answers(gold: Any) -> tuple[str, ...]:
     Gold answers come as text, numbers, or lists of them. A float that is a whole number is written
     as one. NaN, bytes and objects are no answers.
     """
-    entries = gold if isinstance(gold, list | tuple) else [gold]
+    entries = [gold]
+    if isinstance(gold, list | tuple):
+        entries = list(gold)
     answers: list[str] = []
     for entry in entries:
         if isinstance(entry, float):
+            # An empty cell of a column of floats is NaN.
             if not math.isfinite(entry):
                 continue
             if entry.is_integer():

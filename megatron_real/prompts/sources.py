@@ -196,6 +196,7 @@ def _question(raw: Mapping[str, Any], form: PublishedForm) -> str:
     if isinstance(value, list) and value:
         value = value[-1].get("content")
     text = str(value or "").strip()
+    # The run adds its own suffix: with both, the answer would be asked for in two ways.
     for before, after in _INSTRUCTIONS:
         if text.startswith(before) and text.endswith(after):
             text = text[len(before) : len(text) - len(after)].strip()
@@ -213,10 +214,14 @@ def _golds(raw: Mapping[str, Any], form: PublishedForm) -> list[str]:
     value = _column(raw, form.answer)
     if form.answer_is == "boxed":
         boxed = final_answer(str(value))
-        value = boxed.text if boxed else None
+        value = None
+        if boxed:
+            value = boxed.text
+    if not isinstance(value, list):
+        value = [value]
 
     golds: list[str] = []
-    for gold in value if isinstance(value, list) else [value]:
+    for gold in value:
         if gold is None:
             continue
         if isinstance(gold, float) and gold.is_integer():

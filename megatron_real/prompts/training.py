@@ -52,11 +52,15 @@ def heldout_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
 
 def _prompts(source: SourceConfig, data: DataConfig, tokenizer: Any) -> list[Prompt]:
     """Returns the prompts of one set, each with the set's own suffix and verifier."""
+    # "" is a suffix too: a set that asks for none must not get the run's.
+    suffix = data.suffix
+    if source.suffix is not None:
+        suffix = source.suffix
     prompts = load_prompts(
         source.path,
         tokenizer,
         split=source.split,
-        suffix=data.suffix if source.suffix is None else source.suffix,
+        suffix=suffix,
         max_tokens=data.max_prompt_tokens,
     )
     return [dataclasses.replace(prompt, verifier=source.verifier) for prompt in prompts]

@@ -73,7 +73,9 @@ def sample_of(run: Run, *, max_bytes: int, steps: Sequence[int] = ()) -> Sample:
     saved = run.records.steps()
     missing = [step for step in steps if step not in saved]
     if missing:
-        kept = f"it has steps {saved[0]} to {saved[-1]}" if saved else "it has none"
+        kept = "it has none"
+        if saved:
+            kept = f"it has steps {saved[0]} to {saved[-1]}"
         raise ValueError(f"{run.name} has no rollouts of step {missing[0]} on disk; {kept}")
 
     shown_steps = list(steps) or spaced(saved, MAX_STEPS)
@@ -88,6 +90,7 @@ def sample_of(run: Run, *, max_bytes: int, steps: Sequence[int] = ()) -> Sample:
         num_read += len(rows)
         for group in _groups(rows, decode, seed=step):
             size = len(json.dumps(group))
+            # A later group of the step may be short enough: one long group must not end the step.
             if size > share:
                 continue
             share -= size
@@ -160,7 +163,11 @@ def _rollout(row: Mapping[str, Any], decode: Any) -> dict[str, Any]:
         rollout["logprobs"] = [_rounded(p, 2) for p in row["logprobs"][:MAX_SHADED]]
         if row.get("token_weights") is not None:
             rollout["ratios"] = [_rounded(r, 3) for r in row["log_ratios"][:MAX_SHADED]]
-            rollout["weights"] = [_significant(w) for w in row["token_weights"][:MAX_SHADED]]
+            # To digits rather than decimals: weights are small, and only their ratios matter.
+            rollout["weights"] = [
+                None if _rounded(weight) is None else float(f"{weight:.3g}")
+                for weight in row["token_weights"][:MAX_SHADED]
+            ]
     return rollout
 
 
@@ -190,13 +197,6 @@ def token_decoder(config: Mapping[str, Any]) -> Callable[[Sequence[int]], list[s
         return list(tokenizer.decode_batch(single_tokens, skip_special_tokens=False))
 
     return decode
-
-
-def _significant(value: float | None) -> float | None:
-    """Rounds to three digits: tokens' weights are small, and only their ratios matter."""
-    if value is None or not math.isfinite(value):
-        return None
-    return float(f"{value:.3g}")
 
 
 def _rounded(value: float | None, digits: int = 5) -> float | None:

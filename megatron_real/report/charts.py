@@ -118,16 +118,19 @@ def band_columns(variant: Variant) -> dict[str, Column]:
     them have done.
     """
     columns = [curve_columns(run) for run in variant.runs]
-    names = [name for name in columns[0] if all(name in others for others in columns)]
     if len(columns) == 1:
         return columns[0]
+
+    names = [name for name in columns[0] if all(name in of_run for of_run in columns)]
+    # Seeds may have come to different steps: a mean beyond the shortest would be of fewer runs.
     common = columns[0]["step"]
-    for others in columns[1:]:
-        common = numpy.intersect1d(common, others["step"])
+    for of_run in columns[1:]:
+        common = numpy.intersect1d(common, of_run["step"])
 
     bands: dict[str, Column] = {}
     for name in names:
-        values = numpy.stack([one[name][numpy.isin(one["step"], common)] for one in columns])
+        of_runs = [of_run[name][numpy.isin(of_run["step"], common)] for of_run in columns]
+        values = numpy.stack(of_runs)
         # A step in which one run has no figure has none here: a mean over fewer runs would jump.
         bands[name] = values.mean(axis=0)
         if name not in AXES:
@@ -146,19 +149,21 @@ def thinned(columns: Mapping[str, Column], max_points: int = MAX_POINTS) -> dict
 
 
 def _axes(rows: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
-    tokens = numpy.cumsum([_response_tokens(row) for row in rows])
+    """Returns the columns [steps] of the three axes."""
+    tokens: list[float] = []
+    for row in rows:
+        # Every rollout has exactly one status, so their counts add up to the rollouts of the step.
+        num_rollouts = sum(row[name] or 0 for name in row if name.startswith("status/"))
+        tokens.append((row.get("response_tokens_mean") or 0.0) * num_rollouts)
+
+    # Summed as float64 and rounded at the end: 1e9 tokens are more than float32 counts singly.
     hours = numpy.cumsum([_seconds(row) for row in rows]) / 3600
     steps = [row["step"] for row in rows]
     return {
         "step": numpy.array(steps, dtype=numpy.float32),
-        "tokens": tokens.astype(numpy.float32),
+        "tokens": numpy.cumsum(tokens).astype(numpy.float32),
         "hours": hours.astype(numpy.float32),
     }
-
-
-def _response_tokens(row: Mapping[str, Any]) -> float:
-    rollouts = sum(row[name] or 0 for name in row if name.startswith("status/"))
-    return (row.get("response_tokens_mean") or 0.0) * rollouts
 
 
 def _seconds(row: Mapping[str, Any]) -> float:
@@ -173,17 +178,29 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str) -> Column:
 def _curves(variants: Sequence[Variant]) -> list[figure]:
     from bokeh.models import ColumnDataSource, DataRange1d
 
-    columns = [thinned(band_columns(v)) for v in variants]
+    columns = [thinned(band_columns(variant)) for variant in variants]
     held = [_held_out(run) for variant in variants for run in variant.runs]
-    sources = [ColumnDataSource({"x": one["step"], **one}, name="curves") for one in columns]
+    # One source a variant, so that the page changes the axis of all its curves at once.
+    sources = [
+        ColumnDataSource({"x": of_variant["step"], **of_variant}, name="curves")
+        for of_variant in columns
+    ]
+    # One range for all charts: who zooms into one sees the same steps in the others.
     x_range = DataRange1d()
+
     curves = []
     for name in CURVES:
         if name == "heldout/pass_at_1":
-            if any(len(one["step"]) for one in held):
+            if any(len(of_run["step"]) for of_run in held):
                 curves.append(_held_out_figure(variants, held, x_range))
             continue
-        drawn = [i for i, one in enumerate(columns) if _says_something(one.get(name))]
+
+        # A metric that is 0 throughout says nothing; NaN counts as 0 here, infinity does not.
+        drawn: list[int] = []
+        for i, of_variant in enumerate(columns):
+            column = of_variant.get(name)
+            if column is not None and numpy.nan_to_num(column, posinf=1, neginf=1).any():
+                drawn.append(i)
         if drawn:
             plot = _figure(name, x_range)
             for i in drawn:
@@ -194,15 +211,13 @@ def _curves(variants: Sequence[Variant]) -> list[figure]:
     return curves
 
 
-def _says_something(column: Column | None) -> bool:
-    return column is not None and bool(numpy.nan_to_num(column, posinf=1, neginf=1).any())
-
-
 def _figure(name: str, x_range: Any) -> figure:
     from bokeh.plotting import figure as new_figure
 
     metric = metric_of(name)
-    unit = f" ({metric.unit})" if metric is not None and metric.unit != name else ""
+    unit = ""
+    if metric is not None and metric.unit != name:
+        unit = f" ({metric.unit})"
     plot = new_figure(
         title=f"{name}{unit}",
         height=230,
@@ -231,6 +246,7 @@ def _add_curve(plot: figure, source: ColumnDataSource, name: str, label: str, nu
     line = plot.line(
         "x", name, source=source, color=color, line_dash=dash, line_width=1.8, legend_label=label
     )
+    # As good as invisible, but for the mouse: a line has no points to hover over.
     points = plot.scatter("x", name, source=source, color=color, size=4, alpha=0.001)
     if len(source.data["x"]) < 3:
         points.glyph.update(fill_alpha=1, line_alpha=1)  # a line of one point is invisible
@@ -252,8 +268,16 @@ def _held_out(run: Run) -> dict[str, Any]:
     steps = numpy.array([row["step"] for row in rows], dtype=numpy.float32)
     # Number of steps done by then; an evaluation before the first step is at 0 of everything.
     done = numpy.searchsorted(of_steps["step"], steps, side="right")
-    others = {axis: numpy.append(0, of_steps[axis])[done] for axis in ("tokens", "hours")}
-    return {"step": steps, **others, "value": value, "low": value - error, "high": value + error}
+    tokens = numpy.append(0, of_steps["tokens"])[done]
+    hours = numpy.append(0, of_steps["hours"])[done]
+    return {
+        "step": steps,
+        "tokens": tokens,
+        "hours": hours,
+        "value": value,
+        "low": value - error,
+        "high": value + error,
+    }
 
 
 def _held_out_figure(
@@ -266,7 +290,12 @@ def _held_out_figure(
     from bokeh.models import ColumnDataSource, HoverTool, Whisker
 
     plot = _figure("heldout/pass_at_1", x_range)
-    of_runs = [(i, v.name, run) for i, v in enumerate(variants) for run in v.runs]
+    # The runs of a variant share its colour and its name, which the legend has once.
+    of_runs = [
+        (number, variant.name, run)
+        for number, variant in enumerate(variants)
+        for run in variant.runs
+    ]
     for (number, label, run), columns in zip(of_runs, held, strict=True):
         if not len(columns["step"]):
             continue
@@ -293,14 +322,16 @@ def _stages(variants: Sequence[Variant]) -> figure | None:
     from bokeh.plotting import figure as new_figure
 
     times = [stage_seconds(variant.runs) for variant in variants]
-    stages = list(dict.fromkeys(stage for one in times for stage in one))
+    stages = list(dict.fromkeys(stage for of_variant in times for stage in of_variant))
     if not stages:
         return None
+
     names = [variant.name for variant in variants]
     data: dict[str, Any] = {"name": names}
-    data |= {stage: [one.get(stage, 0.0) for one in times] for stage in stages}
+    data |= {stage: [of_variant.get(stage, 0.0) for of_variant in times] for stage in stages}
     plot = new_figure(
         title="mean seconds of a step, by stage",
+        # Bokeh's axis grows upwards: reversed, the first variant is on top.
         y_range=list(dict.fromkeys(reversed(names))),
         height=110 + 40 * len(names),
         sizing_mode="stretch_width",

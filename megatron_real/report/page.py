@@ -41,7 +41,15 @@ def report_page(
     Raises:
         ValueError: results or rollouts cannot be read, or there is no room for the charts.
     """
-    sections = _sections(runs, evaluations)
+    sections = {
+        "overview": tables.overview(runs),
+        "differences": tables.differences(runs),
+        "ranks": tables.rank_times(runs),
+        "exchange": tables.exchange(runs),
+        "events": tables.events(runs),
+        "held_out": tables.held_out(runs),
+        "benchmarks": tables.benchmarks(evaluations),
+    }
     charts = draw(variants_of(runs))
     size_without_rollouts = len(_render(runs, sections, charts, []).encode())
     room = max_bytes - size_without_rollouts
@@ -62,18 +70,6 @@ def report_page(
     return page
 
 
-def _sections(runs: Sequence[Run], evaluations: Sequence[str]) -> dict[str, Table]:
-    return {
-        "overview": tables.overview(runs),
-        "differences": tables.differences(runs),
-        "ranks": tables.rank_times(runs),
-        "exchange": tables.exchange(runs),
-        "events": tables.events(runs),
-        "held_out": tables.held_out(runs),
-        "benchmarks": tables.benchmarks(evaluations),
-    }
-
-
 def _render(
     runs: Sequence[Run], sections: dict[str, Table], charts: Any, samples: Sequence[Sample]
 ) -> str:
@@ -81,15 +77,17 @@ def _render(
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     jinja = Environment(loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined)
-    # Its other components (widgets, tables, formulas) would double the page.
-    library = "\n".join(Resources(mode="inline", components=["bokeh"]).js_raw)
+    library = ""
+    if charts.script:
+        # Bokeh's other components (widgets, tables, formulas) would double the page.
+        library = "\n".join(Resources(mode="inline", components=["bokeh"]).js_raw)
     return jinja.get_template("page.html").render(
         title=", ".join(run.name for run in runs),
         written=time.strftime("%Y-%m-%d %H:%M:%S"),
         runs=runs,
         configs=[(run.name, sorted(tables.flattened(run.config).items())) for run in runs],
         charts=charts,
-        library=library if charts.script else "",
+        library=library,
         samples=[dataclasses.asdict(sample) for sample in samples],
         nonce=secrets.token_hex(16),
         style=(_HERE / "page.css").read_text(encoding="utf-8"),
@@ -100,6 +98,9 @@ def _render(
 
 def _halved(sample: Sample) -> Sample:
     """Returns a sample with every second group; a single group is dropped."""
-    groups = sample.groups[::2] if len(sample.groups) > 1 else []
+    groups = sample.groups[::2]
+    # Half of one is one: without this the page would be halved for ever.
+    if len(sample.groups) == 1:
+        groups = []
     shown = sum(len(group["rollouts"]) for group in groups)
     return dataclasses.replace(sample, groups=groups, num_rollouts=shown)

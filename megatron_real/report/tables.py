@@ -86,20 +86,21 @@ def rank_times(runs: Sequence[Run]) -> Table:
     for run in runs:
         names = dict.fromkeys(name for row in run.steps for name in row)
         for name in names:
-            if name.startswith("rank_seconds/") and name.endswith("_max"):
-                rows.append(_rank_row(run, name.removesuffix("_max")))
+            # Each stage has rank_seconds/STAGE_min, _mean, _max and _slowest.
+            if not name.startswith("rank_seconds/") or not name.endswith("_max"):
+                continue
+            stem = name.removesuffix("_max")
+            means = [_number(_mean(run.steps, f"{stem}_{of}")) for of in ("min", "mean", "max")]
+
+            # A rank that is always the slowest is a slow GPU or link; one that changes is chance.
+            ranks = Counter(row[f"{stem}_slowest"] for row in run.steps if f"{stem}_slowest" in row)
+            often = "-"
+            for rank, times in ranks.most_common(1):
+                often = f"rank {rank:.0f} ({times / len(run.steps):.0%} of the steps)"
+            rows.append([run.name, stem.removeprefix("rank_seconds/"), *means, often])
     return Table(
         ["run", "stage", "fastest rank (s)", "mean (s)", "slowest (s)", "most often"], rows
     )
-
-
-def _rank_row(run: Run, stem: str) -> list[str]:
-    means = [_number(_mean(run.steps, f"{stem}_{which}")) for which in ("min", "mean", "max")]
-    slowest = Counter(row[f"{stem}_slowest"] for row in run.steps if f"{stem}_slowest" in row)
-    often = "-"
-    for rank, times in slowest.most_common(1):
-        often = f"rank {rank:.0f} ({times / len(run.steps):.0%} of the steps)"
-    return [run.name, stem.removeprefix("rank_seconds/"), *means, often]
 
 
 def exchange(runs: Sequence[Run]) -> Table:
@@ -156,21 +157,20 @@ def _faults(run: Run) -> list[tuple[int, str]]:
 
 def held_out(runs: Sequence[Run]) -> Table:
     """Lists the first, best and last accuracy on held-out problems, with standard errors."""
+    name = "heldout/pass_at_1"
     rows = []
     for run in runs:
-        name = "heldout/pass_at_1"
         figures = [row for row in run.evaluations if row.get(name) is not None]
         if not figures:
             continue
         best = max(figures, key=lambda row: float(row[name]))
-        cells = [_accuracy(row) for row in (figures[0], best, figures[-1])]
-        rows.append([run.name, *cells, f"{figures[-1].get('heldout/problems') or 0:.0f}"])
+
+        cells = [run.name]
+        for row in (figures[0], best, figures[-1]):
+            accuracy = _with_error(row[name], row.get("heldout/standard_error"))
+            cells.append(f"{accuracy} (step {row['step']})")
+        rows.append([*cells, f"{figures[-1].get('heldout/problems') or 0:.0f}"])
     return Table(["run", "first", "best", "last", "problems"], rows)
-
-
-def _accuracy(row: Mapping[str, Any]) -> str:
-    accuracy = _with_error(row["heldout/pass_at_1"], row.get("heldout/standard_error"))
-    return f"{accuracy} (step {row['step']})"
 
 
 def _with_error(accuracy: float, error: float | None) -> str:

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_real.runs.run_records import RunRecords
@@ -59,11 +58,23 @@ def read_run(path: str) -> Run:
     directory = records.directory
     config = directory.read_config("give the directory of a run that has begun")
 
+    # A life that is being written, or was cut, is left out: the report is of what can be read.
     lives: list[Mapping[str, Any]] = []
     for file in sorted(directory.lives.glob("life-*.json")):
-        lives += _life(file)
+        try:
+            life = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(life, dict):
+            lives.append(life)
+
+    # The runs of a sweep are VARIANT/seed-N: their own names would be alike.
+    absolute = directory.path.resolve()
+    name = absolute.name
+    if re.fullmatch(r"seed-\d+", name):
+        name = f"{absolute.parent.name}/{name}"
     return Run(
-        name=_name_of(directory.path.resolve()),
+        name=name,
         records=records,
         config=config,
         status=records.status(),
@@ -84,13 +95,6 @@ def variants_of(runs: Sequence[Run]) -> list[Variant]:
     return [Variant(_name(same), same) for same in members.values()]
 
 
-def _name_of(path: Path) -> str:
-    """Returns the name of a run directory, with that of its variant where it is of a sweep."""
-    if re.fullmatch(r"seed-\d+", path.name):
-        return f"{path.parent.name}/{path.name}"
-    return path.name
-
-
 def _name(runs: Sequence[Run]) -> str:
     """Returns the name of the variant of these runs."""
     if len(runs) == 1:
@@ -99,12 +103,3 @@ def _name(runs: Sequence[Run]) -> str:
     common = os.path.commonprefix([run.name for run in runs]).rstrip("-_.")  # noqa: RUF071
     common = common.removesuffix("/seed")
     return f"{common or runs[0].name} ({len(runs)} runs)"
-
-
-def _life(path: Path) -> list[Mapping[str, Any]]:
-    """Reads one life; empty where the file cannot be read."""
-    try:
-        life = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []  # it is being written, or was cut: the report is of what can be read
-    return [life] if isinstance(life, dict) else []
