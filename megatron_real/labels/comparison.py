@@ -101,11 +101,16 @@ def _same_choice(gold: Form, answer: Form) -> bool:
             return True
         return same(gold.content, answer.content)
 
-    choice, other = (gold, answer) if isinstance(gold, Choice) else (answer, gold)
-    assert isinstance(choice, Choice), "one of the two is"
-    if isinstance(other, Expression) and len(other.latex) == 1:
-        return other.latex == choice.letter
-    return choice.content is not None and same(choice.content, other)
+    if isinstance(gold, Choice):
+        choice = gold
+        beside = answer
+    else:
+        assert isinstance(answer, Choice), "one of the two is"
+        choice = answer
+        beside = gold
+    if isinstance(beside, Expression) and len(beside.latex) == 1:
+        return beside.latex == choice.letter
+    return choice.content is not None and same(choice.content, beside)
 
 
 def _is_label(name: str) -> bool:
@@ -129,11 +134,16 @@ def _is_a_value(form: Form, relation: Relation) -> bool:
     """
     if not _VALUE_RELATIONS.issuperset(relation.operators):
         return False
-    *others, last = relation.sides
+    *sides_before, last = relation.sides
 
     values = [last]
-    for side, name in zip(others, relation.names, strict=False):
-        if isinstance(side, Number) or (isinstance(side, Expression) and not _variables(side)):
+    for side, name in zip(sides_before, relation.names, strict=False):
+        is_constant = isinstance(side, Number)
+        if isinstance(side, Expression):
+            letters = {token for token in side.latex.split() if len(token) == 1 and token.isalpha()}
+            # e and i are numbers, whatever else they may stand for.
+            is_constant = letters <= {"e", "i"}
+        if is_constant:
             if "~" in relation.operators:
                 agrees = _is_rounded(side, last)
             else:
@@ -151,10 +161,12 @@ def _is_rounded(side: Form, last: Form) -> bool:
 
     A share of its size instead would let 99 and 100 through, two guesses for the price of one.
     """
-    one = _approximate(side)
-    other = _approximate(last)
-    rounding = max(_rounding(side), _rounding(last))
-    return one is not None and other is not None and abs(one - other) <= rounding
+    value = _approximate(side)
+    last_value = _approximate(last)
+    if value is None or last_value is None:
+        return False
+    # The coarser of the two is the one that was rounded.
+    return abs(value - last_value) <= max(_rounding(side), _rounding(last))
 
 
 def _rounding(form: Form) -> Fraction:
@@ -167,12 +179,6 @@ def _rounding(form: Form) -> Fraction:
     num_places = len(match["decimals"] or "")
     exponent = int((match["exponent"] or "0").replace(" ", ""))
     return _half_a_place(num_places - exponent)
-
-
-def _variables(form: Expression) -> set[str]:
-    """Returns the letters of an expression that are variables; e and i are numbers."""
-    letters = {token for token in form.latex.split() if len(token) == 1 and token.isalpha()}
-    return letters - {"e", "i"}
 
 
 def _is_solvable(name: str) -> bool:
@@ -255,17 +261,17 @@ def _as_union(form: Form) -> Form:
     return form
 
 
-def _same_as_single_value(collection: Form, other: Form) -> bool:
-    """Returns whether a collection says one value, and that is the other: {5} is 5, 3:2 is 3/2."""
-    if not isinstance(collection, Collection) or isinstance(other, Collection | Union):
+def _same_as_single_value(collection: Form, single: Form) -> bool:
+    """Returns whether a collection says one value, and that is `single`: {5} is 5, 3:2 is 3/2."""
+    if not isinstance(collection, Collection) or isinstance(single, Collection | Union):
         return False
     if collection.brackets in ("", "{}") and len(collection.items) == 1:
-        return same(collection.items[0], other)
+        return same(collection.items[0], single)
     if collection.brackets == "::" and not collection.unit:
-        if not isinstance(other, Number | Expression):
+        if not isinstance(single, Number | Expression):
             return False
         left, right = (_latex(item) for item in collection.items)
-        return _same_value(Expression(f"\\frac {{ {left} }} {{ {right} }}"), other)
+        return _same_value(Expression(f"\\frac {{ {left} }} {{ {right} }}"), single)
     return False
 
 
@@ -311,16 +317,17 @@ def _same_items(golds: Sequence[Form], answers: Sequence[Form], *, ordered: bool
     if ordered or len(golds) > _MAX_UNORDERED:
         return all(map(same, golds, answers))
 
-    left = list(answers)
+    # Each answer is taken by one gold answer only: 1, 1 is not 1, 2.
+    unmatched = list(answers)
     for gold in golds:
         # Equal forms first: they cost nothing.
-        if gold in left:
-            left.remove(gold)
+        if gold in unmatched:
+            unmatched.remove(gold)
             continue
-        match = next((answer for answer in left if same(gold, answer)), None)
+        match = next((answer for answer in unmatched if same(gold, answer)), None)
         if match is None:
             return False
-        left.remove(match)
+        unmatched.remove(match)
     return True
 
 
@@ -335,16 +342,22 @@ def _same_words(gold: Form, answer: Form) -> bool:
         is_long = len(gold.text) >= _FEWEST_LETTERS_OF_A_WORD
         return is_long and gold.text.casefold() == answer.text.casefold()
 
-    words, other = (gold, answer) if isinstance(gold, Words) else (answer, gold)
-    assert isinstance(words, Words), "one of the two is"
-    if not words.latex or not isinstance(other, Expression):
+    if isinstance(gold, Words):
+        words = gold
+        value = answer
+    else:
+        assert isinstance(answer, Words), "one of the two is"
+        words = answer
+        value = gold
+    # Letters that may also be a product, such as ab, beside one that is written as one.
+    if not words.latex or not isinstance(value, Expression):
         return False
-    return _units_agree(words.unit, other.unit) and _algebraically_equal(words.latex, other.latex)
+    return _units_agree(words.unit, value.unit) and _algebraically_equal(words.latex, value.latex)
 
 
-def _units_agree(one: str, other: str) -> bool:
+def _units_agree(gold_unit: str, answer_unit: str) -> bool:
     """Returns whether two units may be the same. One that a side leaves out is the question's."""
-    return one == other or not one or not other
+    return gold_unit == answer_unit or not gold_unit or not answer_unit
 
 
 def _same_value(gold: Form, answer: Form) -> bool:
@@ -398,11 +411,11 @@ def _same_magnitude(gold: Number | Expression, answer: Number | Expression) -> b
         places = [number.places for number in (gold, answer) if number.places is not None]
         return bool(places) and abs(gold.value - answer.value) <= _half_a_place(min(places))
 
-    for number, other in ((gold, answer), (answer, gold)):
+    for number, expression in ((gold, answer), (answer, gold)):
         if not isinstance(number, Number) or number.places is None:
             continue
-        if isinstance(other, Expression):
-            value = _approximate(other)
+        if isinstance(expression, Expression):
+            value = _approximate(expression)
             return value is not None and abs(value - number.value) <= _half_a_place(number.places)
 
     if isinstance(gold, Expression) and isinstance(answer, Expression):
@@ -424,7 +437,9 @@ def _latex(form: Form) -> str:
     if not isinstance(form, Number):
         return ""
 
-    sign = "- " if form.value < 0 else ""
+    sign = ""
+    if form.value < 0:
+        sign = "- "
     numerator = abs(form.value.numerator)
     denominator = form.value.denominator
     if denominator == 1:
@@ -471,8 +486,10 @@ def _parsed(latex: str) -> Any | None:
 
 
 def _with_mark(match: re.Match[str]) -> str:
-    # e is Euler's number, whatever its index.
-    letter = "q" if match[1] == "E" else match[1].lower()
+    letter = match[1].lower()
+    # The parser takes e for Euler's number, whatever its index.
+    if match[1] == "E":
+        letter = "q"
     return f"{letter} _ {{ {_CAPITAL_MARK}{match[2] or match[3] or ''} }}"
 
 
@@ -483,9 +500,9 @@ def _algebraically_equal(gold: str, answer: str) -> bool:
     """
     from math_verify import verify
 
-    one = _parsed(gold)
-    other = _parsed(answer)
-    if one is None or other is None:
+    gold_parsed = _parsed(gold)
+    answer_parsed = _parsed(answer)
+    if gold_parsed is None or answer_parsed is None:
         return False
     if gold.count("'") != answer.count("'"):
         return False  # the parser drops primes
@@ -494,36 +511,40 @@ def _algebraically_equal(gold: str, answer: str) -> bool:
         # A root of a negative number is one of i, which the parser took for a variable.
         import sympy
 
-        one = one.subs({symbol: sympy.I for symbol in one.free_symbols if symbol.name == "i"})
-        other = other.subs({symbol: sympy.I for symbol in other.free_symbols if symbol.name == "i"})
+        gold_parsed = gold_parsed.subs(
+            {symbol: sympy.I for symbol in gold_parsed.free_symbols if symbol.name == "i"}
+        )
+        answer_parsed = answer_parsed.subs(
+            {symbol: sympy.I for symbol in answer_parsed.free_symbols if symbol.name == "i"}
+        )
 
     try:
-        if _differ_at_a_point(one, other):
+        if _differ_at_a_point(gold_parsed, answer_parsed):
             return False
-        if _equal_to_many_digits(one, other):
+        if _equal_to_many_digits(gold_parsed, answer_parsed):
             return True
     except _NoValueError:
         return False  # algebra takes seconds on what has no value
 
     # Its own timeout is SIGALRM; the worker's clock ends what never returns.
-    if not verify(one, other, timeout_seconds=None):
+    if not verify(gold_parsed, answer_parsed, timeout_seconds=None):
         return False
     try:
-        return _relatively_equal(one, other)
+        return _relatively_equal(gold_parsed, answer_parsed)
     except _NoValueError:
         return False
 
 
-def _differ_at_a_point(one: Any, other: Any) -> bool:
+def _differ_at_a_point(gold: Any, answer: Any) -> bool:
     """Returns whether two expressions clearly differ for some values of their variables.
 
     Only finite values count.
     """
     import sympy
 
-    if not isinstance(one, sympy.Expr) or not isinstance(other, sympy.Expr):
+    if not isinstance(gold, sympy.Expr) or not isinstance(answer, sympy.Expr):
         return False
-    symbols = sorted(one.free_symbols | other.free_symbols, key=str)
+    symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
     if len(symbols) > len(_POINTS):
         return False
 
@@ -531,43 +552,43 @@ def _differ_at_a_point(one: Any, other: Any) -> bool:
         symbol: sympy.Rational(*value.as_integer_ratio())
         for symbol, value in zip(symbols, _POINTS, strict=False)
     }
-    values = [_decimal(each, _FEW_DIGITS, point) for each in (one, other)]
+    values = [_decimal(each, _FEW_DIGITS, point) for each in (gold, answer)]
     if not all(value is not None and value.is_number and value.is_finite for value in values):
         return False
     size = max(abs(value) for value in values)
     return bool(size and abs(values[0] - values[1]) > _CLEAR_DIFFERENCE * size)
 
 
-def _equal_to_many_digits(one: Any, other: Any) -> bool:
+def _equal_to_many_digits(gold: Any, answer: Any) -> bool:
     """Returns whether two exact constants agree to 30 digits.
 
     Such are logarithms of other bases, which sympy's simplify leaves apart.
     """
     import sympy
 
-    for each in (one, other):
+    for each in (gold, answer):
         if not isinstance(each, sympy.Expr) or not each.is_number or each.has(sympy.Float):
             return False
-    values = [_decimal(each, _MANY_DIGITS) for each in (one, other)]
+    values = [_decimal(each, _MANY_DIGITS) for each in (gold, answer)]
     if not all(value is not None and value.is_finite for value in values):
         return False
     size = max(abs(value) for value in values)
     return bool(size and abs(values[0] - values[1]) <= _SAME_TO_MANY_DIGITS * size)
 
 
-def _relatively_equal(one: Any, other: Any) -> bool:
+def _relatively_equal(gold: Any, answer: Any) -> bool:
     """Returns whether numbers that were called equal also agree relative to their size."""
     import sympy
 
-    for each in (one, other):
+    for each in (gold, answer):
         if not isinstance(each, sympy.Expr) or not each.is_number or not each.is_finite:
             return True
-    values = [_decimal(each, _DIGITS) for each in (one, other)]
+    values = [_decimal(each, _DIGITS) for each in (gold, answer)]
     if None in values:
         return False  # nothing confirms it
 
     bound = _RELATIVE_ERROR
-    if one.has(sympy.Float) or other.has(sympy.Float):
+    if gold.has(sympy.Float) or answer.has(sympy.Float):
         bound = _ROUNDED_RELATIVE_ERROR
     size = max(abs(value) for value in values)
     return bool(size == 0 or abs(values[0] - values[1]) <= bound * size)

@@ -57,18 +57,19 @@ def answer_classes(
 
 
 def _is_same(
-    one: GivenAnswer, other: GivenAnswer, same: Callable[[str, str], bool], one_gold: bool
+    speaker: GivenAnswer, answer: GivenAnswer, same: Callable[[str, str], bool], one_gold: bool
 ) -> bool:
-    """Compares two answers, the cheapest comparison first."""
-    assert one.text is not None and other.text is not None, "no answer has no class"
-    if one.correct != other.correct:
+    """Compares an answer with that of a class, the cheapest comparison first."""
+    assert speaker.text is not None and answer.text is not None, "no answer has no class"
+    if speaker.correct != answer.correct:
         return False
-    if one.text == other.text or (one.correct and one_gold):
+    if speaker.text == answer.text or (speaker.correct and one_gold):
         return True
-    if read_sentence(one.text) == read_sentence(other.text):
+    if read_sentence(speaker.text) == read_sentence(answer.text):
         return True
-    if not (one.comparable and other.comparable):
+    if not (speaker.comparable and answer.comparable):
         return False
-    if _WHOLE.fullmatch(one.text) and _WHOLE.fullmatch(other.text):
-        return int(one.text) == int(other.text)
-    return same(one.text, other.text)
+    # Whole numbers are compared here: the verifier may take as long as algebra takes.
+    if _WHOLE.fullmatch(speaker.text) and _WHOLE.fullmatch(answer.text):
+        return int(speaker.text) == int(answer.text)
+    return same(speaker.text, answer.text)
