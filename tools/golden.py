@@ -328,7 +328,7 @@ def tiny_base(path: Path) -> None:
     make_tiny_model.new_tokenizer().save_pretrained(path)
     draw = random.Random(2)
     pairs = [(draw.randrange(10, 100), draw.randrange(10, 100)) for _ in range(200)]
-    make_tiny_model.write_rows(path / "train.jsonl", pairs)
+    make_tiny_model.write_rows(path / "train.jsonl", make_tiny_model.rows_of(pairs, "train"))
     (path / "verifier.py").write_text(VERIFIER)
 
 

@@ -21,17 +21,15 @@ tell.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from make_tiny_model import SPECIAL, answer_loss, new_model, new_tokenizer
+from make_tiny_model import SPECIAL, learn, new_model, new_tokenizer, save
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
@@ -95,13 +93,7 @@ def main() -> None:
         f"base model: right on {accuracy:.1%} of {len(heldout)} held-out chain sums, "
         f"one sample each; {tokens:.0f} tokens an answer"
     )
-    partial = options.out.with_name(options.out.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    write_rows(partial / "train.jsonl", train)
-    write_rows(partial / "heldout.jsonl", heldout)
-    partial.rename(options.out)
+    save(options.out, model, tokenizer, train=rows_of(train), heldout=rows_of(heldout))
 
 
 def split_problems() -> tuple[list[Problem], list[Problem]]:
@@ -130,8 +122,9 @@ def chain_sums() -> Iterator[Problem]:
     )
     for index in range(len(dataset)):
         entry = dataset[index]
-        first, *words = entry["metadata"]["expression"].split()
-        rest = tuple((words[i], int(words[i + 1])) for i in range(0, len(words), 2))
+        first, *signs_and_terms = entry["metadata"]["expression"].split()
+        pairs = zip(signs_and_terms[::2], signs_and_terms[1::2], strict=True)
+        rest = tuple((sign, int(term)) for sign, term in pairs)
         problem = Problem(int(first), rest, entry)
         if all(0 <= total <= 99 for total in totals(problem)):
             yield problem
@@ -145,7 +138,9 @@ def totals(problem: Problem) -> Iterator[int]:
 
 
 def added(total: int, sign: str, term: int) -> int:
-    return total + term if sign == "+" else total - term
+    if sign == "+":
+        return total + term
+    return total - term
 
 
 def added_without_carry(total: int, sign: str, term: int) -> int:
@@ -165,7 +160,9 @@ def teacher_answer(problem: Problem, draw: random.Random, sloppiness: float) -> 
             total = added(total, sign, term) % 100
         working += f"{total:02};"
     boxed = f"\\boxed{{{total:02}}}"
-    return boxed if is_direct else working + boxed
+    if is_direct:
+        return boxed
+    return working + boxed
 
 
 def warm_up(
@@ -175,36 +172,26 @@ def warm_up(
 ) -> None:
     """Supervised learning of the teacher's answers; the prompt has no loss."""
     draw = random.Random(0)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98)
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.1
-    )
-    started = time.monotonic()
-    for step in range(1, STEPS + 1):
+
+    def texts_of_step(step: int) -> list[str]:
         # How to add is learned sooner from a teacher who makes no slips.
-        sloppiness = 0.0 if step < CLEAN_SHARE * STEPS else 1.0
+        sloppiness = 0.0
+        if step >= CLEAN_SHARE * STEPS:
+            sloppiness = 1.0
         batch = draw.choices(problems, k=BATCH)
-        texts = [
+        return [
             f"<|user|>{p.question}<|assistant|>{teacher_answer(p, draw, sloppiness)}<|end|>"
             for p in batch
         ]
-        tokens = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")[
-            "input_ids"
-        ]
-        loss = answer_loss(model(tokens[:, :-1]).logits, tokens[:, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0:
-            print(
-                f"  step {step}/{STEPS}  loss {loss.item():.3f}  "
-                f"{time.monotonic() - started:.0f} s",
-                flush=True,
-            )
+
+    learn(
+        model,
+        tokenizer,
+        texts_of_step,
+        steps=STEPS,
+        learning_rate=LEARNING_RATE,
+        betas=(0.9, 0.98),
+    )
 
 
 @torch.inference_mode()
@@ -229,18 +216,18 @@ def sampled_accuracy(
     return num_right / len(problems), num_tokens / len(problems)
 
 
-def write_rows(path: Path, problems: list[Problem]) -> None:
+def rows_of(problems: Sequence[Problem]) -> list[dict[str, Any]]:
     """The problems in the DeepScaleR schema, with what reasoning_gym says of them beside."""
-    with path.open("w") as file:
-        for problem in problems:
-            row = {
-                "data_source": "reasoning_gym",
-                "prompt": [{"role": "user", "content": problem.question}],
-                "ability": "math",
-                "reward_model": {"style": "rule", "ground_truth": f"{problem.result:02}"},
-                "extra_info": problem.entry["metadata"],
-            }
-            file.write(json.dumps(row) + "\n")
+    return [
+        {
+            "data_source": "reasoning_gym",
+            "prompt": [{"role": "user", "content": problem.question}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": f"{problem.result:02}"},
+            "extra_info": problem.entry["metadata"],
+        }
+        for problem in problems
+    ]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +88,13 @@ def main() -> None:
             "--steps"
         )
 
-    partial = options.out.with_name(options.out.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    write_rows(partial / "train.jsonl", train)
-    write_rows(partial / "heldout.jsonl", heldout)
-    partial.rename(options.out)
+    save(
+        options.out,
+        model,
+        tokenizer,
+        train=rows_of(train, "train"),
+        heldout=rows_of(heldout, "heldout"),
+    )
 
 
 def split_pairs(draw: random.Random) -> tuple[list[Pair], list[Pair]]:
@@ -175,23 +175,44 @@ def warm_up(
     steps: int,
 ) -> None:
     """Supervised learning of the teacher's answers; the prompt has no loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+
+    def texts_of_step(_step: int) -> list[str]:
+        texts = []
+        for pair in draw.choices(pairs, k=BATCH):
+            answer = true_sum(pair)
+            if draw.random() < SLOPPY_SHARE:
+                answer = sum_without_carry(pair)
+            texts.append(f"<|user|>{question(pair)}<|assistant|>\\boxed{{{answer}}}<|end|>")
+        return texts
+
+    learn(model, tokenizer, texts_of_step, steps=steps, learning_rate=2e-3, betas=(0.9, 0.999))
+
+
+def learn(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    texts_of_step: Callable[[int], list[str]],
+    *,
+    steps: int,
+    learning_rate: float,
+    betas: tuple[float, float],
+) -> None:
+    """Supervised learning of rendered chats; only what follows <|assistant|> has a loss.
+
+    Args:
+        texts_of_step: returns the batch of a step, which counts from 1.
+        learning_rate: of the peak.
+        betas: of Adam.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, weight_decay=0.01, betas=betas
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 2e-3, total_steps=steps, pct_start=0.1
+        optimizer, learning_rate, total_steps=steps, pct_start=0.1
     )
     started = time.monotonic()
     for step in range(1, steps + 1):
-        batch = draw.choices(pairs, k=BATCH)
-        answers = []
-        for pair in batch:
-            if draw.random() < SLOPPY_SHARE:
-                answers.append(sum_without_carry(pair))
-            else:
-                answers.append(true_sum(pair))
-        texts = [
-            f"<|user|>{question(p)}<|assistant|>\\boxed{{{a}}}<|end|>"
-            for p, a in zip(batch, answers, strict=True)
-        ]
+        texts = texts_of_step(step)
         tokens = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")[
             "input_ids"
         ]
@@ -236,17 +257,43 @@ def greedy_accuracy(model: Any, tokenizer: Any, pairs: list[Pair]) -> float:
     return sum(right) / len(right)
 
 
-def write_rows(path: Path, pairs: list[Pair]) -> None:
+def rows_of(pairs: Sequence[Pair], split: str) -> list[dict[str, Any]]:
     """The problems in the DeepScaleR schema."""
+    return [
+        {
+            "data_source": "two_digit_sums",
+            "prompt": [{"role": "user", "content": question(pair)}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": str(true_sum(pair))},
+            "extra_info": {"split": split, "index": i},
+        }
+        for i, pair in enumerate(pairs)
+    ]
+
+
+def save(
+    out: Path,
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    **splits: Sequence[dict[str, Any]],
+) -> None:
+    """Writes the model, its tokenizer, and a file of rows for each split.
+
+    The directory gets its name at the end: one that is there is whole.
+    """
+    partial = out.with_name(out.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    for split, rows in splits.items():
+        write_rows(partial / f"{split}.jsonl", rows)
+    partial.rename(out)
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes one row a line."""
     with path.open("w") as file:
-        for i, pair in enumerate(pairs):
-            row = {
-                "data_source": "two_digit_sums",
-                "prompt": [{"role": "user", "content": question(pair)}],
-                "ability": "math",
-                "reward_model": {"style": "rule", "ground_truth": str(true_sum(pair))},
-                "extra_info": {"split": path.stem, "index": i},
-            }
+        for row in rows:
             file.write(json.dumps(row) + "\n")
 
 

@@ -40,9 +40,8 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("untrained") / "base"
     make_tiny_model.new_model().save_pretrained(out)
     make_tiny_model.new_tokenizer().save_pretrained(out)
-    make_tiny_model.write_rows(
-        out / "train.jsonl", [(12, 34), (50, 27), (61, 18), (40, 41), (23, 32)]
-    )
+    pairs = [(12, 34), (50, 27), (61, 18), (40, 41), (23, 32)]
+    make_tiny_model.write_rows(out / "train.jsonl", make_tiny_model.rows_of(pairs, "train"))
     return out
 
 
