@@ -236,7 +236,12 @@ def _build(
         lifeline.before_end = _last_word(claim, reporter)
 
     # The run directory: what an earlier life has left, and where this one begins.
-    earlier = ranks.on_first(lambda: claim.take(logger.warning) if claim is not None else Earlier())
+    def take_over() -> Earlier:
+        if claim is None:
+            return Earlier()
+        return claim.take(logger.warning)
+
+    earlier = ranks.on_first(take_over)
     survey = saver.survey(directory, ranks)
     beginning = saver.beginning_of(config, directory, earlier, survey, ranks)
 

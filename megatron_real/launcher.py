@@ -40,8 +40,8 @@ _TAIL_LINES = 30
 _TRACE = "Traceback (most recent call last)"
 
 
-def launch(words: Sequence[str], *, num_ranks: int, run_dir: str) -> int:
-    """Runs `megatron-real WORDS` in `num_ranks` processes that form one job.
+def launch(arguments: Sequence[str], *, num_ranks: int, run_dir: str) -> int:
+    """Runs `megatron-real ARGUMENTS` in `num_ranks` processes that form one job.
 
     Returns:
         The exit code: that of the rank that failed first, 0 where none did.
@@ -81,7 +81,7 @@ def launch(words: Sequence[str], *, num_ranks: int, run_dir: str) -> int:
     # The elastic agent passes on signals that end a job, and no other.
     signal.signal(signal.SIGUSR1, pass_on)
     try:
-        elastic_launch(config, sys.executable)("-m", "megatron_real", *words)
+        elastic_launch(config, sys.executable)("-m", "megatron_real", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return _failed(rank, failure, logs, RunDirectory(run_dir))

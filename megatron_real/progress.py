@@ -196,7 +196,9 @@ class RunProgress(StageTimer):
     def _long_stage(self) -> str:
         """Returns the heartbeat's line, "" while the present stage is not long."""
         _, _, seconds = self.at()
-        return self.stage_line() if seconds >= HEARTBEAT_SECONDS else ""
+        if seconds < HEARTBEAT_SECONDS:
+            return ""
+        return self.stage_line()
 
     def stage_line(self) -> str:
         """Returns the present stage, its time so far, and what it has done; "" between stages."""
@@ -318,7 +320,10 @@ def _row(cells: Mapping[str, str]) -> str:
 
 
 def _number(value: float, text: str) -> str:
-    return text.format(value) if math.isfinite(value) else "-"
+    # NaN: the step has no such figure, as of accuracy before the first evaluation.
+    if not math.isfinite(value):
+        return "-"
+    return text.format(value)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ The module loads without torch, so that prompts and labels can be tested and use
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
 from typing import Any
@@ -217,6 +217,7 @@ class Completion:
         for name, array in arrays.items():
             if len(array) != length:
                 raise ValueError(f"{length} token_ids but {len(array)} {name}")
+        # Past the frozen dataclass, which refuses every assignment.
         vars(self).update(arrays, text=text, finished=finished)
 
     @property
@@ -233,7 +234,10 @@ class Completion:
     def segments(self) -> tuple[Segment, ...]:
         """Its tokens in order, cut where trained ones meet others."""
         cuts = (numpy.flatnonzero(self.trained[1:] != self.trained[:-1]) + 1).tolist()
-        bounds = [0, *cuts, len(self.trained)] if len(self.trained) else [0]
+        bounds = [0, *cuts]
+        # Of no token there is no segment, rather than an empty one.
+        if len(self.trained):
+            bounds.append(len(self.trained))
         return tuple(
             Segment(start, end, bool(self.trained[start]))
             for start, end in itertools.pairwise(bounds)
@@ -306,6 +310,7 @@ class Absent(Completion):
         return cls(
             num_tokens=completion.num_tokens,
             num_trained=completion.num_trained,
+            # A tokenizer may decode half of a surrogate pair, which plain UTF-8 refuses.
             num_text_bytes=len(completion.text.encode("utf-8", "surrogatepass")),
             finished=completion.finished,
         )
@@ -362,10 +367,13 @@ class Rollout:
 
     def __post_init__(self) -> None:
         reference = self.reference_logprobs
-        if reference is not None:
-            wide = getattr(reference, "dtype", None) == numpy.float64
-            dtype = numpy.float64 if wide else numpy.float32
-            object.__setattr__(self, "reference_logprobs", _immutable(reference, dtype))
+        if reference is None:
+            return
+        # A model that computes in float64 is held against a reference, to its last digits.
+        dtype: type[numpy.generic] = numpy.float32
+        if getattr(reference, "dtype", None) == numpy.float64:
+            dtype = numpy.float64
+        object.__setattr__(self, "reference_logprobs", _immutable(reference, dtype))
 
     @property
     def label(self) -> Label:
@@ -386,6 +394,7 @@ class Rollout:
 def _immutable(values: Any, dtype: type[numpy.generic]) -> NDArray[Any]:
     """Returns the values as a read-only array [n]; a copy unless they are one already."""
     if isinstance(values, numpy.ndarray) and values.dtype == dtype and not values.flags.writeable:
+        # Shared: the rollouts of a step are many, and each stage makes records anew of the same.
         array = values
     else:
         array = numpy.array(values, dtype=dtype)
@@ -395,20 +404,18 @@ def _immutable(values: Any, dtype: type[numpy.generic]) -> NDArray[Any]:
     return array
 
 
-def _equal_fields(one: Any, other: object) -> bool:
+def _equal_fields(record: Any, other: object) -> bool:
     """Whether two records of one type hold the same values, NaN being equal to itself."""
-    if type(one) is not type(other):
+    if type(record) is not type(other):
         return NotImplemented
-    return all(_equal(*pair) for pair in _pairs(one, other))
+    return all(
+        _equal(getattr(record, each.name), getattr(other, each.name)) for each in fields(record)
+    )
 
 
-def _pairs(one: Any, other: Any) -> Iterator[tuple[Any, Any]]:
-    for each in fields(one):
-        yield getattr(one, each.name), getattr(other, each.name)
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if not isinstance(one, numpy.ndarray) or not isinstance(other, numpy.ndarray):
-        return bool(one is other or (type(one) is type(other) and one == other))
-    numeric = one.dtype.kind == "f"
-    return one.dtype == other.dtype and numpy.array_equal(one, other, equal_nan=numeric)
+def _equal(left: Any, right: Any) -> bool:
+    if not isinstance(left, numpy.ndarray) or not isinstance(right, numpy.ndarray):
+        return bool(left is right or (type(left) is type(right) and left == right))
+    # numpy looks for NaN in numbers only, and refuses other arrays.
+    can_be_nan = left.dtype.kind == "f"
+    return left.dtype == right.dtype and numpy.array_equal(left, right, equal_nan=can_be_nan)

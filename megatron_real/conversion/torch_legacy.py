@@ -184,6 +184,7 @@ class TorchLegacyWeights:
             known.update(entry.names)
         held: set[str] = set()
         for parameters in self._parameters:
+            # The extra states are TransformerEngine's for fp8, and hold no weight.
             held.update(name for name in parameters if not name.endswith("._extra_state"))
         return sorted(held - known)
 
@@ -216,6 +217,7 @@ class TorchLegacyWeights:
             file, pickled = parameters[name]
             stored = file.stored(name, pickled)
             if entry.kind == "vocab":
+                # Megatron pads a vocabulary for the TP of its training: only the file says how far.
                 padded_rows = max(entry.shape[0], stored.shape[0] * self.tp)
             extents += self._extents(entry, stored, rank, padded_rows)
 
@@ -223,6 +225,7 @@ class TorchLegacyWeights:
         if entry.kind == "vocab":
             shape = (padded_rows, *entry.shape[1:])
         tensor = StoredTensor(name, stored.dtype, shape, tuple(extents))
+        # Each element once: parts of two layouts in one directory overlap, or leave gaps.
         tensor.check_tiling()
         return tensor
 
@@ -341,6 +344,8 @@ def plan_torch_legacy(
                 model[name] = torch.empty(piece.shape, dtype=torch_dtype(piece.dtype))
             # Values of None, as TransformerEngine's modules without fp8 have them.
             model.update(dict.fromkeys(_extra_states(pieces, layers)))
+            # Below version 2.0 Megatron-LM takes a query-key-value for one in another order, and
+            # reorders it.
             state = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
             archive = blank_archive(state)
 

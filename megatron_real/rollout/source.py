@@ -217,6 +217,8 @@ class Generator:
         except EngineFailed as error:  # on every rank alike
             logger.warning("%s; other engines draw what it has lost", error)
             return
+        # Every engine is synced again: those that lived on have these weights already, and a sync
+        # is one collective of all.
         if ended:
             self.sync.run(self.policy.stream())
 
@@ -379,7 +381,9 @@ class OneStepAhead(Fresh):
         """See `Source`."""
         with self.awake() as weights:
             lagging = self._lagging
-            generated_by = self._generated_by if lagging else weights
+            generated_by = weights
+            if lagging:
+                generated_by = self._generated_by
             rollouts = self._rollouts(step, generated_by)
 
             # Only now, because refills of this step have taken prompts from the cursor, too.
@@ -412,7 +416,10 @@ class OneStepAhead(Fresh):
         Afterwards the present weights are kept as the earlier ones: the engine has them, and
         generates the next step's rollouts with them while this step's updates are made.
         """
-        with self._earlier.swapped_in() if lagging else nullcontext():
+        generating_weights: AbstractContextManager[None] = nullcontext()
+        if lagging:
+            generating_weights = self._earlier.swapped_in()
+        with generating_weights:
             yield
         # Only now: until here the copy held the weights that this step's rollouts came from.
         self._earlier.take()
@@ -431,6 +438,7 @@ class Replay:
 
     def take(self, step: int) -> StepRollouts:
         """See `Source`."""
+        # Files hold them rank by rank, and a replay may run on other ranks than the run did.
         rollouts = sorted(self._read(step), key=lambda r: (r.group, r.sample))
         return StepRollouts(rollouts)
 

@@ -153,6 +153,7 @@ def with_benchmarks(card: str, evaluations: Sequence[str | Path]) -> str:
     # A card that somebody has edited may have fields that the hub's library does not know.
     parsed = ModelCard(card, ignore_metadata_errors=True)
     data = cast(ModelCardData, parsed.data)
+    # huggingface_hub writes no results of a model without a name.
     data.model_name = data.model_name or "model"
     data.eval_results = [*(data.eval_results or []), *results]
     head = ["benchmark", "pass@1", "standard error", "problems", "samples each"]
@@ -290,6 +291,7 @@ def _data(config: Mapping[str, Any]) -> list[Path]:
 
 def _hub_id(path: Path) -> str:
     """Returns the id of what lies in the hub's cache; "" for what lies elsewhere."""
+    # The cache's folders are models--OWNER--NAME: a path into it says which model it is.
     match = _IN_CACHE.search(str(path))
     if match is None:
         return ""

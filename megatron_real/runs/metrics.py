@@ -109,6 +109,7 @@ def step_metrics(
     # Those of skipped updates are not finite.
     losses = [loss for loss in training.losses if math.isfinite(loss)]
     norms = [norm for norm in training.grad_norms if math.isfinite(norm)]
+    # The scoring pass counts as time of training but not as its FLOPs: it is part of the price.
     in_training = seconds.get("old_logprobs", 0.0) + seconds.get("update", 0.0)
 
     return {
@@ -142,10 +143,11 @@ def low_ratio_metrics(tokens: Sequence[tuple[int, int, int]]) -> dict[str, float
     low_ratio_positive_share: of these, the tokens of right answers, which a policy gradient in
         ratios pulls at the less the lower they are; NaN where none was low.
     """
+    # Counts are summed before they are divided: updates differ in tokens.
     low, positive, every = (sum(counts) for counts in zip(*tokens, strict=True))
     return {
-        "low_ratio_share": low / every if every else math.nan,
-        "low_ratio_positive_share": positive / low if low else math.nan,
+        "low_ratio_share": _quotient(low, every),
+        "low_ratio_positive_share": _quotient(positive, low),
     }
 
 
@@ -174,7 +176,9 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         labels_of_groups[rollout.group].add(rollout.label)
         reward = rollout.verdict.reward
         # A truncated rollout counts as wrong and was seen by no verifier: its label is its reward.
-        rewards.append(float(rollout.label) if reward is None else reward)
+        if reward is None:
+            reward = float(rollout.label)
+        rewards.append(reward)
     label_sets = labels_of_groups.values()
 
     excluded_share = math.nan
@@ -292,7 +296,7 @@ def engine_metrics(engines: Sequence[Mapping[str, float]]) -> dict[str, float]:
         "engine/slowest": float(slowest),
         "engine/tokens_mean": _mean(tokens),
         "engine/tokens_slowest": float(tokens[slowest]),
-        "engine/tokens_per_second_mean": math.fsum(tokens) / total if total else math.nan,
+        "engine/tokens_per_second_mean": _quotient(math.fsum(tokens), total),
         "engine/tokens_per_second_min": min(rates, default=math.nan),
         "engine/taken_over": math.fsum(engine["taken_over"] for engine in engines),
     }
@@ -301,8 +305,10 @@ def engine_metrics(engines: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def _over_ranks(
     prefix: str, ranks: Sequence[Mapping[str, float]], *, which: str
 ) -> dict[str, float]:
+    if not ranks:
+        return {}
     metrics = {}
-    for name in ranks[0] if ranks else ():
+    for name in ranks[0]:
         values = [rank.get(name, 0.0) for rank in ranks]
         metrics[f"{prefix}/{name}_min"] = min(values)
         metrics[f"{prefix}/{name}_mean"] = _mean(values)
@@ -330,9 +336,14 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def _mean(values: Sequence[float]) -> float:
-    if not values:
+    return _quotient(math.fsum(values), len(values))
+
+
+def _quotient(part: float, whole: float) -> float:
+    """Returns part / whole; NaN of nothing."""
+    if not whole:
         return math.nan
-    return math.fsum(values) / len(values)
+    return part / whole
 
 
 class MetricsWriter:
@@ -385,6 +396,7 @@ class MetricsWriter:
             self._guarded(tracker, tracker.close)
 
     def _append(self, path: Path, step: int, values: Mapping[str, float]) -> None:
+        # JSON has no NaN: such a figure becomes null, so that every row has every column.
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         append_row(path, {"step": step} | {name: finite.get(name) for name in values})
 

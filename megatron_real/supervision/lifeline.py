@@ -148,6 +148,7 @@ class Lifeline:
             return
 
         self._join(gathered)
+        # A daemon: it watches to the very end, and must not be what keeps the interpreter alive.
         threading.Thread(target=self._guarded, name="lifeline", daemon=True).start()
 
     @property
@@ -216,6 +217,7 @@ class Lifeline:
         """Connects this rank with the one above it and those below it. Collective."""
         secret = challenge.new_secret() if self.rank == 0 else ""
         hosts, secrets = zip(*gathered((socket.gethostname(), secret)), strict=True)
+        # The first rank's: the others have made none.
         secret = secrets[0]
         parents = tree(hosts)
         names = [f"rank {rank} on {host}" for rank, host in enumerate(hosts)]
@@ -236,6 +238,8 @@ class Lifeline:
         if any(problems):
             raise OSError(next(problem for problem in problems if problem))
 
+        # Up first, then down. No two ranks wait for each other: every listener was there before its
+        # address was gathered.
         with door or nullcontext():
             parent = parents[self.rank]
             if parent >= 0:
@@ -260,6 +264,7 @@ class Lifeline:
 
     def _watch(self) -> None:
         """Hears the others, judges those it does not hear, and gives signs of life."""
+        # A pause of this process counts for a quarter of the silence that ends a run, at most.
         clock = _Clock(most=max(self._silent / 4, 1.0))
         for peer in self._peers:
             peer.heard = clock.now()
@@ -269,6 +274,7 @@ class Lifeline:
                 ready.register(peer.line.socket, selectors.EVENT_READ, peer)
 
             while not self._closed.is_set():
+                # A second at most: it is also how late the end of this rank is seen here.
                 events = ready.select(min(self._beat, 1.0))
                 now = clock.now()
                 for key, _ in events:
@@ -316,7 +322,9 @@ class Lifeline:
                     peer.standing = Standing(**word["standing"])
 
         if words is None and peer.left is None:
-            stage = f" in stage {peer.stage}" if peer.stage else ""
+            stage = ""
+            if peer.stage:
+                stage = f" in stage {peer.stage}"
             self._end_all(f"{peer.name} ended without a word (killed, or out of memory?){stage}")
         return words is not None
 
@@ -330,7 +338,7 @@ class Lifeline:
             if late and peer.cause:
                 self._end_all(f"{peer.name} ended first: {peer.cause}")
 
-        # All others are below the first rank.
+        # All others are below the first rank, and one judge is enough.
         if self.rank == 0 and (sentence := hanging(self._standing(), self._hang)):
             self._end_all(sentence)
 
@@ -364,6 +372,8 @@ class Lifeline:
         # The others must have read the sentence before the connections go.
         self._part()
         word.join(_LAST_WORD_SECONDS)
+        # sys.exit would end this thread alone, and atexit handlers wait for a main thread that may
+        # be in a collective.
         os._exit(EXIT_CODE)
 
 

@@ -275,6 +275,8 @@ class Entry:
             return Rectangle(((first, last), (up + first, up + last)), columns)
         if self.kind == "vocab":
             rows = padded_rows
+        # Without a rest: a vocabulary is padded for it, and heads that TP does not divide are
+        # refused.
         part = rows // ranks
         return Rectangle(((number * part, (number + 1) * part),), columns)
 
@@ -314,6 +316,7 @@ class Entry:
         spans = []
         top = 0
         for owner, _, rows in self.spans:
+            # Between two spans of one part lie those of the others, where a qkv interleaves them.
             if owner == part:
                 spans.append(RowSpan(megatron, top, rows))
             top += rows
@@ -381,6 +384,7 @@ def entries(architecture: Architecture) -> Iterator[Entry]:
         "kv": a.num_kv_heads * a.head_dim,
         "head": a.head_dim,
     }
+    # Without padding: HF knows none, and every layout has another.
     table = (a.vocab_size, a.hidden_size)
 
     yield Entry(EMBEDDING, None, "vocab", (HF_EMBEDDING,), (table,), 1)
