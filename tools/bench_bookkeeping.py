@@ -71,16 +71,17 @@ def timed_plan(module: Any, count: int, dp: int) -> tuple[float, float, str]:
     groups = [i // GROUP for i in range(count)]
     layout = module.Layout(dp=dp, max_tokens=MAX_TOKENS)
     started = time.perf_counter()
-    made = module.plan(
+    planned = module.plan(
         lengths, groups, layout=layout, placement="auto", needs_scores=True, cost=cost
     )
-    return time.perf_counter() - started, made.seconds, made.placement
+    return time.perf_counter() - started, planned.seconds, planned.placement
 
 
 def patient_plan(module: Any, count: int, dp: int, patience: float) -> tuple[float, float] | None:
     """Seconds and estimate of a plan in a process of its own;
     None where it takes longer than `patience`.
     """
+    # A process, since a planner that loops in Python cannot be interrupted from a thread.
     context = mp.get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=lambda: theirs.send(timed_plan(module, count, dp)[:2]))
@@ -184,7 +185,8 @@ def slow_engines(slow: float) -> list[dict[str, Any]]:
         begun, waiting = begun_and_waiting(shares, costs, AT_ONCE // GROUP)
         taken = step_time(begun, list(waiting), tokens, one_slow)
         taken_usual = step_time(begun, list(waiting), tokens, usual)
-        speed = sum(AT_ONCE / one for one in one_slow)
+        # No schedule beats the engines' speeds together, nor the longest answer on a usual one.
+        speed = sum(AT_ONCE / slowness for slowness in one_slow)
         best = max(sum(lengths) / speed, max(lengths))
         rows.append(
             {
@@ -210,7 +212,7 @@ class Bookkeeping:
         self.num_prompts = num_prompts
         self.objective = make_objective("real")
         self.draw = random.Random(0)
-        self.completions = [_completion(n) for n in range(1, 65)]
+        self.completions = [Completion((5,) * n, (0.0,) * n, "", True) for n in range(1, 65)]
         """Shared: the tokens themselves are not what is measured."""
 
     def step(self) -> int:
@@ -220,15 +222,17 @@ class Bookkeeping:
         parts = [prompt for prompt in prompts for _ in range(GROUP // together)]
         assert len(spread(self.lengths.costs(parts, together), self.ranks)) == self.ranks
 
-        rollouts = [
-            Rollout(prompt, i, k, self.draw.choice(self.completions), self._verdict())
-            for i, prompt in enumerate(prompts)
-            for k in range(GROUP)
-        ]
+        rollouts: list[Rollout] = []
+        for i, prompt in enumerate(prompts):
+            for k in range(GROUP):
+                completion = self.draw.choice(self.completions)
+                label = Label(self.draw.randint(0, 1))
+                verdict = Verdict(Status.OK, label, float(label))
+                rollouts.append(Rollout(prompt, i, k, completion, verdict))
         self.lengths.learn(rollouts)
 
         (minibatch,) = minibatches(rollouts, self.objective, groups_per_minibatch=len(prompts))
-        made = plan(
+        planned = plan(
             [rollouts[i].num_tokens for i in minibatch.kept],
             [rollouts[i].group for i in minibatch.kept],
             layout=Layout(dp=self.ranks, max_tokens=256),
@@ -240,15 +244,7 @@ class Bookkeeping:
         self.cursor.peek(self.num_prompts)
         self.cursor.state_dict()
         self.lengths.state_dict()
-        return len(made.micro_batches[0])
-
-    def _verdict(self) -> Verdict:
-        label = Label(self.draw.randint(0, 1))
-        return Verdict(Status.OK, label, float(label))
-
-
-def _completion(tokens: int) -> Completion:
-    return Completion((5,) * tokens, (0.0,) * tokens, "", True)
+        return len(planned.micro_batches[0])
 
 
 def resident_mib() -> float:

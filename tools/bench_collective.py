@@ -51,7 +51,9 @@ def from_first(module: Any, group: dist.ProcessGroup, *, size: int = 0) -> None:
     """The first rank acts, and all get its result, of so many bytes."""
 
     def action() -> bytes:
-        return bytes(size) if dist.get_rank() == 0 else b""
+        if dist.get_rank() == 0:
+            return bytes(size)
+        return b""
 
     if hasattr(module, "on_first"):
         module.on_first(action, group=group)
@@ -91,17 +93,20 @@ class Counted:
         self.counts: Counter[str] = Counter()
         for name, parts in {"all_gather": 0, "broadcast": 1, "all_reduce": 2}.items():
             counted = self._counting(getattr(c10d, name), parts)
-            # Collectives of objects call them by their names in c10d.
+            # In both: torch's collectives of objects look them up in c10d, our code in dist.
             setattr(c10d, name, counted)
             setattr(dist, name, counted)
 
     def _counting(self, call: Callable[..., Any], parts: int) -> Callable[..., Any]:
-        def counting(*words: Any, **options: Any) -> Any:
-            # An all-gather's first argument is the list of what comes.
-            received = sum(t.nbytes for t in words[0]) if not parts else parts * words[0].nbytes
+        def counting(*arguments: Any, **options: Any) -> Any:
+            if parts:
+                received = parts * arguments[0].nbytes
+            else:
+                # An all-gather's first argument is the list of what comes.
+                received = sum(tensor.nbytes for tensor in arguments[0])
             self.counts["calls"] += 1
             self.counts["bytes"] += received
-            return call(*words, **options)
+            return call(*arguments, **options)
 
         return counting
 
@@ -135,6 +140,7 @@ def rank_of(rank: int, world: int, options: argparse.Namespace, file: str, out: 
     rows = []
     for name, act in WAYS.items():
         for when, module in modules.items():
+            # The first call makes connections, and is not counted.
             act(module, group)
             dist.barrier()
             counted.counts.clear()
@@ -163,10 +169,11 @@ def measured(world: int, options: argparse.Namespace) -> tuple[list[Any], dict[s
         ]
         for process in processes:
             process.start()
-        found: tuple[list[Any], dict[str, Any]] = out.get(timeout=600)
+        # Read before the ranks are joined: one whose queue is not emptied does not end.
+        rows_and_sockets: tuple[list[Any], dict[str, Any]] = out.get(timeout=600)
         for process in processes:
             process.join()
-    return found
+    return rows_and_sockets
 
 
 def main() -> None:
@@ -180,9 +187,14 @@ def main() -> None:
     apply_options(options)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
-    found = [measured(world, options) for world in options.ranks]
-    show("What ranks tell each other", [row for rows, _ in found for row in rows], options)
-    show("Sockets of a process, by gloo groups", [sockets for _, sockets in found], options)
+    rows = []
+    sockets = []
+    for world in options.ranks:
+        rows_of_world, sockets_of_world = measured(world, options)
+        rows += rows_of_world
+        sockets.append(sockets_of_world)
+    show("What ranks tell each other", rows, options)
+    show("Sockets of a process, by gloo groups", sockets, options)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ def _fill(stream: BinaryIO, size: int) -> None:
     """Writes random numbers around 0, as weights are: the same block again and again."""
     import torch
 
+    # Drawn once: a generator is slower than the disk, and no step looks at the values.
     block = (torch.randn(BLOCK // 2) * 0.02).bfloat16().view(torch.uint8).numpy().tobytes()
     for begin in range(0, size, len(block)):
         stream.write(block[: size - begin])
@@ -162,6 +163,8 @@ def run(command: str) -> tuple[float, float, float]:
     """
     started = time.perf_counter()
     process = subprocess.Popen(shlex.split(command), stdout=subprocess.PIPE, text=True)
+    # Seen from outside, since a peer is any program. Pages of files are not counted: the kernel
+    # gives them up whenever somebody else needs the memory.
     peak = 0
     while process.poll() is None:
         peak = max(peak, anonymous_bytes(process.pid))

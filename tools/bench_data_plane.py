@@ -109,14 +109,14 @@ def share_of(rollouts: Sequence[Rollout], rank: int, world: int) -> list[Rollout
 def wanted_of_ranks(rollouts: Sequence[Rollout], world: int, replica: int) -> list[list[int]]:
     """[ranks] what each trains on, by the real plan."""
     layout = Layout(dp=max(1, world // replica), max_tokens=10_240)
-    made = plan(
+    planned = plan(
         [r.num_tokens for r in rollouts],
         [r.group for r in rollouts],
         layout=layout,
         placement="split",
         needs_scores=True,
     )
-    of_replica = [[i for members in rank for i in members] for rank in made.micro_batches]
+    of_replica = [[i for members in rank for i in members] for rank in planned.micro_batches]
     return [of_replica[rank // replica] for rank in range(world)]
 
 
@@ -129,17 +129,14 @@ def measured(
     num_bytes = 0
     for _ in range(1 + rounds):
         gc.collect()
-        before = _reset_peak()
+        # Linux: 5 resets the peak of the resident size to what it is now.
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _peak()
         started = clock()
         num_bytes = action()
         seconds.append(clock() - started)
         peaks.append(_peak() - before)
     return Cost(statistics.median(seconds[1:]), num_bytes, max(peaks[1:]))
-
-
-def _reset_peak() -> float:
-    Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
 
 
 def _peak() -> float:
@@ -294,10 +291,11 @@ def played(world: int, options: argparse.Namespace) -> list[dict[str, Any]]:
         return (world + 1) * len(mine)
 
     player = Played(world, rollouts, len(own))
-    one = numpy.concatenate(
+    # All rollouts are equally long, so that what one of them sends stands for any.
+    of_rollout = numpy.concatenate(
         [exchange_module._bytes(a) for a in exchange_module._arrays(rollouts[0], 0, text=False)]
     )
-    player.received = numpy.tile(one, len(wanted[0]))
+    player.received = numpy.tile(of_rollout, len(wanted[0]))
 
     def after() -> int:
         player.num_bytes = 0

@@ -60,10 +60,12 @@ def num_sockets() -> int:
     return count
 
 
-def be_rank(module: Any, rank: int, world: int, parent: Connection, said: str) -> None:
+def be_rank(module: Any, rank: int, world: int, parent: Connection, errors: str) -> None:
     """One rank, which joins, tells how many sockets it has, and waits for its end."""
-    os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), 2)
+    # Appending, so that sentences of ranks that end together do not overwrite each other.
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_APPEND), 2)
     os.environ["MASTER_ADDR"] = "127.0.0.1"
+    # Machines are told apart by their names alone.
     module.socket.gethostname = lambda: f"n{rank // RANKS_OF_A_MACHINE}"
 
     def gathered(value: Any) -> list[Any]:
@@ -86,13 +88,14 @@ def killed(file: str, world: int, victim: int) -> dict[str, Any]:
     context = mp.get_context("fork")
     pipes = []
     processes = []
-    with tempfile.NamedTemporaryFile() as said:
+    with tempfile.NamedTemporaryFile() as errors:
         for rank in range(world):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=be_rank, args=(module, rank, world, theirs, said.name), daemon=True
+                target=be_rank, args=(module, rank, world, theirs, errors.name), daemon=True
             )
             process.start()
+            # Else a rank that dies would leave its end open here, and the read below would hang.
             theirs.close()
             pipes.append(ours)
             processes.append(process)
@@ -101,6 +104,7 @@ def killed(file: str, world: int, victim: int) -> dict[str, Any]:
         started = time.perf_counter()
         for pipe in pipes:
             pipe.send(values)
+        # The earlier lifeline shared one value; today's gathers twice.
         if not file:
             values = [pipe.recv() for pipe in pipes]
             for pipe in pipes:
@@ -108,8 +112,8 @@ def killed(file: str, world: int, victim: int) -> dict[str, Any]:
         try:
             sockets = [pipe.recv() for pipe in pipes]
         except EOFError:
-            words = Path(said.name).read_text(encoding="utf-8")
-            raise RuntimeError(f"a rank did not join: {words[-2000:]}") from None
+            sentences = Path(errors.name).read_text(encoding="utf-8")
+            raise RuntimeError(f"a rank did not join: {sentences[-2000:]}") from None
         joined = time.perf_counter() - started
 
         started = time.perf_counter()
@@ -117,9 +121,10 @@ def killed(file: str, world: int, victim: int) -> dict[str, Any]:
         for process in processes:
             process.join(300)
         ended = time.perf_counter() - started
-        words = Path(said.name).read_text(encoding="utf-8")
+        sentences = Path(errors.name).read_text(encoding="utf-8")
+    # Every other rank must have ended by the killed one's name, and not by a neighbour's.
     name = f"rank {victim} on n{victim // RANKS_OF_A_MACHINE} ended without a word"
-    assert words.count(name) == world - 1, words[-2000:]
+    assert sentences.count(name) == world - 1, sentences[-2000:]
     return {
         "sockets of the busiest rank": max(sockets),
         "seconds to join": joined,
@@ -127,17 +132,17 @@ def killed(file: str, world: int, victim: int) -> dict[str, Any]:
     }
 
 
-def send_killed(parent: Connection, *words: Any) -> None:
+def send_killed(parent: Connection, *arguments: Any) -> None:
     """Sends what `killed` returns."""
-    parent.send(killed(*words))
+    parent.send(killed(*arguments))
 
 
-def in_a_small_process(*words: Any) -> dict[str, Any]:
+def in_a_small_process(*arguments: Any) -> dict[str, Any]:
     """Calls `killed` in a process that has not imported torch, of which 512 are forked quickly."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload([lifeline.__name__])
     ours, theirs = context.Pipe()
-    process = context.Process(target=send_killed, args=(theirs, *words))
+    process = context.Process(target=send_killed, args=(theirs, *arguments))
     process.start()
     theirs.close()
     row: dict[str, Any] = ours.recv()

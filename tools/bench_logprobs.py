@@ -91,16 +91,15 @@ def peak_extra_bytes(run: Callable[[], Any], inputs: Iterable[Tensor]) -> int:
         run()
         torch.cuda.synchronize()
     gradients = {x.grad.untyped_storage().data_ptr() for x in inputs if x.grad is not None}
-    events = [
-        (e.start_time_ns, e.extra_fields.ptr, e.extra_fields.alloc_size)
-        for e in _allocations(recorded)
-    ]
-    last = {ptr: i for i, (_, ptr, size) in enumerate(events) if size > 0}
-    ours: set[int] = (
-        set()
-    )  # addresses that `run` allocated and still holds; it also releases what it did not allocate
-    live = peak = 0
-    for i, (_, ptr, size) in enumerate(events):
+    events = [(e.extra_fields.ptr, e.extra_fields.alloc_size) for e in _allocations(recorded)]
+    # The allocator gives an address many times: a gradient is the last that was there.
+    last = {ptr: i for i, (ptr, size) in enumerate(events) if size > 0}
+
+    # Addresses that `run` allocated and still holds; it also releases what it did not allocate.
+    ours: set[int] = set()
+    live = 0
+    peak = 0
+    for i, (ptr, size) in enumerate(events):
         if size > 0 and not (ptr in gradients and last[ptr] == i):
             ours.add(ptr)
             live += size
@@ -173,7 +172,8 @@ def from_hidden(options: argparse.Namespace, sizes: str) -> None:
     target_T = torch.randint(options.vocab, (options.tokens,), device=device)
 
     def renew() -> None:
-        hidden_TH.grad = weight_VH.grad = None
+        hidden_TH.grad = None
+        weight_VH.grad = None
 
     paths: dict[str, Callable[[], Any]] = {
         "naive": lambda: naive(hidden_TH @ weight_VH.t(), target_T),

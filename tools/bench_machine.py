@@ -121,7 +121,9 @@ def interleaved(
     Calling a path prepares it outside the clock and returns what is timed. Every round times all of
     them in turn, so that a busy neighbour hits all alike; a first round warms up.
     """
-    clock = time.process_time if options.cpu_time else time.perf_counter
+    clock = time.perf_counter
+    if options.cpu_time:
+        clock = time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in paths}
     for _ in range(1 + options.rounds):
         for name, prepare in paths.items():
@@ -197,10 +199,13 @@ def compare(
         candidates = before.get(str(name))
         if not candidates:
             continue
+        # Taken in turn: several rows may have one name, as of several sizes.
         old = candidates.pop(0)
         cells = {first: str(name)}
         for column, value in row.items():
             old_value = old.get(column)
+            # Whole numbers are sizes and counts, which the user asked for. JSON may have made one
+            # of an earlier float.
             if isinstance(value, float) and isinstance(old_value, int | float):
                 ratio = "-"
                 if old_value:

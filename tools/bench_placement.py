@@ -55,6 +55,7 @@ def lengths_of_batches() -> dict[str, list[list[int]]]:
 
 
 def wall_time(run: Callable[[], Any]) -> float:
+    # From barrier to barrier: the seconds of the slowest rank, on every rank.
     dist.barrier()
     start = time.perf_counter()
     run()
@@ -69,6 +70,7 @@ def processor_time(run: Callable[[], Any]) -> float:
     marks = [time.process_time()]
 
     def noted(*args: Any, **kwargs: Any) -> Any:
+        # Ranks wait for each other here, so that the slowest one's time up to it counts.
         marks.append(time.process_time())
         return all_reduce(*args, **kwargs)
 
@@ -86,13 +88,16 @@ def planned(policy: Policy, minibatch: Minibatch, placement: Any) -> Batch | Non
     """
     try:
         return policy.packer.with_placement(placement).pack(minibatch, off_policy=True)
-    except ValueError:
+    except ValueError:  # `intact` has no plan for a group larger than a micro-batch
         return None
 
 
 def measure(policy: Policy, minibatch: Minibatch, options: argparse.Namespace) -> dict[str, float]:
     """Seconds of the gradient by placement, the fastest of the rounds after one that warms up."""
-    clock = processor_time if options.cpu_time else wall_time
+    clock = wall_time
+    if options.cpu_time:
+        clock = processor_time
+    # All placements in turn within a round: a disturbance then meets each of them alike.
     seconds: dict[str, list[float]] = {}
     for _ in range(1 + options.rounds):
         for placement in PLACEMENTS:
@@ -124,9 +129,10 @@ def main() -> None:
     policy = new_policy(config)
     rows = []
     for name, lengths in lengths_of_batches().items():
-        made = rollouts(lengths, prompt_tokens=config.data.max_prompt_tokens)
         (minibatch,) = minibatches(
-            made, policy.settings.objective, groups_per_minibatch=len(lengths)
+            rollouts(lengths, prompt_tokens=config.data.max_prompt_tokens),
+            policy.settings.objective,
+            groups_per_minibatch=len(lengths),
         )
         seconds = measure(policy, minibatch, options)
         rows.append({"batch": name, **_row(policy, minibatch, seconds)})

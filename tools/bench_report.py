@@ -88,6 +88,7 @@ def measure(runs: list[Path], out: Path, options: argparse.Namespace) -> None:
     """Runs the command, and prints its figures."""
     command = [sys.executable, "-m", "megatron_real", "report", *map(str, runs), "--out", str(out)]
     started = time.perf_counter()
+    # A process of its own: the peak is then the report's, and its imports are in the seconds.
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([*command, "--megabytes", str(options.megabytes)], check=True)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -129,6 +130,7 @@ def write_run(
             write_step(run, step, options)
         else:
             os.link(RunDirectory(rollouts_of).rollouts(step), run.rollouts(step))
+    # A report never opens these, but counts them.
     for step in set(range(1, options.steps + 1)) - set(opened):
         os.link(run.rollouts(opened[0]), run.rollouts(step))
 

@@ -61,12 +61,14 @@ def measure(config: Config, options: argparse.Namespace) -> None:
     sync.run(
         (name, weights.read(name).to(engine.model.lm_head.weight.dtype)) for name in weights.names
     )
+    # Hardly ever drawn: every answer has the full length, on both paths.
     engine.eos = [VOCAB - 1]
     labeller = Labeller("exact", workers=1, timeout_seconds=10, memory_mib=512)
     stage = RolloutStage(engine, labeller, rank=dist.get_rank(), world=dist.get_world_size())
     direct = Direct(config)
     tokens = {"direct": 0, "stage": 0}
 
+    # Without the prefix cache of the round before, which would spare the prompts.
     def directly() -> None:
         direct.llm.reset_prefix_cache()
         outputs = direct.llm.generate(
@@ -108,6 +110,7 @@ class Direct:
             enforce_eager=True,
             max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
             max_num_seqs=config.rollout.max_sequences,
+            # The same as ours: with less, vLLM would preempt sequences and draw them again.
             kv_cache_memory_bytes=config.rollout.kv_cache_mib << 20,
             distributed_executor_backend="external_launcher",
         )
@@ -122,7 +125,7 @@ class Direct:
             n=sampling.num_samples,
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
-            logprobs=0,
+            logprobs=0,  # of the drawn token alone
             seed=1,
             stop_token_ids=[eos],
         )

@@ -75,6 +75,7 @@ class Trial:
     def batch(self, minibatch: Minibatch, *, off_policy: bool) -> Batch:
         """The minibatch packed, with old log-probs where a loop would have computed them before."""
         batch = self.packer.pack(minibatch, off_policy=off_policy)
+        # A first minibatch has none: its gradient's own forward pass gives them.
         if off_policy:
             self.step.old_logprobs(batch)
         return batch
@@ -109,6 +110,7 @@ def sft_update(policy: Policy, batch: Batch) -> None:
 
 def paths(policy: Policy, made: list[Rollout]) -> dict[str, Callable[[], Callable[[], Any]]]:
     """What is timed, by name: each prepares outside the clock and returns the timed part."""
+    # Each preparation packs anew: a batch carries what the passes over it have computed.
     real = make_objective("real")
 
     def sft() -> Callable[[], Any]:
@@ -175,7 +177,9 @@ def main() -> None:
         model=ModelConfig(dtype=options.dtype),
         rollout=RolloutConfig(num_prompts=options.groups * NUM_MINIBATCHES, max_response_tokens=1),
         batch=BatchConfig(
-            minibatch_prompts=options.groups, max_tokens=max(options.max_tokens, 1025)
+            minibatch_prompts=options.groups,
+            # The configuration refuses less: a prompt of its default 1,024 tokens must fit.
+            max_tokens=max(options.max_tokens, 1025),
         ),
     )
     draw = random.Random(0)

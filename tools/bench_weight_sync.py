@@ -35,10 +35,6 @@ from megatron_real.weights.architecture import Architecture
 from megatron_real.weights.hf import HfWeights
 
 
-def _leave(model: Any) -> None:
-    """Stands for `vllm_engine.pack`, and packs nothing."""
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -66,6 +62,7 @@ def measure(config: Config, options: argparse.Namespace) -> None:
         num_updates=1,
     )
     engine = build_engine(config, say=lambda _: None)
+    # Both held whole: a copy out of memory that is made on the way would be no plain memcpy.
     copies = {name: torch.empty_like(tensor) for name, tensor in policy.stream()}
     sources = {name: tensor.clone() for name, tensor in policy.stream()}
     sync = WeightSync(
@@ -80,7 +77,9 @@ def measure(config: Config, options: argparse.Namespace) -> None:
         pack = vllm_engine.pack
 
         def prepare() -> Callable[[], Any]:
-            vllm_engine.pack = pack if packing else _leave
+            vllm_engine.pack = pack
+            if not packing:
+                vllm_engine.pack = lambda model: None
             sync.config = dataclasses.replace(sync.config, checksum_every=int(checksums))
             return lambda: sync.run(policy.stream())
 

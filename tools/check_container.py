@@ -86,6 +86,7 @@ def ours() -> list[str]:
 def of_vllm(version: str, folder: Path, *, keep_torch: bool) -> list[str]:
     """The requirements of a vLLM release, from its published metadata."""
     report = folder / "vllm.json"
+    # pip takes a wheel of exactly these tags, and not of any older one by itself.
     platform = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (39, 35, 31, 28, 17)]
     install = [
         "--dry-run",
@@ -106,6 +107,7 @@ def of_vllm(version: str, folder: Path, *, keep_torch: bool) -> list[str]:
         f"vllm=={version}",
     ]
     subprocess.run(command, capture_output=True, text=True, check=True)
+    # An extra is asked for by nobody here, and torch is the base's.
     required = json.loads(report.read_text())["install"][0]["metadata"]["requires_dist"]
     return [r for r in required if "extra ==" not in r and (keep_torch or "torch" not in r)]
 

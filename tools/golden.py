@@ -46,6 +46,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ def main() -> int:
             print(f"{golden.relative_to(ROOT)}: {len(rows)} rows")
             continue
         made_by, *expected = [json.loads(line) for line in golden.read_text().splitlines()]
+        # The learning rate is constant, so that a shorter run is a longer one's beginning.
         if options.steps and name != "replay":
             expected = expected[: options.steps]
 
@@ -127,9 +129,12 @@ def main() -> int:
 
 def machine() -> Row:
     """What the last bits of the figures depend on."""
-    return {"cpu": _cpu()} | {
-        package: _version(package) for package in ("torch", "megatron-core", "transformers")
-    }
+    facts = {"cpu": _cpu()}
+    for package in ("torch", "megatron-core", "transformers"):
+        facts[package] = "none"
+        with suppress(PackageNotFoundError):
+            facts[package] = version(package)
+    return facts
 
 
 def _cpu() -> str:
@@ -140,15 +145,9 @@ def _cpu() -> str:
     # The first paragraph is of the first core.
     first, *_ = file.read_text().split("\n\n")
     values = dict(line.split("\t", 1) for line in first.splitlines() if "\t" in line)
+    # Not its name and speed: machines of one model compute alike.
     names = ("vendor_id", "cpu family", "model")
     return " ".join(values[n].split(": ")[-1].strip() for n in names if n in values) or "unknown"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
 
 
 def compare(name: str, rows: Sequence[Row], expected: Sequence[Row], *, exact: bool) -> str:
@@ -202,9 +201,9 @@ def figures(names: Sequence[str], folder: Path, steps: int) -> dict[str, list[Ro
         base = folder / "base"
         _python(ROOT / "tools/make_tiny_model.py", "--out", base)
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        words = {"data.heldout": f"{base}/heldout.jsonl", "data.train": f"{base}/train.jsonl"}
+        overrides = {"data.heldout": f"{base}/heldout.jsonl", "data.train": f"{base}/train.jsonl"}
         run_dir = folder / "quickstart"
-        _python(*launcher, *_train_words(run_dir, base, steps, words))
+        _python(*launcher, *_train_command(run_dir, base, steps, overrides))
         curves["quickstart"] = _trained_rows(run_dir)
     return {name: curves[name] for name in names}
 
@@ -237,8 +236,8 @@ def _compute_tiny(folder: Path, steps: int) -> None:
     base = folder / "tiny-base"
     tiny_base(base)
     run_dir = folder / "tiny"
-    words = {name: str(value).replace("BASE", str(base)) for name, value in TINY.items()}
-    code = cli.main(_train_words(run_dir, base, steps, words)[2:])
+    overrides = {name: str(value).replace("BASE", str(base)) for name, value in TINY.items()}
+    code = cli.main(_train_command(run_dir, base, steps, overrides)[2:])
     if code != 0:
         sys.exit(code)
     _write_rows(folder / "tiny.jsonl", _trained_rows(run_dir))
@@ -252,8 +251,10 @@ def _read_rows(file: Path) -> list[Row]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def _train_words(run_dir: Path, base: Path, steps: int, words: Mapping[str, Any]) -> list[str]:
-    """The command line of a training by the quickstart's configuration with some words more."""
+def _train_command(
+    run_dir: Path, base: Path, steps: int, overrides: Mapping[str, Any]
+) -> list[str]:
+    """The command line of a training by the quickstart's configuration with some overrides."""
     settings = {
         "trainer.run_dir": run_dir,
         "model.path": base,
@@ -263,7 +264,7 @@ def _train_words(run_dir: Path, base: Path, steps: int, words: Mapping[str, Any]
         "checkpoint.every": 0,
     }
     command = ["-m", "megatron_real", "train", str(ROOT / "examples/configs/quickstart.yaml")]
-    return [*command, *(f"{name}={value}" for name, value in {**settings, **words}.items())]
+    return [*command, *(f"{name}={value}" for name, value in {**settings, **overrides}.items())]
 
 
 def _trained_rows(run_dir: Path) -> list[Row]:
@@ -278,9 +279,9 @@ def _trained_rows(run_dir: Path) -> list[Row]:
     ]
 
 
-def _python(*words: object) -> None:
+def _python(*arguments: object) -> None:
     """Runs a Python command line in the fixed arithmetic; it must succeed."""
-    command = [sys.executable, "-W", "ignore", *map(str, words)]
+    command = [sys.executable, "-W", "ignore", *map(str, arguments)]
     environment = os.environ | FIXED | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
     if done.returncode != 0:
@@ -342,9 +343,11 @@ def random_model(path: Path, dtype: str, **sizes: Any) -> None:
     config = Qwen2Config(bos_token_id=None, **({"eos_token_id": None} | sizes))
     model = Qwen2ForCausalLM(config).to(getattr(torch, dtype))
     draw = random.Random(1)
+    # By name: the order of the modules is transformers' own, and may change with its version.
     for name, parameter in sorted(model.named_parameters()):
         values = [draw.randrange(-(2**18), 2**18) / 2**20 for _ in range(parameter.numel())]
         parameter.data = torch.tensor(values, dtype=parameter.dtype).view_as(parameter)
+        # A norm's scale around 1, as trained ones are: around 0 it would silence its layer.
         if "norm" in name:
             parameter.data += 1.0
     model.save_pretrained(path)
@@ -416,6 +419,7 @@ def _passes(
     for step, rollouts in enumerate(steps, 1):
         for number, batch in enumerate(policy.prepare(rollouts), 1):
             loss = policy.gradient(batch).loss
+            # Exactly rounded, in whatever order the parameters come.
             squares = math.fsum(float((p.main_grad**2).sum()) for p in parameters)
             yield step, number, loss, math.sqrt(squares)
             for parameter in parameters:
@@ -448,7 +452,9 @@ def fixed_rollouts(step: int) -> list[Any]:
                 length = draw.randrange(1, 24)
             ids = tuple(draw.randrange(VOCABULARY) for _ in range(length))
             completion = Completion(ids, (-3.0,) * length, "", finished=True)
-            status = Status.OK if label == 1 else Status.WRONG
+            status = Status.WRONG
+            if label == 1:
+                status = Status.OK
             verdict = Verdict(status, Label(label), float(label == 1))
             rollouts.append(Rollout(prompt, group, sample, completion, verdict))
     return rollouts

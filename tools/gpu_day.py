@@ -90,6 +90,7 @@ def main() -> int:
             results["stages"][name] = _run(
                 name, seconds, ends, options.rehearse, scratch, environment
             )
+            # After each: a machine may be taken away at any time, and what was measured counts.
             _write(options.out / "gpu-day.json", results)
     (options.out / "gpu-day.md").write_text(markdown(results), encoding="utf-8")
     print(f"gpu_day: {options.out / 'gpu-day.md'}")
@@ -98,8 +99,10 @@ def main() -> int:
 
 def _environment(wheels: Path | None, packages: Path) -> dict[str, str]:
     """The stages' environment: this checkout and the unpacked wheels, and no network."""
+    # This checkout before what is installed: it is what the day is about.
     paths = [str(ROOT)]
     if wheels:
+        # Unpacked rather than installed: the machine's own packages must stay as they are.
         for wheel in sorted(wheels.glob("*.whl")):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(packages)
@@ -181,6 +184,7 @@ def markdown(results: dict[str, Any]) -> str:
         lines += [f"### {name}: {stage['status']}", ""]
         for key in ("skipped", "reason", "machine"):
             if text := stage.get(key):
+                # The last line of a traceback is the error.
                 lines += [str(text).splitlines()[-1], ""]
         if rows := stage.get("rows"):
             columns = list(dict.fromkeys(key for row in rows for key in row))

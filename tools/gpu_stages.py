@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,7 +94,9 @@ def kernels(report: Report) -> None:
         for dtype, fp32_logits in cases:
             inputs = _head_inputs(tokens, hidden, vocab, dtype)
             options: dict[str, Any] = {"chunk_size": chunk, "fp32_logits": fp32_logits}
-            logits_dtype = torch.float32 if fp32_logits else dtype
+            logits_dtype = dtype
+            if fp32_logits:
+                logits_dtype = torch.float32
             if logprobs.kernels_for(inputs[0], logits_dtype) is None:
                 raise AssertionError("there are no kernels: Triton does not import here")
 
@@ -121,6 +123,7 @@ def _head_inputs(tokens: int, hidden: int, vocab: int, dtype: torch.dtype) -> li
     hidden_TH = torch.randn(tokens, hidden, device=cpu.device())
     weight_VH = torch.randn(vocab, hidden, device=cpu.device()) * 0.2
     target_T = torch.randint(vocab, (tokens,), device=cpu.device())
+    # The last token of every sequence predicts nothing: the kernels must skip it.
     target_T[::5] = NO_TARGET
     return [hidden_TH.to(dtype), weight_VH.to(dtype), target_T]
 
@@ -130,6 +133,7 @@ def _head_outputs(
 ) -> dict[str, Tensor]:
     from megatron_real.policy.logprobs import linear_logprobs
 
+    # Leaves of their own: three ways share the inputs, and gradients would add up.
     hidden_TH = hidden.detach().clone().requires_grad_()
     weight_VH = weight.detach().clone().requires_grad_()
     logprob_T = linear_logprobs(hidden_TH, weight_VH, target_T, temperature=0.6, **options)
@@ -187,8 +191,8 @@ def head(report: Report) -> None:
     if report.rehearse:
         sizes = [(64, 64, 512)]
     for tokens, hidden, vocab in sizes:
-        words = ["--tokens", tokens, "--hidden", hidden, "--vocab", vocab]
-        for table in _benchmark("logprobs", *words, "--rounds", report.rounds):
+        arguments = ["--tokens", tokens, "--hidden", hidden, "--vocab", vocab]
+        for table in _benchmark("logprobs", *arguments, "--rounds", report.rounds):
             for row in table["rows"]:
                 report.row(table=table["title"], **row)
 
@@ -223,9 +227,15 @@ def step(report: Report, shape: str) -> None:
         batch=BatchConfig(minibatch_prompts=2, max_tokens=tokens),
     )
     on_gpu = torch.cuda.is_available()
+    device = "cpu"
+    if on_gpu:
+        device = "cuda"
+    # As the policy chooses: TransformerEngine's layers need both the package and a GPU.
     te = on_gpu and importlib.util.find_spec("transformer_engine") is not None
-    layer_kind: Literal["te", "local"] = "te" if te else "local"
-    shapes = Shapes(2, layer_kind, "cuda" if on_gpu else "cpu")
+    layer_kind: Literal["te", "local"] = "local"
+    if te:
+        layer_kind = "te"
+    shapes = Shapes(2, layer_kind, device)
 
     def planned(num_layers: int) -> int:
         architecture = Architecture.from_config(
@@ -236,6 +246,7 @@ def step(report: Report, shape: str) -> None:
 
     layers = sizes["num_hidden_layers"]
     if on_gpu:
+        # A tenth for the CUDA context, NCCL, and what the allocator cannot use.
         available = torch.cuda.get_device_properties(0).total_memory * 0.9
         layers = max((n for n in range(1, layers + 1) if planned(n) <= available), default=1)
     with tempfile.TemporaryDirectory() as folder:
@@ -251,21 +262,15 @@ def step(report: Report, shape: str) -> None:
     for chunk in policy.chunks:
         for parameter in chunk.parameters():
             parameter.data.normal_(0, 0.02)
+    # The optimizer holds a copy in fp32, which the next update would write over them.
     policy.optimizer.reload_model_params()
 
-    made = rollouts([[length] * 4] * 2, prompt_tokens=32, vocab=sizes["vocab_size"])
-    seconds = []
-    # The first update warms up.
-    for _ in range(1 + report.rounds):
-        (batch,) = policy.prepare(made)
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        policy.update(batch)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    counts = [rollout.num_tokens for rollout in made]
+    trained = rollouts([[length] * 4] * 2, prompt_tokens=32, vocab=sizes["vocab_size"])
+    best = _fastest_update(policy, trained, report.rounds)
+    # Three: backward computes two products for each of forward's. A token sees half of its
+    # sequence on average.
+    counts = [rollout.num_tokens for rollout in trained]
     flops = sum(3 * n * architecture.flops_per_token(n / 2) for n in counts)
-    best = min(seconds[1:])
     peak_memory = 0
     peak = None
     if on_gpu:
@@ -287,6 +292,19 @@ def step(report: Report, shape: str) -> None:
         )
 
 
+def _fastest_update(policy: Any, rollouts: Sequence[Any], rounds: int) -> float:
+    """Seconds of the fastest update on the same rollouts, after one that warms up."""
+    seconds = []
+    for _ in range(1 + rounds):
+        (batch,) = policy.prepare(rollouts)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        policy.update(batch)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
+
+
 def training(report: Report) -> None:
     """Six steps at once, and six with an end after three: metrics and weights must be equal,
     bit for bit.
@@ -304,6 +322,7 @@ def training(report: Report) -> None:
                 "trainer.tensorboard=false", "rollout.num_prompts=16", "batch.minibatch_prompts=8",
             )  # fmt: skip
 
+        # The second life of a run must not know that there was a first one.
         train(runs["whole"], 6)
         train(runs["resumed"], 3)
         train(runs["resumed"], 6)
@@ -317,10 +336,10 @@ def training(report: Report) -> None:
 
 def save(report: Report) -> None:
     """tools/bench_checkpoint.py."""
-    words = ["--parameters", 500, "--saves", 2]
+    arguments = ["--parameters", 500, "--saves", 2]
     if report.rehearse:
-        words = ["--parameters", 20, "--saves", 1]
-    report.row(**json.loads(_python("tools/bench_checkpoint.py", *words)))
+        arguments = ["--parameters", 20, "--saves", 1]
+    report.row(**json.loads(_python("tools/bench_checkpoint.py", *arguments)))
 
 
 def sync(report: Report) -> None:
@@ -373,14 +392,14 @@ def _hf_config(shape: dict[str, int]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _benchmark(name: str, *words: object) -> list[dict[str, Any]]:
-    printed = _python(f"tools/bench_{name}.py", *words, "--json")
+def _benchmark(name: str, *arguments: object) -> list[dict[str, Any]]:
+    printed = _python(f"tools/bench_{name}.py", *arguments, "--json")
     return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
 
 
-def _python(*words: object) -> str:
+def _python(*arguments: object) -> str:
     """Standard output of a Python command line that must succeed."""
-    command = [sys.executable, "-W", "ignore", *map(str, words)]
+    command = [sys.executable, "-W", "ignore", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{command} failed: {done.stderr[-3000:]}")

@@ -103,6 +103,7 @@ def split_problems() -> tuple[list[Problem], list[Problem]]:
         problems.setdefault(problem.question, problem)
         if len(problems) == HELD_OUT + TRAIN:
             break
+    # The first ones are held out, whatever the size of the training set.
     listed = list(problems.values())
     return listed[:HELD_OUT], listed[HELD_OUT:]
 
@@ -144,6 +145,7 @@ def added(total: int, sign: str, term: int) -> int:
 
 
 def added_without_carry(total: int, sign: str, term: int) -> int:
+    # The tens stay as they are; Python's remainder is never negative, as after a borrow.
     return 10 * (total // 10) + added(total, sign, term) % 10
 
 

@@ -82,6 +82,7 @@ def main() -> None:
         f"base model: {num_parameters:,} parameters, "
         f"right on {accuracy:.1%} of {len(heldout)} held-out sums"
     )
+    # Below, hardly a group has a right answer to learn from; above, little is left to learn.
     if not 0.1 < accuracy < 0.5:
         sys.exit(
             f"the warm-up ended at {accuracy:.3f}, outside 0.1 to 0.5; take another --seed or "
@@ -103,6 +104,7 @@ def split_pairs(draw: random.Random) -> tuple[list[Pair], list[Pair]]:
     A pair and its mirror, 58+67 and 67+58, are never on both sides.
     """
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    # 58+67 is 67+58: who has seen the one knows the other.
     draw.shuffle(pairs)
     heldout = pairs[:HELD_OUT]
     seen = {frozenset(pair) for pair in heldout}
@@ -232,6 +234,7 @@ def learn(
 
 def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of what follows <|assistant|>."""
+    # Up to and with the mark: the first token that counts is the answer's own.
     asked = (targets == WORDS.index("<|assistant|>")).cumsum(1) == 0
     ignored = (
         asked | (targets == WORDS.index("<|assistant|>")) | (targets == WORDS.index("<|pad|>"))

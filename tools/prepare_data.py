@@ -79,11 +79,14 @@ def _show(done: Prepared, out: Path, keep_leaks: bool) -> None:
     console.print(table)
 
     same = sum(leak.share == 1 for leak in done.leaks)
-    fate = "kept" if keep_leaks else "dropped"
+    fate = "dropped"
+    if keep_leaks:
+        fate = "kept"
     print(
         f"{same} training questions are a benchmark's, {len(done.leaks) - same} are near one; "
         f"{fate}, and listed in {out / 'leaks.jsonl'}"
     )
+    # A leak into a benchmark that was not given stays unseen: that must not pass for none.
     if done.unchecked and any(
         source.split == "train" and source.name in done.counts for source in SOURCES
     ):

@@ -83,6 +83,7 @@ def settings_page() -> str:
 
 def _row(setting: Setting) -> str:
     meaning = setting.meaning
+    # Of no objective in particular, or of every one: nothing to say.
     if len(setting.objectives) not in (0, len(OBJECTIVES)):
         meaning += f" Of {', '.join(setting.objectives)}."
     cells = (f"`{setting.path}`", setting.kind, f"`{setting.default}`", meaning)
@@ -91,6 +92,7 @@ def _row(setting: Setting) -> str:
 
 def commands_page() -> str:
     """Every command's own help."""
+    # argparse wraps at the terminal's width: without this the page would depend on whose it is.
     os.environ["COLUMNS"] = "80"
     lines = [
         "# Commands\n",
@@ -147,6 +149,7 @@ def member_docs(members: type[Enum]) -> dict[str, str]:
     """Name in lower case -> the docstring under each member of an enum."""
     (body,) = ast.parse(inspect.getsource(members)).body
     assert isinstance(body, ast.ClassDef)
+    # Python drops a string under a member: it is read from the source.
     docs = {}
     for assigned, doc in itertools.pairwise(body.body):
         if isinstance(assigned, ast.Assign) and isinstance(doc, ast.Expr):
