@@ -83,6 +83,7 @@ def _compiled(torch_directory: Path) -> Path:
     It is compiled once, into the user's cache.
     """
     key = hashlib.sha256(_SOURCE.read_bytes())
+    # The guard reaches into torch's classes: another version may have laid them out otherwise.
     key.update((torch_directory / "version.py").read_bytes())
     key.update(sys.version.encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_real"
@@ -92,8 +93,9 @@ def _compiled(torch_directory: Path) -> Path:
 
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        made = Path(folder) / "guard.so"
-        command = [_compiler(), "-O0", "-std=c++20", "-shared", "-fPIC", "-o", str(made)]
+        compiled = Path(folder) / "guard.so"
+        # -O0: it answers a few calls, and somebody waits while it is compiled.
+        command = [_compiler(), "-O0", "-std=c++20", "-shared", "-fPIC", "-o", str(compiled)]
         command += [f"-I{torch_directory}/include", str(_SOURCE)]
         command += [f"-L{torch_directory}/lib", "-lc10", "-ltorch_cpu"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -101,7 +103,7 @@ def _compiled(torch_directory: Path) -> Path:
             line = (result.stderr.strip().splitlines() or ["no message"])[0]
             raise NoDevice(f"guard.cpp does not compile against this torch: {line}")
         # Whoever compiles at the same time makes the same file.
-        os.replace(made, library)
+        os.replace(compiled, library)
     return library
 
 
@@ -244,6 +246,7 @@ def install(gpu: str) -> None:
         "get_device_capability": lambda _device=None: (properties.major, properties.minor),
         "get_device_properties": lambda _device=None: properties,
         "get_device_name": lambda _device=None: properties.name,
+        # All of it free, always: the meter counts what is taken.
         "mem_get_info": lambda _device=None: (properties.total_memory, properties.total_memory),
         "memory_allocated": lambda _device=None: 0,
         "max_memory_allocated": lambda _device=None: 0,
@@ -258,8 +261,10 @@ def install(gpu: str) -> None:
         setattr(cuda, name, answer)
 
     # The same questions under other names.
-    cuda.random.get_rng_state, cuda.random.set_rng_state = cuda.get_rng_state, cuda.set_rng_state
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_: None
+    cuda.random.get_rng_state = cuda.get_rng_state
+    cuda.random.set_rng_state = cuda.set_rng_state
+    cuda.nvtx.range_push = lambda *_: None
+    cuda.nvtx.range_pop = lambda *_: None
     cuda_bindings: Any = torch._C
     cuda_bindings._cuda_getCurrentRawStream = lambda _device=0: 0
 
@@ -269,4 +274,6 @@ def install(gpu: str) -> None:
 
 def _not_compiled(model: Any = None, **_: Any) -> Any:
     """Returns what torch.compile was to compile, as it is; without it, a decorator that does so."""
-    return model if model is not None else (lambda function: function)
+    if model is None:
+        return lambda function: function
+    return model

@@ -61,9 +61,9 @@ def _layers(request: Request) -> str:
 
 
 def _rehearse_in_a_process(requests: Sequence[Request], layers: str) -> list[RankReport]:
-    words = [sys.executable, "-m", "megatron_real.rehearsal.worker", layers]
+    command = [sys.executable, "-m", "megatron_real.rehearsal.worker", layers]
     text = json.dumps([dataclasses.asdict(request) for request in requests])
-    process = subprocess.run(words, input=text, text=True, capture_output=True, check=False)
+    process = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
 
     # A line for each request, or a sentence on the error stream.
     lines = process.stdout.splitlines()

@@ -90,23 +90,11 @@ def _short(file: str) -> str:
     _, installed, rest = file.rpartition("site-packages/")
     if installed:
         return rest
-    _, te, rest = file.rpartition("/transformer_engine/")
-    if te:
-        return f"transformer_engine/{rest}"
-    _, package, rest = file.rpartition("megatron_real/")
-    if package:
-        return f"megatron_real/{rest}"
+    for package in ("transformer_engine", "megatron_real"):
+        _, folder, rest = file.rpartition(f"/{package}/")
+        if folder:
+            return f"{package}/{rest}"
     return file
-
-
-def _within_layer() -> bool:
-    """Returns whether the running operation belongs to a transformer layer's forward pass."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename.endswith("transformer/transformer_layer.py"):
-            return True
-        frame = frame.f_back
-    return False
 
 
 @dataclass
@@ -178,8 +166,10 @@ class Meter(TorchDispatchMode):
         """Sets all counts to 0 and the peak to what is allocated now."""
         for counter in (self.flops, self.kernels, self.syncs, self.guesses):
             counter.clear()
-        self.syncs_in_layers = self.pinned_host = 0
-        self.peak = self._noted_peak = self.live
+        self.syncs_in_layers = 0
+        self.pinned_host = 0
+        self.peak = self.live
+        self._noted_peak = self.live
         self.holders = dict(self._by_owner)
 
     # Values ------------------------------------------------------------------------------------
@@ -188,7 +178,9 @@ class Meter(TorchDispatchMode):
     def values(tensor: Tensor) -> Tensor | None:
         """Returns the values of a tensor; None where they are not known."""
         known: _Known | None = getattr(tensor, "_known", None)
-        return known.real if known is not None and known.valid[0] else None
+        if known is None or not known.valid[0]:
+            return None
+        return known.real
 
     def known(self, real: Tensor, device: torch.device) -> Tensor:
         """Returns a fake tensor on a device with these values."""
@@ -232,6 +224,7 @@ class Meter(TorchDispatchMode):
         if any(tensor.device.type == "cuda" for tensor in tensors):
             self._sync("equal")
         reals = [self.values(tensor) for tensor in tensors]
+        # A comparison of which the values are not known is a check, which a run passes.
         if any(real is None for real in reals):
             return True
         with outside_modes():
@@ -239,7 +232,8 @@ class Meter(TorchDispatchMode):
 
     def _index_by_mask(self, args: Sequence[Any]) -> Tensor:
         """Indexes by the positions at which a mask is true, whose number must be known."""
-        source, indices = args[0], []
+        source = args[0]
+        indices: list[Any] = []
         for index in args[1]:
             if not isinstance(index, Tensor) or index.dtype != torch.bool:
                 indices.append(index)
@@ -305,6 +299,8 @@ class Meter(TorchDispatchMode):
             if getattr(tensor, "_known", None) is not None:
                 tensor._known.valid[0] = False
 
+        # A view of an unknown tensor stays unknown: values of its own would part from it at the
+        # next write.
         for output in outputs:
             small = output.is_floating_point() and output.numel() <= _LARGEST_GUESS
             if small and not func.is_view and self.values(output) is None:
@@ -325,10 +321,17 @@ class Meter(TorchDispatchMode):
     # Counts ------------------------------------------------------------------------------------
 
     def _sync(self, kind: str) -> None:
+        """Counts a wait for the device, by itself where it is in a transformer layer's forward."""
         self.syncs[f"{kind} @ {call_site(2)}"] += 1
-        self.syncs_in_layers += _within_layer()
+        frame: Any = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_filename.endswith("transformer/transformer_layer.py"):
+                self.syncs_in_layers += 1
+                break
+            frame = frame.f_back
 
     def _launched(self, kernel: str, flops: int) -> None:
+        """Counts a kernel of ours, which no operation of torch stands for."""
         self.kernels[kernel] += 1
         self.flops[kernel] += flops
 
@@ -373,20 +376,31 @@ class Meter(TorchDispatchMode):
             target = kwargs.get("device")
             if target is None:
                 return
-            source, target_type = args[0], torch.device(target).type
+            source = args[0]
+            target_type = torch.device(target).type
             asked_not_to = kwargs.get("non_blocking", False)
+            # What .to("cpu") makes is never pinned, so that the way back waits.
             pinned = target_type == "cuda" and self._is_pinned(source)
         elif func is aten.copy_.default:
-            source, target_type = args[1], args[0].device.type
-            asked_not_to = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
-            pinned = self._is_pinned(source if target_type == "cuda" else args[0])
+            target_tensor = args[0]
+            source = args[1]
+            target_type = target_tensor.device.type
+            asked_not_to = kwargs.get("non_blocking", False)
+            if len(args) > 2:
+                asked_not_to = args[2]
+            on_host = target_tensor
+            if target_type == "cuda":
+                on_host = source
+            pinned = self._is_pinned(on_host)
         else:
             return
         if not source.numel():
             return
 
         if {source.device.type, target_type} == {"cpu", "cuda"} and not (asked_not_to and pinned):
-            memory = "" if pinned else "pageable "
+            memory = "pageable "
+            if pinned:
+                memory = ""
             self._sync(f"{memory}copy {source.device.type} to {target_type}")
 
     def _is_pinned(self, tensor: Tensor) -> bool:
@@ -425,22 +439,21 @@ class Meter(TorchDispatchMode):
             return
 
         packet = func._overloadpacket
-        self.flops[str(packet)] += self._flops(packet, args, kwargs, out)
+        # Of attention causal FLOPs, which torch's own table counts as a full square: half of it,
+        # by two products of the forward pass and five of the backward one.
+        if packet is _FLASH:
+            query_BALD, key_BKLD, *_ = args
+            flops = 4 * query_BALD.numel() * key_BKLD.shape[2] // 2
+        elif packet is _FLASH_BACKWARD:
+            _, query_BALD, key_BKLD, *_ = args
+            flops = 10 * query_BALD.numel() * key_BKLD.shape[2] // 2
+        elif packet in flop_registry:
+            flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
+        else:
+            flops = 0
+        self.flops[str(packet)] += flops
         if not func.is_view and not str(func).startswith(_NO_KERNEL):
             self.kernels[str(packet)] += 1
-
-    @staticmethod
-    def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
-        # Causal attention computes half of the square; backward is five products for forward's two.
-        if packet is _FLASH:
-            query_BALD, key_BKLD = args[0], args[1]
-            return 4 * query_BALD.numel() * key_BKLD.shape[2] // 2
-        if packet is _FLASH_BACKWARD:
-            query_BALD, key_BKLD = args[1], args[2]
-            return 10 * query_BALD.numel() * key_BKLD.shape[2] // 2
-        if packet in flop_registry:
-            return int(flop_registry[packet](*args, **kwargs, out_val=out))
-        return 0
 
     # Dispatch ----------------------------------------------------------------------------------
 

@@ -43,7 +43,6 @@ from megatron_real.parallel.groups import ProcessGroups
 from megatron_real.plan.memory import Shapes, stage_memory
 from megatron_real.policy import layers
 from megatron_real.policy.optimizer_state import begin
-from megatron_real.policy.packing import Packer
 from megatron_real.policy.policy import Policy, PolicySettings
 from megatron_real.policy.snapshot import Snapshot
 from megatron_real.policy.train_step import Batch
@@ -110,7 +109,10 @@ class _Rehearsal:
     def __init__(
         self, request: Request, config: Config, dp: int, world: World, meter: Meter
     ) -> None:
-        self._config, self._dp, self._world, self._meter = config, dp, world, meter
+        self._config = config
+        self._dp = dp
+        self._world = world
+        self._meter = meter
         self._load = _Load.of(request, config, dp)
         self.report = RankReport(
             rank=request.rank,
@@ -124,14 +126,24 @@ class _Rehearsal:
 
     def run(self) -> None:
         """Runs all parts in the order of a step."""
-        config, meter = self._config, self._meter
+        config = self._config
         groups = layout.set_up(config.parallel, timeout_minutes=config.trainer.timeout_minutes)
         architecture = Architecture.read(config.model.path)
         self._place(groups, architecture)
 
         policy = self._phase("build", lambda: self._build(architecture, groups))
-        self.set(resident=meter.live)
-        batch = self._phase("pack", lambda: self._pack(policy.packer))
+        self.set(resident=self._meter.live)
+
+        def pack() -> Batch:
+            """Returns all rollouts of the rehearsed update as one minibatch, packed."""
+            (minibatch,) = minibatches(
+                self._load.rollouts(),
+                config.objective,
+                groups_per_minibatch=self._load.num_sequences,
+            )
+            return policy.packer.pack(minibatch, off_policy=False)
+
+        batch = self._phase("pack", pack)
         micro = batch.micro_batches[0]
         self.set(
             tokens=micro.tokens_T.numel(),
@@ -163,15 +175,6 @@ class _Rehearsal:
         )
         return policy
 
-    def _pack(self, packer: Packer) -> Batch:
-        """Returns all rollouts of the rehearsed update as one minibatch, packed."""
-        (minibatch,) = minibatches(
-            self._load.rollouts(),
-            self._config.objective,
-            groups_per_minibatch=self._load.num_sequences,
-        )
-        return packer.pack(minibatch, off_policy=False)
-
     def _others(self, policy: Policy, batch: Batch, groups: ProcessGroups) -> None:
         """Runs what only some configurations have, and what happens once in many steps."""
         rollout = self._config.rollout
@@ -181,8 +184,13 @@ class _Rehearsal:
             self._phase("mismatch", lambda: policy.mismatch(probes))
         if rollout.max_lag:
             snapshot = Snapshot(policy)
+
+            def swap() -> None:
+                with snapshot.swapped_in():
+                    pass
+
             self._phase("snapshot", snapshot.take)
-            self._phase("snapshot in and out", lambda: _swap(snapshot))
+            self._phase("snapshot in and out", swap)
         if rollout.offload_optimizer:
             self._phase("make_room", policy.make_room)
             self._phase("take_room_back", policy.take_room_back)
@@ -223,7 +231,9 @@ class _Rehearsal:
     def _place(self, groups: ProcessGroups, architecture: Architecture) -> None:
         """Reports where in the layout the rank is, and what `plan` says of it."""
         config = self._config
-        kind: Any = "te" if config.model.layers == "te" else "local"
+        kind: Any = "local"
+        if config.model.layers == "te":
+            kind = "te"
         shapes = Shapes(self._load.micro_batches, layers=kind, device="cuda")
         stages = stage_memory(architecture, config, dp=self._dp, shapes=shapes)
         stage = stages[groups.pp.rank()]
@@ -241,12 +251,6 @@ class _Rehearsal:
                 "sync": stage.peaks["sync"],
             },
         )
-
-
-def _swap(snapshot: Snapshot) -> None:
-    """Puts the snapshot's weights in the model and takes them out again."""
-    with snapshot.swapped_in():
-        pass
 
 
 @dataclass(frozen=True)
@@ -279,7 +283,9 @@ class _Load:
         # rank's share of it in tp.
         multiple = math.lcm(2 * parallel.cp, parallel.cp * parallel.tp)
         tokens = config.batch.max_tokens // per_micro_batch // multiple * multiple
+        # Enough that a pipeline fills, and that what the first micro-batch allocates is used again.
         micro_batches = request.micro_batches or max(3, 2 * parallel.pp)
+        # megatron-core's interleaved schedule takes multiples of the pipeline's size only.
         if parallel.vpp > 1:
             micro_batches = -(-micro_batches // parallel.pp) * parallel.pp
         return cls(
@@ -297,6 +303,9 @@ class _Load:
         num_response = self.tokens + 1 - self.prompt_tokens
         prompt = Prompt("rehearsal/0", "", tuple(range(self.prompt_tokens)), ("1",))
         answer = Completion(tuple(range(num_response)), (-0.5,) * num_response, "", True)
+        reference_logprobs = None
+        if self.with_reference:
+            reference_logprobs = answer.logprobs
         return [
             Rollout(
                 prompt,
@@ -304,7 +313,7 @@ class _Load:
                 sample=i % self.group_size,
                 completion=answer,
                 verdict=Verdict(Status.OK, i % 2, float(i % 2)),  # type: ignore[arg-type]
-                reference_logprobs=answer.logprobs if self.with_reference else None,
+                reference_logprobs=reference_logprobs,
             )
             for i in range(self.num_sequences)
         ]

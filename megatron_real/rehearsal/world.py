@@ -81,13 +81,15 @@ class World:
         self._bytes: Counter[tuple[str, str, int, str]] = Counter()
         self._known: dict[int, Group] = {}
         self._world = Group("world", "nccl", 1, None)
-        self._rank, self._size = 0, 1
+        self._rank = 0
+        self._size = 1
         # An id is a group's for as long as the group lives.
         self._kept: list[Any] = []
 
     def place(self, rank: int, size: int) -> None:
         """Makes this process `rank` of `size`, as a launcher does; there are no others."""
-        self._rank, self._size = rank, size
+        self._rank = rank
+        self._size = size
 
     def _init(self, init: Callable[..., None]) -> Callable[..., None]:
         """Returns what replaces torch.distributed's init_process_group."""
@@ -146,6 +148,7 @@ class World:
             "_coalescing_manager": lambda *_, **__: _Coalesced(),
         }
         for name, function in replacements.items():
+            # In both: torch itself calls the one, libraries call the other.
             for module in (dist, c10d):
                 if hasattr(module, name):
                     setattr(module, name, function)
@@ -196,6 +199,8 @@ class World:
         dtype = str(tensors[0].dtype).removeprefix("torch.")
         key = (call, known.name, known.ranks, dtype)
         self._calls[key] += 1
+        # Of this rank's own tensor: what travels is a multiple of it, which the kind of call
+        # decides.
         self._bytes[key] += tensors[0].numel() * tensors[0].element_size()
         return known
 
@@ -303,4 +308,6 @@ class _P2POp:
         tag: int = 0,
         group_peer: int | None = None,
     ) -> None:
-        self.op, self.tensor, self.group = op, tensor, group
+        self.op = op
+        self.tensor = tensor
+        self.group = group
