@@ -80,6 +80,7 @@ class HeldoutEvaluation:
         with self.source.awake(), generator.timed("evaluation"):
             of_training = stage.work
             evaluation = evaluate(stage, self.problems, self.sampling, seed=seed)
+            # An evaluation is no part of the step's generating, which `work` counts.
             stage.work = of_training
         return evaluation
 
@@ -159,6 +160,7 @@ def build(config: Config, stop: StopRequest) -> Job:
             sentence.
         NothingToDo: the run has finished.
     """
+    # First: cuBLAS and NCCL read these settings at their first call.
     if config.trainer.deterministic:
         allow_only_deterministic()
     join_world(config.trainer.timeout_minutes)

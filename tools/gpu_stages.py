@@ -227,7 +227,7 @@ def step(report: Report, shape: str) -> None:
         batch=BatchConfig(minibatch_prompts=2, max_tokens=tokens),
     )
     on_gpu = torch.cuda.is_available()
-    device = "cpu"
+    device: Literal["cuda", "cpu"] = "cpu"
     if on_gpu:
         device = "cuda"
     # As the policy chooses: TransformerEngine's layers need both the package and a GPU.

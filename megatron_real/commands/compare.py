@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.list:
         for number, run in enumerate(sweep.runs):
-            command = shlex.join(["megatron-real", "train", str(run.base), *run.words])
+            command = shlex.join(["megatron-real", "train", str(run.base), *run.overrides])
             print(f"{number}  {command}")
         return 0
     if options.table:
@@ -237,6 +237,6 @@ def _description(sweep: Sweep, number: int) -> str:
         "MODEL": run.config.model.path,
         "TRAIN": run.config.data.train,
         "HELDOUT": run.config.data.heldout,
-        "OVERRIDES": shlex.join(run.words),
+        "OVERRIDES": shlex.join(run.overrides),
     }
     return "\n".join(f"{name}={value}" for name, value in values.items())

@@ -74,11 +74,11 @@ def run(options: argparse.Namespace) -> int:
 
     with input_checks():
         subject = Subject.of(options.config)
-        words = [*subject.words, *options.overrides, *asked]
+        overrides = [*subject.overrides, *options.overrides, *asked]
         # Nothing is packed here, so that responses may be as long as the model can take.
-        words.append(f"batch.max_tokens={1 << 40}")
-        words += _fitting_lengths(subject, words)
-        config = configuration.load(subject.config, words)
+        overrides.append(f"batch.max_tokens={1 << 40}")
+        overrides += _fitting_lengths(subject, overrides)
+        config = configuration.load(subject.config, overrides)
         check_model(config.model.path, config.model.weights)
         files = _benchmarks(options.bench)
 
@@ -95,13 +95,13 @@ def run(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _fitting_lengths(subject: Subject, words: Sequence[str]) -> list[str]:
-    """Returns words that make prompts and responses fit into what the model can hold, and says so.
+def _fitting_lengths(subject: Subject, overrides: Sequence[str]) -> list[str]:
+    """Returns overrides by which prompts and responses fit what the model can hold, and says so.
 
-    There are none where the lengths fit, or where the user's own file and words set them.
+    There are none where the lengths fit, or where the user's own file and overrides set them.
     """
     try:
-        configuration.load(subject.config, words)
+        configuration.load(subject.config, overrides)
         return []
     except ValueError as error:
         if "exceeds the model's max_position_embeddings" not in str(error):
@@ -109,7 +109,7 @@ def _fitting_lengths(subject: Subject, words: Sequence[str]) -> list[str]:
 
     limits = ("data.max_prompt_tokens", "rollout.max_response_tokens")
     values = {}
-    for word in words:
+    for word in overrides:
         key, _, value = word.partition("=")
         values[key] = value
     if subject.config.is_file() and any(limit in values for limit in limits):
@@ -117,7 +117,7 @@ def _fitting_lengths(subject: Subject, words: Sequence[str]) -> list[str]:
 
     # With lengths that any model holds, the configuration loads and says how many that are.
     shortest = [f"{limit}=1" for limit in limits]
-    config = configuration.load(subject.config, [*words, *shortest])
+    config = configuration.load(subject.config, [*overrides, *shortest])
     positions = Architecture.read(config.model.path).max_positions
     free = [limit for limit in limits if limit not in values]
     taken = sum(int(values[limit]) for limit in limits if limit in values)

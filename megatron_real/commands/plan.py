@@ -157,7 +157,7 @@ class _Source:
 
     config: str | Path
     """YAML file, or directory of a model's config.json."""
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     """Settings that replace those of the file."""
     rates: Rates
     """What the user or an earlier run knows better than the tables."""
@@ -186,10 +186,10 @@ class _Source:
 
         config = options.config
         model = options.model
-        words = tuple(options.overrides)
+        overrides = tuple(options.overrides)
         # The first word may be a setting or a published model, since the file may be left out.
         if config is not None and "=" in config and not Path(config).exists():
-            words = (config, *words)
+            overrides = (config, *overrides)
             config = None
         if config in PUBLISHED:
             model = config
@@ -207,13 +207,15 @@ class _Source:
                 f"{', '.join(PUBLISHED)}"
             )
 
+        # A file means its layout, written out or left at 1; the shapes of a published model mean
+        # none.
         has_file = config is not None
         if model is not None:
             shapes = published_model(model)
             config = config or shapes
-            words = (f"model.path={shapes}", *words)
-        asked = any(word.startswith("parallel.") for word in words)
-        return cls(config, words, rates, free_layout=not has_file and not asked)
+            overrides = (f"model.path={shapes}", *overrides)
+        asked = any(word.startswith("parallel.") for word in overrides)
+        return cls(config, overrides, rates, free_layout=not has_file and not asked)
 
     def estimate(self, device: Device, gpus: int) -> tuple[Estimate, str]:
         """Returns the plan under the configured layout.
@@ -225,13 +227,13 @@ class _Source:
             ValueError: the configuration cannot be planned, or a layout that was asked for does
                 not fit the GPUs.
         """
-        config = configuration.load(self.config, self.words)
+        config = configuration.load(self.config, self.overrides)
         engines = candidates(config.rollout.engine).values()
         if not all(engine.sized_kv_cache for engine in engines):
             # Nobody plans GPUs for the embedded engine; vLLM's layout is checked by the same rules
             # as in a run.
-            words = [*self.words, f"rollout.engine={PLANNED}"]
-            config = configuration.load(self.config, words)
+            overrides = [*self.overrides, f"rollout.engine={PLANNED}"]
+            config = configuration.load(self.config, overrides)
 
         note = ""
         if self.free_layout:
@@ -239,7 +241,7 @@ class _Source:
         try:
             dp = configuration.check_world(config, gpus)
         except ValueError:
-            if any(word.startswith(("parallel.", "rollout.")) for word in self.words):
+            if any(word.startswith(("parallel.", "rollout.")) for word in self.overrides):
                 raise
             # A file's layout is for another number of GPUs.
             note = f"the configured layout does not divide {gpus} GPUs"
@@ -282,6 +284,7 @@ def _compare_gpu_counts(source: _Source, device: Device, options: argparse.Names
     """Prints the fastest layout for each number of GPUs, in one table; returns the exit code."""
     best: dict[int, Estimate | None] = {}
     for gpus in options.gpus:
+        # Its own layout is not shown here: the estimate carries the run whose layouts are ranked.
         estimate, _ = source.estimate(device, gpus)
         configured = estimate.run.config.rollout.tp
         best[gpus] = next(iter(ranked(estimate.run)), None)
@@ -327,13 +330,13 @@ def _plan_sweep(source: _Source, device: Device, options: argparse.Namespace) ->
         raise ValueError(
             f"--gpus is {options.gpus}; a sweep is planned for one number of GPUs of each run"
         )
-    sweep = load_sweep(source.config, source.words, num_ranks=None, to_run=False)
+    sweep = load_sweep(source.config, source.overrides, num_ranks=None, to_run=False)
     num_seeds = len(sweep.seeds)
 
     estimates: dict[str, Estimate] = {}
     # All seeds of a variant need the same.
     for run in sweep.runs[: len(sweep.variants)]:  # the first seed of each
-        of_variant = dataclasses.replace(source, config=run.base, words=run.words)
+        of_variant = dataclasses.replace(source, config=run.base, overrides=run.overrides)
         estimate, note = of_variant.estimate(device, options.gpus[0])
         if note:
             estimate = next(iter(ranked(estimate.run)), estimate)
@@ -381,6 +384,7 @@ def _other_engines(configured: int, best: Mapping[int, Estimate]) -> str:
     counts: dict[int, list[str]] = {}
     for gpus, fastest in best.items():
         tp = fastest.run.config.rollout.tp
+        # Engines on one GPU need no setting.
         if tp not in (1, configured):
             counts.setdefault(tp, []).append(str(gpus))
     if not counts:
@@ -436,6 +440,7 @@ def _nearest(run: PlannedRun) -> str:
             options.append(f"{gpus} x {cluster.device.name} ({_with_engines(layouts[0])})")
             break
 
+    # By memory: the first on which it fits is the smallest one.
     for device in sorted(DEVICES.values(), key=lambda device: device.memory_gib):
         if device.memory_gib <= cluster.device.memory_gib:
             continue
@@ -612,6 +617,7 @@ def _time(estimate: Estimate) -> str:
     if not seconds.reference:
         del parts["reference"]
     # Of the rollout, only what is not hidden behind training takes time.
+    # A part of the rollout's seconds, and none of the step's.
     hidden = parts.pop("ahead")
     if hidden:
         parts["rollout"] -= hidden

@@ -76,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
     budget = int(DEVICES[options.gpu].memory_gib * 2**30 * (1 - RESERVE_SHARE))
     objects: list[dict[str, Any]] = []
     for report in reports:
+        # A rank that broke has a peak of what it came to, which may well fit.
         fits = not report.fault and report.peak <= budget
         sizes = {"peak": report.peak, "budget": budget, "fits": fits}
         objects.append({**report.to_json(), **sizes})
@@ -90,12 +91,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _requests(options: argparse.Namespace) -> list[Request]:
-    words = tuple(options.overrides)
+    overrides = tuple(options.overrides)
     if options.model:
-        words = (*words, f"model.path={published_model(options.model)}")
+        overrides = (*overrides, f"model.path={published_model(options.model)}")
     if options.gpus < 1:
         raise ValueError(f"--gpus is {options.gpus}; it must be at least 1")
-    config = configuration.load(options.config, words)
+    config = configuration.load(options.config, overrides)
     configuration.check_world(config, options.gpus)
     if not 0 <= options.rank < options.gpus:
         raise ValueError(f"--rank is {options.rank}; it must be 0 to {options.gpus - 1}")
@@ -108,7 +109,7 @@ def _requests(options: argparse.Namespace) -> list[Request]:
     return [
         Request(
             config=options.config,
-            overrides=words,
+            overrides=overrides,
             gpus=options.gpus,
             rank=rank,
             gpu=options.gpu,
@@ -126,6 +127,7 @@ def _text(report: RankReport, budget: int) -> list[str]:
     paragraphs = [_folded(title)]
     if report.fault:
         paragraphs.append(_folded(f"BREAKS: {report.fault}"))
+    # It broke before there was a model: nothing below has a figure.
     if not report.resident:
         return paragraphs
 

@@ -16,11 +16,11 @@ _WHOLE = "evaluation.max_problems=0"
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: a configuration, and the words that lead from it to the weights."""
+    """What is evaluated: a configuration, and the overrides that lead from it to the weights."""
 
     config: Path
     """YAML file, or directory of HF weights."""
-    words: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
     """Settings of the configuration that the weights of a run need."""
     label: str = ""
     """What its results are called; "" for the name of model.path."""
@@ -48,8 +48,8 @@ class Subject:
         parent = RunDirectory(path.parent)
         if is_run_directory(parent.path) and path == parent.weights:
             # The export's own config and tokenizer, and no checkpoint beside it.
-            words = (f"model.path={path}", "model.weights=", _WHOLE)
-            return cls(parent.config, words, parent.path.name)
+            overrides = (f"model.path={path}", "model.weights=", _WHOLE)
+            return cls(parent.config, overrides, parent.path.name)
 
         owner = RunDirectory(path.parent.parent)
         if is_run_directory(owner.path) and path.parent == owner.checkpoints:

@@ -79,7 +79,7 @@ class Executor:
         """
         log = self.log(run)
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "megatron_real", "train", str(run.base), *run.words]
+        command = [sys.executable, "-m", "megatron_real", "train", str(run.base), *run.overrides]
         if self._num_ranks is not None:
             command += ["--nproc", str(self._num_ranks)]
         with log.open("ab") as output:

@@ -90,10 +90,10 @@ class SweepRun:
     """trainer.seed."""
     base: Path
     """YAML file that the run is started with."""
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     """`key.sub=value` words that make it this run."""
     config: Config
-    """The configuration that file and words give."""
+    """The configuration that file and overrides give."""
 
     @property
     def name(self) -> str:
@@ -166,12 +166,12 @@ def load_sweep(
     budget = _budget(path, values.get("budget"), base, overrides)
 
     runs: list[SweepRun] = []
-    for name, words in variants.items():
-        for word in words:
+    for name, own_overrides in variants.items():
+        for word in own_overrides:
             _refuse_setting(f"variant {name} of {path}", word.partition("=")[0], _OF_THE_SWEEP)
             _refuse_setting(f"variant {name} of {path}", word.partition("=")[0], _SHARED)
         try:
-            of_variant = _runs_of(name, base, (*overrides, *words), out, seeds, budget)
+            of_variant = _runs_of(name, base, (*overrides, *own_overrides), out, seeds, budget)
             if to_run:
                 # What `train` checks before it begins.
                 for run in of_variant:
@@ -307,7 +307,7 @@ def _rollouts_per_step(config: Config) -> int:
 def _runs_of(
     variant: str,
     base: Path,
-    words: tuple[str, ...],
+    overrides: tuple[str, ...],
     out: Path,
     seeds: Iterable[int],
     budget: int,
@@ -317,7 +317,7 @@ def _runs_of(
     Raises:
         ValueError: the configuration is refused, or the budget is no whole number of steps.
     """
-    config = configuration.load(base, words)
+    config = configuration.load(base, overrides)
     per_step = _rollouts_per_step(config)
     # Equal rollouts, not equal steps: a variant may draw more or fewer in a step.
     steps, rest = divmod(budget, per_step)
@@ -333,7 +333,7 @@ def _runs_of(
         trainer = dataclasses.replace(config.trainer, steps=steps, seed=seed, run_dir=run_dir)
         of_run = dataclasses.replace(config, trainer=trainer)
         settings = (f"trainer.steps={steps}", f"trainer.seed={seed}", f"trainer.run_dir={run_dir}")
-        runs.append(SweepRun(variant, seed, base, (*words, *settings), of_run))
+        runs.append(SweepRun(variant, seed, base, (*overrides, *settings), of_run))
     return runs
 
 

@@ -51,6 +51,7 @@ def variant_rows(sweep: Sweep, results: Sequence[RunResult]) -> list[VariantRow]
     rows = []
     for variant in sweep.variants:
         of_variant = [result for result in results if result.variant == variant]
+        # A diverged run has figures too, and is counted instead: in a mean they would hide it.
         finished = [result for result in of_variant if result.outcome == Outcome.FINISHED]
         counts = dict.fromkeys(Outcome, 0)
         for result in of_variant:

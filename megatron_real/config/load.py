@@ -65,8 +65,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    words = list(overrides)
-    for word in words:
+    overrides = list(overrides)
+    for word in overrides:
         if "=" not in word:
             raise ValueError(
                 f"override {word!r} has no '='; write key.sub=value, for example trainer.steps=10"
@@ -79,7 +79,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             tree = OmegaConf.create({"model": {"path": str(path)}})
         else:
             tree = _read_file(Path(path), ())
-        tree = _over(tree, _overrides_tree(words, tree))
+        tree = _over(tree, _overrides_tree(overrides, tree))
         values: Any = OmegaConf.to_container(tree, resolve=True)
         # Kept beside the values, for config.yaml and for sentences: what stands for a secret is
         # written, and not the secret.
@@ -196,24 +196,24 @@ def _over(below: DictConfig, above: DictConfig) -> DictConfig:
     return cast("DictConfig", OmegaConf.merge(below, above))
 
 
-def _overrides_tree(words: Sequence[str], below: DictConfig) -> DictConfig:
+def _overrides_tree(overrides: Sequence[str], below: DictConfig) -> DictConfig:
     """Returns the tree that `key.sub=value` words stand for.
 
     Args:
-        words: of the command line.
+        overrides: of the command line.
         below: the file's tree, which they override.
     """
     from omegaconf import OmegaConf
 
     # Which settings are text depends on the objective, which the last word for it names.
     objective_name = OmegaConf.select(below, "objective.name", default=_DEFAULT_OBJECTIVE)
-    for word in words:
+    for word in overrides:
         key, _, value = word.partition("=")
         if key == "objective.name":
             objective_name = value
 
     tree = OmegaConf.create({})
-    for word in words:
+    for word in overrides:
         key, _, value = word.partition("=")
         if _is_text(key.split("."), str(objective_name)):
             # Letter by letter: OmegaConf would read 1e5 as a number and {a} as a section.

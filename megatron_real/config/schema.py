@@ -143,6 +143,7 @@ class RolloutConfig:
     """Any other argument of vLLM's engine, by name; for example enforce_eager: true."""
     sync: SyncConfig = field(default_factory=SyncConfig)
     """How closely each weight sync is checked."""
+    # The paper's step: 128 prompts with 8 answers each, and below four updates of 32 groups.
     num_prompts: Annotated[int, Positive] = 128
     """Prompts per step."""
     group_size: Annotated[int, Positive] = 8
@@ -215,6 +216,7 @@ class LabelConfig:
     negative."""
     overlong: Literal["negative", "excluded"] = "negative"
     """What a truncated response counts as."""
+    # No default: 0.5 and 1 would both be guesses at what a number of a user's verifier means.
     threshold: float | None = None
     """Rewards at or above it are positive; required when a verifier returns anything but 0 or 1."""
     max_failed_share: Annotated[float, Share] = 0.2
@@ -357,6 +359,7 @@ class TrainerConfig:
     """Write the trained weights as an HF directory at the end."""
     max_hours: Annotated[float, ZeroIsOff] = 0.0
     """The run saves, stops and exits with code 75 after so many hours; 0: no limit."""
+    # An hour, and a quarter more: the rank that hangs is named before a collective times out.
     timeout_minutes: Annotated[float, Positive] = 75.0
     """Collectives that wait longer fail. Above hang_minutes, so that a rank that hangs is named
     before."""
@@ -400,6 +403,7 @@ class Config:
     megatron: Mapping[str, Any] = field(default_factory=dict)
     """Any field of megatron-core's TransformerConfig, OptimizerConfig or
     DistributedDataParallelConfig, by name."""
+    # Left out of comparisons: two configurations are the same whichever way a value was written.
     given: Mapping[str, Given] = field(default_factory=dict, repr=False, compare=False)
     """No setting, but where settings come from: the path of a value (`rollout.vllm.hf_token`) ->
     how it was given."""

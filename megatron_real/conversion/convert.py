@@ -200,6 +200,7 @@ def megatron_to_hf(
     weights = open_megatron(source, architecture)
     check_mapped(weights, config)
 
+    # The directory's dtype is that of its matrices; norms may be kept in a wider one.
     matrix_dtype = dtype or weights.dtype
     # The files that the weights came from, so that there and back gives the same bytes.
     files = None
@@ -304,6 +305,7 @@ def open_megatron(source: Path, architecture: Architecture) -> MegatronWeights:
         else:
             weights = TorchLegacyWeights(checkpoint, architecture)
 
+        # First: that another model was trained says more than that some tensor does not fit.
         check_arguments(weights.arguments, architecture, checkpoint)
         # A copy that differs would be lost silently: one of the two is exported.
         for name, piece, original in weights.copies():

@@ -202,6 +202,7 @@ def _checksums(opened: Opened) -> list[str]:
 def _descriptions(a: Opened, b: Opened) -> list[str]:
     """Returns a sentence for each number of config.json that differs and tensors do not show."""
     problems = []
+    # Shapes may agree all the same: 32 heads of 64 are as wide as 16 of 128.
     for name in ("num_heads", "num_kv_heads", "head_dim", "norm_eps", "rope_theta", "rope_factor"):
         of_a = getattr(a.architecture, name)
         of_b = getattr(b.architecture, name)

@@ -121,6 +121,8 @@ def summarise(completions: Sequence[Judged], *, vote: bool = False) -> Evaluatio
 
     # In the order in which the problems came, which dictionaries keep.
     correct = [sum(c.correct for c in group) for group in of_problem.values()]
+    # Over problems, not completions: those of one problem are alike, and an error over them all
+    # would look too small.
     shares = [count / samples for count in correct]
     # 1, 2, 4, ... up to the samples, and the samples themselves.
     passes = []

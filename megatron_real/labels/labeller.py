@@ -85,6 +85,7 @@ class Labeller:
                     require_boxed=require_boxed,
                     partial=threshold is not None,
                 )
+            # The pools before it have processes, which nobody else would end.
             except ValueError:
                 self.close()
                 raise
@@ -147,7 +148,10 @@ class Labeller:
     def _verdict(self, outcome: Outcome) -> Verdict:
         status = Status(outcome.status)
         reward = outcome.reward
-        threshold = 1.0 if self._threshold is None else self._threshold
+        # Without a threshold rewards are 0 and 1: `check_failures` refuses any other.
+        threshold = 1.0
+        if self._threshold is not None:
+            threshold = self._threshold
         if self._needs_threshold(reward):
             label = EXCLUDED  # check_failures stops the run
         elif reward is not None and reward >= threshold:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -78,6 +78,7 @@ class Exchange:
         self.rank = rank
         self.world = world
         self.group = group
+        # Without a word on nodes all ranks are taken to share one disk, as on a workstation.
         self.ranks_per_node = ranks_per_node or world
 
     @property
@@ -278,7 +279,9 @@ class Exchange:
         # Both ends go through the positions in the same order, so the bytes need no labels.
         for position, source in sorted(computed_by.items()):
             holder = rollouts[position].holder
-            holders = range(self.world) if holder is None else [holder]
+            holders: Iterable[int] = range(self.world)
+            if holder is not None:
+                holders = [holder]
             for destination in holders:
                 if source == self.rank:
                     outgoing[destination].append(values[position].astype(own))
@@ -314,9 +317,12 @@ class Exchange:
     def _facts(self, rollout: Rollout) -> tuple[Any, ...]:
         completion = rollout.completion
         verdict = rollout.verdict
+        reward = verdict.reward
+        if reward is None:
+            reward = 0.0  # `has_reward` says that there is none
         # In the order of _FACTS' fields.
         return (
-            0.0 if verdict.reward is None else verdict.reward,
+            reward,
             verdict.seconds,
             rollout.group,
             rollout.sample,
@@ -401,10 +407,13 @@ def _rollout_of(facts: numpy.void, prompt: Prompt, reason: str) -> Rollout:
         num_text_bytes=int(facts["text_bytes"]),
         finished=bool(facts["finished"]),
     )
+    reward = None
+    if facts["has_reward"]:
+        reward = float(facts["reward"])
     verdict = Verdict(
         _STATUSES[facts["status"]],
         Label(int(facts["label"])),
-        float(facts["reward"]) if facts["has_reward"] else None,
+        reward,
         float(facts["seconds"]),
         reason,
         bool(facts["early"]),

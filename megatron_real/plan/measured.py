@@ -46,6 +46,7 @@ def measured(run: RunDirectory, given: Rates) -> Rates:
 
     train = given.train
     if train is None:
+        # The last steps alone: the first ones warm up, and answers change in length.
         train = _mean([row.get("mfu") for row in rows[-_LAST_STEPS:]])
     mean_response = given.mean_response
     if mean_response is None:
@@ -86,6 +87,7 @@ def measured_device(file: str | Path, device: Device) -> Device:
             f"--rates {str(file)!r} has no utilization of a train step; run tools/gpu_day.py with "
             "its stages step-*"
         )
+    # Shares carry over between sizes of one kind of GPU, not between kinds.
     kind = device.name.partition("-")[0]
     for machine in machines:
         if kind not in machine.lower():

@@ -109,6 +109,7 @@ class PromptCursor:
             ValueError: the state belongs to another seed, or to prompts with other tokens or in
                 another order.
         """
+        # Another seed would draw another order, and prompts of this epoch a second time.
         if state["seed"] != self._seed:
             raise ValueError(
                 f"the saved prompt order has seed {state['seed']}, this run has {self._seed}; "

@@ -68,6 +68,7 @@ def samples_together(num_prompts: int, num_samples: int, engines: int) -> int:
 
     Example: 128 prompts x 8 samples over 512 engines -> 2
     """
+    # The fewest parts first: each one computes the prompt again.
     for num_parts in range(1, num_samples + 1):
         if num_samples % num_parts == 0 and num_prompts * num_parts >= engines:
             return num_samples // num_parts
@@ -98,6 +99,7 @@ class ExpectedLengths:
 
         An unknown prompt is expected to get answers of the known prompts' mean length.
         """
+        # Any number: while no length is known all prompts are alike.
         mean = 1.0
         if self.of:
             mean = sum(self.of.values()) / len(self.of)

@@ -152,10 +152,13 @@ def read_table(data: bytes, columns: Sequence[str] | None = None) -> pyarrow.Tab
     Raises:
         ValueError: the bytes are no whole parquet file, or are damaged.
     """
+    names = None
+    if columns is not None:
+        names = list(columns)
     with _damage_is_value_error():
         return pyarrow.parquet.read_table(
             pyarrow.BufferReader(data),
-            columns=None if columns is None else list(columns),
+            columns=names,
             page_checksum_verification=True,
             use_threads=False,
         )
@@ -379,7 +382,11 @@ def _scalar_columns(rows: Sequence[dict[str, Any]]) -> dict[str, pyarrow.Array]:
             # A NaN is not equal to itself, and no text.
             if changed[name] != value and not isinstance(value, float):
                 odd[name] = value
-        exact.append(json.dumps(odd) if odd else None)
+        # As JSON, which escapes what UTF-8 cannot hold.
+        written = None
+        if odd:
+            written = json.dumps(odd)
+        exact.append(written)
         readable.append(changed)
 
     columns = {

@@ -79,6 +79,7 @@ class RunDirectory:
         marks = {self.status.name, self.owners.name, self.metrics.name, self.checkpoints.name}
         if marks & set(names):
             return []
+        # A job script may have made the log's folder and written the configuration before.
         return [name for name in names if name not in (self.log.parent.name, self.config.name)]
 
     def life(self, number: int) -> Path:

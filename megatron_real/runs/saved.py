@@ -74,6 +74,7 @@ class Saved:
             return {}
         except OSError as error:
             raise _unreadable(self.path / MANIFEST, error) from error
+        # A cut or foreign manifest counts as none: the checkpoint is then incomplete, and no error.
         if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
             return {}
         return manifest
@@ -232,6 +233,7 @@ def commit(
 
     if final.is_symlink() or final.exists():
         # The same position, reached again after a resume from before it.
+        # Out of the way, not deleted first: a crash in between leaves one of the two whole.
         doomed = _free_name(final.with_name(f"{final.name}{_DOOMED}"))
         final.rename(doomed)
         partial.rename(final)

@@ -160,6 +160,7 @@ class MlflowTracker:
             os.environ.get("MLFLOW_TRACKING_URI") or (directory.path / "mlruns").resolve().as_uri()
         )
         self._client = MlflowClient(tracking_uri=store)
+        # Where the store is another one than before, the run begins there anew.
         self._run = self._known_run(directory) or self._new_run(directory, config)
         self._client.update_run(self._run, status="RUNNING")
         self._client.set_tag(self._run, "run_directory", str(directory.path.resolve()))
@@ -182,10 +183,14 @@ class MlflowTracker:
 
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "megatron_real"
         experiment = self._client.get_experiment_by_name(name)
-        number = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        if experiment:
+            number = experiment.experiment_id
+        else:
+            number = self._client.create_experiment(name)
         run = str(self._client.create_run(number, run_name=directory.path.name).info.run_id)
         _write_identity(directory, "mlflow", run)
         params = [Param(key, str(value)[:_MLFLOW_TEXT]) for key, value in _flat(config)]
+        # The server refuses larger batches as a whole.
         for start in range(0, len(params), _MLFLOW_BATCH):
             self._client.log_batch(run, params=params[start : start + _MLFLOW_BATCH])
         return run

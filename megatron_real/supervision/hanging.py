@@ -65,39 +65,51 @@ class Standing:
     def of(cls, report: Report) -> Standing:
         """Returns the standing of one rank."""
         named = ((report.rank, str(report.place)),)
-        waits = report.place.waits
+        working: tuple[tuple[str, str], ...] = named
+        waiting: tuple[tuple[str, str], ...] = ()
+        if report.place.waits:
+            working = ()
+            waiting = named
+
+        # Between two stages it hangs in none: neither the longest, nor one that came late.
+        longest = 0.0
+        latest = math.inf
+        if report.stage:
+            longest = report.seconds
+            latest = report.seconds
         return cls(
-            longest=report.seconds if report.stage else 0.0,
+            longest=longest,
             longest_stage=report.stage,
             begun=report.begun,
             between=not report.stage,
             stage=report.stage,
-            latest=report.seconds if report.stage else math.inf,
-            num_working=int(not waits),
-            working=() if waits else named,
-            num_waiting=int(waits),
-            waiting=named if waits else (),
+            latest=latest,
+            num_working=len(working),
+            working=working,
+            num_waiting=len(waiting),
+            waiting=waiting,
         )
 
 
 def merged(standings: Sequence[Standing]) -> Standing:
     """Returns the standing of the ranks of all `standings`, of which there is at least one."""
-    longest = max(standings, key=lambda one: one.longest)
-    least = min((one.begun, one.between) for one in standings)
-    behind = [one for one in standings if (one.begun, one.between) == least]
+    longest = max(standings, key=lambda standing: standing.longest)
+    least = min((standing.begun, standing.between) for standing in standings)
+    behind = [standing for standing in standings if (standing.begun, standing.between) == least]
 
-    working = [name for one in behind for name in one.working]
-    waiting = [name for one in behind for name in one.waiting]
+    # Counted all, named a few: a report must not grow with the ranks on its way to the first.
+    working = [name for standing in behind for name in standing.working]
+    waiting = [name for standing in behind for name in standing.waiting]
     return Standing(
         longest=longest.longest,
         longest_stage=longest.longest_stage,
         begun=behind[0].begun,
         between=behind[0].between,
         stage=behind[0].stage,
-        latest=min(one.latest for one in behind),
-        num_working=sum(one.num_working for one in behind),
+        latest=min(standing.latest for standing in behind),
+        num_working=sum(standing.num_working for standing in behind),
         working=tuple(working[:MOST_NAMED]),
-        num_waiting=sum(one.num_waiting for one in behind),
+        num_waiting=sum(standing.num_waiting for standing in behind),
         waiting=tuple(waiting[:MOST_NAMED]),
     )
 
@@ -121,9 +133,11 @@ def hanging(standing: Standing, limit: float) -> str:
         return ""
 
     # Who waits in a collective waits for somebody else, as long as there is somebody else.
-    count, culprits = standing.num_working, standing.working
+    count = standing.num_working
+    culprits = standing.working
     if not count:
-        count, culprits = standing.num_waiting, standing.waiting
+        count = standing.num_waiting
+        culprits = standing.waiting
     if count == 1:
         ((rank, place),) = culprits
         where = f"after its stage {standing.begun}"

@@ -32,7 +32,7 @@ def published_model(name: str) -> Path:
 
     Example:
         path = published_model("r1-distill-qwen-7b")
-        config = configuration.load(file, [*words, f"model.path={path}"])
+        config = configuration.load(file, [*overrides, f"model.path={path}"])
 
     Raises:
         ValueError: no such model is shipped.

@@ -177,7 +177,7 @@ def test_a_sweep_has_a_run_for_each_variant_and_seed(base: Path) -> None:
     grpo = sweep.runs[1]
     assert (grpo.config.objective.name, grpo.config.trainer.seed) == ("grpo", 1)
     assert grpo.directory.path == base.parent / "out/grpo/seed-1"
-    assert {"objective.clip=0.3", "trainer.seed=1", "trainer.steps=10"} <= set(grpo.words)
+    assert {"objective.clip=0.3", "trainer.seed=1", "trainer.steps=10"} <= set(grpo.overrides)
 
 
 def test_variants_use_the_same_number_of_rollouts(base: Path) -> None:
@@ -338,7 +338,7 @@ def test_a_job_of_the_array_trains_its_run(base: Path, tmp_path: Path) -> None:
     assert "model.weights=" in words, "no Megatron checkpoint was asked for"
 
     described = load_sweep(tmp_path / "sweep.yaml").runs[3]
-    expected = ["optimizer.lr=3e-5", "data.suffix=it's $HOME;", *described.words]
+    expected = ["optimizer.lr=3e-5", "data.suffix=it's $HOME;", *described.overrides]
     assert words[-len(expected) :] == expected
 
 

@@ -105,6 +105,8 @@ class CodeVerifier:
         if source is None:
             return "unparsable", None, "no program"
 
+        # Short of the whole: the pool's own clock kills the worker, and would lose the verdict on
+        # the tests that passed.
         deadline = time.monotonic() + _SHARE_OF_CHECK * self._seconds
         statuses: list[str] = []
         for test in tests:
@@ -138,12 +140,15 @@ class CodeVerifier:
             if ending.status != "ok":
                 return ending.status
             printed = ending.output.decode("utf-8", "replace")
+            # Judges of programs have always forgiven blanks at the ends of lines.
             if _lines(printed) == _lines(test.stdout):
                 return "ok"
             return "wrong"
 
         with self._launcher.functions(program, limits) as functions:
             namespace: dict[str, Any] = {"__name__": "tests"}
+            # The row's own code, which comes with the data; what the model wrote runs behind
+            # `functions`.
             exec(setup, namespace)
             missing = _missing_names(test.asserts, namespace)
             if test.candidate and missing - {test.candidate}:

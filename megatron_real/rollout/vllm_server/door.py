@@ -65,6 +65,7 @@ class Door:
             reason = "no trainer has sent it weights since it was started"
             return await _refuse(scope, send, 503, reason)
 
+        # Read here, since a claim covers its digest; vLLM gets it once more below.
         body = await _body(receive)
         if claim is not None and not claim.covers(body):
             return await _refuse(scope, send, 401, "its body is another than was proven")
@@ -88,6 +89,8 @@ class Door:
             claim: the claim in this header, if it has one.
         """
         if claim is None:
+            # In constant time: a comparison that ends at the first difference tells how far a guess
+            # was right.
             return secrets.compare_digest(given, self._bearer)
         path = scope.get("path", "")
         if scope.get("query_string"):  # a claim does not cover it, and the trainer sends none

@@ -323,13 +323,15 @@ def command(config: Config, *, host: str, port: int) -> list[str]:
         "disable_uvicorn_access_log": True,
     }
     secret = _secret_arguments(config)
-    words = []
+    arguments: list[str] = []
     for name, value in {**engine_arguments(config), **ours}.items():
         if name not in secret:
-            words += _words(name, value)
+            arguments += _words(name, value)
     # Secrets come by the environment, which needs our main in front of vLLM's.
-    module = server_main.__name__ if secret else server_main.SERVER
-    return [sys.executable, "-m", module, *words]
+    module = server_main.SERVER
+    if secret:
+        module = server_main.__name__
+    return [sys.executable, "-m", module, *arguments]
 
 
 def environment(config: Config, key: str, *, gpus: list[str]) -> dict[str, str]:
