@@ -247,27 +247,12 @@ def _build(
     survey = saver.survey(directory, ranks)
     beginning = saver.beginning_of(config, directory, earlier, survey, ranks)
 
-    # The policy.
     processes = f"{ranks.world} processes"
     if ranks.world == 1:
         processes = "1 process"
     say(f"model {config.model.path} in {config.model.dtype} on {processes}")
     architecture, weights = open_start(config.model.path, config.model.weights)
-    too_few = too_few_sequences(config, check_world(config, ranks.world))
-    if too_few:
-        say(f"WARNING: {too_few}")
-    policy = Policy(
-        PolicySettings.of(config),
-        architecture,
-        weights,
-        set_up(
-            config.parallel,
-            seed=config.trainer.seed,
-            timeout_minutes=config.trainer.timeout_minutes,
-        ),
-        num_updates=config.trainer.steps * config.updates_per_step,
-        exchange=exchange,
-    )
+    policy = _policy(config, architecture, weights, exchange, say)
 
     # The reference, before a checkpoint takes the place of the starting weights.
     reference = None
@@ -319,6 +304,31 @@ def _build(
         ranks=ranks,
         lifeline=lifeline,
         claim=claim,
+    )
+
+
+def _policy(
+    config: Config,
+    architecture: Architecture,
+    weights: Weights,
+    exchange: Exchange,
+    say: Callable[[str], None],
+) -> Policy:
+    """Builds model and optimizer from the weights that training starts from."""
+    too_few = too_few_sequences(config, check_world(config, exchange.world))
+    if too_few:
+        say(f"WARNING: {too_few}")
+    return Policy(
+        PolicySettings.of(config),
+        architecture,
+        weights,
+        set_up(
+            config.parallel,
+            seed=config.trainer.seed,
+            timeout_minutes=config.trainer.timeout_minutes,
+        ),
+        num_updates=config.trainer.steps * config.updates_per_step,
+        exchange=exchange,
     )
 
 
