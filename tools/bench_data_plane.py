@@ -182,6 +182,11 @@ def real_rank(rank: int, world: int, port: int, options: argparse.Namespace, out
     dist.destroy_process_group()
 
 
+def as_bytes(array: NDArray[Any]) -> NDArray[numpy.uint8]:
+    """The bytes of an array, as the exchange sends them."""
+    return numpy.ascontiguousarray(array).view(numpy.uint8)
+
+
 class Counted(Exchange):
     """Counts the bytes that this rank sends and receives."""
 
@@ -256,7 +261,7 @@ class Played(Counted):
     def _all_to_all(
         self, outgoing: Sequence[Sequence[NDArray[Any]]], sizes: Sequence[int]
     ) -> NDArray[numpy.uint8]:
-        parts = [exchange_module._bytes(a) for arrays in outgoing for a in arrays]
+        parts = [as_bytes(a) for arrays in outgoing for a in arrays]
         # The empty array is for a rank that sends nothing: numpy concatenates no empty list.
         sent = numpy.concatenate([numpy.zeros(0, dtype=numpy.uint8), *parts])
         self.num_bytes += sent.nbytes + sum(sizes)
@@ -293,7 +298,7 @@ def played(world: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     player = Played(world, rollouts, len(own))
     # All rollouts are equally long, so that what one of them sends stands for any.
     of_rollout = numpy.concatenate(
-        [exchange_module._bytes(a) for a in exchange_module._arrays(rollouts[0], 0, text=False)]
+        [as_bytes(a) for a in exchange_module._arrays(rollouts[0], 0, text=False)]
     )
     player.received = numpy.tile(of_rollout, len(wanted[0]))
 
