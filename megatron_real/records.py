@@ -406,11 +406,10 @@ def _immutable(values: Any, dtype: type[numpy.generic]) -> NDArray[Any]:
 
 def _equal_fields(record: Any, other: object) -> bool:
     """Whether two records of one type hold the same values, NaN being equal to itself."""
+    names = [each.name for each in fields(record)]
     if type(record) is not type(other):
         return NotImplemented
-    return all(
-        _equal(getattr(record, each.name), getattr(other, each.name)) for each in fields(record)
-    )
+    return all(_equal(getattr(record, name), getattr(other, name)) for name in names)
 
 
 def _equal(left: Any, right: Any) -> bool:

@@ -286,7 +286,7 @@ def _download(source: PublishedDataset, hub: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     # Of a dataset that the table knows only the files it names: it may hold other splits too.
-    patterns = _PATTERNS
+    patterns: tuple[str, ...] = _PATTERNS
     if hub == source.hub:
         patterns = source.files
     try:
