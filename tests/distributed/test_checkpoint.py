@@ -45,8 +45,13 @@ CORE = [
     (("pp2-dp2", "dp2-overlap"), False),
 ]  # fmt: skip
 ROWS = [
-    pytest.param(*row, marks=() if row in CORE else pytest.mark.grid)
-    for row in product(PAIRS, [False, True])
+    pytest.param(
+        pair,
+        tied,
+        marks=() if (pair, tied) in CORE else pytest.mark.grid,
+        id=f"{pair[0]}-to-{pair[1]}-{tied}",
+    )
+    for pair, tied in product(PAIRS, [False, True])
 ]
 SAME = ["tp2-sp", "dp2-overlap", "cp2-dp2", "dp2-not-distributed", "plain", "tp2-pp2-dp2"]
 
