@@ -81,7 +81,7 @@ def _run(config: Config, stop: StopRequest) -> None:
 
 
 def _leave() -> None:
-    """Ends the engine and leaves the process groups, so that another run may begin.
+    """Ends the engine and leaves the process groups and the model, so that another run may begin.
 
     Ranks of one job are not left here: one that fails cannot wait for the others. They learn of it
     by the lifeline.
@@ -89,8 +89,10 @@ def _leave() -> None:
     import torch.distributed as dist
 
     from megatron_real.parallel.groups import leave_world
+    from megatron_real.policy.model import release_models
     from megatron_real.rollout import close_engines
 
     if dist.is_initialized() and dist.get_world_size() == 1:
         close_engines()
         leave_world()
+        release_models()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -231,6 +232,15 @@ def build_model(
         # megatron-core builds on the current device; `to` is for what it leaves on the host.
         chunks.append(chunk.to(device()))
     return chunks
+
+
+def release_models() -> None:
+    """Drops what megatron-core keeps of every model for the life of the process.
+
+    `RotaryEmbedding.forward` is cached for the whole class, and a key of the cache has the
+    embedding in it: over its hooks that is the model, its gradient buffers and its process groups.
+    """
+    RotaryEmbedding.forward.cache_clear()
 
 
 def transformer_config(

@@ -41,8 +41,9 @@ for run_of_engine in sys.argv[2].split(","):
     assert not psutil.Process().children(), "the run has left its verifiers or its servers"
 
     gc.collect()
-    policies = [o for o in gc.get_objects() if type(o).__name__ == "Policy"]
-    assert not policies, "the run's weights and optimizer are still in memory"
+    names = {type(o).__name__ for o in gc.get_objects()}
+    left = names & {"Policy", "PolicyModel", "DistributedDataParallel"}
+    assert not left, f"the run's weights and optimizer are still in memory: {left}"
     # vLLM's bars of progress leave their clock running, one for the whole process.
     threads = [t.name for t in threading.enumerate() if t.name != "tqdm_monitor"]
     assert len(threads) == 1, threads
