@@ -59,10 +59,6 @@ FIRST = ("test_vllm", "test_slurm")
 They are all tests with vLLM, whose first ones need no base model, which tests/run.sh makes
 meanwhile, and those on Slurm, which mostly wait for jobs.
 """
-IN_PROCESS = ("test_starts", "test_subjects")
-"""Files whose runs are made in pytest's process. They come late: each run leaves some fifty of
-gloo's threads behind, which poll, and those of all take a fifth of a core from what follows.
-"""
 DIRECTORIES = ("distributed", "integration", "faults", "unit")
 """Those of tests/distributed need no base model either."""
 
@@ -71,8 +67,6 @@ def _place_in_line(item: pytest.Item) -> tuple[int, int]:
     file = item.path
     if file.stem in FIRST:
         return -1, FIRST.index(file.stem)
-    if file.stem in IN_PROCESS:
-        return DIRECTORIES.index("unit"), -1
     directory = next((i for i, name in enumerate(DIRECTORIES) if name in file.parts), 0)
     by_cost = len(LONGEST)
     if file.stem in LONGEST:
