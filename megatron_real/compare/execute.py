@@ -62,6 +62,8 @@ class Executor:
         self.asked_to_stop = False
 
     def __enter__(self) -> Executor:
+        # SIGTERM comes from a scheduler that ends the job, SIGUSR1 from Slurm some time before its
+        # limit (--signal): a run saves and stops at either.
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._pass_on)
         return self
@@ -79,24 +81,31 @@ class Executor:
         """
         log = self.log(run)
         log.parent.mkdir(parents=True, exist_ok=True)
+        # The module and no script: a script need not be on the PATH, and this
+        # interpreter has the packages.
         command = [sys.executable, "-m", "megatron_real", "train", str(run.base), *run.overrides]
         if self._num_ranks is not None:
             command += ["--nproc", str(self._num_ranks)]
+        # Appended: a run that goes on keeps what its earlier starts have printed.
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                # Python closes all other descriptors in a child. The run's copy keeps the lock held
+                # even where the sweep itself has been killed.
                 pass_fds=(self._lock,),
                 # A run outlives a sweep that was killed, unless the kernel tells it.
                 preexec_fn=_stop_with_parent,
             )
+
         try:
             self._follow(run, self._process)
         # Ctrl-C has reached the run too: it saves, and is waited for.
         except KeyboardInterrupt:
             self._process.wait()
             raise
+
         code = self._process.returncode
         self._process = None
         return code
@@ -112,6 +121,7 @@ class Executor:
         metrics = run.directory.metrics
         size = 0
         shown = 0
+
         while process.poll() is None:
             time.sleep(_POLL_SECONDS)
             # The file is read only when it has grown: polling costs next to nothing.
@@ -119,6 +129,7 @@ class Executor:
                 continue
             size = metrics.stat().st_size
             rows, _ = read_rows(metrics)
+            # Said where another tenth of the steps is passed, however many rows came at once.
             if not rows or len(rows) // steps_of_part == shown // steps_of_part:
                 continue
 
@@ -132,6 +143,7 @@ class Executor:
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
         self.asked_to_stop = True
         if self._process is not None:
+            # The run may end by itself between the test and the signal.
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
@@ -141,6 +153,8 @@ def _stop_with_parent() -> None:
 
     So a run whose sweep was killed saves and stops. Other kernels than Linux cannot do it.
     """
+    # prctl is of Linux's C library alone. The kernel keeps the wish across exec, and acts on it
+    # when the thread that has forked ends: the main thread.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -153,8 +167,11 @@ def sweep_lock(out: Path, say: Callable[[str], None]) -> Iterator[int]:
     inherits the descriptor: the kernel holds the lock until the last process that has it is gone.
     """
     out.mkdir(parents=True, exist_ok=True)
+    # The file is never deleted: a later start would make a new one of this name and lock that,
+    # while a run still holds the old one.
     descriptor = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
+        # Without waiting at first, so that the user learns why nothing happens.
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -165,4 +182,6 @@ def sweep_lock(out: Path, say: Callable[[str], None]) -> Iterator[int]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
     finally:
+        # It gives up this process's hold alone: a run that is still at work has a copy of the
+        # descriptor, and flock ends with the last one.
         os.close(descriptor)

@@ -86,6 +86,7 @@ def read_result(run: SweepRun) -> RunResult:
     if status.get("state") == "finished":
         outcome = Outcome.FINISHED
     elif status.get("state") == "failed":
+        # A divergence is a result of the variant; another failure may be one of the machine.
         outcome = Outcome.FAILED
         if status.get("diverged"):
             outcome = Outcome.DIVERGED
@@ -94,6 +95,8 @@ def read_result(run: SweepRun) -> RunResult:
     accuracy = math.nan
     accuracy_of = {}
     reward = math.nan
+
+    # Figures of a run in progress would be of fewer steps than those of the others.
     if outcome == Outcome.FINISHED:
         reason = ""
         # Of the last evaluation after the last step: a life that was resumed may evaluate again.
@@ -107,6 +110,7 @@ def read_result(run: SweepRun) -> RunResult:
     rollouts_per_step = run.config.rollout.num_prompts * run.config.rollout.group_size
     # The rows have means: times the rollouts of a step they are counts again.
     mean_tokens = math.fsum(row.get("response_tokens_mean") or 0.0 for row in rows)
+
     return RunResult(
         variant=run.variant,
         seed=run.seed,
@@ -129,6 +133,7 @@ def _accuracy_of(directory: RunDirectory, steps: int) -> dict[str, float]:
     file is broken.
     """
     try:
+        # Of the last step alone: variants are compared at the end of their budget.
         answers = json.loads(directory.heldout_answers(steps).read_text(encoding="utf-8"))
         samples = answers["samples"]
         return {problem: correct / samples for problem, correct in answers["correct"].items()}
@@ -138,6 +143,7 @@ def _accuracy_of(directory: RunDirectory, steps: int) -> dict[str, float]:
 
 def _reward(rows: Sequence[Mapping[str, Any]]) -> float:
     """Returns the mean reward of the last steps; NaN where one of them had no labelled rollout."""
+    # At least one: a tenth of five steps or fewer rounds to none.
     num_steps = max(1, round(len(rows) * _WINDOW_SHARE))
     rewards = [row.get("reward_mean") for row in rows[-num_steps:]]
     # All or nothing: a mean over fewer steps would not compare with the others'.
@@ -150,6 +156,7 @@ def _reward(rows: Sequence[Mapping[str, Any]]) -> float:
 def _seconds(rows: Sequence[Mapping[str, Any]]) -> float:
     """Returns the sum of all stages' times."""
     seconds: list[float] = []
+    # By the prefix, rank_seconds/ is left out: it has the times of the same stages again.
     for row in rows:
         stages = [value for name, value in row.items() if name.startswith("seconds/")]
         seconds += [value for value in stages if value is not None]

@@ -91,6 +91,7 @@ def paired_difference(
     seeds = sorted(first.keys() & other.keys())
     differences = [other[seed] - first[seed] for seed in seeds]
     mean = mean_over_seeds(differences)
+
     table_SN = _problem_differences(seeds, first_problems or {}, other_problems or {})
     resampled = "seeds and problems"
     if table_SN is None:
@@ -115,6 +116,7 @@ def _problem_differences(
     Returns:
         None where the runs do not all have the same problems.
     """
+    # The runs of both variants in one list: one odd run leaves the problems out for all.
     runs = [figures.get(seed, {}) for seed in seeds for figures in (first, other)]
     # A problem that one run has not answered would leave a hole in its row.
     problems = sorted(runs[0]) if runs else []
@@ -135,11 +137,14 @@ def _interval(table_SN: NDArray[np.float64]) -> tuple[float, float]:
 
     num_seeds, num_problems = table_SN.shape
 
+    # scipy asks for many resamples at once: seed_S is [..., S], and `axis` its last one.
     def mean_of_seeds(seed_S: Any, axis: int) -> Any:
         return table_SN[seed_S.astype(int), 0].mean(axis)
 
     def mean_of_both(seed_S: Any, problem_N: Any, axis: int) -> Any:
         # Problems first: a row of the transposed table has a problem's differences of all seeds.
+        # Over the resample's problems first, then over its seeds: every seed has the same
+        # problems, as in the runs.
         of_each_seed = table_SN.T[problem_N.astype(int)].mean(axis=-2)
         return np.take_along_axis(of_each_seed, seed_S.astype(int), axis).mean(axis)
 
@@ -149,6 +154,8 @@ def _interval(table_SN: NDArray[np.float64]) -> tuple[float, float]:
     if num_problems == 1:
         samples = samples[:1]
         statistic = mean_of_seeds
+
+    # Seeds and problems are drawn independently: scipy pairs samples only where it is told to.
     result = scipy.stats.bootstrap(
         samples,
         statistic,

@@ -149,6 +149,7 @@ def load_sweep(
         ValueError: one sentence with the remedy; nothing has been written.
     """
     path = Path(file)
+    # Each value is checked as it is read, so that an error names the file and the key.
     values = _read(path)
     base = path.parent / _text(path, values, "base")
     out = Path(_text(path, values, "out"))
@@ -162,6 +163,7 @@ def load_sweep(
             raise ValueError(
                 f"the command line sets {name} for all variants; set it in the variants of {path}"
             )
+
     # After the command line's words, which may change what a step draws.
     budget = _budget(path, values.get("budget"), base, overrides)
 
@@ -171,6 +173,7 @@ def load_sweep(
             _refuse_setting(f"variant {name} of {path}", word.partition("=")[0], _OF_THE_SWEEP)
             _refuse_setting(f"variant {name} of {path}", word.partition("=")[0], _SHARED)
         try:
+            # The variant's words come last: of two that set the same, the later one counts.
             of_variant = _runs_of(name, base, (*overrides, *own_overrides), out, seeds, budget)
             if to_run:
                 # What `train` checks before it begins.
@@ -180,15 +183,18 @@ def load_sweep(
                     check_model(run.config.model.path, run.config.model.weights)
                     check_replay(run.config)
             runs += of_variant
+        # The checks know one configuration and not its variant.
         except ValueError as error:
             raise ValueError(f"variant {name}: {error}") from error
 
     runs.sort(key=lambda run: seeds.index(run.seed))  # stable: variants keep their order
+
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give another out in {path}")
     if to_run:
         for run in runs:
             _check_earlier(run)
+
     return Sweep(out, tuple(variants), seeds, budget, tuple(runs))
 
 
@@ -201,6 +207,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"there is no sweep {str(path)!r}; give the path of a YAML file")
     try:
         tree = OmegaConf.load(path)
+    # OmegaConf lets PyYAML's errors through as they are.
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
     if not isinstance(tree, DictConfig):
@@ -251,9 +258,11 @@ def _variants(path: Path, value: Any) -> dict[str, tuple[str, ...]]:
             f"{path}: variants is {value!r}; give each variant a name and the settings in which it "
             "differs"
         )
+
     variants = {}
     for key, settings in value.items():
         name = str(key)
+        # No slash, and no dot in front: the name is that of one directory below out.
         if not re.fullmatch(r"\w[\w.+-]*", name):
             raise ValueError(
                 f"{path}: the variant {name!r} names a directory; use letters, digits and . _ + -"
@@ -319,6 +328,7 @@ def _runs_of(
     """
     config = configuration.load(base, overrides)
     per_step = _rollouts_per_step(config)
+
     # Equal rollouts, not equal steps: a variant may draw more or fewer in a step.
     steps, rest = divmod(budget, per_step)
     if rest or not steps:
@@ -332,6 +342,7 @@ def _runs_of(
         run_dir = str(out / variant / f"seed-{seed}")
         trainer = dataclasses.replace(config.trainer, steps=steps, seed=seed, run_dir=run_dir)
         of_run = dataclasses.replace(config, trainer=trainer)
+        # The same settings as words: the run's process loads base and overrides, not this object.
         settings = (f"trainer.steps={steps}", f"trainer.seed={seed}", f"trainer.run_dir={run_dir}")
         runs.append(SweepRun(variant, seed, base, (*overrides, *settings), of_run))
     return runs
@@ -348,9 +359,11 @@ def _check_earlier(run: SweepRun) -> None:
     earlier = Earlier.read(run.directory)
     if earlier.config is None:
         return
+
     # A run of an earlier version did what is the default of settings that it did not have.
     defaults = dataclasses.replace(Config(), objective=type(run.config.objective)())
     not_default = {name for name, _, _ in changes(to_plain(defaults), to_plain(run.config))}
+
     for name, before, now in changes(earlier.config, to_plain(run.config)):
         is_new = before is None and name not in not_default
         # A job on a cluster gives whole paths. An empty text would resolve to the working
@@ -358,6 +371,7 @@ def _check_earlier(run: SweepRun) -> None:
         is_same_path = False
         if isinstance(before, str) and isinstance(now, str) and before and now:
             is_same_path = Path(before).resolve() == Path(now).resolve()
+
         if is_new or is_same_path or name.startswith(_WITHOUT_EFFECT):
             continue
         raise ValueError(

@@ -53,6 +53,7 @@ def variant_rows(sweep: Sweep, results: Sequence[RunResult]) -> list[VariantRow]
         of_variant = [result for result in results if result.variant == variant]
         # A diverged run has figures too, and is counted instead: in a mean they would hide it.
         finished = [result for result in of_variant if result.outcome == Outcome.FINISHED]
+        # Every outcome has a count, 0 among them: all rows of the CSV file have the same columns.
         counts = dict.fromkeys(Outcome, 0)
         for result in of_variant:
             counts[result.outcome] += 1
@@ -113,6 +114,7 @@ def as_json(sweep: Sweep, results: Sequence[RunResult]) -> dict[str, Any]:
         run = dataclasses.asdict(result)
         del run["accuracy_of"]  # a number for each problem, which the run's own directory has
         runs.append(run)
+
     whole = {
         "compared_with": sweep.variants[0],
         "confidence": CONFIDENCE,
@@ -172,6 +174,7 @@ def runs_table(rows: Sequence[VariantRow]) -> list[list[str]]:
         tokens = "-"
         if row.tokens.count:
             tokens = f"{row.tokens.value:,.0f}"
+
         finished = f"{row.counts[Outcome.FINISHED]} of {row.runs}"
         table.append([row.variant, finished, *map(str, counts), minutes, tokens])
     return table
@@ -181,6 +184,7 @@ def figure_table(figure: str, rows: Sequence[VariantRow]) -> list[list[str]]:
     """Returns the cells of a figure's table, [] where no run has the figure."""
     if not any(math.isfinite(row.means[figure].value) for row in rows):
         return []
+
     interval = f"{CONFIDENCE:.0%} interval"
     table = [[figure, "mean", "std error", "difference", interval, "pairs"]]
     for row in rows:
@@ -188,8 +192,10 @@ def figure_table(figure: str, rows: Sequence[VariantRow]) -> list[list[str]]:
         difference = row.differences.get(figure)
         cells = [row.variant, _number(mean.value), _number(mean.standard_error)]
         if difference is None:
+            # The first variant, which is compared with no other.
             cells += ["-", "-", "-"]
         else:
+            # A single pair of seeds has a difference, but no interval.
             between = "-"
             if math.isfinite(difference.low):
                 between = f"{difference.low:+.3f} to {difference.high:+.3f}"
