@@ -90,6 +90,8 @@ def run_benchmarks(
     """
     trainer = dataclasses.replace(config.trainer, run_dir=str(out))
     config = dataclasses.replace(config, trainer=trainer)
+
+    # In this order: an engine needs the process group, and prompts need the engine's tokenizer.
     join_world(config.trainer.timeout_minutes)
     rank = dist.get_rank()
     directory = EvaluationDirectory(out)
@@ -108,6 +110,7 @@ def run_benchmarks(
         problems = problems[: config.evaluation.max_problems or None]
         begins = range(0, len(problems), size)
         chunks_of[name] = [Chunk(name, i // size, problems[i : i + size]) for i in begins]
+
     chunks = [chunk for of_benchmark in chunks_of.values() for chunk in of_benchmark]
 
     settings = _settings(config, engine, chunks_of)
@@ -118,6 +121,7 @@ def run_benchmarks(
     # What is left, as the first rank sees it: file systems of other nodes lag behind.
     there = shared([directory.has(chunk) for chunk in chunks], group=dist.group.WORLD)
     missing = [chunk for chunk, done in zip(chunks, there, strict=True) if not done]
+
     if missing:
         _answer(config, engine, directory, chunks, missing)
     # Before the figures, which one rank computes: the others have ended by then.
@@ -129,6 +133,7 @@ def run_benchmarks(
     for name, of_benchmark in chunks_of.items():
         evaluations[name] = summarise(directory.read(of_benchmark), vote=True)
     directory.publish(config.model.path, settings, evaluations)
+
     width = None
     if not sys.stdout.isatty():
         width = 120  # a file takes the whole table
@@ -170,6 +175,7 @@ def table(evaluations: Mapping[str, Evaluation]) -> Table:
         "blank": lambda row: f"{row['unanswered_share']:.1%}",
         "failed": lambda row: f"{row['failed_checks']}",
     }
+
     if samples == 1:
         del columns["maj@1"]  # and pass@1 is there once
 
@@ -189,6 +195,7 @@ def _settings(
     config: Config, engine: Engine, chunks_of: Mapping[str, Sequence[Chunk]]
 ) -> dict[str, Any]:
     """Returns everything that the figures depend on, by the names under which a user set it."""
+    # A checkpoint takes the place of the HF directory's own weights.
     if config.model.weights:
         paths = Path(config.model.weights).rglob("*")
         files = sorted(path for path in paths if path.is_file())
@@ -270,6 +277,7 @@ def _answer(
         probe=missing[0].problems[0],
         temperature=1.0,
     )
+
     # By the same checks as in training: an evaluation of half a model would look like a bad model.
     sync.run((name, tensor.to(dtype)) for name, tensor in hf_tensors(weights, architecture))
 
@@ -296,9 +304,11 @@ def _answer(
             advance(num_problems - num_missing)
             for chunk in missing:
                 started = time.monotonic()
+                # Not by Python's own hash, which differs from process to process.
                 identity = f"{config.trainer.seed} {chunk.benchmark} {chunk.number}"
                 digest = hashlib.blake2b(identity.encode(), digest_size=6).digest()
                 seed = int.from_bytes(digest, "little")
+
                 completions = stage.generate(chunk.problems, sampling, seed=seed)
                 rollouts = stage.label(chunk.problems, completions)
 
@@ -309,6 +319,7 @@ def _answer(
                         f"{len(lost)} completions of {chunk.benchmark} were lost ({lost[0]}); "
                         f"start again"
                     )
+                # The texts are still on the ranks that sampled them, and the file needs them all.
                 rollouts = stage.exchange.to_first(rollouts)
                 if rank == 0:
                     directory.write(chunk, rollouts, _answers(rollouts, labeller, config.labels))
@@ -360,6 +371,7 @@ def _answers(
         one_gold = len(rollouts[members[0]].prompt.answers) == 1
         of_members = answer_classes([given[i] for i in members], same, one_gold=one_gold)
         classes.update(zip(members, of_members, strict=True))
+
     return [(answer.text, classes[i]) for i, answer in enumerate(given)]
 
 
@@ -369,6 +381,7 @@ def _text(rollout: Rollout, labels: LabelConfig) -> str | None:
     A verifier of a user's own is given the whole text, so that an answer may stand outside of a box
     there.
     """
+    # What is cut may end in the middle of a number, which then reads as another one.
     if not rollout.completion.finished:
         return None
     answer = final_answer(
@@ -391,6 +404,7 @@ def _progress(console: Console, problems: int) -> Iterator[Callable[[int], None]
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:

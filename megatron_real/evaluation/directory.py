@@ -76,6 +76,7 @@ class EvaluationDirectory:
         before = {}
         if self.settings.is_file():
             before = json.loads(self.settings.read_text(encoding="utf-8"))
+
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.settings, json.dumps({**before, **settings}, indent=2) + "\n")
 
@@ -105,6 +106,7 @@ class EvaluationDirectory:
             row["golds"] = list(rollout.prompt.answers)
             row["completion"] = rollout.completion.text
             rows.append(row)
+
         # ASCII: a model may emit half a surrogate pair.
         write_whole(self._file(chunk), "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -146,6 +148,7 @@ class EvaluationDirectory:
             "benchmarks": benchmarks,
             "average": mean,
         }
+
         write_whole(self.json, json.dumps(results, indent=2) + "\n")
 
         rows = {**benchmarks, "average": mean}

@@ -112,6 +112,7 @@ def summarise(completions: Sequence[Judged], *, vote: bool = False) -> Evaluatio
     of_problem: dict[str, list[Judged]] = defaultdict(list)
     for completion in completions:
         of_problem[completion.problem].append(completion)
+
     samples = len(completions) // len(of_problem)
     if any(len(group) != samples for group in of_problem.values()):
         raise ValueError(
@@ -124,6 +125,7 @@ def summarise(completions: Sequence[Judged], *, vote: bool = False) -> Evaluatio
     # Over problems, not completions: those of one problem are alike, and an error over them all
     # would look too small.
     shares = [count / samples for count in correct]
+
     # 1, 2, 4, ... up to the samples, and the samples themselves.
     passes = []
     for k in sorted({samples, *(2**i for i in range(samples.bit_length()))}):
@@ -131,6 +133,7 @@ def summarise(completions: Sequence[Judged], *, vote: bool = False) -> Evaluatio
     majority_share = None
     if vote:
         majority_share = _mean([majority(group) for group in of_problem.values()])
+
     return Evaluation(
         pass_at_1=_mean(shares),
         standard_error=standard_error(shares),
@@ -153,6 +156,7 @@ def pass_at_k(correct: int, samples: int, k: int) -> float:
     Unbiased: 1 - C(samples - correct, k) / C(samples, k); 1 - (1 - correct / samples)^k is not.
     """
     assert 0 <= correct <= samples and 1 <= k <= samples, f"pass@{k} of {correct} among {samples}"
+    # comb is 0 where fewer than k are wrong: the chance is then 1.
     return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 

@@ -27,7 +27,9 @@ Three quarters are from its beginning, the rest from its end.
 MAX_SHADED = 400
 """Tokens of an answer that are kept with their figures."""
 
+# Fixed: two reports of a run show the same groups.
 _SEED = 0
+# From U+2400 on, Unicode has pictures of the control characters in their own order.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
 _VISIBLE |= {0x7F: 0x2421}
 # Halves of surrogate pairs, which no browser can show and some cannot copy.
@@ -79,10 +81,12 @@ def sample_of(run: Run, *, max_bytes: int, steps: Sequence[int] = ()) -> Sample:
         raise ValueError(f"{run.name} has no rollouts of step {missing[0]} on disk; {kept}")
 
     shown_steps = list(steps) or spaced(saved, MAX_STEPS)
+    # Once for all steps: a tokenizer takes longer to load than a step's rows.
     decode = token_decoder(run.config)
     groups: list[Mapping[str, Any]] = []
     num_read = 0
     left = max_bytes
+
     for i, step in enumerate(shown_steps):
         # What earlier steps did not use is shared by the later ones.
         share = left / (len(shown_steps) - i)
@@ -105,6 +109,7 @@ def spaced(steps: Sequence[int], limit: int) -> list[int]:
     """Returns at most `limit` of the steps, evenly spaced, the first and the last among them."""
     if len(steps) <= limit:
         return list(steps)
+    # Rounding hits both ends: i = 0 is the first step, i = limit - 1 the last.
     return [steps[round(i * (len(steps) - 1) / (limit - 1))] for i in range(limit)]
 
 
@@ -134,6 +139,7 @@ def _groups(
     random.Random(_SEED + seed).shuffle(order)
     for group in order:
         first = members[group][0]
+        # What a model or a data file wrote goes through `visible`; the rest are our own numbers.
         yield {
             "step": first["step"],
             "group": group,
@@ -158,9 +164,12 @@ def _rollout(row: Mapping[str, Any], decode: Any) -> dict[str, Any]:
         "length": len(row["token_ids"]),
         "finished": bool(row["finished"]),
     }
+
+    # Of the answer's beginning only: a token's figures take several times the bytes of its text.
     if decode is not None:
         rollout["tokens"] = [visible(text) for text in decode(row["token_ids"][:MAX_SHADED])]
         rollout["logprobs"] = [_rounded(p, 2) for p in row["logprobs"][:MAX_SHADED]]
+        # None where the step was not trained on yet, or the run keeps no figures of single tokens.
         if row.get("token_weights") is not None:
             rollout["ratios"] = [_rounded(r, 3) for r in row["log_ratios"][:MAX_SHADED]]
             # To digits rather than decimals: weights are small, and only their ratios matter.
@@ -168,6 +177,7 @@ def _rollout(row: Mapping[str, Any], decode: Any) -> dict[str, Any]:
                 None if _rounded(weight) is None else float(f"{weight:.3g}")
                 for weight in row["token_weights"][:MAX_SHADED]
             ]
+
     return rollout
 
 
@@ -185,6 +195,7 @@ def token_decoder(config: Mapping[str, Any]) -> Callable[[Sequence[int]], list[s
     file = Path(str(config.get("model", {}).get("path", ""))) / "tokenizer.json"
     if not file.is_file():
         return None
+
     try:
         from tokenizers import Tokenizer
 
@@ -193,6 +204,7 @@ def token_decoder(config: Mapping[str, Any]) -> Callable[[Sequence[int]], list[s
         return None
 
     def decode(token_ids: Sequence[int]) -> list[str]:
+        # One by one: a text that is decoded as a whole cannot be cut at the borders of its tokens.
         single_tokens = [[token] for token in token_ids]
         return list(tokenizer.decode_batch(single_tokens, skip_special_tokens=False))
 

@@ -94,6 +94,7 @@ def draw(variants: Sequence[Variant]) -> Charts:
         models["stages"] = stages
     if not models:
         return Charts("", [], "")
+    # Without a script tag, which the template writes itself: the tag needs the page's nonce.
     script, divs = components(models, wrap_script=False)
     return Charts(script, [divs[f"curve-{i}"] for i in range(len(curves))], divs.get("stages", ""))
 
@@ -121,6 +122,7 @@ def band_columns(variant: Variant) -> dict[str, Column]:
     if len(columns) == 1:
         return columns[0]
 
+    # A metric that one of the runs lacks has no mean over all of them.
     names = [name for name in columns[0] if all(name in of_run for of_run in columns)]
     # Seeds may have come to different steps: a mean beyond the shortest would be of fewer runs.
     common = columns[0]["step"]
@@ -144,6 +146,7 @@ def thinned(columns: Mapping[str, Column], max_points: int = MAX_POINTS) -> dict
     num_rows = len(columns["step"])
     if num_rows <= max_points:
         return dict(columns)
+    # Two of the rounded numbers may be the same row.
     kept = numpy.unique(numpy.linspace(0, num_rows - 1, max_points).round().astype(int))
     return {name: column[kept] for name, column in columns.items()}
 
@@ -218,16 +221,19 @@ def _figure(name: str, x_range: Any) -> figure:
     unit = ""
     if metric is not None and metric.unit != name:
         unit = f" ({metric.unit})"
+
     plot = new_figure(
         title=f"{name}{unit}",
         height=230,
         sizing_mode="stretch_width",
         x_range=x_range,
         tools="pan,box_zoom,wheel_zoom,reset,save",
+        # The wheel goes on scrolling the page until the reader turns its tool on.
         active_scroll=None,
         output_backend="canvas",
         name="curve",
     )
+
     plot.xaxis.axis_label = "step"
     return plot
 
@@ -235,14 +241,18 @@ def _figure(name: str, x_range: Any) -> figure:
 def _add_curve(plot: figure, source: ColumnDataSource, name: str, label: str, number: int) -> None:
     from bokeh.models import HoverTool
 
+    # Colours first, then dashes: 6 x 3 variants can be told apart.
     color = COLORS[number % len(COLORS)]
     dash = _DASHES[number // len(COLORS) % len(_DASHES)]
+    # In braces, because a metric's name may have a slash.
     shown = [("run", label), ("step", "@step"), (name, f"@{{{name}}}")]
+
     if f"{name}_low" in source.data:
         plot.varea(
             "x", f"{name}_low", f"{name}_high", source=source, fill_color=color, fill_alpha=0.18
         )
         shown.append(("range", f"@{{{name}_low}} to @{{{name}_high}}"))
+
     line = plot.line(
         "x", name, source=source, color=color, line_dash=dash, line_width=1.8, legend_label=label
     )
@@ -250,6 +260,8 @@ def _add_curve(plot: figure, source: ColumnDataSource, name: str, label: str, nu
     points = plot.scatter("x", name, source=source, color=color, size=4, alpha=0.001)
     if len(source.data["x"]) < 3:
         points.glyph.update(fill_alpha=1, line_alpha=1)  # a line of one point is invisible
+
+    # Every curve needs a tool of its own; the toolbar shows the first of them alone.
     plot.add_tools(
         HoverTool(tooltips=shown, renderers=[line, points], mode="vline", visible=number == 0)
     )
@@ -263,13 +275,16 @@ def _held_out(run: Run) -> dict[str, Any]:
     name = "heldout/pass_at_1"
     rows = [row for row in run.evaluations if row.get(name) is not None]
     value = _column(rows, name)
+    # A single problem has no standard error: its bar has no length.
     error = numpy.nan_to_num(_column(rows, "heldout/standard_error"))
     of_steps = _axes(run.steps)
+
     steps = numpy.array([row["step"] for row in rows], dtype=numpy.float32)
     # Number of steps done by then; an evaluation before the first step is at 0 of everything.
     done = numpy.searchsorted(of_steps["step"], steps, side="right")
     tokens = numpy.append(0, of_steps["tokens"])[done]
     hours = numpy.append(0, of_steps["hours"])[done]
+
     return {
         "step": steps,
         "tokens": tokens,
@@ -307,10 +322,12 @@ def _held_out_figure(
         bars = Whisker(base="x", lower="low", upper="high", source=source, line_color=color)
         for head in (bars.upper_head, bars.lower_head):
             head.update(line_color=color, size=6)
+
         plot.add_layout(bars)
         tooltips = [("run", run.name), ("step", "@step"), ("accuracy", "@value")]
         tooltips.append(("1 standard error", "@low to @high"))
         plot.add_tools(HoverTool(tooltips=tooltips, renderers=[points], visible=False))
+
     _finish(plot)
     _legend_below(plot, len({label for _, label, _ in of_runs}))
     return plot
@@ -329,6 +346,7 @@ def _stages(variants: Sequence[Variant]) -> figure | None:
     names = [variant.name for variant in variants]
     data: dict[str, Any] = {"name": names}
     data |= {stage: [of_variant.get(stage, 0.0) for of_variant in times] for stage in stages}
+
     plot = new_figure(
         title="mean seconds of a step, by stage",
         # Bokeh's axis grows upwards: reversed, the first variant is on top.
@@ -349,6 +367,8 @@ def _stages(variants: Sequence[Variant]) -> figure | None:
         name=stages,
         line_color=_INK,
     )
+
+    # Bokeh fills in the stage under the mouse for $name, and that column of the row for @$name.
     plot.add_tools(HoverTool(tooltips="@name, $name: @$name{0.00} s", renderers=bars))
     plot.x_range.start = 0
     _finish(plot)
@@ -362,6 +382,7 @@ def stage_seconds(runs: Sequence[Run]) -> dict[str, float]:
     """Returns the mean seconds of a step in each stage, over all steps of the runs."""
     rows = [row for run in runs for row in run.steps]
     names = dict.fromkeys(name for row in rows for name in row if name.startswith("seconds/"))
+    # Over all rows: a stage that some steps do without took 0 s of them.
     return {
         name.removeprefix("seconds/"): math.fsum(row.get(name) or 0.0 for row in rows) / len(rows)
         for name in names
@@ -376,12 +397,14 @@ def _legend_below(plot: figure, num_names: int) -> None:
     plot.legend.padding = 2
     plot.legend.margin = 2
     plot.legend.spacing = 6
+    # The height includes the legend: without more of it the chart itself would shrink.
     plot.height += _LEGEND_ROW_PIXELS * math.ceil(num_names / _LEGEND_COLUMNS)
     plot.add_layout(plot.legend[0], "below")
 
 
 def _finish(plot: figure) -> None:
     """Sets colours that are legible on light and dark backgrounds, and removes the frame."""
+    # Transparent: the page's background shows, which the reader may switch.
     plot.background_fill_alpha = 0
     plot.border_fill_alpha = 0
     plot.outline_line_color = None
@@ -390,12 +413,14 @@ def _finish(plot: figure) -> None:
     plot.grid.grid_line_alpha = 0.2
     plot.toolbar.autohide = True
     plot.toolbar.logo = None
+
     for axis in plot.axis:
         axis.axis_line_color = _INK
         axis.axis_label_text_color = _INK
         axis.major_label_text_color = _INK
         axis.major_tick_line_color = _INK
         axis.minor_tick_line_color = None
+
     plot.legend.background_fill_alpha = 0
     plot.legend.border_line_color = None
     plot.legend.label_text_color = _INK

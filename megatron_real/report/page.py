@@ -50,7 +50,9 @@ def report_page(
         "held_out": tables.held_out(runs),
         "benchmarks": tables.benchmarks(evaluations),
     }
+
     charts = draw(variants_of(runs))
+    # Rendered once without rollouts, to know the bytes that are left for them.
     size_without_rollouts = len(_render(runs, sections, charts, []).encode())
     room = max_bytes - size_without_rollouts
     if room < 0:
@@ -76,11 +78,14 @@ def _render(
     from bokeh.resources import Resources
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    # StrictUndefined: a name that the template misspells is an error and no empty text.
     jinja = Environment(loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined)
+
     library = ""
     if charts.script:
         # Bokeh's other components (widgets, tables, formulas) would double the page.
         library = "\n".join(Resources(mode="inline", components=["bokeh"]).js_raw)
+
     return jinja.get_template("page.html").render(
         title=", ".join(run.name for run in runs),
         written=time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -89,6 +94,7 @@ def _render(
         charts=charts,
         library=library,
         samples=[dataclasses.asdict(sample) for sample in samples],
+        # New for each page: a text that knew it could bring a script that the policy lets run.
         nonce=secrets.token_hex(16),
         style=(_HERE / "page.css").read_text(encoding="utf-8"),
         script=(_HERE / "page.js").read_text(encoding="utf-8"),

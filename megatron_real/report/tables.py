@@ -39,10 +39,12 @@ def _overview_row(run: Run) -> list[str]:
     seconds: list[float] = []
     for row in run.steps:
         seconds += [row[name] or 0.0 for name in row if name.startswith("seconds/")]
+
     asked = _setting(run.config, "trainer.steps")
     done = 0
     if run.steps:
         done = run.steps[-1]["step"]
+
     return [
         run.name,
         str(run.status.get("state", "")),
@@ -60,6 +62,7 @@ def differences(runs: Sequence[Run]) -> Table:
     names = list(dict.fromkeys(name for settings in flat for name in settings))
     rows = []
     for name in names:
+        # As texts: a value may be a list, which a set cannot hold.
         values = [_text(settings.get(name)) for settings in flat]
         if len(set(values)) > 1:
             rows.append([name, *values])
@@ -98,6 +101,7 @@ def rank_times(runs: Sequence[Run]) -> Table:
             for rank, times in ranks.most_common(1):
                 often = f"rank {rank:.0f} ({times / len(run.steps):.0%} of the steps)"
             rows.append([run.name, stem.removeprefix("rank_seconds/"), *means, often])
+
     return Table(
         ["run", "stage", "fastest rank (s)", "mean (s)", "slowest (s)", "most often"], rows
     )
@@ -163,6 +167,7 @@ def held_out(runs: Sequence[Run]) -> Table:
         figures = [row for row in run.evaluations if row.get(name) is not None]
         if not figures:
             continue
+        # Of equally good ones, the earliest.
         best = max(figures, key=lambda row: float(row[name]))
 
         cells = [run.name]
@@ -191,6 +196,7 @@ def benchmarks(directories: Sequence[str]) -> Table:
         try:
             results = json.loads(file.read_text(encoding="utf-8"))
             of_benchmarks = {**results["benchmarks"], "average": results["average"]}
+
             for name, row in of_benchmarks.items():
                 accuracy = _with_error(row["pass_at_1"], row.get("standard_error"))
                 figures = [accuracy, _number(row.get("majority"))]
@@ -201,6 +207,7 @@ def benchmarks(directories: Sequence[str]) -> Table:
                 f"{file} holds no results ({type(error).__name__}: {error}); "
                 "give the --out of a finished `megatron-real eval`"
             ) from error
+
     return Table(["model", "benchmark", "pass@1", "majority", "problems", "samples"], rows)
 
 
@@ -225,4 +232,5 @@ def _setting(config: Mapping[str, Any], name: str) -> Any:
 def _text(value: Any) -> str:
     if value is None:
         return "-"
+    # As JSON, so that true and null read as in the file; a text is shown without its quotes.
     return json.dumps(value, default=str).strip('"')

@@ -73,6 +73,7 @@ def read_run(path: str) -> Run:
     name = absolute.name
     if re.fullmatch(r"seed-\d+", name):
         name = f"{absolute.parent.name}/{name}"
+
     return Run(
         name=name,
         records=records,
@@ -88,9 +89,11 @@ def variants_of(runs: Sequence[Run]) -> list[Variant]:
     """Returns the variants in the order of their first runs."""
     members: dict[str, list[Run]] = {}
     for run in runs:
+        # A copy, by way of JSON: the run's own configuration keeps its seed and its directory.
         settings = json.loads(json.dumps(run.config, default=str))
         for section, name in _OF_ONE_RUN:
             settings.get(section, {}).pop(name, None)
+        # A dictionary is no key; the text of one with sorted names is the same for equal settings.
         members.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
     return [Variant(_name(same), same) for same in members.values()]
 
