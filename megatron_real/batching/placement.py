@@ -116,6 +116,7 @@ def plan(
             f"batch.placement={placement}: the largest group does not fit into "
             f"batch.max_tokens = {layout.max_tokens}{ranks}; raise it or use placement=auto"
         )
+    # At equal time the first: `intact` needs no meeting, and no second pass.
     return min(plans, key=lambda made: made.seconds)
 
 
@@ -289,6 +290,8 @@ class _Packing:
 
         # `count` bins to every rank, the costliest first to the rank with the least.
         ranks: list[list[tuple[int, ...]]] = [[] for _ in range(dp)]
+        # A heap of (cost so far, rank): the least loaded rank comes first, and of equal
+        # ones the lowest.
         waiting = [(0.0, rank) for rank in range(dp)]
         for members in sorted(bins, key=self._cost_of, reverse=True):
             load, rank = heapq.heappop(waiting)
@@ -296,6 +299,7 @@ class _Packing:
             # A rank with its share leaves the queue: Megatron wants equally many on every rank.
             if len(ranks[rank]) < count:
                 heapq.heappush(waiting, (load + self._cost_of(members), rank))
+
         return tuple(tuple(rank) for rank in ranks)
 
     def _across_ranks(self, count: int) -> MicroBatches | None:
@@ -313,6 +317,8 @@ class _Packing:
             if row is None:
                 return None
             rows.append(row)
+
+        # From [index][rank] to [rank][index].
         return tuple(tuple(tuple(row[rank]) for row in rows) for rank in range(dp))
 
     def _fill(self, units: Sequence[_Unit], num_bins: int, budget: int) -> list[list[int]] | None:
@@ -339,6 +345,7 @@ class _Packing:
                 load, b = heapq.heappop(open_bins)
                 if bins[b].size_with(unit, padded=padded) <= budget:
                     break
+                # Negated: heapq takes the least first, and the most room is wanted.
                 heapq.heappush(full_bins, (-bins[b].room(budget, padded=padded), load, b))
             else:
                 return None
@@ -361,6 +368,7 @@ class _Packing:
 
 
 def _costliest_first(units: Sequence[_Unit]) -> list[_Unit]:
+    # Stable: units of equal cost keep their order, so that every rank makes the same plan.
     return sorted(units, key=lambda unit: -unit.cost)
 
 
