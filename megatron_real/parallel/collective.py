@@ -67,6 +67,7 @@ class _Attempt:
             self.outcome = _Outcome(pickle.dumps(self.value) if pickled else b"")
         except expected as error:
             self.cause = error
+            # Never empty: an outcome without a sentence counts as a success.
             self.outcome = _Outcome(error=str(error) or type(error).__name__, expected=True)
         except Exception as error:  # of whatever kind: the other ranks wait for this rank's report
             self.cause = error
@@ -164,8 +165,10 @@ def on_first(
     attempt = _Attempt(
         action if is_first else lambda: None, expected, pickled=is_first and group is not None
     )
+
     outcome = shared(attempt.outcome, group=group)
     attempt.raise_first([outcome], raises)
+
     if is_first:
         result: T = attempt.value
         return result
@@ -200,10 +203,12 @@ def gathered_by_first(value: T, *, group: dist.ProcessGroup | None) -> list[T]:
     """
     if group is None:
         return [value]
+
     # torch insists on None where nothing is received.
     values: list[Any] | None = None
     if dist.get_rank(group) == 0:
         values = [None] * dist.get_world_size(group)
+    # torch wants the destination's rank in the world, not in the group.
     dist.gather_object(value, values, dst=dist.get_global_rank(group, 0), group=group)
     return values or []
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from megatron_real.records import Absent, Completion, Label, Prompt, Rollout, Status, Verdict
 
+# A status travels as its place in here, which is the same on all ranks: they run one version.
 _STATUSES = tuple(Status)
 
 _FACTS = numpy.dtype(
@@ -144,6 +145,7 @@ class Exchange:
             if holder != self.rank:
                 completion = Absent.of(completion)
                 reference = None
+
             dealt.append(
                 dataclasses.replace(
                     rollout, completion=completion, reference_logprobs=reference, holder=holder
@@ -203,6 +205,7 @@ class Exchange:
         ]
 
         received = self._all_to_all(outgoing, sizes)
+
         brought = list(rollouts)
         first = 0
         for source in range(self.world):
@@ -211,6 +214,7 @@ class Exchange:
                 end = first + _num_bytes(rollout, reference_bytes, text=text)
                 brought[position] = _whole(rollout, received[first:end], reference_bytes)
                 first = end
+
         return brought
 
     def to_first(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
@@ -276,6 +280,7 @@ class Exchange:
         own = numpy.dtype(dtype)
         outgoing: list[list[NDArray[Any]]] = [[] for _ in range(self.world)]
         incoming: dict[int, list[int]] = defaultdict(list)
+
         # Both ends go through the positions in the same order, so the bytes need no labels.
         for position, source in sorted(computed_by.items()):
             holder = rollouts[position].holder
@@ -320,6 +325,7 @@ class Exchange:
         reward = verdict.reward
         if reward is None:
             reward = 0.0  # `has_reward` says that there is none
+
         # In the order of _FACTS' fields.
         return (
             reward,
@@ -357,7 +363,9 @@ class Exchange:
         for row, rollout in enumerate(own, first):
             reason = _utf8(rollout.verdict.reason)
             letters[starts_R[row] : ends_R[row]] = numpy.frombuffer(reason, dtype=numpy.uint8)
+        # Each byte is written by one rank and 0 on all others, so that the sum cannot overflow.
         self._sum(torch.from_numpy(letters))
+
         return [
             _text(letters[start:end].tobytes()) for start, end in zip(starts_R, ends_R, strict=True)
         ]
@@ -387,8 +395,10 @@ class Exchange:
             for array in arrays
         ]
         sent = numpy.concatenate([nothing, *parts])
+
         if self.world == 1:
             return sent
+
         received = torch.empty(sum(sizes), dtype=torch.uint8)
         dist.all_to_all_single(
             received,
@@ -407,9 +417,11 @@ def _rollout_of(facts: numpy.void, prompt: Prompt, reason: str) -> Rollout:
         num_text_bytes=int(facts["text_bytes"]),
         finished=bool(facts["finished"]),
     )
+
     reward = None
     if facts["has_reward"]:
         reward = float(facts["reward"])
+
     verdict = Verdict(
         _STATUSES[facts["status"]],
         Label(int(facts["label"])),
@@ -418,6 +430,7 @@ def _rollout_of(facts: numpy.void, prompt: Prompt, reason: str) -> Rollout:
         reason,
         bool(facts["early"]),
     )
+
     return Rollout(
         prompt,
         int(facts["group"]),
@@ -437,11 +450,14 @@ def _arrays(rollout: Rollout, reference_bytes: int, *, text: bool) -> list[NDArr
         completion.weight_version,
         completion.trained,
     ]
+
     if reference_bytes:
         reference = rollout.reference_logprobs
+        # Zeros in its place: all rollouts take the same bytes a token, as the receiver counts.
         if reference is None:
             reference = numpy.zeros(completion.num_tokens, dtype=numpy.float32)
         arrays.append(reference.astype(f"<f{reference_bytes}"))
+
     if text:
         arrays.append(numpy.frombuffer(_utf8(completion.text), dtype=numpy.uint8))
     return arrays
@@ -479,6 +495,7 @@ def _whole(rollout: Rollout, data: NDArray[numpy.uint8], reference_bytes: int) -
     reference = None
     if reference_bytes:
         reference = next_array(f"<f{reference_bytes}")
+
     completion = Completion(
         token_ids,
         logprobs,

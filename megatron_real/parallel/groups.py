@@ -130,6 +130,7 @@ def set_up(
         # Not the default group's timeout: megatron-core has one of its own, of 30 minutes.
         distributed_timeout_minutes=timeout_minutes,
     )
+
     model_parallel_cuda_manual_seed(seed)
     return ProcessGroups(
         megatron=ProcessGroupCollection.use_mpu_process_groups(),

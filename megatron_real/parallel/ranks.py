@@ -50,6 +50,7 @@ class Ranks:
         extremes = torch.tensor([ranks_per_node, -ranks_per_node])
         if group is not None:
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+
         largest = int(extremes[0])
         smallest = -int(extremes[1])
         if largest != smallest or world % largest:
