@@ -97,6 +97,7 @@ class OneReplicaReads(FullyParallelLoadStrategyWrapper):
         buffer = target.detach().to(device()).contiguous()
         source = dist.get_global_rank(self._replicas, reader)
         dist.broadcast(buffer, src=source, group=self._replicas)
+
         if loaded is None and buffer.data_ptr() != target.data_ptr():
             target.detach().copy_(buffer)
         return target

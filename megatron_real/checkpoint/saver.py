@@ -232,17 +232,21 @@ class Checkpoints:
         self.reporter = reporter
         self.drawing = drawing
         self.ranks = ranks
+
         self.position = Position(0)
         """The last whole step, or the position of the checkpoint that was loaded."""
         self._begun: Unfinished | None = None
+
         self._settings = config.checkpoint
         self._folder = reporter.directory.checkpoints
         self._stop = stop
+
         # The writer's collectives run beside the training's: they need a group of their own.
         self._writers = Ranks.of_all(timedelta(minutes=config.trainer.timeout_minutes))
         self._staging = Staging(policy.groups.dp_cp)
         self._thread = writing_thread()
         self._writing: Future[str] | None = None
+
         self._saved: Position | None = None
         self._failure = ""
         self._untidy: list[str] = []
@@ -332,6 +336,7 @@ class Checkpoints:
         # Of shapes that do not fit, which every rank sees alike.
         except CheckpointingException as error:
             raise EveryRankError(f"{path} does not fit this model or layout: {error}") from error
+
         # After the optimizer's state, whose tensors bring no count of steps.
         load_schedule_state(self.policy, state["schedule"])
         say(f"resuming after {_describe(checkpoint.position)}, from {path}")
@@ -442,16 +447,19 @@ class Checkpoints:
         accuracy: float | None = None,
     ) -> None:
         self._report(wait=True)
+
         # A save that failed for want of space would fail again; a position that is saved already is
         # good.
         if reason != SAVE_FAILED and position != self._saved:
             self._save(position, state, accuracy)
+
         failure = self.close()
         if failure or position != self._saved:
             raise CheckpointFailed(
                 f"{failure or 'a checkpoint could not be saved'}. Free space and start the same "
                 "command again"
             )
+
         sentence = (
             f"stopping after {_describe(position)}, for {described(reason)}; the same command goes "
             "on from there"
@@ -536,6 +544,7 @@ class Checkpoints:
             # The first rank alone writes them down.
             for of_rank in ranks.gathered_by_first(own_digests):
                 digests |= of_rank
+
             header = {
                 "position": str(position),
                 "accuracy": accuracy,
@@ -569,6 +578,7 @@ class Checkpoints:
     ) -> None:
         """Makes the files a checkpoint, names it in `latest` and deletes older ones."""
         directory = self.reporter.directory
+
         # The rows that the saved offsets count must not be younger than the checkpoint.
         sync_files([directory.metrics, directory.evaluations])
         commit(self._folder, position, digests, header)
@@ -697,10 +707,12 @@ def _put(source: Path, target: Path) -> None:
     """
     if target.exists():
         delete(target)
+
     if source.is_dir():
         for part in source.iterdir():
             _put(part, target / part.name)
         return
+
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         # A link costs no space and no time, and stays when the other name is deleted.

@@ -56,6 +56,8 @@ def load_sharded_state(policy: Policy, folder: Path) -> None:
     """
     state = sharded_state(policy)
     saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+
+    # What only this run's layers have is kept aside, and put back once the rest is read.
     missing: dict[str, dict[str, Any]] = {}
     for part in _names_of_chunks(policy):
         # Deleted from what is loaded, or megatron-core would refuse the checkpoint as incomplete.
@@ -105,6 +107,7 @@ def rng_state() -> dict[str, Any]:
     name, keys, position, has_gauss, cached = cast(
         tuple[Any, ...], numpy.random.get_state(legacy=True)
     )
+
     # numpy's array of uint32 as torch's int64: torch.load refuses the one and has not the other.
     return {
         "python": [version, list(numbers), gauss],

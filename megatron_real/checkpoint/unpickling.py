@@ -98,6 +98,7 @@ def weights_only(checkpoint: Path) -> Iterator[None]:
         refusals = [e for e in (error, *causes) if isinstance(e, pickle.UnpicklingError)]
         if not refusals:
             raise
+
         # torch's message goes on with advice to switch the check off.
         lines = str(refusals[0]).strip().splitlines() or [""]
         raise WeightsError(

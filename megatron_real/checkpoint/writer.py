@@ -83,6 +83,7 @@ class Staging:
                 leaf.data = None
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(
             sharded, keep_only_main_replica=True
         )
