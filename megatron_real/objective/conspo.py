@@ -76,9 +76,11 @@ class Conspo(Objective):
         positive_GM = filled_GM & (facts.label_R[index_GM] == POSITIVE)
         negative_GM = filled_GM & ~positive_GM
 
+        # Cells without a member hold rollout 0's likelihood: sums must be over one of the masks.
         likelihood_GM = likelihood_R[index_GM]
         distractors_G = masked_log_sum_exp(likelihood_GM / self.tau, negative_GM)
         z_GM = distractors_G.unsqueeze(1) + (self.margin - likelihood_GM) / self.tau
         # -logsigmoid(-z) is log(1 + e^z), which does not overflow.
         contrast_GM = -F.logsigmoid(-z_GM) * positive_GM
+        # No division by 0: a group that learns has a right answer.
         return (contrast_GM.sum(1) / positive_GM.sum(1)).sum() / facts.denominator

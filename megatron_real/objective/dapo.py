@@ -53,6 +53,7 @@ class Dapo(PolicyGradient):
         """Returns [R] rewards plus the soft overlong punishment, in [-1, 0]."""
         if not self.overlong_buffer:
             return table.reward_R
+
         # Eq. 13: nothing up to the buffer, then a straight line to -1 at the limit. The clamp keeps
         # it there for responses that are longer still.
         first_punished = self.max_tokens - self.overlong_buffer

@@ -71,6 +71,8 @@ class Disco(Objective):
         from megatron_real.objective.grouping import group_table, masked_log_sum_exp
         from megatron_real.records import POSITIVE
 
+        # Not by their labels: the facts hide those of rollouts that do not learn, and the penalty
+        # is on all.
         labelled_R = facts.token_weight_R > 0
         # where, not multiplication: an excluded score may be NaN.
         score_R = score_R.where(labelled_R, 0.0)
@@ -91,5 +93,6 @@ class Disco(Objective):
         # sum, and with the token weight the rollout's share of the mean over all tokens; KL has the
         # other sign.
         divergence = -(facts.token_weight_R * facts.num_tokens_R * score_R).sum()
+        # Zero, gradient included, as long as the policy stays within delta of the old one.
         penalty = self.beta / 2 * (divergence - self.delta).clamp(min=0).square()
         return penalty - gap

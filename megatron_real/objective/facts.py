@@ -54,6 +54,7 @@ class RolloutTable:
 
             reward = rollout.verdict.reward
             if reward is None:
+                # Labels are rewards of 1 and 0; the -1 of an excluded rollout is never read.
                 reward = float(rollout.label)
             rewards.append(float(reward))
 
@@ -156,6 +157,8 @@ def group_index(table: RolloutTable) -> tuple[Tensor, Tensor]:
     unique_G, index_R = torch.unique(table.group_R, return_inverse=True)
     # Groups of which nothing is labelled keep their number, with a count of 0.
     count_G = torch.zeros(len(unique_G), dtype=torch.float64)
+    # On the CPU, where facts are computed, index_add adds in the order of the rollouts: the sums
+    # are equal to the bit on all ranks.
     count_G = count_G.index_add(0, index_R, table.labelled_R.double())
     return index_R, count_G
 
@@ -257,6 +260,7 @@ def make_facts(
     _, count_G = group_index(table)
     if advantage_R is None:
         advantage_R = torch.zeros(len(table.label_R), dtype=torch.float64)
+
     # Labels of rollouts that do not learn are hidden, so that no objective can count them by
     # mistake.
     return Facts(
@@ -267,6 +271,7 @@ def make_facts(
         trains_R=table.labelled_R if regularises else learns_R,
         advantage_R=advantage_R,
         token_weight_R=token_weight_R,
+        # At least 1: a minibatch of which no group counts has the loss 0, and not 0 / 0.
         denominator=max(denominator, 1.0),
         num_groups=int((count_G > 0).sum()),
         num_equal_groups=num_equal_groups,

@@ -110,6 +110,7 @@ def token_weights(
         ValueError: as `objective_loss`.
     """
     dtype = torch.promote_types(logprob_T.dtype, torch.float32)
+    # The caller may be under no_grad: the weights are wanted between its own passes.
     with torch.enable_grad():
         leaf_T = logprob_T.detach().to(dtype).requires_grad_()
         loss = objective_loss(
@@ -182,6 +183,7 @@ def _facts(
         )
     if label_R.dim() != 1:
         raise ValueError(f"label_R must be [R], got {list(label_R.shape)}.")
+
     num_rollouts = len(label_R)
 
     rollout_T = rollout_T.cpu()
@@ -196,10 +198,12 @@ def _facts(
     label_R = label_R.cpu()
     if reward_R is None:
         reward_R = label_R
+
     table = RolloutTable(
         label_R=label_R.long(),
         group_R=group_R.cpu(),
         reward_R=reward_R.cpu().double(),
+        # 0 for a rollout without a token, which the table then counts as excluded.
         num_tokens_R=torch.bincount(rollout_T.long(), minlength=num_rollouts),
     )
     return objective.facts(table)
@@ -211,7 +215,9 @@ def _mean_over_tokens(value_K: Tensor, rollout_K: Tensor, facts: Facts) -> Tenso
     # order.
     order_K = torch.argsort(rollout_K, stable=True)
     length_R = torch.bincount(rollout_K, minlength=len(facts.label_R))
-    # Not index_add: on CUDA that one adds in a random order.
+
+    # Not index_add: on CUDA that one adds in a random order. unsafe: torch's own check of the
+    # lengths would wait for the device.
     sum_R = torch.segment_reduce(
         value_K[order_K], "sum", lengths=length_R, initial=0.0, unsafe=True
     )

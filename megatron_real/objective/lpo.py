@@ -66,6 +66,7 @@ class Lpo(Objective):
         index_R, count_G = group_index(table)
         largest_G = torch.zeros_like(count_G)
         largest_G = largest_G.scatter_reduce(0, index_R, advantage_R.abs(), "amax")
+
         learns_R = table.labelled_R & (largest_G > 0)[index_R]
         return make_facts(
             table,
@@ -101,6 +102,7 @@ class Lpo(Objective):
         else:
             temperature_G1 = torch.ones_like(mean_G1)
 
+        # A mean may be 0 or negative, and a deviation tiny: the bound keeps the logits finite.
         logit_GM = reward_GM / temperature_G1.clamp(min=self.min_temperature)
         log_target_GM = logit_GM - masked_log_sum_exp(logit_GM, filled_GM).unsqueeze(1)
         log_target_R[index_GM[filled_GM]] = log_target_GM[filled_GM]
@@ -115,6 +117,8 @@ class Lpo(Objective):
         if self.length_normalised:
             log_ratio_R = score_R
         else:
+            # A score is a mean over tokens: times their number it is the log-ratio of
+            # the whole response.
             log_ratio_R = score_R * facts.num_tokens_R
 
         index_GM, filled_GM = group_table(facts.group_R, facts.learns_R)

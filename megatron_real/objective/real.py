@@ -92,6 +92,7 @@ def real_loss(
     else:
         # Cells beyond a side's members hold -inf, whose softplus is 0.
         loss_S = _softplus(z_SM)
+
     return loss_S.sum() / num_groups
 
 
@@ -134,6 +135,7 @@ def real_weights(
     else:
         p_SM = z_SM.sigmoid()
 
+    # Cells are read row by row, which is the order of index_K.
     p_K = p_SM[filled_SM]
     weight_R = p_K.new_zeros(score_R.shape)
     # dz / ds is -1 / tau for a positive and 1 / tau for a negative.
@@ -225,11 +227,16 @@ def _logits(
     # Rollouts that do not train are left out by index: nothing they hold can reach a sum or a
     # gradient.
     index_K = trains_R.nonzero().squeeze(1)
+
+    # Numbered anew: groups of which nothing trains get no rows.
     unique_G, group_K = torch.unique(group_R[index_K], return_inverse=True)
     # Stable: rollouts of one side keep their order, so the sums of all ranks are equal to the bit.
     side_K, order_K = torch.sort(2 * group_K + label_R[index_K].long(), stable=True)
     index_K = index_K[order_K]
+
+    # minlength: where the last group has no positives, they have a row all the same.
     count_S = torch.bincount(side_K, minlength=2 * len(unique_G))
+    # At least one column: torch refuses the maximum over none.
     widest = max(count_S.tolist(), default=1)
     filled_SM = torch.arange(widest, device=count_S.device) < count_S.unsqueeze(1)
 

@@ -78,10 +78,12 @@ class Real(Objective):
             variant=self.variant,
             one_class_groups=self.one_class_groups,
         )
+
         denominator = num_groups
         # Eq. 11 averages over groups, the authors' code over the rollouts that train.
         if self.bce_reduction == "mean":
             denominator = int(learns_R.sum())
+
         return make_facts(
             table,
             learns_R=learns_R,

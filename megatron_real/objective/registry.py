@@ -39,6 +39,7 @@ def objective_class(name: str) -> type[Objective]:
         raise ValueError(
             f"objective.name is {name!r}; it takes one of {', '.join(OBJECTIVES)}{hint}"
         )
+
     module, _, attribute = OBJECTIVES[name].partition(":")
     # Imported only now: a run pays for the objective that it uses.
     cls: type[Objective] = getattr(importlib.import_module(module), attribute)
@@ -69,6 +70,7 @@ def make_objective(name: str = "real", **settings: Any) -> Objective:
     for setting in settings:
         if setting not in known:
             raise ValueError(f"{name} has no setting {setting!r}; it takes {', '.join(known)}")
+
     objective = cls(**settings)
     check_bounds(objective, "objective.")
     return objective
