@@ -28,6 +28,7 @@ def build_engine(config: Config, *, say: Callable[[str], None]) -> Engine:
     if name == AUTO:
         name, reason = _first_that_works(config)
         explanation = f" (rollout.engine={AUTO}: {reason})"
+
         # Built anew, so that the configuration's own checks judge what `auto` has become.
         try:
             rollout = dataclasses.replace(config.rollout, engine=name)
@@ -39,6 +40,7 @@ def build_engine(config: Config, *, say: Callable[[str], None]) -> Engine:
                 f"rollout.engine={AUTO} became {name} ({reason}), but {error}"
             ) from error
 
+    # Imported only now: every engine's module has `missing` and `build`, and vLLM's takes seconds.
     module = importlib.import_module(ENGINES[name].module)
     missing = module.missing(config)
     if missing:
@@ -46,6 +48,7 @@ def build_engine(config: Config, *, say: Callable[[str], None]) -> Engine:
             f"rollout.engine={name}, but {missing}; install {ENGINES[name].package}, or set "
             "another rollout.engine"
         )
+
     say(f"rollouts by {name}{explanation}")
     # Noted at once: whatever fails later, `close_engines` ends it.
     engine: Engine = module.build(config, say=say)
@@ -68,6 +71,7 @@ def takes_over(config: Config, engine: Engine) -> bool:
 def close_engines() -> None:
     """Ends the engines that this process has built, before it leaves its process groups."""
     while _open_engines:
+        # Off the list first: an engine whose end fails is not ended a second time.
         _open_engines.pop().close()
 
 

@@ -68,16 +68,19 @@ class Backlog:
         for step in range(len(waiting)):
             # `number` parts were taken before; the next one is this engine's.
             key_of_step = f"{draw}/{self._index}/{step}"
+
             if self._member == 0:
                 number = self._store.add(draw, 1) - 1
                 # Whoever counted first makes the key, and deletes it after the draw.
                 if number == 0:
                     self._keys.append(draw)
+
                 # The first rank of an engine counts, and tells the others what it got.
                 if self.engine.tp > 1:
                     self._store.set(key_of_step, str(number))
                     self._keys.append(key_of_step)
             else:
+                # Waits until the first rank has set it.
                 number = int(self._store.get(key_of_step))
 
             if number >= len(waiting):

@@ -31,6 +31,7 @@ def checksum(tensor: Tensor) -> int:
     # A view as int64 wants whole words that begin at a multiple of 8 bytes.
     if data.storage_offset() % 8 or data.numel() % 8:
         data = torch.cat([data, data.new_zeros(-data.numel() % 8)])
+
     words = data.view(torch.int64)
 
     # A word's factor is its place within the block times the factor of the block, both odd.
@@ -43,6 +44,7 @@ def checksum(tensor: Tensor) -> int:
     together = _TOGETHER["cuda" if data.is_cuda else "cpu"]
     for start in range(0, num_blocks, together):
         blocks = whole[start : start + together]
+        # int64 is signed, and >> repeats its sign: the mask keeps the 32 bits that were moved.
         folded = blocks ^ ((blocks >> 32) & 0xFFFFFFFF)
         total += ((folded * place).sum(1) * factor[start : start + together]).sum()
 

@@ -47,17 +47,20 @@ class Origin:
             "answers": "gold answers have changed",
             "seed": "the draw has another seed",
         }
+
         # The long values are digests, which say nothing to a reader: a sentence stands for each.
         changed = [
             sentence
             for name, sentence in sentences.items()
             if getattr(self, name) != getattr(now, name)
         ]
+
         for name in {**self.settings, **now.settings}:
             before = self.settings.get(name)
             after = now.settings.get(name)
             if before != after:
                 changed.append(f"{name} was {before!r} and is {after!r}")
+
         return changed
 
     def to_plain(self) -> dict[str, Any]:
@@ -96,6 +99,7 @@ def _digest(values: Iterable[tuple[Any, ...]]) -> str:
         # An answer may hold half of a surrogate pair, which strict UTF-8 would refuse.
         # repr, as it tells 1 from "1" and keeps the bounds between values.
         digest.update(repr(value).encode("utf-8", "surrogatepass"))
+    # 16 hexadecimal digits are 64 bits: enough to tell draws apart.
     return digest.hexdigest()[:16]
 
 

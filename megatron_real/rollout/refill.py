@@ -36,8 +36,10 @@ def refill(
         # entropy terms, which are the same for right and wrong, do not count.
         learns = objective.facts(RolloutTable.of(rollouts)).learns_R.tolist()
         teaching = {r.group for r, learning in zip(rollouts, learns, strict=True) if learning}
+        # Without repeats, in the order of the rollouts: the same on every rank.
         groups = dict.fromkeys(r.group for r in rollouts)
         useless = [group for group in groups if group not in teaching]
+
         if not useless:
             break
 
@@ -48,5 +50,6 @@ def refill(
         for rollout in fresh:
             group = useless[rollout.group]
             kept.append(dataclasses.replace(rollout, group=group, refills=refills[group]))
+
         rollouts = sorted(kept, key=lambda r: (r.group, r.sample))
     return rollouts

@@ -165,7 +165,8 @@ class DrawOptions:
 
     def draw_seed(self, step: int, draw: int = 0, first_prompt: int = 0) -> int:
         """Returns the seed of a chunk's sampling."""
-        # Chunks on disk know their seed: another formula would make them useless.
+        # Chunks on disk know their seed: another formula would make them useless. Seeds of runs lie
+        # 1,000,003 apart, more than any run has steps; draw and chunk count in higher bits.
         return self.seed * 1_000_003 + step + (draw << 40) + (first_prompt << 48)
 
 
@@ -204,6 +205,7 @@ class Generator:
         """Returns labelled rollouts of the prompts. Collective over all ranks."""
         with self.timed("rollout"):
             sampled = self.stage.generate(prompts, sampling, seed=seed)
+        # What is left of verifying: most verdicts have come while the engine generated.
         with self.timed("label"):
             return self.stage.label(prompts, sampled, self._bring_back)
 
@@ -308,12 +310,15 @@ class Fresh:
             return kept
 
         rollouts = self._sample(prompts, seed)
+        # A version is the number of the step that began with the weights.
         rollouts = sampled_by(rollouts, version=name.step - self._lag)
+
         if self.options.exclude_mismatch is not None:
             with self.generator.timed("mismatch"), self._generating_weights():
                 mismatch = self.generator.policy.mismatch
                 bound = self.options.exclude_mismatch
                 rollouts = without_mismatch(rollouts, mismatch, bound=bound)
+
         with self.generator.timed("write"):
             self._chunks.write(name, origin, rollouts)
         # After the write: a run that is stopped here begins its next life with this chunk.

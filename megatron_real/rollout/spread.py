@@ -128,6 +128,7 @@ def prompt_seed(seed: int, attempt: int, place: tuple[int, int], prompt: Prompt)
         place: (group, sample) of the first answer.
         prompt: the prompt, of which the uid counts.
     """
+    # Not hash(), which differs from process to process.
     text = f"{seed} {attempt} {place} {prompt.uid}"
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -171,14 +171,17 @@ class RolloutStage:
         self.rank = rank
         self.world = world
         self.retries = retries
+
         self.exchange = exchange or Exchange(rank, world)
         self.engines = world // engine.tp
         # This rank's engine, and its number among the ranks of that engine.
         self.index, self.member = divmod(rank, engine.tp)
+
         self.backlog: Backlog | None = None
         """What waits for an engine; None where each engine keeps to its share."""
         if take_over and self.engines > 1 and isinstance(engine, QueueEngine):
             self.backlog = Backlog(engine, self.index, self.member)
+
         self.lengths = ExpectedLengths()
         self.generation: Generation | None = None
         """Progress of this rank's present share, or of its last one."""
@@ -221,6 +224,7 @@ class RolloutStage:
         own = shares[self.index]
         rows: Iterator[int] = iter(own)
         if self.backlog is not None:
+            # Parts that hold what the engine decodes together, rounded up.
             at_once = -(-self.backlog.engine.at_once // together)
             begun, waiting = begun_and_waiting(shares, costs, at_once)
             rows = itertools.chain(begun[self.index], self.backlog.begin(waiting))
@@ -251,6 +255,7 @@ class RolloutStage:
         self.work += sampled.work
         known = self._shared(prompts, sampled.drawn)
         known |= self._never_begun(prompts, sampled, known)
+
         # Retries go to the engines after the one that lost it, in turn.
         lost_by: dict[Place, int] = {}
         for place, rollout in known.items():
@@ -270,6 +275,7 @@ class RolloutStage:
                 for row, place in enumerate(lost)
                 if (lost_by[place] + attempt) % self.engines == self.index
             ]
+
             again, work = self._draw(
                 prompts,
                 [[place] for place in lost],
@@ -280,6 +286,7 @@ class RolloutStage:
                 attempt=attempt,
             )
             self.work += work
+            # What was lost again stays in here as lost, for the next attempt.
             known |= self._shared(prompts, again)
 
         rollouts = [known[place] for place in sorted(known)]
@@ -359,6 +366,8 @@ class RolloutStage:
                 num_tokens += completion.num_trained
                 num_taken_over += row not in in_own_share
                 place = places[row][k]
+                # Completions are dealt in the order in which they were begun, which is the same on
+                # all ranks of the engine.
                 if begun[place] % tp == self.member:
                     verdict = self.labeller.submit(prompts[place[0]], completion)
                     drawn[place] = Drawn(place, completion, verdict)
@@ -431,12 +440,15 @@ class _Requests:
             # The engine adds 0, 1, ... to a seed for the further samples of the row.
             group, sample = self.places[row][0]
             prompt = self.prompts[group]
+
             if self.attempt:
+                # Another seed for each attempt, or it would draw the lost answer once more.
                 seed = prompt_seed(self.seed, self.attempt, (group, sample), prompt)
             else:
                 # At the first attempt each sample gets the seed that it would get if the whole
                 # group were drawn at once: answers do not depend on the number of engines.
                 seed = prompt_seed(self.seed, 0, (group, 0), prompt) + sample
+
             prompts.append(prompt)
             seeds.append(seed)
         return prompts, seeds

@@ -125,6 +125,7 @@ class WeightSync:
         sampling = probe_sampling(self.config, temperature=self._temperature)
 
         def answer() -> Completion:
+            # The version as seed, so that each probe has another answer.
             ((completion,),) = completed(
                 self.engine, [self._prompt], sampling, seeds=[self.version]
             )
@@ -135,6 +136,7 @@ class WeightSync:
         answers = on_every_rank(
             answer, group=dist.group.WORLD, expected=EngineFailed, raises=EngineFailed
         )
+
         # The ranks of an engine return the same answer, so one of them speaks for all.
         tp = self.engine.tp
         verdict = Verdict(Status.OK, POSITIVE, None)  # `mismatch` does not look at it
@@ -142,6 +144,7 @@ class WeightSync:
             Rollout(self._prompt, group=engine, sample=0, completion=completion, verdict=verdict)
             for engine, completion in enumerate(answers[::tp])
         ]
+
         for engine, difference in enumerate(mismatch(rollouts)):
             # Written so that NaN fails, too.
             if not difference <= self.config.probe_bound:
@@ -183,8 +186,10 @@ class WeightSync:
                 )
             if name not in missing:
                 raise SyncError(f"weight sync {self.version}: {name} came twice")
+
             missing.discard(name)
             order.append(name)
+
             if sums is not None:
                 # Of what leaves the trainer, before the engine has it: it may take the tensor's
                 # memory.
@@ -202,6 +207,7 @@ class WeightSync:
         for name, tensor in weights:
             yield name, tensor
             if self.tied and name == HF_EMBEDDING:
+                # At once: when the stream goes on, this tensor may be gone.
                 yield HF_OUTPUT, tensor
 
     def _watched(
@@ -221,6 +227,7 @@ class WeightSync:
                 watch.at = f"the tensor after {last}"
             else:
                 watch.at = "the first tensor"
+
             following = next(weights, None)
             if following is None:
                 return

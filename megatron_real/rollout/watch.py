@@ -82,6 +82,7 @@ class Watch:
         asking = threading.Thread(target=self._ask, args=(places,), daemon=True)
         asking.start()
         asking.join(_STORE_SECONDS)
+
         sentence = (
             f"weight sync {self.version} did not finish in {self.seconds:g} s "
             f"(rollout.sync.timeout_seconds): {places[-1]}; this rank waits for {self.at}"
@@ -97,11 +98,13 @@ class Watch:
         for rank in range(dist.get_world_size()):
             place = "its turn: it has not begun"
             key = _key(rank)
+            # Asked first, because `get` would wait for a key that is not there.
             if self._store.check([key]):
                 version, _, noted = self._store.get(key).decode().partition(" ")
                 if int(version) == self.version:  # else the note is of an earlier sync
                     place = noted
             ranks_at[place].append(str(rank))
+
         places.append(
             "; ".join(
                 f"rank {', '.join(ranks)} waits for {place}" for place, ranks in ranks_at.items()
@@ -116,10 +119,13 @@ def own_store(timeout: timedelta) -> Any:
         timeout: how long a request to the store may take.
     """
     store = _get_default_store()
+    # torch wraps it in prefixes for keys; only the innermost store has an address.
     while isinstance(store, PrefixStore):
         store = store.underlying_store
+
     if not isinstance(store, TCPStore):
         return store
+
     try:
         return TCPStore(
             store.host, store.port, is_master=False, wait_for_workers=False, timeout=timeout

@@ -67,6 +67,7 @@ def _difference(tokenizer: Any, directory: Path) -> str:
     file = directory / "tokenizer.json"
     if not file.is_file():
         return ""
+
     try:
         own = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception for all that is wrong
@@ -77,6 +78,7 @@ def _difference(tokenizer: Any, directory: Path) -> str:
         # A vocabulary that cannot spell the text says nothing of how it is cut.
         if own.decode(expected, skip_special_tokens=False) != text:
             continue
+
         ids = tokenizer.encode(text, add_special_tokens=False)
         if ids != expected:
             return (
@@ -103,11 +105,13 @@ def eos_ids(path: str, tokenizer_eos: int | None) -> list[int]:
     listed = generation_config.get("eos_token_id")
     several = listed if isinstance(listed, list) else [listed]
     eos = [token for token in dict.fromkeys([tokenizer_eos, *several]) if token is not None]
+
     if not eos:
         raise WeightsError(
             f"neither the tokenizer nor the generation config of {path!r} names an "
             "end-of-sequence token"
         )
+
     # `type` and not isinstance: True would pass for the token 1.
     if any(type(token) is not int or token < 0 for token in eos):
         raise WeightsError(f"{path!r} names {listed!r} as eos_token_id, which are no token numbers")
@@ -148,4 +152,5 @@ def decoded(tokens: Sequence[int], tokenizer: Any) -> str:
             pieces.append(marks[token])
             start = end + 1
     pieces.append(tokenizer.decode(tokens[start:], skip_special_tokens=True))
+
     return "".join(pieces)

@@ -66,6 +66,7 @@ class TransformersEngine(InTrainer):
         return parts
 
     def prepare_for_inference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        # These are the model's own tensors: to copy into one changes the model.
         parameters = self.model.state_dict()
         for name, tensor in weights:
             parameters[name].copy_(tensor)
@@ -101,6 +102,7 @@ class TransformersEngine(InTrainer):
         """
         # Padded on the left, so that every response begins at the same column.
         width = max(len(p.token_ids) for p in prompts)
+        # Any token does as padding: the mask hides it.
         ids_BL = torch.full((len(prompts), width), self.eos[0])
         mask_BL = torch.zeros_like(ids_BL)
         for row, prompt in enumerate(prompts):
@@ -112,7 +114,10 @@ class TransformersEngine(InTrainer):
         # Sampling must not advance the generators that training draws from.
         generator_devices = [device()] if device().type == "cuda" else []
         with torch.random.fork_rng(devices=generator_devices), torch.inference_mode():
+            # A text gives Python's generator the same state in every process; torch
+            # takes numbers alone.
             torch.manual_seed(random.Random(seed).getrandbits(48))
+
             out_BL = self.model.generate(
                 ids_BL.to(device()),
                 attention_mask=mask_BL.to(device()),
@@ -130,6 +135,7 @@ class TransformersEngine(InTrainer):
             # After the first token that ends a response there is padding.
             ends = (t + 1 for t, token in enumerate(tokens) if token in self.eos)
             length = next(ends, len(tokens))
+
             completions.append(
                 completion_of(tokens[:length], token_logprobs[:length], self.tokenizer, self.eos)
             )

@@ -75,6 +75,7 @@ def engine_arguments(config: Config) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     if config.model.fp32_head:
         overrides["head_dtype"] = "float32"
+
     return {
         "model": config.model.path,
         "dtype": _DTYPES[config.model.dtype],
@@ -92,7 +93,9 @@ def engine_arguments(config: Config) -> dict[str, Any]:
         "seed": config.trainer.seed,
         "disable_log_stats": True,
         **(_ON_CPU if device().type == "cpu" else {}),
+        # After ours, so that the user's own arguments win.
         **rollout.vllm,
+        # Joined, because the user's overrides would otherwise drop the head's dtype.
         "hf_overrides": {**overrides, **rollout.vllm.get("hf_overrides", {})},
     }
 
@@ -179,9 +182,11 @@ class VllmEngine(InTrainer):
         Each has a seed of its own, so that no answer depends on what is decoded beside it.
         """
         engine: Any = self.llm.llm_engine
+        # The core's client first, then the core itself, which is in this process.
         scheduler = engine.engine_core.engine_core.scheduler
         places: dict[str, tuple[int, int]] = {}
         exhausted = False
+
         while places or not exhausted:
             # Nobody can take what vLLM has accepted, so it gets no more than it decodes. The same
             # sequences run together as if it had all at once. Where the KV cache is full, requests
@@ -201,6 +206,7 @@ class VllmEngine(InTrainer):
             # rows have ended, and all that was begun is done.
             if not places:
                 continue
+
             assert engine.has_unfinished_requests(), "vLLM finishes every request"
             for output in engine.step():
                 i, k = places.pop(output.request_id)
@@ -220,14 +226,17 @@ class VllmEngine(InTrainer):
         core: Any = self.llm.llm_engine.engine_core
         core.engine_core.model_executor.shutdown()
         core.engine_core.scheduler.shutdown()
+
         _leave_groups()
         _forget_frames()
         atexit.unregister(gc.unfreeze)
+
         # vLLM froze all objects of its start, the engine among them: frozen ones are never
         # collected.
         gc.unfreeze()
         del self.llm, self.model
         gc.collect()  # the engine is a ring of references
+
         if device().type == "cuda":
             torch.cuda.empty_cache()
 

@@ -58,6 +58,7 @@ def _parts(module: nn.Module, leaf: str, parameter: nn.Parameter) -> Iterator[Te
     """Yields the HF tensors that are joined in a parameter, in the order of its rows."""
     shape = tuple(parameter.shape[1:])
     columns = (slice(None),) * len(shape)
+
     if isinstance(module, RowParallelLinear) and leaf == "weight":
         first = module.tp_rank * module.input_size_per_partition
         # Its rows are whole on every rank; the columns are cut.
@@ -102,5 +103,6 @@ def _rows(module: Any, parameter: nn.Parameter) -> list[_Rows]:
         start = shard.org_vocab_start_index
         return [_Rows(module.org_vocab_size, start, shard.org_vocab_end_index - start)]
 
+    # What is left has all its rows on every rank: norms, and RowParallelLinear.
     num_rows = parameter.shape[0]
     return [_Rows(num_rows, 0, num_rows)]

@@ -92,6 +92,7 @@ class Door:
             # In constant time: a comparison that ends at the first difference tells how far a guess
             # was right.
             return secrets.compare_digest(given, self._bearer)
+
         path = scope.get("path", "")
         if scope.get("query_string"):  # a claim does not cover it, and the trainer sends none
             return False
@@ -100,7 +101,8 @@ class Door:
         if path.startswith(_ASK_AGAIN):
             return True
 
-        # A replay of a weight sync would set the weights back.
+        # A replay of a weight sync would set the weights back. Nothing is awaited between the look
+        # and the note, so no copy of the request comes in between.
         is_new = claim.number not in self._numbers
         self._numbers.add(claim.number)
         return is_new
@@ -112,13 +114,16 @@ def _is_known_call(body: bytes) -> bool:
         call = json.loads(body)
     except ValueError:
         return False
+
     if not isinstance(call, dict) or not set(call) <= {"method", "args"}:
         return False
+
     arguments = call.get("args", [])
     if not isinstance(arguments, list) or len(arguments) > 1:
         return False
     if not all(isinstance(argument, str) for argument in arguments):
         return False
+
     return call.get("method") in WORKER_CALLS
 
 
@@ -137,6 +142,7 @@ def _proving(send: Any, key: str, number: str) -> Any:
 
         body = b"".join(parts)
         proof = answer_proof(key, number, start["status"], body).encode()
+        # The body stays as it is, and so does the answer's content-length.
         headers = [*start.get("headers", ()), (ANSWER.lower().encode(), proof)]
         await send({**start, "headers": headers})
         await send({"type": "http.response.body", "body": body})

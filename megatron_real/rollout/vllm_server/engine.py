@@ -245,6 +245,7 @@ class VllmServerEngine:
                 while (request := requests.next()) is not None:
                     i, k = request
                     answer = self._complete(prompts[i], sampling, seeds[i] + k)
+
                     if isinstance(answer, EngineFailed):
                         # One answer may be lost to a timeout; where the server is gone, all others
                         # would be too.
@@ -309,6 +310,7 @@ class VllmServerEngine:
         """
         # The server refuses to go beyond the longest sequence that it was started for.
         max_tokens = min(sampling.max_tokens, self._longest - len(prompt.token_ids))
+
         body = {
             "prompt": list(prompt.token_ids),
             "max_tokens": max_tokens,
@@ -319,8 +321,10 @@ class VllmServerEngine:
             "stop_token_ids": self.eos,
             "logprobs": 0,  # of the sampled token alone
             "return_token_ids": True,
+            # The server has no tokenizer that could spell them.
             "return_tokens_as_token_ids": True,
         }
+
         seconds = self._config.rollout.request_timeout_seconds
         try:
             answer = self.server.post("/v1/completions", body, timeout=seconds)
@@ -429,9 +433,12 @@ class VllmServerEngine:
 
         if self._link is not None:
             self._link.close()
+        # A new name each time: it tells whether a worker knows this link or an earlier one.
         self._link_name = secrets.token_hex(8)
+
         # On the one address that the server can reach, not on all of this machine.
         listener = listen(own_address(*self.server.address))
+        # The workers, and this sender.
         size = len(names) + 1
         invitation = {
             "name": self._link_name,
@@ -439,6 +446,7 @@ class VllmServerEngine:
             "size": size,
             "seconds": seconds,
         }
+
         secret = link_secret(self._key, self._link_name)
         host = partial(Link.host, listener, secret, size=size, device=device(), seconds=seconds)
         self._link = self._beside("join_link", invitation, host, seconds)
@@ -465,6 +473,7 @@ class VllmServerEngine:
 
         # In a thread that is left alone where the workers fail: it would wait for them in vain.
         Thread(target=run, daemon=True).start()
+        # Returns when every worker is done; their end and ours wait for each other.
         self.server.call(method, argument, timeout=seconds)
         try:
             return result.result(seconds)

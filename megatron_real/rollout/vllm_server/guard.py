@@ -24,6 +24,7 @@ _GRACE_SECONDS = 10.0
 def main() -> None:
     """Runs the command; the guard ends with its process group, by SIGKILL."""
     command = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+    # Not before the command is started: it would inherit that SIGTERM is ignored.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the guard leaves last
     threading.Thread(target=_stop_at_the_end_of_input, args=(command,), daemon=True).start()
     command.wait()
@@ -31,6 +32,7 @@ def main() -> None:
 
 
 def _stop_at_the_end_of_input(command: subprocess.Popen[bytes]) -> None:
+    # Nobody writes to it: the read ends when the other end has closed.
     sys.stdin.buffer.read()
     os.killpg(0, signal.SIGTERM)
     try:

@@ -82,7 +82,9 @@ def buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
             yield Bucket(slots, memory[:end])
             slots = []
             end = 0
+
         if end + aligned > len(memory):
+            # At the first tensor, and where one alone is larger than the bucket.
             size = max(aligned, SYNC_BUCKET_BYTES)
             memory = torch.empty(size, dtype=torch.uint8, device=tensor.device)
 
@@ -91,6 +93,7 @@ def buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
         _view(memory, slot).copy_(tensor)
         slots.append(slot)
         end += aligned
+
     if slots:
         yield Bucket(slots, memory[:end])
 
@@ -214,6 +217,7 @@ def link_secret(key: str, name: str) -> str:
 def listen(host: str) -> socket.socket:
     """Returns a listener on a free port of one address of this machine."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # Port 0: the system chooses one that is free.
     listener.bind((host, 0))
     listener.listen(64)  # waiting connections at most: more workers than a server has
     return listener
@@ -229,6 +233,7 @@ def _group(
         # after `seconds` for the other side's answer, and as many for this side's end.
         nccl._timeout = timedelta(seconds=2 * seconds + 60)
         return dist.ProcessGroupNCCL(store, rank, size, nccl)
+
     gloo: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     gloo._timeout = timedelta(seconds=seconds)

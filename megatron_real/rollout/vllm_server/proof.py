@@ -56,6 +56,7 @@ class KeyClaim:
     def is_right(self, key: str, verb: str, path: str) -> bool:
         """Tells whether the sender knows the key; the body has yet to be checked by `covers`."""
         expected = _proof(key, "request", self.number, verb, path, self.digest)
+        # As bytes: compare_digest refuses a text beyond ASCII, and anybody may send one.
         return hmac.compare_digest(self.proof.encode(), expected.encode())
 
     def covers(self, body: bytes) -> bool:
@@ -71,4 +72,5 @@ def answer_proof(key: str, number: str, status: int, body: bytes) -> str:
 
 
 def _proof(key: str, *fields: str) -> str:
+    # `request` or `answer` comes first, so that neither proof can be used as the other.
     return proof(key, *(field.encode() for field in fields)).hex()

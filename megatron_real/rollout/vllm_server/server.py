@@ -123,6 +123,7 @@ class Server:
         body = (text or "").encode()
         claim = KeyClaim.of(self._key, secrets.token_hex(16), verb, path, body)
         headers = {"Authorization": claim.header, "Content-Type": "application/json"}
+
         # A new connection for each request: the server may have been started again meanwhile.
         connection = self._connection(timeout)
         self._open.add(connection)
@@ -142,6 +143,8 @@ class Server:
         shown = answer.headers.get(ANSWER, "")
         expected = answer_proof(self._key, claim.number, answer.status, content)
         is_proven = hmac.compare_digest(shown.encode(), expected.encode())
+        # Before the proof is asked for: who refuses the key may not know it, and so
+        # cannot prove it.
         if answer.status == 401:
             raise KeyRefused(
                 f"the vLLM server {self.url} does not take the key in VLLM_API_KEY; set it as the "
@@ -153,7 +156,9 @@ class Server:
                 "run's server, or it was started by another version of this project; see which "
                 "process listens there"
             )
+
         content_text = content.decode(errors="replace")
+        # Proven or not, nothing of it is used but its text in the message.
         if answer.status != 200:
             raise EngineFailed(
                 f"the vLLM server {self.url} answered {path} with {answer.status}: "
@@ -203,8 +208,10 @@ class ServerProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment(self._config, self._key, gpus=self._gpus()),
+                # A process group of its own, which the guard ends as a whole.
                 start_new_session=True,
             )
+
         self.server = Server(f"http://{host}:{port}", self._key)
 
     @property
@@ -258,11 +265,13 @@ class ServerProcess:
         num_trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         # The trainers have the first GPUs; then each rank of the machine has `tp` for its server.
         first = num_trainers + int(os.environ.get("LOCAL_RANK", "0")) * tp
+
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if visible:
             gpus = visible.split(",")
         else:
             gpus = [str(i) for i in range(torch.cuda.device_count())]
+
         if first + tp > len(gpus):
             raise ValueError(
                 f"vLLM server {self._number} wants the GPUs {first} to {first + tp - 1}, after "
@@ -298,6 +307,7 @@ def wait_until_healthy(
         reason = ended()
         if not reason and server.healthy():
             return
+
         now = time.monotonic()
         if not reason and now - began > seconds:
             reason = f"it is not ready after {seconds:g} s (rollout.server_start_seconds)"
@@ -322,11 +332,13 @@ def command(config: Config, *, host: str, port: int) -> list[str]:
         "middleware": "megatron_real.rollout.vllm_server.door.Door",
         "disable_uvicorn_access_log": True,
     }
+
     secret = _secret_arguments(config)
     arguments: list[str] = []
     for name, value in {**engine_arguments(config), **ours}.items():
         if name not in secret:
             arguments += _words(name, value)
+
     # Secrets come by the environment, which needs our main in front of vLLM's.
     module = server_main.SERVER
     if secret:
@@ -357,6 +369,7 @@ def environment(config: Config, key: str, *, gpus: list[str]) -> dict[str, str]:
     if secret_words:
         variables[server_main.VARIABLE] = json.dumps(secret_words)
 
+    # The directory that our package lies in: vLLM imports our worker and door from there.
     package = str(Path(__file__).parents[3])
     paths = [package, os.environ.get("PYTHONPATH", "")]
     return {
