@@ -104,6 +104,7 @@ class SdpaCoreAttention(nn.Module):
                 "the core attention takes packed sequences only; pass "
                 "PackedSeqParams(qkv_format='thd')"
             )
+
         if attention_mask is not None or attention_bias is not None:
             raise ValueError(
                 "the core attention is causal within each packed sequence and takes no mask or bias"
@@ -138,6 +139,7 @@ class SdpaCoreAttention(nn.Module):
                 x[start:end].unflatten(0, (run, lengths[i]))
                 for x in (query_TAD, key_TKD, value_TKD)
             )
+
             outputs.append(self._attend(query_BLAD, key_BLKD, value_BLKD).flatten(0, 1))
             start = end
             i += run
@@ -171,6 +173,7 @@ class SdpaCoreAttention(nn.Module):
             for piece, offset in ((rank, 0), (2 * cp - 1 - rank, half)):
                 end = (piece + 1) * half
                 query_LAD = query_TAD[start + offset : start + offset + half]
+                # Keys end with the piece itself, so that its last query sees the last of them.
                 output_BLAD = self._attend(
                     query_LAD[None], key_LKD[None, :end], value_LKD[None, :end]
                 )

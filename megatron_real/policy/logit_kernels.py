@@ -184,7 +184,10 @@ def write_gradient(
     num_rows, num_columns = logits_KC.shape
     if not logits_KC.numel():
         return
+
     assert gradient_KC.stride() == logits_KC.stride()
+
+    # A program for each row and block; BLOCK is known only once the autotuner has picked.
     _tuned_gradient_kernel[lambda meta: (num_rows, triton.cdiv(num_columns, meta["BLOCK"]))](
         logits_KC,
         gradient_KC,

@@ -403,7 +403,9 @@ class _LogprobsFromLogits(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         parts_SK = _no_statistics(logits_TV, kept_K, entropy)
         chunk = chunk or _chunk_size(shard.valid, parts_SK)
+
         wide_CV = parts_SK.new_empty(min(chunk, kept_K.numel()), shard.valid)
+        # Size 0 gives no chunk: a shard that is all padding has no logit to reduce over.
         for part, rows in _row_chunks(kept_K, target_T.numel(), chunk if shard.valid else 0):
             logits_CV = logits_TV[rows, : shard.valid]
             lse_C = _logsumexp(logits_CV, temperature, wide_CV[: len(logits_CV)])
@@ -484,6 +486,7 @@ class _LogprobsFromHidden(torch.autograd.Function):
         target_K = target_T[kept_K]
         hidden_KH = _rows(_gathered(hidden_TH, shard.group, sequence_parallel), kept_K)
         parts_SK = _no_statistics(hidden_TH, kept_K, entropy)
+
         chunk = chunk or _chunk_size(kept_K.numel(), parts_SK)
         logits_dtype = _accumulator(hidden_TH) if fp32_logits else hidden_TH.dtype
         # The kernels know no entropy.

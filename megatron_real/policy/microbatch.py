@@ -238,6 +238,7 @@ class _Columns:
         columns.target[predicting] = response[answer]
         columns.index[predicting] = first + answer
         columns.engine_logprob[predicting] = torch.tensor(completion.logprobs)[answer]
+
         if rollout.reference_logprobs is not None:
             reference = torch.tensor(rollout.reference_logprobs, dtype=torch.float64)
             columns.reference_logprob[predicting] = reference[answer]

@@ -67,6 +67,7 @@ class LogprobHead(ColumnParallelLinear):
             skip_weight_param_allocation=True,
             tp_group=tp_group,
         )
+
         self.vocab_size = vocab_size
         self.temperature = temperature
         self.from_logits = from_logits
@@ -199,6 +200,7 @@ def build_model(
     """
     config = transformer_config(architecture, model=model, parallel=parallel, megatron=megatron)
     use_te = uses_transformer_engine(model.layers)
+
     chunks = []
     for vp_stage in range(parallel.vpp):
         # None, not 0, is how megatron-core knows that there is no virtual pipelining.
@@ -229,6 +231,7 @@ def build_model(
             pg_collection=groups,
             vp_stage=stage,
         )
+
         # megatron-core builds on the current device; `to` is for what it leaves on the host.
         chunks.append(chunk.to(device()))
     return chunks

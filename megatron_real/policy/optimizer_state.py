@@ -221,16 +221,19 @@ def _owned(optimizer: MegatronOptimizer) -> Iterator[Owned]:
     """Yields what this rank has of each parameter, in the same order in every life of a run."""
     for part in _parts_of(optimizer):
         if isinstance(part, DistributedOptimizer):
+            # gbuf_ranges has for each gradient buffer {dtypes: [bucket]}.
             buckets = [
                 bucket
                 for buckets_by_dtype in part.gbuf_ranges
                 for of_dtype in buckets_by_dtype.values()
                 for bucket in of_dtype
             ]
+
             for bucket in buckets:
                 for parameter, ranges in bucket["param_map"].items():
                     group, order = part.model_param_group_index_map[parameter]
                     main = part.optimizer.param_groups[group]["params"][order]
+                    # The run within the parameter; the other ranges are places in the buffer.
                     first = ranges["param"].start
                     yield Owned(parameter, first, _state(part, main), alone=True)
         else:
@@ -315,6 +318,7 @@ def _piece(
     if alone and not isinstance(replica, int):
         # Its last part counts the ranks that the distributed optimizer is over.
         replica = (*replica[:-1], 0)
+
     return replace(
         whole,
         key=f"optimizer.state.{name}.{whole.key}",

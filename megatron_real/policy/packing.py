@@ -66,6 +66,7 @@ class Packer:
         # On-policy all scores are 0, and many objectives know their weights from that alone.
         free = self.objective.free_first_minibatch and not off_policy
         needs_scores = self.objective.gathers_scores and not free
+
         placement = self.batch.placement
         if needs_scores and self.objective.reach == "minibatch":
             # No micro-batch holds all scores: a pass of its own has to gather them.

@@ -122,6 +122,7 @@ class Passes:
             # The interleaved schedule walks each chunk over all micro-batches by itself.
             options["data_iterator"] = [enumerate(micro_batches) for _ in self._chunks]
             options["model"] = self._chunks
+
         if self._groups.pp.size() > 1:
             config = get_model_config(self._chunks[0])
             options["p2p_communicator"] = PlannedShapes(self._groups, config, num_tokens)
@@ -134,6 +135,7 @@ class Passes:
             get_forward_backward_func()(
                 forward_step_func=forward_step,
                 num_microbatches=len(micro_batches),
+                # Wanted and ignored: under variable_seq_lengths shapes come from PlannedShapes.
                 seq_length=num_tokens[0],
                 micro_batch_size=1,
                 forward_only=forward_only,

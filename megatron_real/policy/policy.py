@@ -95,6 +95,7 @@ class PolicySettings:
             batch=config.batch,
             optimizer=config.optimizer,
             objective=config.objective,
+            # The user's own fields come last and win.
             megatron={"deterministic_mode": config.trainer.deterministic} | dict(config.megatron),
             temperature=config.rollout.temperature,
             mismatch_bound=config.rollout.mismatch_bound,
@@ -138,6 +139,7 @@ class Policy:
         self.architecture = architecture
         self.groups = groups
         self.exchange = exchange
+
         self.chunks = build_model(
             architecture,
             model=settings.model,
@@ -170,6 +172,7 @@ class Policy:
 
         # Before the optimizer is built, which copies its master weights from the parameters.
         self.load_parameters(weights)
+
         self._optimizer: MegatronOptimizer | None = None
         # megatron-core's optimizers know no fp64; the tests of exactness need gradients alone.
         if settings.model.dtype != "fp64":
@@ -427,6 +430,7 @@ def _wrap(chunks: Sequence[nn.Module], settings: PolicySettings) -> list[Distrib
         no_sync = no_sync[0]
         start_param_sync = start_param_sync[0]
 
+    # One configuration for all chunks, which the schedules look the functions up in.
     shared: Any = chunks[0].config
     shared.finalize_model_grads_func = finalize_model_grads
     if ddp_config.overlap_grad_reduce:
@@ -467,6 +471,7 @@ def _optimizer(
         "params_dtype": torch_dtype(settings.model.dtype),
         "use_distributed_optimizer": _distributed(settings),
     }
+
     values |= _fields_of(OptimizerConfig, settings.megatron)
     return get_megatron_optimizer(OptimizerConfig(**values), list(ddp))
 
@@ -483,6 +488,7 @@ def _scheduler(
         lr_warmup_steps=min(adam.warmup_updates, num_updates - 1),
         lr_decay_steps=num_updates,
         lr_decay_style=adam.schedule,
+        # Constant; megatron-core has no default for the schedule of the weight decay.
         start_wd=adam.weight_decay,
         end_wd=adam.weight_decay,
         wd_incr_steps=num_updates,

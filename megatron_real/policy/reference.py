@@ -44,6 +44,8 @@ class Reference:
         self._snapshot.take()
         if weights is not None:
             with self._snapshot.swapped_in():
+                # The exchange at the end of the context leaves them in the copies, and gives the
+                # policy its own back.
                 policy.load_parameters(weights)
 
     def annotated(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
@@ -81,6 +83,7 @@ class Reference:
                 rollout = dataclasses.replace(
                     rollout, reference_logprobs=reference.astype(dtype, copy=False)
                 )
+
             annotated.append(rollout)
         return annotated
 
@@ -110,6 +113,7 @@ class Reference:
         own: dict[int, NDArray[Any]] = {}
         if groups.is_last_stage:
             own = values_of_replica(groups, batch, values)
+
         # One rank speaks for each data-parallel replica; the others have the same values, or none.
         speakers = exchange.of_ranks(groups.dp.rank() if groups.writes_logprobs else -1)
         speaker_of_replica = {replica: rank for rank, replica in enumerate(speakers)}
@@ -119,4 +123,5 @@ class Reference:
             for members in micro_batches
             for k in members
         }
+
         return exchange.returned(rollouts, own, computed_by, numpy.float64)

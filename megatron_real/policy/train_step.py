@@ -325,6 +325,7 @@ class TrainStep:
             figures = self._figures(batch, sums)
         if self.groups.pp.size() > 1:
             figures = _from_last_stage(self.groups, to_device(figures)).cpu()
+
         scalars, score_R, weight_R = torch.split(figures, [7, num_rollouts, num_rollouts])
         loss, kl, clipped_low, clipped_high, *counts = scalars.tolist()
         # Counts came as float64, which holds them exactly up to 2^53.
@@ -448,6 +449,7 @@ class TrainStep:
                 assert micro.reference_logprob_T is not None, "policy/reference.py has been asked"
                 reference_K = micro.reference_logprob_T[kept_K].to(logprob_K.dtype)
             penalty = kl_penalty(objective, leaf_K, old_logprob_K, reference_K, rollout_K, facts)
+            # Without a penalty it is a plain 0, which autograd refuses to differentiate.
             if penalty.requires_grad:
                 (penalty_weight_K,) = torch.autograd.grad(penalty, leaf_K)
                 weight_K = weight_K + penalty_weight_K
@@ -494,6 +496,7 @@ class TrainStep:
             (difference_K.abs() > self.mismatch_bound).double(),
             torch.ones_like(old_K),
         ]
+
         batch.tokens.add(torch.stack([term.sum() for term in terms]), difference_K.abs().max())
 
     def _means(self, micro: MicroBatch, value_T: Tensor, baseline_T: Tensor) -> Tensor:
@@ -627,6 +630,7 @@ class TrainStep:
         if objective.kl.coefficient:
             # The estimate itself, which is comparable between runs of different coefficients.
             kl = penalty / objective.kl.coefficient
+
         shares = clipped[:2] / clipped[2].clamp(min=1)
         own_loss = (loss + penalty - bonus)[None]
         return torch.cat([own_loss, kl[None], shares, sums.low_ratio.cpu(), score_R, weight_R])
