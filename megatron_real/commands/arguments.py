@@ -31,6 +31,7 @@ def add_evaluations(parser: argparse.ArgumentParser, purpose: str = "") -> None:
     parser.add_argument(
         "--eval",
         action="append",
+        # A list as default is safe: argparse copies it before it appends.
         default=[],
         dest="evaluations",
         metavar="DIR",

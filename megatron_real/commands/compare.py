@@ -47,6 +47,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="processes of each run; default: one"
     )
+
+    # One of these at most: each looks at the sweep and starts none of its runs.
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--list", action="store_true", help="number the runs and show their commands"
@@ -60,6 +62,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="NUMBER",
         help="print one run as NAME=VALUE lines, for examples/compare.sh",
     )
+
     parser.add_argument(
         "--json", action="store_true", help="print the table, and every run, as JSON"
     )
@@ -81,8 +84,10 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if options.table:
         results = [read_result(run) for run in sweep.runs]
+        # Without the lock: a sweep that is at work may be looked at.
         _show(sweep, results, as_json=options.json)
         return _exit_code(results)
+
     try:
         return _execute(sweep, options)
     except KeyboardInterrupt:
@@ -127,6 +132,7 @@ def _execute(sweep: Sweep, options: argparse.Namespace) -> int:
             if executor.asked_to_stop:
                 return _stopped()
             result = read_result(run)
+            # What has diverged or failed stays so: the same command would only repeat it.
             if result.outcome == Outcome.UNFINISHED:
                 log = executor.log(run)
                 say(f"run {number} of {len(sweep.runs)}: {run.name} (log: {log})")
@@ -136,6 +142,8 @@ def _execute(sweep: Sweep, options: argparse.Namespace) -> int:
                 if code == INTERRUPTED:
                     raise KeyboardInterrupt
                 unfinished = result.outcome == Outcome.UNFINISHED
+                # 75: the run has saved. A signal may also end it too early for that; either way the
+                # same command goes on with it.
                 if code == STOPPED_EARLY or (executor.asked_to_stop and unfinished):
                     return _stopped()
                 if unfinished:
@@ -143,6 +151,7 @@ def _execute(sweep: Sweep, options: argparse.Namespace) -> int:
 
             say(_in_words(result))
             results.append(result)
+            # On standard error: standard output gets one table, at the end.
             if len(results) < len(sweep.runs) and not options.json:
                 _print_table(sweep, results, file=sys.stderr)
 
@@ -169,6 +178,7 @@ def _failed_now(result: RunResult, code: int, log: Path) -> RunResult:
     ended = f"exit code {code}"
     if code < 0:
         ended = f"signal {-code}"
+    # The log has what all libraries print, in whatever bytes.
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     lines = [line for line in lines if line.strip()]
     last_line = f"{log} is empty"
@@ -197,6 +207,7 @@ def _show(sweep: Sweep, results: Sequence[RunResult], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(tables.as_json(sweep, results), indent=2))
         return
+
     _print_table(sweep, results)
     for result in results:
         if result.outcome in (Outcome.DIVERGED, Outcome.FAILED):
@@ -229,7 +240,9 @@ def _description(sweep: Sweep, number: int) -> str:
             f"there is no run {number}; the sweep has {len(sweep.runs)}, from 0: "
             f"sbatch --array=0-{len(sweep.runs) - 1}"
         )
+
     run = sweep.runs[number]
+    # A line for each, as `read` takes them in examples/slurm/sweep.sh: the first "=" ends the name.
     values = {
         "OUTCOME": str(read_result(run).outcome),
         "CONFIG": str(run.base),

@@ -63,6 +63,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     forth.add_argument(
         "--tp-chunks", type=int, default=1, metavar="N", help="chunks a split tensor is cut into"
     )
+
+    # torch_dist loads into any layout. --tp, --pp and --layers are for torch, whose files fit one.
     forth.add_argument(
         "--format",
         choices=("torch_dist", "torch"),
@@ -132,9 +134,11 @@ def run(options: argparse.Namespace) -> int:
         "verify": _verify,
         "inspect": _inspect,
     }
+
     try:
         with input_checks():
             return commands[options.conversion](options)
+    # Before OSError, whose subclass it is.
     except BrokenPipeError:
         raise  # the reader of our output has left, which the command line knows how to end
     except OSError as error:  # a directory or file that this user may not read
@@ -169,6 +173,7 @@ def peak_memory_bytes() -> int:
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
+            # The kernel counts in KiB here, although it writes kB.
             return int(line.split()[1]) * 1024
     return 0
 
@@ -199,6 +204,8 @@ def _to_megatron(options: argparse.Namespace) -> int:
 
     # A hub id that is in the cache stands for its directory.
     options.source = Path(weights_directory(str(options.source), "HF_DIR"))
+
+    # Refused rather than ignored: whoever gives --tp expects that it matters.
     if options.format == "torch_dist" and (options.tp, options.pp) != (1, 1):
         raise WeightsError(
             "--tp and --pp are of --format torch; torch_dist loads into any layout without them"
@@ -223,6 +230,7 @@ def _to_hf(options: argparse.Namespace) -> int:
     # A run's checkpoint gets a model card, as the run's own export has one; which packages trained
     # is not recorded. A checkpoint without a run has none.
     texts = {}
+    # RUN/checkpoints/step_N: the run is two levels up.
     owner = RunDirectory(options.source.parent.parent)
     if is_run_directory(owner.path):
         for checkpoint in saved(owner.checkpoints):
@@ -242,11 +250,13 @@ def _convert(options: argparse.Namespace, conversion: Any, **keywords: Any) -> i
     """Runs a conversion with the arguments that both have, and prints what it did."""
     if options.workers < 1:
         raise WeightsError(f"--workers is {options.workers}; it must be at least 1")
+
     # A conversion that keeps dtypes reads back no tensor and needs no torch.
     if options.dtype != "keep" or options.conversion == "to-megatron":
         import torch
 
         torch.set_num_threads(1)  # the copying threads are the parallelism
+
     dtype = None
     if options.dtype != "keep":
         dtype = stored_dtype(options.dtype)
@@ -298,6 +308,7 @@ def _verify(options: argparse.Namespace) -> int:
     b = None
     if options.b:
         b = open_as_hf(*_weights_named(options.b, options.hf_config))
+
     with progress_bar(f"verifying {options.a}") as progress:
         report = verify(a, b, atol=options.atol, progress=progress)
 
@@ -326,8 +337,10 @@ def _verify(options: argparse.Namespace) -> int:
     if options.json:
         text = json.dumps(summary)
     print(text)
+    # Twenty are enough: a wrong config.json makes one of every tensor.
     for problem in report.problems[:20]:
         say(problem)
+
     if report.problems:
         return 1
     return 0
@@ -362,6 +375,7 @@ def _logits(a: Opened, b: Opened | None) -> LogitParity:
     else:
         ours = b or a
         theirs = a
+
     if theirs.kind != "HF":
         raise WeightsError("--logits needs an HF directory to compare with; give it as B")
     return compare_logits(theirs.directory, ours.weights, ours.architecture)
@@ -375,6 +389,7 @@ def _inspect(options: argparse.Namespace) -> int:
         print(json.dumps(description))
         return 0
     for key, value in description.items():
+        # 15: the key's 14 columns and a blank, below which later lines begin.
         print(hanging(f"{key:<14} {_readable(value)}", 15))
     return 0
 
@@ -383,6 +398,7 @@ def _readable(value: Any) -> str:
     """Returns a value of a description for people: numbers with commas, tables as lists."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_readable(item)}" for key, item in value.items())
+    # For Python a bool is an int, which would be shown as 1 or 0.
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value)
@@ -390,6 +406,7 @@ def _readable(value: Any) -> str:
 
 def amount(num_bytes: float) -> str:
     """Returns bytes in the unit that suits them, 1.25 MB for example."""
+    # Powers of ten, as disks and networks are sold.
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= size:
             return f"{num_bytes / size:.2f} {unit}"
@@ -416,6 +433,7 @@ def progress_bar(title: str) -> Iterator[Any]:
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     last_line = time.monotonic()
     done = 0
+
     with Progress(
         TextColumn("{task.description}"), *columns, console=console, disable=not console.is_terminal
     ) as bar:

@@ -32,6 +32,7 @@ exit codes: 0 nothing failed (warnings allowed), 1 something did, 2 the input
 was refused
 """
 
+# Long enough for nodes that start one after the other; a firewall shows as this timeout.
 _JOIN_MINUTES = 3.0
 _INDENT = 28
 """Where a finding's words begin, after its verdict and its name."""
@@ -67,9 +68,11 @@ def run(options: argparse.Namespace) -> int:
         # Collective: every rank reports, and the first has all findings.
         findings = report(Path(run_dir or "."), needs)
         leave_world()
+    # All errors of torch.distributed are RuntimeErrors, timeouts among them.
     except RuntimeError as error:
         # Each rank says which node failed: rank 0 may be the one that never answers.
         speaks = True
+        # On one line: torch's messages have several.
         reason = " ".join(str(error).split())
         findings = [
             Finding(
@@ -85,6 +88,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     elif speaks:
         print(_text(findings))
+
     if any(finding.verdict == "fail" for finding in findings):
         return 1
     return 0

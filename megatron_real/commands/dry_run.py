@@ -29,6 +29,7 @@ def description(config: Config, num_ranks: int) -> str:
     parallel = config.parallel
     updates = config.updates_per_step
     files = [file for file in (config.data.train, config.data.heldout) if file]
+
     rows = {
         "run": _beginning(config),
         "model": (
@@ -46,6 +47,8 @@ def description(config: Config, num_ranks: int) -> str:
         "disk": _disk(config, architecture),
         "time": "`megatron-real plan` estimates it for GPUs; a run says it after its first steps",
     }
+
+    # Ten columns for the names: later lines of a text begin below its first.
     return "\n".join(hanging(f"{name:<10} {text}", 11) for name, text in rows.items())
 
 
@@ -56,12 +59,15 @@ def _beginning(config: Config) -> str:
     if earlier.config is None:
         return f"{directory.path}, new"
 
+    # The milder check: whether the checkpoint is one within a step is seen when it is loaded.
     changed = check_changes(earlier.config, to_plain(config), within_a_step=False)
+
     position = "the start"
     for checkpoint in saved(directory.checkpoints):  # the newest first
         if not checkpoint.incomplete():
             position = str(checkpoint.position)
             break
+
     text = f"{directory.path}, goes on from {position}"
     if changed:
         text += f"; changed: {'; '.join(changed)}"
@@ -75,12 +81,14 @@ def _memory(config: Config, architecture: Architecture, dp: int) -> str:
         resident = stage.resident
         return resident.weights + resident.gradients + resident.optimizer + stage.update.total
 
+    # auto counts as te, which a machine with GPUs should have.
     layers: Literal["te", "local"] = "te"
     if config.model.layers == "local":
         layers = "local"
     # One micro-batch: the least that a step can have in flight.
     stages = stage_memory(architecture, config, dp=dp, shapes=Shapes(1, layers))
     fullest = max(stages, key=training_bytes)
+
     return (
         f"{_gib(training_bytes(fullest))} GiB a process in training: "
         f"weights {_gib(fullest.resident.weights)}, "

@@ -56,11 +56,14 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FILE",
         help="may be given many times",
     )
+
     parser.add_argument(
         "--out",
         help="directory of the results; default: runs/eval/ and the name of the model or run",
     )
+
     for option, (key, what) in _KEYS.items():
+        # Without a type: the value becomes an override, and the configuration checks it.
         parser.add_argument(f"--{option.replace('_', '-')}", metavar="X", help=f"{what} ({key})")
 
 
@@ -74,14 +77,18 @@ def run(options: argparse.Namespace) -> int:
 
     with input_checks():
         subject = Subject.of(options.config)
+        # Of two that set the same the later counts: options over words, and
+        # both over the run's own.
         overrides = [*subject.overrides, *options.overrides, *asked]
         # Nothing is packed here, so that responses may be as long as the model can take.
         overrides.append(f"batch.max_tokens={1 << 40}")
+        # After all others, since what is free to be shortened depends on them.
         overrides += _fitting_lengths(subject, overrides)
         config = configuration.load(subject.config, overrides)
         check_model(config.model.path, config.model.weights)
         files = _benchmarks(options.bench)
 
+    # Only now: this imports torch, which the checks above do without.
     from megatron_real.evaluation.benchmark import run_benchmarks
 
     # Found before anything is loaded, since an interrupted evaluation is told where to go on.
@@ -104,12 +111,15 @@ def _fitting_lengths(subject: Subject, overrides: Sequence[str]) -> list[str]:
         configuration.load(subject.config, overrides)
         return []
     except ValueError as error:
+        # Known by its words, which config/checks.py writes: its class says only
+        # that something is wrong.
         if "exceeds the model's max_position_embeddings" not in str(error):
             return []  # it is raised again, and is not ours to mend
 
     limits = ("data.max_prompt_tokens", "rollout.max_response_tokens")
     values = {}
     for word in overrides:
+        # The later of two words replaces the earlier, as in the configuration.
         key, _, value = word.partition("=")
         values[key] = value
     if subject.config.is_file() and any(limit in values for limit in limits):

@@ -153,7 +153,9 @@ def _known(row: Any, number: int) -> Known:
     if not isinstance(golds, list):
         golds = [golds]
     golds = tuple(str(gold) for gold in golds)
+
     expected = row["expected"]
+    # `is`, because 1 == True, and a 1 is no verdict.
     if expected is True:
         expected = "ok"
     elif expected is False:
@@ -181,6 +183,7 @@ def _check(options: argparse.Namespace) -> int:
         started = time.monotonic()
         # Timed with the pool started: a run starts its pool once.
         checks = [Check(row.completion, row.golds) for row in rows]
+        # In the order of the rows, whichever worker is done first.
         statuses = [outcome.status for outcome in pool.run(checks)]
         seconds = time.monotonic() - started
 
@@ -207,6 +210,7 @@ def _check(options: argparse.Namespace) -> int:
         print(json.dumps(report))
     else:
         _show(tallies, total, unexpected, seconds)
+
     if unexpected:
         return 1
     return 0
@@ -223,6 +227,7 @@ def _show(
     for column in ("rows", "right", "false positives", "false negatives"):
         table.add_column(column, justify="right")
     for kind, tally in tallies.items():
+        # The fields of a Tally are in the order of the columns.
         table.add_row(kind, *map(str, vars(tally).values()))
     table.add_section()
     table.add_row("all", *map(str, vars(total).values()))
@@ -238,6 +243,7 @@ def _show(
         f"accuracy {accuracy:.4f} in {seconds:.1f} s, {total.rows / seconds:.0f} checks/s",
         highlight=False,
     )
+
     for row, status in unexpected[:_MAX_SHOWN]:
         # Without markup: a completion may hold what rich takes for it.
         console.print(
@@ -253,6 +259,7 @@ def _golds(options: argparse.Namespace) -> int:
     rows = read_rows(options.file, split=options.split)
     problems = unmatchable((row.uid, row.answers) for row in rows)
     kinds = Counter(kind_of(row.answers[0]) for row in rows)
+
     if options.json:
         report = {
             "rows": len(rows),
@@ -264,6 +271,7 @@ def _golds(options: argparse.Namespace) -> int:
 
     for kind, count in kinds.most_common():
         print(f"{count:8d}  {kind}")
+
     print(
         hanging(
             f"{len(problems)} of {len(rows)} problems have a gold answer that no completion is "

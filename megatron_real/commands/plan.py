@@ -59,6 +59,7 @@ _WIDTH = 80
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
+    # What is planned.
     parser.add_argument(
         "config",
         nargs="?",
@@ -69,6 +70,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", choices=PUBLISHED, metavar="NAME", help=f"one of {', '.join(PUBLISHED)}"
     )
+
+    # What is known better than the tables of devices say.
     parser.add_argument(
         "--rates", metavar="FILE", help="JSON of tools/gpu_day.py, for what it measured of this GPU"
     )
@@ -78,6 +81,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="RUN_DIR",
         help="take rates and lengths that this run measured",
     )
+
+    # On which GPUs.
     parser.add_argument(
         "--gpus",
         type=_gpu_counts,
@@ -86,6 +91,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="GPUs that train; several are compared in one table; default: 8",
     )
     add_gpu(parser)
+
+    # What is shown, and what stands in for the defaults.
     parser.add_argument("--top", type=int, default=5, metavar="N", help="layouts in the ranking")
     parser.add_argument(
         "--price", type=float, metavar="USD", help="of one GPU for one hour; default: a list price"
@@ -124,16 +131,19 @@ def run(options: argparse.Namespace) -> int:
             return _plan_sweep(source, device, options)
         if len(options.gpus) > 1:
             return _compare_gpu_counts(source, device, options)
+
         estimate, note = source.estimate(device, options.gpus[0])
         configured = estimate.run.config.rollout.tp
         # Over all layouts, whatever the configured one is: the table below shows where it stands.
         best = ranked(estimate.run)
+        # With a note, the configured layout is one that nobody has asked for on so many GPUs.
         if note and best:
             estimate = best[0]
 
     engines = ""
     if best:
         engines = _other_engines(configured, {estimate.run.cluster.gpus: best[0]})
+
     best = best[: options.top]
     if options.json:
         print(json.dumps(_json(estimate, best), indent=2))
@@ -146,6 +156,8 @@ def run(options: argparse.Namespace) -> int:
         # Before the last paragraph, which is that of the sources.
         paragraphs[-1:-1] = filter(None, [engines, _larger_cache(estimate)])
         print("\n\n".join(map(_wrapped, paragraphs)))
+
+    # The planned layout decides, and not the best: it is the one that the run would have.
     if estimate.fits:
         return 0
     return 1
@@ -171,6 +183,7 @@ class _Source:
         Raises:
             ValueError: nothing says what is planned, or a value is out of its range.
         """
+        # argparse knows types and no bounds.
         for name in ("top", "price", "mean_response", "train_utilization", "decode_utilization"):
             value = getattr(options, name)
             largest = math.inf
@@ -198,6 +211,7 @@ class _Source:
         rates = Rates(options.train_utilization, options.decode_utilization, options.mean_response)
         if options.measured is not None:
             run = RunDirectory(options.measured)
+            # What the user gives goes before what the run measured.
             rates = measured(run, rates)
             if config is None and model is None:
                 config = str(run.config)
@@ -214,6 +228,7 @@ class _Source:
             shapes = published_model(model)
             config = config or shapes
             overrides = (f"model.path={shapes}", *overrides)
+
         asked = any(word.startswith("parallel.") for word in overrides)
         return cls(config, overrides, rates, free_layout=not has_file and not asked)
 
@@ -313,12 +328,15 @@ def _compare_gpu_counts(source: _Source, device: Device, options: argparse.Names
                     f"{fastest.usd:,.0f}",
                 ]
             )
+
         print(f"The fastest layout that fits, for each number of {device.name} GPUs that train:\n")
         print(table(rows))
+
         fitting = {gpus: fastest for gpus, fastest in best.items() if fastest is not None}
         engines = _other_engines(configured, fitting)
         if engines:
             print("\n" + _wrapped(engines))
+
     if any(best.values()):
         return 0
     return 1
@@ -330,6 +348,8 @@ def _plan_sweep(source: _Source, device: Device, options: argparse.Namespace) ->
         raise ValueError(
             f"--gpus is {options.gpus}; a sweep is planned for one number of GPUs of each run"
         )
+
+    # num_ranks is None: the layouts of the file may be for other GPUs, and `estimate` settles that.
     sweep = load_sweep(source.config, source.overrides, num_ranks=None, to_run=False)
     num_seeds = len(sweep.seeds)
 
@@ -338,9 +358,12 @@ def _plan_sweep(source: _Source, device: Device, options: argparse.Namespace) ->
     for run in sweep.runs[: len(sweep.variants)]:  # the first seed of each
         of_variant = dataclasses.replace(source, config=run.base, overrides=run.overrides)
         estimate, note = of_variant.estimate(device, options.gpus[0])
+        # As in a plan of one run, where a note lets the fastest layout take the
+        # place of the file's.
         if note:
             estimate = next(iter(ranked(estimate.run)), estimate)
         estimates[run.variant] = estimate
+
     gpu_hours = num_seeds * sum(estimate.gpu_hours for estimate in estimates.values())
     usd = num_seeds * sum(estimate.usd for estimate in estimates.values())
 
@@ -364,11 +387,13 @@ def _plan_sweep(source: _Source, device: Device, options: argparse.Namespace) ->
                     f"{num_seeds * estimate.usd:,.0f}",
                 ]
             )
+
         rows.append(["all", "", str(len(sweep.runs)), "", f"{gpu_hours:,.0f}", f"{usd:,.0f}"])
         runs = f"{len(sweep.runs)} runs of {sweep.budget:,} rollouts"
         print(f"{runs}, each on {options.gpus[0]} x {device.name}:\n")
         print(table(rows))
         print("\n" + _wrapped("Evaluations, checkpoints and start-up are not counted."))
+
     if all(estimate.fits for estimate in estimates.values()):
         return 0
     return 1
@@ -406,9 +431,11 @@ def _larger_cache(estimate: Estimate) -> str:
     run = estimate.run
     if not estimate.fits or run.config.rollout.replay:
         return ""
+    # The fullest stage decides: rollout.kv_cache_mib is the same on every rank.
     in_use = max(stage.peaks["rollout"] for stage in estimate.stages)
     if run.server_gpus:
         in_use = sum(estimate.server.values())
+    # Bytes to MiB.
     free_mib = (estimate.budget - in_use) >> 20
     # Whole GiB, as a person would write it.
     kv_cache_mib = (run.config.rollout.kv_cache_mib + free_mib) // 1024 * 1024
@@ -416,10 +443,12 @@ def _larger_cache(estimate: Estimate) -> str:
     rollout = dataclasses.replace(run.config.rollout, kv_cache_mib=kv_cache_mib)
     config = dataclasses.replace(run.config, rollout=rollout)
     larger = Estimate(dataclasses.replace(run, config=config))
+
     before = estimate.seconds.total
     after = larger.seconds.total
     if not larger.fits or after > _GAIN * before:
         return ""
+
     return (
         f"{free_mib / 1024:.0f} GiB stay free while the engine decodes: with "
         f"rollout.kv_cache_mib={kv_cache_mib} a step takes {told_apart(after):g} s instead of "
@@ -467,6 +496,7 @@ def _json(estimate: Estimate, best: Iterable[Estimate]) -> dict[str, Any]:
     """Returns the whole plan for --json."""
     run = estimate.run
     needs = _disk_needs(run)
+
     return {
         "gpu": run.cluster.device.name,
         "gpus": run.cluster.gpus,
@@ -475,7 +505,9 @@ def _json(estimate: Estimate, best: Iterable[Estimate]) -> dict[str, Any]:
         "step": _step(run),
         "layout": _layout(estimate),
         "memory": [
-            {**dataclasses.asdict(stage), "peaks": stage.peaks} for stage in estimate.stages
+            # asdict knows fields alone, and `peaks` is a property. So is `total` below.
+            {**dataclasses.asdict(stage), "peaks": stage.peaks}
+            for stage in estimate.stages
         ],
         "server_memory": estimate.server,
         "best": [_layout(layout) for layout in best],
@@ -492,6 +524,7 @@ def _disk_needs(run: PlannedRun) -> DiskNeeds:
 def _layout(estimate: Estimate) -> dict[str, Any]:
     """Returns one layout for --json."""
     config = estimate.run.config
+
     return {
         "name": estimate.name,
         "parallel": dataclasses.asdict(config.parallel),
@@ -537,6 +570,7 @@ def _text(estimate: Estimate, best: Sequence[Estimate]) -> list[str]:
     if run.server_gpus:
         serving = f" and {run.server_gpus} that serve"
     step = ", ".join(f"{name} {value:,.0f}" for name, value in _step(run).items())
+
     paragraphs = [
         f"{model}, {run.architecture.num_parameters / 1e9:.2f}B parameters, on "
         f"{run.cluster.gpus} x {device.name}{serving}: {estimate.name}, recompute "
@@ -580,6 +614,7 @@ def _text(estimate: Estimate, best: Sequence[Estimate]) -> list[str]:
         lines.append("Rates, none of them measured here:")
     lines += [f"  {source}" for source in device.sources]
     paragraphs.append("\n".join(lines))
+
     return paragraphs
 
 
@@ -591,6 +626,7 @@ def _memory(estimate: Estimate) -> list[list[str]]:
         ["layers", *(str(s.layers) for s in stages)],
         ["parameters (billions)", *(f"{s.resident.parameters / 1e9:.3f}" for s in stages)],
     ]
+
     sizes = {
         "weights": [s.resident.weights for s in stages],
         "gradients": [s.resident.gradients for s in stages],
@@ -603,8 +639,10 @@ def _memory(estimate: Estimate) -> list[list[str]]:
     for part in stages[0].engine:
         sizes[f"engine: {part}"] = [s.engine[part] for s in stages]
     sizes["sync: tensor, bucket"] = [s.sync for s in stages]
+    # The parts of a step follow one another: the memory that counts is the largest peak.
     for part in stages[0].peaks:
         sizes[f"peak of {part}"] = [s.peaks[part] for s in stages]
+
     for name, bytes_of_stages in sizes.items():
         rows.append([name, *map(_gib, bytes_of_stages)])
     return rows
@@ -616,8 +654,7 @@ def _time(estimate: Estimate) -> str:
     parts = dataclasses.asdict(seconds)
     if not seconds.reference:
         del parts["reference"]
-    # Of the rollout, only what is not hidden behind training takes time.
-    # A part of the rollout's seconds, and none of the step's.
+    # `ahead` is the part of the rollout that is hidden behind training: none of the step's seconds.
     hidden = parts.pop("ahead")
     if hidden:
         parts["rollout"] -= hidden
@@ -626,6 +663,7 @@ def _time(estimate: Estimate) -> str:
     rows = [["part of a step", "seconds", "share"]]
     for name, value in parts.items():
         rows.append([name, f"{value:.1f}", f"{value / seconds.total:.0%}"])
+
     text = table(rows)
     if hidden:
         text += f"\n{hidden:.1f} s of the rollout are hidden behind training"
@@ -637,6 +675,7 @@ def _disk(run: PlannedRun) -> str:
     needs = _disk_needs(run)
     newest = run.config.rollout.keep_steps
     every = run.config.rollout.keep_every
+
     rollouts = "rollouts of all steps"
     if newest:
         rollouts = f"rollouts of the last {newest} steps"
@@ -644,6 +683,7 @@ def _disk(run: PlannedRun) -> str:
         rollouts += f" and of every {every}th"
     if run.config.rollout.keep_groups:
         rollouts = f"{run.config.rollout.keep_groups} groups of the {rollouts}"
+
     return (
         f"disk: up to {_gib(needs.total)} GiB: {needs.num_checkpoints} checkpoints of "
         f"{_gib(needs.checkpoint)}, {rollouts} {_gib(needs.rollouts)} (rollout.keep_steps), "
@@ -663,6 +703,7 @@ def _ranking(best: Sequence[Estimate]) -> str:
             "peak GiB",
         ]
     ]
+
     for estimate in best:
         rows.append(
             [

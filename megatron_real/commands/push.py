@@ -91,6 +91,7 @@ def run(options: argparse.Namespace) -> int:
     if upload.left_out:
         print(f"  left out, as no part of an export: {', '.join(upload.left_out)}")
     print(f"{len(names)} files, {amount(sum(map(upload.size, names)))}; no tensor has a NaN")
+
     if options.dry_run:
         print("dry run: nothing was sent")
         return 0
@@ -120,6 +121,7 @@ def _gather(path: Path, evaluations: Sequence[str]) -> Upload:
         ValueError: there is no export, a file of it must not be published, or an evaluation has no
             results.
     """
+    # The run's hf/ stands for the run. absolute, because `.` within hf/ has no parent by name.
     owner = path
     if not is_run_directory(path):
         owner = path.absolute().parent
@@ -131,12 +133,14 @@ def _gather(path: Path, evaluations: Sequence[str]) -> Upload:
             f"{path} is neither a run's directory nor the hf/ in one; give trainer.run_dir of a "
             "run that has ended (`hf upload` sends any other directory)"
         )
+
     if not (export / "config.json").is_file():
         raise ValueError(
             f"{path} has exported no weights: {export} is written when a run ends, unless "
             "trainer.export=false; let the run end"
         )
 
+    # What belongs to an export, and nothing else that may lie there, is sent.
     weights = HfWeights(export)
     files: dict[str, bytes | Path] = {file.name: file for file in weights.files}
     for file in side_files(export):
@@ -166,6 +170,7 @@ def _guarded(send: Callable[[], str]) -> int:
     token = get_token()
     if not token:
         raise Refused("this machine has no token of the hub; `hf auth login`, or set HF_TOKEN")
+
     try:
         url = send()
     except Exception as error:  # of a service and its library, which raise what they like
@@ -174,6 +179,7 @@ def _guarded(send: Callable[[], str]) -> int:
         say(f"the upload failed, and no file of it is in the repository ({reason})")
         say("the same command tries again")
         return 1
+
     print(url)
     return 0
 
@@ -189,19 +195,23 @@ def _send(upload: Upload, repo: str, *, private: bool, message: str) -> str:
     api = HfApi(library_name="megatron_real")
     api.whoami()  # a token that has expired is said before a byte is sent
     api.create_repo(repo, private=private, exist_ok=True)
+
     # Shards of a model that was there before would be loaded beside the new ones, or instead of
     # them.
     stale = [
         name
         for name in api.list_repo_files(repo)
+        # Those in folders stay: a model is loaded from the files beside its config.json.
         if name.endswith(_WEIGHTS) and name not in upload.files and "/" not in name
     ]
     if stale:
         print(f"  deleted in the same commit, as weights of another upload: {', '.join(stale)}")
+
     # One commit: a reader of the repository sees the old model or the new one.
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, content) for name, content in sorted(upload.files.items())
     ]
     operations += [CommitOperationDelete(name) for name in stale]
+
     commit = api.create_commit(repo, operations, commit_message=message)
     return str(commit.commit_url)

@@ -73,6 +73,7 @@ def run(options: argparse.Namespace) -> int:
         # Within the checks: some inputs are refused by the rank's own process.
         reports = rehearse(requests)
 
+    # The share that `plan` leaves free, too: both must call the same layout too large.
     budget = int(DEVICES[options.gpu].memory_gib * 2**30 * (1 - RESERVE_SHARE))
     objects: list[dict[str, Any]] = []
     for report in reports:
@@ -125,6 +126,7 @@ def _text(report: RankReport, budget: int) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     title = f"rank {report.rank} ({place}); {versions}; rehearsed in {report.seconds:.0f} s"
     paragraphs = [_folded(title)]
+
     if report.fault:
         paragraphs.append(_folded(f"BREAKS: {report.fault}"))
     # It broke before there was a model: nothing below has a figure.
@@ -138,6 +140,7 @@ def _text(report: RankReport, budget: int) -> list[str]:
     )
     paragraphs.append(_folded(load))
     paragraphs.append(table(_against_plan(report)))
+
     verdict = "DOES NOT FIT"
     if report.peak <= budget:
         verdict = "fits"
@@ -145,12 +148,15 @@ def _text(report: RankReport, budget: int) -> list[str]:
     paragraphs.append(_folded(f"{verdict}: {peak}; the engine's part of it is plan's figure"))
     gradient = [phase for phase in report.phases if phase.name == "gradient"]
     paragraphs += [table(_phases(report.phases)), *map(_details, gradient)]
+
     unusual = sorted({site for phase in report.phases for site in phase.guesses})
     if unusual:
         title = "taken as a constant, since only a GPU knows them:"
         paragraphs.append("\n".join([title, *(_folded(f"  {site}", 4) for site in unusual)]))
+
     if report.skipped:
         paragraphs.append(_folded("not rehearsed: " + "; ".join(report.skipped)))
+
     return paragraphs
 
 
@@ -167,6 +173,7 @@ def _folded(line: str, indent: int = 2) -> str:
 
 def _against_plan(report: RankReport) -> list[list[str]]:
     rows = [["GiB at the peak", "rehearsed", "plan", "plan is"]]
+    # Only the phases that `plan` models, under the same names.
     measured = {"resident": report.resident}
     measured |= {p.name: p.peak for p in report.phases if p.name in ("old_logprobs", "gradient")}
     for name, size in measured.items():
@@ -188,17 +195,21 @@ def _details(phase: Phase) -> str:
     """Returns what holds memory at a phase's peak, where the host waits in it, what it sends."""
     lines = [f"{phase.name}: what holds memory at its peak (GiB)"]
     for site, size in list(phase.holders.items())[:_SITES]:
+        # 11 columns before the site, 23 before the call below: later lines begin under it.
         lines.append(_folded(f"  {_gib(size):>7}  {site}", 11))
+
     if phase.syncs:
         lines.append(f"{phase.name}: where the host waits for the device (times)")
         for site, times in list(phase.syncs.items())[:_SITES]:
             lines.append(_folded(f"  {times:>7}  {site}", 11))
+
     if phase.collectives:
         lines.append(f"{phase.name}: collectives (calls, MiB of this rank)")
         for sent in phase.collectives:
             counts = f"{sent.calls:>7}  {sent.num_bytes / 2**20:>10,.1f}"
             over = f"over {sent.ranks} ({sent.group})"
             lines.append(_folded(f"  {counts}  {sent.call} {sent.dtype} {over}", 23))
+
     return "\n".join(lines)
 
 

@@ -59,12 +59,14 @@ def run(options: argparse.Namespace) -> int:
         with input_checks():
             _check(options, out)
             runs = _write(options, out)
-            # A run that has ended gets no more rows: the last page is the whole one.
+            # A run that has ended gets no more rows: the last page is the whole one. One that was
+            # killed without a word still says running: Ctrl-C ends the loop.
             while options.watch > 0 and any(run.status.get("state") == "running" for run in runs):
                 time.sleep(options.watch)
                 runs = _write(options, out)
     except KeyboardInterrupt:
         say(f"stopped watching; {out} is as it was last written")
+
     return 0
 
 
@@ -77,6 +79,7 @@ def _check(options: argparse.Namespace, out: Path) -> None:
         )
     if out.is_dir():
         raise ValueError(f"--out is {out}, a directory; give a file such as {out}/report.html")
+    # In this form NaN is refused, too: it is neither above 0 nor below.
     if not options.megabytes > 0:
         raise ValueError(f"--megabytes is {options.megabytes}; it must be above 0")
     if not options.watch >= 0:

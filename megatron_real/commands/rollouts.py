@@ -55,6 +55,7 @@ _SORTS: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
     "score": lambda row: row["score"],
     "weight": lambda row: None if row["weight"] is None else abs(row["weight"]),
 }
+# log 2: the token became twice or half as likely.
 _FULL = {"logprob": 5.0, "ratio": math.log(2)}
 """The figure of the strongest colour (nats); of a weight it is the largest one of the group."""
 # Backgrounds of a terminal with 256 colours, from weak to strong: blue for what became or is made
@@ -110,14 +111,17 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--limit is {options.limit}; it must be at least 0 (all)")
         if options.shade and options.step is None:
             raise ValueError("--shade colours what is to be read; give --step too")
+
         directory = RunDirectory(options.run_dir)
         asked_for = options.steps
         if options.step is not None:
             asked_for = [options.step]
         steps = _steps(directory, asked_for)
+        # A generator: a step's file is read when its rows are wanted, which `head` may never do.
         rows = _selected(
             (row for step in steps for row in read_rows(directory.saved_rollouts(step))), options
         )
+
         if options.step is not None:
             _print_text(list(rows), directory, options)
             return 0
@@ -134,6 +138,7 @@ def _selected(
     rows: Iterable[Mapping[str, Any]], options: argparse.Namespace
 ) -> Iterator[Mapping[str, Any]]:
     """Yields the rows that the filters leave, in the order that is asked for."""
+    # Nothing to search for is in every text.
     text = options.search.casefold()
     matching: Iterator[Mapping[str, Any]] = (
         row
@@ -142,6 +147,7 @@ def _selected(
         and (options.status is None or row["status"] == options.status)
         and (text in row["completion"].casefold() or text in row["prompt"].casefold())
     )
+
     if options.sort:
         key = _SORTS[options.sort]
 
@@ -152,6 +158,7 @@ def _selected(
             return value
 
         matching = iter(sorted(matching, key=last_without_figure, reverse=True))
+
     for number, row in enumerate(matching):
         if options.limit and number >= options.limit:
             return
@@ -174,6 +181,7 @@ def _print_text(
     if not rows:
         write("no rollout of this step is as asked for\n")
         return
+
     decode = None
     if options.shade:
         decode = _decoder(directory, options.shade, rows)
@@ -191,6 +199,7 @@ def _print_text(
         else:
             same_group = [sibling for sibling in rows if sibling["group"] == group]
             write(f"{_shaded(row, same_group, options.shade, decode)}\n")
+
     write(f"\n{len(rows)} rollouts\n")
 
 
@@ -217,6 +226,7 @@ def _headline(row: Mapping[str, Any]) -> str:
         f"sample {row['sample']}: {label}, {row['status']}; {', '.join(figures)}, "
         f"{len(row['token_ids'])} tokens"
     )
+
     if not row["finished"]:
         headline += ", cut at the limit"
     if row.get("reason"):
@@ -232,7 +242,9 @@ def _decoder(
             f"{directory.path} has no {shade} of single tokens in this step; a run keeps them with "
             "trainer.keep_token_weights=true"
         )
+
     decode = None
+    # A run without a readable config.yaml is told the same as one without a tokenizer.
     with suppress(ValueError):
         decode = token_decoder(directory.read_config("its tokenizer is not known"))
     if decode is None:
@@ -240,6 +252,7 @@ def _decoder(
             f"--shade needs the tokenizer.json of the run's model, which {directory.config} does "
             "not lead to"
         )
+
     return decode
 
 
@@ -251,12 +264,15 @@ def _shaded(
 ) -> str:
     """Returns the answer, each token on a background as strong as its figure."""
     column = SHADES[shade]
+    # A rollout that was not trained on has no figures: its tokens stay without a colour.
     figures = row.get(column) or [None] * len(row["token_ids"])
+
     full = _FULL.get(shade)
     if full is None:
         weights = (weight for sibling in group for weight in sibling.get(column) or ())
         sizes = (abs(weight) for weight in weights if weight is not None)
         full = max(sizes, default=0.0)
+
     parts = []
     for text, value in zip(decode(row["token_ids"]), figures, strict=True):
         shown = _shown(text)
@@ -272,8 +288,10 @@ def _shaded(
             shades = _DOWN
             if is_raised:
                 shades = _UP
+            # 97 is white text, 48;5;N background N of 256, and 0 ends both.
             shown = f"\x1b[97;48;5;{shades[strength - 1]}m{shown}\x1b[0m"
         parts.append(shown)
+
     return _indented("".join(parts))
 
 
@@ -305,6 +323,7 @@ def _steps(directory: RunDirectory, wanted: Sequence[str] | None) -> list[int]:
             raise ValueError(
                 f"--steps {part!r} is no step; give numbers such as 12 or 20-29"
             ) from error
+
     for step in steps:
         if step not in saved:
             raise ValueError(

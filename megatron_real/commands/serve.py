@@ -49,5 +49,6 @@ def run(options: argparse.Namespace) -> int:
 
     host = options.host or config.rollout.server_host
     words = command(config, host=host, port=options.port)
-    # In this process's place, so that whoever started it holds the server itself.
+    # In this process's place, so that whoever started it holds the server itself. Without a
+    # list of GPUs the server takes all that this process may see.
     os.execve(words[0], words, environment(config, key, gpus=[]))

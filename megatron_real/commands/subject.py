@@ -51,11 +51,13 @@ class Subject:
             overrides = (f"model.path={path}", "model.weights=", _WHOLE)
             return cls(parent.config, overrides, parent.path.name)
 
+        # RUN/checkpoints/step_N: the run is two levels up.
         owner = RunDirectory(path.parent.parent)
         if is_run_directory(owner.path) and path.parent == owner.checkpoints:
             label = f"{owner.path.name}-{path.name}"
             return cls(owner.config, (f"model.weights={path}", _WHOLE), label)
 
+        # Not a file here: perhaps a hub id in the cache.
         if not path.exists():
             path = Path(weights_directory(word, "the model"))
         return cls(path)

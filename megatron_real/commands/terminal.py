@@ -31,6 +31,7 @@ def input_checks() -> Iterator[None]:
     """A ValueError in here refuses the command's input: the command line says its sentence."""
     try:
         yield
+    # Some are ValueErrors too, and have their own sentence and exit code.
     except ExpectedEnd:
         raise
     except ValueError as error:

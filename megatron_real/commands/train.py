@@ -74,9 +74,11 @@ def run(options: argparse.Namespace) -> int:
     # torchrun's or srun's process, or one by itself.
     if options.nproc is None:
         return _train(config)
+
     from megatron_real.launcher import launch
 
     say(f"starting {options.nproc} processes")
+    # Each process loads the file itself and checks it again: only words are passed on.
     words = ["train", options.config, *options.overrides]
     return launch(words, num_ranks=options.nproc, run_dir=config.trainer.run_dir)
 
@@ -131,6 +133,7 @@ def _train(config: configuration.Config) -> int:
     try:
         job = build(config, stop)
     except NothingToDo:
+        # All ranks raise it together, so that they can leave together.
         leave_world()
         raise
     except ValueError as error:
@@ -145,6 +148,7 @@ def _train(config: configuration.Config) -> int:
         say(f"interrupted; metrics and rollouts so far are in {config.trainer.run_dir}")
         if isinstance(end, Interrupted):
             raise
+        # Ctrl-C came where not everything could be saved: the newest checkpoint counts.
         say(f"the same command goes on; {job.checkpoints.last_good()}")
         return INTERRUPTED
     except Exception as error:
@@ -152,5 +156,6 @@ def _train(config: configuration.Config) -> int:
         if isinstance(error, ExpectedEnd) or not is_full_disk(error):
             raise
         raise DiskFull(f"{error}; free space and start again") from error
+
     leave_world()
     return DONE
