@@ -30,7 +30,14 @@ RUNS = sorted(
     for path in CONFIGS.rglob("*.yaml")
     if path.name not in ("recipe.yaml", "1.5b.yaml", "7b.yaml") and path.parent.name != "compare"
 )
-SMALL = ("chain.yaml", "quickstart.yaml", "smollm2.yaml", "sums.yaml", "sums_stress.yaml")
+SMALL = (
+    "chain.yaml",
+    "chain_stress.yaml",
+    "quickstart.yaml",
+    "smollm2.yaml",
+    "sums.yaml",
+    "sums_stress.yaml",
+)
 PAPER = [path for path in RUNS if path.name not in SMALL]
 
 
