@@ -118,6 +118,7 @@ class WeightsDigest:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self._stream:
+            # With dtype and shape, since equal bits may be other numbers.
             self._tensors[name] = f"{tensor.dtype} {tuple(tensor.shape)} {checksum(tensor)}"
             yield name, tensor
 

@@ -272,6 +272,8 @@ class Fresh:
         options = self.options
 
         def draw(num_prompts: int, number: int) -> list[Rollout]:
+            # A step that is taken up again begins at the same place, so that chunks on disk are
+            # of its prompts.
             prompts = self.cursor.next_batch(num_prompts)
             size = options.chunk_prompts or num_prompts
             rollouts: list[Rollout] = []
@@ -288,6 +290,7 @@ class Fresh:
             rounds=options.refill_rounds,
             draw=draw,
         )
+        # After the refills, which go by the true labels.
         if options.permute_labels:
             return permuted_labels(rollouts, seed=options.draw_seed(step))
         return rollouts

@@ -54,6 +54,7 @@ class Host(Store):
             TimeoutError: it does not come in time.
         """
         self.wait([key])
+        # Without the lock: a value that is there is never taken away.
         return self._values[key]
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
@@ -76,6 +77,7 @@ class Host(Store):
             # A second at a time, so that the thread sees that the store was closed.
             with suppress(TimeoutError):
                 guest = self._door.next(1.0)
+                # A thread for each guest: its request may wait for what another guest will set.
                 threading.Thread(target=self._serve, args=(guest,), daemon=True).start()
 
     def _serve(self, guest: socket.socket) -> None:
@@ -121,6 +123,7 @@ class Guest(Store):
         self._asking = threading.Lock()
 
     def set(self, key: str, value: bytes | str) -> None:
+        # JSON knows no bytes: values travel as hexadecimal text.
         self._ask({"set": key, "value": _as_bytes(value).hex()})
 
     def get(self, key: str) -> bytes:

@@ -70,6 +70,7 @@ class Worker(VllmWorker):
         invitation = json.loads(text)
         self._link = Link.join(
             tuple(invitation["address"]),
+            # The server's key, in whose environment its workers run.
             link_secret(os.environ["VLLM_API_KEY"], invitation["name"]),
             rank=self.rank + 1,  # the sender is rank 0
             size=invitation["size"],
