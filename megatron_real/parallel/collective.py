@@ -217,6 +217,7 @@ def shared(value: T, *, group: dist.ProcessGroup | None) -> T:
     """Returns the first rank's value, on every rank. Collective."""
     if group is None:
         return value
+    # On the other ranks the broadcast puts the first rank's value in its place.
     values = [value]
     dist.broadcast_object_list(values, src=dist.get_global_rank(group, 0), group=group)
     return values[0]

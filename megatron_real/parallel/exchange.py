@@ -45,6 +45,7 @@ _FACTS = numpy.dtype(
         ("has_reward", "?"),
         ("finished", "?"),
         ("early", "?"),
+        # Fills the row up to whole words.
         ("unused", "?"),
     ]
 )
