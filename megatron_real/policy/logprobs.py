@@ -285,6 +285,7 @@ class _Shard:
         first = rank * columns
         # A shard may lie wholly in the padding, and then has no real token.
         valid = min(max((vocab_size or world * columns) - first, 0), columns)
+        # Without a group where one rank has all: nothing is communicated then.
         return cls(first, valid, group if world > 1 else None)
 
     def combine(self, parts_SK: Tensor) -> tuple[Tensor, ...]:
@@ -343,6 +344,8 @@ class _Shard:
         """
         column_K, inside_K = self._locate(target_K, start, logits_KC.shape[1])
         torch.add(-lse_K.unsqueeze(1), logits_KC, alpha=1 / temperature, out=out_KC).exp_()
+        # Where the target is not in these columns, 0 is taken from the column that it
+        # was clamped to.
         return out_KC.scatter_add_(
             1, column_K.unsqueeze(1), -inside_K.to(out_KC.dtype).unsqueeze(1)
         )
@@ -463,6 +466,7 @@ class _LogprobsFromLogits(torch.autograd.Function):
                 torch.mul(grad_CV, scale_C1, out=grad_TV[rows, : shard.valid])
             else:
                 grad_TV[rows, : shard.valid] = grad_CV.mul_(scale_C1).to(grad_TV.dtype)
+        # One for each argument of `forward`: the logits alone have a gradient.
         return grad_TV, None, None, None, None, None, None
 
 
@@ -502,6 +506,7 @@ class _LogprobsFromHidden(torch.autograd.Function):
                 continue
 
             # The log-sum-exp comes last: it overwrites the logits where they are the wide buffer.
+            # A target lies in one chunk only: all others add 0.
             parts_SK[1] += shard.pick(logits_KC, target_K, columns.start) / temperature
             if entropy:
                 _fold_mean(parts_SK, logits_KC, temperature)

@@ -104,6 +104,7 @@ def compare_logits(
         )
 
     length = min(num_tokens, architecture.max_positions, theirs.max_positions)
+    # A generator of its own: the same tokens each time, whatever was drawn before.
     token_T = torch.randint(
         architecture.vocab_size, (length,), generator=torch.Generator().manual_seed(seed)
     )

@@ -612,6 +612,7 @@ class TrainStep:
         values = sums.values.cpu()
 
         if objective.has_scores:
+            # The loss itself, from all scores: the value of the surrogate is not that of the loss.
             score_R, old_mean_R, present_R = self._scores_of(batch, everything, over=self.groups.dp)
             loss = objective.score_loss(score_R, old_mean_R, facts)
             weight_R = self._weights(batch, score_R, old_mean_R, present_R)
