@@ -77,6 +77,7 @@ def model_card(
     config = directory.read_config("a model card is made of it")
     source = Path(str(_setting(config, "model.path")))
     objective = str(_setting(config, "objective.name"))
+    # A card of a checkpoint must not show accuracies that later weights have reached.
     evaluations = [
         row
         for row in read_rows(directory.evaluations)[0]
@@ -150,9 +151,11 @@ def with_benchmarks(card: str, evaluations: Sequence[str | Path]) -> str:
                 spread = f"{error:.4f}"
             accuracy = f"{row['pass_at_1']:.4f}"
             rows.append([name, accuracy, spread, row["problems"], row["samples"]])
+
     # A card that somebody has edited may have fields that the hub's library does not know.
     parsed = ModelCard(card, ignore_metadata_errors=True)
     data = cast(ModelCardData, parsed.data)
+
     # huggingface_hub writes no results of a model without a name.
     data.model_name = data.model_name or "model"
     data.eval_results = [*(data.eval_results or []), *results]
@@ -203,6 +206,7 @@ def _figures(
             f"* {steps[-1]['step']} steps. Mean reward of training rollouts: {before:.4f} in the "
             f"first {window} steps, {after:.4f} in the last {window}."
         )
+
     # The first and the last, which are one where there is only one.
     for row in [*evaluations[:1], *evaluations[1:][-1:]]:
         error = row.get("heldout/standard_error")
@@ -214,6 +218,8 @@ def _figures(
             f"{row.get('heldout/problems') or 0:.0f} problems, "
             f"{row.get('heldout/samples') or 0:.0f} samples each."
         )
+
+    # The heading and its blank line are two.
     if len(lines) == 2:
         lines.append("No step had been finished.")
     return "\n".join(lines)
@@ -255,6 +261,7 @@ def _benchmarks(directory: Path) -> dict[str, Mapping[str, Any]]:
             f"{file} holds no results ({type(error).__name__}: {error}); "
             "give the --out of a finished `megatron-real eval`"
         ) from error
+
     return dict(rows)
 
 
@@ -266,6 +273,8 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if setting == "*":
             names = list(values)
         for each in names:
+            # A setting may be a table of its own, such as objective.kl: each of its values
+            # gets a row.
             value = values.get(each)
             if isinstance(value, Mapping):
                 for inner, plain in value.items():
@@ -284,6 +293,7 @@ def _plain(value: Any) -> str:
 
 def _data(config: Mapping[str, Any]) -> list[Path]:
     """Returns the training sets."""
+    # `sources:` without a value is None in YAML.
     sources = _setting(config, "data.sources") or {}
     paths = [str(source.get("path", "")) for source in sources.values()]
     return [Path(path) for path in [_setting(config, "data.train"), *paths] if path]
@@ -309,6 +319,7 @@ def _setting(config: Mapping[str, Any], name: str) -> Any:
 def _table(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for row in rows:
+        # A bar would end the cell, and a line break the row.
         cells = (str(cell).replace("|", r"\|").replace("\n", " ") for cell in row)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

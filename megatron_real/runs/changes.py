@@ -42,6 +42,8 @@ def changes(
     # In the order of the earlier file, then what is new.
     for name in [*before, *(name for name in now if name not in before)]:
         path = f"{prefix}{name}"
+        # An earlier version did not know the newer settings: _BEFORE says what it did
+        # in their place.
         old = before.get(name, _BEFORE.get(path))
         new = now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -66,6 +68,7 @@ def check_changes(
     lines = []
     for name, old, new in changes(before, now):
         reason = REFUSED.get(name)
+        # str.startswith takes a tuple. "objective." stands for every setting of the section.
         if reason is None and within_a_step and name.startswith(_WITHIN_A_STEP):
             reason = "the checkpoint is in the middle of a step that was begun with it"
         if reason is not None:
@@ -73,6 +76,7 @@ def check_changes(
                 f"{name} was {old!r} and is now {new!r}, which a resumed run may not change: "
                 f"{reason}; set {name}={old}, or give another trainer.run_dir"
             )
+
         lines.append(f"{name}: {old!r} -> {new!r}")
     return lines
 

@@ -129,6 +129,8 @@ class ChunkFiles:
             return None
 
         own: list[Rollout] = []
+        # `every` is collective and gives all ranks all readings, so that all take the
+        # same branch below.
         readings = self._ranks.every(lambda: self._read(file, name, prompts, origin, into=own))
         count = sum(reading.num_rollouts for reading in readings)
         damaged = next((reading.damaged for reading in readings if reading.damaged), "")
@@ -150,7 +152,9 @@ class ChunkFiles:
         groups = frozenset[int]().union(*(reading.groups for reading in readings))
         if len(groups) != len(prompts):
             raise _other_prompts(file, name.step)
+
         self._say(f"step {name.step}: {count} rollouts are on disk and not sampled again")
+        # Each rank holds what it has read. The others learn the facts of it; no tokens are sent.
         return self._exchange.share(own, prompts)
 
     def write(self, name: ChunkName, origin: Origin, rollouts: Sequence[Rollout]) -> None:
@@ -181,6 +185,7 @@ class ChunkFiles:
         """
         exchange = self._exchange
         if not exchange.first_of_node:
+            # The ranks of a node share its disk or its link: one of them reads for all.
             return _Reading()
 
         begun = name.step == self._begun_step
@@ -190,12 +195,15 @@ class ChunkFiles:
             for part in part_files(file)[exchange.node :: exchange.num_nodes]:
                 before, rollouts = read_chunk(part)
                 into += rollouts
+                # Parts of a chunk have one origin, so the answer of the last one holds for
+                # all of them.
                 changed = ["nothing says under what"]
                 if before is not None:
                     changed = before.differences(origin)
         except ValueError as error:
             if begun:
                 raise  # what the step has been trained on cannot be drawn again
+
             return _Reading(damaged=str(error))
 
         if begun:
@@ -257,6 +265,7 @@ def settings_of_rollouts(config: Config) -> dict[str, Any]:
             if file.is_file():
                 described += f" {_digest(file.read_text(encoding='utf-8'))}"
             settings[f"data.sources.{name}.verifier"] = described
+
     return settings
 
 

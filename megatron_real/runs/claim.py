@@ -66,6 +66,7 @@ class Earlier:
             steps = directory.metrics.read_bytes().count(b"\n")
         except FileNotFoundError:
             steps = 0
+
         return cls(
             config=_config(directory.config),
             status=read_status(directory.status),
@@ -104,6 +105,7 @@ def _config(file: Path) -> dict[str, Any] | None:
 
     if isinstance(values, dict) and isinstance(values.get("trainer"), dict):
         return dict(values)
+
     raise ValueError(
         f"{file} is not a whole configuration ({problem}), so nobody knows what the run was made "
         f"with; copy the 'config' of the last file in {file.parent / 'lives'} there, or give "
@@ -166,6 +168,7 @@ def check_without_checkpoint(
             f"{path} holds a run already, of {earlier.steps} steps and without a checkpoint to go "
             "on from; give another trainer.run_dir or delete it"
         )
+
     return check_changes(earlier.config, config, within_a_step=False)
 
 

@@ -107,6 +107,8 @@ def write_table(
     columns: dict[str, Any] = {
         "step": pyarrow.array(numpy.full(len(rollouts), step, dtype=numpy.int32))
     }
+    # A column is there even where its values are not known yet, so that readers find it
+    # in every file.
     for name, dtype in FIGURES.items():
         values = figures.get(name)
         if values is None:
@@ -207,6 +209,7 @@ def read_questions(path: Path) -> Questions:
             row |= json.loads(row["not_utf8"])
         prompts[row["group"]] = _prompt_of(row, _present(ids).tolist())
         refills[row["group"]] = row["refills"]
+
     return Questions(prompts, refills)
 
 
@@ -262,6 +265,7 @@ def rollouts_of(table: pyarrow.Table) -> list[Rollout]:
             _present(versions[i]),
         )
         rollouts.append(rollout_of(row, _present(prompts[i]).tolist(), completion, references[i]))
+
     return rollouts
 
 
@@ -382,6 +386,7 @@ def _scalar_columns(rows: Sequence[dict[str, Any]]) -> dict[str, pyarrow.Array]:
             # A NaN is not equal to itself, and no text.
             if changed[name] != value and not isinstance(value, float):
                 odd[name] = value
+
         # As JSON, which escapes what UTF-8 cannot hold.
         written = None
         if odd:
@@ -434,6 +439,7 @@ def _lists(arrays: Sequence[NDArray[Any] | None], dtype: type[numpy.generic]) ->
     numpy.cumsum(lengths, out=offsets[1:])
 
     present = [array.astype(dtype, copy=False) for array in arrays if array is not None]
+    # numpy.concatenate refuses an empty list.
     values = numpy.zeros(0, dtype=dtype)
     if present:
         values = numpy.concatenate(present)
@@ -446,6 +452,8 @@ def _rows_of(table: pyarrow.Table, name: str) -> list[NDArray[Any] | None]:
     """Returns [rows] the arrays of a column of lists, without a copy but for masks."""
     rows: list[NDArray[Any] | None] = []
     for part in table.column(name).chunks:
+        # `offsets` point into `values`, which knows of no slices and nulls; flatten()
+        # leaves those out.
         offsets = part.offsets.to_numpy()
         values = part.values.to_numpy(zero_copy_only=False)
         # The table's memory belongs to all of its rollouts.
@@ -453,6 +461,7 @@ def _rows_of(table: pyarrow.Table, name: str) -> list[NDArray[Any] | None]:
         valid = part.is_valid().to_numpy(zero_copy_only=False)
         for i in range(len(part)):
             rows.append(values[offsets[i] : offsets[i + 1]] if valid[i] else None)
+
     return rows
 
 

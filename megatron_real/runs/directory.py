@@ -124,6 +124,7 @@ class RunDirectory:
     def kept_rollouts(self) -> list[tuple[int, Path]]:
         """Returns (step, file) of every file of rollouts, whole steps and chunks."""
         files = [*self._files_of_rollouts("step-*"), *self._files_of_rollouts("chunk-*")]
+        # Five digits or more: sorted as numbers, since names of six digits sort before them.
         return sorted((int(file.stem.split("-")[1]), file) for file in files)
 
     def saved_steps(self) -> list[int]:
@@ -137,6 +138,7 @@ class RunDirectory:
 
     def _files_of_rollouts(self, pattern: str) -> list[Path]:
         files = sorted(self.path.glob(f"rollouts/{pattern}"))
+        # A file that is being written ends in .new, and is no chunk or step yet.
         return [file for file in files if file.suffix in (".parquet", ".jsonl")]
 
     def dump(self, step: int, update: int) -> RunDirectory:
@@ -150,6 +152,7 @@ class RunDirectory:
 def _existing(file: Path) -> Path:
     """Returns the file, or the one that an earlier version has written in its place."""
     earlier = file.with_suffix(".jsonl")
+    # A run that went on under this version may have both: its newer file counts.
     if earlier.is_file() and not file.exists():
         return earlier
     return file

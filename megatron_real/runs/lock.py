@@ -169,6 +169,8 @@ class RunLock:
             # A listing may lack the newest names, as NFS caches it. So it only says where to begin.
             numbers = [int(name) for name in os.listdir(self.folder) if name.isdecimal()]
             number = max(numbers, default=1)
+            # Numbers only grow: either this process makes the file, or its owner is dead and the
+            # next is tried.
             while not self._make(number):
                 owner, touched = self._read(number)
                 if not owner.ended:
@@ -187,6 +189,8 @@ class RunLock:
 
     def release(self) -> None:
         """Gives the directory back."""
+        # The thread first: it would take the file that is marked below for that of
+        # a lost directory.
         self._done.set()
         if self._thread.is_alive():
             self._thread.join(_RELEASE_SECONDS)
@@ -244,6 +248,7 @@ class RunLock:
         """
         try:
             owner, _ = self._read(number)
+            # Only the own file, where `only` says so: a successor's must not be marked as ended.
             if not owner.ended and only in (None, owner):
                 # Replaced as a whole: a reader never sees half of an owner.
                 self._aside(owner.text(ended=True)).replace(self._file(number))
@@ -273,6 +278,7 @@ class RunLock:
             if sentence:
                 self._lost(sentence)
                 return
+
             if trouble:
                 logger.warning("the run's lock is touched again")
             trouble = False
@@ -288,6 +294,7 @@ class RunLock:
             return (
                 f"{file} is gone: somebody has removed it, and another run may take the directory"
             )
+
         following = self._file(self._number + 1)
         if self._read(self._number)[0] != self._me or following.exists():
             successor, _ = self._read(self._number + 1)
@@ -295,6 +302,7 @@ class RunLock:
                 f"{self.folder.parent} now belongs to {successor}: this run was silent for more "
                 f"than {self.lease:g} s and another has taken its directory"
             )
+
         # It needs no space, so that a full disk does not look like a dead owner.
         os.utime(file)
         return ""
@@ -336,6 +344,7 @@ def _runs(pid: int, started: str) -> bool:
     # Where a start is unknown, the number has to do.
     if not started or not present_start:
         return True
+
     return present_start == started
 
 
@@ -346,8 +355,11 @@ def _start_of(pid: int) -> str:
     """
     # The name in parentheses may hold blanks and parentheses itself: what counts is after the last.
     fields_after_name = _first_line(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    # The first after the name is field 3 of proc(5), the state; so number 19 is
+    # field 22, `starttime`.
     if len(fields_after_name) <= 19:
         return ""
+    # Z is a zombie, X a dead process.
     if fields_after_name[0] in "ZX":
         return "ended"
     return fields_after_name[19]

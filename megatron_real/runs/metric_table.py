@@ -28,6 +28,7 @@ class Metric:
 
     def pattern(self) -> re.Pattern[str]:
         """Returns what matches the names in the files; what varies is a named group."""
+        # Letters need no escaping, so the capitals are still there to be replaced.
         escaped = re.sub(r"[A-Z]+", lambda part: f"(?P<{part[0]}>.+)", re.escape(self.name))
         return re.compile(escaped)
 
@@ -40,6 +41,7 @@ _SCORED = "over the rollouts that had a weight"
 
 # Each entry: its names in the files and in trackers; its unit and its reduction; its meaning.
 METRICS = (
+    # Rewards and labels.
     Metric(
         "reward_mean", "reward/mean",
         "reward", _LABELLED,
@@ -61,6 +63,7 @@ METRICS = (
         "Rollouts without a label: failed checks, filters, empty responses.",
     ),
 
+    # The objective and the updates.
     Metric(
         "loss", "objective/loss",
         "objective", _UPDATES,
@@ -154,6 +157,7 @@ METRICS = (
         "Updates that were skipped for a loss or gradient that was not finite.",
     ),
 
+    # Rollouts, and the engines that generate them.
     Metric(
         "lag", "rollout/lag",
         "steps", "of the step",
@@ -236,6 +240,7 @@ METRICS = (
         "Completions that waited for an engine and that another one, which had room, has drawn.",
     ),
 
+    # Trainer against engine: the same weights, two programs.
     Metric(
         "mismatch_mean_abs", "mismatch/mean_abs",
         "nats per token", _TOKENS,
@@ -257,6 +262,7 @@ METRICS = (
         "The largest difference at a token.",
     ),
 
+    # Seconds. The evaluation's entry comes first, since seconds/STAGE matches its name as well.
     Metric(
         "seconds/evaluation", "time/evaluation",
         "s", "of the first rank",
@@ -275,6 +281,7 @@ METRICS = (
         "The same over all ranks; `_slowest` is the number of the rank with the maximum.",
     ),
 
+    # Speed and memory.
     Metric(
         "tokens_per_second_per_rank", "system/tokens_per_second_per_rank",
         "tokens/s", "sums over the step",
@@ -298,6 +305,7 @@ METRICS = (
         "number of the rank with the maximum.",
     ),
 
+    # Held-out problems. FIGURE matches the names of the first two as well, and so comes last.
     Metric(
         "heldout/pass_at_K", "heldout/pass_at_K",
         "share", "mean over the problems",

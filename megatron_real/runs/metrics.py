@@ -173,6 +173,7 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         refilled_groups[rollout.group] = rollout.refills > 0
         if rollout.label == EXCLUDED or not rollout.completion.num_trained:
             continue
+
         labels_of_groups[rollout.group].add(rollout.label)
         reward = rollout.verdict.reward
         # A truncated rollout counts as wrong and was seen by no verifier: its label is its reward.
@@ -238,6 +239,7 @@ def speed_metrics(
     so that recomputation and scoring passes lower it. mfu: tflops_per_rank / peak, only where the
     peak is known.
     """
+    # NaN, and not 0: nothing was trained, and so nothing was slow.
     per_second = math.nan
     if rank_seconds > 0:
         per_second = 1.0 / rank_seconds
@@ -284,6 +286,7 @@ def engine_metrics(engines: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """
     if not engines:
         return {}
+
     seconds = [engine["seconds"] for engine in engines]
     tokens = [engine["tokens"] for engine in engines]
     # Of equals the first, so that a figure is the same on every reading.
@@ -307,13 +310,17 @@ def _over_ranks(
 ) -> dict[str, float]:
     if not ranks:
         return {}
+
     metrics = {}
+    # A stage that the first rank did not have is left out; one that another lacks took
+    # 0 seconds there.
     for name in ranks[0]:
         values = [rank.get(name, 0.0) for rank in ranks]
         metrics[f"{prefix}/{name}_min"] = min(values)
         metrics[f"{prefix}/{name}_mean"] = _mean(values)
         metrics[f"{prefix}/{name}_max"] = max(values)
         metrics[f"{prefix}/{name}_{which}"] = float(values.index(max(values)))
+
     return metrics
 
 
@@ -336,6 +343,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def _mean(values: Sequence[float]) -> float:
+    # Unlike sum(), fsum() gives the same figure for any order of the values.
     return _quotient(math.fsum(values), len(values))
 
 
@@ -392,6 +400,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and ends the trackers."""
+        # A copy, since `_guarded` removes a tracker that fails.
         for tracker in list(self._trackers):
             self._guarded(tracker, tracker.close)
 

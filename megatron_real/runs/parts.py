@@ -76,8 +76,10 @@ def name_parts(path: Path, *, of: int) -> None:
     for left_over in unfinished.iterdir():
         if left_over.name not in names:
             left_over.unlink()
+    # The names of the parts are on disk before the directory gets its final name.
     fsync(unfinished)
     if path.exists():
+        # Between these two there is neither: a reader finds no file, and never a mixture.
         delete(path)
     unfinished.rename(path)
     fsync(path.parent)
@@ -117,6 +119,8 @@ def write_parts(
     if exchange.num_nodes == 1:
         write_own()
         return
+
+    # Every part is on disk before the directory gets its name: `name_parts` does not wait.
     all_well(write_own, group=exchange.group or dist.group.WORLD)
     if exchange.rank == 0:
         name_parts(path, of=exchange.num_nodes)
@@ -130,10 +134,12 @@ def part_files(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
+
     matches = {file.name: _NAME.fullmatch(file.name) for file in path.iterdir()}
     counts = {int(match[2]) for match in matches.values() if match}
     if not counts:
         raise ValueError(f"{path} is a directory without a part of a step's rollouts")
+
     # Of several counts the largest: a part that is missing then shows by its name.
     names = [Part(number, max(counts)).name for number in range(1, max(counts) + 1)]
     for name in names:

@@ -40,6 +40,7 @@ def check_replay(config: Config) -> list[str]:
         )
 
     steps = config.trainer.steps
+    # All steps before the first one trains: a gap would end the run hours later.
     for step in range(1, steps + 1):
         if saved.saved_rollouts(step).exists():
             continue
@@ -48,6 +49,7 @@ def check_replay(config: Config) -> list[str]:
                 f"rollout.replay = {saved.path} has no rollouts of step 1; give the directory of "
                 "an earlier run that still has them"
             )
+
         raise ValueError(
             f"rollout.replay = {saved.path} has the rollouts of steps 1 to {step - 1}, but "
             f"trainer.steps is {steps}; set trainer.steps={step - 1} or less"
@@ -91,6 +93,7 @@ def _check_prompts(file: Path, config: Config) -> list[str]:
     size = config.batch.minibatch_prompts
     if saved_size in (0, size):  # 0: the rollouts were saved before they were trained on
         return []
+
     return [
         f"the saved run made its updates of {saved_size} prompts, this replay makes them of "
         f"{size}; set batch.minibatch_prompts={saved_size} for the same updates"

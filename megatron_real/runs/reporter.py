@@ -123,6 +123,7 @@ class Reporter:
         self.begun = True
         if not self.first:
             return
+
         self.directory.path.mkdir(parents=True, exist_ok=True)
         self.say_status("running")
         self.progress.log_to(self.directory.log)
@@ -205,6 +206,8 @@ class Reporter:
         The chunks of the step after them are kept: each says what it was drawn under, and is used
         only where that has not changed (runs/chunks.py).
         """
+        # A checkpoint counts the bytes of each file of rows at its time. What follows
+        # them is later.
         for file in (self.directory.metrics, self.directory.evaluations):
             size = offsets.get(file.name, 0)
             present = _size(file)
@@ -228,6 +231,8 @@ class Reporter:
                 )
 
         for step, rollouts in self.directory.kept_rollouts():
+            # A whole file of the step right after them stays, too: it is replaced when that step
+            # is made again.
             if step > steps + 1:
                 delete(rollouts)
         for left_over in self.directory.unfinished_rollouts():
@@ -250,6 +255,7 @@ class Reporter:
         has kept the rollouts of the step before from being written.
         """
         seconds = self.progress.take_seconds()
+        # Collective: every rank calls these in the same order, before most of them return below.
         seconds_of_ranks = self._gathered(seconds)
         memory_of_ranks = self._gathered(memory_of_process())
         engines: Sequence[Mapping[str, float]] = ()
@@ -269,6 +275,7 @@ class Reporter:
         if self._writer is None:
             return
 
+        # The row of metrics, which the first rank alone writes.
         device = "cpu"
         if torch.cuda.is_available():
             device = torch.cuda.get_device_name()
@@ -296,6 +303,7 @@ class Reporter:
         It raises the error that has kept them from being written. A checkpoint that counts a step
         must not be on disk before the step's rollouts are.
         """
+        # Forgotten before it is waited for: an error is raised once, and not again by `finish`.
         writing = self._writing
         self._writing = None
         if not self._written_step:
@@ -355,6 +363,7 @@ class Reporter:
             token_figures={name: [arrays[i] for i in own] for name, arrays in figures.items()},
             part=Part(exchange.node + 1, exchange.num_nodes),
         )
+
         # The chunks only now: a kill in between leaves the one or the other.
         if exchange.num_nodes == 1:
             self._drop_rollouts(step)
@@ -363,11 +372,13 @@ class Reporter:
         """Says once, after the first steps of this life, how long the others will take."""
         if len(self._step_times) > PACE_STEPS:
             return
+
         # The end of each of the first steps; the first end is the beginning of the second step.
         self._step_times.append(time.monotonic())
         left = self.config.trainer.steps - step
         if len(self._step_times) != PACE_STEPS + 1 or not left:
             return
+
         # The first step is left out: it compiles and warms up.
         pace = (self._step_times[-1] - self._step_times[0]) / PACE_STEPS
         self.progress.say(
@@ -404,6 +415,7 @@ class Reporter:
         self._steps += 1
         if any(weight != 0 for weight in training.weights):
             return
+
         # Doubling intervals: a run that never learns is told so often enough, and the log stays
         # readable.
         self._idle += 1
@@ -438,6 +450,7 @@ class Reporter:
         seconds = sum(self.progress.take_seconds(only=_STAGES_OF_EVALUATION).values())
         if self._writer is None:
             return
+
         # Before the row: where a row is, its problems are, too.
         answers = {"samples": evaluation.samples, "correct": dict(evaluation.correct)}
         write_whole(self.directory.heldout_answers(step), json.dumps(answers) + "\n")
@@ -458,9 +471,12 @@ class Reporter:
         self._rollout_thread.shutdown()
         if self._writer is None:
             return
+
         # Before the last words: a tracker prints its own.
         self._writer.close()
         self._draw()
+
+        # What the user must not overlook goes to the terminal and to status.json.
         reasons = []
         if warning:
             reasons.append(warning)
@@ -484,6 +500,7 @@ class Reporter:
         """Draws the curves, under a title of the run and the settings that matter most."""
         config = self.config
         settings = [config.objective.name]
+        # Not every objective has a temperature.
         if hasattr(config.objective, "tau"):
             settings.append(f"tau {config.objective.tau:g}")
         settings += [

@@ -263,6 +263,7 @@ def _check_exists(path: Path) -> None:
     if path.exists():
         return
     remedy = "rollout.replay takes the directory of an earlier run"
+    # The path of a dump's or a run's file is RUN/rollouts/step-STEP.parquet.
     steps = RunDirectory(path.parent.parent).saved_steps()
     if steps:
         remedy = (
@@ -292,11 +293,13 @@ def _read_lines(path: Path, data: bytes) -> tuple[Mapping[str, Any] | None, list
             rollouts.append(_rollout_of_line(row))
         except (ValueError, KeyError, TypeError) as error:
             raise _broken(path, number, error) from error
+
     return plain, rollouts
 
 
 def _row_of(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
+        # surrogatepass: JSON of earlier versions could hold halves of surrogate pairs.
         row = json.loads(line.decode("utf-8", "surrogatepass"))
     # Broken JSON and broken UTF-8 both raise one.
     except ValueError as error:
@@ -316,6 +319,7 @@ def _broken(path: Path, number: int, error: Exception) -> ValueError:
 def _rollout_of_line(row: Mapping[str, Any]) -> Rollout:
     completion = Completion(
         _ints(row["token_ids"]),
+        # JSON has no NaN: earlier versions wrote null in its place.
         [_number(p) for p in row["logprobs"]],
         row["completion"],
         bool(row["finished"]),
@@ -334,6 +338,7 @@ def _rollout_of_line(row: Mapping[str, Any]) -> Rollout:
             raise ValueError(
                 f"{len(completion.token_ids)} token_ids but {len(reference)} reference_logprobs"
             )
+
     return rollout_of(row, _ints(row["prompt_token_ids"]), completion, reference)
 
 
@@ -342,6 +347,7 @@ def _number(value: float | None) -> float:
 
 
 def _ints(values: Sequence[Any]) -> tuple[int, ...]:
+    # type() and not isinstance(): True is an int, too.
     wrong = next((v for v in values if type(v) is not int), None)
     if wrong is not None:
         raise ValueError(f"token id {wrong!r} is not a whole number")

@@ -15,6 +15,8 @@ from typing import Any
 def append_row(file: Path, row: Mapping[str, Any]) -> None:
     """Adds a row, on a line of its own whatever the file ends with."""
     line = json.dumps(row) + "\n"
+    # "a+": every write goes to the end, wherever the file is read before; one write for
+    # a whole row.
     with file.open("a+b") as rows:
         # A row that an earlier process could not finish must not take this one with it.
         if rows.seek(0, os.SEEK_END) > 0:
@@ -28,6 +30,7 @@ def read_rows(file: Path) -> tuple[list[dict[str, Any]], int]:
     """The rows of a file that need not exist, and how many lines are not rows."""
     if not file.exists():
         return [], 0
+
     rows = []
     broken = 0
     for line in file.read_bytes().splitlines():
@@ -39,6 +42,7 @@ def read_rows(file: Path) -> tuple[list[dict[str, Any]], int]:
             rows.append(row)
         elif line.strip():
             broken += 1
+
     return rows, broken
 
 
@@ -48,6 +52,7 @@ def drop_cut_row(file: Path) -> bool:
         return False
     content = file.read_bytes()
     whole = content.rfind(b"\n") + 1
+    # rfind gives -1 where no row is whole, so that nothing is left.
     if whole == len(content):
         return False
     os.truncate(file, whole)

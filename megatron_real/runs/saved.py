@@ -85,9 +85,12 @@ class Saved:
         Raises:
             UnreadableCheckpoint: a file is there and its size cannot be read.
         """
+        # An empty list counts as cut, too: a checkpoint without files cannot be whole.
         files = self.manifest().get("files", {})
         if not files:
             return f"{MANIFEST} is missing or cut"
+
+        # By name, so that of several problems the same one is told each time.
         for name, (size, _) in sorted(files.items()):
             try:
                 present = (self.path / name).stat().st_size
@@ -97,6 +100,7 @@ class Saved:
                 raise _unreadable(self.path / name, error) from error
             if present != size:
                 return f"{name} has {present} bytes instead of {size}"
+
         return ""
 
     def corrupt(self, files: Mapping[str, Sequence[Any]], *, part: int = 0, parts: int = 1) -> str:
@@ -124,6 +128,7 @@ class Saved:
                 raise _unreadable(file, error) from error
             if digest != files[name][1]:
                 return f"{name} has another checksum than when it was written"
+
         return ""
 
     def damage(self) -> str:
@@ -240,6 +245,8 @@ def commit(
         _delete(doomed)
     else:
         partial.rename(final)
+
+    # Until now a power cut could take the new name back.
     fsync(folder)
     return Saved(final, position)
 
@@ -273,6 +280,7 @@ def retire(
             kept.add(position)
         if keep_every and not position.update and position.step % keep_every == 0:
             kept.add(position)
+        # A checkpoint of before the first evaluation has no accuracy.
         rating = checkpoint.manifest().get("accuracy")
         if rating is not None:
             # Of equal accuracies the larger position wins: the newest.
@@ -298,6 +306,7 @@ def retire(
         failure = _delete(doomed)
         if failure:
             failures.append(failure)
+
     return gone, failures
 
 

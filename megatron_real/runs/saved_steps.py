@@ -55,4 +55,5 @@ class SavedSteps:
 
         questions = self._ranks.together(read)
         rollouts = exchange.share(own, questions.prompts)
+        # Refills are known to the file of prompts alone; `share` has sent the rest.
         return [dataclasses.replace(r, refills=questions.refills[r.group]) for r in rollouts]

@@ -27,6 +27,7 @@ def summary_lines(directory: RunDirectory, *, rollouts_per_step: int) -> list[st
 
     lines = [f"summary after {steps[-1]['step']} steps"]
     accuracies = [(row["step"], row.get("heldout/pass_at_1")) for row in evaluations]
+    # An evaluation whose checks all failed has none.
     accuracies = [(step, value) for step, value in accuracies if value is not None]
     if len(accuracies) > 1:
         first, before = accuracies[0]
@@ -44,6 +45,7 @@ def summary_lines(directory: RunDirectory, *, rollouts_per_step: int) -> list[st
         f"{after:.3f} in the last {window}"
     )
 
+    # Where the time of all steps went, stage by stage.
     seconds: dict[str, float] = {}
     for row in steps:
         for name, value in row.items():
@@ -58,6 +60,7 @@ def summary_lines(directory: RunDirectory, *, rollouts_per_step: int) -> list[st
         shares = ", ".join(f"{name} {seconds[name] / total:.0%}" for name in longest)
     lines.append(f"  time in steps      {duration(total)} ({shares})")
 
+    # A step that no engine answered has no mean length, and no tokens.
     lengths = [row.get("response_tokens_mean") or 0.0 for row in steps]
     tokens = sum(lengths) * rollouts_per_step
     lines.append(f"  response tokens    {tokens:,.0f}")

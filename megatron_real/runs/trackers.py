@@ -81,7 +81,8 @@ class TensorBoardTracker:
         lines = (f"    {name}: {value}" for name, value in settings.items())
         self._events.add_text("configuration", "\n".join(lines))
         self._events.add_text("run directory", f"    {directory.path.resolve()}")
-        # SummaryWriter.add_hparams would open a second run beside this one.
+        # SummaryWriter.add_hparams would open a second run beside this one. hparams() takes only the
+        # names of the metrics; the zeros are ignored.
         for summary in hparams(settings, {"reward/mean": 0.0, "heldout/pass_at_1": 0.0}):
             self._events._get_file_writer().add_summary(summary)
 
@@ -113,6 +114,7 @@ class WandbTracker:
         import wandb as client
 
         self._run = client.init(
+            # With resume="allow" W&B goes on with the run of this id, or begins it.
             id=_identity(directory, "wandb"),
             resume="allow",
             config={**config, "run_directory": str(directory.path.resolve())},
@@ -188,6 +190,7 @@ class MlflowTracker:
         else:
             number = self._client.create_experiment(name)
         run = str(self._client.create_run(number, run_name=directory.path.name).info.run_id)
+        # Before the parameters: a life that is killed while it sends them must leave a known run.
         _write_identity(directory, "mlflow", run)
         params = [Param(key, str(value)[:_MLFLOW_TEXT]) for key, value in _flat(config)]
         # The server refuses larger batches as a whole.
@@ -199,6 +202,7 @@ class MlflowTracker:
         """Sends the figures."""
         from mlflow.entities import Metric
 
+        # MLflow counts time in milliseconds.
         now = int(time.time() * 1000)
         metrics = [Metric(name, value, now, step) for name, value in values.items()]
         for start in range(0, len(metrics), _MLFLOW_METRICS):
@@ -294,6 +298,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{name}.")
         else:
+            # An empty table has no settings of its own: it is shown as the text "{}".
             if not isinstance(value, bool | int | float | str):
                 value = str(value)
             yield f"{prefix}{name}", value

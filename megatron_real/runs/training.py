@@ -96,6 +96,7 @@ def _of_rollouts(policy: Policy, batch: Batch, name: str) -> list[NDArray[numpy.
     if not batch.has_token_weights:
         return [None] * len(rollouts)
     values = []
+    # Only the last pipeline stage has log-probs. The others join in the collective with nothing.
     if policy.groups.is_last_stage:
         values = [getattr(results, name) for results in batch.results]
     value_N = gathered_tokens(policy.groups, batch, values).float().numpy()
