@@ -81,8 +81,8 @@ class TensorBoardTracker:
         lines = (f"    {name}: {value}" for name, value in settings.items())
         self._events.add_text("configuration", "\n".join(lines))
         self._events.add_text("run directory", f"    {directory.path.resolve()}")
-        # SummaryWriter.add_hparams would open a second run beside this one. hparams() takes only the
-        # names of the metrics; the zeros are ignored.
+        # SummaryWriter.add_hparams would open a second run beside this one. hparams() takes only
+        # the names of the metrics; the zeros are ignored.
         for summary in hparams(settings, {"reward/mean": 0.0, "heldout/pass_at_1": 0.0}):
             self._events._get_file_writer().add_summary(summary)
 

@@ -95,6 +95,7 @@ class Architecture:
                 f"architecture {name} is not supported; supported are "
                 f"{', '.join(sorted(SUPPORTED))}"
             )
+
         family = SUPPORTED[name]
         _check_sizes(name, hf)
         _refuse_variants(name, hf)
@@ -130,6 +131,7 @@ class Architecture:
 
     def padded_vocab(self, tp: int) -> int:
         """Returns the vocabulary rows in Megatron: a multiple of 128 on each of `tp` ranks."""
+        # 128 is the default of Megatron's --make-vocab-size-divisible-by.
         multiple = 128 * tp
         return -(-self.vocab_size // multiple) * multiple
 
@@ -165,11 +167,13 @@ class Architecture:
         if self.qkv_bias:
             qkv += qkv_rows
         output_projection = self.head_dim * self.num_heads * self.hidden_size
+        # Gate, up and down; and the norms before the attention and before the MLP.
         mlp = 3 * self.hidden_size * self.ffn_size
         norms = 2 * self.hidden_size
 
         layer = qkv + output_projection + mlp + norms
         if self.linear_bias:
+            # Of the output projection and down, and of gate and up.
             layer += 2 * self.hidden_size + 2 * self.ffn_size
         if self.qk_norm:
             layer += 2 * self.head_dim
@@ -196,6 +200,7 @@ class Architecture:
             width: bytes of one number.
         """
         heads = max(self.num_kv_heads // tp, 1)
+        # 2: a key and a value.
         return 2 * self.num_layers * heads * self.head_dim * width
 
     def flops_per_token(self, context: float) -> float:
@@ -211,6 +216,8 @@ class Architecture:
         matrices = self.num_parameters
         if not self.tied:
             matrices -= self.vocab_size * self.hidden_size
+        # The attention's products, of queries with keys and of weights with values, have
+        # 2 FLOPs each.
         return 2.0 * matrices + 4.0 * self.num_layers * self.num_heads * self.head_dim * context
 
 
@@ -247,6 +254,7 @@ def read_table(file: Path) -> dict[str, Any]:
 
     if not isinstance(values, dict):
         raise WeightsError(f"{file} holds no table of values; download it again")
+
     return values
 
 
@@ -390,4 +398,5 @@ def _rope_factor(name: str, rope: Mapping[str, Any]) -> float | None:
             f"{name} with rope type {rope_type}{detail} is not supported; "
             f"supported are default and llama3 with {LLAMA3_ROPE}"
         )
+
     return _positive(name, "rope factor", rope.get("factor"))

@@ -82,6 +82,7 @@ class Record:
     def append(self, *_: Any) -> None:
         """Drops an item of a stood-in list, set or table."""
 
+    # The unpickler calls these on whatever it has built, to fill a list, a set or a table.
     add = extend = __setitem__ = append
 
 
@@ -169,6 +170,8 @@ class TorchFile:
 
         The local header says it: its name and extra field may be longer than the directory's.
         """
+        # A local header has 30 fixed bytes. At 26 stand the lengths of the name and the extra field
+        # that follow it (APPNOTE.TXT of PKWARE, 4.3.7).
         window.seek(info.header_offset)
         header = window.read(30)
         offset = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
@@ -190,6 +193,7 @@ class TorchFile:
                 f"{self.file}: {name} has dtype {tensor.dtype}; supported are "
                 f"{', '.join(DTYPE_BYTES)}"
             )
+
         size = DTYPE_BYTES[tensor.dtype]
         # A storage that is not there has fewer bytes than any tensor needs.
         begin, num_bytes = self.storages.get(tensor.key, (0, -1))
@@ -212,6 +216,7 @@ class TorchFile:
         rows = 1
         if tensor.shape:
             rows = tensor.shape[0]
+        # Without rows there are no elements, and nothing to divide by.
         columns = 0
         if rows:
             columns = numel // rows
@@ -298,6 +303,7 @@ class _Reader(pickle._Unpickler):
             return _STORAGES.get(name, name)
         if name[:1].isupper():
             return type(name, (Record,), {})
+
         return _DTYPES.get(name) or TorchName(name)
 
     def _enum_member(self, enum: Any, name: Any) -> Record:
@@ -327,6 +333,7 @@ class _Reader(pickle._Unpickler):
 def _rebuild_tensor(
     storage: tuple[str, str], start: int, shape: Any, strides: Any, *_: Any
 ) -> PickledTensor:
+    # The arguments after the strides are requires_grad, hooks and metadata: weights need none.
     key, dtype = storage
     sizes = tuple(shape)
     steps = tuple(strides)
@@ -487,6 +494,8 @@ def _central_directory(literals: list[tuple[int, bytearray]]) -> dict[int, int]:
         # Entries of the directory begin with this signature; none of them holds tensor data.
         at = data.find(b"PK\x01\x02")
         while 0 <= at < end:
+            # An entry has 46 fixed bytes. At 28 stand the lengths of what follows them, at 42 where
+            # the record's local header begins.
             name_length, extra_length, comment_length = struct.unpack(
                 "<HHH", data[at + 28 : at + 34]
             )

@@ -120,6 +120,7 @@ class HfWeights:
             raise WeightsError(
                 f"the index of {self.directory} names {missing[0]}, which none of its files has"
             )
+
         self._open = OpenFiles()
 
     @property
@@ -196,6 +197,7 @@ def open_model(directory: str | Path) -> tuple[Architecture, HfWeights]:
         check_names(weights, architecture)
         for name, shape in hf_shapes(architecture).items():
             check_stored(weights.tensor(name), shape)
+        # For its refusals: an export would meet them only at the end of a run.
         side_files(directory)
     except OSError as error:
         raise WeightsError(
@@ -298,6 +300,7 @@ def hf_files(
 
     if len(shards) == 1:
         return [_file(SINGLE, shards[0])], None
+
     files = []
     for i, shard in enumerate(shards, 1):
         files.append(_file(f"model-{i:05d}-of-{len(shards):05d}.safetensors", shard))
@@ -362,6 +365,7 @@ def read_header(file: Path) -> bytes:
                 f"{file} is truncated or corrupt: {size} bytes with a header of {length}; download "
                 f"it again"
             )
+
         return start + stream.read(length)
 
 
@@ -378,6 +382,7 @@ def parse_header(header: bytes, file: Path) -> dict[str, dict[str, Any]]:
         WeightsError: the header is corrupt.
     """
     try:
+        # The first 8 bytes are the length of the JSON.
         entries = json.loads(header[8:], object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise WeightsError(
@@ -386,6 +391,7 @@ def parse_header(header: bytes, file: Path) -> dict[str, dict[str, Any]]:
     # safetensors reads no header that begins with a space.
     if not isinstance(entries, dict) or header[8:9] != b"{":
         raise WeightsError(f"{file} has a header that is not a table of tensors; download it again")
+
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise WeightsError(f"{file} has a header whose metadata are not words; download it again")
@@ -401,6 +407,7 @@ def parse_header(header: bytes, file: Path) -> dict[str, dict[str, Any]]:
             raise WeightsError(
                 f"{file}: {name} at bytes {begin} to {end} {kind}; the header is corrupt"
             )
+
         previous_end = end
     return entries
 
@@ -452,6 +459,7 @@ def side_files(directory: Path) -> list[Path]:
         # Both describe the weights' files, which the export cuts anew.
         if file.name.endswith(".index.json") or file.name == MANIFEST:
             continue
+
         _refuse_link_outside(file, directory)
         if _check_regular(file) <= _SIDE_LIMIT:
             kept.append(file)
@@ -486,6 +494,7 @@ def _refuse_link_outside(file: Path, directory: Path) -> None:
     except (OSError, RuntimeError) as error:
         raise WeightsError(f"{file} is a link that leads nowhere; remove it") from error
     homes = [root]
+    # The hub's cache: models--OWNER--NAME/snapshots/REVISION, and blobs/ beside snapshots/.
     if root.parent.name == "snapshots":
         homes.append(root.parent.parent / "blobs")
     if not any(target.is_relative_to(home) for home in homes):
@@ -501,6 +510,7 @@ def _span(entry: Any, name: str, file: Path) -> tuple[int, int]:
         raise WeightsError(
             f"{file}: {name} lacks dtype, shape or data_offsets; the header is corrupt"
         )
+
     dtype = entry["dtype"]
     shape = entry["shape"]
     offsets = entry["data_offsets"]
@@ -523,12 +533,14 @@ def _span(entry: Any, name: str, file: Path) -> tuple[int, int]:
         raise WeightsError(
             f"{file}: {name} has the shape {shape!r} and offsets {offsets!r}; the header is corrupt"
         )
+
     begin, end = offsets
     if end - begin != prod(shape) * num_bytes:
         raise WeightsError(
             f"{file}: {name} of shape {shape} and dtype {dtype} does not fill bytes {begin} to "
             f"{end}"
         )
+
     return begin, end
 
 
@@ -567,6 +579,7 @@ def weight_index(directory: Path) -> dict[str, str]:
     Raises:
         WeightsError: it is no index, or weights beside it make it unclear which ones are meant.
     """
+    # safetensors before .bin, the order in which transformers looks for them.
     for single, name in ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX)):
         has_single = (directory / single).exists()
         has_index = (directory / name).exists()
@@ -606,12 +619,14 @@ def _weight_files(directory: Path, index: Mapping[str, str]) -> list[Path]:
             f"does not read; remove the weights that are not meant"
         )
 
+    # Without an index and a single file: all shards that are there.
     names = names or shards
     if not names:
         raise WeightsError(
             f"{str(directory)!r} has no {SINGLE}, {INDEX} or {BIN_SINGLE}; give a directory of HF "
             f"weights"
         )
+
     for name in names:
         _check_regular(directory / name)
     return [directory / name for name in names]
@@ -658,6 +673,7 @@ def _check_regular(file: Path) -> int:
     # A pipe or a device would block or never end.
     if not stat.S_ISREG(status.st_mode):
         raise WeightsError(f"{file} is not a regular file")
+
     return status.st_size
 
 

@@ -273,6 +273,7 @@ class Entry:
             first = number * part
             last = first + part
             return Rectangle(((first, last), (up + first, up + last)), columns)
+
         if self.kind == "vocab":
             rows = padded_rows
         # Without a rest: a vocabulary is padded for it, and heads that TP does not divide are
@@ -377,6 +378,7 @@ def entries(architecture: Architecture) -> Iterator[Entry]:
     A tied output weight has no entry: it is the embedding.
     """
     a = architecture
+    # What the names of dimensions in LAYER stand for.
     sizes = {
         "hidden": a.hidden_size,
         "ffn": a.ffn_size,

@@ -78,6 +78,7 @@ class StoredTensor:
             for extent in self.extents
         )
 
+        # Every pair of extents: there are few, one for each shard of the tensor.
         overlap = False
         for i, a in enumerate(self.extents):
             for b in self.extents[:i]:
@@ -162,6 +163,7 @@ class Piece:
                 block = memoryview(buffer)[: rows * row_bytes]
 
                 if span.tensor is None:
+                    # The buffer still holds the block before this one.
                     block[:] = bytes(len(block))
                 else:
                     _read(span.tensor, files, block, row, rows, self.first_column, self.columns)
@@ -203,6 +205,7 @@ class OpenFiles:
                     f"{file} ends at byte {offset + done}, before its data; copy or download it "
                     f"again"
                 )
+
             done += count
 
     def _descriptor(self, file: Path) -> int:
@@ -335,6 +338,8 @@ def _cast(block: memoryview, source: str, target: str, name: str) -> memoryview:
             f"{name} has values up to {float(values.abs().max()):.3g}, which {target} cannot hold; "
             f"take another --dtype"
         )
+
+    # As bytes: numpy has no bfloat16.
     return memoryview(cast.view(torch.uint8).numpy().data)
 
 

@@ -95,6 +95,7 @@ def load_weights(
     # Every rank raises for a file that one cannot read. The others would wait in the first
     # broadcast.
     all_well(read, group=replicas, expected=WeightsError, raises=WeightsError)
+    # broadcast() takes a rank of the whole job, whatever the group.
     source = dist.get_global_rank(replicas, 0)
     for parameter in parameters.values():
         dist.broadcast(parameter.data, src=source, group=replicas)
@@ -130,6 +131,7 @@ def _read_weights(
                         f"belong together"
                     )
 
+                # A view: what is copied into it is in the model.
                 flat = target.view(-1)
                 begin = 0
                 for block in piece.blocks(files, _BLOCK_BYTES):
@@ -211,6 +213,7 @@ def write_hf(
     contents = hf_side_files(Path(source), dtype=dtype, index=index)
     contents |= {name: text.encode() for name, text in (texts or {}).items()}
 
+    # The small files, and the files of weights with their headers and room for the tensors.
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -223,6 +226,7 @@ def write_hf(
             # The full size at once: tensors come in any order.
             stream.truncate(file.size)
 
+    # Every tensor goes to its place as it comes.
     places = {}
     for file in files:
         for name, offset in file.offsets.items():
@@ -232,6 +236,7 @@ def write_hf(
             raise WeightsError(
                 f"the weights to export have {name} twice, or the model has no such tensor"
             )
+
         # Popped, so that a tensor that comes twice has no place.
         path, offset = places.pop(name)
         values = tensor.to(torch_dtype(dtype)).detach().cpu().contiguous()

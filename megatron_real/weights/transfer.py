@@ -251,6 +251,7 @@ def write_directory(
     """
     check_target(out, overwrite=overwrite, sources=output.source_files())
     out = out.absolute()
+    # This very directory may be replaced at the end, and none that somebody makes meanwhile.
     replaced = _identity(out)
     partial = out.with_name(f".{out.name}.partial")
     report = progress or (lambda _: None)
@@ -258,6 +259,7 @@ def write_directory(
     try:
         if partial.is_symlink():
             raise WeightsError(f"{partial} is a link; remove it")
+
         # For a disk that turns out too small: then these go again.
         made = [folder for folder in partial.parents if not folder.exists()]
         partial.mkdir(parents=True, exist_ok=True)
@@ -289,6 +291,7 @@ def write_directory(
                 f"the disk of {out} is full; free some space and run the same command again, which "
                 f"keeps what is done"
             ) from error
+
         raise WeightsError(f"{error.filename or partial}: {error.strerror or error}") from error
     return sum(output.targets[index].piece.num_bytes for index in done)
 
@@ -350,8 +353,11 @@ def _journal(out: Path) -> Iterator[int]:
     The journal is removed when all went well.
     """
     file = _journal_file(out)
+    # O_APPEND: threads add lines at once, and none overwrites another's. O_NOFOLLOW: a link of this
+    # name, which another user may have made, is refused.
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
     try:
+        # The lock ends with the process, also where it is killed.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield descriptor
         file.unlink()
@@ -377,12 +383,14 @@ def _resume(output: Output, partial: Path, journal: int) -> dict[int, int]:
     os.ftruncate(journal, len(whole_lines))
     lines = whole_lines.decode(errors="replace").splitlines()
 
+    # Another plan's journal: what it names is of no use. Without a journal the files are not ours.
     if lines[:1] != [fingerprint]:
         begun = bool(lines) and re.fullmatch(r"[0-9a-f]{64}", lines[0]) is not None
         if not begun and any(partial.iterdir()):
             raise WeightsError(
                 f"{partial} is there, and no journal says that a conversion wrote it; remove it"
             )
+
         shutil.rmtree(partial)
         partial.mkdir()
         os.ftruncate(journal, 0)
@@ -472,6 +480,7 @@ def _copy(
         for block in target.piece.blocks(files, limits.block_bytes):
             if stop.is_set():
                 raise KeyboardInterrupt
+
             _write(descriptor, block, offset)
             crc = zlib.crc32(block, crc)
             offset += len(block)
@@ -549,6 +558,7 @@ def _publish(partial: Path, out: Path, replaced: tuple[int, int] | None) -> None
             f"{out} is not what it was when the conversion began, and is left alone; the finished "
             f"weights are in {partial}: remove {out.name} and run the same command again"
         )
+
     if replaced is not None:
         _refuse_foreign(out)
 
@@ -558,6 +568,7 @@ def _publish(partial: Path, out: Path, replaced: tuple[int, int] | None) -> None
         _refuse_foreign(old)
         shutil.rmtree(old)
     if replaced is not None:
+        # Out of the way first: rename() replaces no directory that has files.
         out.rename(old)
     partial.rename(out)
     fsync(out.parent)
