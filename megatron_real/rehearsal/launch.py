@@ -36,6 +36,7 @@ def rehearse(requests: Sequence[Request]) -> list[RankReport]:
             for i in numbers
         ]
         reports |= zip(numbers, _rehearse_in_a_process(explicit, kind), strict=True)
+    # In the order of the requests, whichever process had them.
     return [reports[i] for i in range(len(requests))]
 
 

@@ -55,8 +55,10 @@ _BY_VALUE = frozenset(
 )  # fmt: skip
 """Operations whose output's shape depends on values: on a GPU each waits for the device."""
 
+# Beginnings of operations that only allocate, or give memory another name.
 _NO_KERNEL = ("aten.empty", "aten.detach", "aten.new_empty", "aten.alias", "aten.lift")
 
+# Files of the rehearsal: their lines are not the program's.
 _OWN = {
     str(Path(__file__).with_name(name)) for name in ("meter.py", "world.py", "te_kernels.py")
 } | {str(Path(__file__).with_name("transformer_engine.py"))}
@@ -155,6 +157,7 @@ class Meter(TorchDispatchMode):
             self._note_pinned(pinned)
             return pinned
 
+        # Nothing puts the originals back: the process ends with the rehearsal.
         torch.UntypedStorage.resize_ = resize_and_count
         Tensor.pin_memory = pin
         Tensor.is_pinned = lambda tensor, *_: self._is_pinned(tensor)
@@ -214,8 +217,10 @@ class Meter(TorchDispatchMode):
     @staticmethod
     def _guess(tensor: Tensor) -> float | int | bool:
         """Returns the constant that stands for an element whose value only a GPU would know."""
+        # Finite in a quotient and in a logarithm.
         if tensor.is_floating_point():
             return 0.5
+        # Most of these are checks, such as whether all of it is finite: a run passes them.
         if tensor.dtype == torch.bool:
             return True
         return 1
@@ -246,6 +251,7 @@ class Meter(TorchDispatchMode):
                     f"a mask whose values a rehearsal does not know, at {call_site(3)}"
                 )
             with outside_modes():
+                # x[mask] is x[i, j, ...], with an index for each dimension of the mask.
                 positions = real.nonzero().unbind(1)
             indices += [self.known(position, index.device) for position in positions]
         return aten.index.Tensor(source, indices)
@@ -254,6 +260,7 @@ class Meter(TorchDispatchMode):
         """Returns the same arguments on the CPU; None where a tensor's values are not known."""
         flat, spec = tree_flatten((args, kwargs))
         reals = []
+        # A fake gives its values, a small tensor of the host stays, and a device becomes the CPU.
         for value in flat:
             if isinstance(value, FakeTensor):
                 value = self.values(value)
@@ -276,6 +283,7 @@ class Meter(TorchDispatchMode):
     def _follow(self, func: Any, args: Any, tensors: Sequence[Tensor], out: Any, real: Any) -> None:
         """Gives the outputs their values, or marks them and what was written to as unknown."""
         outputs = [o for o in tree_leaves(out) if isinstance(o, FakeTensor)]
+        # Small outputs of known inputs: the CPU computes their values as well.
         if real is not None and outputs and all(o.numel() <= _LARGEST_KNOWN for o in outputs):
             try:
                 with outside_modes():
@@ -341,9 +349,11 @@ class Meter(TorchDispatchMode):
         The caller knows the device from the tensor: the storage of a fake one says "meta" of
         itself.
         """
+        # The address of the C++ object, which all views of the memory share.
         key = storage._cdata
         size = -(-storage.nbytes() // _GRANULE) * _GRANULE
         if key not in self._sizes:
+            # A fake tensor is never freed by an allocator: the end of its storage stands for it.
             weakref.finalize(storage, self._release, key)
             self._owners[key] = call_site()
 
@@ -473,6 +483,7 @@ class Meter(TorchDispatchMode):
             return self._index_by_mask(args)
 
         real = self._real_arguments(args, kwargs)
+        # Operations whose output has a shape that values decide: the CPU runs them.
         if func in _BY_VALUE:
             if any(tensor.device.type == "cuda" for tensor in tensors):
                 self._sync(str(func._overloadpacket))
@@ -489,6 +500,7 @@ class Meter(TorchDispatchMode):
             self._count(func, args, kwargs, out)
             return out
 
+        # All others: the fakes give shapes, the CPU gives the values that are known.
         self._count_transfer(func, args, kwargs)
         out = func(*args, **kwargs)
         self._count(func, args, kwargs, out)

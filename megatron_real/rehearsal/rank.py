@@ -71,12 +71,14 @@ def rehearse(request: Request, world: World) -> RankReport:
     libraries: Any = pinned
     config = configuration.load(request.config, request.overrides)
     dp = configuration.check_world(config, request.gpus)
+    # Before join_world, which reads rank and size from there.
     world.place(request.rank, request.gpus)
     layout.join_world(config.trainer.timeout_minutes)
 
     # A scalar made by torch.tensor(..., device="cuda") is made on the CPU and moved as a fake.
     FakeTensorMode.avoid_device_init = True
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
+        # No driver is here to lock host memory: the meter counts it.
         libraries._pinned = meter.pinned
         rehearsal = _Rehearsal(request, config, dp, world, meter)
         try:
@@ -165,7 +167,9 @@ class _Rehearsal:
     def _build(self, architecture: Architecture, groups: ProcessGroups) -> Policy:
         """Builds the policy with its optimizer's states, and reports their sizes."""
         settings = PolicySettings.of(self._config)
+        # The updates of the run set the learning rate's schedule alone: any number will do.
         policy = Policy(settings, architecture, _NamesAndShapes(), groups, num_updates=10)
+        # The states that the first update would make: they belong to what stays between passes.
         begin(policy.optimizer)
         parameters = [p for chunk in policy.chunks for p in chunk.parameters()]
         gradients = [buffer.grad_data for chunk in policy.ddp for buffer in chunk.buffers]
@@ -180,6 +184,7 @@ class _Rehearsal:
         rollout = self._config.rollout
         self._phase("token_stats", lambda: policy.token_stats([batch]))
         if rollout.exclude_mismatch is not None or rollout.sync.probe_every:
+            # One for each data-parallel rank.
             probes = self._load.rollouts()[: self._dp]
             self._phase("mismatch", lambda: policy.mismatch(probes))
         if rollout.max_lag:
@@ -232,6 +237,7 @@ class _Rehearsal:
         """Reports where in the layout the rank is, and what `plan` says of it."""
         config = self._config
         kind: Any = "local"
+        # launch.py has settled what `auto` means.
         if config.model.layers == "te":
             kind = "te"
         shapes = Shapes(self._load.micro_batches, layers=kind, device="cuda")
@@ -300,6 +306,7 @@ class _Load:
 
     def rollouts(self) -> list[Rollout]:
         """Returns the rollouts, one right and one wrong in turn, so that no group is one-class."""
+        # The last token predicts nothing and is left out of the micro-batch: hence one more.
         num_response = self.tokens + 1 - self.prompt_tokens
         prompt = Prompt("rehearsal/0", "", tuple(range(self.prompt_tokens)), ("1",))
         answer = Completion(tuple(range(num_response)), (-0.5,) * num_response, "", True)
@@ -360,6 +367,7 @@ def _replace_kernels() -> None:
 
     from megatron.core.optimizer import clip_grads
 
+    # megatron-core's own norm, where neither TransformerEngine nor apex is installed.
     if clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":
         clip_grads.l2_norm_impl = _norm_as_megatron_core
 
@@ -391,6 +399,7 @@ def _flash_attention(
 
     It takes keys and values of fewer heads as they are.
     """
+    # The three after the values: dropout, causal, and no mask for debugging.
     attended = torch.ops.aten._scaled_dot_product_flash_attention(
         query_BALD, key_BKLD, value_BKLD, 0.0, True, False, scale=scale
     )

@@ -144,8 +144,10 @@ class RankReport:
 
         They are those of the rehearsed parts, and of the engine beside them as `plan` has them.
         """
+        # An engine that does not sleep keeps its memory during all parts.
         beside = 0 if self.plan.get("engine_sleeps", 1) else self.plan.get("engine", 0)
         parts = max((phase.peak for phase in self.phases), default=0) + beside
+        # While it generates, it has the device with what stays between passes.
         return max(parts, self.resident + self.plan.get("engine", 0))
 
     def to_json(self) -> dict[str, Any]:

@@ -82,6 +82,7 @@ def generic_gemm(
         raise RuntimeError(
             f"a product of {A.dtype} on {A.device} and {B.dtype} on {B.device}: cuBLAS has none"
         )
+    # cuBLAS counts by columns: the first argument is the right factor of a row-major product.
     left = B.reshape(-1, B.shape[-1])
     right = A.reshape(-1, A.shape[-1])
     left_shape = left.shape
@@ -94,6 +95,7 @@ def generic_gemm(
     inner_right, columns = right_shape
     if inner != inner_right:
         raise RuntimeError(f"a product of {tuple(B.shape)} and {tuple(A.shape)}: sizes differ")
+    # A multiplication and an addition are 2 FLOPs.
     launched("te.gemm", 2 * rows * inner * columns)
 
     if out is None:
@@ -122,7 +124,9 @@ def fused_attn_fwd(
     """
     _check_bounds(q, cu_seqlens_q, cu_seqlens_kv)
     assert mask_type.name in ("NVTE_PADDING_CAUSAL_MASK", "NVTE_PADDING_MASK") and dropout == 0.0
+    # cuDNN's fused kernel takes head sizes in multiples of 8, and whole groups of query heads.
     assert q.dim() == 3 and q.shape[2] % 8 == 0 and q.shape[1] % k.shape[1] == 0
+    # Two products: queries with keys, and the weights with values.
     launched("te.fused_attn_fwd", 4 * _pairs(q, cu_seqlens_q, cu_seqlens_kv, mask_type))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     statistics = torch.empty(q.shape[0], q.shape[1], 1, dtype=torch.float32, device=q.device)
@@ -178,6 +182,7 @@ def _lengths(bounds: Tensor) -> list[int]:
     return lengths
 
 
+# From here: what ring attention over context-parallel ranks needs.
 def thd_read_half_tensor(t: Tensor, cu_seqlens: Tensor, half: int) -> Tensor:
     """Returns [T / 2, ...] one of the two pieces of each sequence on a context-parallel rank."""
     launched("te.thd_read_half_tensor")

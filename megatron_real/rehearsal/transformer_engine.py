@@ -34,6 +34,7 @@ _ENUMS = (
 """Enums of the compiled half whose names do not begin with NVTE."""
 
 _ANSWERS: dict[str, Any] = {
+    # 9.20.0 and 13.1.0, as the libraries write them.
     "get_cudnn_version": 92000,
     "get_cublasLt_version": 130100,
     "get_num_cublas_streams": 4,
@@ -63,6 +64,7 @@ def import_over(extension: types.ModuleType) -> None:
     """
     folder = root()
     assert folder is not None, "TransformerEngine's Python part is missing"
+    # The wheel's metadata have the version in their folder's name.
     (info,) = folder.glob("transformer_engine-*.dist-info")
     version = info.name.removesuffix(".dist-info").partition("-")[2]
     sys.path.insert(0, str(folder))
@@ -105,6 +107,7 @@ class _Export:
         return self
 
     def __getattr__(self, name: str) -> _Export:
+        # Otherwise copy, pickle and inspect would find every protocol in it.
         if name.startswith("__"):
             raise AttributeError(name)
         return self
@@ -124,6 +127,7 @@ def _stand_in_for_onnx() -> None:
             __import__(name)
         except ImportError:
             module: Any = types.ModuleType(name)
+            # importlib.util.find_spec() refuses a loaded module that has none.
             module.__spec__ = ModuleSpec(name, None)
             module.__getattr__ = _Export().__getattr__
             sys.modules[name] = module
@@ -213,6 +217,7 @@ def extension(kernels: Iterable[Callable[..., Any]]) -> types.ModuleType:
     for kernel in (*kernels, get_fused_attn_backend):
         setattr(made, kernel.__name__, counted(kernel))
     for name, value in _ANSWERS.items():
+        # value=value: without it all of them would give the loop's last value.
         setattr(made, name, lambda *_, value=value: value)
     made.DType = DType
     made.NVTE_Fused_Attn_Backend = NVTE_Fused_Attn_Backend
@@ -227,5 +232,6 @@ def extension(kernels: Iterable[Callable[..., Any]]) -> types.ModuleType:
         setattr(made, name, value)
         return value
 
+    # A module's own __getattr__ is asked for the names that it lacks (PEP 562).
     made.__getattr__ = missing
     return made

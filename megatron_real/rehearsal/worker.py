@@ -44,6 +44,7 @@ def main() -> int:
 
     import torch
 
+    # Forks follow, and a fork has none of its parent's pool of threads.
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
@@ -64,6 +65,7 @@ def main() -> int:
     for values in requests:
         request = Request(**{**values, "overrides": tuple(values["overrides"])})
         reports.write(_in_a_fork(rehearse, request, world) + "\n")
+        # Before the next fork, which would get a copy of what is in the buffer.
         reports.flush()
     return 0
 
@@ -84,10 +86,13 @@ def _in_a_fork(rehearse: Any, request: Request, world: Any) -> str:
             report = RankReport(request.rank, {}, {}, fault=traceback.format_exc())
         with os.fdopen(write, "w", encoding="utf-8") as pipe:
             pipe.write(json.dumps(report.to_json()))
+        # Not sys.exit: buffers and exit handlers are the parent's.
         os._exit(0)
 
+    # With this end open in the parent, the read below would never end.
     os.close(write)
     with os.fdopen(read, encoding="utf-8") as pipe:
+        # Before waitpid: a child waits while its line is longer than the pipe's buffer.
         line = pipe.read()
     _, status = os.waitpid(child, 0)
     if line:

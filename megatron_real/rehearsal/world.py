@@ -101,6 +101,7 @@ class World:
                 self._refuse("init_process_group", "NCCL is not told which GPU this rank has")
             minutes = timeout.total_seconds() / 60
             self._world = Group("world", backend, self._size, minutes)
+            # torch's own backend for such a purpose: it answers at once and sends nothing.
             init("fake", rank=self._rank, world_size=self._size, store=FakeStore())
 
         return init_process_group
@@ -223,6 +224,8 @@ class World:
         group_src: int | None = None,
     ) -> Any:
         self._check("broadcast", group, tensor)
+        # `src` counts in the whole job, on a group as well: to take a rank within the group is
+        # a common mistake.
         if src is not None and group is not None and src not in dist.get_process_group_ranks(group):
             self._refuse("broadcast", f"global rank {src} is not in the group")
         return _work(async_op)
