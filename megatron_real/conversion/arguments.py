@@ -27,6 +27,7 @@ def megatron_args(a: Architecture, **parallel: int) -> argparse.Namespace:
         hidden_size=a.hidden_size,
         ffn_hidden_size=a.ffn_size,
         num_attention_heads=a.num_heads,
+        # Also where every head has a group of its own, which is plain attention.
         group_query_attention=True,
         num_query_groups=a.num_kv_heads,
         kv_channels=a.head_dim,
@@ -47,6 +48,7 @@ def megatron_args(a: Architecture, **parallel: int) -> argparse.Namespace:
         untie_embeddings_and_output_weights=not a.tied,
         vocab_size=a.vocab_size,
         padded_vocab_size=a.padded_vocab(parallel.get("tensor_model_parallel_size", 1)),
+        # The multiple of Architecture.padded_vocab.
         make_vocab_size_divisible_by=128,
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -80,6 +82,7 @@ def check_arguments(held: Any, architecture: Architecture, checkpoint: Path) -> 
         "position_embedding_type": "rope",
         "use_rope_scaling": a.rope_factor is not None,
         "norm_epsilon": a.norm_eps,
+        # What earlier versions of Megatron-LM called norm_epsilon.
         "layernorm_epsilon": a.norm_eps,
         "apply_layernorm_1p": False,
         "normalization": "RMSNorm",
@@ -104,6 +107,7 @@ def check_arguments(held: Any, architecture: Architecture, checkpoint: Path) -> 
         value = values.get(name, right)
         if not isinstance(value, (int, float, str, type(None))):
             continue  # an object of a class that is not read
+
         if not _same(value, right):
             differing.append(f"{name} {value!r} instead of {right!r}")
     if differing:

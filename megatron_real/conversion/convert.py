@@ -54,6 +54,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 HF = "hf"
 _HEADER = ".header"
+# The size to which transformers 4 fills a file by default.
 _SHARD_BYTES = 5 * 10**9
 
 Progress = Callable[[int, int], None]
@@ -141,6 +142,7 @@ def hf_to_megatron(
             layers=layout.layers,
             prefix=prefix,
         )
+
     # Megatron-LM looks here for the checkpoint, and takes `release` as weights without a history.
     plan.add_file(TRACKER, RELEASE.encode())
 
@@ -212,6 +214,7 @@ def megatron_to_hf(
         tensors = {name: (matrix_dtype, shape) for name, shape in hf_shapes(architecture).items()}
         files, index = hf_files(tensors, max_shard_bytes=max_shard_bytes or _SHARD_BYTES)
 
+    # The files with their headers, which say what dtype each piece must have.
     plan = Output()
     dtypes = {}
     for file in files:
@@ -219,6 +222,7 @@ def megatron_to_hf(
         plan.literals.append((file.name, 0, file.header))
         for name, entry in parse_header(file.header, Path(file.name)).items():
             dtypes[name] = entry["dtype"]
+
     # A piece reads nothing yet: it says which rows of which file make the tensor.
     pieces = hf_pieces(weights, dtypes)
     for file in files:
@@ -272,12 +276,14 @@ def check_model(path: str | Path, start: str | Path = "", *, required: bool = Tr
         if required or start or has_weights(directory):
             architecture, _ = open_start(directory, start)
             return architecture
+
         architecture = Architecture.read(directory)
         side_files(directory)
     except OSError as error:
         raise WeightsError(
             f"{error.filename or directory} cannot be read ({error.strerror})"
         ) from error
+
     return architecture
 
 
@@ -300,6 +306,7 @@ def open_megatron(source: Path, architecture: Architecture) -> MegatronWeights:
     try:
         checkpoint = checkpoint_of(source)
         weights: MegatronWeights
+        # Only torch_dist has this file.
         if (checkpoint / METADATA).is_file():
             weights = TorchDistWeights(checkpoint, architecture)
         else:
@@ -318,6 +325,7 @@ def open_megatron(source: Path, architecture: Architecture) -> MegatronWeights:
         raise WeightsError(
             f"{error.filename or source} cannot be read ({error.strerror})"
         ) from error
+
     return weights
 
 
@@ -327,8 +335,10 @@ def checkpoint_of(directory: Path) -> Path:
     Raises:
         WeightsError: there is none, or one of a format that is not read.
     """
+    # A checkpoint itself: of torch_dist, or of the older format.
     if (directory / METADATA).is_file() or any(directory.glob("mp_rank_*")):
         return directory
+
     _refuse_other_format(directory)
 
     tracker = directory / TRACKER
@@ -343,6 +353,7 @@ def checkpoint_of(directory: Path) -> Path:
 
     if latest == RELEASE:
         named = directory / RELEASE
+    # Digits alone: a tracker from elsewhere must not lead out of the directory.
     elif re.fullmatch(r"\d{1,12}", latest, re.ASCII):
         # Megatron-LM's name of an iteration's directory.
         named = directory / f"iter_{int(latest):07d}"
@@ -354,6 +365,7 @@ def checkpoint_of(directory: Path) -> Path:
         raise WeightsError(
             f"{tracker} says {latest!r}, but there is no {named}; copy the checkpoint again"
         )
+
     _refuse_other_format(named)
     return named
 
@@ -467,10 +479,12 @@ def _recorded_files(
         for name, entry in parse_header(file.header, Path(file.name)).items():
             dtypes[name] = entry["dtype"]
             shapes[name] = tuple(entry["shape"])
+
     # A checkpoint that was trained on may have another --hf-config than the one recorded.
     if not files or shapes != hf_shapes(architecture):
         return None, None
 
+    # The embedding's dtype stands for that of all matrices.
     recorded_dtypes = {dtypes[HF_EMBEDDING]}
     if all_tensors:
         recorded_dtypes = set(dtypes.values())
@@ -480,6 +494,7 @@ def _recorded_files(
     if len(files) == 1:
         # A single file of another name is not read without an index.
         return [dataclasses.replace(files[0], name=SINGLE)], None
+
     # The source's own index keeps its bytes; shards that came without one, or with a wrong one,
     # get one, because transformers reads no shards without it.
     index = index_of(files)

@@ -60,6 +60,7 @@ def describe(directory: Path, hf_config: Path | None = None) -> dict[str, Any]:
             description["layout"] = {"tp": weights.tp, "pp": weights.pp}
             description["parameters"] = architecture.num_parameters
             description["architecture"] = dataclasses.asdict(architecture)
+
     # With the optimizer: what the disk holds, not what the model is.
     files = [file for file in checkpoint.rglob("*") if file.is_file()]
     description["bytes"] = sum(file.stat().st_size for file in files)

@@ -72,6 +72,7 @@ EXTRA_STATE = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
+# An archive that would make a file larger begins the next one.
 _FILE_BYTES = 4 * 2**30
 
 
@@ -127,6 +128,7 @@ class TorchDistWeights:
                 f"{self.directory} has one parameter twice, as {keys[0]} and {keys[1]}; it is "
                 f"unclear which is meant"
             )
+
         key = keys[0]
         shape, dtype = self._shape_and_dtype(key)
 
@@ -155,6 +157,7 @@ class TorchDistWeights:
         if layer is not None:
             shape = shape[1:]
         tensor = StoredTensor(f"{key}[{entry.layer}]", dtype, shape, tuple(extents))
+        # Each element once, or an export would have holes.
         tensor.check_tiling()
         return tensor
 
@@ -162,7 +165,9 @@ class TorchDistWeights:
         """Yields (name, tensor, the one it must be a copy of) of what is not read as a weight."""
         if not self.architecture.tied or OUTPUT not in self.shapes:
             return
+
         embedding = next(entries(self.architecture))
+        # The output layer has no entry in a tied model: it is the embedding's under another key.
         output = dataclasses.replace(embedding, key=OUTPUT)
         stored_output = self.tensor(output)
         stored_embedding = self.tensor(embedding)
@@ -198,6 +203,7 @@ class TorchDistWeights:
         archive = TorchFile(file, chunk.begin, chunk.length)
         if not isinstance(archive.object, PickledTensor) or archive.object.dtype != dtype:
             raise WeightsError(f"{file}: the chunk of {key} at {offsets} is not a {dtype} tensor")
+
         stored = archive.stored(key, archive.object)
         if prod(stored.shape) != prod(sizes):
             raise WeightsError(
@@ -212,6 +218,7 @@ class TorchDistWeights:
             sizes = sizes[1:]
         if len(sizes) == 1:
             return Extent(file, begin, row=offsets[0], column=0, rows=sizes[0], columns=1)
+
         return Extent(file, begin, offsets[0], offsets[1], sizes[0], sizes[1])
 
 
@@ -250,10 +257,12 @@ def read_metadata(directory: Path) -> DistMetadata:
     """
     file = directory / METADATA
     try:
+        # Before it is read into memory.
         if file.stat().st_size > LARGEST_PICKLE:
             raise WeightsError(
                 f"{file} has {file.stat().st_size:,} bytes; no checkpoint needs that many"
             )
+
         metadata = load_pickle(file.read_bytes(), file)
     except OSError as error:
         raise WeightsError(
@@ -280,6 +289,7 @@ def _interpreted(metadata: Any) -> DistMetadata:
             raise WeightsError(
                 f"the metadata name the file {name!r}, which is not one of the checkpoint"
             )
+
         place = (name, int(info.offset), int(info.length))
         # Tensors have an offset for each of their chunks, objects have none.
         if getattr(index, "offset", None) is None:
@@ -292,18 +302,22 @@ def _interpreted(metadata: Any) -> DistMetadata:
     for name, tensor in metadata.state_dict_metadata.items():
         if not hasattr(tensor, "chunks"):
             continue  # an object
+
         key = str(name)
         shape = _numbers(tensor.size)
+        # torch pickles TensorProperties as a tuple that begins with the dtype.
         shapes[key] = (shape, str(tensor.properties.state[0]))
         chunks[key] = []
         for chunk in tensor.chunks:
             offsets = _numbers(chunk.offsets)
+            # A chunk without data: check_tiling finds the hole.
             if (key, offsets) not in ranges:
                 continue
             sizes = _numbers(chunk.sizes)
             if not len(offsets) == len(sizes) == len(shape):
                 raise ValueError("a chunk has other dimensions than its tensor")
             chunks[key].append(DistChunk(offsets, sizes, *ranges[key, offsets]))
+
     return DistMetadata(shapes, chunks, objects)
 
 
@@ -316,6 +330,7 @@ def common_state(checkpoint: Path, metadata: DistMetadata) -> dict[str, Any]:
         WeightsError: it is corrupt or hostile.
     """
     file = checkpoint / COMMON
+    # The keys of sharded objects end in shard_INDEX_COUNT.
     place = metadata.objects.get("common_state/shard_0_1")
     if file.is_file():
         state = TorchFile(file).object
@@ -330,6 +345,7 @@ def common_state(checkpoint: Path, metadata: DistMetadata) -> dict[str, Any]:
         (state,) = state
     if not isinstance(state, dict):
         return {}
+
     return state
 
 
@@ -368,6 +384,7 @@ def plan_torch_dist(
             for rectangle in _cuts(entry, tp_chunks):
                 piece = weights.megatron_piece(entry, rectangle)
                 chunks.append((entry, rectangle, piece))
+
         # A source may keep norms in fp32 and matrices in bf16, but a tensor of the format has one
         # dtype.
         tensor_dtype = dtype or widest([piece.dtype for _, _, piece in chunks])
@@ -376,6 +393,8 @@ def plan_torch_dist(
 
     for i in range(architecture.num_layers):
         for module in EXTRA_STATE:
+            # megatron-core keeps an object in a list of one; None is the state of a
+            # module without fp8.
             name = f"decoder.layers.{module}._extra_state"
             writer.add_object(f"{name}/shard_{i}_{architecture.num_layers}", [None])
 
@@ -448,9 +467,11 @@ class _Writer:
         sizes = piece.shape
         first_row, _ = rectangle.rows[0]
         first_column, _ = rectangle.columns
+        # A vector has no columns.
         offsets = (first_row, first_column)[: len(piece.shape)]
         shape = entry.shape
         if entry.layer is not None:
+            # The tensor of the checkpoint has the layers as its first dimension.
             sizes = (1, *sizes)
             offsets = (entry.layer, *offsets)
             shape = (layers, *shape)
@@ -461,6 +482,7 @@ class _Writer:
             self._blanks[key] = blank_archive(torch.empty(sizes, dtype=torch_dtype(piece.dtype)))
         archive = self._blanks[key]
         file, begin = self._place(archive)
+        # An archive of one tensor has one storage.
         (slot,) = archive.slots
         crc_offsets = tuple(begin + offset for offset in slot.crc_offsets)
         self.output.targets.append(Target(file, begin + slot.offset, piece, crc_offsets))
@@ -497,6 +519,7 @@ class _Writer:
         if self._file_bytes + archive.size > _FILE_BYTES:
             self._file_number += 1
             self._file_bytes = 0
+        # torch's names, __RANK_NUMBER.distcp: here a single process has written all of them.
         file = f"{self.prefix}__0_{self._file_number}.distcp"
         begin = self._file_bytes
         for offset, data in archive.literals:
@@ -534,6 +557,7 @@ class _Writer:
             index = MetadataIndex(archive.key, archive.offsets, archive.number)
             file = archive.file.removeprefix(self.prefix)
             storage[index] = _StorageInfo(file, archive.begin, archive.length)
+
         return pickle.dumps(Metadata(state, planner_data={}, storage_data=storage))
 
 

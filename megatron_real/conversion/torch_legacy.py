@@ -66,11 +66,13 @@ class _RankState:
             raise WeightsError(
                 f"{file.file} has both model and {keys[1]}; it is unclear which is meant"
             )
+
         self.chunks: list[dict[str, PickledTensor]] = []
         """Of each virtual chunk: parameter name in the chunk -> tensor."""
         for key in keys:
             if not isinstance(state[key], dict):
                 raise WeightsError(f"{file.file}: its {key} is no table of tensors; copy it again")
+
             self.chunks.append(tensors_of(state[key], file.file))
         if not self.chunks:
             raise WeightsError(f"{file.file} has no model; it is not a checkpoint of Megatron-LM")
@@ -169,6 +171,7 @@ class TorchLegacyWeights:
                 f"{self.directory} has {num_layers} layers where config.json asks for "
                 f"{self.architecture.num_layers}; they do not belong together"
             )
+
         return first_layers
 
     @property
@@ -205,6 +208,7 @@ class TorchLegacyWeights:
                 f"{self.directory} has no tensor {entry.names[-1]}; it is not a checkpoint of this "
                 f"model"
             )
+
         name = names[0]
 
         # Every rank has a replicated parameter whole; `copies` compares them.
@@ -248,11 +252,14 @@ class TorchLegacyWeights:
         for entry in entries(self.architecture):
             if entry.kind != "replicated":
                 continue
+
             names = [n for n in entry.names if all(n in rank for rank in self._parameters)]
             if not names:
                 continue  # `tensor` names what is missing
+
             name = names[0]
             first_file, first_tensor = self._parameters[0][name]
+            # Every other rank's copy against the first one's.
             for parameters in self._parameters[1:]:
                 file, pickled = parameters[name]
                 copy = file.stored(f"{name} of {file.file.parent.name}", pickled)
@@ -274,6 +281,7 @@ class TorchLegacyWeights:
         row_bytes = rectangle.width * DTYPE_BYTES[stored.dtype]
         first_column, _ = rectangle.columns
         offset = local.offset
+        # A gate_up has two ranges of rows, one after the other in the rank's file.
         for first, last in rectangle.rows:
             rows = last - first
             yield Extent(local.file, offset, first, first_column, rows, rectangle.width)
@@ -322,6 +330,7 @@ def plan_torch_legacy(
             f"--pp {pp} does not divide the model's {architecture.num_layers} layers"
         )
 
+    # A file for each rank of the layout, laid out before any byte of a tensor is there.
     output = Output()
     args = megatron_args(
         architecture, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
@@ -356,8 +365,10 @@ def plan_torch_legacy(
             output.sizes[file] = archive.size
             for offset, data in archive.literals:
                 output.literals.append((file, offset, data))
+            # torch.save pickles a table in its order, and so the slots are in that of the pieces.
             for slot, piece in zip(archive.slots, pieces.values(), strict=True):
                 output.targets.append(Target(file, slot.offset, piece, slot.crc_offsets))
+
     return output
 
 
@@ -381,6 +392,7 @@ def _pieces(
         if layers == "te":
             name = entry.names[0]
 
+        # Whether this stage has the parameter, and under which number.
         if entry.layer is not None:
             if entry.layer // layers_per_stage != stage:
                 continue
@@ -391,6 +403,7 @@ def _pieces(
                 continue
             if stage > 0:
                 name = OUTPUT  # the last stage's copy of the tied embedding
+        # The final norm, and an output layer of its own.
         elif stage != pp - 1:
             continue
 
@@ -404,6 +417,7 @@ def _extra_states(pieces: dict[str, Piece], layers: Literal["te", "local"]) -> l
     """Returns the names of the modules' empty states, which a strict load_state_dict asks for."""
     modules = list(EXTRA_STATE)
     if layers == "local":
+        # The attention of the local layers has no state.
         modules.remove("self_attention.core_attention")
     matches = [_LAYER.match(name) for name in pieces]
     prefixes = sorted({match[0] for match in matches if match is not None})

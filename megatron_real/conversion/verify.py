@@ -77,6 +77,7 @@ class Opened:
 
 def is_hf(directory: Path) -> bool:
     """Whether a directory is one of HF weights, not a Megatron checkpoint."""
+    # A Megatron checkpoint has the config in hf/, where it has one.
     return (directory / "config.json").is_file()
 
 
@@ -122,6 +123,7 @@ def open_as_hf(directory: Path, hf_config: Path | None = None) -> Opened:
     for piece in opened.pieces.values():
         for tensor in [span.tensor for span in piece.spans if span.tensor is not None]:
             extents |= {(extent, tensor.dtype, tensor.name) for extent in tensor.extents}
+    # In order of their bytes, none may begin before the one before it has ended.
     last_file = None
     last_end = 0
     for extent, dtype, _ in sorted(extents, key=lambda item: (item[0].file, item[0].offset)):
@@ -129,8 +131,10 @@ def open_as_hf(directory: Path, hf_config: Path | None = None) -> Opened:
             raise WeightsError(
                 f"{extent.file}: two tensors share the bytes from {extent.offset} on; it is corrupt"
             )
+
         last_file = extent.file
         last_end = extent.offset + extent.rows * extent.columns * DTYPE_BYTES[dtype]
+
     return opened
 
 
@@ -178,6 +182,7 @@ def verify(
             _compare(report, name, piece, counterpart, files, atol)
             if progress is not None:
                 progress(piece.num_bytes, total)
+
     return report
 
 
@@ -233,6 +238,7 @@ def _compare(
     blocks = a.cast(dtype).blocks(files, _BLOCK_BYTES)
     pairs: Iterator[tuple[memoryview, memoryview]]
     if b is None:
+        # Against itself, as only NaNs are looked for.
         pairs = ((block, block) for block in blocks)
     else:
         pairs = _aligned(blocks, b.cast(dtype).blocks(files, _BLOCK_BYTES))
@@ -243,6 +249,7 @@ def _compare(
     for left, right in pairs:
         left_values = torch.frombuffer(left, dtype=torch_dtype(dtype))
         num_nans += int(left_values.isnan().sum())
+        # Bytes first: equal blocks need no arithmetic.
         if left != right:
             identical = False
             right_values = torch.frombuffer(right, dtype=torch_dtype(dtype))
@@ -274,9 +281,11 @@ def _aligned(
         # A block is valid until the next one of its stream: it is used up before that.
         left = left or next(a, left)
         right = right or next(b, right)
+        # An exhausted stream stays empty. The shapes are equal, so both end together.
         length = min(len(left), len(right))
         if not length:
             return
+
         yield left[:length], right[:length]
         left = left[length:]
         right = right[length:]
