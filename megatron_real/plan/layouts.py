@@ -140,6 +140,7 @@ def told_apart(seconds: float) -> float:
     """
     if seconds <= 0:
         return 0.0
+    # The power of ten of the second significant digit.
     digit = math.floor(math.log10(seconds)) - 1
     halves = 1
     if seconds < 20 * 10.0**digit:

@@ -87,6 +87,7 @@ def measured_device(file: str | Path, device: Device) -> Device:
             f"--rates {str(file)!r} has no utilization of a train step; run tools/gpu_day.py with "
             "its stages step-*"
         )
+
     # Shares carry over between sizes of one kind of GPU, not between kinds.
     kind = device.name.partition("-")[0]
     for machine in machines:
@@ -101,6 +102,7 @@ def measured_device(file: str | Path, device: Device) -> Device:
             f"--rates {str(file)!r} has a utilization of {wrong[0]}; it must be above 0 and at "
             "most 1"
         )
+
     return dataclasses.replace(device, utilization=shares, measured=str(file))
 
 

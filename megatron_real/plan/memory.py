@@ -167,6 +167,7 @@ def stage_memory(
                 scores_beside_engine=config.rollout.exclude_mismatch is not None,
             )
         )
+
     return stages
 
 
@@ -426,6 +427,7 @@ def _head(
         if backward:
             kept *= 2  # and their gradient
         return working + copied + kept + layer.gathered * width
+
     if shapes.device == "cuda" and width <= 4 and not config.objective.entropy_bonus:
         # Triton's kernels work in the logits' own buffer; fp32 logits leave their gradient to one
         # of bf16.
@@ -441,6 +443,7 @@ def _head(
             buffers += chunk // 2
     if not backward:
         return buffers + layer.gathered * width + hidden * width
+
     # Rows with a target, the same scaled, the sum of their gradients, one chunk's share of it; the
     # weight's gradient.
     rows = hidden * (3 * width + wide) + layer.gathered * width

@@ -192,6 +192,7 @@ def step_time(run: PlannedRun) -> StepTime:
 
     if config.rollout.replay:
         return StepTime(0.0, 0.0, old_logprobs, update, reference)
+
     rollout = _rollout(run)
     ahead = 0.0
     if config.rollout.max_lag:
@@ -243,6 +244,7 @@ def _reduction(run: PlannedRun) -> float:
 def _sync(run: PlannedRun) -> float:
     """Returns the seconds of a weight sync: gathering shards, sending to servers, writing."""
     gathered = run.weight_bytes * (1 - 1 / run.model_parallel)
+    # Memory is read and written.
     written = 2 * run.weight_bytes / (run.cluster.device.bandwidth_gb * 1e9)
     sent = 0
     if run.server_gpus:
