@@ -94,6 +94,7 @@ class Standing:
 def merged(standings: Sequence[Standing]) -> Standing:
     """Returns the standing of the ranks of all `standings`, of which there is at least one."""
     longest = max(standings, key=lambda standing: standing.longest)
+    # False comes before True: who is in a stage is behind who has ended it.
     least = min((standing.begun, standing.between) for standing in standings)
     behind = [standing for standing in standings if (standing.begun, standing.between) == least]
 

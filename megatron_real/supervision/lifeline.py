@@ -88,6 +88,7 @@ def tree(hosts: Sequence[str]) -> list[int]:
     firsts = [ranks[0] for ranks in ranks_of.values()]
     for together in (firsts, *ranks_of.values()):
         for i, rank in enumerate(together[1:]):
+            # The next FAN_OUT ranks are below the first, the FAN_OUT after those below the second.
             parents[rank] = together[i // FAN_OUT]
     return parents
 
@@ -216,6 +217,7 @@ class Lifeline:
     def _join(self, gathered: Callable[[Any], list[Any]]) -> None:
         """Connects this rank with the one above it and those below it. Collective."""
         secret = challenge.new_secret() if self.rank == 0 else ""
+        # A first round brings the machines, by which every rank knows the tree, and the secret.
         hosts, secrets = zip(*gathered((socket.gethostname(), secret)), strict=True)
         # The first rank's: the others have made none.
         secret = secrets[0]
@@ -234,6 +236,7 @@ class Lifeline:
             except OSError as error:
                 # Every rank is told: the others would wait for this one.
                 problem = f"{self._name} cannot listen for the ranks below it: {error}"
+        # A second round says where parents listen, or why one of them cannot.
         addresses, problems = zip(*gathered((address, problem)), strict=True)
         if any(problems):
             raise OSError(next(problem for problem in problems if problem))
@@ -248,6 +251,7 @@ class Lifeline:
                     address, secret, purpose=_PURPOSE, seconds=_JOIN_SECONDS
                 )
                 line = _Line(connection)
+                # The one above knows now that a rank of the run has come, but not which.
                 line.send({"rank": self.rank}, seconds=_LAST_WORD_SECONDS)
                 self._above = _Peer(line, names[parent])
             if door is not None:
@@ -280,6 +284,7 @@ class Lifeline:
                 for key, _ in events:
                     key.data.heard = now
                     if not self._hear(key.data):
+                        # A closed socket is readable for ever.
                         ready.unregister(key.fileobj)
 
                 if now >= next_beat:
@@ -326,6 +331,7 @@ class Lifeline:
             if peer.stage:
                 stage = f" in stage {peer.stage}"
             self._end_all(f"{peer.name} ended without a word (killed, or out of memory?){stage}")
+
         return words is not None
 
     def _judge(self, now: float) -> None:
@@ -334,6 +340,7 @@ class Lifeline:
             silent = now - peer.heard
             if peer.left is None and silent > self._silent:
                 self._end_all(f"{peer.name} has given no sign of life for {silent:.0f} s")
+            # It ends by an error that this rank should have, too, and this one goes on.
             late = peer.left is not None and time.monotonic() - peer.left > _LEAVE_SECONDS
             if late and peer.cause:
                 self._end_all(f"{peer.name} ended first: {peer.cause}")
@@ -463,13 +470,16 @@ class _Line:
                 return {}
             if not seen:
                 return {}
+
             line, newline, _ = seen.partition(b"\n")
             if newline:
                 self.socket.recv(len(line) + 1)
                 word: dict[str, Any] = json.loads(line)
                 return word
+
             # The rest of it is on its way.
             time.sleep(0.01)
+
         return {}
 
     def say_no_more(self) -> None:
@@ -480,6 +490,7 @@ class _Line:
     def is_open_after_drain(self) -> bool:
         """Throws away what has come; returns False when nothing will come any more."""
         try:
+            # recv() returns nothing once the other side has closed its end.
             while self.socket.recv(65536):
                 pass
         except BlockingIOError:

@@ -23,6 +23,7 @@ def memory_of_process() -> dict[str, float]:
     resident_gib: pages of this process in memory. pinned_gib: host memory that CUDA has locked, 0
     without a GPU.
     """
+    # The second number of statm is that of resident pages (proc(5)).
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     resident = pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -33,6 +34,7 @@ def memory_of_process() -> dict[str, float]:
         # Since torch 2.7.
         statistics: dict[str, int] = getattr(torch.cuda, "host_memory_stats", dict)()
         pinned = int(statistics.get("allocated_bytes.current", 0))
+
     return {"resident_gib": resident / 2**30, "pinned_gib": pinned / 2**30}
 
 
@@ -88,6 +90,7 @@ def cgroup_usage(
             usage = _usage(base / folder, version)
             if usage is not None:
                 usages.append(usage)
+
     return max(usages, key=lambda usage: usage.used / usage.limit, default=None)
 
 
@@ -108,9 +111,12 @@ def _usage(group: Path, version: int) -> Usage | None:
     except (OSError, ValueError):
         # No such group is here, or its limit is "max".
         return None
+
     # Version 1 writes "no limit" as the largest multiple of a page.
     if limit <= 0 or limit >= 1 << 60:
         return None
+
+    # Before it kills, the kernel drops cached files that nobody has used lately.
     return Usage(max(used - int(statistics.get(cached_line, 0)), 0), limit)
 
 
@@ -135,4 +141,5 @@ class MemoryGuard:
         if self._first is None:
             self._first = usage
         grown = usage.used - self._first.used
+        # Both: where the limit is near from the start, every life would end at once.
         return usage.used > FULL_SHARE * usage.limit and grown > _GROWN_SHARE * usage.limit

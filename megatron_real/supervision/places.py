@@ -55,6 +55,7 @@ def place_of(thread: int) -> Place:
                 where += f", from {_line(frame)}"
             break
 
+    # Python code of torch.distributed below: a collective, or a wait for one.
     in_collective = any(_COLLECTIVES in frame.f_code.co_filename for frame in stack)
     return Place(where, waits=in_collective or _waits(innermost))
 

@@ -31,6 +31,7 @@ def ruin(policy: Policy, ranks: Ranks) -> str:
     It reads all weights once and computes the log-probs of a few tokens. Collective; the answer is
     the same on every rank.
     """
+    # Under overlap_param_gather the weights are old until the next pass.
     policy.gather_parameters()
     names = []
     finite = []
@@ -52,9 +53,11 @@ def ruin(policy: Policy, ranks: Ranks) -> str:
     # Any tokens will do: what overflows does so whatever is asked.
     tokens = tuple(i % policy.architecture.vocab_size for i in range(_PROBE_TOKENS))
     prompt = Prompt("probe", "", tokens, ("",))
+    # Log-probs of 0, so that a difference is finite exactly where the policy's own are.
     completion = Completion(tokens, (0.0,) * len(tokens), "", True)
     probe = Rollout(prompt, 0, 0, completion, Verdict(Status.OK, POSITIVE, None))
     (difference,) = policy.mismatch([probe])
     if not math.isfinite(difference):
         return "the log-probs that its weights give"
+
     return ""

@@ -30,6 +30,7 @@ _REASONS = (
     "Ctrl-C",
     "a checkpoint could not be saved",
 )
+# In the order of _REASONS, after the one that stands for none. Of several the highest wins.
 TIME, SIGTERM, SIGUSR1, MEMORY, INTERRUPTED, SAVE_FAILED = range(1, len(_REASONS))
 
 _LAUNCHED_BY_TORCHRUN = "TORCHELASTIC_RUN_ID"
@@ -75,6 +76,7 @@ class StopRequest:
             # torchrun gives each rank a session of its own: nobody else would end the ranks of a
             # launcher that was killed.
             die_with_parent(signal.SIGTERM)
+        # Slurm warns of the end by SIGTERM, or by what `sbatch --signal` names.
         self._take_over(signal.SIGUSR1, self._hear)
         self._take_over(signal.SIGTERM, self._hear)
         # A shell's background job ignores Ctrl-C, which is meant for the job in front.
@@ -101,6 +103,7 @@ class StopRequest:
             self.ask(TIME)
         if self._memory.nearly_full():
             self.ask(MEMORY)
+        # One rank's wish is every rank's: all of them stop at this seam.
         self.reason = ranks.largest(self._wish)
         return self.reason
 
