@@ -51,6 +51,7 @@ def merged(by_node: Mapping[str, Sequence[Finding]]) -> list[Finding]:
 
     lines: list[Finding] = []
     for finding, nodes in nodes_of.items():
+        # Nodes are named only where others differ.
         if len(nodes) < len(by_node):
             finding = dataclasses.replace(finding, nodes=tuple(nodes))
         lines.append(finding)

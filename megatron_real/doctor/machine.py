@@ -94,6 +94,7 @@ def gpus(*, local_world: int, driver: Path = Path("/proc/driver/nvidia")) -> Fin
             f"{description}, for {local_world} processes on this node",
             f"start {count} processes a node, or ask Slurm for {local_world} GPUs a node",
         )
+
     return Finding("ok", "GPU", description)
 
 
@@ -125,6 +126,7 @@ def _shared_memory() -> Finding:
 
 def _limits() -> list[Finding]:
     """Compares this process's limits with what a run needs: open files and locked memory."""
+    # The soft limits, which are those that hold; a process may raise them up to the hard ones.
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     findings = [open_files(files, world=int(os.environ.get("WORLD_SIZE", "1")))]
@@ -187,6 +189,7 @@ def _infiniband() -> Finding:
             "in a container mount /dev/infiniband and /sys/class/infiniband, else ask the "
             "cluster's support",
         )
+
     return Finding("ok", "InfiniBand", "no adapter, and none needed on one node")
 
 
@@ -204,6 +207,7 @@ def file_system(run_dir: Path, mounts: Path = Path("/proc/self/mounts")) -> Find
     deepest = ""
     kind = "unknown"
     for line in mounts.read_text().splitlines():
+        # A line is: device, mount point, kind, options and two numbers (fstab(5)).
         _, mount, mount_kind, *_ = line.split()
         if existing.is_relative_to(mount) and len(mount) > len(deepest):
             deepest = mount
@@ -217,6 +221,7 @@ def file_system(run_dir: Path, mounts: Path = Path("/proc/self/mounts")) -> Find
             "set trainer.run_dir to a file system that outlives the job, mounted into the "
             "container",
         )
+
     return Finding("ok", "file system", f"{run_dir} is on {kind}")
 
 
@@ -254,6 +259,7 @@ def _gib(size: int) -> str:
 
 def disk_speed(run_dir: Path) -> Finding:
     """Writes, syncs, renames and reads a file, as a checkpoint does."""
+    # A name that no other doctor has, which may look at the same folder now.
     file = existing_folder(run_dir) / f".doctor-{uuid.uuid4().hex}"
     try:
         try:
@@ -278,6 +284,7 @@ def disk_speed(run_dir: Path) -> Finding:
             description,
             "checkpoints will be slow: use the cluster's parallel file system",
         )
+
     return Finding("ok", "disk speed", description)
 
 

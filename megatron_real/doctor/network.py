@@ -46,6 +46,7 @@ def clocks(hosts: Sequence[str]) -> Finding:
     first_ranks = [hosts.index(host) for host in dict.fromkeys(hosts)]
     # gloo, whatever the run's backend: it is the CPUs that tell the time.
     gloo = dist.new_group(backend="gloo")
+    # One node after the other: rounds at the same time would lengthen each other.
     skews = {hosts[rank]: _skew(rank, gloo) for rank in first_ranks[1:]}
     # Rank 0 alone has measured: the others take its figures.
     skews = shared(skews, group=gloo)
@@ -60,6 +61,7 @@ def clocks(hosts: Sequence[str]) -> Finding:
     )
     if abs(skew) - error > MAX_SKEW_SECONDS:
         return Finding("warn", "clock skew", description, "run chrony or ntpd on the nodes")
+
     return Finding("ok", "clock skew", description)
 
 
@@ -75,12 +77,14 @@ def _skew(peer: int, group: dist.ProcessGroup) -> tuple[float, float]:
     if rank not in (0, peer):
         return skew, uncertainty
 
+    # In float32 the seconds since 1970 are rounded to two minutes.
     stamp = torch.zeros(1, dtype=torch.float64)
     for _ in range(_PINGS):
         if rank == peer:
             dist.recv(stamp, 0, group)
             dist.send(torch.tensor([time.time()], dtype=torch.float64), 0, group)
             continue
+        # The wall clock: monotonic clocks of two machines have nothing to do with each other.
         sent = time.time()
         dist.send(stamp, peer, group)
         dist.recv(stamp, peer, group)
@@ -114,6 +118,7 @@ def shared_directory(run_dir: Path) -> Finding:
     blind_by_rank = gathered_if_any(not sees_file, group=dist.group.WORLD)
     if sees_file and dist.get_rank() == 0:
         file.unlink()
+    # Nothing is gathered where no rank is blind.
     if not blind_by_rank:
         return Finding("ok", "shared directory", f"every rank sees {run_dir}")
     blind = [rank for rank, is_blind in enumerate(blind_by_rank) if is_blind]
@@ -145,11 +150,13 @@ def all_reduce(*, nodes: int, size: int | None = None) -> Finding:
     seconds: list[float] = []
     error = 0.0
     for _ in range(5):
+        # Anew for each round, as the sum is written into it.
         tensor = torch.full((size // 4,), float(dist.get_rank() + 1), device=device())
         dist.barrier()
         started = time.perf_counter()
         dist.all_reduce(tensor)
         if on_gpu:
+            # On a GPU the call returns when it is queued.
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
         # 1 + 2 + ... + n, which is exact in float32 up to thousands of ranks.
@@ -183,4 +190,5 @@ def all_reduce(*, nodes: int, size: int | None = None) -> Finding:
             "NCCL_DEBUG=INFO says which transport it took; see NCCL_IB_HCA and NCCL_SOCKET_IFNAME"
         )
         return Finding("warn", "all-reduce", description, remedy)
+
     return Finding("ok", "all-reduce", description)

@@ -27,6 +27,7 @@ def report(run_dir: Path, needs: DiskNeeds | None = None) -> list[Finding]:
     from megatron_real.doctor.software import software
     from megatron_real.parallel.collective import gathered
 
+    # Slurm's name of the node, by which a job can exclude it.
     host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     # One rank of each node looks at it: two that measure one disk halve its speed.
     own_findings: list[Finding] = []
@@ -34,5 +35,6 @@ def report(run_dir: Path, needs: DiskNeeds | None = None) -> list[Finding]:
         own_findings = [*software(), *machine(run_dir, needs), containment()]
 
     by_rank = gathered((host, own_findings), group=dist.group.WORLD)
+    # Ranks that have not looked sent an empty list.
     by_node = {node: findings for node, findings in by_rank if findings}
     return [*merged(by_node), *network(run_dir, [node for node, _ in by_rank])]

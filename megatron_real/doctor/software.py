@@ -60,6 +60,7 @@ def _megatron_core() -> Finding:
 
     # A checkout has no record of pip, but says its version.
     version = _version("megatron-core") or str(importlib.import_module("megatron.core").__version__)
+    # A release candidate, such as 0.17.0rc1, counts as 0.17.0.
     numbers = tuple(map(int, re.findall(r"\d+", version)[:3]))
     if not lowest <= numbers < too_high:
         return Finding("fail", "megatron-core", f"{version} is not supported", remedy)
