@@ -64,6 +64,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    # Python asks a module's __getattr__ for names that it lacks (PEP 562).
     if name not in _HOME:
         raise AttributeError(f"module 'megatron_real' has no attribute {name!r}")
     module, _, own_name = _HOME[name].partition(":")

@@ -85,6 +85,7 @@ class Between:
             return False
         if self.below_high and value == self.high:
             return False
+        # NaN is in no interval: no comparison with it is true.
         return self.low <= value <= self.high
 
     @property
@@ -175,5 +176,6 @@ def hints(cls: Any) -> dict[str, Any]:
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(cls)}
+    # Without include_extras the bounds would be taken off.
     every_hint = typing.get_type_hints(cls, include_extras=True)
     return {name: hint for name, hint in every_hint.items() if name in names}

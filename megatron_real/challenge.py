@@ -137,6 +137,7 @@ class Doorkeeper:
 
     def _accept(self) -> None:
         while not self._closed.is_set():
+            # Before accept(): whoever finds no room waits in the listener's queue.
             self._room.acquire()
             try:
                 connection, _ = self._listener.accept()
@@ -189,6 +190,7 @@ def _prove(
     # In constant time: how long a comparison takes must not tell how much of a proof is right.
     if not hmac.compare_digest(other_proof, proof(secret, other_role, purpose.encode(), *numbers)):
         raise NotProven("the other end does not know this run's secret")
+
     # Only then its own: whoever does not know the secret is told nothing made of it.
     if listens:
         connection.sendall(proof(secret, b"listens", purpose.encode(), *numbers))
@@ -211,6 +213,7 @@ def _receive(connection: socket.socket, size: int, deadline: float) -> bytes:
         left = deadline - time.monotonic()
         if left <= 0:
             raise NotProven("the other end did not prove itself in time")
+
         connection.settimeout(left)
         try:
             part = connection.recv(size - len(received))
@@ -218,5 +221,6 @@ def _receive(connection: socket.socket, size: int, deadline: float) -> bytes:
             continue
         if not part:
             raise NotProven("the other end has closed the connection")
+
         received += part
     return received

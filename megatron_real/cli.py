@@ -107,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
             import argcomplete
 
             argcomplete.autocomplete(parser)
+
     return parser
 
 

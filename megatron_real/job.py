@@ -144,6 +144,7 @@ class Job:
             if not isinstance(error, Stopped):
                 cause = reason
         self.lifeline.close(cause)
+
         # Last: until then no other job may take the run directory.
         if self.claim is not None:
             self.claim.release()
@@ -187,6 +188,7 @@ def build(config: Config, stop: StopRequest) -> Job:
         if isinstance(error, NothingToDo):
             lifeline.close()
         elif isinstance(error, ValueError):
+            # Every rank refuses the same input, and has a while to come to it.
             lifeline.close(str(error))
         else:
             lifeline.say_end(f"{type(error).__name__}: {error}")
@@ -247,6 +249,7 @@ def _build(
     survey = saver.survey(directory, ranks)
     beginning = saver.beginning_of(config, directory, earlier, survey, ranks)
 
+    # Model and optimizer, with the starting weights.
     processes = f"{ranks.world} processes"
     if ranks.world == 1:
         processes = "1 process"
@@ -272,6 +275,7 @@ def _build(
         reporter.engine_work = drawing.stage.take_work
         stateful = {"cursor": drawing.cursor, "lengths": drawing.stage.lengths}
 
+    # The checkpoint's state, over what was built so far.
     checkpoints = saver.Checkpoints(config, policy, reporter, stateful, ranks, stop)
     checkpoints.load(beginning.newest)
 
@@ -391,6 +395,7 @@ def _drawing(
     verifiers = [source.verifier for source in sources if source.verifier]
     labeller = build_labeller(config.labels, others=verifiers)
     rollout = config.rollout
+
     return _Drawing(
         stage=RolloutStage(
             engine,
@@ -446,6 +451,7 @@ def _source(
         seed=config.trainer.seed,
         settings=settings_of_rollouts(config),
     )
+
     # A checkpoint within a step: its rollouts are in the chunks' files, and are not drawn again.
     position = checkpoints.position
     begun = None
@@ -462,4 +468,5 @@ def _source(
             earlier=Snapshot(policy),
             last_step=config.trainer.steps,
         )
+
     return Fresh(generator, drawing.cursor, options, chunks, seam=checkpoints.seam)

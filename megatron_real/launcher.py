@@ -61,6 +61,7 @@ def launch(arguments: Sequence[str], *, num_ranks: int, run_dir: str) -> int:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
 
     logs = Path(tempfile.mkdtemp(prefix="megatron-real-"))
+    # Not the first rank's, which has the terminal.
     redirects = {rank: Std.ALL for rank in range(1, num_ranks)}
     config = LaunchConfig(
         min_nodes=1,
@@ -68,6 +69,7 @@ def launch(arguments: Sequence[str], *, num_ranks: int, run_dir: str) -> int:
         nproc_per_node=num_ranks,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
+        # Port 0: the store takes any that is free.
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=redirects or Std.NONE),
@@ -89,6 +91,7 @@ def launch(arguments: Sequence[str], *, num_ranks: int, run_dir: str) -> int:
         return _stopped(error, RunDirectory(run_dir))
     finally:
         shutil.rmtree(logs, ignore_errors=True)
+
     return DONE
 
 
@@ -108,10 +111,12 @@ def _failed(first: int, failure: ProcessFailure, logs: Path, directory: RunDirec
     if code in (REFUSED, STOPPED_EARLY, INTERRUPTED):
         return code  # the first rank has said why, or the one that was alone to see it
 
+    # The elastic agent keeps a folder for each rank.
     errors = {}
     for file in logs.glob("**/stderr.log"):
         errors[int(file.parent.name)] = file.read_text(errors="replace")
     rank = _at_fault(errors, first)
+
     # The last traceback, else the last lines.
     lines = errors.get(rank, "").splitlines(keepends=True)
     traces = [i for i, line in enumerate(lines) if line.startswith(_TRACE)]
@@ -119,6 +124,7 @@ def _failed(first: int, failure: ProcessFailure, logs: Path, directory: RunDirec
         lines = lines[traces[-1] :]
     print("".join(lines[-_TAIL_LINES:]), end="", file=sys.stderr)
 
+    # Less than 0 is the number of the signal that ended the process.
     if code >= 0:
         reason = f"exit code {code}"
     else:
@@ -130,6 +136,7 @@ def _failed(first: int, failure: ProcessFailure, logs: Path, directory: RunDirec
     print(f"megatron-real: rank {rank} failed ({reason}){where}", file=sys.stderr)
     if code > 0:
         return code
+
     return FAILED
 
 
@@ -182,4 +189,6 @@ def _stopped(error: SignalException, directory: RunDirectory) -> int:
         return INTERRUPTED
     if read_status(directory.status).get("state") == "stopped":
         return STOPPED_EARLY
+
+    # As shells write an end by a signal.
     return 128 + int(error.sigval)

@@ -44,6 +44,7 @@ def train(job: Job) -> None:
     with reporter.progress:
         if checkpoints.position == Position(0):
             _evaluate(job, step=0)
+        # A step that a checkpoint was taken within is taken up again.
         for step in range(checkpoints.position.step + 1, config.trainer.steps + 1):
             with reporter.step(step):
                 taken = _with_reference(job, job.source.take(step))  # sync, sample, verify, refill

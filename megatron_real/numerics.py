@@ -45,5 +45,6 @@ def fast_dtype(*, gpu: Path = Path("/dev/nvidia0"), cpuinfo: Path = Path("/proc/
     else:
         dtype = "fp32"
         reason = "there is no GPU, and this CPU has no bf16 instructions"
+
     logger.info("model.dtype=auto is %s: %s", dtype, reason)
     return dtype

@@ -55,9 +55,11 @@ def _pinned(memory: Tensor, size: int) -> Tensor:
 
     They are whole pages, since the driver pins those, and none of them twice.
     """
+    # From the first start of a page on.
     flat = memory[-memory.data_ptr() % _PAGE :][:size]
     runtime = torch.cuda.cudart()
     address = flat.data_ptr()
+
     # The driver keeps CUDA's own result; 0 is success, also where the bindings give an enum.
     result = int(runtime.cudaHostRegister(address, flat.nbytes, 0))
     if result:
@@ -66,6 +68,7 @@ def _pinned(memory: Tensor, size: int) -> Tensor:
             f"{result}); raise the locked-memory limit (ulimit -l), or leave more of the host's "
             f"memory free"
         )
+
     # torch frees the memory with its storage; the driver must have let go of it by then.
     weakref.finalize(flat.untyped_storage(), runtime.cudaHostUnregister, address)
     return flat

@@ -158,6 +158,7 @@ class RunProgress(StageTimer):
         self._shown = shown
         self._log = log
         self._held: list[str] = []
+
         # A notebook shows plain lines too: rich would make an output of its own of each.
         self._console = console or Console(quiet=not shown, soft_wrap=True, force_jupyter=False)
         self._live = shown and self._console.is_terminal and not self._console.is_dumb_terminal
@@ -190,6 +191,7 @@ class RunProgress(StageTimer):
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Also where it has not begun: it then does nothing.
         self._heartbeat.__exit__()
         self._bar.stop()
 

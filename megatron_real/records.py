@@ -217,6 +217,7 @@ class Completion:
         for name, array in arrays.items():
             if len(array) != length:
                 raise ValueError(f"{length} token_ids but {len(array)} {name}")
+
         # Past the frozen dataclass, which refuses every assignment.
         vars(self).update(arrays, text=text, finished=finished)
 
@@ -233,6 +234,7 @@ class Completion:
     @property
     def segments(self) -> tuple[Segment, ...]:
         """Its tokens in order, cut where trained ones meet others."""
+        # Positions at which a token is not of the kind of the one before it.
         cuts = (numpy.flatnonzero(self.trained[1:] != self.trained[:-1]) + 1).tolist()
         bounds = [0, *cuts]
         # Of no token there is no segment, rather than an empty one.
@@ -271,6 +273,7 @@ class Absent(Completion):
         Args:
             num_text_bytes: of its text in UTF-8.
         """
+        # Not by Completion's own constructor, which asks for the arrays.
         vars(self).update(
             _num_tokens=num_tokens,
             _num_trained=num_trained,
@@ -294,6 +297,7 @@ class Absent(Completion):
         return int(vars(self)["_num_text_bytes"])
 
     def __getattr__(self, name: str) -> Any:
+        # Python comes here only for what it has not found: the arrays and the text.
         raise AttributeError(f"{name} of an absent completion: another rank holds it")
 
     def __eq__(self, other: object) -> bool:
@@ -336,6 +340,7 @@ class Verdict:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a status or a label that does not exist."""
+        # The record is frozen: it refuses plain assignments.
         object.__setattr__(self, "status", Status(self.status))
         object.__setattr__(self, "label", Label(self.label))
 

@@ -51,17 +51,22 @@ def train(config: Config) -> RunRecords:
             "trainer.run_dir is empty; say where the run may write, for example "
             "trainer.run_dir=runs/first"
         )
+
+    # Before torch is imported: how many processes there are is the launcher's word.
     check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_model(config.model.path, config.model.weights)
     for sentence in check_replay(config):
         logger.warning(sentence)
 
     with closing(StopRequest(max_hours=config.trainer.max_hours)) as stop:
+        # The caller's own filters come back after the run.
         with warnings.catch_warnings():
             quiet_libraries()
             _run(config, stop)
         if stop.reason == stopping.INTERRUPTED:
+            # What a caller expects of Ctrl-C, once everything is saved.
             raise KeyboardInterrupt
+
     return RunRecords(config.trainer.run_dir)
 
 
