@@ -72,4 +72,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    # Without this dir() has only the names that were used already.
     return [*__all__, "__version__"]

@@ -23,7 +23,9 @@ from contextlib import suppress
 
 HANDSHAKE_SECONDS = 10.0
 """A whole proof takes at most so long: an end that stays silent is no end of ours."""
+# 256 bits: no two numbers are equal, and none can be guessed.
 _NUMBER_BYTES = 32
+# Of SHA-256.
 _PROOF_BYTES = 32
 _MOST_AT_ONCE = 256
 """Proofs under way at a door; those who come then wait in the listener's queue."""
@@ -66,6 +68,7 @@ def connect(
     deadline = time.monotonic() + seconds
     while True:
         began = time.monotonic()
+        # At least 0.1: a timeout of 0 would make the socket non-blocking.
         connection = socket.create_connection(address, timeout=max(deadline - began, 0.1))
         try:
             _prove(connection, secret, purpose, listens=False, seconds=deadline - began)
@@ -124,6 +127,7 @@ class Doorkeeper:
             TimeoutError: nobody in that time.
         """
         try:
+            # Queue.get() refuses a timeout below 0.
             return self._proven.get(timeout=max(seconds, 0.0))
         except queue.Empty:
             raise TimeoutError(f"nobody came in {seconds:.0f} s") from None
@@ -218,6 +222,7 @@ def _receive(connection: socket.socket, size: int, deadline: float) -> bytes:
         try:
             part = connection.recv(size - len(received))
         except TimeoutError:
+            # The look at the clock above decides.
             continue
         if not part:
             raise NotProven("the other end has closed the connection")

@@ -52,6 +52,7 @@ def _run_command(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     options, later = parser.parse_known_args(arguments)
     takes_overrides = hasattr(options, "overrides")
+    # What argparse leaves over are overrides behind an option, or words that nobody knows.
     if later and (not takes_overrides or any(word.startswith("-") for word in later)):
         parser.error(f"unrecognized arguments: {' '.join(later)}")
     if later:
@@ -97,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
             epilog=command.EXAMPLES,
+            # The examples keep their lines.
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add(command_parser)
@@ -119,6 +121,7 @@ class _Parser(argparse.ArgumentParser):
         # argparse's own message is the only place that has the choices.
         wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         if wrong is not None:
+            # Whatever quotes this version of Python puts around them.
             known = re.findall(r"[\w.-]+", wrong[2])
             close = difflib.get_close_matches(wrong[1], known, n=1)
             hint = f"known are {', '.join(known)}"

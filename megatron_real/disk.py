@@ -55,6 +55,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def fsync(path: Path) -> None:
     """Brings a file to disk, or the names in a directory."""
+    # Reading is all that a directory allows, and enough for fsync.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -77,5 +78,6 @@ def is_full_disk(error: BaseException | None) -> bool:
             return True
         if any(words in str(error) for words in _FULL_IN_WORDS):
             return True
+        # `raise ... from` sets the cause, any other raise in an except clause the context.
         error = error.__cause__ or error.__context__
     return False

@@ -75,6 +75,7 @@ class HeldoutEvaluation:
         The draws are the same each time: differences are the policy's.
         """
         generator = self.source.generator
+        # Training counts its steps from 1, and so none of its draws has this seed.
         seed = self.source.options.draw_seed(0)
         stage = generator.stage
         with self.source.awake(), generator.timed("evaluation"):
@@ -191,6 +192,7 @@ def build(config: Config, stop: StopRequest) -> Job:
             # Every rank refuses the same input, and has a while to come to it.
             lifeline.close(str(error))
         else:
+            # An accident, perhaps of this rank alone: the others end by its name.
             lifeline.say_end(f"{type(error).__name__}: {error}")
         raise
 
@@ -198,6 +200,7 @@ def build(config: Config, stop: StopRequest) -> Job:
 def _refuse(claim: Claim, error: BaseException) -> None:
     """Writes into the run directory why a start has ended that has changed nothing else in it."""
     if isinstance(error, NothingToDo):
+        # A run that has finished keeps its own status.
         claim.release()
     elif isinstance(error, ValueError):
         claim.refuse(str(error))
@@ -225,6 +228,7 @@ def _build(
     """Builds this rank's part, in an order in which each check comes before what it protects."""
     directory = RunDirectory(config.trainer.run_dir)
     exchange = Exchange(ranks.rank, ranks.world, ranks.group, ranks_per_node=ranks.per_node)
+    # The first rank alone looks for the trackers' packages, and all must refuse with it.
     reporter = ranks.together(
         lambda: Reporter(
             config,
@@ -268,6 +272,7 @@ def _build(
 
     # Engine and verifiers, which a replay does without.
     drawing = None
+    # What a checkpoint keeps beside policy and optimizer.
     stateful: dict[str, saver.Stateful] = {}
     if not config.rollout.replay:
         drawing = _drawing(config, architecture, exchange, ranks, say)
@@ -279,6 +284,7 @@ def _build(
     checkpoints = saver.Checkpoints(config, policy, reporter, stateful, ranks, stop)
     checkpoints.load(beginning.newest)
 
+    # Where rollouts come from, now that the position in the run is known.
     source: Source
     labeller = None
     evaluation = None
@@ -419,6 +425,7 @@ def _drawing(
             shuffle=config.data.shuffle,
             digests=data.digests,
         ),
+        # 0 problems at most means all of them.
         heldout=data.heldout[: config.evaluation.max_problems or None],
     )
 

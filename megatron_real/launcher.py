@@ -71,6 +71,7 @@ def launch(arguments: Sequence[str], *, num_ranks: int, run_dir: str) -> int:
         rdzv_backend="c10d",
         # Port 0: the store takes any that is free.
         rdzv_endpoint="localhost:0",
+        # A failure ends the job: to go on from a checkpoint is a start of its own.
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=redirects or Std.NONE),
     )
@@ -122,6 +123,7 @@ def _failed(first: int, failure: ProcessFailure, logs: Path, directory: RunDirec
     traces = [i for i, line in enumerate(lines) if line.startswith(_TRACE)]
     if traces:
         lines = lines[traces[-1] :]
+    # Nothing of the first rank: its own words are on the terminal already.
     print("".join(lines[-_TAIL_LINES:]), end="", file=sys.stderr)
 
     # Less than 0 is the number of the signal that ended the process.

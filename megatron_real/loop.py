@@ -43,6 +43,7 @@ def train(job: Job) -> None:
     checkpoints = job.checkpoints
     with reporter.progress:
         if checkpoints.position == Position(0):
+            # The starting weights: what training is measured against.
             _evaluate(job, step=0)
         # A step that a checkpoint was taken within is taken up again.
         for step in range(checkpoints.position.step + 1, config.trainer.steps + 1):
@@ -54,9 +55,11 @@ def train(job: Job) -> None:
                 with reporter.progress.stage("report"):
                     training = summary(job.policy, batches, updates, lag=taken.lag)
                     reporter.trained(step, taken.rollouts, training)
+                # Once the step's row, which says what was skipped, is on disk.
                 _stop_if_not_finite(job, step, batches, updates)
             checkpoints.step_done(step, accuracy=_evaluate_if_due(job, step))
 
+        # Before the export, which may fail: the last checkpoint is then there.
         unsaved = checkpoints.close()
         if config.trainer.export:
             _export(job)
@@ -84,6 +87,7 @@ def _updates(job: Job, taken: StepRollouts) -> tuple[list[Batch], list[Update]]:
     while len(updates) < len(batches):
         with timed("update"):
             updates.append(job.policy.update(batches[len(updates)]))
+        # After the last update comes the seam of the step, with its metrics and evaluation.
         if len(updates) < len(batches):
             job.checkpoints.seam(batches, updates)
     return batches, updates
@@ -131,6 +135,7 @@ def _export(job: Job) -> None:
 
     Their dtype is that of the weights that training started from.
     """
+    # A generator: nothing is sent before a rank asks for the first tensor.
     stream = job.policy.stream()
     if job.reporter.first:
         path = job.config.model.path

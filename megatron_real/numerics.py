@@ -36,6 +36,7 @@ def fast_dtype(*, gpu: Path = Path("/dev/nvidia0"), cpuinfo: Path = Path("/proc/
                 flags = set(line.partition(":")[2].split())
                 break  # every core has its own line, and the same flags
 
+    # By the driver's device file, as torch is not imported for this.
     if gpu.exists():
         dtype = "bf16"
         reason = "there is a GPU"

@@ -42,6 +42,7 @@ def host_copies(like: Sequence[Tensor]) -> list[Tensor]:
     copies = []
     for start, tensor in zip(starts, like, strict=True):
         part = flat[start : start + tensor.nbytes]
+        # view() to a wider dtype asks for an aligned start.
         copies.append(part.view(tensor.dtype).view(tensor.shape))
     return copies
 

@@ -173,6 +173,7 @@ class RunProgress(StageTimer):
             console=self._console,
             # Seldom: the thread that draws shares the interpreter with the training.
             refresh_per_second=4,
+            # At the end the bar goes, and the lines above it stay.
             transient=True,
             disable=not self._live,
         )
@@ -187,6 +188,7 @@ class RunProgress(StageTimer):
     def __enter__(self) -> RunProgress:
         self._bar.start()
         if self._shown and not self._live:
+            # The bar moves by itself; without it nothing is shown between two steps.
             self._heartbeat.__enter__()
         return self
 
@@ -220,6 +222,7 @@ class RunProgress(StageTimer):
     def _show(self, line: str) -> None:
         """Shows one line of text on the terminal alone."""
         if self._shown:
+            # As it is: rich would take what stands in brackets for markup.
             self._console.print(line, highlight=False, markup=False, emoji=False)
 
     def note(self, line: str) -> None:
@@ -260,6 +263,7 @@ class RunProgress(StageTimer):
         cells["held-out"] = self._heldout
         figures = "  ".join(f"{name} {value}" for name, value in cells.items())
         stages = "  ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+        # The number as wide as the last step's, so that lines are aligned.
         line = f"step {step:{len(str(self._steps))}d}  {figures}  |  {stages} s"
 
         # The log has the same line whatever the terminal shows.

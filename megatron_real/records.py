@@ -252,6 +252,7 @@ class Completion:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Arrays that were pickled are immutable again."""
+        # numpy pickles an array without its flags.
         for value in state.values():
             if isinstance(value, numpy.ndarray):
                 value.setflags(write=False)
@@ -345,6 +346,7 @@ class Verdict:
         object.__setattr__(self, "label", Label(self.label))
 
 
+# eq=False: a generated comparison would ask an array whether it is true.
 @dataclass(frozen=True, eq=False)
 class Rollout:
     """One labelled completion of one prompt."""
@@ -413,12 +415,14 @@ def _equal_fields(record: Any, other: object) -> bool:
     """Whether two records of one type hold the same values, NaN being equal to itself."""
     names = [each.name for each in fields(record)]
     if type(record) is not type(other):
+        # Python then asks the other one, and at last takes them for unequal.
         return NotImplemented
     return all(_equal(getattr(record, name), getattr(other, name)) for name in names)
 
 
 def _equal(left: Any, right: Any) -> bool:
     if not isinstance(left, numpy.ndarray) or not isinstance(right, numpy.ndarray):
+        # By type as well: to Python, 1 and True are equal.
         return bool(left is right or (type(left) is type(right) and left == right))
     # numpy looks for NaN in numbers only, and refuses other arrays.
     can_be_nan = left.dtype.kind == "f"

@@ -71,6 +71,7 @@ def train(config: Config) -> RunRecords:
 
 
 def _run(config: Config, stop: StopRequest) -> None:
+    # Here, because they need torch.
     from megatron_real import loop
     from megatron_real.job import build
 
