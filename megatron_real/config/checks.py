@@ -28,8 +28,11 @@ def check_world(config: Config, world_size: int) -> int:
         ValueError: the layout, or the engines, do not divide the world.
     """
     rollout = config.rollout
+    # Servers that run already go before those that the run would start.
     num_servers = len(rollout.servers) or rollout.num_servers
+
     if has_own_processes(rollout.engine):
+        # Each server is asked by equally many ranks.
         if world_size % num_servers:
             raise ValueError(
                 f"{num_servers} servers cannot be shared equally by {world_size} processes; take "
@@ -50,6 +53,7 @@ def check_world(config: Config, world_size: int) -> int:
             f"divide the {world_size} processes; start a multiple of {model_parallel} or change "
             "parallel.*"
         )
+
     return world_size // model_parallel
 
 
@@ -82,6 +86,7 @@ def check_model(config: Config) -> None:
         raise ValueError(
             f"model.path is {path!r}, which has no config.json; give a directory of HF weights"
         )
+    # From config.json alone: no weights are read.
     model = Architecture.read(path)
 
     # Tensor parallelism cuts heads and the MLP, pipeline parallelism the layers.
@@ -97,6 +102,8 @@ def check_model(config: Config) -> None:
             f"parallel.tp = {parallel.tp} does not divide the model's intermediate_size "
             f"{model.ffn_size}"
         )
+
+    # Each chunk of the interleaved schedule has equally many layers.
     num_chunks = parallel.pp * parallel.vpp
     if model.num_layers % num_chunks:
         raise ValueError(
@@ -136,8 +143,10 @@ def check_engine(config: Config) -> None:
     # vLLM does not start with a cache that cannot hold one whole sequence.
     token_bytes = model.kv_bytes_per_token(tp=rollout.tp, width=DTYPE_BYTES[config.model.dtype])
     longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    # Rounded up twice: to whole blocks, and to whole MiB.
     num_blocks = -(-longest // _KV_BLOCK) + 1  # one block stays empty
     needed_mib = -(-num_blocks * _KV_BLOCK * token_bytes // 2**20)
+
     if rollout.kv_cache_mib < needed_mib:
         raise ValueError(
             f"rollout.kv_cache_mib = {rollout.kv_cache_mib} does not hold one sequence of "
@@ -164,6 +173,7 @@ def _check_reference(config: Config, model: Architecture) -> None:
         )
 
     reference = Architecture.read(path)
+    # All other fields decide shapes or mathematics.
     for field in dataclasses.fields(Architecture):
         if field.name == "max_positions":
             continue  # no weight depends on it
@@ -206,6 +216,7 @@ def check_combinations(config: Config) -> None:
     upstream.check_vllm_names(rollout.vllm)
 
     labels = config.labels
+    # With a colon it is the user's own, path.py:function.
     if ":" in labels.verifier and (labels.require_think or not labels.require_boxed):
         raise ValueError(
             "labels.require_think and labels.require_boxed have no effect on labels.verifier = "
@@ -223,6 +234,7 @@ def _check_sampling(config: Config) -> None:
     """Checks that what is sampled can be trained on: its distribution, its groups, its lengths."""
     rollout = config.rollout
     batch = config.batch
+
     # log pi is of the whole distribution; one that was cut gives kept tokens more probability.
     is_truncated = rollout.top_p < 1 or rollout.top_k > 0
     if is_truncated and not rollout.allow_truncated_sampling:
@@ -231,12 +243,14 @@ def _check_sampling(config: Config) -> None:
             "distribution, so the log-probs would be biased; use top_p 1 and top_k 0, or set "
             "rollout.allow_truncated_sampling=true"
         )
+
     if rollout.num_prompts % batch.minibatch_prompts:
         raise ValueError(
             f"batch.minibatch_prompts = {batch.minibatch_prompts} does not divide "
             f"rollout.num_prompts = {rollout.num_prompts}; take one of "
             f"{divisors(rollout.num_prompts)}"
         )
+
     if config.model.fp32_head and config.model.logprobs == "logits":
         raise ValueError(
             "model.fp32_head needs model.logprobs=linear: with `logits` Megatron's own product "
@@ -277,6 +291,7 @@ def _check_engine_traits(config: Config) -> None:
     engines = candidates(name).values()
     in_training_processes = not has_own_processes(name)
 
+    # With `auto` a single candidate is enough: those that cannot are passed over.
     if rollout.tp > 1 and not any(engine.tensor_parallel for engine in engines):
         raise ValueError(
             f"rollout.tp = {rollout.tp} needs rollout.engine={names_with('tensor_parallel')}, "
@@ -287,12 +302,14 @@ def _check_engine_traits(config: Config) -> None:
             "rollout.servers and rollout.num_servers need "
             f"rollout.engine={names_with('own_processes')}, not {name}"
         )
+
     if rollout.keep_every and not rollout.keep_steps:
         raise ValueError(
             f"rollout.keep_every = {rollout.keep_every} keeps steps that rollout.keep_steps would "
             "delete, which is 0 and deletes none; set rollout.keep_steps=1, or "
             "rollout.keep_every=0"
         )
+
     if rollout.max_lag and not any(engine.may_lag for engine in engines):
         raise ValueError(
             f"rollout.max_lag = {rollout.max_lag} needs rollout.engine={names_with('may_lag')}, "
@@ -304,12 +321,14 @@ def _check_engine_traits(config: Config) -> None:
             f"{rollout.chunk_prompts} draw a step piece by piece, rollout.max_lag = 1 a whole step "
             "ahead; set the former or the latter to 0"
         )
+
     if rollout.offload_optimizer and (config.model.dtype != "bf16" or not in_training_processes):
         raise ValueError(
             "rollout.offload_optimizer=true makes room for an engine in the same process, and "
             "needs an optimizer with weights of its own; with model.dtype="
             f"{config.model.dtype} and rollout.engine={name}, set it to false"
         )
+
     if not any(config.model.dtype in engine.dtypes for engine in engines):
         dtypes = " or ".join(dtype for engine in engines for dtype in engine.dtypes)
         raise ValueError(
@@ -320,4 +339,5 @@ def _check_engine_traits(config: Config) -> None:
 
 def divisors(number: int) -> list[int]:
     """Returns the divisors of a positive number, in order."""
+    # Trial division is enough for numbers of ranks, heads and layers.
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -43,6 +43,7 @@ def every_setting() -> list[Setting]:
     """
     settings: list[Setting] = []
     for setting in _settings_of(Config(), ""):
+        # The objective comes as a whole: which settings it has depends on which one it is.
         if setting.path != "objective":
             settings.append(setting)
             continue
@@ -57,6 +58,7 @@ def every_setting() -> list[Setting]:
                 owners.setdefault(own, []).append(name)
         for own, names in owners.items():
             settings.append(dataclasses.replace(own, objectives=tuple(names)))
+
     return settings
 
 
@@ -81,6 +83,7 @@ def meanings_of(cls: type) -> dict[str, str]:
     """
     meanings: dict[str, str] = {}
     # Bases first, so that a field that a class defines anew has its own docstring.
+    # The last is `object`, which has no source in Python.
     for owner in reversed(cls.__mro__[:-1]):
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
         assert isinstance(tree, ast.ClassDef), "the source of a class is a class"
@@ -100,6 +103,7 @@ def _kind(hint: Any) -> str:
         return f"one of {', '.join(map(str, get_args(plain)))}"
     demands = [_type(plain)]
     for marker in getattr(hint, "__metadata__", ()):
+        # A bound says "must be above 0"; in a list the verb is too much.
         demands.append(marker.demand.removeprefix("must be ").removeprefix("must "))
     return ", ".join(demands)
 

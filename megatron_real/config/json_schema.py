@@ -32,6 +32,7 @@ def json_schema() -> dict[str, Any]:
             known = properties.setdefault(setting, own)
             if known != own:
                 properties[setting] = {"description": known.get("description", "")}
+
     properties["name"] = {"enum": list(OBJECTIVES), "default": "real", "description": "The loss."}
     objective = {"type": "object", "additionalProperties": False, "properties": properties}
     schema["properties"]["objective"] = objective
@@ -41,6 +42,7 @@ def json_schema() -> dict[str, Any]:
         "type": "string",
         "description": "Another YAML file, whose values this one changes.",
     }
+
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "megatron_real configuration",
@@ -60,8 +62,10 @@ def _section(section: Any) -> dict[str, Any]:
             properties[name] = _section(value)
         else:
             properties[name] = {**_value(hint), "default": default_in_yaml(value)}
+
         if meanings.get(name):
             properties[name]["description"] = meanings[name]
+
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
@@ -72,6 +76,7 @@ def _value(hint: Any) -> dict[str, Any]:
         return {"enum": list(get_args(plain))}
 
     choices = get_args(plain)
+    # Of `X | None`, the first choice is X.
     if type(None) in choices:
         value = {**_value(choices[0]), **_bounds(hint)}
         return {"anyOf": [value, _INTERPOLATION, {"type": "null"}]}
@@ -89,6 +94,7 @@ def _value(hint: Any) -> dict[str, Any]:
 def _bounds(hint: Any) -> dict[str, Any]:
     """Returns the bounds of a setting, as the words of JSON schema have them."""
     bounds: dict[str, Any] = {}
+    # Annotated keeps them, as markers of megatron_real/bounds.py.
     for marker in getattr(hint, "__metadata__", ()):
         if isinstance(marker, Above):
             bounds["exclusiveMinimum"] = marker.low

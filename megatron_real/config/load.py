@@ -65,12 +65,14 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    # A list, because it is read more than once.
     overrides = list(overrides)
     for word in overrides:
         if "=" not in word:
             raise ValueError(
                 f"override {word!r} has no '='; write key.sub=value, for example trainer.steps=10"
             )
+
     if not Path(path).exists():
         raise ValueError(f"there is no config file {str(path)!r}; give the path of a YAML file")
 
@@ -79,6 +81,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             tree = OmegaConf.create({"model": {"path": str(path)}})
         else:
             tree = _read_file(Path(path), ())
+        # Before interpolations are resolved: those of the file see what the command line has set.
         tree = _over(tree, _overrides_tree(overrides, tree))
         values: Any = OmegaConf.to_container(tree, resolve=True)
         # Kept beside the values, for config.yaml and for sentences: what stands for a secret is
@@ -91,6 +94,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     try:
         _settle_model(values)
         config = _build(Config, values, "")
+        # With the values as they were built: 8, and not the "8" that the environment had.
         interpolations = dict(_interpolations(as_given, _resolved(config), ""))
         config = dataclasses.replace(config, given=interpolations)
         checks.check_model(config)
@@ -98,6 +102,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         # What an interpolation stands for may be a secret: the sentence shows the text instead.
         sentence = str(error)
         for entry in dict(_interpolations(as_given, values, "")).values():
+            # The sentence may have the value in quotes; the text stands there without them.
             sentence = sentence.replace(repr(entry.value), entry.text)
             if isinstance(entry.value, str) and len(entry.value) >= _FEWEST_LETTERS_OF_A_SECRET:
                 sentence = sentence.replace(entry.value, entry.text)
@@ -158,6 +163,7 @@ def _read_file(path: Path, derived: tuple[Path, ...]) -> DictConfig:
     """
     from omegaconf import DictConfig, OmegaConf
 
+    # Resolved: the same file may be named in several ways.
     chain = (*derived, path.resolve())
     if path.resolve() in derived:
         names = " -> ".join(file.name for file in chain)
@@ -174,6 +180,7 @@ def _read_file(path: Path, derived: tuple[Path, ...]) -> DictConfig:
     base = tree.pop("base", None)
     if base is None:
         return tree
+
     file = path.parent / str(base)
     if not file.is_file():
         raise ValueError(f"{path}: base is {base!r}, but there is no file {file}")
@@ -223,6 +230,7 @@ def _overrides_tree(overrides: Sequence[str], below: DictConfig) -> DictConfig:
             layer = OmegaConf.create(nested)
         else:
             layer = OmegaConf.from_dotlist([word])
+        # Word by word: of two for one setting the later counts.
         tree = cast("DictConfig", OmegaConf.merge(tree, layer))
     return tree
 
@@ -231,6 +239,7 @@ def _is_text(path: list[str], objective_name: str) -> bool:
     """Returns whether the setting at `path` is text."""
     if path == ["objective", "name"]:
         return True
+
     # Walks down the dataclasses along the path.
     section: Any = Config
     if path[0] == "objective" and objective_name in OBJECTIVES:
@@ -238,6 +247,7 @@ def _is_text(path: list[str], objective_name: str) -> bool:
         path = path[1:]
     for name in path[:-1]:
         section = plain_hint(hints(section).get(name))
+        # Below a mapping such as rollout.vllm no types are known.
         if not dataclasses.is_dataclass(section):
             return False
     return bool(path) and plain_hint(hints(section).get(path[-1])) is str
@@ -277,6 +287,7 @@ def _with_interpolations(value: Any, given: Mapping[str, Given], path: str) -> A
         items = [
             _with_interpolations(below, given, _below(path, i)) for i, below in enumerate(value)
         ]
+        # A list stays a list, and a tuple a tuple.
         return type(value)(items)
     return value
 
@@ -305,6 +316,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
 
     arguments = {}
     for name, value in values.items():
+        # Before the names that are merely unknown: the nearest one would lead astray.
         if name in _MISMATCH_WEIGHTS and name not in known:
             raise ValueError(
                 f"unknown key {prefix}{name}; the mismatch between engine and trainer is not "
@@ -324,6 +336,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
             arguments[name] = _build(cast(type, hint), value, f"{prefix}{name}.")
         else:
             arguments[name] = _typed(value, hint, f"{prefix}{name}")
+
     return cls(**arguments)
 
 
@@ -350,6 +363,7 @@ def _build_objective(values: Any) -> Objective:
             )
         known = ["name", *hints(cls)]
         raise ValueError(f"unknown key objective.{setting} of {name}{nearest(setting, known)}")
+
     return cast(Objective, _build(cls, settings, "objective."))
 
 
@@ -371,10 +385,13 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         if value not in choices or type(value) is bool:
             raise ValueError(f"{name} is {value!r}; it takes one of {', '.join(map(str, choices))}")
         return value
+
+    # X | None, in this order.
     if type(None) in choices:
         if value is None:
             return None
         return _typed(value, choices[0], name)
+
     if origin is tuple:
         # A single value stands for a list of one, as on the command line.
         items = value
@@ -388,10 +405,12 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
             return float(value)  # YAML 1.1 reads 1e-6 as a string
         except ValueError:
             pass
+    # A key without a value is null in YAML; for a text that means the empty one.
     elif hint is str and value is None:
         return ""
     elif hint in (int, str, bool) and type(value) is hint:
         return value
     elif origin is not None and isinstance(value, Mapping):
         return dict(value)
+
     raise ValueError(f"{name} is {value!r}; it takes {_KINDS.get(hint, 'keys and values')}")

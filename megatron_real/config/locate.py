@@ -36,11 +36,13 @@ def weights_directory(word: str, key: str = "model.path") -> str:
     # A directory goes before a hub id of the same spelling.
     if path.exists() or not _HUB_ID.fullmatch(word):
         return word
+
     cached = cached_model(word)
     if cached is not None:
         return str(cached)
     if path.parent.is_dir():
         return word  # a mistyped path rather than a hub id
+
     raise ValueError(
         f"{key} is {word!r}, which is neither a directory nor a model in the hub's cache; download "
         f"it where there is a network (`hf download {word}`), or give a directory of HF weights"

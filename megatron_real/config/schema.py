@@ -26,6 +26,7 @@ from megatron_real.config.engines import AUTO, ENGINES
 from megatron_real.objective.objective import Objective
 from megatron_real.objective.registry import make_objective
 
+# Below 1: a moment that decays by the factor 1 would never forget its beginning.
 _Decay = Between(0, 1, below_high=True)
 
 
@@ -69,6 +70,7 @@ class DataConfig:
     """Split of `train` where it is a folder with several."""
     heldout_split: str = ""
     """Split of `heldout`, likewise."""
+    # Plain values, because their names are the user's: config/sources.py checks them.
     sources: Mapping[str, Any] = field(default_factory=dict)
     """Training sets by name instead of `train`, mixed by weight: path, split, weight, suffix,
     verifier of each (docs/data.md)."""
@@ -107,6 +109,7 @@ class SyncConfig:
 class RolloutConfig:
     """How the policy answers."""
 
+    # Of the table of engines: a new one needs no change here.
     engine: Annotated[str, OneOf((AUTO, *ENGINES))] = AUTO
     """The engine that samples; `auto` takes vllm where it imports, else transformers, and says
     which. `vllm-server` is vllm in processes of its own, on other GPUs than those that train."""
@@ -208,6 +211,7 @@ class LabelConfig:
     require_boxed: bool = True
     """No answer counts outside a \\boxed{}; else the end of the text stands in for a missing
     box."""
+    # A check that did not end says nothing of the answer, so its rollout is no negative one.
     excluded: tuple[Literal["wrong", "unparsable", "timeout", "crashed"], ...] = (
         "timeout",
         "crashed",
@@ -330,6 +334,7 @@ class CheckpointConfig:
 class TrainerConfig:
     """The run."""
 
+    # May be empty here: plan and eval need none, and train refuses that.
     run_dir: str = ""
     """Everything the run writes: metrics, rollouts, logs, curves, exported weights."""
     steps: Annotated[int, Positive] = 1400
@@ -380,6 +385,7 @@ class Given:
 
     text: str
     """As it was given, and as it is written."""
+    # No repr: neither a log nor a traceback may show it.
     value: Any = field(repr=False)
     """What it stands for, which may be a secret."""
 
@@ -388,6 +394,7 @@ class Given:
 class Config:
     """One run. See each section's dataclass."""
 
+    # In this order they are printed, and written to config.yaml.
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -61,6 +61,7 @@ def _source(name: str, values: Any) -> SourceConfig:
     weight = values.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
         raise ValueError(f"{key}.weight = {weight!r}; give a number above 0")
+
     for text in ("path", "split", "suffix", "verifier"):
         if not isinstance(values.get(text, ""), str):
             raise ValueError(f"{key}.{text} = {values[text]!r}; give text")

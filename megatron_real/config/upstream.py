@@ -101,7 +101,9 @@ def check_megatron_names(values: Mapping[str, Any]) -> None:
     """
     if not values:
         return  # without reading megatron-core's sources
+
     known = megatron_fields()
+
     for name, value in values.items():
         # Before the unknown names: it deserves a plain answer.
         if "lora" in name.lower():
@@ -110,6 +112,7 @@ def check_megatron_names(values: Mapping[str, Any]) -> None:
             raise ValueError(f"unknown key megatron.{name}{nearest(name, known)}")
         if name in _OURS:
             raise ValueError(f"megatron.{name} is set by {_OURS[name]}; set that instead")
+        # Whoever writes out the one value that is allowed changes nothing.
         if name in _REFUSED and value != _REFUSED[name][0]:
             allowed, reason = _REFUSED[name]
             raise ValueError(
@@ -144,6 +147,8 @@ def megatron_fields() -> frozenset[str]:
             if not isinstance(node, ast.ClassDef) or node.name != cls:
                 continue
             for field in node.body:
+                # A dataclass's fields are its annotated assignments; what else it has are methods.
                 if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                     names.add(field.target.id)
+
     return frozenset(names)

@@ -59,6 +59,7 @@ class PromptCursor:
         self._seed = seed
         self._shuffle = shuffle
         self._digests = digests or Digests.of(prompts)
+        # Of the next prompt: its epoch, and its place in the order of that epoch.
         self.epoch = 0
         self.position = 0
         self._order = self._permutation()
@@ -79,6 +80,7 @@ class PromptCursor:
 
     def peek(self, size: int) -> list[Prompt]:
         """Returns the prompts that `next_batch` will give; they stay the next."""
+        # The three that next_batch changes.
         epoch = self.epoch
         position = self.position
         order = self._order
@@ -122,12 +124,14 @@ class PromptCursor:
                 "trainer.run_dir"
             )
 
+        # Digests stand one after the other: the length says how many prompts there were.
         num_saved = len(state["questions"]) // _DIGEST_LETTERS
         if num_saved != len(self._prompts):
             raise ValueError(
                 f"the saved prompt order is of {num_saved} prompts, and data.train now has "
                 f"{len(self._prompts)} that data.max_prompt_tokens lets through; use the same data"
             )
+
         changed = self._changed(state["questions"], self._digests.questions)
         if changed:
             raise ValueError(
@@ -139,6 +143,7 @@ class PromptCursor:
         self.epoch = state["epoch"]
         self.position = state["position"]
         self._order = self._permutation()
+
         # Corrected answers leave the order as it is: they are worth a sentence, not a refusal.
         changed = self._changed(state["answers"], self._digests.answers)
         if not changed:
@@ -175,5 +180,6 @@ def _digests(values: Iterable[tuple[Any, ...]]) -> str:
     for value in values:
         # surrogatepass: an answer may hold half a surrogate pair, and its digest must not fail.
         text = repr(value).encode("utf-8", "surrogatepass")
+        # A byte is two hexadecimal letters.
         digests.append(hashlib.blake2b(text, digest_size=_DIGEST_LETTERS // 2).hexdigest())
     return "".join(digests)

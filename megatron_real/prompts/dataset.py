@@ -44,6 +44,7 @@ def load_prompts(
     """
     prompts = [_prompt(row, tokenizer, suffix) for row in read_rows(path, split=split)]
 
+    # With several answers, a single one that can be matched is enough.
     unmatchable = [prompt for prompt in prompts if all(map(why_unmatchable, prompt.answers))]
     if unmatchable:
         logger.warning(
@@ -62,6 +63,7 @@ def load_prompts(
             f"all {len(prompts)} prompts of {str(path)!r} exceed data.max_prompt_tokens = "
             f"{max_tokens}"
         )
+
     if len(kept) < len(prompts):
         logger.warning(
             "%s: dropped %d of %d prompts longer than %d tokens",
@@ -70,6 +72,7 @@ def load_prompts(
             len(prompts),
             max_tokens,
         )
+
     return kept
 
 
@@ -96,6 +99,7 @@ def _prompt(row: Row, tokenizer: Any, suffix: str) -> Prompt:
 
 def _render(messages: Sequence[Mapping[str, Any]], tokenizer: Any, suffix: str) -> str:
     """Returns the text of a chat, up to where the model's answer begins."""
+    # Down to the parts: the suffix must not get into the row itself.
     chat = [copy.deepcopy(dict(message)) for message in messages]
     if suffix:
         content = chat[-1]["content"]
@@ -104,6 +108,7 @@ def _render(messages: Sequence[Mapping[str, Any]], tokenizer: Any, suffix: str) 
         else:  # a list of parts
             chat[-1]["content"] = [*content, {"type": "text", "text": f" {suffix}"}]
 
+    # The tokenizer of a base model may have none.
     if getattr(tokenizer, "chat_template", None):
         rendered: str = tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=True, strftime_now=_TEMPLATE_DATE.strftime

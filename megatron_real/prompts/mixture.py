@@ -31,6 +31,7 @@ def mixed(
     """
     total = math.fsum(weights[name] for name in sets)
     shares = {name: weights[name] / total for name in sets}
+    # The length at which the set that is longest for its weight comes exactly once.
     length = max(len(prompts) / shares[name] for name, prompts in sets.items())
 
     epoch: list[Prompt] = []
@@ -57,6 +58,7 @@ def pass_rates(path: Path) -> dict[str, float]:
     files = [path]
     if path.is_dir():
         files = sorted(path.glob("*.jsonl"))
+
     if not files or not files[0].is_file():
         raise ValueError(
             f"data.pass_rates = {str(path)!r} has no completions; give OUT/samples/NAME of "
@@ -73,6 +75,7 @@ def pass_rates(path: Path) -> dict[str, float]:
                 raise ValueError(
                     f"{file}:{number} is no completion of an evaluation ({error})"
                 ) from error
+
     return {problem: sum(labels) / len(labels) for problem, labels in correct.items()}
 
 
@@ -99,6 +102,7 @@ def sometimes_solved(prompts: Sequence[Prompt], rates: Mapping[str, float]) -> l
     kept = [prompt for prompt in prompts if 0 < rates.get(prompt.uid, 0.5) < 1]
     if not kept:
         raise ValueError("data.pass_rates leaves no prompt: each was always or never solved")
+
     num_never = sum(rates[prompt.uid] == 0 for prompt in asked)
     num_always = sum(rates[prompt.uid] == 1 for prompt in asked)
     logger.info("left out %d prompts never solved and %d always solved", num_never, num_always)

@@ -29,6 +29,7 @@ _SYNONYMS = (
     ("\\times", "*"),
     ("\\leq", "\\le"),
 )
+# Words, numbers, single letters of other scripts, operators. Everything else only separates.
 _TOKEN = re.compile(r"[a-z]+|\d+|[^\W\d_a-z]|[-+*/=<>^!%]")
 # Braces that only hold the text of a command, or a single token, group nothing.
 _TEXT_BRACES = re.compile(r"\\(?:text|mathrm|mathbf|mathit|mathbb|operatorname)\s*\{([^{}]*)\}")
@@ -58,6 +59,7 @@ def identity(question: str) -> tuple[str, ...]:
 
 def _plain(text: str) -> str:
     """Returns a question without case, fonts and the looks of its formulas."""
+    # NFKC makes plain letters and digits of mathematical and full-width ones.
     text = unicodedata.normalize("NFKC", _LOOKS.sub(" ", text))
     for spelling, common in _SYNONYMS:
         text = text.replace(spelling, common)
@@ -101,6 +103,7 @@ class Index:
             )
         self._size = size
         self._share = share
+        # A question's tokens -> its name; a name -> its number of n-grams; an n-gram -> who has it.
         self._name_of: dict[tuple[str, ...], str] = {}
         self._num_grams: dict[str, int] = {}
         self._names_with: dict[tuple[str, ...], set[str]] = defaultdict(set)
@@ -129,9 +132,11 @@ class Index:
 
         near: list[tuple[float, str]] = []
         for name, count in num_shared.items():
+            # Neither number is 0: the two questions share an n-gram.
             share = count / min(self._num_grams[name], len(grams))
             if share >= self._share:
                 near.append((share, name))
+
         if not near:
             return None
         # Of equally near ones the last by name: the result does not depend on any order.

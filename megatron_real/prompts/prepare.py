@@ -23,7 +23,9 @@ from megatron_real.prompts.overlap import Index, identity
 from megatron_real.prompts.rows import raw_rows
 from megatron_real.prompts.sources import BY_NAME, SOURCES, PublishedDataset, Unusable, prepared
 
+# In this order: of a folder with files of several kinds, those of the first kind are read.
 _PATTERNS = ("*.parquet", "*.jsonl", "*.json")
+# Rows between two lines of progress.
 _ROWS_A_LINE = 250_000
 
 
@@ -123,6 +125,7 @@ def prepare(
             "benchmarks"
         )
         clear: list[dict[str, Any]] = []
+
         for row in rows[name]:
             match = index.closest(_question(row))
             if match is None:
@@ -143,6 +146,7 @@ def prepare(
         counts[name].kept = len(rows[name])
         for row in rows[name]:
             counts[name].unmatchable += all(map(why_unmatchable, _golds(row)))
+
     unchecked = tuple(s.name for s in SOURCES if s.split == "test" and s.name not in sources)
     result = Prepared(counts, leaks, unchecked)
 
@@ -151,6 +155,7 @@ def prepare(
     for name, kept in rows.items():
         _write_lines(out / f"{name}.jsonl", kept)
     _write_lines(out / "leaks.jsonl", [asdict(leak) for leak in leaks])
+
     report = {
         "sources": {
             name: {"from": where or BY_NAME[name].hub, **vars(counts[name])}
@@ -182,6 +187,7 @@ def _read(
     num_copies: Counter[tuple[str, ...]] = Counter()
     other_golds: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
     benchmark_rows: list[dict[str, Any]] = []
+
     for raw in _published_rows(source, where):
         counts.read += 1
         if counts.read % _ROWS_A_LINE == 0:
@@ -189,11 +195,13 @@ def _read(
         try:
             row = prepared(source, raw, counts.read - 1)
         except Unusable as reason:
+            # By its words, which are the same for all rows of a kind.
             counts.dropped[str(reason)] += 1
             continue
 
         key = identity(_question(row))
         num_copies[key] += 1
+        # Of equal questions the first stays; those after it are compared with it.
         first = first_row.setdefault(key, row)
         # By their normal forms: \dfrac12 and \frac{1}{2} agree. What differs there is compared at
         # the end, by algebra.
@@ -208,24 +216,29 @@ def _read(
             f"{where or source.hub} has no usable row for {source.name} "
             f"({reasons or 'it is empty'}); check its columns"
         )
+
     if source.split == "test":
         # A benchmark is what its publisher says it is, repetitions included.
         counts.repeated = len(benchmark_rows) - len(first_row)
         return benchmark_rows
 
+    # Sorted, since a set has another order in each process.
     pairs = [
         (key, tuple(_golds(first_row[key])), others)
         for key, golds in other_golds.items()
         for others in sorted(golds)
     ]
     agree = _agree([(golds, others) for _, golds, others in pairs])
+    # One pair of answers that disagree takes the question out.
     disagreeing = {key for (key, _, _), is_same in zip(pairs, agree, strict=True) if not is_same}
+
     num_disagreeing = sum(num_copies[key] for key in disagreeing)
     if num_disagreeing:
         counts.dropped["answers of equal questions disagree"] += num_disagreeing
     num_duplicates = sum(n - 1 for key, n in num_copies.items() if key not in disagreeing)
     if num_duplicates:
         counts.dropped["duplicate"] += num_duplicates
+
     return [row for key, row in first_row.items() if key not in disagreeing]
 
 
@@ -238,6 +251,7 @@ def _agree(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[bool]:
     """
     if not pairs:
         return []
+
     # Both ways: 3 is right by [3, 4], and 4 is not right by [3].
     checks = []
     owners = []
@@ -250,6 +264,7 @@ def _agree(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[bool]:
         statuses = [outcome.status for outcome in pool.run(checks)]
 
     wrong = {owner for owner, status in zip(owners, statuses, strict=True) if status != "ok"}
+    # Either direction is enough.
     return [(i, 0) not in wrong or (i, 1) not in wrong for i in range(len(pairs))]
 
 
@@ -259,6 +274,7 @@ def _published_rows(source: PublishedDataset, where: str) -> Iterator[Mapping[st
     Raises:
         ValueError: the hub cannot be reached, or there is nothing to read.
     """
+    # A word with one slash is a hub's dataset, unless there is such a path.
     is_on_hub = not where or (where.count("/") == 1 and not Path(where).exists())
     path = Path(where)
     if is_on_hub:
@@ -272,6 +288,7 @@ def _published_rows(source: PublishedDataset, where: str) -> Iterator[Mapping[st
             if matching:
                 files = matching
                 break
+
     for file in files:
         yield from raw_rows(file)
 
@@ -289,6 +306,7 @@ def _download(source: PublishedDataset, hub: str) -> Path:
     patterns: tuple[str, ...] = _PATTERNS
     if hub == source.hub:
         patterns = source.files
+
     try:
         return Path(snapshot_download(hub, repo_type="dataset", allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:

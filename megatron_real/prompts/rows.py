@@ -28,7 +28,9 @@ _ANSWER_COLUMNS = ("answer", "ground_truth", "final_answer")
 
 # What datasets' map() keeps beside a saved dataset: rows of other stages, not of the dataset.
 _CACHES = ("cache-", "tmp")
+# train-00000-of-00003, or data-00000-of-00002 of a saved dataset.
 _SHARD = re.compile(r"(.+?)[-_]\d+[-_]of[-_]\d+$")
+# No letter may follow: the file testimony.parquet names no split.
 _SPLIT_NAMES = re.compile(
     r"(train|training|test|testing|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE
 )
@@ -74,6 +76,7 @@ def read_rows(path: str | Path, *, split: str = "") -> list[Row]:
     path = Path(path)
     rows: list[Row] = []
     skipped: Counter[str] = Counter()
+    # Skipped rows count too: a uid has the number of its row in the file.
     for number, raw in enumerate(raw_rows(path, split=split)):
         try:
             rows.append(_row(f"{path.stem}/{number}", raw))
@@ -89,6 +92,7 @@ def read_rows(path: str | Path, *, split: str = "") -> list[Row]:
     if skipped:
         num_rows = skipped.total() + len(rows)
         logger.warning("%s: skipped %d of %d rows: %s", path, skipped.total(), num_rows, reasons)
+
     return rows
 
 
@@ -134,6 +138,7 @@ def _numbered_rows(path: Path) -> Iterator[tuple[int, Any]]:
         import pyarrow
 
         with pyarrow.memory_map(str(path)) as source:
+            # A saved dataset has Arrow's form of a stream, and not that of a file.
             batches = pyarrow.ipc.open_stream(source)
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
     elif path.suffix == ".json" and _is_list(path):
@@ -188,6 +193,7 @@ def _files_of_split(directory: Path, split: str) -> list[Path]:
     by_split: dict[str, list[Path]] = {}
     for file in files:
         by_split.setdefault(_split_of(file, directory), []).append(file)
+
     if split and split in by_split:
         return by_split[split]
 
@@ -215,6 +221,7 @@ def _split_of(file: Path, directory: Path) -> str:
     split_name = _SPLIT_NAMES.match(stem)
     if split_name:
         return split_name[1]
+
     folders = file.relative_to(directory).parts[:-1]
     if not folders:
         return ""
@@ -244,6 +251,7 @@ def _row(uid: str, raw: Mapping[str, Any]) -> Row:
 
     extra_info = as_object(raw.get("extra_info"))
     metadata = {str(name): _as_json(value) for name, value in extra_info.items()}
+
     row = Row(uid, messages, answers, str(raw.get("data_source") or ""), metadata)
     # Half a surrogate pair would only fail when the rollout is written, after its step.
     if not is_unicode(json.dumps([row.messages, row.answers], ensure_ascii=False)):
@@ -259,10 +267,12 @@ def _messages(question: Any) -> tuple[Mapping[str, Any], ...]:
     """
     if not isinstance(question, Sequence) or isinstance(question, str | bytes):
         question = [{"role": "user", "content": question}]
+
     messages: list[Mapping[str, Any]] = []
     for message in question:
         if not isinstance(message, Mapping) or "role" not in message:
             raise UnusableRow("have messages without a role")
+
         content = message.get("content")
         parts = content
         if isinstance(content, str):
@@ -273,6 +283,7 @@ def _messages(question: Any) -> tuple[Mapping[str, Any], ...]:
         for part in parts:
             if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
                 raise UnusableRow("have a message that is no text")
+
         # Only these two: what else a publisher wrote into a message would reach the chat template.
         messages.append({"role": message["role"], "content": content})
     return tuple(messages)
@@ -304,6 +315,7 @@ def _as_json(value: Any) -> Any:
         return {str(name): _as_json(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_as_json(entry) for entry in value]
+    # A datetime is a date, too.
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if value is None or isinstance(value, str | int | float | bool):
@@ -320,6 +332,7 @@ def _answers(gold: Any) -> tuple[str, ...]:
     entries = [gold]
     if isinstance(gold, list | tuple):
         entries = list(gold)
+
     answers: list[str] = []
     for entry in entries:
         if isinstance(entry, float):

@@ -147,9 +147,11 @@ def prepared(source: PublishedDataset, raw: Mapping[str, Any], index: int) -> di
     forms = [form for form in source.forms if _column(raw, form.question) is not None]
     if not forms:
         raise Unusable("no question")
+    # Of the forms whose question is there, one whose answer is there as well.
     forms = [form for form in forms if _column(raw, form.answer) is not None]
     if not forms:
         raise Unusable("no answer")
+    # OlympiadBench says so of its questions.
     if raw.get("modality") == "Multimodal":
         raise Unusable("needs an image")
 
@@ -171,6 +173,7 @@ def prepared(source: PublishedDataset, raw: Mapping[str, Any], index: int) -> di
             published_id = raw[column]
     if published_id is not None:
         extra["published_id"] = str(published_id)
+
     return {
         "data_source": source.name,
         "prompt": [{"role": "user", "content": question}],
@@ -217,6 +220,7 @@ def _golds(raw: Mapping[str, Any], form: PublishedForm) -> list[str]:
         value = None
         if boxed:
             value = boxed.text
+
     if not isinstance(value, list):
         value = [value]
 
@@ -229,6 +233,7 @@ def _golds(raw: Mapping[str, Any], form: PublishedForm) -> list[str]:
         text = _MARKUP.sub("", str(gold)).strip()
         if text:
             golds.append(text)
+
     if form.answer_is == "parts" and golds:
         return [", ".join(golds)]
     return golds
@@ -241,6 +246,7 @@ def _whole(gold: str) -> str:
         Unusable: it is none.
     """
     try:
+        # A comma can only separate thousands: every answer of these sets is one whole number.
         value = float(_DEGREES.sub("", gold).replace(",", ""))
     except ValueError:
         raise Unusable("the answer is not a whole number") from None
