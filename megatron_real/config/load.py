@@ -46,6 +46,7 @@ _MISMATCH_WEIGHTS = frozenset([
 _KINDS = {
     int: "a whole number",
     float: "a number",
+    # Without quotes YAML reads 12 as a number, and yes as true.
     str: "text: put it in quotes",
     bool: "true or false",
 }
@@ -355,6 +356,7 @@ def _build_objective(values: Any) -> Objective:
     for setting in map(str, settings):
         if setting in hints(cls):
             continue
+        # A setting of another objective is a likelier slip than a wrong letter.
         owners = [owner for owner in OBJECTIVES if setting in hints(objective_class(owner))]
         if owners:
             raise ValueError(

@@ -56,12 +56,14 @@ _JOINT = re.compile(
 _TAKEN_BACK = frozenset(
     ["is", "was", "not", "wrong", "but", "so", "wait", "then", "no", "incorrect", "if"]
 )
+# Between two boxes of one statement; a longer text is a sentence of its own.
 _MAX_JOINT_CHARS = 60
 _ANSWER_IS = re.compile(r"answer(?:\s+is\b|\s*[:=])\s*\**:?|####", re.IGNORECASE)
 _MATHEMATICS = re.compile(
     r"\$\$([^$]+)\$\$|(?<!\\)\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
 )
 _SENTENCE_END = re.compile(r"(?<=[^\s\d])\.\s|(?<=\d)\.\s(?=\s*[A-Z])|\n\s*\n")
+# Boxes before the last one that may belong to its statement.
 _MAX_BOXES = 16
 # More than the longest honest answer, thinking included; braces are walked one by one, in a
 # fraction of a second.
@@ -130,6 +132,7 @@ def _boxed(text: str) -> str | None:
     """
     boxes, unclosed = _boxes(text)
     last = len(boxes) - 1
+    # An empty box at the end says nothing; the one before it may.
     while last >= 0 and not boxes[last].content:
         last -= 1
     end = 0
@@ -137,6 +140,8 @@ def _boxed(text: str) -> str | None:
         end = boxes[last].end
     if unclosed is not None and unclosed > end:
         return ""  # a later box was begun and never closed: the one before it was given up
+
+    # All boxes are empty.
     if last < 0 and boxes:
         return ""
     if last < 0:
@@ -181,6 +186,7 @@ def _boxes(text: str) -> tuple[list[_Box], int | None]:
     # For each open brace the start of its box's command, or -1, and where its content begins.
     stack: list[tuple[int, int]] = []
 
+    # What is before the first box need not be walked.
     starts = [text.find(command) for command in ("\\boxed", "\\fbox", "\\framebox")]
     first = min((start for start in starts if start >= 0), default=len(text))
     for match in _BRACES.finditer(text, first):
@@ -191,6 +197,7 @@ def _boxes(text: str) -> tuple[list[_Box], int | None]:
             if not stack:
                 continue
             start, inside = stack.pop()
+            # Of boxes within each other the innermost counts.
             holds_a_box = bool(boxes) and boxes[-1].start > start
             if start >= 0 and not holds_a_box:
                 boxes.append(_Box(start, match.end(), text[inside : match.start()].strip()))

@@ -31,6 +31,7 @@ from megatron_real.labels.normal_form import read
 
 # Beyond so many items a list is compared in order: each pair may cost a call of math-verify.
 _MAX_UNORDERED = 24
+# Of exact values, and of those with a decimal in them that may be rounded.
 _RELATIVE_ERROR = 1e-12
 _ROUNDED_RELATIVE_ERROR = 1e-6
 _FEWEST_LETTERS_OF_A_WORD = 3
@@ -58,7 +59,9 @@ _POINTS = (
     Fraction(20011, 9929),
     Fraction(27103, 9923),
 )
+# A share of the larger value, as are the other bounds.
 _CLEAR_DIFFERENCE = 1e-6
+# Digits of a first look, of a value, and of two exact values that are called equal.
 _FEW_DIGITS = 15
 _DIGITS = 30
 _MANY_DIGITS = 40
@@ -71,9 +74,11 @@ def same(gold: Form, answer: Form) -> bool:
     May take as long as algebra takes.
     """
     if isinstance(gold, Unreadable) or isinstance(answer, Unreadable):
+        # A gold answer in prose equals itself, word by word.
         return isinstance(gold, Unreadable) and gold == answer and gold.kind == "prose"
     if isinstance(gold, Choice) or isinstance(answer, Choice):
         return _same_choice(gold, answer)
+
     if isinstance(gold, Relation) and isinstance(answer, Relation):
         return _same_relations(gold, answer)
     if isinstance(gold, Relation):
@@ -81,6 +86,7 @@ def same(gold: Form, answer: Form) -> bool:
         return all(map(_is_label, gold.names[:-1])) and _is_a_value(answer, gold)
     if isinstance(answer, Relation):
         return _is_a_value(gold, answer)
+
     if isinstance(gold, Collection | Union) or isinstance(answer, Collection | Union):
         return _same_collection(gold, answer)
     if isinstance(gold, Words) or isinstance(answer, Words):
@@ -108,6 +114,8 @@ def _same_choice(gold: Form, answer: Form) -> bool:
         assert isinstance(answer, Choice), "one of the two is"
         choice = answer
         beside = gold
+
+    # A lone letter is read as an expression.
     if isinstance(beside, Expression) and len(beside.latex) == 1:
         return beside.latex == choice.letter
     return choice.content is not None and same(choice.content, beside)
@@ -137,6 +145,7 @@ def _is_a_value(form: Form, relation: Relation) -> bool:
     *sides_before, last = relation.sides
 
     values = [last]
+    # The last name is that of the value itself: it has no partner here.
     for side, name in zip(sides_before, relation.names, strict=False):
         is_constant = isinstance(side, Number)
         if isinstance(side, Expression):
@@ -153,6 +162,7 @@ def _is_a_value(form: Form, relation: Relation) -> bool:
             values.append(side)
         elif _is_solvable(name):
             return False
+
     return any(same(form, value) for value in values[:2])
 
 
@@ -177,6 +187,7 @@ def _rounding(form: Form) -> Fraction:
     if match is None:
         return Fraction(0)
     num_places = len(match["decimals"] or "")
+    # 1.50e3 is known to tens: the exponent moves the last place.
     exponent = int((match["exponent"] or "0").replace(" ", ""))
     return _half_a_place(num_places - exponent)
 
@@ -206,6 +217,7 @@ def _same_relations(gold: Relation, answer: Relation) -> bool:
         return False
     if len(gold.sides) == len(answer.sides) and all(map(same, gold.sides, answer.sides)):
         return True
+
     # Two equations may still have the same solutions: 2x = 4y and x = 2y.
     if not are_equations or len(gold.sides) != 2:
         return False
@@ -223,6 +235,7 @@ def _same_collection(gold: Form, answer: Form) -> bool:
         gold = read(gold.text, groups=False)
     if isinstance(answer, Number) and answer.grouped:
         answer = read(answer.text, groups=False)
+
     if isinstance(gold, Union):
         answer = _as_union(answer)
     elif isinstance(answer, Union):
@@ -245,6 +258,7 @@ def _same_collection(gold: Form, answer: Form) -> bool:
             isinstance(item, Expression) and "\\ldots" in item.latex for item in gold.items
         )
         return _same_items(golds, answers, ordered=is_ordered or has_ellipsis)
+
     if shapes == {"", "()"}:
         # (x, y) without its parentheses, but never an interval: -1, 1 is not (-1, 1) of an
         # inequality.
@@ -252,6 +266,7 @@ def _same_collection(gold: Form, answer: Form) -> bool:
             return False
         golds, answers, _ = _without_names(gold.items, answer.items)
         return _same_items(golds, answers, ordered=True)
+
     return len(shapes) == 1 and _same_items(gold.items, answer.items, ordered=True)
 
 
@@ -364,6 +379,7 @@ def _same_value(gold: Form, answer: Form) -> bool:
     """Compares two numbers or expressions, with their units."""
     assert isinstance(gold, Number | Expression), "the other forms are compared before"
     assert isinstance(answer, Number | Expression), "the other forms are compared before"
+
     if gold.unit == answer.unit:
         return _same_magnitude(gold, answer)
 
@@ -408,9 +424,11 @@ def _same_magnitude(gold: Number | Expression, answer: Number | Expression) -> b
     if isinstance(gold, Number) and isinstance(answer, Number):
         if gold.value == answer.value:
             return True
+        # Only a decimal that may be rounded has places; the coarser of two decides.
         places = [number.places for number in (gold, answer) if number.places is not None]
         return bool(places) and abs(gold.value - answer.value) <= _half_a_place(min(places))
 
+    # A rounded number beside an expression: by its value, without algebra.
     for number, expression in ((gold, answer), (answer, gold)):
         if not isinstance(number, Number) or number.places is None:
             continue
@@ -580,6 +598,7 @@ def _relatively_equal(gold: Any, answer: Any) -> bool:
     """Returns whether numbers that were called equal also agree relative to their size."""
     import sympy
 
+    # What is no finite number keeps algebra's verdict.
     for each in (gold, answer):
         if not isinstance(each, sympy.Expr) or not each.is_number or not each.is_finite:
             return True
@@ -637,6 +656,7 @@ def _decimal(expression: Any, digits: int, point: Mapping[Any, Any] | None = Non
 
     try:
         value = sympy.N(expression.subs(point or {}), digits)
+    # The worker's own limit: that check has failed, and the answer is not called wrong for it.
     except MemoryError:
         raise
     except Exception as error:  # sympy raises whatever it likes

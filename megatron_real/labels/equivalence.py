@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron_real.labels.normal_form import read_sentence
 
+# Longer ones are the verifier's: int() of a text takes more than linear time.
 _WHOLE = re.compile(r"-?\d{1,18}")
 
 

@@ -112,6 +112,7 @@ def score(answer: str, gold: str, metadata: Mapping[str, Any]) -> float:
     row = {"answer": gold, "metadata": dict(metadata)}
     try:
         reward = float(scorer(answer, row))
+        # Only full pay is checked once more: some scorers give it to wrong answers.
         is_paid = reward < 1.0 or _is_right(answer, gold, metadata)
     except MemoryError:
         raise
@@ -121,6 +122,7 @@ def score(answer: str, gold: str, metadata: Mapping[str, Any]) -> float:
         # raised.
         scorer(gold, row)
         return 0.0
+
     if not is_paid:
         return 0.0
     return reward
@@ -175,6 +177,7 @@ def _solves(answer: str, numbers: Sequence[int], target: int) -> bool:
 
     try:
         result = value(ast.parse(answer.strip(), mode="eval"))
+    # Brackets may nest as deep as the answer is long: parsing and `value` recurse into them.
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return False
     return result == target and sorted(used) == sorted(numbers)
@@ -198,6 +201,7 @@ def is_arithmetic(text: str, *, names: bool) -> bool:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
 
+    # A name that is called must be a function; elsewhere it is a variable.
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     return all(_is_arithmetic_node(node, names, id(node) in called) for node in ast.walk(tree))
 

@@ -55,14 +55,17 @@ def interval_of(
 
     if len(sides) != 3 or not (is_name(names[1]) or _FUNCTION_CALL.fullmatch(names[1])):
         return None
+    # The first letter is the direction, which < and <= share.
     if operators[0][0] != operators[1][0]:
         return None  # 1 < x > 0
 
     low, _, high = sides
     low_operator, high_operator = operators
+
     if operators[0][0] == ">":
         low, high = high, low
         low_operator, high_operator = high_operator, low_operator
+    # A single letter, < or >, leaves the end out.
     opening = "(" if len(low_operator) == 1 else "["
     closing = ")" if len(high_operator) == 1 else "]"
     return Collection(opening + closing, (low, high), names[1])

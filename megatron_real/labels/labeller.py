@@ -127,7 +127,9 @@ class Labeller:
             RewardNeedsThreshold: a reward is neither 0 nor 1 and there is no threshold.
         """
         failed = [verdict for verdict in verdicts if verdict.status.failed]
+        # Truncated and empty completions were never checked, and must not thin out the share.
         num_checked = sum(not verdict.status.unchecked for verdict in verdicts)
+
         if len(failed) > self._max_failed_share * num_checked:
             by_status = Counter(verdict.status for verdict in failed)
             counts = ", ".join(f"{count} {status}" for status, count in by_status.items())
@@ -152,6 +154,7 @@ class Labeller:
         threshold = 1.0
         if self._threshold is not None:
             threshold = self._threshold
+
         if self._needs_threshold(reward):
             label = EXCLUDED  # check_failures stops the run
         elif reward is not None and reward >= threshold:

@@ -85,6 +85,7 @@ def read(text: str, *, groups: bool = True) -> Form:
 
 def read_sentence(text: str) -> Form:
     """Returns the normal form of a text that may be a sentence: that of the last number in it."""
+    # The beginning goes: the last number of a sentence counts.
     text = text[-MAX_ANSWER_CHARS:]
     form = read(text)
     if isinstance(form, Number):
@@ -158,12 +159,15 @@ class _Reader:
         parts, separators = split(tokens, levels, _COMMAS)
         if separators:
             return self._several(parts, separators, depth)
+
         parts, separators = split(tokens, levels, {"\\cup"})
         if separators:
             return Union(tuple(self.form(trim(part), depth + 1) for part in parts))
+
         parts, separators = split(tokens, levels, _RELATIONS.keys() | lone_bar(tokens, levels))
         if separators:
             return self._relation(parts, separators, depth)
+
         return self._bracketed(tokens, levels, depth) or self._scalar(tokens, depth)
 
     def _choice(self, tokens: Sequence[Token], depth: int) -> Choice | None:
@@ -174,6 +178,7 @@ class _Reader:
         texts = [token.text for token in tokens if token.kind != "space"]
         if len(texts) < 3:
             return None
+
         if texts[0] == "(" and _is_choice(texts[1]) and texts[2] == ")":
             letter = texts[1]
             num_used = 3
@@ -212,6 +217,7 @@ class _Reader:
             if i < len(tokens):
                 separator = tokens[i].text
             if _FIRST_GROUP.fullmatch(token.text) and separator in separators:
+                # The level is that of the separator: a comma within brackets separates items.
                 may_join = separator == " " or levels[i] == 0
                 while may_join and i + 1 < len(tokens) and tokens[i].text == separator:
                     if not _GROUP.fullmatch(tokens[i + 1].text):
@@ -241,6 +247,7 @@ class _Reader:
         ]
         if len(conditions) < len(items):
             items = [item for item in items if item not in conditions]
+
         if len(items) == 1:
             return items[0]
         if not items:
@@ -251,7 +258,9 @@ class _Reader:
         ]
         if len(intervals) < len(items):
             return Collection("", tuple(items))
+
         bounds = None
+        # Between bounds "or" makes two answers of them.
         if len(items) == 2 and not {"and", "\\land", ","}.isdisjoint(separators):
             bounds = intersection(intervals)
         return bounds or Union(tuple(flat(intervals)))
@@ -287,11 +296,13 @@ class _Reader:
         # ]1, 2[ is (1, 2).
         opening = {"]": "("}.get(first, first)
         closing = {"[": ")"}.get(tokens[-1].text, tokens[-1].text)
+
         inside = list(tokens[1:-1])
         if opening == "\\{":
             interval = self._set_builder(inside, depth)
             if interval is not None:
                 return interval
+
         if not trim(inside):
             if opening == "\\{":
                 return Words("\\emptyset")
@@ -300,8 +311,10 @@ class _Reader:
         inner_levels = bracket_levels(inside)
         if inner_levels is None:
             return None
+
         parts, separators = split(inside, inner_levels, {",", ";"})
         is_matrix = inside[0].text.startswith("\\begin")
+        # ( ) and TeX's braces around a single value only group; [5] and \{5\} are collections.
         if not separators and (opening in ("(", "{") or is_matrix):
             return self.form(trim(inside), depth + 1)
 
@@ -317,6 +330,7 @@ class _Reader:
         parts, separators = split(inside, levels, {"\\mid", "|", ":"})
         if len(separators) != 1 or not all(map(trim, parts)):
             return None
+
         condition = self.form(trim(parts[1]), depth + 1)
         if isinstance(condition, Collection | Union) and variable_of(condition):
             return condition

@@ -93,6 +93,7 @@ def load_own(name: str) -> OwnVerifier:
         text: str, golds: Sequence[str], metadata: Mapping[str, Any]
     ) -> tuple[str, float | None]:
         verdict = judge(text, golds, metadata)
+        # `is`, because 1 and 1.0 are scores.
         if verdict is True:
             return "ok", 1.0
         if verdict is False:

@@ -32,8 +32,10 @@ from megatron_real.labels.sandbox.supervisor import END
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
+# A worker imports sympy and the like, perhaps from a slow shared file system.
 _STARTUP_SECONDS = 120.0
 _END_SECONDS = 5.0  # for the supervisor to end what a worker started; then it is killed itself
+# A reply is a status, a number and a short reason.
 _MAX_REPLY_BYTES = 1 << 16
 _STATUSES = ("ok", "wrong", "unparsable", "score", "timeout", "crashed")
 # All that a worker gets to know of the trainer's environment, by name: nothing in there is a key or
@@ -250,9 +252,11 @@ class _Worker:
 
     def start(self) -> None:
         """Starts the process; its imports take a while."""
+        # A pipe of their own: a verifier may print to standard output.
         self._replies, theirs = os.pipe()
         options = json.dumps({**self._options, "replies": theirs})
         self._num_checks = 0
+
         self._process = subprocess.Popen(
             [sys.executable, "-m", "megatron_real.labels.worker", options],
             bufsize=0,
@@ -261,6 +265,7 @@ class _Worker:
             stdout=subprocess.DEVNULL,
             pass_fds=(theirs,),
         )
+        # The worker has the only writing end now, so that the pipe ends when the worker does.
         os.close(theirs)
         assert self._process.stdin is not None, "a pipe"
         # A process that does not read must not stop the clock.
@@ -338,6 +343,7 @@ class _Worker:
             self.kill()
             clock.count(timeout=False)
             return Outcome("crashed", None, seconds, "the worker's reply is none")
+
         if is_last:
             self.kill()
         if is_last and self._num_checks == 1 and not self._has_warned:
@@ -384,6 +390,7 @@ class _Worker:
         if process is None:
             return None
         assert process.stdin is not None, "a pipe"
+
         try:
             code = process.wait(patience)
         except subprocess.TimeoutExpired:
@@ -416,8 +423,10 @@ class _Worker:
             if request:
                 poller.register(requests, select.POLLOUT)
             left = deadline - time.monotonic()
+            # In milliseconds.
             ready = dict(poller.poll(max(left, 0) * 1000))
 
+            # Replies first: a worker that has ended is seen before more is written to it.
             if self._replies in ready:
                 piece = os.read(self._replies, 1 << 16)
                 if not piece:
@@ -455,6 +464,8 @@ def _environment(verifier: str) -> dict[str, str]:
         environment = dict(os.environ)
     else:
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    # Several workers are the parallelism.
     environment["OMP_NUM_THREADS"] = "1"
+    # Where this process found its packages; the project need not be installed.
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     return environment

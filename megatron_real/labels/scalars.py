@@ -16,6 +16,7 @@ ROUNDED_PLACES = 6
 MAX_ANSWER_WORDS = 5
 """More words are prose, which nobody writes twice in the same way."""
 
+# Beyond this the exact value has too many digits to compute with.
 _MAX_EXPONENT = 1000
 _DECIMAL = r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
 _SIGNED = re.compile(r"(?P<sign>(?:[-+] )*)(?P<rest>.*)", re.DOTALL)
@@ -115,6 +116,7 @@ def _recurring(match: re.Match[str], sign: int) -> Number | None:
             return None  # a period of several digits has a dot over its first and its last
         period = first + middle + last
 
+    # 0.1(6) is 0.1 + 6 / (10 * 9).
     repeated = Fraction(int(period), 10 ** len(fixed) * (10 ** len(period) - 1))
     return Number(sign * (Fraction(f"{whole or '0'}.{fixed or '0'}") + repeated))
 
@@ -153,11 +155,13 @@ def expression_or_words(tokens: Sequence[Token], body: Sequence[Token], unit: st
     words = [token.text for token in tokens if token.kind != "space"]
     if len(words) == 1 and len(words[0]) == 1 and words[0].isascii():
         return Expression(words[0])  # \\text{E}
+
     is_text = all(
         token.kind in ("word", "letters", "unit") for token in tokens if token.kind != "space"
     )
     if not is_text or len(words) > MAX_ANSWER_WORDS:
         return Unreadable(" ".join(words).lower(), "prose")
+
     text = " ".join(words)
     if len(text) > 1:
         text = text.lower()

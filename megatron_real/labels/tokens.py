@@ -326,6 +326,7 @@ def _move_with_arguments(queue: deque[Token], result: list[Token], depth: int) -
     result.append(token)
     if depth > _MAX_NESTED_ARGUMENTS:
         return
+    # The degree of a root keeps its brackets.
     if token.text == "\\sqrt" and queue and queue[0].text == "[":
         while queue and result[-1].text != "]":
             result.append(queue.popleft())
@@ -401,6 +402,7 @@ def bracket_levels(tokens: Sequence[Token]) -> list[int] | None:
         if depth < 0:
             return None
         levels.append(depth)
+
     if depth > 0:
         return None
     return levels

@@ -134,12 +134,14 @@ def split_unit(tokens: Sequence[Token]) -> tuple[list[Token], str]:
     start = _where_unit_begins(body)
     if any(token.text in TRIGONOMETRIC for token in body):
         return body, currency  # sin 30 degrees
+
     is_measured = any(
         token.kind == "number" or (token.kind == "command" and token.text != "\\angle")
         for token in body[:start]
     )
     if not is_measured:
         return list(tokens), currency  # words after a letter are no unit
+
     if start == len(body):
         return body, currency
 
@@ -168,12 +170,14 @@ def _where_unit_begins(body: Sequence[Token]) -> int:
     """Returns the index of the first token of a unit at the end; len(body) where there is none."""
     start = len(body)
     num_words = 0
+    # From the end, since a unit stands behind what it measures.
     for i in range(len(body) - 1, -1, -1):
         if _is_unit_word(body, i):
             start = i
             num_words += 1
         elif body[i].kind != "space" and not _is_mark_of_unit(body, i):
             break
+
     if num_words > _MAX_UNIT_WORDS:
         return len(body)  # a sentence
     return start

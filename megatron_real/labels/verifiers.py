@@ -42,6 +42,7 @@ def math_verify(answer: Answer, golds: Sequence[str], _metadata: Mapping[str, An
         answer_form = read_sentence(answer.text)
 
     for gold in golds:
+        # A gold answer may be a whole solution with a box.
         boxed = None
         if "\\boxed" in gold:
             boxed = final_answer(gold)

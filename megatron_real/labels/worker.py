@@ -126,6 +126,7 @@ def _serve(
     """
     is_gym = options["verifier"] == "reasoning_gym"
     always_in_child = _may_run_any_text(options)
+    # Unbuffered: what this process read ahead would be lost to a child that reads the request.
     requests = os.fdopen(0, "rb", buffering=0, closefd=False)
     number = 0
     while _wait_for_request(0):
@@ -247,6 +248,7 @@ def _in_child(
         os.close(reader)
         code = 1
         try:
+            # First of all: a worker that is killed from here on takes the child with it.
             kernel.die_with_parent(signal.SIGKILL)
             request = read()
             replies.close()
@@ -256,6 +258,7 @@ def _in_child(
             for descriptor in (0, 1, 2):
                 os.dup2(nothing, descriptor)
             os.close(nothing)
+
             seconds = math.ceil(request["processor_seconds"])
             confine_judged_code(walls, processor_seconds=seconds, memory=None)
             os.write(writer, json.dumps(_reply(verify, request)).encode())
@@ -265,8 +268,10 @@ def _in_child(
         except Exception as error:  # a wall that could not be built: the verifier has not run
             os.write(writer, json.dumps(_crashed(_reason(error))).encode())
         finally:
+            # _exit, because what the worker cleans up at its end is not the child's.
             os._exit(code)
 
+    # The child has the only writing end now: the pipe ends with it.
     os.close(writer)
     answer = b""
     with open(reader, "rb", buffering=0) as pipe:
@@ -274,6 +279,7 @@ def _in_child(
             answer += piece
     os.kill(child, signal.SIGKILL)  # what closes its pipe and goes on has nothing more to say
     _, status, usage = os.wait4(child, 0)
+
     return _answer(answer, os.waitstatus_to_exitcode(status), usage)
 
 
@@ -394,6 +400,7 @@ class AddressSpace:
 
     def _used(self) -> int:
         """Returns bytes of address space."""
+        # The first figure is the whole address space, in pages.
         pages = os.pread(self._statm, 1 << 10, 0).split()[0]
         return int(pages) * resource.getpagesize()
 
