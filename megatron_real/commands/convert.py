@@ -337,7 +337,7 @@ def _verify(options: argparse.Namespace) -> int:
     if options.json:
         text = json.dumps(summary)
     print(text)
-    # Twenty are enough: a wrong config.json makes one of every tensor.
+    # Twenty are enough: a wrong config.json may make one of every tensor.
     for problem in report.problems[:20]:
         say(problem)
 

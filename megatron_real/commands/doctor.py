@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
         # Collective: every rank reports, and the first has all findings.
         findings = report(Path(run_dir or "."), needs)
         leave_world()
-    # All errors of torch.distributed are RuntimeErrors, timeouts among them.
+    # torch.distributed's own errors, timeouts among them, are RuntimeErrors.
     except RuntimeError as error:
         # Each rank says which node failed: rank 0 may be the one that never answers.
         speaks = True

@@ -53,7 +53,7 @@ def variant_rows(sweep: Sweep, results: Sequence[RunResult]) -> list[VariantRow]
         of_variant = [result for result in results if result.variant == variant]
         # A diverged run has figures too, and is counted instead: in a mean they would hide it.
         finished = [result for result in of_variant if result.outcome == Outcome.FINISHED]
-        # Every outcome has a count, 0 among them: all rows of the CSV file have the same columns.
+        # Every outcome has a count, 0 too, and so a column in each row of the CSV file.
         counts = dict.fromkeys(Outcome, 0)
         for result in of_variant:
             counts[result.outcome] += 1

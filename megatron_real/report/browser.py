@@ -81,7 +81,7 @@ def sample_of(run: Run, *, max_bytes: int, steps: Sequence[int] = ()) -> Sample:
         raise ValueError(f"{run.name} has no rollouts of step {missing[0]} on disk; {kept}")
 
     shown_steps = list(steps) or spaced(saved, MAX_STEPS)
-    # Once for all steps: a tokenizer takes longer to load than a step's rows.
+    # Once for all steps: a tokenizer's file may have many megabytes.
     decode = token_decoder(run.config)
     groups: list[Mapping[str, Any]] = []
     num_read = 0
