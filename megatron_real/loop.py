@@ -135,7 +135,7 @@ def _export(job: Job) -> None:
 
     Their dtype is that of the weights that training started from.
     """
-    # A generator: nothing is sent before a rank asks for the first tensor.
+    # The tensors are sent one by one, as the ranks ask for them.
     stream = job.policy.stream()
     if job.reporter.first:
         path = job.config.model.path

@@ -222,7 +222,7 @@ def install(gpu: str) -> None:
             _synchronized("event.synchronize")
 
         def elapsed_time(self, _other: Any) -> float:
-            # Milliseconds; not 0, because rates are divided by it.
+            # Milliseconds; not 0, so that a rate can be divided by it.
             return 1.0
 
     stream = Stream()

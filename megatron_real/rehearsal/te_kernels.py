@@ -182,7 +182,7 @@ def _lengths(bounds: Tensor) -> list[int]:
     return lengths
 
 
-# From here: what ring attention over context-parallel ranks needs.
+# The next five are what ring attention over context-parallel ranks needs.
 def thd_read_half_tensor(t: Tensor, cu_seqlens: Tensor, half: int) -> Tensor:
     """Returns [T / 2, ...] one of the two pieces of each sequence on a context-parallel rank."""
     launched("te.thd_read_half_tensor")

@@ -293,7 +293,7 @@ def _plain(value: Any) -> str:
 
 def _data(config: Mapping[str, Any]) -> list[Path]:
     """Returns the training sets."""
-    # `sources:` without a value is None in YAML.
+    # `_setting` gives "" where there are none.
     sources = _setting(config, "data.sources") or {}
     paths = [str(source.get("path", "")) for source in sources.values()]
     return [Path(path) for path in [_setting(config, "data.train"), *paths] if path]

@@ -85,7 +85,7 @@ class Saved:
         Raises:
             UnreadableCheckpoint: a file is there and its size cannot be read.
         """
-        # An empty list counts as cut, too: a checkpoint without files cannot be whole.
+        # An empty table counts as cut, too: a checkpoint without files cannot be whole.
         files = self.manifest().get("files", {})
         if not files:
             return f"{MANIFEST} is missing or cut"

@@ -27,7 +27,6 @@ def summary_lines(directory: RunDirectory, *, rollouts_per_step: int) -> list[st
 
     lines = [f"summary after {steps[-1]['step']} steps"]
     accuracies = [(row["step"], row.get("heldout/pass_at_1")) for row in evaluations]
-    # An evaluation whose checks all failed has none.
     accuracies = [(step, value) for step, value in accuracies if value is not None]
     if len(accuracies) > 1:
         first, before = accuracies[0]
