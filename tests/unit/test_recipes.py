@@ -35,6 +35,7 @@ SMALL = (
     "chain_stress.yaml",
     "quickstart.yaml",
     "smollm2.yaml",
+    "smollm2_short.yaml",
     "sums.yaml",
     "sums_stress.yaml",
 )
