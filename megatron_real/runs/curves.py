@@ -215,6 +215,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
     NaN stays NaN and is left out of its neighbours' averages.
     """
+    # Half of a 30th on either side of a value.
     half = len(values) // 60
     if not half:
         return list(values)

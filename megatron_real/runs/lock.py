@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 60.0
 """An owner that has not touched its file for so long is dead."""
+# Several touches in a lease, so that one of them may fail or come late.
 _BEAT_SECONDS = 10.0
 _RELEASE_SECONDS = 5.0
 """How long the end waits for the thread, at most: its file system may hang."""

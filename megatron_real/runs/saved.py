@@ -22,6 +22,7 @@ from megatron_real.disk import fsync, write_whole
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+# step_12, or step_12_update_2 within the step after it.
 _NAME = re.compile(r"step_(\d+)(?:_update_(\d+))?")
 _UNFINISHED = ".partial"
 """Ends the name of a checkpoint that is being written."""
