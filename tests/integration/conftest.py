@@ -117,6 +117,14 @@ def train(
     return zygote.run(run, cwd=ROOT, capture_output=True, text=True, timeout=1200)
 
 
+def num_rows(path: Path) -> int:
+    """Returns how many rows a file has, which a run writes or deletes meanwhile."""
+    try:
+        return path.read_bytes().count(b"\n")
+    except FileNotFoundError:  # a run that begins anew deletes the rows of the life before
+        return 0
+
+
 def rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of rollouts, or the lines of a JSONL file."""
     if path.suffix == ".parquet":

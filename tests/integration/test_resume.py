@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from megatron_real.runs.rollouts import read_rows
 from tests import zygote
-from tests.integration.conftest import ROOT, command, rows, train
+from tests.integration.conftest import ROOT, command, num_rows, rows, train
 from tests.ports import free_port
 
 STEPS = 8
@@ -58,10 +58,9 @@ def start(base: Path, run_dir: Path, *words: str, processes: int) -> subprocess.
 
 def wait_for_row(process: subprocess.Popen[str], run_dir: Path, number: int) -> None:
     """Until the run has written its `number`-th row of metrics, or has ended."""
-    metrics = run_dir / "metrics.jsonl"
     ends = time.monotonic() + DEADLINE
     while process.poll() is None:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= number:
+        if num_rows(run_dir / "metrics.jsonl") >= number:
             return
         assert time.monotonic() < ends, f"no row {number} of metrics in {DEADLINE} s"
         time.sleep(0.01)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import zygote
-from tests.integration.conftest import ROOT
+from tests.integration.conftest import ROOT, num_rows
 from tests.integration.slurm import cluster as slurm
 from tests.integration.slurm.cluster import Cluster
 
@@ -81,10 +81,7 @@ class Run:
     def wait_for_row(self, number: int) -> None:
         """Until the run has written its `number`-th row of metrics."""
         metrics = self.directory / "metrics.jsonl"
-        self.wait_for(
-            lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= number,
-            f"row {number}",
-        )
+        self.wait_for(lambda: num_rows(metrics) >= number, f"row {number}")
 
     def wait_for(
         self, happened: Callable[[], object], what: str, seconds: float = START_SECONDS
