@@ -93,11 +93,18 @@ add() {
 
 # Modules are compiled when they are first imported, not all at once: thousands of them never are.
 install() {
-    if command -v uv > /dev/null; then
+    if has_uv; then
         uv pip install --python "$venv/bin/python" "$@"
     else
         with_pip "$@"
     fi
+}
+
+# The user's own uv. One that a package has brought into an environment of this checkout, as vLLM does, knows none of the
+# indexes and wheels that pip is told of.
+has_uv() {
+    local uv
+    uv=$(command -v uv) && [[ $uv != "$root"/.venv* ]]
 }
 
 with_pip() {
@@ -108,14 +115,10 @@ install_torch() {
     if [ "$1" = torch==2.13.0 ] && ! command -v nvidia-smi > /dev/null; then
         printf 'environment: %s for CPUs ...' "$1"
         local began=$SECONDS
-        # An index that has no CPU build says so within a second, but so does one that is too busy to answer.
-        for _ in 1 2 3 4 5; do
-            if install "$1+cpu" > "$venv/install.log" 2>&1; then
-                echo " $((SECONDS - began)) s"
-                return
-            fi
-            sleep 2
-        done
+        if install "$1+cpu" > "$venv/install.log" 2>&1; then
+            echo " $((SECONDS - began)) s"
+            return
+        fi
         echo " not in this package index (PIP_EXTRA_INDEX_URL can name one that has it); the build for GPUs takes 5 GB of disk"
     fi
     step "$1" install "$1"
