@@ -40,7 +40,8 @@ class Host(Store):
         self._changed = threading.Condition()
         self._door = challenge.Doorkeeper(listener, secret, purpose=_PURPOSE)
         self._closed = threading.Event()
-        threading.Thread(target=self._let_in, name="link-store", daemon=True).start()
+        self._thread = threading.Thread(target=self._let_in, name="link-store", daemon=True)
+        self._thread.start()
 
     def set(self, key: str, value: bytes | str) -> None:
         with self._changed:
@@ -71,6 +72,7 @@ class Host(Store):
         """Closes the listener; guests that are in stay."""
         self._closed.set()
         self._door.close()
+        self._thread.join()
 
     def _let_in(self) -> None:
         while not self._closed.is_set():
