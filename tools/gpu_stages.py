@@ -339,7 +339,9 @@ def save(report: Report) -> None:
     arguments = ["--parameters", 500, "--saves", 2]
     if report.rehearse:
         arguments = ["--parameters", 20, "--saves", 1]
-    report.row(**json.loads(_python("tools/bench_checkpoint.py", *arguments)))
+    for table in _benchmark("checkpoint", *arguments):
+        for row in table["rows"]:
+            report.row(**row)
 
 
 def sync(report: Report) -> None:
@@ -393,8 +395,12 @@ def _hf_config(shape: dict[str, int]) -> dict[str, Any]:
 
 
 def _benchmark(name: str, *arguments: object) -> list[dict[str, Any]]:
-    printed = _python(f"tools/bench_{name}.py", *arguments, "--json")
-    return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    """Returns the tables of a benchmark: each has a title and its rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results.json"
+        _python(f"tools/bench_{name}.py", *arguments, "--json", results)
+        tables: list[dict[str, Any]] = json.loads(results.read_text(encoding="utf-8"))["tables"]
+        return tables
 
 
 def _python(*arguments: object) -> str:

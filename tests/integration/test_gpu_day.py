@@ -29,8 +29,8 @@ def run(out: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], Any]:
     return done, json.loads(results.read_text())
 
 
-def test_rehearsal_runs_the_kernels_and_the_step(tmp_path: Path) -> None:
-    words = ("--rehearse", "--only", "kernels", "step-1.5b", "--minutes", "10")
+def test_rehearsal_runs_the_kernels_the_step_and_a_benchmark(tmp_path: Path) -> None:
+    words = ("--rehearse", "--only", "kernels", "step-1.5b", "head", "--minutes", "10")
 
     done, results = run(tmp_path, *words)
 
@@ -39,6 +39,8 @@ def test_rehearsal_runs_the_kernels_and_the_step(tmp_path: Path) -> None:
     assert len(results["stages"]["kernels"]["rows"]) == 9, "three outputs of three kinds of logits"
     (row,) = results["stages"]["step-1.5b"]["rows"]
     assert row["layers"] == 2 and row["seconds"] > 0
+    # Its benchmark is a process, whose results come back as a file.
+    assert all(row["table"] and row["path"] for row in results["stages"]["head"]["rows"])
     text = (tmp_path / "gpu-day.md").read_text()
     assert "no figure here says anything" in text and "| shape | layers |" in text
 
