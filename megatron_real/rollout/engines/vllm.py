@@ -60,6 +60,7 @@ def build(config: Config, *, say: Callable[[str], None]) -> VllmEngine:
     try:
         return VllmEngine(config)
     except BaseException:
+        # Whatever ended it, Ctrl-C too: the next run of this process finds no groups of this one.
         # Of several ranks, each learns of another's failure by the lifeline and ends.
         if dist.get_world_size() == 1:
             _leave_groups()
