@@ -79,7 +79,8 @@ def launch(arguments: Sequence[str], *, num_ranks: int, run_dir: str) -> int:
     def pass_on(number: int, _frame: FrameType | None) -> None:
         """Gives a signal to every rank."""
         for child in psutil.Process().children():
-            child.send_signal(number)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
 
     # The elastic agent passes on signals that end a job, and no other.
     signal.signal(signal.SIGUSR1, pass_on)
@@ -189,8 +190,12 @@ def _stopped(error: SignalException, directory: RunDirectory) -> int:
 
     if error.sigval == signal.SIGINT:
         return INTERRUPTED
-    if read_status(directory.status).get("state") == "stopped":
+    state = read_status(directory.status).get("state")
+    if state == "stopped":
         return STOPPED_EARLY
+    # The signal came after the last step.
+    if state == "finished":
+        return DONE
 
     # As shells write an end by a signal.
     return 128 + int(error.sigval)

@@ -135,6 +135,7 @@ case $(state) in
         fi
         again "the run has stopped early, everything is saved"
         ;;
+    finished) say "the run has finished; a process ended badly after that, see $RANK_LOGS" && exit 0 ;;
     running | crashed) a_fault ;;
     failed) say "the run has failed: $(cat "$RUN_DIR/status.json")" && exit 1 ;;
     *)

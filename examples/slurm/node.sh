@@ -34,7 +34,8 @@ on_ranks() {
     while kill -0 "$torchrun" 2>/dev/null; do
         # Each second: a rank that is still starting does not hear it.
         [ -z "$stopping" ] || cat /proc/"$torchrun"/task/*/children 2>/dev/null | xargs -r kill -USR1
-        sleep 1
+        # srun sends the signal to every process of this script, sleep too.
+        (trap '' USR1 TERM; exec sleep 1)
     done
     wait "$torchrun"
 }

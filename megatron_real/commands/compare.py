@@ -18,7 +18,7 @@ from typing import TextIO
 from megatron_real.commands.arguments import add_overrides
 from megatron_real.commands.terminal import input_checks, say, table
 from megatron_real.compare.execute import Executor, sweep_lock
-from megatron_real.compare.results import Outcome, RunResult, read_result
+from megatron_real.compare.results import RunOutcome, RunResult, read_result
 from megatron_real.compare.sweep import Sweep, load_sweep
 from megatron_real.errors import INTERRUPTED, STOPPED_EARLY
 from megatron_real.runs.summary import duration
@@ -133,7 +133,7 @@ def _execute(sweep: Sweep, options: argparse.Namespace) -> int:
                 return _stopped()
             result = read_result(run)
             # What has diverged or failed stays so: the same command would only repeat it.
-            if result.outcome == Outcome.UNFINISHED:
+            if result.outcome == RunOutcome.UNFINISHED:
                 log = executor.log(run)
                 say(f"run {number} of {len(sweep.runs)}: {run.name} (log: {log})")
                 code = executor.execute(run)
@@ -141,7 +141,7 @@ def _execute(sweep: Sweep, options: argparse.Namespace) -> int:
                 # Ctrl-C reaches the run too, which has saved and said so: the sweep ends with it.
                 if code == INTERRUPTED:
                     raise KeyboardInterrupt
-                unfinished = result.outcome == Outcome.UNFINISHED
+                unfinished = result.outcome == RunOutcome.UNFINISHED
                 # 75: the run has saved. A signal may also end it too early for that; either way the
                 # same command goes on with it.
                 if code == STOPPED_EARLY or (executor.asked_to_stop and unfinished):
@@ -160,7 +160,7 @@ def _execute(sweep: Sweep, options: argparse.Namespace) -> int:
 
 
 def _exit_code(results: Sequence[RunResult]) -> int:
-    if all(result.outcome == Outcome.FINISHED for result in results):
+    if all(result.outcome == RunOutcome.FINISHED for result in results):
         return 0
     return 1
 
@@ -185,12 +185,12 @@ def _failed_now(result: RunResult, code: int, log: Path) -> RunResult:
     if lines:
         last_line = lines[-1].removeprefix("megatron-real: ")
     reason = f"it ended with {ended}; {last_line}"
-    return dataclasses.replace(result, outcome=Outcome.FAILED, reason=reason)
+    return dataclasses.replace(result, outcome=RunOutcome.FAILED, reason=reason)
 
 
 def _in_words(result: RunResult) -> str:
     """Returns one run's result as a sentence."""
-    if result.outcome != Outcome.FINISHED:
+    if result.outcome != RunOutcome.FINISHED:
         return f"{result.name}: {result.outcome} after {result.steps} steps: {result.reason}"
     return (
         f"{result.name}: finished, accuracy {result.accuracy:.3f}, reward {result.reward:.3f}, "
@@ -210,7 +210,7 @@ def _show(sweep: Sweep, results: Sequence[RunResult], *, as_json: bool) -> None:
 
     _print_table(sweep, results)
     for result in results:
-        if result.outcome in (Outcome.DIVERGED, Outcome.FAILED):
+        if result.outcome in (RunOutcome.DIVERGED, RunOutcome.FAILED):
             print(_in_words(result))
     if sweep.out.is_dir():
         print(f"the same with every run: {sweep.out}/table.json and table.csv")

@@ -156,6 +156,9 @@ def _train(config: configuration.Config) -> int:
         if isinstance(error, ExpectedEnd) or not is_full_disk(error):
             raise
         raise DiskFull(f"{error}; free space and start again") from error
+    finally:
+        # The launcher of a Slurm job repeats its signal every second until this process has ended.
+        stop.ignore()
 
     leave_world()
     return DONE

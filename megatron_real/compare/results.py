@@ -21,7 +21,7 @@ A single step's reward is noisy.
 """
 
 
-class Outcome(StrEnum):
+class RunOutcome(StrEnum):
     """How far a run has come."""
 
     FINISHED = "finished"
@@ -43,7 +43,7 @@ class RunResult:
 
     variant: str
     seed: int
-    outcome: Outcome
+    outcome: RunOutcome
     reason: str
     """Why it ended early; "" where nothing is known."""
     steps: int
@@ -82,14 +82,14 @@ def read_result(run: SweepRun) -> RunResult:
     rows, _ = read_rows(directory.metrics)
     evaluations, _ = read_rows(directory.evaluations)
 
-    outcome = Outcome.UNFINISHED
+    outcome = RunOutcome.UNFINISHED
     if status.get("state") == "finished":
-        outcome = Outcome.FINISHED
+        outcome = RunOutcome.FINISHED
     elif status.get("state") == "failed":
         # A divergence is a result of the variant; another failure may be one of the machine.
-        outcome = Outcome.FAILED
+        outcome = RunOutcome.FAILED
         if status.get("diverged"):
-            outcome = Outcome.DIVERGED
+            outcome = RunOutcome.DIVERGED
 
     reason = str(status.get("reason") or "")
     accuracy = math.nan
@@ -97,7 +97,7 @@ def read_result(run: SweepRun) -> RunResult:
     reward = math.nan
 
     # Figures of a run in progress would be of fewer steps than those of the others.
-    if outcome == Outcome.FINISHED:
+    if outcome == RunOutcome.FINISHED:
         reason = ""
         # Of the last evaluation after the last step: a life that was resumed may evaluate again.
         steps = run.config.trainer.steps

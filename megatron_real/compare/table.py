@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_real.compare.results import Outcome, RunResult
+from megatron_real.compare.results import RunOutcome, RunResult
 from megatron_real.compare.statistics import (
     CONFIDENCE,
     Difference,
@@ -32,7 +32,7 @@ class VariantRow:
     variant: str
     runs: int
     """Number of runs that the sweep has of it."""
-    counts: dict[Outcome, int]
+    counts: dict[RunOutcome, int]
     """Number of runs by their outcome."""
     means: dict[str, Mean]
     """Mean over the finished runs, by figure."""
@@ -52,9 +52,9 @@ def variant_rows(sweep: Sweep, results: Sequence[RunResult]) -> list[VariantRow]
     for variant in sweep.variants:
         of_variant = [result for result in results if result.variant == variant]
         # A diverged run has figures too, and is counted instead: in a mean they would hide it.
-        finished = [result for result in of_variant if result.outcome == Outcome.FINISHED]
+        finished = [result for result in of_variant if result.outcome == RunOutcome.FINISHED]
         # Every outcome has a count, 0 too, and so a column in each row of the CSV file.
-        counts = dict.fromkeys(Outcome, 0)
+        counts = dict.fromkeys(RunOutcome, 0)
         for result in of_variant:
             counts[result.outcome] += 1
 
@@ -102,7 +102,7 @@ def _by_seed(results: Sequence[RunResult], variant: str, figure: str) -> dict[in
     return {
         result.seed: getattr(result, figure)
         for result in results
-        if result.variant == variant and result.outcome == Outcome.FINISHED
+        if result.variant == variant and result.outcome == RunOutcome.FINISHED
     }
 
 
@@ -167,7 +167,7 @@ def runs_table(rows: Sequence[VariantRow]) -> list[list[str]]:
     """Returns the cells of the table of runs: how they ended, and what a finished one took."""
     table = [["variant", "finished", "diverged", "failed", "minutes", "tokens"]]
     for row in rows:
-        counts = [row.counts[outcome] for outcome in (Outcome.DIVERGED, Outcome.FAILED)]
+        counts = [row.counts[outcome] for outcome in (RunOutcome.DIVERGED, RunOutcome.FAILED)]
         minutes = "-"
         if row.seconds.count:
             minutes = f"{row.seconds.value / 60:.1f}"
@@ -175,7 +175,7 @@ def runs_table(rows: Sequence[VariantRow]) -> list[list[str]]:
         if row.tokens.count:
             tokens = f"{row.tokens.value:,.0f}"
 
-        finished = f"{row.counts[Outcome.FINISHED]} of {row.runs}"
+        finished = f"{row.counts[RunOutcome.FINISHED]} of {row.runs}"
         table.append([row.variant, finished, *map(str, counts), minutes, tokens])
     return table
 

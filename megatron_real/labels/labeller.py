@@ -8,7 +8,7 @@ from concurrent.futures import Future
 
 from megatron_real.errors import ExpectedEnd, Refused
 from megatron_real.labels.answers import opened_thinking
-from megatron_real.labels.pool import Check, Outcome, VerifierPool
+from megatron_real.labels.pool import Check, CheckOutcome, VerifierPool
 from megatron_real.labels.verifiers import NAMES, check_name
 from megatron_real.records import (
     EXCLUDED,
@@ -147,7 +147,7 @@ class Labeller:
                     "what counts as correct"
                 )
 
-    def _verdict(self, outcome: Outcome) -> Verdict:
+    def _verdict(self, outcome: CheckOutcome) -> Verdict:
         status = Status(outcome.status)
         reward = outcome.reward
         # Without a threshold rewards are 0 and 1: `check_failures` refuses any other.

@@ -65,7 +65,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CheckOutcome:
     """What became of one check."""
 
     status: str
@@ -162,7 +162,7 @@ class VerifierPool:
         """What holds the workers in."""
         return self._workers[0].rung
 
-    def submit(self, check: Check, then: Callable[[Outcome], T]) -> Future[T]:
+    def submit(self, check: Check, then: Callable[[CheckOutcome], T]) -> Future[T]:
         """Returns `then` of the check's outcome, once there is one.
 
         Never raises for what a completion holds.
@@ -179,7 +179,7 @@ class VerifierPool:
         self._tasks.put(task)
         return future
 
-    def run(self, checks: Sequence[Check]) -> list[Outcome]:
+    def run(self, checks: Sequence[Check]) -> list[CheckOutcome]:
         """Returns [checks] outcomes, in order."""
         futures = [self.submit(check, lambda outcome: outcome) for check in checks]
         return [future.result() for future in futures]
@@ -297,7 +297,7 @@ class _Worker:
             self.kill()
             raise ValueError(f"labels.verifier = {self._verifier} cannot be loaded ({error})")
 
-    def check(self, check: Check, clock: _Clock) -> Outcome:
+    def check(self, check: Check, clock: _Clock) -> CheckOutcome:
         """Runs one check.
 
         Returns:
@@ -325,7 +325,7 @@ class _Worker:
         if line is None:
             self.kill()
             clock.count(timeout=True)
-            return Outcome("timeout", None, seconds, f"no answer within {clock.seconds:.3g} s")
+            return CheckOutcome("timeout", None, seconds, f"no answer within {clock.seconds:.3g} s")
 
         if line == b"":
             # The process is about to end: a moment's patience gets its own exit code.
@@ -333,16 +333,16 @@ class _Worker:
             clock.count(timeout=code == -signal.SIGPROF)
             if code == -signal.SIGPROF:
                 reason = f"no answer within {processor_seconds:.3g} s of processor time"
-                return Outcome("timeout", None, seconds, reason)
+                return CheckOutcome("timeout", None, seconds, reason)
             reason = f"the verifier process ended with code {code}"
-            return Outcome("crashed", None, seconds, reason)
+            return CheckOutcome("crashed", None, seconds, reason)
 
         try:
             outcome, is_last = self._outcome(line, seconds)
         except _BrokenReplyError:
             self.kill()
             clock.count(timeout=False)
-            return Outcome("crashed", None, seconds, "the worker's reply is none")
+            return CheckOutcome("crashed", None, seconds, "the worker's reply is none")
 
         if is_last:
             self.kill()
@@ -358,7 +358,7 @@ class _Worker:
         clock.count(timeout=outcome.status == "timeout")
         return outcome
 
-    def _outcome(self, line: bytes, seconds: float) -> tuple[Outcome, bool]:
+    def _outcome(self, line: bytes, seconds: float) -> tuple[CheckOutcome, bool]:
         """Returns what the reply says, and whether it is the worker's last.
 
         Raises:
@@ -375,7 +375,7 @@ class _Worker:
                     "last": bool(last),
                 } if number == self._num_checks and status in _STATUSES:
                     if reward is None or math.isfinite(reward):
-                        return Outcome(status, reward, seconds, reason), last
+                        return CheckOutcome(status, reward, seconds, reason), last
         except (ValueError, RecursionError, OverflowError):
             pass
         raise _BrokenReplyError

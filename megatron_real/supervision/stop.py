@@ -90,6 +90,15 @@ class StopRequest:
         for number, handler in self._heard_before.items():
             signal.signal(number, handler)
 
+    def ignore(self) -> None:
+        """Ignores SIGUSR1 and SIGTERM from now on: the run is over, and its process about to end.
+
+        While Python ends it gives each signal its default back, which kills: a run that has
+        finished would count as failed. Ctrl-C ends a process that hangs here.
+        """
+        for number in self._heard_before.keys() - {signal.SIGINT}:
+            signal.signal(number, signal.SIG_IGN)
+
     def ask(self, reason: int) -> None:
         """Notes that this rank wants to stop; higher reasons win."""
         self._wish = max(self._wish, reason)

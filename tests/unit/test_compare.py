@@ -19,7 +19,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from megatron_real import cli
-from megatron_real.compare.results import Outcome, RunResult, read_result
+from megatron_real.compare.results import RunOutcome, RunResult, read_result
 from megatron_real.compare.statistics import mean_over_seeds, paired_difference
 from megatron_real.compare.sweep import Sweep, SweepRun, load_sweep
 from megatron_real.compare.table import as_json, figure_table, runs_table, variant_rows, write_table
@@ -400,10 +400,10 @@ def results_of(sweep: Sweep) -> list[RunResult]:
 
 def test_the_figures_of_a_run_are_read_from_its_directory(base: Path) -> None:
     run = load_sweep(write_sweep(base)).runs[0]
-    assert read_result(run).outcome == Outcome.UNFINISHED
+    assert read_result(run).outcome == RunOutcome.UNFINISHED
     keep(run, accuracy=0.75)
     result = read_result(run)
-    assert (result.outcome, result.steps) == (Outcome.FINISHED, 10)
+    assert (result.outcome, result.steps) == (RunOutcome.FINISHED, 10)
     assert (result.accuracy, result.reward) == (0.75, 1.0)
     assert result.seconds == 36.0 and result.tokens == 10 * 5 * 32
 
@@ -440,10 +440,10 @@ def test_a_refused_start_leaves_a_run_as_it_was(base: Path) -> None:
     keep(run, accuracy=0.75)
     before: dict[str, Any] = {"state": "finished", "reason": ""}
     write_status(run.directory.status, "failed", "refused", before=before)
-    assert read_result(run).outcome == Outcome.FINISHED
+    assert read_result(run).outcome == RunOutcome.FINISHED
     before = {"state": "failed", "reason": "3 updates", "diverged": True}
     write_status(run.directory.status, "failed", "refused", before=before)
-    assert read_result(run).outcome == Outcome.DIVERGED
+    assert read_result(run).outcome == RunOutcome.DIVERGED
 
 
 def test_a_diverged_run_is_counted_and_not_averaged(base: Path) -> None:
@@ -458,7 +458,7 @@ def test_a_diverged_run_is_counted_and_not_averaged(base: Path) -> None:
             keep(run, accuracy=accuracy)
 
     real, grpo = variant_rows(sweep, results_of(sweep))
-    assert grpo.counts[Outcome.DIVERGED] == 1 and grpo.counts[Outcome.FINISHED] == 2
+    assert grpo.counts[RunOutcome.DIVERGED] == 1 and grpo.counts[RunOutcome.FINISHED] == 2
     assert grpo.means["accuracy"].value == pytest.approx(0.8)  # seeds 1 and 3: 0.7 and 0.9
     assert grpo.differences["accuracy"].count == 2
     assert grpo.differences["accuracy"].value == pytest.approx(0.1)

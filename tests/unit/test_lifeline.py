@@ -207,6 +207,34 @@ def test_a_rank_whose_launcher_was_killed_is_asked_to_stop() -> None:
     assert output == "asked by SIGTERM\n"
 
 
+ENDING = """
+import os, signal
+from megatron_real.supervision.stop import StopRequest
+
+class Last:
+    def __del__(self):  # Python has given signals their defaults back by then
+        for number in signal_numbers:
+            os.kill(os.getpid(), number)
+        os.write(1, b"ended by itself")
+
+signal_numbers = [signal.SIGUSR1, signal.SIGTERM]
+stop = StopRequest()
+last = Last()
+"""
+
+
+@pytest.mark.parametrize(
+    "ending, output, code",
+    [(ENDING + "stop.ignore()", "ended by itself", 0), (ENDING, "", -signal.SIGUSR1)],
+    ids=["ignored", "negative control"],
+)
+def test_a_signal_does_not_kill_a_process_whose_run_is_over(
+    ending: str, output: str, code: int
+) -> None:
+    ended = subprocess.run([sys.executable, "-c", ending], capture_output=True, text=True)
+    assert (ended.stdout, ended.returncode) == (output, code)
+
+
 WORKS = Place("worker.py:7 in work")
 WAITS = Place("c10d.py:9 in all_reduce", waits=True)
 HANGS = {

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_real.labels.pool import Check, Outcome, VerifierPool
+from megatron_real.labels.pool import Check, CheckOutcome, VerifierPool
 from megatron_real.labels.sandbox import Rung, this_node
 
 CANARY = f"canary-{uuid.uuid4().hex}"
@@ -191,7 +191,7 @@ def fenced(program: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def attempts(code: VerifierPool, canary: Path) -> dict[str, Outcome]:
+def attempts(code: VerifierPool, canary: Path) -> dict[str, CheckOutcome]:
     """Returns the outcome of each attempt: `ok` where the program printed that it was held."""
     test = {"tests": [{"stdin": "", "stdout": "held\n"}], "seconds": 30}
     checks = [
@@ -201,7 +201,7 @@ def attempts(code: VerifierPool, canary: Path) -> dict[str, Outcome]:
     return dict(zip(ATTEMPTS, code.run(checks), strict=True))
 
 
-def test_every_attempt_of_a_program_is_held(attempts: dict[str, Outcome]) -> None:
+def test_every_attempt_of_a_program_is_held(attempts: dict[str, CheckOutcome]) -> None:
     assert {name: o.reason for name, o in attempts.items() if o.status != "ok"} == {}
     assert len(attempts) >= 60
 
@@ -336,7 +336,9 @@ def test_each_program_ends_in_its_own_way(code: VerifierPool) -> None:
     assert [outcome.reward for outcome in outcomes] == [float(all_passed) for all_passed in passed]
 
 
-def test_nothing_is_left_after_the_table(code: VerifierPool, attempts: dict[str, Outcome]) -> None:
+def test_nothing_is_left_after_the_table(
+    code: VerifierPool, attempts: dict[str, CheckOutcome]
+) -> None:
     """There remain the worker, its supervisor, the first process of its namespace and the launcher:
     as many as before any check.
     """

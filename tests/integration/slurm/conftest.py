@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -155,6 +156,24 @@ class Run:
                     ranks[int(values["RANK"])] = pid
         return ranks
 
+    def ask_to_stop(self, job: str, *options: str) -> None:
+        """Has Slurm send its warning to the ranks.
+
+        They are held until it has reached them all: a short run may end sooner.
+        """
+        ranks = self.ranks().values()
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            self.cluster.run("scancel", "--signal=USR1", *options, job)
+            self.wait_for(
+                lambda: all(_is_pending(signal.SIGUSR1, pid) for pid in ranks),
+                "warning of every rank",
+            )
+        finally:
+            for pid in ranks:
+                os.kill(pid, signal.SIGCONT)
+
     def kill(self, *, script: bool) -> None:
         """Sends SIGKILL to all ranks and launchers, with `script` to the job's script too."""
         # The script itself is in the job, but in none of its steps.
@@ -173,6 +192,12 @@ class Run:
                 if values.get("RUN_DIR") == str(self.directory) and variable in values:
                     environments[int(process.name)] = values
         return environments
+
+
+def _is_pending(number: int, pid: int) -> bool:
+    """Whether a signal waits for a process that is held."""
+    (mask,) = re.findall(r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.M)
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 @pytest.fixture

@@ -14,25 +14,20 @@ from tests.integration.slurm.conftest import Run
 from tests.integration.test_resume import assert_same_run
 
 
-def test_a_run_that_is_asked_to_stop_saves_and_is_requeued(
-    run: Run, base: Path, undisturbed: Path
-) -> None:
+def test_a_run_that_is_asked_to_stop_saves_and_is_requeued(run: Run, undisturbed: Path) -> None:
     """From HF weights through conversion, two nodes and a stop in the middle to exported weights
-    and curves. While the job runs, nobody else gets its directory.
+    and curves.
     """
     job = run.submit()
     run.wait_for_row(4)
-    second = train(base, run.directory, processes=1)
-    assert second.returncode == 2
-    assert f"{run.directory} is in use by process" in second.stderr
-    assert f"(Slurm job {job})" in second.stderr
-    run.cluster.run("scancel", "--signal=USR1", job)
+    run.ask_to_stop(job)
     run.wait_for_end(job)
     assert run.restarts(job) == 1
     output = run.output()
     assert "the run has stopped early, everything is saved; requeueing" in output
     assert "resuming after step" in output
-    assert output.count("converting ") == 1 and "Traceback" not in output
+    assert output.count("converting ") == 1
+    assert "Traceback" not in output and "User defined signal" not in output
     assert_same_run(run.directory, undisturbed)
     assert (run.directory / "curves.png").stat().st_size > 10_000
     logs = {
@@ -45,9 +40,14 @@ def test_a_run_that_is_asked_to_stop_saves_and_is_requeued(
 def test_a_cancelled_run_saves_and_is_not_requeued(
     cluster: Cluster, base: Path, tmp_path: Path
 ) -> None:
+    """While the job runs, nobody else gets its directory."""
     run = Run(cluster, base, tmp_path / "run", "trainer.steps=1000")
     job = run.submit("--nodes=1")
     run.wait_for_row(1)
+    second = train(base, run.directory, processes=1)
+    assert second.returncode == 2
+    assert f"{run.directory} is in use by process" in second.stderr
+    assert f"(Slurm job {job})" in second.stderr
     run.cluster.run("scancel", job)
     run.wait_for_end(job, "CANCELLED")
     assert '"stopped"' in run.status() and run.restarts(job) == 0

@@ -31,7 +31,7 @@ def test_the_warning_before_the_time_limit(run: Run, undisturbed: Path) -> None:
     """Slurm sends it to the job's script alone."""
     job = run.submit()
     run.wait_for_row(5)
-    run.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    run.ask_to_stop(job, "--batch")
     run.wait_for_end(job)
     assert run.restarts(job) == 1
     assert "Slurm asks for the end: the ranks save and stop" in run.output()
