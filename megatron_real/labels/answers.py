@@ -151,8 +151,16 @@ def _boxed(text: str) -> str | None:
     contents = [boxes[last].content]
     start = boxes[last].start
     for box in reversed(boxes[max(last - _MAX_BOXES, 0) : last]):
-        if not box.content or not _belongs_together(text[box.end : start]):
+        between = text[box.end : start]
+        if not box.content or len(between) > _MAX_JOINT_CHARS:
             break
+        joint = _JOINT.fullmatch(between)
+        if joint is None:
+            break
+        words = (joint["words"] or "").lower().split()
+        if not _TAKEN_BACK.isdisjoint(words):
+            break
+
         # A box that says the same as the one behind it is the same answer once more.
         if box.content != contents[0]:
             contents.insert(0, box.content)
@@ -162,17 +170,6 @@ def _boxed(text: str) -> str | None:
     if len(joined) > MAX_ANSWER_CHARS:
         return ""
     return joined
-
-
-def _belongs_together(between: str) -> bool:
-    """Returns whether two boxes with this text between them are parts of one answer."""
-    if len(between) > _MAX_JOINT_CHARS:
-        return False
-    joint = _JOINT.fullmatch(between)
-    if joint is None:
-        return False
-    words = (joint["words"] or "").lower().split()
-    return _TAKEN_BACK.isdisjoint(words)
 
 
 def _boxes(text: str) -> tuple[list[_Box], int | None]:

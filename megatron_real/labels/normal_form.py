@@ -78,8 +78,19 @@ def read(text: str, *, groups: bool = True) -> Form:
         return Unreadable(text, "empty")
     if len(tokens) == 1 and tokens[0].text.lower() in ("nan", "none", "null"):
         return Unreadable(text, "nothing")
-    if _is_prose(tokens):
+
+    # A sentence has many words, or some after a full stop. A stop behind one token is that of a
+    # list or a choice: B. 5
+    words = [
+        i
+        for i, token in enumerate(tokens)
+        if token.kind in ("word", "letters") and len(token.text) > 2
+    ]
+    stops = [i for i, token in enumerate(tokens) if token.text == "." and i > 1]
+    goes_on = stops and len(words) > 1 and words[-1] > stops[0]
+    if len(words) > MAX_ANSWER_WORDS or goes_on:
         return Unreadable(joined(tokens).lower(), "prose")
+
     return _Reader(groups).form(tokens, 0)
 
 
@@ -98,21 +109,6 @@ def read_sentence(text: str) -> Form:
     if not is_sentence or not values:
         return form
     return read(values[-1].rstrip(","))
-
-
-def _is_prose(tokens: Sequence[Token]) -> bool:
-    """Returns whether tokens are a sentence: many words, or some after a full stop."""
-    words = [
-        i
-        for i, token in enumerate(tokens)
-        if token.kind in ("word", "letters") and len(token.text) > 2
-    ]
-    if len(words) > MAX_ANSWER_WORDS:
-        return True
-
-    # A stop behind one token is that of a list or a choice: B. 5
-    stops = [i for i, token in enumerate(tokens) if token.text == "." and i > 1]
-    return bool(stops) and len(words) > 1 and words[-1] > stops[0]
 
 
 class _Reader:

@@ -257,10 +257,20 @@ class _Worker:
         options = json.dumps({**self._options, "replies": theirs})
         self._num_checks = 0
 
+        # A trusted verifier has the trainer's environment, any other the few variables it needs.
+        if own.is_own(self._verifier) and own.is_trusted(self._verifier):
+            environment = dict(os.environ)
+        else:
+            environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        # Several workers are the parallelism.
+        environment["OMP_NUM_THREADS"] = "1"
+        # Where this process found its packages; the project need not be installed.
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+
         self._process = subprocess.Popen(
             [sys.executable, "-m", "megatron_real.labels.worker", options],
             bufsize=0,
-            env=_environment(self._verifier),
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             pass_fds=(theirs,),
@@ -453,19 +463,3 @@ def _end(process: subprocess.Popen[bytes]) -> int:
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()
-
-
-def _environment(verifier: str) -> dict[str, str]:
-    """Returns a worker's environment.
-
-    That is the trainer's for a trusted verifier, else the few variables that it needs.
-    """
-    if own.is_own(verifier) and own.is_trusted(verifier):
-        environment = dict(os.environ)
-    else:
-        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    # Several workers are the parallelism.
-    environment["OMP_NUM_THREADS"] = "1"
-    # Where this process found its packages; the project need not be installed.
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    return environment

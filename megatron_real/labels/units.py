@@ -94,22 +94,21 @@ def canonical_unit(words: Sequence[str]) -> str:
 
     Known names are given by their abbreviation, others in the singular and in lower case.
     """
-    return " ".join(_canonical_word(word) for word in words)
-
-
-def _canonical_word(word: str) -> str:
-    if word in _SPELLINGS:
-        return word
-    if word in _CANONICAL:
-        return _CANONICAL[word]
-
-    # M is no spelling of m, but Meters is one of meters.
-    lower = word.lower()
-    if lower in _CANONICAL:
-        return _CANONICAL[lower]
-    if len(lower) > 3 and lower.endswith("s"):
-        return lower[:-1]
-    return lower
+    canonical = []
+    for word in words:
+        lower = word.lower()
+        if word in _SPELLINGS:
+            canonical.append(word)
+        elif word in _CANONICAL:
+            canonical.append(_CANONICAL[word])
+        # M is no spelling of m, but Meters is one of meters.
+        elif lower in _CANONICAL:
+            canonical.append(_CANONICAL[lower])
+        elif len(lower) > 3 and lower.endswith("s"):
+            canonical.append(lower[:-1])
+        else:
+            canonical.append(lower)
+    return " ".join(canonical)
 
 
 def split_unit(tokens: Sequence[Token]) -> tuple[list[Token], str]:
@@ -131,7 +130,18 @@ def split_unit(tokens: Sequence[Token]) -> tuple[list[Token], str]:
     if digits_and_base is not None:
         return digits_and_base
 
-    start = _where_unit_begins(body)
+    # The unit's first token, sought from the end, since a unit stands behind what it measures.
+    start = len(body)
+    num_words = 0
+    for i in range(len(body) - 1, -1, -1):
+        if _is_unit_word(body, i):
+            start = i
+            num_words += 1
+        elif body[i].kind != "space" and not _is_mark_of_unit(body, i):
+            break
+    if num_words > _MAX_UNIT_WORDS:
+        start = len(body)  # a sentence
+
     if any(token.text in TRIGONOMETRIC for token in body):
         return body, currency  # sin 30 degrees
 
@@ -164,23 +174,6 @@ def _split_base(body: Sequence[Token]) -> tuple[list[Token], str] | None:
         return None
     number = [token for token in body[:under] if token.text not in "()"]
     return number, f"base {_NUMERALS.get(base[1], base[1])}"
-
-
-def _where_unit_begins(body: Sequence[Token]) -> int:
-    """Returns the index of the first token of a unit at the end; len(body) where there is none."""
-    start = len(body)
-    num_words = 0
-    # From the end, since a unit stands behind what it measures.
-    for i in range(len(body) - 1, -1, -1):
-        if _is_unit_word(body, i):
-            start = i
-            num_words += 1
-        elif body[i].kind != "space" and not _is_mark_of_unit(body, i):
-            break
-
-    if num_words > _MAX_UNIT_WORDS:
-        return len(body)  # a sentence
-    return start
 
 
 def _is_unit_word(body: Sequence[Token], i: int) -> bool:

@@ -81,8 +81,17 @@ def _work(options: Mapping[str, Any], outside: Outside, is_walled: bool) -> int:
 
         readable: list[str] = []
         if is_walled and own.is_own(options["verifier"]):
-            readable = [own.folder(options["verifier"])]
-            _check_folder(readable[0])
+            # Completions may read what lies there.
+            folder = own.folder(options["verifier"])
+            for home in home_directories():
+                if Path(folder) == home or Path(folder) in home.parents:
+                    raise ValueError(
+                        f"it lies in {folder}, so completions could read the home directory; move "
+                        "it to a folder of its own, or say TRUSTED = True in it if it never runs "
+                        "what a completion says"
+                    )
+            readable = [folder]
+
         if is_walled:
             walls = enclose(outside, readable, landlock=options["highest"] != Rung.LIMITS.value)
         else:
@@ -128,8 +137,14 @@ def _serve(
     always_in_child = _may_run_any_text(options)
     # Unbuffered: what this process read ahead would be lost to a child that reads the request.
     requests = os.fdopen(0, "rb", buffering=0, closefd=False)
+    poller = select.poll()
+    poller.register(requests, select.POLLIN)
     number = 0
-    while _wait_for_request(0):
+    while True:
+        ((_, events),) = poller.poll()
+        if not events & select.POLLIN:
+            return  # the trainer has closed the pipe
+
         if always_in_child:
             # The child reads the request: nothing of it is ever in this process's memory.
             reply = _in_child(verify, walls, replies, room, read=lambda: _read(requests))
@@ -177,21 +192,6 @@ def _load(options: Mapping[str, Any]) -> Verify:
         # Imports what it needs, and builds the parsers' tables, before any clock runs.
         verify(verifiers.WARM_UP, ["\\sqrt{x + 1}"], {"source_dataset": "chain_sum"})
     return verify
-
-
-def _check_folder(folder: str) -> None:
-    """Checks a verifier's folder, which completions may read.
-
-    Raises:
-        ValueError: the home directory is in it.
-    """
-    for home in home_directories():
-        if Path(folder) == home or Path(folder) in home.parents:
-            raise ValueError(
-                f"it lies in {folder}, so completions could read the home directory; move it to a "
-                "folder of its own, or say TRUSTED = True in it if it never runs what a completion "
-                "says"
-            )
 
 
 def _check_rung(options: Mapping[str, Any], walls: Walls, runs_any_text: bool) -> None:
@@ -344,14 +344,6 @@ def _printable(text: str) -> str:
     It is shown on terminals, and judged code may have written it.
     """
     return "".join(c if c.isprintable() else " " for c in text[:_MAX_REASON_CHARS])
-
-
-def _wait_for_request(descriptor: int) -> bool:
-    """Waits for a request; returns False when the trainer has closed the pipe."""
-    poller = select.poll()
-    poller.register(descriptor, select.POLLIN)
-    ((_, events),) = poller.poll()
-    return bool(events & select.POLLIN)
 
 
 def _read(requests: BinaryIO) -> dict[str, Any]:
