@@ -35,7 +35,18 @@ def rehearse(requests: Sequence[Request]) -> list[RankReport]:
             )
             for i in numbers
         ]
-        reports |= zip(numbers, _rehearse_in_a_process(explicit, kind), strict=True)
+        command = [sys.executable, "-m", "megatron_real.rehearsal.worker", kind]
+        text = json.dumps([dataclasses.asdict(request) for request in explicit])
+        process = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
+
+        # A line for each request, or a sentence on the error stream.
+        lines = process.stdout.splitlines()
+        if process.returncode or len(lines) != len(explicit):
+            last = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            raise NoDevice(last.removeprefix("megatron-real: "))
+        for i, line in zip(numbers, lines, strict=True):
+            reports[i] = RankReport.from_json(json.loads(line))
+
     # In the order of the requests, whichever process had them.
     return [reports[i] for i in range(len(requests))]
 
@@ -59,16 +70,3 @@ def _layers(request: Request) -> str:
     if choice == "auto":
         return "local"
     return choice
-
-
-def _rehearse_in_a_process(requests: Sequence[Request], layers: str) -> list[RankReport]:
-    command = [sys.executable, "-m", "megatron_real.rehearsal.worker", layers]
-    text = json.dumps([dataclasses.asdict(request) for request in requests])
-    process = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
-
-    # A line for each request, or a sentence on the error stream.
-    lines = process.stdout.splitlines()
-    if process.returncode or len(lines) != len(requests):
-        last = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise NoDevice(last.removeprefix("megatron-real: "))
-    return [RankReport.from_json(json.loads(line)) for line in lines]

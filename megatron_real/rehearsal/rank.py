@@ -85,24 +85,20 @@ def rehearse(request: Request, world: World) -> RankReport:
             rehearsal.run()
         # Of whatever kind: it is what a rehearsal looks for.
         except Exception as error:
-            rehearsal.set(fault=_fault(error))
+            # The innermost lines of this project and of libraries that led to it, without those of
+            # torch and of the rehearsal itself.
+            frames = [
+                f"{frame.filename.rpartition('site-packages/')[2].rpartition('/megatron_real/')[2]}"
+                f":{frame.lineno}"
+                for frame in traceback.extract_tb(error.__traceback__)
+                if "/torch/" not in frame.filename and "/rehearsal/" not in frame.filename
+            ]
+            where = " < ".join(reversed(frames[-4:]))
+            text = str(error).strip().splitlines() or [""]
+            rehearsal.set(fault=f"{type(error).__name__}: {text[0]} (at {where})")
+
     rehearsal.set(seconds=time.perf_counter() - began, groups=world.groups())
     return rehearsal.report
-
-
-def _fault(error: Exception) -> str:
-    """Returns the error with the innermost lines of this project and of libraries that led to it.
-
-    Lines of torch and of the rehearsal itself are left out.
-    """
-    frames = [
-        f"{frame.filename.rpartition('site-packages/')[2].rpartition('/megatron_real/')[2]}"
-        f":{frame.lineno}"
-        for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in frame.filename and "/rehearsal/" not in frame.filename
-    ]
-    text = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {text[0]} (at {' < '.join(reversed(frames[-4:]))})"
 
 
 class _Rehearsal:
@@ -374,7 +370,9 @@ def _replace_kernels() -> None:
     # The original exchanges a tensor's data in place, which a fake one has not; a detached one
     # shares its storage in the same way.
     viewless: Any = megatron_utils
-    viewless._kernel_make_viewless_tensor = _without_base
+    viewless._kernel_make_viewless_tensor = lambda tensor, requires_grad: (
+        tensor.detach().requires_grad_(requires_grad)
+    )
     # A GPU runs the compiled ones: one kernel, which writes its output alone.
     swiglu: Any = fused_bias_swiglu
     swiglu.swiglu = _fused_swiglu
@@ -416,11 +414,6 @@ def _norm_as_megatron_core(
     norms = [[float(torch.norm(tensor)) for tensor in tensors] for tensors in tensor_lists]
     total = float(torch.norm(torch.tensor(norms)))
     return torch.tensor([total], dtype=torch.float, device="cuda"), None
-
-
-def _without_base(tensor: Tensor, requires_grad: bool) -> Tensor:
-    """Returns a tensor on the same memory, of which autograd does not know that it is a view."""
-    return tensor.detach().requires_grad_(requires_grad)
 
 
 def _fused_swiglu(y_TF: Tensor) -> Tensor:

@@ -70,9 +70,32 @@ def import_over(extension: types.ModuleType) -> None:
     sys.path.insert(0, str(folder))
 
     sys.modules["transformer_engine_torch"] = extension
-    _answer_for_its_version(version)
+
+    # The version of TransformerEngine's three distributions: the wheel, the library and the
+    # extension, of which only one is here.
+    metadata: Any = importlib.metadata
+    original_version = metadata.version
+
+    def version_of(name: str) -> str:
+        if name.replace("-", "_").startswith("transformer_engine"):
+            return version
+        return str(original_version(name))
+
+    metadata.version = version_of
     _stand_in_for_onnx()
-    common = _import_common(folder)
+
+    # `common` would load the library, unless it believes that it is being built. The parent package
+    # would import it by itself, so an empty parent stands in its place for that long.
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"
+    os.environ.setdefault("NVTE_TORCH_COMPILE", "0")
+    parent = types.ModuleType("transformer_engine")
+    parent.__path__ = [str(folder / "transformer_engine")]
+    sys.modules["transformer_engine"] = parent
+    import transformer_engine.common as common
+
+    del sys.modules["transformer_engine"]
+    common.load_framework_extension = lambda framework: None
+    common.sanity_checks_for_pypi_installation = lambda: None
 
     import transformer_engine.pytorch  # noqa: F401
 
@@ -82,22 +105,6 @@ def import_over(extension: types.ModuleType) -> None:
     package: Any = sys.modules["transformer_engine"]
     package.__version__ = version
     package.common = common
-
-
-def _answer_for_its_version(version: str) -> None:
-    """Makes importlib.metadata give this version for TransformerEngine's three distributions.
-
-    They are the wheel, the library and the extension, of which only one is here.
-    """
-    metadata: Any = importlib.metadata
-    ask = metadata.version
-
-    def answer(name: str) -> str:
-        if name.replace("-", "_").startswith("transformer_engine"):
-            return version
-        return str(ask(name))
-
-    metadata.version = answer
 
 
 class _Export:
@@ -131,25 +138,6 @@ def _stand_in_for_onnx() -> None:
             module.__spec__ = ModuleSpec(name, None)
             module.__getattr__ = _Export().__getattr__
             sys.modules[name] = module
-
-
-def _import_common(folder: Path) -> Any:
-    """Imports TransformerEngine's `common` package, without the library that it would load.
-
-    The package does not load the library where it believes that it is being built. The parent
-    package would import `common` by itself, so an empty parent stands in its place for that long.
-    """
-    os.environ["NVTE_PROJECT_BUILDING"] = "1"
-    os.environ.setdefault("NVTE_TORCH_COMPILE", "0")
-    parent = types.ModuleType("transformer_engine")
-    parent.__path__ = [str(folder / "transformer_engine")]
-    sys.modules["transformer_engine"] = parent
-    import transformer_engine.common as common
-
-    del sys.modules["transformer_engine"]
-    common.load_framework_extension = lambda framework: None
-    common.sanity_checks_for_pypi_installation = lambda: None
-    return common
 
 
 class Member(int):
