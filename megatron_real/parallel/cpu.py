@@ -68,8 +68,34 @@ def enable() -> bool:
     for name in _CONSTRUCTORS:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
-    _map_tensor_methods()
-    _use_cpu_generator()
+    # A tensor stays where it is and is not copied, as on a GPU one that is there already.
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    tensor_type = torch.Tensor.type
+
+    def type_as_if_on_cuda(
+        self: torch.Tensor, dtype: Any = None, non_blocking: bool = False, **kwargs: Any
+    ) -> Any:
+        # megatron-core's optimizers accept a parameter by the name of its type,
+        # "torch.cuda.FloatTensor".
+        if dtype is None:
+            return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+        return tensor_type(self, dtype, non_blocking, **kwargs)
+
+    torch.Tensor.type = type_as_if_on_cuda
+
+    # megatron-core's RNG tracker forks the CPU generator. Its own accessors index torch.cuda's
+    # generators.
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+
+    from megatron.core.tensor_parallel import random
+
+    # Its forks compare the CPU generator before and after and warn: here that one is the one that
+    # is forked.
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     return True
 
 
@@ -91,39 +117,3 @@ def _on_cpu(constructor: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
         return constructor(*args, **kwargs)
 
     return construct
-
-
-def _map_tensor_methods() -> None:
-    """Lets tensors stay where they are, and call themselves CUDA's where megatron-core asks."""
-    # As on a GPU, where a tensor that is there already is returned and not copied.
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    tensor_type = torch.Tensor.type
-
-    def type_as_if_on_cuda(
-        self: torch.Tensor, dtype: Any = None, non_blocking: bool = False, **kwargs: Any
-    ) -> Any:
-        # megatron-core's optimizers accept a parameter by the name of its type,
-        # "torch.cuda.FloatTensor".
-        if dtype is None:
-            return tensor_type(self).replace("torch.", "torch.cuda.", 1)
-        return tensor_type(self, dtype, non_blocking, **kwargs)
-
-    torch.Tensor.type = type_as_if_on_cuda
-
-
-def _use_cpu_generator() -> None:
-    """Lets megatron-core's RNG tracker fork the CPU generator.
-
-    Its own accessors index torch.cuda's generators.
-    """
-    torch.cuda.manual_seed = torch.manual_seed
-    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-
-    from megatron.core.tensor_parallel import random
-
-    # Its forks compare the CPU generator before and after and warn: here that one is the one that
-    # is forked.
-    logging.getLogger(random.__name__).setLevel(logging.ERROR)
-    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

@@ -267,7 +267,13 @@ class _Layer:
     @property
     def saved(self) -> int:
         """What autograd keeps of the layer for its backward pass."""
-        return 2 * self._norm + self._attention + self._mlp
+        # Input and output of a norm and the linear layer's input. Ours also keeps x in fp32 and
+        # x / rms(x).
+        width = 2 * self.width
+        if not self.te:
+            width += max(4, self.width)
+        norm = self.residual * width
+        return 2 * norm + self._attention + self._mlp
 
     @property
     def at_work(self) -> int:
@@ -284,17 +290,6 @@ class _Layer:
         The MLP's products are held beside its input and the residual.
         """
         return self._mlp + 2 * self.input + self.gathered * self.width
-
-    @property
-    def _norm(self) -> int:
-        """Input and output of a norm and the linear layer's input.
-
-        Ours also keeps x in fp32 and x / rms(x).
-        """
-        width = 2 * self.width
-        if not self.te:
-            width += max(4, self.width)
-        return self.residual * width
 
     @property
     def _attention(self) -> int:

@@ -188,7 +188,14 @@ def step_time(run: PlannedRun) -> StepTime:
     passes = 3
     if config.model.recompute == "full":
         passes = 4
-    update = forward * (passes + scoring) + run.config.updates_per_step * _reduction(run)
+
+    # Each update reduce-scatters gradients in fp32 or wider and all-gathers weights in model.dtype.
+    ranks = run.dp * config.parallel.cp
+    width = DTYPE_BYTES[config.model.dtype]
+    parameters = run.architecture.num_parameters / run.model_parallel
+    moved = parameters * (max(4, width) + width) * (ranks - 1) / ranks
+    reduction = run.cluster.seconds_to_move(moved, ranks=run.cluster.gpus)
+    update = forward * (passes + scoring) + config.updates_per_step * reduction
 
     if config.rollout.replay:
         return StepTime(0.0, 0.0, old_logprobs, update, reference)
@@ -227,18 +234,6 @@ def _forward(run: PlannedRun) -> float:
 
     bubble = (parallel.pp - 1) / (run.micro_batches * parallel.vpp)
     return (computing + moving) * (1 + bubble)
-
-
-def _reduction(run: PlannedRun) -> float:
-    """Returns the seconds that data-parallel ranks exchange gradients and weights in an update.
-
-    Gradients are reduce-scattered in fp32 or wider, weights are all-gathered in model.dtype.
-    """
-    ranks = run.dp * run.config.parallel.cp
-    width = DTYPE_BYTES[run.config.model.dtype]
-    parameters = run.architecture.num_parameters / run.model_parallel
-    moved = parameters * (max(4, width) + width) * (ranks - 1) / ranks
-    return run.cluster.seconds_to_move(moved, ranks=run.cluster.gpus)
 
 
 def _sync(run: PlannedRun) -> float:

@@ -188,8 +188,13 @@ class Offload:
         begin(self._optimizer)
         self._away = []
         for part in _parts_of(self._optimizer):
-            # Main parameters only where they are apart from the model's own.
-            self._away.extend(_main_copies(part))
+            # Main parameters only where they are apart from the model's own: one that is fp32 is
+            # its own main parameter, or a view of it is.
+            for name in ("shard_fp32_from_float16_groups", "fp32_from_float16_groups"):
+                for group in getattr(part, name, []):
+                    # None where a precision-aware optimizer keeps them itself.
+                    self._away.extend(main for main in group if main is not None)
+
             for state in part.optimizer.state.values():
                 self._away.extend(state[name] for name in MOMENTS)
 
@@ -255,19 +260,6 @@ def _whole(part: Any) -> Iterator[tuple[Tensor, Tensor]]:
     for group in groups_without_copies:
         for parameter in group:
             yield parameter, parameter
-
-
-def _main_copies(part: Any) -> Iterator[Tensor]:
-    """Yields the fp32 copies of parameters that are not fp32.
-
-    An fp32 parameter is its own main parameter, or a view of it is.
-    """
-    for name in ("shard_fp32_from_float16_groups", "fp32_from_float16_groups"):
-        for group in getattr(part, name, []):
-            for main in group:
-                # None where a precision-aware optimizer keeps them itself.
-                if main is not None:
-                    yield main
 
 
 def _state(part: Any, main: Tensor) -> dict[str, Tensor]:
