@@ -268,16 +268,11 @@ class RunProgress(StageTimer):
 
         # The log has the same line whatever the terminal shows.
         self.note(line)
-        if self._live:
-            self._table_row(step, cells, seconds)
-        else:
+        if not self._live:
             self._show(line)
+            return
 
-    def _table_row(self, step: int, cells: Mapping[str, str], seconds: Mapping[str, float]) -> None:
-        """Shows a row of the terminal's table.
-
-        There is a column per stage where the terminal is wide enough for them.
-        """
+        # A table on the terminal, with a column per stage where it is wide enough for them.
         if not self._stages:
             # The first row decides for the whole run: a table does not change its columns.
             self._stages = [*seconds, "seconds"]

@@ -417,13 +417,17 @@ def _equal_fields(record: Any, other: object) -> bool:
     if type(record) is not type(other):
         # Python then asks the other one, and at last takes them for unequal.
         return NotImplemented
-    return all(_equal(getattr(record, name), getattr(other, name)) for name in names)
 
-
-def _equal(left: Any, right: Any) -> bool:
-    if not isinstance(left, numpy.ndarray) or not isinstance(right, numpy.ndarray):
-        # By type as well: to Python, 1 and True are equal.
-        return bool(left is right or (type(left) is type(right) and left == right))
-    # numpy looks for NaN in numbers only, and refuses other arrays.
-    can_be_nan = left.dtype.kind == "f"
-    return left.dtype == right.dtype and numpy.array_equal(left, right, equal_nan=can_be_nan)
+    for name in names:
+        left = getattr(record, name)
+        right = getattr(other, name)
+        if isinstance(left, numpy.ndarray) and isinstance(right, numpy.ndarray):
+            # numpy looks for NaN in numbers only, and refuses other arrays.
+            nan = left.dtype.kind == "f"
+            equal = left.dtype == right.dtype and numpy.array_equal(left, right, equal_nan=nan)
+        else:
+            # By type as well: to Python, 1 and True are equal.
+            equal = left is right or (type(left) is type(right) and left == right)
+        if not equal:
+            return False
+    return True

@@ -31,29 +31,30 @@ class Table:
 def overview(runs: Sequence[Run]) -> Table:
     """Says what ran, and how far it came."""
     head = ["run", "state", "steps", "objective", "model", "reward, last steps", "time in steps"]
-    return Table(head, [_overview_row(run) for run in runs])
+    rows = []
+    for run in runs:
+        seconds: list[float] = []
+        for row in run.steps:
+            seconds += [row[name] or 0.0 for name in row if name.startswith("seconds/")]
 
+        num_steps = _setting(run.config, "trainer.steps")
+        done = 0
+        if run.steps:
+            done = run.steps[-1]["step"]
 
-def _overview_row(run: Run) -> list[str]:
-    reward = _number(_mean(run.steps[-5:], "reward_mean"))  # a single step's reward is noisy
-    seconds: list[float] = []
-    for row in run.steps:
-        seconds += [row[name] or 0.0 for name in row if name.startswith("seconds/")]
-
-    asked = _setting(run.config, "trainer.steps")
-    done = 0
-    if run.steps:
-        done = run.steps[-1]["step"]
-
-    return [
-        run.name,
-        str(run.status.get("state", "")),
-        f"{done} of {asked}",
-        str(_setting(run.config, "objective.name")),
-        str(_setting(run.config, "model.path")),
-        reward,
-        duration(math.fsum(seconds)),
-    ]
+        rows.append(
+            [
+                run.name,
+                str(run.status.get("state", "")),
+                f"{done} of {num_steps}",
+                str(_setting(run.config, "objective.name")),
+                str(_setting(run.config, "model.path")),
+                # A single step's reward is noisy.
+                _number(_mean(run.steps[-5:], "reward_mean")),
+                duration(math.fsum(seconds)),
+            ]
+        )
+    return Table(head, rows)
 
 
 def differences(runs: Sequence[Run]) -> Table:
@@ -123,6 +124,7 @@ def exchange(runs: Sequence[Run]) -> Table:
 
 def events(runs: Sequence[Run]) -> Table:
     """Lists starts and restarts, skipped updates, failed checks and completions, and the end."""
+    failed = [f"status/{status}" for status in Status if status.failed]
     rows = []
     for run in runs:
         for number, life in enumerate(run.lives, 1):
@@ -132,7 +134,17 @@ def events(runs: Sequence[Run]) -> Table:
                 what += f"; {changed}"
             rows.append([run.name, str(life.get("time", "")), what])
 
-        rows += [[run.name, f"step {step}", what] for step, what in _faults(run)]
+        for row in run.steps:
+            skipped = row.get("skipped_updates")
+            if skipped:
+                what = f"{skipped:.0f} updates skipped: loss or gradient not finite"
+                rows.append([run.name, f"step {row['step']}", what])
+
+            counts = {name.removeprefix("status/"): row.get(name) or 0 for name in failed}
+            lost = ", ".join(f"{count:.0f} {name}" for name, count in counts.items() if count)
+            if lost:
+                what = f"rollouts without a verdict: {lost}"
+                rows.append([run.name, f"step {row['step']}", what])
 
         end = str(run.status.get("state"))
         reason = run.status.get("reason")
@@ -140,23 +152,6 @@ def events(runs: Sequence[Run]) -> Table:
             end += f": {reason}"
         rows.append([run.name, str(run.status.get("time", "")), end])
     return Table(["run", "when", "what"], rows)
-
-
-def _faults(run: Run) -> list[tuple[int, str]]:
-    """Returns the steps with skipped updates or failed rollouts, and a sentence for each."""
-    failed = [f"status/{status}" for status in Status if status.failed]
-    faults = []
-    for row in run.steps:
-        skipped = row.get("skipped_updates")
-        if skipped:
-            sentence = f"{skipped:.0f} updates skipped: loss or gradient not finite"
-            faults.append((row["step"], sentence))
-
-        counts = {name.removeprefix("status/"): row.get(name) or 0 for name in failed}
-        lost = ", ".join(f"{count:.0f} {name}" for name, count in counts.items() if count)
-        if lost:
-            faults.append((row["step"], f"rollouts without a verdict: {lost}"))
-    return faults
 
 
 def held_out(runs: Sequence[Run]) -> Table:
