@@ -48,7 +48,13 @@ def train(job: Job) -> None:
         # A step that a checkpoint was taken within is taken up again.
         for step in range(checkpoints.position.step + 1, config.trainer.steps + 1):
             with reporter.step(step):
-                taken = _with_reference(job, job.source.take(step))  # sync, sample, verify, refill
+                taken = job.source.take(step)  # sync, sample, verify, refill
+                if job.reference is not None:
+                    # A KL penalty needs the rollouts' log-probs under the reference.
+                    with reporter.progress.stage("reference"):
+                        rollouts = job.reference.annotated(taken.rollouts)
+                        taken = dataclasses.replace(taken, rollouts=rollouts)
+
                 batches, updates = _updates(job, taken)
                 with reporter.progress.stage("write"):
                     reporter.settle()  # the rollouts of the step before are on disk
@@ -57,21 +63,19 @@ def train(job: Job) -> None:
                     reporter.trained(step, taken.rollouts, training)
                 # Once the step's row, which says what was skipped, is on disk.
                 _stop_if_not_finite(job, step, batches, updates)
-            checkpoints.step_done(step, accuracy=_evaluate_if_due(job, step))
+
+            accuracy = None
+            every = config.evaluation.every
+            is_due = every > 0 and step % every == 0
+            if is_due or step == config.trainer.steps:
+                accuracy = _evaluate(job, step)
+            checkpoints.step_done(step, accuracy=accuracy)
 
         # Before the export, which may fail: the last checkpoint is then there.
         unsaved = checkpoints.close()
         if config.trainer.export:
             _export(job)
         reporter.finish(unsaved)
-
-
-def _with_reference(job: Job, taken: StepRollouts) -> StepRollouts:
-    """Adds the rollouts' log-probs under the reference, where a KL penalty asks for them."""
-    if job.reference is None:
-        return taken
-    with job.reporter.progress.stage("reference"):
-        return dataclasses.replace(taken, rollouts=job.reference.annotated(taken.rollouts))
 
 
 def _updates(job: Job, taken: StepRollouts) -> tuple[list[Batch], list[Update]]:
@@ -110,15 +114,6 @@ def _stop_if_not_finite(
                 f"finite; their batches are in {job.reporter.directory.dumps}, each a directory "
                 f"for rollout.replay; {job.checkpoints.last_good()}; try a lower optimizer.lr"
             )
-
-
-def _evaluate_if_due(job: Job, step: int) -> float | None:
-    """Evaluates after the last step, and after every evaluation.every steps; see `_evaluate`."""
-    every = job.config.evaluation.every
-    is_last = step == job.config.trainer.steps
-    if is_last or (every > 0 and step % every == 0):
-        return _evaluate(job, step)
-    return None
 
 
 def _evaluate(job: Job, step: int) -> float | None:

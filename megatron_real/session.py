@@ -72,8 +72,13 @@ def train(config: Config) -> RunRecords:
 
 def _run(config: Config, stop: StopRequest) -> None:
     # Here, because they need torch.
+    import torch.distributed as dist
+
     from megatron_real import loop
     from megatron_real.job import build
+    from megatron_real.parallel.groups import leave_world
+    from megatron_real.policy.model import release_models
+    from megatron_real.rollout import close_engines
 
     try:
         with build(config, stop) as job:
@@ -83,22 +88,9 @@ def _run(config: Config, stop: StopRequest) -> None:
     except Stopped:
         pass  # status.json says why
     finally:
-        _leave()
-
-
-def _leave() -> None:
-    """Ends the engine and leaves the process groups and the model, so that another run may begin.
-
-    Ranks of one job are not left here: one that fails cannot wait for the others. They learn of it
-    by the lifeline.
-    """
-    import torch.distributed as dist
-
-    from megatron_real.parallel.groups import leave_world
-    from megatron_real.policy.model import release_models
-    from megatron_real.rollout import close_engines
-
-    if dist.is_initialized() and dist.get_world_size() == 1:
-        close_engines()
-        leave_world()
-        release_models()
+        # So that another run may begin. Not with several ranks: one that fails cannot wait for the
+        # others, which learn of it by the lifeline.
+        if dist.is_initialized() and dist.get_world_size() == 1:
+            close_engines()
+            leave_world()
+            release_models()
