@@ -30,6 +30,13 @@ def description(config: Config, num_ranks: int) -> str:
     updates = config.updates_per_step
     files = [file for file in (config.data.train, config.data.heldout) if file]
 
+    needs = disk_needs(config, architecture)
+    # The run directory is not there yet; its disk is that of the nearest folder that is.
+    folder = Path(config.trainer.run_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+
     rows = {
         "run": _beginning(config),
         "model": (
@@ -44,7 +51,7 @@ def description(config: Config, num_ranks: int) -> str:
         ),
         "steps": f"{config.trainer.steps}",
         "memory": _memory(config, architecture, dp),
-        "disk": _disk(config, architecture),
+        "disk": f"up to {_gib(needs.total)} GiB; {_gib(free)} GiB are free",
         "time": "`megatron-real plan` estimates it for GPUs; a run says it after its first steps",
     }
 
@@ -96,16 +103,6 @@ def _memory(config: Config, architecture: Architecture, dp: int) -> str:
         f"optimizer {_gib(fullest.resident.optimizer)}, "
         f"activations {_gib(fullest.update.total)}"
     )
-
-
-def _disk(config: Config, architecture: Architecture) -> str:
-    """Returns how much of the disk the run may take, and how much of it is free."""
-    needs = disk_needs(config, architecture)
-    # The run directory is not there yet; its disk is that of the nearest folder that is.
-    folder = Path(config.trainer.run_dir).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return f"up to {_gib(needs.total)} GiB; {_gib(shutil.disk_usage(folder).free)} GiB are free"
 
 
 def _gib(size: float) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
-from collections.abc import Iterable
 from typing import Any
 
 from megatron_real import config as configuration
@@ -139,15 +138,31 @@ def _text(report: RankReport, budget: int) -> list[str]:
         f"{report.parameters / 1e6:,.1f} million parameters"
     )
     paragraphs.append(_folded(load))
-    paragraphs.append(table(_against_plan(report)))
+
+    # Only the phases that `plan` models, under the same names.
+    measured = {"resident": report.resident}
+    for phase in report.phases:
+        if phase.name in ("old_logprobs", "gradient"):
+            measured[phase.name] = phase.peak
+    rows = [["GiB at the peak", "rehearsed", "plan", "plan is"]]
+    for name, size in measured.items():
+        planned = report.plan[name]
+        rows.append([name, _gib(size), _gib(planned), f"{planned / size - 1:+.1%}"])
+    paragraphs.append(table(rows))
 
     verdict = "DOES NOT FIT"
     if report.peak <= budget:
         verdict = "fits"
     peak = f"{_gib(report.peak)} GiB at the peak, {_gib(budget)} may be used"
     paragraphs.append(_folded(f"{verdict}: {peak}; the engine's part of it is plan's figure"))
-    gradient = [phase for phase in report.phases if phase.name == "gradient"]
-    paragraphs += [table(_phases(report.phases)), *map(_details, gradient)]
+
+    rows = [["part of the step", "peak GiB", "after", "TFLOP", "kernels", "syncs", "in layers"]]
+    for phase in report.phases:
+        figures = [f"{phase.flops / 1e12:,.1f}", f"{phase.kernels:,}", str(phase.num_syncs)]
+        row = [phase.name, _gib(phase.peak), _gib(phase.after), *figures]
+        rows.append([*row, str(phase.syncs_in_layers)])
+    paragraphs.append(table(rows))
+    paragraphs += [_details(phase) for phase in report.phases if phase.name == "gradient"]
 
     unusual = sorted({site for phase in report.phases for site in phase.guesses})
     if unusual:
@@ -169,26 +184,6 @@ def _folded(line: str, indent: int = 2) -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
-
-
-def _against_plan(report: RankReport) -> list[list[str]]:
-    rows = [["GiB at the peak", "rehearsed", "plan", "plan is"]]
-    # Only the phases that `plan` models, under the same names.
-    measured = {"resident": report.resident}
-    measured |= {p.name: p.peak for p in report.phases if p.name in ("old_logprobs", "gradient")}
-    for name, size in measured.items():
-        planned = report.plan[name]
-        rows.append([name, _gib(size), _gib(planned), f"{planned / size - 1:+.1%}"])
-    return rows
-
-
-def _phases(phases: Iterable[Phase]) -> list[list[str]]:
-    rows = [["part of the step", "peak GiB", "after", "TFLOP", "kernels", "syncs", "in layers"]]
-    for phase in phases:
-        figures = [f"{phase.flops / 1e12:,.1f}", f"{phase.kernels:,}", str(phase.num_syncs)]
-        row = [phase.name, _gib(phase.peak), _gib(phase.after), *figures]
-        rows.append([*row, str(phase.syncs_in_layers)])
-    return rows
 
 
 def _details(phase: Phase) -> str:

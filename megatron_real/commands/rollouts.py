@@ -184,7 +184,19 @@ def _print_text(
 
     decode = None
     if options.shade:
-        decode = _decoder(directory, options.shade, rows)
+        if not any(row.get(SHADES[options.shade]) for row in rows):
+            raise ValueError(
+                f"{directory.path} has no {options.shade} of single tokens in this step; a run "
+                "keeps them with trainer.keep_token_weights=true"
+            )
+        # A run without a readable config.yaml is told the same as one without a tokenizer.
+        with suppress(ValueError):
+            decode = token_decoder(directory.read_config("its tokenizer is not known"))
+        if decode is None:
+            raise ValueError(
+                "--shade needs the tokenizer.json of the run's model, which "
+                f"{directory.config} does not lead to"
+            )
 
     group = None
     for row in rows:
@@ -232,28 +244,6 @@ def _headline(row: Mapping[str, Any]) -> str:
     if row.get("reason"):
         headline += f"; {_shown(row['reason'])}"
     return headline
-
-
-def _decoder(
-    directory: RunDirectory, shade: str, rows: Sequence[Mapping[str, Any]]
-) -> Callable[[Sequence[int]], list[str]]:
-    if not any(row.get(SHADES[shade]) for row in rows):
-        raise ValueError(
-            f"{directory.path} has no {shade} of single tokens in this step; a run keeps them with "
-            "trainer.keep_token_weights=true"
-        )
-
-    decode = None
-    # A run without a readable config.yaml is told the same as one without a tokenizer.
-    with suppress(ValueError):
-        decode = token_decoder(directory.read_config("its tokenizer is not known"))
-    if decode is None:
-        raise ValueError(
-            f"--shade needs the tokenizer.json of the run's model, which {directory.config} does "
-            "not lead to"
-        )
-
-    return decode
 
 
 def _shaded(

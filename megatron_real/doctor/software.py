@@ -18,9 +18,14 @@ def software() -> list[Finding]:
 
     Takes seconds: vLLM alone takes five.
     """
+    import torch
+
+    platform = "CPU"
+    if torch.version.cuda:
+        platform = f"CUDA {torch.version.cuda}"
     return [
         Finding("ok", "python", sys.version.split()[0]),
-        _torch(),
+        Finding("ok", "torch", f"{torch.__version__}, built for {platform}"),
         _nccl(),
         _megatron_core(),
         _transformer_engine(),
@@ -32,15 +37,6 @@ def software() -> list[Finding]:
         _needed("transformers"),
         _needed("math-verify"),
     ]
-
-
-def _torch() -> Finding:
-    import torch
-
-    platform = "CPU"
-    if torch.version.cuda:
-        platform = f"CUDA {torch.version.cuda}"
-    return Finding("ok", "torch", f"{torch.__version__}, built for {platform}")
 
 
 def _nccl() -> Finding:
