@@ -37,7 +37,18 @@ def describe(directory: Path, hf_config: Path | None = None) -> dict[str, Any]:
         WeightsError: it is neither an HF directory nor a Megatron checkpoint.
     """
     if is_hf(directory):
-        return _describe_hf(directory)
+        hf_weights = HfWeights(directory)
+        hf_architecture = Architecture.read(directory)
+        dtypes = collections.Counter(tensor.dtype for tensor in hf_weights.tensors.values())
+        return {
+            "format": "HF " + hf_weights.files[0].suffix.removeprefix("."),
+            "files": len(hf_weights.files),
+            "tensors": len(hf_weights.tensors),
+            "dtypes": dict(dtypes),
+            "parameters": hf_architecture.num_parameters,
+            "architecture": dataclasses.asdict(hf_architecture),
+            "bytes": sum(file.stat().st_size for file in hf_weights.files),
+        }
 
     checkpoint = checkpoint_of(directory)
     # A checkpoint without its config.json still has a format, tensors and a size to show.
@@ -65,21 +76,6 @@ def describe(directory: Path, hf_config: Path | None = None) -> dict[str, Any]:
     files = [file for file in checkpoint.rglob("*") if file.is_file()]
     description["bytes"] = sum(file.stat().st_size for file in files)
     return description
-
-
-def _describe_hf(directory: Path) -> dict[str, Any]:
-    weights = HfWeights(directory)
-    architecture = Architecture.read(directory)
-    dtypes = collections.Counter(tensor.dtype for tensor in weights.tensors.values())
-    return {
-        "format": "HF " + weights.files[0].suffix.removeprefix("."),
-        "files": len(weights.files),
-        "tensors": len(weights.tensors),
-        "dtypes": dict(dtypes),
-        "parameters": architecture.num_parameters,
-        "architecture": dataclasses.asdict(architecture),
-        "bytes": sum(file.stat().st_size for file in weights.files),
-    }
 
 
 def _describe_torch_dist(checkpoint: Path, architecture: Architecture | None) -> dict[str, Any]:

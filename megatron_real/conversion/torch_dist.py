@@ -506,31 +506,6 @@ class _Writer:
     def finish(self, common: dict[str, Any]) -> None:
         """Adds the metadata. The common state stands twice: 0.16 reads the file, 0.19 either."""
         import torch
-
-        self.add_object("common_state/shard_0_1", [common])
-        stream = io.BytesIO()
-        torch.save(common, stream)
-        self.output.add_file(self.prefix + COMMON, stream.getvalue())
-        self.output.add_file(self.prefix + CONFIG, json.dumps(_CONFIG).encode())
-        self.output.add_file(self.prefix + METADATA, self._metadata())
-
-    def _place(self, archive: BlankArchive) -> tuple[str, int]:
-        """Returns the file and the first byte of an archive, after adding its literals there."""
-        if self._file_bytes + archive.size > _FILE_BYTES:
-            self._file_number += 1
-            self._file_bytes = 0
-        # torch's names, __RANK_NUMBER.distcp: here a single process has written all of them.
-        file = f"{self.prefix}__0_{self._file_number}.distcp"
-        begin = self._file_bytes
-        for offset, data in archive.literals:
-            self.output.literals.append((file, begin + offset, data))
-        self._file_bytes += archive.size
-        self.output.sizes[file] = self._file_bytes
-        return file, begin
-
-    def _metadata(self) -> bytes:
-        """Returns the pickle that torch's FileSystemReader expects in `.metadata`."""
-        import torch
         from torch.distributed.checkpoint.filesystem import _StorageInfo
         from torch.distributed.checkpoint.metadata import (
             BytesStorageMetadata,
@@ -541,6 +516,13 @@ class _Writer:
             TensorStorageMetadata,
         )
 
+        self.add_object("common_state/shard_0_1", [common])
+        stream = io.BytesIO()
+        torch.save(common, stream)
+        self.output.add_file(self.prefix + COMMON, stream.getvalue())
+        self.output.add_file(self.prefix + CONFIG, json.dumps(_CONFIG).encode())
+
+        # The pickle that torch's FileSystemReader expects.
         state: dict[str, Any] = {}
         for key, tensor in self._tensors.items():
             chunks = [
@@ -558,7 +540,22 @@ class _Writer:
             file = archive.file.removeprefix(self.prefix)
             storage[index] = _StorageInfo(file, archive.begin, archive.length)
 
-        return pickle.dumps(Metadata(state, planner_data={}, storage_data=storage))
+        metadata = pickle.dumps(Metadata(state, planner_data={}, storage_data=storage))
+        self.output.add_file(self.prefix + METADATA, metadata)
+
+    def _place(self, archive: BlankArchive) -> tuple[str, int]:
+        """Returns the file and the first byte of an archive, after adding its literals there."""
+        if self._file_bytes + archive.size > _FILE_BYTES:
+            self._file_number += 1
+            self._file_bytes = 0
+        # torch's names, __RANK_NUMBER.distcp: here a single process has written all of them.
+        file = f"{self.prefix}__0_{self._file_number}.distcp"
+        begin = self._file_bytes
+        for offset, data in archive.literals:
+            self.output.literals.append((file, begin + offset, data))
+        self._file_bytes += archive.size
+        self.output.sizes[file] = self._file_bytes
+        return file, begin
 
 
 def _cuts(entry: Entry, parts: int) -> Iterator[Rectangle]:

@@ -164,8 +164,18 @@ def verify(
         report.problems += _checksums(opened)
 
     if b is not None:
-        report.descriptions = _descriptions(a, b)
+        # What tensors need not show: 32 heads of 64 are as wide as 16 of 128.
+        names = ("num_heads", "num_kv_heads", "head_dim", "norm_eps", "rope_theta", "rope_factor")
+        for name in names:
+            of_a = getattr(a.architecture, name)
+            of_b = getattr(b.architecture, name)
+            if of_a != of_b:
+                report.descriptions.append(
+                    f"the models differ: {name} is {of_a} in {a.config}/config.json and "
+                    f"{of_b} in {b.config}/config.json"
+                )
         report.problems += report.descriptions
+
         for name in sorted(a.pieces.keys() ^ b.pieces.keys()):
             owner = b
             if name in a.pieces:
@@ -202,21 +212,6 @@ def _checksums(opened: Opened) -> list[str]:
     checkpoint = checkpoint_of(opened.directory).resolve().name
     parts = (f"{checkpoint}/", f"{HF}/")
     return check_manifest(covered[0], skip=lambda path: not path.startswith(parts))
-
-
-def _descriptions(a: Opened, b: Opened) -> list[str]:
-    """Returns a sentence for each number of config.json that differs and tensors do not show."""
-    problems = []
-    # Shapes may agree all the same: 32 heads of 64 are as wide as 16 of 128.
-    for name in ("num_heads", "num_kv_heads", "head_dim", "norm_eps", "rope_theta", "rope_factor"):
-        of_a = getattr(a.architecture, name)
-        of_b = getattr(b.architecture, name)
-        if of_a != of_b:
-            problems.append(
-                f"the models differ: {name} is {of_a} in {a.config}/config.json and "
-                f"{of_b} in {b.config}/config.json"
-            )
-    return problems
 
 
 def _compare(

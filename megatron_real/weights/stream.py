@@ -173,7 +173,16 @@ def stream_hf(
         shard = None
         if name in parameters:
             shard = parameters[name].data
-        shard = _broadcast(shard, owners[name], pp_group)
+
+        # From the owner to every pipeline stage.
+        stage, stored_shape, dtype = owners[name]
+        if dist.get_world_size(pp_group) > 1:
+            # Another stage may hold the parameter too (a tied embedding): it receives into a
+            # buffer, so that its own copy stays as it is.
+            if dist.get_rank(pp_group) != stage or shard is None:
+                shard = torch.empty(stored_shape, dtype=dtype, device=device())
+            dist.broadcast(shard, src=dist.get_global_rank(pp_group, stage), group=pp_group)
+        assert shard is not None, "a single pipeline stage owns every parameter"
 
         shards = [shard]
         if tp > 1 and entry.kind != "replicated":
@@ -283,20 +292,3 @@ def _set_aside(old: Path) -> Path:
     if old.exists():
         old.rename(kept)
     return kept
-
-
-def _broadcast(
-    shard: Tensor | None, owner: tuple[int, torch.Size, torch.dtype], pp_group: dist.ProcessGroup
-) -> Tensor:
-    """Returns the owner's shard on every pipeline stage; `shard` is this stage's own, if any."""
-    stage, shape, dtype = owner
-    if dist.get_world_size(pp_group) == 1:
-        assert shard is not None, "a single pipeline stage owns every parameter"
-        return shard
-
-    # Another stage may hold the parameter too (a tied embedding): it receives into a buffer, so
-    # that its own copy stays as it is.
-    if dist.get_rank(pp_group) != stage or shard is None:
-        shard = torch.empty(shape, dtype=dtype, device=device())
-    dist.broadcast(shard, src=dist.get_global_rank(pp_group, stage), group=pp_group)
-    return shard
