@@ -66,7 +66,14 @@ class Door:
             return await _refuse(scope, send, 503, reason)
 
         # Read here, since a claim covers its digest; vLLM gets it once more below.
-        body = await _body(receive)
+        parts = []
+        more_follows = True
+        while more_follows:
+            message = await receive()
+            parts.append(message.get("body", b""))
+            more_follows = message.get("more_body", False)
+        body = b"".join(parts)
+
         if claim is not None and not claim.covers(body):
             return await _refuse(scope, send, 401, "its body is another than was proven")
         if path == "/collective_rpc" and not _is_known_call(body):
@@ -148,16 +155,6 @@ def _proving(send: Any, key: str, number: str) -> Any:
         await send({"type": "http.response.body", "body": body})
 
     return prove
-
-
-async def _body(receive: Any) -> bytes:
-    """Waits for the whole body of a request and returns it."""
-    parts = []
-    while True:
-        message = await receive()
-        parts.append(message.get("body", b""))
-        if not message.get("more_body"):
-            return b"".join(parts)
 
 
 def _again(body: bytes, receive: Any) -> Any:

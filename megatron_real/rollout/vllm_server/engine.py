@@ -373,24 +373,18 @@ class VllmServerEngine:
             described, group=dist.group.WORLD, expected=EngineFailed, raises=EngineFailed
         )
         workers = of_rank[self.number]
-        self._held = self._held_by([worker["held"] for worker in workers])
 
-    def _held_by(self, workers: Sequence[Mapping[str, Any]]) -> dict[str, Held]:
-        """Returns what the server expects, and where, for the rank that sends it weights.
-
-        Args:
-            workers: of each worker, by name, the shape and this worker's part, as `Worker.describe`
-                has them.
-        """
-        held = {}
-        for name, (shape, _) in workers[0].items():
+        # The tensors that the server expects, and for the rank that sends it weights also each
+        # worker's part of them.
+        held: dict[str, Held] = {}
+        for name, (shape, _) in workers[0]["held"].items():
             parts = {}
             if self.owner:
                 for i, worker in enumerate(workers):
-                    _, axes = worker[name]
+                    _, axes = worker["held"][name]
                     parts[self._numbered(i)] = tuple(slice(*ends) for ends in axes)
             held[name] = Held(tuple(shape), parts)
-        return held
+        self._held = held
 
     def _numbered(self, worker: int) -> int:
         """Returns a worker's number; workers are counted through all servers."""

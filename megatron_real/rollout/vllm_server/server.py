@@ -160,9 +160,13 @@ class Server:
         content_text = content.decode(errors="replace")
         # Proven or not, nothing of it is used but its text in the message.
         if answer.status != 200:
+            # The sentence in an error of vLLM's, or the beginning of another text.
+            try:
+                message = str(json.loads(content_text)["error"]["message"])
+            except (ValueError, KeyError, TypeError):
+                message = content_text[:300]
             raise EngineFailed(
-                f"the vLLM server {self.url} answered {path} with {answer.status}: "
-                f"{_message(content_text)}"
+                f"the vLLM server {self.url} answered {path} with {answer.status}: {message}"
             )
         return content_text
 
@@ -404,11 +408,3 @@ def _words(name: str, value: Any) -> list[str]:
     if isinstance(value, str):
         return [f"--{option}", value]
     return [f"--{option}", json.dumps(value)]
-
-
-def _message(text: str) -> str:
-    """Returns the sentence in an error of vLLM's, or the beginning of another text."""
-    try:
-        return str(json.loads(text)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return text[:300]
