@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -117,7 +117,15 @@ def _failed(first: int, failure: ProcessFailure, logs: Path, directory: RunDirec
     errors = {}
     for file in logs.glob("**/stderr.log"):
         errors[int(file.parent.name)] = file.read_text(errors="replace")
-    rank = _at_fault(errors, first)
+
+    # The others end because of the rank at fault, and may be seen to end before it.
+    rank = first
+    with_traceback = sorted(number for number, text in errors.items() if _TRACE in text)
+    if any("rank 0 on" in text and "ended first" in text for text in errors.values()):
+        # The lifeline's sentence on the others, where the first rank has ended.
+        rank = 0
+    elif with_traceback:
+        rank = with_traceback[0]
 
     # The last traceback, else the last lines.
     lines = errors.get(rank, "").splitlines(keepends=True)
@@ -141,21 +149,6 @@ def _failed(first: int, failure: ProcessFailure, logs: Path, directory: RunDirec
         return code
 
     return FAILED
-
-
-def _at_fault(errors: Mapping[int, str], first: int) -> int:
-    """Returns the rank whose error came first.
-
-    The others end because of it, and may be seen to end before it.
-
-    Args:
-        errors: what each rank but the first one wrote to standard error.
-        first: the rank that was seen to end first.
-    """
-    # The lifeline's sentence on the others, where the first rank has ended.
-    if any("rank 0 on" in text and "ended first" in text for text in errors.values()):
-        return 0
-    return next((rank for rank, text in sorted(errors.items()) if _TRACE in text), first)
 
 
 def _keep(logs: Path, directory: RunDirectory) -> Path | None:

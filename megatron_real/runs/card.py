@@ -91,6 +91,13 @@ def model_card(
     if datasets := sorted({name for path in _data(config) if (name := _hub_id(path))}):
         fields["datasets"] = datasets
 
+    # Of the newest evaluation, where there is one.
+    results = []
+    if evaluations:
+        accuracy = float(evaluations[-1]["heldout/pass_at_1"])
+        heldout = Path(str(_setting(config, "data.heldout"))).name
+        results.append(_result(f"held-out problems ({heldout})", "heldout", accuracy))
+
     name = directory.path.resolve().name
     data = ModelCardData(
         **fields,
@@ -99,7 +106,7 @@ def model_card(
         tags=["megatron_real", "reinforcement-learning", "verifiable-rewards", objective],
         metrics=["accuracy"],
         model_name=name,
-        eval_results=_held_out_results(config, evaluations[-1:]),
+        eval_results=results or None,
     )
     parts = [
         f"---\n{data.to_yaml().strip()}\n---",
@@ -223,17 +230,6 @@ def _figures(
     if len(lines) == 2:
         lines.append("No step had been finished.")
     return "\n".join(lines)
-
-
-def _held_out_results(
-    config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
-) -> list[EvalResult] | None:
-    name = Path(str(_setting(config, "data.heldout"))).name
-    results = [
-        _result(f"held-out problems ({name})", "heldout", float(row["heldout/pass_at_1"]))
-        for row in rows
-    ]
-    return results or None
 
 
 def _result(name: str, kind: str, accuracy: float) -> EvalResult:

@@ -320,38 +320,29 @@ def plain_rows(table: pyarrow.Table) -> Iterator[dict[str, Any]]:
     }
 
     for i, (rollout, known) in enumerate(zip(rollouts_of(table), figures, strict=True)):
-        row = known | _scalars(rollout) | _plain_tokens(rollout)
+        row = known | _scalars(rollout)
+
+        # Of tokens, what says the same of each one is one value; what says nothing is left out.
+        completion = rollout.completion
+        row["prompt_token_ids"] = list(rollout.prompt.token_ids)
+        row["token_ids"] = completion.token_ids.tolist()
+        row["logprobs"] = [_finite(p) for p in completion.logprobs.tolist()]
+        if not completion.trained.all():
+            row["trained"] = completion.trained.astype(int).tolist()
+
+        versions = numpy.unique(completion.weight_version).tolist()
+        if len(versions) == 1 and versions != [UNKNOWN_VERSION]:
+            row["weight_version"] = versions[0]
+        elif len(versions) > 1:
+            row["weight_version"] = completion.weight_version.tolist()
+
+        if rollout.reference_logprobs is not None:
+            row["reference_logprobs"] = [_finite(p) for p in rollout.reference_logprobs.tolist()]
         for name, arrays in of_tokens.items():
             array = arrays[i]
             if array is not None:
                 row[name] = [_finite(value) for value in array.tolist()]
         yield {name: _finite(value) for name, value in row.items()}
-
-
-def _plain_tokens(rollout: Rollout) -> dict[str, Any]:
-    """Returns the values of single tokens, for people.
-
-    What says the same of every token is one value; what says nothing is left out.
-    """
-    completion = rollout.completion
-    columns: dict[str, Any] = {
-        "prompt_token_ids": list(rollout.prompt.token_ids),
-        "token_ids": completion.token_ids.tolist(),
-        "logprobs": [_finite(p) for p in completion.logprobs.tolist()],
-    }
-    if not completion.trained.all():
-        columns["trained"] = completion.trained.astype(int).tolist()
-
-    versions = numpy.unique(completion.weight_version).tolist()
-    if len(versions) == 1 and versions != [UNKNOWN_VERSION]:
-        columns["weight_version"] = versions[0]
-    elif len(versions) > 1:
-        columns["weight_version"] = completion.weight_version.tolist()
-
-    if rollout.reference_logprobs is not None:
-        values = rollout.reference_logprobs.tolist()
-        columns["reference_logprobs"] = [_finite(value) for value in values]
-    return columns
 
 
 def _scalars(rollout: Rollout) -> dict[str, Any]:

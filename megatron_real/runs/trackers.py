@@ -156,29 +156,25 @@ class MlflowTracker:
         """
         # Since 3.7 MLflow asks whoever keeps runs in files to say that it is meant.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
         store = (
             os.environ.get("MLFLOW_TRACKING_URI") or (directory.path / "mlruns").resolve().as_uri()
         )
         self._client = MlflowClient(tracking_uri=store)
-        # Where the store is another one than before, the run begins there anew.
-        self._run = self._known_run(directory) or self._new_run(directory, config)
+
+        # An earlier life's run, unless the store is another one than before: then a new run begins.
+        known_run = None
+        identity = _read_identity(directory, "mlflow")
+        if identity is not None:
+            with contextlib.suppress(MlflowException):
+                known_run = str(self._client.get_run(identity).info.run_id)
+        self._run = known_run or self._new_run(directory, config)
+
         self._client.update_run(self._run, status="RUNNING")
         self._client.set_tag(self._run, "run_directory", str(directory.path.resolve()))
         self._client.log_dict(self._run, dict(config), "configuration.json")
-
-    def _known_run(self, directory: RunDirectory) -> str | None:
-        """Returns the run of an earlier life, where this store has it."""
-        from mlflow.exceptions import MlflowException
-
-        identity = _read_identity(directory, "mlflow")
-        if identity is None:
-            return None
-        try:
-            return str(self._client.get_run(identity).info.run_id)
-        except MlflowException:  # the store is another one than before
-            return None
 
     def _new_run(self, directory: RunDirectory, config: Mapping[str, Any]) -> str:
         from mlflow.entities import Param

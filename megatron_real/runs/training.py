@@ -86,20 +86,18 @@ def _token_figures(
     for column, name in (("log_ratios", "log_ratio_T"), ("token_weights", "token_weight_T")):
         figures[column] = []
         for batch in batches:
-            figures[column] += _of_rollouts(policy, batch, name)
+            rollouts = batch.minibatch.rollouts
+            if not batch.has_token_weights:
+                figures[column] += [None] * len(rollouts)
+                continue
+
+            values = []
+            # Only the last pipeline stage has log-probs. The others join in the collective with
+            # nothing.
+            if policy.groups.is_last_stage:
+                values = [getattr(results, name) for results in batch.results]
+            value_N = gathered_tokens(policy.groups, batch, values).float().numpy()
+            # The values of all rollouts lie one after the other; the last end is that of the array.
+            ends = numpy.cumsum([rollout.completion.num_tokens for rollout in rollouts])
+            figures[column] += numpy.split(value_N, ends[:-1])
     return figures
-
-
-def _of_rollouts(policy: Policy, batch: Batch, name: str) -> list[NDArray[numpy.float32] | None]:
-    """Returns a result of passes, cut into one array [n] for each rollout of the minibatch."""
-    rollouts = batch.minibatch.rollouts
-    if not batch.has_token_weights:
-        return [None] * len(rollouts)
-    values = []
-    # Only the last pipeline stage has log-probs. The others join in the collective with nothing.
-    if policy.groups.is_last_stage:
-        values = [getattr(results, name) for results in batch.results]
-    value_N = gathered_tokens(policy.groups, batch, values).float().numpy()
-    # The values of all rollouts lie one after the other; the last end is that of the array.
-    ends = numpy.cumsum([rollout.completion.num_tokens for rollout in rollouts])
-    return list(numpy.split(value_N, ends[:-1]))

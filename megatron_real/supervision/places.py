@@ -56,18 +56,16 @@ def place_of(thread: int) -> Place:
             break
 
     # Python code of torch.distributed below: a collective, or a wait for one.
-    in_collective = any(_COLLECTIVES in frame.f_code.co_filename for frame in stack)
-    return Place(where, waits=in_collective or _waits(innermost))
+    waits = any(_COLLECTIVES in frame.f_code.co_filename for frame in stack)
+    # A frame that another thread is just leaving may have no line number.
+    number: int | None = innermost.f_lineno
+    if not waits and number is not None:
+        line = linecache.getline(innermost.f_code.co_filename, number)
+        waits = _WAITS.search(line) is not None
+
+    return Place(where, waits)
 
 
 def _line(frame: FrameType) -> str:
     name = Path(frame.f_code.co_filename).name
     return f"{name}:{frame.f_lineno} in {frame.f_code.co_name}"
-
-
-def _waits(frame: FrameType) -> bool:
-    # A frame that another thread is just leaving may have no line number.
-    number: int | None = frame.f_lineno
-    if number is None:
-        return False
-    return bool(_WAITS.search(linecache.getline(frame.f_code.co_filename, number)))
