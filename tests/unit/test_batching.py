@@ -45,7 +45,6 @@ def test_denominator_counts_groups_with_a_labelled_rollout() -> None:
     ),
     one_class=st.sampled_from(["skip", "keep"]),
 )
-@settings(deadline=None)
 def test_minibatches_keep_exactly_the_rollouts_with_a_weight(
     labels: list[list[int]], one_class: OneClassGroups
 ) -> None:
@@ -87,7 +86,7 @@ Placement = Literal["auto", "intact", "dp", "split"]
     multiple=st.sampled_from([1, 2, 4]),
     placement=st.sampled_from(["auto", "intact", "dp", "split"]),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_plans_keep_their_promises(
     sizes: list[list[int]], dp: int, budget: int, padded: bool, multiple: int, placement: Placement
 ) -> None:
@@ -147,7 +146,7 @@ def test_a_sequence_beyond_the_budget_is_refused() -> None:
     multiple=st.sampled_from([1, 2]),
     placement=st.sampled_from(["intact", "dp", "split"]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_fast_planning_makes_the_plans_of_the_plain_packing(
     sizes: list[list[int]], dp: int, budget: int, padded: bool, multiple: int, placement: Placement
 ) -> None:

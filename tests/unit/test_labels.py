@@ -563,7 +563,7 @@ PIECES = [
     st.lists(st.sampled_from(PIECES), max_size=25).map("".join),
     st.lists(st.sampled_from(PIECES), max_size=8),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @example("\\boxed{\\begin{pmatrix}1", ["\\end{pmatrix}"])
 def test_fuzzed_answers_end_in_a_status(pool: VerifierPool, text: str, gold: list[str]) -> None:
     """A timeout is a status (2!!!!!! takes for ever); an exception that leaves the

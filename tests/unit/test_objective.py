@@ -201,7 +201,7 @@ def test_the_loss_equals_the_printed_equation(
     assert real_loss(score, label, group, **options).item() == pytest.approx(expected, rel=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(batches(), st.sampled_from(VARIANTS), st.sampled_from(RULES))
 def test_the_loss_equals_the_printed_equation_for_any_labels(
     rows: tuple[Tensor, Tensor, Tensor], variant: Variant, one_class_groups: OneClassGroups
@@ -251,7 +251,7 @@ def test_the_closed_form_equals_autograd_and_finite_differences(
     assert weight.abs().max() > 0.01, "a test of zeros proves nothing"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     batches(), st.sampled_from(VARIANTS), st.sampled_from(RULES), st.sampled_from([0.05, 0.5, 3.0])
 )
@@ -413,7 +413,7 @@ def test_nothing_to_learn_is_exactly_zero_and_still_differentiable(
     assert torch.equal(real_weights(score, label, label, variant=variant), torch.zeros(len(label)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     batches(), st.randoms(use_true_random=False), st.sampled_from(VARIANTS), st.sampled_from(RULES)
 )

@@ -27,7 +27,7 @@ def test_scores_equal_those_computed_by_hand() -> None:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.integers(0, 2**31), st.booleans())
 def test_packed_and_padded_scores_equal_those_of_a_loop(
     lengths: list[int], seed: int, with_mask: bool
