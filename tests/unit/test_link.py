@@ -17,6 +17,8 @@ from megatron_real.rollout.vllm_server import link
 from megatron_real.rollout.vllm_server.link import Link, buckets, listen, unpacked
 
 CPU = torch.device("cpu")
+SECONDS = 120.0
+"""Far more than two ends need to meet, on a busy machine too."""
 TENSORS = [
     ("odd", torch.arange(3, dtype=torch.bfloat16)),
     ("strided", torch.arange(12.0).reshape(3, 4).t()),
@@ -60,19 +62,19 @@ def test_two_workers_get_what_the_sender_sends() -> None:
     (bucket,) = buckets(TENSORS)
 
     def worker(rank: int) -> list[tuple[str, torch.Tensor]]:
-        joined = Link.join(address, "secret", rank=rank, size=3, device=CPU, seconds=30)
+        joined = Link.join(address, "secret", rank=rank, size=3, device=CPU, seconds=SECONDS)
         return list(unpacked(joined.receive(len(bucket.flat)), bucket.slots))
 
     with ThreadPoolExecutor(2) as pool:
         received = [pool.submit(worker, rank) for rank in (1, 2)]
-        Link.host(listener, "secret", size=3, device=CPU, seconds=30).send(bucket.flat)
-        assert all(same(answer.result(30), TENSORS) for answer in received)
+        Link.host(listener, "secret", size=3, device=CPU, seconds=SECONDS).send(bucket.flat)
+        assert all(same(answer.result(SECONDS), TENSORS) for answer in received)
 
 
 def joins(address: tuple[str, int], secret: str) -> str:
     """Returns what happens to a worker that joins with a secret."""
     try:
-        Link.join(address, secret, rank=1, size=2, device=CPU, seconds=30)
+        Link.join(address, secret, rank=1, size=2, device=CPU, seconds=SECONDS)
     except (OSError, RuntimeError) as error:
         return type(error).__name__
     return "joined"
@@ -85,7 +87,7 @@ def test_nobody_takes_a_workers_place() -> None:
     listener = listen("127.0.0.1")
     address: tuple[str, int] = listener.getsockname()
     with ThreadPoolExecutor(2) as pool:
-        host = pool.submit(Link.host, listener, "secret", size=2, device=CPU, seconds=30)
+        host = pool.submit(Link.host, listener, "secret", size=2, device=CPU, seconds=SECONDS)
         scanner = socket.create_connection(address)
         scanner.sendall(b"GET / HTTP/1.1\r\n\r\n")
         silent = socket.create_connection(address)
@@ -94,12 +96,12 @@ def test_nobody_takes_a_workers_place() -> None:
             TCPStore(*address, 2, is_master=False, timeout=timedelta(seconds=2))
 
         def worker() -> torch.Tensor:
-            joined = Link.join(address, "secret", rank=1, size=2, device=CPU, seconds=30)
+            joined = Link.join(address, "secret", rank=1, size=2, device=CPU, seconds=SECONDS)
             return joined.receive(4)
 
         received = pool.submit(worker)
-        host.result(30).send(torch.ones(4, dtype=torch.uint8))
-        assert received.result(30).tolist() == [1, 1, 1, 1]
+        host.result(SECONDS).send(torch.ones(4, dtype=torch.uint8))
+        assert received.result(SECONDS).tolist() == [1, 1, 1, 1]
         for stray in (scanner, silent):
             stray.close()
 
@@ -113,7 +115,7 @@ def test_a_stranger_in_the_process_group_gets_no_weights(impostor: str) -> None:
     known = {"worker": ("secret", "guessed"), "sender": ("guessed", "secret")}[impostor]
 
     def end(rank: int) -> str:
-        group = link._group(store, rank, 2, CPU, host="127.0.0.1", seconds=3)
+        group = link._group(store, rank, 2, CPU, host="127.0.0.1", seconds=SECONDS)
         try:
             link._prove(group, known[rank], rank=rank, size=2, device=CPU)
         except NotProven as error:
@@ -124,7 +126,7 @@ def test_a_stranger_in_the_process_group_gets_no_weights(impostor: str) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         sender, worker = (pool.submit(end, rank) for rank in (0, 1))
-        assert sender.result(30) and worker.result(30), "neither goes on"
+        assert sender.result(SECONDS) and worker.result(SECONDS), "neither goes on"
     honest = sender if impostor == "worker" else worker
     assert "does not know this run's secret" in honest.result() or impostor == "sender"
 
@@ -137,12 +139,12 @@ def test_a_sender_whose_worker_never_comes_can_be_aborted() -> None:
     with ThreadPoolExecutor(2) as pool:
         worker = pool.submit(Link.join, address, "secret", rank=1, size=2, device=CPU, seconds=300)
         sender = Link.host(listener, "secret", size=2, device=CPU, seconds=300)
-        idle = worker.result(30)
+        idle = worker.result(SECONDS)
         sent = pool.submit(sender.send, flat)
         with pytest.raises(TimeoutError):
             sent.result(0.5)
 
         sender.abort()
         with pytest.raises(RuntimeError, match="was aborted"):
-            sent.result(30)
+            sent.result(SECONDS)
         del idle  # its connection closes, or gloo would wait for it when the sender's group goes
