@@ -7,6 +7,7 @@ import os
 import queue
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -155,11 +156,20 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_a_release_that_hangs_does_not_keep_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    hangs = threading.Event()
+    works_again = threading.Event()
+
+    def hanging_utime(_: Path) -> None:
+        hangs.set()
+        works_again.wait(120)
+
     monkeypatch.setattr("megatron_real.runs.lock._RELEASE_SECONDS", 0.1)
-    monkeypatch.setattr(os, "utime", lambda _: time.sleep(60))
+    monkeypatch.setattr(os, "utime", hanging_utime)
     lock = newcomer(tmp_path / "owners")
     lock.take()
-    time.sleep(0.3)
+    assert hangs.wait(120)
     started = time.monotonic()
     lock.release()
     assert time.monotonic() - started < 30
+    works_again.set()
+    lock._thread.join()

@@ -181,13 +181,16 @@ def test_a_terminal_of_80_columns_holds_a_row_and_its_heading_comes_again() -> N
     assert max(len(line.rstrip()) for line in lines if "0.250@1000" in line) <= 80
 
 
-def test_a_long_stage_logs_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_stage_logs_its_progress(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.05)
     file = io.StringIO()
     with RunProgress(2, shown=True, console=Console(file=file)) as progress:
         progress.detail = lambda: "3 of 8 rollouts"
         with progress.stage("rollout"):
+            clock[0] += 7
             deadline = time.monotonic() + 60
             while "3 of 8" not in file.getvalue() and time.monotonic() < deadline:
                 time.sleep(0.01)
-    assert file.getvalue().startswith("rollout 0 s: 3 of 8 rollouts\n")
+    assert file.getvalue().startswith("rollout 7 s: 3 of 8 rollouts\n")
