@@ -199,7 +199,7 @@ def records_of(log: bytes) -> Iterator[bytes]:
     then blocks of 32 KiB.
 
     Each part of a record has a header of 7 bytes: a checksum, the length, and 1 for whole, 2 for
-    first, 3 for middle or 4 for last.
+    first, 3 for middle or 4 for last. A last record that is not written to its end is left out.
     """
     assert log[:4] == b":W&B"
 
@@ -211,6 +211,8 @@ def records_of(log: bytes) -> Iterator[bytes]:
             at += left_in_block
             continue
         _, length, kind = struct.unpack("<IHB", log[at : at + 7])
+        if at + 7 + length > len(log):
+            return
         data += log[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
