@@ -12,6 +12,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -25,8 +27,10 @@ from megatron_real.parallel.ranks import Ranks
 from megatron_real.progress import StageTimer
 from megatron_real.supervision.lifeline import Lifeline
 
-SILENT_SECONDS = 3.0
-HANG_SECONDS = 3.0
+LIMIT_SECONDS = 3.0
+"""After which a rank that is frozen counts as silent, and one that sleeps as hanging."""
+LONG_SECONDS = 600.0
+"""The same limits where the planned fault is another one: no busy machine passes them."""
 
 
 class Run:
@@ -34,6 +38,9 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        planned_point, _, rest = os.environ.get("FAULT", "").partition(":")
+        planned_rank, _, self.kind = rest.partition(":")
+        self.place = (planned_point, planned_rank)
         self.timer = StageTimer()
         self.ranks = Ranks.of_all(timedelta(seconds=300))
         self.lifeline = Lifeline(
@@ -42,35 +49,45 @@ class Run:
             gathered=self.ranks.gathered,
             stage=self.timer.at,
             beat_seconds=0.3,
-            silent_seconds=SILENT_SECONDS,
-            hang_seconds=HANG_SECONDS,
+            silent_seconds=LIMIT_SECONDS if self.kind == "freeze" else LONG_SECONDS,
+            hang_seconds=LIMIT_SECONDS if self.kind == "sleep" else LONG_SECONDS,
         )
 
     def reached(self, point: str) -> None:
         """Records that this rank has come to a point, and does the fault that is planned there."""
         (self.folder / f"{point}-{self.ranks.rank}").touch()
-        planned_point, _, rest = os.environ.get("FAULT", "").partition(":")
-        planned_rank, _, kind = rest.partition(":")
-        if (planned_point, planned_rank) != (point, str(self.ranks.rank)):
+        if (point, str(self.ranks.rank)) != self.place:
             return
 
-        if kind == "sleep":
+        if self.kind == "sleep":
             time.sleep(600)
-        if kind == "freeze":
+        if self.kind == "freeze":
             os.kill(os.getpid(), 19)  # SIGSTOP
-        if kind == "kill":
+        if self.kind == "kill":
             os.kill(os.getpid(), 9)
-        if kind == "error":
+        if self.kind == "error":
             raise OSError(5, "Input/output error")
-        if kind == "exit":
+        if self.kind == "exit":
             self.lifeline.close("an error that every rank should have")
             os._exit(3)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Tells the other ranks of an error, and waits for the word that one of them has ended
+        first.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self.lifeline.say_end(f"{type(error).__name__}: {error}")
+            raise
+        self.lifeline.close()
 
     def steps(self) -> None:
         """Three stages with a collective each, and work of the first rank alone
         between two of them.
         """
-        try:
+        with self.watched():
             for step in range(1, 4):
                 with self.timer.stage("rollout"):
                     self.reached(f"rollout{step}")
@@ -81,10 +98,6 @@ class Run:
                 self.reached(f"between{step}")
                 with self.timer.stage("label"):
                     self.ranks.every(partial(self.reached, f"gathered{step}"))
-        except BaseException as error:
-            self.lifeline.say_end(f"{type(error).__name__}: {error}")
-            raise
-        self.lifeline.close()
 
 
 def steps(folder: Path) -> None:
@@ -118,15 +131,17 @@ def store(folder: Path) -> None:
     """A sync whose main thread waits in the job's store, and holds its client meanwhile."""
     from torch.distributed.distributed_c10d import _get_default_store
 
-    from megatron_real.rollout.watch import Watch
+    from megatron_real.rollout import watch
 
     run = Run(folder)
+    first = run.ranks.rank == 0
     # The first rank's watch ends the run; the other's must not come before it.
-    seconds = 60.0
-    if run.ranks.rank == 0:
-        seconds = 2.0
-    with Watch(1, seconds) as watch:
-        watch.at = "a key that nobody sets"
+    sync = watch.Watch(1, 2.0 if first else LONG_SECONDS)
+    sync.at = "a key that nobody sets"
+    if first:
+        # The other's watch has said by then what it waits for.
+        watch.own_store(timedelta(seconds=240)).wait([watch._key(1)])
+    with run.watched(), sync:
         _get_default_store().get("never")
 
 

@@ -22,8 +22,10 @@ from tests import zygote
 from tests.ports import free_port
 
 HOST = socket.gethostname()
-SECONDS = 60
-"""By then every rank has ended; the slowest rows take 5 s on a machine of their own."""
+SECONDS = 240
+"""By then every rank has ended; the slowest rows take 5 s on a machine of their own. A collective
+without a lifeline would wait for 300 s.
+"""
 FROZEN = "frozen"
 
 
