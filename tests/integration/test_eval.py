@@ -6,10 +6,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -116,34 +114,20 @@ def test_a_killed_evaluation_ends_with_the_same_figures(
     straight: Path, base: Path, benches: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    for stop in (signal.SIGKILL, signal.SIGINT):
+    run = command(base, benches, out)
+    for stop in ("SIGKILL", "SIGINT"):
         num_before = len(list(out.glob("samples/*/*.jsonl")))
-        run = command(base, benches, out)
-        process = zygote.Popen(
-            run,
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        try:
-            deadline = time.monotonic() + 400
-            while time.monotonic() < deadline:
-                if len(list(out.glob("samples/*/*.jsonl"))) >= num_before + 2:
-                    break
-                time.sleep(0.005)
-            os.kill(process.pid, stop)
-            _, errors = process.communicate(timeout=240)
-        finally:
-            process.kill()
+        stopped = [sys.executable, "-m", "tests.integration.stopped_eval", stop, "3"]
+        stopped += run[run.index("eval") :]
+        done = zygote.run(stopped, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
         kept = {path: path.read_bytes() for path in out.glob("samples/*/*.jsonl")}
-        assert num_before + 2 <= len(kept) < 9, "it was stopped in the middle"
+        assert len(kept) == num_before + 2 < 9, done.stderr
         assert not (out / "results.json").exists()
 
     # The second stop was Ctrl-C.
-    assert process.returncode == 130
-    assert "the same command goes on" in errors and "Traceback" not in errors
+    assert done.returncode == 130
+    assert "the same command goes on" in done.stderr and "Traceback" not in done.stderr
 
     done = evaluate(base, benches, out)
 

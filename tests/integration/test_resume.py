@@ -116,8 +116,11 @@ def test_killed_at_any_moment_the_run_is_the_same(
         process = start(base, run_dir, processes=processes)
         try:
             wait_for_row(process, run_dir, row)
-            # Into whatever stage of the next step it is by then.
-            time.sleep(draw.uniform(0.0, 0.6))
+            # Into whatever stage of the next step it is by then, and not beyond: on a fast machine
+            # the run would have ended.
+            ends = time.monotonic() + draw.uniform(0.0, 0.6)
+            while time.monotonic() < ends and num_rows(run_dir / "metrics.jsonl") == row:
+                time.sleep(0.01)
         finally:
             kill(process)
 
