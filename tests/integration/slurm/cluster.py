@@ -47,7 +47,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout=300
 KillWait=120
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
@@ -96,8 +96,10 @@ class Cluster:
             self._start("slurmctld", "-D", "-i")
             for node in NODES:
                 self.start_node(node)
+            # Until slurmctld listens, sinfo fails.
+            states = ("sinfo", "-h", "-o", "%T")
             self.wait_for(
-                lambda: set(self.run("sinfo", "-h", "-o", "%T").split()) == {"idle"}, "idle nodes"
+                lambda: set(self.run(*states, check=False).split()) == {"idle"}, "idle nodes"
             )
             undone.pop_all()
         return self
@@ -140,9 +142,11 @@ class Cluster:
             process.kill()
             process.wait()
 
-    def wait_for(self, happened: Callable[[], T], what: str, *, seconds: float = 60) -> T:
+    def wait_for(
+        self, happened: Callable[[], T], what: str, *, seconds: float = 60, pause: float = 0.5
+    ) -> T:
         """Returns what `happened` returns, as soon as that is true."""
-        result = with_deadline(happened, seconds)
+        result = with_deadline(happened, seconds, pause=pause)
         if result:
             return result
         raise AssertionError(f"no {what} within {seconds:g} s\n{self.story()}")
@@ -203,8 +207,11 @@ _ROOT = Path(__file__).parents[3]
 _MUNGE_FILES = ("key-file", "socket", "pid-file", "log-file", "seed-file")
 
 
-def with_deadline(happened: Callable[[], T], seconds: float) -> T | None:
-    """Calls `happened` until it returns something true, and returns that; None after `seconds`."""
+def with_deadline(happened: Callable[[], T], seconds: float, *, pause: float = 0.5) -> T | None:
+    """Calls `happened` until it returns something true, and returns that; None after `seconds`.
+
+    Most questions are a process of Slurm's: ten a second would cost as much as a short run.
+    """
     ends = time.monotonic() + seconds
     while True:
         result = happened()
@@ -212,5 +219,4 @@ def with_deadline(happened: Callable[[], T], seconds: float) -> T | None:
             return result
         if time.monotonic() >= ends:
             return None
-        # Most questions are a process of Slurm's: ten a second would cost as much as a short run.
-        time.sleep(0.5)
+        time.sleep(pause)

@@ -15,7 +15,7 @@ import pytest
 from tests import zygote
 from tests.integration.conftest import ROOT, num_rows
 from tests.integration.slurm import cluster as slurm
-from tests.integration.slurm.cluster import Cluster
+from tests.integration.slurm.cluster import Cluster, with_deadline
 
 OVERRIDES = (
     "model.dtype=fp32", "rollout.engine=transformers", "trainer.steps=12",
@@ -82,28 +82,48 @@ class Run:
     def wait_for_row(self, number: int) -> None:
         """Until the run has written its `number`-th row of metrics."""
         metrics = self.directory / "metrics.jsonl"
-        self.wait_for(lambda: num_rows(metrics) >= number, f"row {number}")
+        self.watch_for(lambda: num_rows(metrics) >= number, f"row {number}")
+
+    def watch_for(self, happened: Callable[[], object], what: str) -> None:
+        """As `wait_for`, for what files show, and perhaps for a moment only.
+
+        Between two questions to Slurm a short run writes several rows, or its last one.
+        """
+        self.wait_for(lambda: with_deadline(happened, 0.5, pause=0.01), what, pause=0.0)
 
     def wait_for(
-        self, happened: Callable[[], object], what: str, seconds: float = START_SECONDS
+        self,
+        happened: Callable[[], object],
+        what: str,
+        seconds: float = START_SECONDS,
+        pause: float = 0.5,
     ) -> None:
         """As Cluster.wait_for, but no longer than a job is there;
         shows all logs where nothing happens.
         """
+
+        def seen() -> str:
+            if happened():
+                return what
+            return "the job's end" if self._over() else ""
+
         try:
-            self.cluster.wait_for(lambda: happened() or self._over(), what, seconds=seconds)
+            first_seen = self.cluster.wait_for(seen, what, seconds=seconds, pause=pause)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.all_logs()}") from None
-        assert happened(), f"the job ended: no {what}\n{self.all_logs()}"
+        # It may have been the last that the job did.
+        assert first_seen == what or happened(), f"the job ended: no {what}\n{self.all_logs()}"
 
     def wait_for_end(self, job: str, state: str = "COMPLETED") -> None:
         """Until Slurm has no more to do for the job."""
-        self.cluster.wait_for(
-            lambda: self.cluster.fields(job)["JobState"] in ENDS,
-            f"end of {job}",
-            seconds=RUN_SECONDS,
-        )
-        assert self.cluster.fields(job)["JobState"] == state, self.all_logs()
+
+        def end() -> str:
+            state = self.cluster.fields(job)["JobState"]
+            return state if state in ENDS else ""
+
+        # Asked once: Slurm may start the job again.
+        ended_as = self.cluster.wait_for(end, f"end of {job}", seconds=RUN_SECONDS)
+        assert ended_as == state, self.all_logs()
 
     def wait_for_restart(self, job: str, number: int, *, seconds: float = START_SECONDS) -> None:
         """Until Slurm has started the job again so often, or is about to."""
@@ -162,6 +182,7 @@ class Run:
         They are held until it has reached them all: a short run may end sooner.
         """
         ranks = self.ranks().values()
+        assert ranks, f"no rank is left to be asked\n{self.all_logs()}"
         for pid in ranks:
             os.kill(pid, signal.SIGSTOP)
         try:

@@ -19,7 +19,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_is_requeued(run: Run, undisturbed
     and curves.
     """
     job = run.submit()
-    run.wait_for_row(4)
+    run.wait_for_row(2)
     run.ask_to_stop(job)
     run.wait_for_end(job)
     assert run.restarts(job) == 1

@@ -130,7 +130,7 @@ def test_slurmd_killed_while_a_checkpoint_is_written(
     job = run.submit()
     run.wait_for_row(3)
     checkpoints = run.directory / "checkpoints"
-    run.wait_for(lambda: list(checkpoints.glob("*.partial")), "checkpoint that is being written")
+    run.watch_for(lambda: list(checkpoints.glob("*.partial")), "checkpoint that is being written")
     cluster.kill("n2")
     try:
         # What Slurm does itself after SlurmdTimeout and some retries, which are longer than this
