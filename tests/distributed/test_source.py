@@ -148,7 +148,7 @@ class Job:
 
 def new_labeller() -> Labeller:
     """A labeller for all lives of a test: starting its processes takes longer than their work."""
-    return Labeller("exact", workers=1, timeout_seconds=10, memory_mib=512)
+    return Labeller("exact", workers=1, timeout_seconds=60, memory_mib=512)
 
 
 def changed(prompt: Prompt, **values: Any) -> Prompt:
@@ -356,7 +356,7 @@ def synced_within_the_step() -> tuple[int, int]:
     """
     engine = Mortal()
     labeller = Labeller(
-        "exact", workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=1.0
+        "exact", workers=1, timeout_seconds=60, memory_mib=512, max_failed_share=1.0
     )
     stage = RolloutStage(engine, labeller, rank=0, world=1)
     sync = WeightSync(

@@ -131,7 +131,7 @@ def stage_of(
     verifier: str = "exact",
 ) -> RolloutStage:
     labeller = Labeller(
-        verifier, workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=max_failed_share
+        verifier, workers=1, timeout_seconds=60, memory_mib=512, max_failed_share=max_failed_share
     )
     return RolloutStage(
         engine(), labeller, rank=dist.get_rank(), world=dist.get_world_size(), retries=retries
@@ -402,7 +402,7 @@ def answered_as_room(
     taken over.
     """
     labeller = Labeller(
-        "exact", workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=1.0
+        "exact", workers=1, timeout_seconds=60, memory_mib=512, max_failed_share=1.0
     )
     if not take_over:
         (folder / "ended").touch()
@@ -454,7 +454,7 @@ def without_engines() -> list[tuple[str, str]]:
             yield  # a generator, which begins when it is asked
 
     labeller = Labeller(
-        "exact", workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=1.0
+        "exact", workers=1, timeout_seconds=60, memory_mib=512, max_failed_share=1.0
     )
     rank, world = dist.get_rank(), dist.get_world_size()
     stage = RolloutStage(Gone(Path()), labeller, rank=rank, world=world, retries=1, take_over=True)

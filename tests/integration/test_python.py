@@ -44,7 +44,11 @@ for run_of_engine in sys.argv[2].split(","):
     names = {type(o).__name__ for o in gc.get_objects()}
     left = names & {"Policy", "PolicyModel", "DistributedDataParallel"}
     assert not left, f"the run's weights and optimizer are still in memory: {left}"
-    # vLLM's bars of progress leave their clock running, one for the whole process.
+    # vLLM's bars of progress leave their clock running, one for the whole process. The others have
+    # been told to end.
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and thread.name != "tqdm_monitor":
+            thread.join(60)
     threads = [t.name for t in threading.enumerate() if t.name != "tqdm_monitor"]
     assert len(threads) == 1, threads
 for engine, of_runs in losses.items():

@@ -111,7 +111,7 @@ def spread(pair: Pair) -> dict[str, Any]:
 
     asked = prompts(7)
     sampling = Sampling(3, sync_jobs.TEMPERATURE, 16, top_p=0.95)
-    with Labeller("exact", workers=1, timeout_seconds=10, memory_mib=512) as labeller:
+    with Labeller("exact", workers=1, timeout_seconds=60, memory_mib=512) as labeller:
         stage = RolloutStage(
             pair.engine, labeller, rank=dist.get_rank(), world=dist.get_world_size()
         )

@@ -163,7 +163,7 @@ def slowed(pair: Pair) -> dict[str, Any]:
     slow = dist.get_rank() == dist.get_world_size() - 1
     results: dict[str, Any] = {}
     answers = []
-    with Labeller("exact", workers=1, timeout_seconds=10, memory_mib=512) as labeller:
+    with Labeller("exact", workers=1, timeout_seconds=60, memory_mib=512) as labeller:
         for take_over in (False, True):
             stage = RolloutStage(
                 engine,
@@ -218,7 +218,7 @@ def killed(pair: Pair) -> dict[str, Any]:
     asked = prompts(12)
     engine.generate = dying
     with Labeller(
-        "exact", workers=1, timeout_seconds=10, memory_mib=512, max_failed_share=1.0
+        "exact", workers=1, timeout_seconds=60, memory_mib=512, max_failed_share=1.0
     ) as labeller:
         stage = RolloutStage(engine, labeller, rank=dist.get_rank(), world=dist.get_world_size())
         share = stage.generate(asked, SAMPLING, seed=3)
