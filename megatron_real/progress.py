@@ -114,13 +114,17 @@ class Heartbeat:
         self._line = line
         self._say = say
         self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        # No line may follow the end. One that has not begun has nothing to wait for.
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):

@@ -133,7 +133,8 @@ def _execute(sweep: Sweep, options: argparse.Namespace) -> int:
                 return _stopped()
             result = read_result(run)
             # What has diverged or failed stays so: the same command would only repeat it.
-            if result.outcome == RunOutcome.UNFINISHED:
+            is_due = result.outcome == RunOutcome.UNFINISHED
+            if is_due:
                 log = executor.log(run)
                 say(f"run {number} of {len(sweep.runs)}: {run.name} (log: {log})")
                 code = executor.execute(run)
@@ -151,8 +152,9 @@ def _execute(sweep: Sweep, options: argparse.Namespace) -> int:
 
             say(_in_words(result))
             results.append(result)
-            # On standard error: standard output gets one table, at the end.
-            if len(results) < len(sweep.runs) and not options.json:
+            # On standard error: standard output gets one table, at the end. What an earlier start
+            # has done brings no new one.
+            if is_due and len(results) < len(sweep.runs) and not options.json:
                 _print_table(sweep, results, file=sys.stderr)
 
     _show(sweep, results, as_json=options.json)

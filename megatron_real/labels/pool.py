@@ -338,8 +338,8 @@ class _Worker:
             return CheckOutcome("timeout", None, seconds, f"no answer within {clock.seconds:.3g} s")
 
         if line == b"":
-            # The process is about to end: a moment's patience gets its own exit code.
-            code = self.kill(patience=1)
+            # The process is about to end: patience, on a busy machine too, gets its own exit code.
+            code = self.kill(patience=_END_SECONDS)
             clock.count(timeout=code == -signal.SIGPROF)
             if code == -signal.SIGPROF:
                 reason = f"no answer within {processor_seconds:.3g} s of processor time"

@@ -612,5 +612,9 @@ def test_a_sweep_that_was_stopped_ends_with_the_same_table(
     assert list(starts(load_sweep(stopped)).values()) == [1, 2, 1, 1, 2, 1]
 
     capsys.readouterr()
+    assert cli.main(["compare", str(stopped)]) == 0
+    again = capsys.readouterr()
+    assert "variant " in again.out
+    assert "variant " not in again.err, "what is done already brings no table before the end"
     assert shown_table(stopped, capsys) == expected
     assert expected["variants"][1]["differences"]["accuracy"]["value"] == pytest.approx(0.1)

@@ -115,11 +115,11 @@ class Guest(Store):
 
         Raises:
             NotProven: whoever listens there does not know the secret.
-            OSError: nobody listens there.
+            OSError: nobody listens there, or it does not answer in `seconds`.
         """
         super().__init__()
         self._seconds = seconds
-        connection = challenge.connect(address, secret, purpose=_PURPOSE)
+        connection = challenge.connect(address, secret, purpose=_PURPOSE, seconds=seconds)
         self._stream = connection.makefile("rw", encoding="utf-8")
         # One request at a time: answers come in the order of the requests and bear no name.
         self._asking = threading.Lock()
