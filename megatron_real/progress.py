@@ -114,16 +114,17 @@ class Heartbeat:
         self._line = line
         self._say = say
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Heartbeat:
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        # No line may follow the end. One that has not begun has nothing to wait for.
-        if self._thread.ident is not None:
+        # No line may follow the end. One that has not begun has no thread.
+        if self._thread is not None:
             self._thread.join()
 
     def _beat(self) -> None:
