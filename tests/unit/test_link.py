@@ -140,6 +140,7 @@ def test_a_sender_whose_worker_never_comes_can_be_aborted() -> None:
         worker = pool.submit(Link.join, address, "secret", rank=1, size=2, device=CPU, seconds=300)
         sender = Link.host(listener, "secret", size=2, device=CPU, seconds=300)
         idle = worker.result(SECONDS)
+        del worker  # a future keeps its result, in a cycle with the error below until a collection
         sent = pool.submit(sender.send, flat)
         with pytest.raises(TimeoutError):
             sent.result(0.5)
