@@ -103,3 +103,28 @@ def test_a_wrong_number_of_processes_is_refused(
     _, errors = job.communicate(timeout=400)
     assert job.returncode == 2
     assert errors == f"megatron-real: --nproc is {count}; it must be 1 or above\n"
+
+
+AFTER_A_SIGNAL = """
+import signal, sys
+from pathlib import Path
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from megatron_real import launcher
+from megatron_real.runs.directory import RunDirectory
+sys.exit(launcher._stopped(SignalException("", signal.SIGTERM), RunDirectory(Path(sys.argv[1]))))
+"""
+
+
+@pytest.mark.parametrize(("state", "code"), [("finished", 0), ("stopped", 75), ("running", 143)])
+def test_after_a_signal_the_exit_code_says_what_became_of_the_run(
+    tmp_path: Path, state: str, code: int
+) -> None:
+    (tmp_path / "status.json").write_text(json.dumps({"state": state}))
+    done = zygote.run(
+        [sys.executable, "-c", AFTER_A_SIGNAL, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == code, done.stderr
